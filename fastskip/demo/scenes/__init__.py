@@ -1,0 +1,33 @@
+"""Scenes of coloured shapes: what they hold, how they look, what can be asked about them."""
+
+from fastskip.demo.scenes.drawing import IMAGE_SIZE, draw, render
+from fastskip.demo.scenes.questions import Question, QuestionKind, ask, caption, questions
+from fastskip.demo.scenes.world import (
+    COLOURS,
+    GRID,
+    SHAPES,
+    Figure,
+    Scene,
+    Split,
+    scenes,
+    split_of,
+)
+
+__all__ = [
+    "COLOURS",
+    "GRID",
+    "IMAGE_SIZE",
+    "SHAPES",
+    "Figure",
+    "Question",
+    "QuestionKind",
+    "Scene",
+    "Split",
+    "ask",
+    "caption",
+    "draw",
+    "questions",
+    "render",
+    "scenes",
+    "split_of",
+]
