@@ -63,7 +63,7 @@ def _coverage(shapes: NDArray[np.int64], geometry: NDArray[np.float64]) -> NDArr
         "circle": np.hypot(x, y) - radius,
         "square": np.maximum(across, along) - 0.88 * radius,
         # an upright triangle: two slanted edges and the base
-        "triangle": np.maximum((2 * across + y - radius) / np.sqrt(5), y - 0.85 * radius),
+        "triangle": np.maximum((2 * across - y - radius) / np.sqrt(5), y - 0.85 * radius),
         "cross": np.minimum(
             np.maximum(across - 0.32 * radius, along - radius),
             np.maximum(across - radius, along - 0.32 * radius),

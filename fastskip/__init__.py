@@ -1,0 +1,61 @@
+"""fastskip: leave computation out of LLaVA-style multimodal LLMs, and be really faster for it.
+
+    model = fastskip.load_model("llava-hf/llava-1.5-7b-hf", policy="policy.json")
+    out = model.generate(**inputs, max_new_tokens=64)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastskip.plan import SkipPlan
+from fastskip.policy import (
+    Arrangement,
+    PolicyError,
+    SkippedKV,
+    SkipPolicy,
+    SkipRule,
+    Sublayer,
+    TokenClass,
+)
+
+if TYPE_CHECKING:
+    from fastskip.families import UnsupportedModelError
+    from fastskip.loading import apply_, load_model, plan_of, set_policy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Arrangement",
+    "PolicyError",
+    "SkipPlan",
+    "SkipPolicy",
+    "SkipRule",
+    "SkippedKV",
+    "Sublayer",
+    "TokenClass",
+    "UnsupportedModelError",
+    "__version__",
+    "apply_",
+    "load_model",
+    "plan_of",
+    "set_policy",
+]
+
+# torch and transformers take seconds to import; whoever only reads a policy need not wait.
+_LAZY = {
+    "apply_": "fastskip.loading",
+    "load_model": "fastskip.loading",
+    "plan_of": "fastskip.loading",
+    "set_policy": "fastskip.loading",
+    "UnsupportedModelError": "fastskip.families",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fastskip' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(module), name)

@@ -1,0 +1,79 @@
+"""The `fastskip` command. Each subcommand is a thin call of the public API, imported on use."""
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from fastskip import __version__
+from fastskip.commands.demo import demo
+from fastskip.commands.generate import generate
+from fastskip.commands.plan import plan
+from fastskip.commands.policies import policies
+from fastskip.commands.verify import verify
+
+EXIT_ERROR = 2
+
+
+class _Commands(TyperGroup):
+    """Errors that the package itself raises are the user's to mend: one line, no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "fastskip":
+                raise
+            message = " ".join(str(error).split())
+            console = Console(stderr=True, highlight=False, soft_wrap=True)
+            console.print(message, style="red", markup=False)
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+app = typer.Typer(
+    name="fastskip",
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    # what nobody expected keeps Python's own traceback
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _help(function: Callable[..., None]) -> str:
+    """The docstring with its paragraphs unwrapped, as typer leaves line ends within them."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for command in (generate, plan, verify, demo, policies):
+    app.command(help=_help(command))(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastskip {__version__}")
+        raise typer.Exit
+
+
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Leave computation out of LLaVA-style multimodal LLMs, and be really faster for it.
+
+    Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
+    policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
+    promises, [bold]generate[/] answers a question about an image.
+    """
+
+
+app.callback(help=_help(main))(main)

@@ -1,0 +1,157 @@
+"""What several subcommands share: their options, and checkpoints by name."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class CommandError(ValueError):
+    """Arguments that a command cannot use; names the option, its value and what is allowed."""
+
+
+class Dtype(StrEnum):
+    """What weights are held in; AUTO is what the checkpoint says."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="Checkpoint: a folder or a name on the hub. Default: the demo's own small one.",
+        show_default=False,
+    ),
+]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="POLICY",
+        help="What to skip: a policy file (.json, .yaml) or a preset, see [bold]fastskip "
+        "policies[/]. Default: the policy saved with the checkpoint, else nothing.",
+        show_default=False,
+    ),
+]
+ImageOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image",
+        "-i",
+        metavar="FILE",
+        help="A JPEG, PNG or WEBP file; repeat the option for several images.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights.")]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE", help='Such as "cpu" or "cuda:0". Default: a GPU if there is one.'
+    ),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's choice.")
+]
+
+
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def checkpoint(model: str | None) -> str:
+    """The checkpoint asked for, or the demo's."""
+    if model is None:
+        from fastskip.demo import checkpoint_path
+
+        model = str(checkpoint_path())
+    if not (Path(model).is_dir() or HUB_NAME.fullmatch(model)):
+        allowed = "an existing folder, or a hub name such as llava-hf/llava-1.5-7b-hf"
+        raise CommandError(f"--model {model}: no such folder; allowed: {allowed}")
+    return model
+
+
+def prepare(threads: int | None = None) -> None:
+    """Keep Hugging Face's notes and loading bars out of the output; set threads only if asked."""
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def reading(model: str) -> Iterator[None]:
+    """Missing or broken checkpoint files become one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        allowed = "a folder or hub checkpoint with config and weights"
+        raise CommandError(f"--model {model}: {reason}; allowed: {allowed}") from error
+
+
+def config_of(model: str) -> Any:
+    """The config of a checkpoint that can be prepared; no weights are read."""
+    from transformers import AutoConfig
+
+    from fastskip.families import check_config
+
+    with reading(model):
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except ValueError as error:
+            # how transformers says that config.json has no model type, or one it does not know
+            raise OSError(error) from error
+    check_config(config)
+    return config
+
+
+def inputs_for(model: str, prompt: str, images: list[Path] | None, max_new_tokens: int) -> Any:
+    """Processor and model inputs; whatever is wrong with them is found before weights load."""
+    from fastskip.images import load_image
+    from fastskip.prompts import build_inputs, processor_for
+
+    pictures = [load_image(path) for path in images or ()]
+    config = config_of(model)
+    processor = processor_for(model)
+    return processor, build_inputs(
+        processor, prompt, pictures, config=config, max_new_tokens=max_new_tokens
+    )
+
+
+def device_of(name: str | None) -> Any:
+    """The device asked for, else a GPU if there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        reason = str(error).partition("\n")[0]
+        count = torch.cuda.device_count()
+        allowed = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+        raise CommandError(f"--device {name}: {reason}; allowed here: {allowed}") from error
+
+
+def load(model: str, policy: str | None, dtype: Dtype, device: str | None) -> Any:
+    """The prepared model."""
+    import fastskip
+
+    with reading(model):
+        place = device_of(device)
+        return fastskip.load_model(model, policy=policy, dtype=dtype.value, device=place)

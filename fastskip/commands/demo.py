@@ -1,0 +1,29 @@
+"""`fastskip demo`: what skipping does, on the bundled model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastskip.commands.common import prepare
+
+
+def demo(
+    plots: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write plots into this folder.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer scenes and policies.")] = False,
+) -> None:
+    """See skipping at work: the bundled model under several policies, in quality and time.
+
+    Needs no download and no GPU.
+
+    [bold]Example[/]
+
+    [cyan]fastskip demo --quick --plots plots/[/]
+    """
+    prepare()
+    from fastskip.demo import show
+
+    show.run(plots=plots, quick=quick)

@@ -1,0 +1,75 @@
+"""`fastskip generate`: answer a prompt about images, and say how fast."""
+
+from typing import Annotated
+
+import typer
+
+from fastskip.commands.common import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImageOption,
+    ModelOption,
+    PolicyOption,
+    ThreadsOption,
+    checkpoint,
+    inputs_for,
+    load,
+    prepare,
+)
+
+
+def generate(
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            "-q",
+            metavar="TEXT",
+            help="The question. Write <image> where an image belongs; else images come first.",
+        ),
+    ],
+    model: ModelOption = None,
+    image: ImageOption = None,
+    policy: PolicyOption = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="T", help="0 takes the likeliest token, > 0 samples.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Makes samples repeatable.", show_default=False)
+    ] = None,
+    warmup: Annotated[
+        bool, typer.Option("--warmup", help="Run once untimed: kernels compile on first use.")
+    ] = False,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Answer a question about images, streamed; the times go to stderr.
+
+    TTFT is the time to the first token (vision tower and prompt), TPOT the time of each later one.
+
+    [bold]Example[/]
+
+    [cyan]fastskip generate -m llava-hf/llava-1.5-7b-hf -i cat.jpg -q "What is the cat doing?"
+    --policy image_ffn --dtype bfloat16[/]
+    """
+    prepare(threads)
+    path = checkpoint(model)
+    processor, inputs = inputs_for(path, prompt, image, max_new_tokens)
+    prepared = load(path, policy, dtype, device)
+
+    import fastskip
+    from fastskip.commands.streaming import stream
+
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | sampling
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if warmup:
+        stream(prepared, tokenizer, inputs, options, seed, silent=True)
+    times = stream(prepared, tokenizer, inputs, options, seed)
+    name = fastskip.plan_of(prepared).policy.name or "unnamed"
+    typer.secho(f"{times.summary()}, policy {name}", dim=True, err=True)

@@ -1,0 +1,161 @@
+"""`fastskip plan`: what a policy skips in a model, and what that can save at best."""
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    PolicyOption,
+    ThreadsOption,
+    checkpoint,
+    config_of,
+    device_of,
+    prepare,
+)
+
+if TYPE_CHECKING:
+    from fastskip.commands.forecast import Forecast
+
+
+def plan(
+    model: ModelOption = None,
+    policy: PolicyOption = None,
+    image_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Image positions a prompt. Default: one image of the model."
+        ),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Other positions.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Generated tokens.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 1,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S",
+            help="Memory bandwidth to plan for, with --tflops. Default: this machine, measured.",
+            show_default=False,
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TFLOP/S", help="Matrix product rate to plan for.", show_default=False
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a policy skips, what that saves, and how much faster it can make a model at best.
+
+    Reads the checkpoint's config only. Floors are the least times that memory and arithmetic allow;
+    decoder and lm_head are counted, the vision tower is not.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p image_ffn --dtype bfloat16[/]
+
+    [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p mine.json --bandwidth 3350 --tflops 800[/]
+    """
+    prepare(threads)
+    path = checkpoint(model)
+    config = config_of(path)
+
+    from fastskip.commands import forecast
+    from fastskip.loading import _choose_policy
+
+    chosen = _choose_policy(policy, path, config, {})
+    load = forecast.Workload(
+        forecast.image_tokens(config) if image_tokens is None else image_tokens,
+        text_tokens,
+        new_tokens,
+        batch,
+    )
+    number = forecast.dtype_of(config, dtype.value)
+    machine = _ceilings(bandwidth, tflops, number, device)
+    result = forecast.forecast(config, chosen, load, number, machine)
+    if as_json:
+        typer.echo(json.dumps({"model": path} | result.to_dict(), indent=2))
+    else:
+        _show(path, result)
+
+
+def _ceilings(bandwidth: float | None, tflops: float | None, dtype: Any, device: str | None) -> Any:
+    from fastskip.costs import Ceilings
+    from fastskip.machine import ceilings
+
+    if bandwidth is None and tflops is None:
+        return ceilings(dtype, device_of(device))
+    if not (bandwidth and tflops and bandwidth > 0 and tflops > 0):
+        raise CommandError(
+            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as positive numbers, or "
+            "none (then this machine is measured)"
+        )
+    return Ceilings(bandwidth * 1e9, tflops * 1e12)
+
+
+def _show(model: str, result: "Forecast") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    load, name = result.workload, escape(result.plan.policy.name or "policy")
+    console = Console(highlight=False)
+    depth = result.plan.shape.depth
+    console.print(f"[bold]{name}[/] on {escape(model)}: {depth} layers", soft_wrap=True)
+    if result.plan.is_dense:
+        console.print("Nothing is skipped.")
+    else:
+        layers = Table("layers", "arrangement", *result.plan.classes, box=box.SIMPLE_HEAD)
+        for row in result.plan.rows():
+            layers.add_row(row.layers, row.arrangement, *row.cells)
+        console.print(layers)
+    console.print(
+        f"{load.batch} x ({load.image_tokens} image + {load.text_tokens} text positions, "
+        f"{load.new_tokens} new tokens):"
+    )
+    costs = Table("", "dense", name, "dense / policy", box=box.SIMPLE_HEAD)
+    for column in costs.columns[1:]:
+        column.justify = "right"
+    for label, field, unit in _LINES:
+        dense, skipping = getattr(result.dense, field), getattr(result.skipping, field)
+        ratio = f"{dense / skipping:.2f}" if skipping else "-"
+        costs.add_row(label, _si(dense, unit), _si(skipping, unit), ratio)
+    console.print(costs)
+    ceilings, ideal = result.ceilings, result.ideal
+    console.print(
+        f"Ideal gain: prefill [bold]{ideal.prefill:.2f}x[/], decode [bold]{ideal.decode:.2f}x[/], "
+        f"where memory gives {_si(ceilings.bandwidth_bytes_per_s, 'B/s')} and arithmetic "
+        f"{_si(ceilings.flops_per_s, 'FLOP/s')}."
+    )
+    if result.plan.routed:
+        console.print("Cells with ? are decided by a router and count as running.")
+
+
+_LINES = (
+    ("prefill FLOPs", "prefill_flops", "FLOP"),
+    ("prefill bytes", "prefill_bytes", "B"),
+    ("prefill floor", "prefill_floor_s", "s"),
+    ("FLOPs a decode step", "decode_flops", "FLOP"),
+    ("bytes a decode step", "decode_bytes", "B"),
+    ("floor of a decode step", "decode_floor_s", "s"),
+    ("K and V at the end", "kv_bytes", "B"),
+)
+
+
+def _si(value: float, unit: str) -> str:
+    """Three digits and a prefix: 1.23 GB."""
+    prefixes = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
+    thousands = math.floor(math.log(value, 1000)) if value else 0
+    thousands = max(-3, min(6, thousands))
+    return f"{value / 1000**thousands:.3g} {prefixes[thousands + 3]}{unit}"

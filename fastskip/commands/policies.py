@@ -1,0 +1,107 @@
+"""`fastskip policies`: the presets, and policy files made of them."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastskip.commands.common import CommandError
+
+
+def policies(
+    name: Annotated[
+        str | None, typer.Argument(help="A preset; leave it out to list them.", show_default=False)
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="Set an option of the preset; repeat it for several.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also show what it skips in a model of N layers."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write to a .json or .yaml file instead."
+        ),
+    ] = None,
+) -> None:
+    """List the presets, or turn one into a policy file to edit and share.
+
+    [bold]Example[/]
+
+    [cyan]fastskip policies every_nth_ffn -s interval=3 -s scope=image --layers 32 -o mine.json[/]
+    """
+    if name is None:
+        _list()
+        return
+    from fastskip.policy import SkipPolicy
+
+    policy = SkipPolicy.preset(name, **dict(_option(text) for text in option or ()))
+    table = None if layers is None else _table(policy, layers)
+    if output is None:
+        typer.echo(json.dumps(policy.to_dict(), indent=2))
+    else:
+        try:
+            policy.save(output)
+        except OSError as error:
+            raise CommandError(f"--output {output}: {error}; allowed: a writable file") from error
+        typer.echo(f"wrote {output}")
+    if table is not None:
+        typer.echo(table)
+
+
+def _list() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastskip.presets import PRESETS
+
+    table = Table("preset", "what it does", "options (-s KEY=VALUE)", box=None, pad_edge=False)
+    for name, (function, line) in PRESETS.items():
+        parameters = inspect.signature(function).parameters.values()
+        options = " ".join(f"{p.name}={_shown(p.default)}" for p in parameters)
+        table.add_row(name, line, options)
+    Console().print(table)
+
+
+def _shown(default: object) -> str:
+    return "-" if default is None else str(default)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise CommandError(f"--set {text}: allowed: KEY=VALUE, such as interval=3")
+    try:
+        return key, int(value)
+    except ValueError:
+        return key, value
+
+
+def _table(policy: Any, layers: int) -> str:
+    from fastskip.plan import ModelShape, make_plan
+
+    # what is skipped depends on the depth alone
+    shape = ModelShape(
+        depth=layers,
+        hidden_size=1,
+        ffn_size=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=1,
+        vocab_size=1,
+        has_images=True,
+        dtype_bytes=1,
+        max_positions=1,
+    )
+    return make_plan(policy, shape).table()

@@ -1,0 +1,319 @@
+"""FLOPs and bytes of a plan, operation by operation, and the time that they need at the least.
+
+Counted: the decoder's linears, attention and the lm_head, 2 FLOPs a multiply-add. Not counted:
+the vision tower, activations, norms and other elementwise work. Bytes are weights and biases (once
+for the whole batch), K and V read and K and V written. Attention counts visible pairs only. The
+last-layer rule holds: in the last step only rows whose logits are wanted go past K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+from fastskip.layer_plan import LayerPlan, ModelShape
+from fastskip.policy import TokenClass
+
+KINDS = ("qkv", "scores", "output", "ffn", "lm_head")
+
+
+class Planned(Protocol):
+    """What a cost count reads of a `SkipPlan`."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]: ...
+    @property
+    def steps(self) -> tuple[tuple[int, ...], ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """What a machine reaches: bytes a second from memory, and FLOPs a second in matrix products."""
+
+    bandwidth_bytes_per_s: float
+    flops_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One linear, attention or copy of cache entries, run `times` times with the same counts.
+
+    FLOPs and bytes are of one run, over the whole batch. `kind` is one of `KINDS`, or "copy".
+    """
+
+    kind: str
+    layer: int | None
+    flops: int = 0
+    weight_bytes: int = 0
+    kv_read_bytes: int = 0
+    kv_written_bytes: int = 0
+    times: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """All bytes of one run."""
+        return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The operations of a prefill, or of `steps` decode steps."""
+
+    ops: tuple[Operation, ...]
+    steps: int = 1
+
+    @cached_property
+    def flops_by_kind(self) -> Mapping[str, int]:
+        """FLOPs of each of `KINDS`."""
+        return {k: sum(op.times * op.flops for op in self.ops if op.kind == k) for k in KINDS}
+
+    @property
+    def flops(self) -> int:
+        """All FLOPs."""
+        return sum(self.flops_by_kind.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights and biases read, in all steps."""
+        return sum(op.times * op.weight_bytes for op in self.ops)
+
+    @property
+    def kv_read_bytes(self) -> int:
+        """Bytes of K and V read."""
+        return sum(op.times * op.kv_read_bytes for op in self.ops)
+
+    @property
+    def kv_written_bytes(self) -> int:
+        """Bytes of K and V written."""
+        return sum(op.times * op.kv_written_bytes for op in self.ops)
+
+    @property
+    def bytes(self) -> int:
+        """All bytes."""
+        return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes
+
+    @property
+    def operations(self) -> int:
+        """Operations in one step: linears on the same rows of one input are one."""
+        return sum(op.times for op in self.ops) // max(self.steps, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationCost:
+    """Prefill and decode of one `generate` call."""
+
+    prefill: Cost
+    decode: Cost
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of both."""
+        return self.prefill.flops + self.decode.flops
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """floor(dense) / floor(plan), for prefill and decode apart."""
+
+    prefill: float
+    decode: float
+
+
+def prefill_cost(
+    plan: Planned,
+    classes: Sequence[TokenClass],
+    batch: int = 1,
+    *,
+    wanted: int = 1,
+    past: Mapping[TokenClass, int] | None = None,
+) -> Cost:
+    """Cost of a forward over `batch` sequences of rows of these classes, in prompt order.
+
+    Args:
+        plan: The plan that runs.
+        classes: The class of each new row of one sequence.
+        batch: Number of such sequences.
+        wanted: How many of the last rows need logits; only these pass K and V of the last step.
+        past: Rows a class that earlier forwards left in the cache.
+    """
+    past = _checked(plan, past or {})
+    _checked(plan, dict.fromkeys(classes, 0))
+    wanted = min(wanted, len(classes))
+    ops: list[Operation] = []
+    known: dict[object, _Work] = {}  # most layers repeat the class sets of another
+    for layer in plan.layers:
+        first = len(classes) - wanted if layer.index in plan.steps[-1] else 0
+        sets = (layer.attending, layer.projecting, layer.holding, layer.feeding, first)
+        work = known.get(sets) or known.setdefault(sets, _work(layer, classes, past, first))
+        ops += _linears(plan.shape, layer.index, work, batch)
+        ops.append(_attention(plan.shape, layer.index, work, batch))
+    ops.append(_lm_head(plan.shape, wanted * batch))
+    return Cost(tuple(op for op in ops if op.flops or op.bytes))
+
+
+def decode_cost(
+    plan: Planned, context: Mapping[TokenClass, int], batch: int = 1, *, steps: int = 1
+) -> Cost:
+    """Cost of `steps` decode steps of one GENERATED row a sequence, the first one over `context`.
+
+    `context` counts the rows a class that one sequence has before the first step.
+    """
+    context = _checked(plan, context)
+    ops: list[Operation] = []
+    for layer in plan.layers:
+        work = _work(layer, (TokenClass.GENERATED,), context, 0)
+        ops += (replace(op, times=steps) for op in _linears(plan.shape, layer.index, work, batch))
+        for grown in range(steps if work.attending else 0):  # each step adds one entry
+            more = replace(work, pairs=work.pairs + grown, visible=work.visible + grown)
+            ops.append(_attention(plan.shape, layer.index, more, batch))
+    ops.append(replace(_lm_head(plan.shape, batch), times=steps))
+    return Cost(tuple(op for op in ops if op.times and (op.flops or op.bytes)), steps)
+
+
+def generation_cost(
+    plan: Planned, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0
+) -> GenerationCost:
+    """Cost of a prompt of `n_image` + `n_text` rows a sequence and `n_new` new tokens.
+
+    `text_before` of the text rows come before the image rows, the others after them. The prefill
+    gives the first new token, so there are `n_new - 1` decode steps.
+    """
+    if not 0 <= text_before <= n_text or n_new < 1:
+        raise ValueError(
+            f"text_before={text_before}, n_text={n_text}, n_new={n_new}: "
+            "allowed are 0 <= text_before <= n_text and n_new >= 1"
+        )
+    context = prompt_counts(n_image, n_text)
+    prompt = [TokenClass.TEXT] * n_text
+    prompt[text_before:text_before] = [TokenClass.IMAGE] * n_image
+    return GenerationCost(
+        prefill_cost(plan, prompt, batch), decode_cost(plan, context, batch, steps=n_new - 1)
+    )
+
+
+def prompt_counts(n_image: int, n_text: int, n_generated: int = 0) -> dict[TokenClass, int]:
+    """Row counts by class; classes without rows are left out, so text-only models fit too."""
+    counts = zip(TokenClass, (n_image, n_text, n_generated), strict=True)
+    return {token_class: count for token_class, count in counts if count}
+
+
+def cache_bytes(plan: Planned, context: Mapping[TokenClass, int], batch: int = 1) -> int:
+    """Bytes of live cache entries of `batch` sequences with these rows a class."""
+    context = _checked(plan, context)
+    entries = sum(_held(layer, context) for layer in plan.layers)
+    return entries * plan.shape.kv_entry_bytes * batch
+
+
+def floor_seconds(cost: Cost, ceilings: Ceilings) -> float:
+    """The least time: each operation at the memory's or the arithmetic's ceiling, one by one."""
+    return sum(
+        op.times * max(op.bytes / ceilings.bandwidth_bytes_per_s, op.flops / ceilings.flops_per_s)
+        for op in cost.ops
+    )
+
+
+def ideal_speedup(
+    dense: Planned,
+    plan: Planned,
+    ceilings: Ceilings,
+    *,
+    n_image: int,
+    n_text: int,
+    n_new: int,
+    batch: int = 1,
+    text_before: int = 0,
+) -> Speedup:
+    """floor(dense) / floor(plan) for one `generate` call; decode is 1 where there is none."""
+    a, b = (
+        generation_cost(p, n_image, n_text, n_new, batch, text_before=text_before)
+        for p in (dense, plan)
+    )
+    decode = floor_seconds(b.decode, ceilings)
+    return Speedup(
+        floor_seconds(a.prefill, ceilings) / floor_seconds(b.prefill, ceilings),
+        floor_seconds(a.decode, ceilings) / decode if decode else 1.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Row counts of one sequence in one layer; `visible` is how many entries its queries read."""
+
+    attending: int
+    projecting: int
+    copied: int
+    feeding: int
+    pairs: int
+    visible: int
+
+
+def _work(
+    layer: LayerPlan, classes: Sequence[TokenClass], past: Mapping[TokenClass, int], first: int
+) -> _Work:
+    """Rows before `first` only leave their cache entries."""
+    entries = accumulate((c in layer.holding for c in classes), initial=_held(layer, past))
+    seen = list(entries)[1:]
+    queries = [seen[i] for i in range(first, len(classes)) if classes[i] in layer.attending]
+    return _Work(
+        attending=len(queries),
+        projecting=sum(c in layer.projecting for c in classes),
+        copied=sum(c in layer.holding - layer.projecting for c in classes),
+        feeding=sum(c in layer.feeding for c in classes[first:]),
+        pairs=sum(queries),
+        visible=queries[-1] if queries else 0,
+    )
+
+
+def _linears(shape: ModelShape, layer: int, work: _Work, batch: int) -> list[Operation]:
+    hidden, ffn, entry = shape.hidden_size, shape.ffn_size, shape.kv_entry_bytes * batch
+    q, kv = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
+
+    def linear(kind: str, rows: int, n_in: int, n_out: int, bias: bool, stored: int = 0) -> None:
+        if rows:
+            weights = (n_in + bias) * n_out * shape.dtype_bytes
+            flops = 2 * rows * batch * n_in * n_out
+            ops.append(Operation(kind, layer, flops, weights, kv_written_bytes=stored * entry))
+
+    ops: list[Operation] = []
+    if work.attending == work.projecting:
+        linear("qkv", work.attending, hidden, q + kv, shape.attention_bias, work.projecting)
+    else:
+        linear("qkv", work.attending, hidden, q, shape.attention_bias)
+        linear("qkv", work.projecting, hidden, kv, shape.attention_bias, work.projecting)
+    if work.copied:
+        copied = work.copied * entry
+        ops.append(Operation("copy", layer, kv_read_bytes=copied, kv_written_bytes=copied))
+    linear("output", work.attending, q, hidden, shape.attention_output_bias)
+    linear("ffn", work.feeding, hidden, (2 if shape.gated_ffn else 1) * ffn, shape.ffn_bias)
+    linear("ffn", work.feeding, ffn, hidden, shape.ffn_bias)
+    return ops
+
+
+def _attention(shape: ModelShape, layer: int, work: _Work, batch: int) -> Operation:
+    flops = 4 * work.pairs * shape.num_heads * shape.head_dim * batch  # scores, weighted sum
+    read = work.visible * shape.kv_entry_bytes * batch
+    return Operation("scores", layer, flops, kv_read_bytes=read)
+
+
+def _lm_head(shape: ModelShape, rows: int) -> Operation:
+    size = shape.hidden_size * shape.vocab_size
+    weights = size * shape.dtype_bytes if rows else 0
+    return Operation("lm_head", None, 2 * rows * size, weights)
+
+
+def _held(layer: LayerPlan, rows: Mapping[TokenClass, int]) -> int:
+    return sum(n for c, n in rows.items() if c in layer.holding)
+
+
+def _checked(plan: Planned, rows: Mapping[TokenClass, int]) -> Mapping[TokenClass, int]:
+    """Row counts a class; `ValueError` for a class that the model lacks or a negative count."""
+    for token_class, count in rows.items():
+        if token_class not in plan.shape.classes or count < 0:
+            known = ", ".join(plan.shape.classes)
+            raise ValueError(f"{token_class}: {count}; allowed: counts >= 0 of {known}")
+    return rows

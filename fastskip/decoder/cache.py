@@ -1,0 +1,243 @@
+"""The key/value cache: compact per layer, a Hugging Face ``Cache`` to the outside.
+
+The life of an entry: a forward lays out its columns; a row whose class holds an entry in a layer
+gets the next free slot of its sequence there; its K (already rotated) and V are written to that
+slot once and stay; attention reads slots ``0 .. count`` as a view. What a policy leaves out is not
+stored, so layers differ in length, and a layer that nobody attends in holds nothing at all.
+
+To Hugging Face the cache speaks in *columns*: ``get_seq_length`` is the number of columns seen,
+whatever a layer holds; ``crop`` and ``reorder_cache`` act on columns and sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from fastskip.decoder.slots import EntryTable, Segment
+from fastskip.ops.allocate import empty
+from fastskip.plan import SkipPlan
+from fastskip.policy import TokenClass
+from fastskip.tokens import CODES, PAD
+
+
+class LayerEntries:
+    """K and V of one layer: one ``[B, G, slots, K]`` buffer each a segment."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def extend(self, segments: Sequence[Segment], shape: tuple[int, int, int], like: Tensor) -> None:
+        """Adds the buffers of segments that are new; what exists is not touched."""
+        batch, groups, width = shape
+        for segment in segments[len(self.keys) :]:
+            size = (batch, groups, segment.count, width)
+            self.keys.append(empty(size, like.dtype, like.device))
+            self.values.append(empty(size, like.dtype, like.device))
+
+    def select(self, sequences: Tensor) -> None:
+        self.keys = [buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.keys]
+        self.values = [buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.values]
+
+
+class SkipCache(Cache):
+    """Cache of a prepared model; remembers the plan that filled it.
+
+    Attributes:
+        codes: ``[B, C]`` class of every column seen (``tokens.CODES``; ``PAD`` for pads), host.
+        positions: ``[B, C]`` RoPE position of every column, host.
+        prompt_columns: inside ``generate``, where the prompt ends; ``None`` outside.
+    """
+
+    def __init__(self, plan: SkipPlan, *, reserve: int = 0) -> None:
+        """``reserve``: columns that are expected in all, so that growth needs no second segment."""
+        super().__init__(layers=[])
+        self.plan = plan
+        self.reserve = reserve
+        self.prompt_columns: int | None = None
+        self.codes = torch.empty(0, 0, dtype=torch.int64)
+        self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.tables: dict[frozenset[TokenClass], EntryTable] = {}
+        self.entries: dict[int, LayerEntries] = {}
+        self._layers_by_holding: dict[frozenset[TokenClass], list[int]] = {}
+        for layer in plan.layers:
+            if layer.holding:
+                self._layers_by_holding.setdefault(layer.holding, []).append(layer.index)
+
+    # What the decoder uses.
+
+    @property
+    def columns(self) -> int:
+        """Columns seen, pads included."""
+        return self.codes.shape[1]
+
+    def grow(self, codes: Tensor, like: Tensor | None) -> None:
+        """Makes room for new columns ``[B, T]`` in every layer; nothing that is stored moves.
+
+        ``like`` gives dtype and device of the buffers; ``None`` makes none (nothing is kept).
+
+        The columns count as seen only after ``commit``, so a forward that fails leaves the cache
+        as it was.
+        """
+        batch = codes.shape[0]
+        if self.codes.shape[0] != batch:
+            if self.columns:
+                raise ValueError(
+                    f"past_key_values: holds {self.codes.shape[0]} sequences, the input has {batch}"
+                )
+            self.codes = torch.empty(batch, 0, dtype=torch.int64)
+            self.positions = torch.empty(batch, 0, dtype=torch.int64)
+        later = max(0, self.reserve - self.columns - codes.shape[1])
+        shape = (batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
+        for holding, layers in self._layers_by_holding.items():
+            table = self.tables.setdefault(holding, EntryTable(batch))
+            new = self.count(codes, holding)
+            slots = max(have + more for have, more in zip(table.counts, new, strict=True))
+            if like is not None and slots > table.capacity:
+                table.reserve(slots + (later if TokenClass.GENERATED in holding else 0))
+                for layer in layers:
+                    entries = self.entries.setdefault(layer, LayerEntries())
+                    entries.extend(table.segments, shape, like)
+
+    def commit(self, codes: Tensor, positions: Tensor) -> None:
+        """Counts the columns of the forward that just wrote its entries."""
+        self.codes = torch.cat((self.codes, codes), dim=1)
+        self.positions = torch.cat((self.positions, positions), dim=1)
+        for holding, table in self.tables.items():
+            new = self.count(codes, holding)
+            table.counts = [have + more for have, more in zip(table.counts, new, strict=True)]
+
+    @staticmethod
+    def count(codes: Tensor, classes: frozenset[TokenClass]) -> list[int]:
+        """How many of ``codes [B, T]`` are of ``classes``, per sequence."""
+        if codes.shape[1] == 1:
+            wanted = {CODES[token_class] for token_class in classes}
+            return [int(code in wanted) for (code,) in codes.tolist()]
+        return member(codes, classes).sum(1).tolist()
+
+    def last_positions(self) -> Tensor:
+        """``[B]`` position of each sequence's last real column; -1 for a sequence without one."""
+        if not self.columns:
+            return torch.full((self.codes.shape[0],), -1, dtype=torch.int64)
+        return self.positions.masked_fill(self.codes == PAD, -1).max(dim=1).values
+
+    def live_bytes(self) -> int:
+        """Bytes of live entries; ``plan.kv_bytes`` predicts them."""
+        total = 0
+        for layer in self.plan.layers:
+            if layer.index in self.entries and layer.holding:
+                buffers = self.entries[layer.index].keys
+                slots = sum(self.tables[layer.holding].counts)
+                if buffers:
+                    width = buffers[0].shape[1] * buffers[0].shape[3] * buffers[0].element_size()
+                    total += 2 * slots * width
+        return total
+
+    def allocated_bytes(self) -> int:
+        """Bytes of all buffers: the live ones, the columns reserved for ``generate``, pads of
+        ragged batches, and less than ``SEGMENT_SLOTS`` slots a sequence and layer for growth."""
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for entries in self.entries.values()
+            for buffer in (*entries.keys, *entries.values)
+        )
+
+    # What Hugging Face uses.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, the same for every layer, whatever a layer holds."""
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise TypeError(
+            "past_key_values: a fastskip cache is filled by the prepared model that made it; "
+            "a stock model needs a cache of its own"
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last ``-tokens_to_remove`` columns (a positive value keeps that many)."""
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
+        keep = min(max(keep, 0), self.columns)
+        self.codes, self.positions = self.codes[:, :keep], self.positions[:, :keep]
+        for holding, table in self.tables.items():
+            table.counts = member(self.codes, holding).sum(1).tolist()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps (or repeats) the given sequences."""
+        host = indices.cpu()
+        self.codes, self.positions = self.codes[host], self.positions[host]
+        for table in self.tables.values():
+            table.counts = [table.counts[sequence] for sequence in host.tolist()]
+        for entries in self.entries.values():
+            entries.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = self.codes.shape[0]
+        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets every column; buffers are given back."""
+        self.codes = torch.empty(0, 0, dtype=torch.int64)
+        self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.tables.clear()
+        self.entries.clear()
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.columns > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.plan.shape.depth
+
+    @property
+    def batch_size(self) -> int:
+        return self.codes.shape[0] if self.columns else -1
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+    def activate_past_recording(self) -> None:
+        """Every column stays until it is cropped, so there is nothing to switch on."""
+
+    def __len__(self) -> int:
+        return self.plan.shape.depth
+
+    def __repr__(self) -> str:
+        return (
+            f"SkipCache(columns={self.columns}, sequences={self.codes.shape[0]}, "
+            f"live_bytes={self.live_bytes()})"
+        )
+
+
+def member(codes: Tensor, classes: frozenset[TokenClass]) -> Tensor:
+    """Which of ``codes`` are of ``classes``."""
+    member = torch.zeros(len(CODES) + 1, dtype=torch.bool)
+    member[[CODES[token_class] for token_class in classes]] = True
+    return member[codes]  # PAD indexes the last entry

@@ -1,0 +1,179 @@
+"""Keys and values during one forward: rows in packed order in, slots in column order out.
+
+Two forms with one interface. ``CachedEntries`` writes into a cache and reads views of it.
+``GradientEntries`` keeps the new rows as tensors that autograd can follow (a cache, if there is
+one, gets detached copies).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.cache import SkipCache, member
+from fastskip.decoder.slots import Placement
+from fastskip.plan import SkipPlan
+from fastskip.policy import TokenClass
+from fastskip.tokens import Rows, TokenLayout
+
+
+class Entries(Protocol):
+    """The store of one forward."""
+
+    def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
+        """Stores K and V ``[n, G, K]`` of packed rows in ``layer``."""
+
+    def reuse(self, layer: int, source: int, rows: Rows) -> None:
+        """Stores in ``layer`` a copy of the rows' own entries in ``source``."""
+
+    def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """K and V segments ``[b, G, n_i, K]`` of the first ``count`` slots of ``sequences``."""
+
+    def columns(self, layer: int, sequence: int) -> Tensor:
+        """The column of each entry of a sequence, new ones included: ``[count]``, host."""
+
+    def counts(self, layer: int) -> list[int]:
+        """Entries of each sequence, new ones included."""
+
+
+class _SlotMap:
+    """Slots of a forward's rows, per set of holding classes; shared by all layers of the set."""
+
+    def __init__(self, plan: SkipPlan, cache: SkipCache, codes: Tensor, layout: TokenLayout) -> None:
+        self._plan, self._cache, self._codes, self._layout = plan, cache, codes, layout
+        self._slots: dict[frozenset[TokenClass], Tensor] = {}
+        self._counts: dict[frozenset[TokenClass], list[int]] = {}
+        self._placements: dict[tuple[frozenset[TokenClass], int], tuple[Rows, Placement]] = {}
+        self._columns: dict[tuple[frozenset[TokenClass], int], Tensor] = {}
+
+    def counts(self, layer: int) -> list[int]:
+        holding = self._plan.layers[layer].holding
+        found = self._counts.get(holding)
+        if found is None:
+            new = self._cache.count(self._codes, holding)
+            have = self._cache.tables[holding].counts
+            found = self._counts[holding] = [a + b for a, b in zip(have, new, strict=True)]
+        return found
+
+    def placement(self, layer: int, rows: Rows) -> Placement:
+        """Where packed ``rows`` go in ``layer``."""
+        holding = self._plan.layers[layer].holding
+        # The rows are kept beside their placement, so an id is not reused while it is a key.
+        found = self._placements.get((holding, id(rows)))
+        if found is None:
+            slots = self._row_slots(holding)
+            placement = Placement(self._layout.sequences[rows.index], slots[rows.index])
+            found = self._placements[holding, id(rows)] = (rows, placement)
+        return found[1]
+
+    def columns(self, layer: int, sequence: int) -> Tensor:
+        holding = self._plan.layers[layer].holding
+        found = self._columns.get((holding, sequence))
+        if found is None:
+            codes = torch.cat((self._cache.codes[sequence], self._codes[sequence]))
+            found = member(codes, holding).nonzero().squeeze(1)
+            self._columns[holding, sequence] = found
+        return found
+
+    def _row_slots(self, holding: frozenset[TokenClass]) -> Tensor:
+        """``[N]`` slot of every packed row (meaningless for rows that hold no entry)."""
+        found = self._slots.get(holding)
+        if found is None:
+            layout = self._layout
+            have = torch.tensor(self._cache.tables[holding].counts)
+            if layout.width == 1:
+                found = have[layout.sequences]
+            else:
+                rank = member(self._codes, holding).cumsum(1) - 1
+                new = rank[layout.sequences, layout.columns - layout.first_column]
+                found = have[layout.sequences] + new
+            self._slots[holding] = found
+        return found
+
+
+class CachedEntries:
+    """Entries written to a cache in place, and read as views of it."""
+
+    def __init__(
+        self, plan: SkipPlan, cache: SkipCache, codes: Tensor, layout: TokenLayout, like: Tensor | None
+    ) -> None:
+        cache.grow(codes, like)
+        self._plan, self._cache = plan, cache
+        self._map = _SlotMap(plan, cache, codes, layout)
+        self.counts, self.columns = self._map.counts, self._map.columns
+
+    def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
+        self._write(layer, self._map.placement(layer, rows), keys, values)
+
+    def reuse(self, layer: int, source: int, rows: Rows) -> None:
+        segments = self._cache.tables[self._plan.layers[source].holding].segments
+        origin = self._map.placement(source, rows)
+        entries = self._cache.entries[source]
+        keys = origin.read(segments, entries.keys)
+        values = origin.read(segments, entries.values)
+        self._write(layer, self._map.placement(layer, rows), keys, values)
+
+    def _write(self, layer: int, placement: Placement, keys: Tensor, values: Tensor) -> None:
+        segments = self._cache.tables[self._plan.layers[layer].holding].segments
+        entries = self._cache.entries[layer]
+        placement.write(segments, entries.keys, keys)
+        placement.write(segments, entries.values, values)
+
+    def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        segments = self._cache.tables[self._plan.layers[layer].holding].segments
+        entries = self._cache.entries[layer]
+        keys, values = [], []
+        for number, segment in enumerate(segments):
+            used = min(count - segment.start, segment.count)
+            if used > 0:
+                keys.append(entries.keys[number][sequences, :, :used])
+                values.append(entries.values[number][sequences, :, :used])
+        return keys, values
+
+
+class GradientEntries:
+    """Entries as tensors with history; what the cache already held comes before them."""
+
+    def __init__(
+        self, plan: SkipPlan, cache: SkipCache, codes: Tensor, layout: TokenLayout, like: Tensor | None
+    ) -> None:
+        """``like=None``: the cache is not kept, so nothing is copied into it."""
+        self._stored = CachedEntries(plan, cache, codes, layout, like)
+        self._is_kept = like is not None
+        self._plan, self._cache, self._layout = plan, cache, layout
+        self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self.counts, self.columns = self._stored.counts, self._stored.columns
+
+    def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
+        if self._is_kept:
+            self._stored.append(layer, rows, keys.detach(), values.detach())
+        self._new.setdefault(layer, []).append((rows.ids(torch.device("cpu")), keys, values))
+
+    def reuse(self, layer: int, source: int, rows: Rows) -> None:
+        ids, keys, values = self._merged(source)
+        where = torch.full((len(self._layout),), -1, dtype=torch.int64)
+        where[ids] = torch.arange(len(ids))
+        index = where[rows.ids(torch.device("cpu"))].to(keys.device)
+        self.append(layer, rows, keys[index], values[index])
+
+    def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        ids, new_keys, new_values = self._merged(layer)
+        holding = self._plan.layers[layer].holding
+        keys, values = [], []
+        for sequence in range(*sequences.indices(self._layout.batch)):
+            mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
+            mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
+            past = self._cache.tables[holding].counts[sequence]
+            old_keys, old_values = self._stored.read(layer, slice(sequence, sequence + 1), past)
+            both = (*old_keys, new_keys[mine].transpose(0, 1)[None])
+            keys.append(torch.cat(both, dim=2)[0, :, :count])
+            both = (*old_values, new_values[mine].transpose(0, 1)[None])
+            values.append(torch.cat(both, dim=2)[0, :, :count])
+        return [torch.stack(keys)], [torch.stack(values)]
+
+    def _merged(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids, keys, values = zip(*self._new[layer], strict=True)
+        return torch.cat(ids), torch.cat(keys), torch.cat(values)
+

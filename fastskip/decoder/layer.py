@@ -1,0 +1,139 @@
+"""One decoder layer on sets of rows: skipping shows as which rows enter a sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastskip.decoder.attention import AttentionPattern
+from fastskip.decoder.entries import Entries
+from fastskip.decoder.weights import BlockWeights
+from fastskip.ops import Operations
+from fastskip.plan import LayerPlan
+from fastskip.policy import Arrangement, Norm
+from fastskip.tokens import Rows
+
+Add = Callable[[Tensor, Rows, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRows:
+    """What enters each part of one layer; all index packed rows.
+
+    Attributes:
+        joint: rows whose q, k and v are projected together (they attend and hold an entry).
+        stored: rows that only leave K and V.
+        reused: rows that copy their entry of a lower layer, by that layer.
+        narrow: after the K/V of the last layer only these rows go on; ``None`` elsewhere. The
+            fields below index what is left.
+        attending: rows that run attention; those not in ``joint`` project q alone.
+        feeding: rows that run the FFN.
+        pattern: what the attending rows see; ``None`` without any.
+    """
+
+    joint: Rows
+    stored: Rows
+    reused: tuple[tuple[int, Rows], ...]
+    narrow: Rows | None
+    attending: Rows
+    feeding: Rows
+    pattern: AttentionPattern | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary tables ``[N, 1, K]`` of all packed rows."""
+
+    cosine: Tensor
+    sine: Tensor
+
+    def take(self, rows: Rows) -> Rotation:
+        return Rotation(rows.take(self.cosine), rows.take(self.sine))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A decoder layer as the runtime sees it: weights, plan, and the numbers of its attention."""
+
+    weights: BlockWeights
+    plan: LayerPlan
+    ops: Operations
+    scale: float
+    dropout: float
+
+    def run(
+        self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries, add: Add
+    ) -> Tensor:
+        """The layer's cell of the semantics table: ``[N, D]`` in, ``[N, D]`` (or narrowed) out.
+
+        Sequential: ``h1 = h + A(N1 h)``, ``out = h1 + F(N2 h1)``. Parallel: both read ``h``, and
+        with a shared norm the FFN reads ``N1 h``. Rows that skip a part are not in its rows.
+        """
+        narrow = rows.narrow or _all(h)
+        if self.plan.arrangement is Arrangement.PARALLEL:
+            norm = self.weights.attention_norm
+            norm = norm if self.plan.norm is Norm.SHARED else self.weights.ffn_norm
+            ffn = self._ffn(narrow.take(h), rows, norm)
+            attention = self._attention(h, rows, rotation, entries)
+            return self._add(self._add(narrow.take(h), rows.attending, attention, add), rows.feeding, ffn, add)
+        attention = self._attention(h, rows, rotation, entries)
+        h = self._add(narrow.take(h), rows.attending, attention, add)
+        return self._add(h, rows.feeding, self._ffn(h, rows, self.weights.ffn_norm), add)
+
+    def change(self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries) -> Tensor:
+        """``d``: what the dense layer adds to its (narrowed) input; both blocks of a pair read it
+        from the same ``h``."""
+        attention = self._attention(h, rows, rotation, entries)
+        assert attention is not None
+        h = (rows.narrow or _all(h)).take(h)
+        return attention + self.weights.ffn(self.weights.ffn_norm(h + attention))
+
+    def _attention(
+        self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries
+    ) -> Tensor | None:
+        """``A(N1 h)`` of the attending rows; stores the layer's new entries on the way."""
+        weights, layer = self.weights, self.plan.index
+        queries = None
+        if rows.joint.count:
+            heads, values = weights.queries_keys_values(weights.attention_norm(rows.joint.take(h)))
+            at = rotation.take(rows.joint)
+            heads = self.ops.rotate(heads, at.cosine, at.sine)
+            groups = values.shape[1]
+            queries, keys = heads[:, :-groups], heads[:, -groups:]
+            entries.append(layer, rows.joint, keys, values)
+        if rows.stored.count:
+            x = weights.attention_norm(rows.stored.take(h))
+            keys, values = weights.keys_values(x)
+            at = rotation.take(rows.stored)
+            entries.append(layer, rows.stored, self.ops.rotate(keys, at.cosine, at.sine), values)
+        for source, copied in rows.reused:
+            entries.reuse(layer, source, copied)
+        if rows.pattern is None:
+            return None
+        if queries is None:
+            queries = self._narrow_queries(h, rows, rotation)
+        mixed = rows.pattern.attend(queries, layer, entries, self.ops, self.scale, self.dropout)
+        return weights.attention_output(mixed)
+
+    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Rotation) -> Tensor:
+        """Queries of the last layer, whose K and V were projected for more rows than go on."""
+        narrow = rows.narrow or _all(h)
+        x = self.weights.attention_norm(rows.attending.take(narrow.take(h)))
+        at = rotation.take(narrow).take(rows.attending)
+        return self.ops.rotate(self.weights.queries(x), at.cosine, at.sine)
+
+    def _ffn(self, h: Tensor, rows: BlockRows, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """``F(norm h)`` of the feeding rows."""
+        if not rows.feeding.count:
+            return None
+        return self.weights.ffn(norm(rows.feeding.take(h)))
+
+    @staticmethod
+    def _add(h: Tensor, rows: Rows, change: Tensor | None, add: Add) -> Tensor:
+        return h if change is None else add(h, rows, change)
+
+
+def _all(h: Tensor) -> Rows:
+    return Rows(slice(0, h.shape[0]), h.shape[0])

@@ -1,0 +1,112 @@
+"""Where entries of a cache lie: slots per sequence, in segments that never move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A segment that nobody reserved has at least this many slots.
+SEGMENT_SLOTS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Slots ``start .. start + count`` of every sequence."""
+
+    start: int
+    count: int
+
+
+class EntryTable:
+    """The slots of all layers that hold the same set of classes.
+
+    A sequence's entries lie in column order in slots ``0 .. counts[b]``. The table also says which
+    segments exist; each layer has one K and one V buffer a segment.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.counts = [0] * batch
+        self.segments: list[Segment] = []
+
+    def reserve(self, slots: int) -> None:
+        """Adds a segment if fewer than ``slots`` slots exist."""
+        have = self.capacity
+        if slots > have:
+            self.segments.append(Segment(have, max(slots - have, SEGMENT_SLOTS if have else 1)))
+
+    @property
+    def capacity(self) -> int:
+        return self.segments[-1].start + self.segments[-1].count if self.segments else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows ``row .. row + count`` go to ``slot .. slot + count`` of one sequence."""
+
+    row: int
+    sequence: int
+    slot: int
+    count: int
+
+
+class Placement:
+    """Where the rows of one write go; made once and used by every layer of a table."""
+
+    def __init__(self, sequences: Tensor, slots: Tensor) -> None:
+        """``sequences`` and ``slots``: ``[n]`` int64 on the host, a row each."""
+        self.sequences, self.slots = sequences, slots
+        self._runs: list[_Run] | None = None
+        self._level: int | None = None
+        count = len(slots)
+        if count and int(slots[0]) == int(slots.max()) == int(slots.min()):
+            if torch.equal(sequences, torch.arange(count)):
+                self._level = int(slots[0])
+
+    def is_level(self, batch: int) -> bool:
+        """One row a sequence, all into the same slot: a decode step of sequences of one length."""
+        return self._level is not None and len(self.slots) == batch
+
+    def write(self, segments: Sequence[Segment], buffers: Sequence[Tensor], rows: Tensor) -> None:
+        """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` a segment."""
+        if self._level is not None and rows.shape[0] == buffers[0].shape[0]:
+            for segment, buffer in zip(segments, buffers, strict=True):
+                slot = self._level - segment.start
+                if 0 <= slot < segment.count:
+                    buffer[:, :, slot] = rows
+            return
+        for segment, buffer in zip(segments, buffers, strict=True):
+            for run in self.runs():
+                first = max(run.slot, segment.start)
+                last = min(run.slot + run.count, segment.start + segment.count)
+                if first >= last:
+                    continue
+                source = rows[run.row + first - run.slot : run.row + last - run.slot]
+                target = buffer[run.sequence, :, first - segment.start : last - segment.start]
+                target.copy_(source.transpose(0, 1))
+
+    def read(self, segments: Sequence[Segment], buffers: Sequence[Tensor]) -> Tensor:
+        """The entries at this placement: ``[n, G, K]``, new memory."""
+        first = buffers[0]
+        out = first.new_zeros(len(self.slots), first.shape[1], first.shape[3])
+        for segment, buffer in zip(segments, buffers, strict=True):
+            inside = (self.slots >= segment.start) & (self.slots < segment.start + segment.count)
+            index = inside.nonzero().squeeze(1)
+            out[index] = buffer[self.sequences[index], :, self.slots[index] - segment.start]
+        return out
+
+    def runs(self) -> list[_Run]:
+        """Maximal stretches of neighbouring rows that go to neighbouring slots."""
+        if self._runs is None:
+            self._runs = []
+            count = len(self.slots)
+            if count:
+                breaks = (self.slots.diff() != 1) | (self.sequences.diff() != 0)
+                starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), count]
+                for start, stop in zip(starts[:-1], starts[1:], strict=True):
+                    self._runs.append(
+                        _Run(start, int(self.sequences[start]), int(self.slots[start]), stop - start)
+                    )
+        return self._runs

@@ -1,0 +1,59 @@
+"""Leaving sublayers out for the image's rows while training, so that skip policies cost little.
+
+A decoder that always had every sublayer for every row may rely on any of them. In the last stage,
+some image rows' sublayers are therefore left out at random; the decoder learns to put what it needs
+of the image into the early layers, which are never left out.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+FIRST = 3
+"""Layers below this one are never left out."""
+
+Cell = tuple[int, str]
+"""A layer and the name of its sublayer, "self_attn" or "mlp"."""
+
+
+def draw_cells(rng: np.random.Generator, depth: int) -> list[Cell]:
+    """Nothing for half of the batches; else late layers altogether, or scattered sublayers."""
+    form = rng.random()
+    if form < 0.5:
+        return []
+    if form < 0.75:
+        first = int(rng.integers(FIRST, depth))
+        chosen = [(layer, name) for layer in range(first, depth) for name in ("self_attn", "mlp")]
+        return chosen if rng.random() < 0.5 else [cell for cell in chosen if cell[1] == "mlp"]
+    share = rng.random()
+    return [
+        (layer, name)
+        for layer in range(FIRST, depth)
+        for name in ("self_attn", "mlp")
+        if rng.random() < share
+    ]
+
+
+@contextmanager
+def dropped(
+    model: LlavaForConditionalGeneration, cells: Sequence[Cell], image: slice
+) -> Iterator[None]:
+    """Inside the block, the cells add nothing to the columns `image`; keys and values stay."""
+
+    def silence(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> object:
+        added = output[0] if isinstance(output, tuple) else output
+        keep = torch.ones(added.shape[1], 1, dtype=added.dtype)
+        keep[image] = 0
+        return (added * keep, *output[1:]) if isinstance(output, tuple) else added * keep
+
+    layers = model.model.language_model.layers
+    hooks = [getattr(layers[layer], name).register_forward_hook(silence) for layer, name in cells]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,107 @@
+"""Exact match of a model's greedy answers, by kind of question.
+
+The model is used through `generate` alone, so a dense model and one that skips computation are
+judged by the same yardstick.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlavaProcessor
+
+from fastskip.demo.scenes import Question, QuestionKind, Scene, Split, draw, questions, scenes
+
+Item = tuple[Scene, Question]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many questions of each kind were asked and answered exactly right."""
+
+    asked: dict[QuestionKind, int]
+    right: dict[QuestionKind, int]
+
+    def of(self, *kinds: QuestionKind) -> float:
+        """Share that is right among these kinds."""
+        return sum(self.right[kind] for kind in kinds) / sum(self.asked[kind] for kind in kinds)
+
+    @property
+    def overall(self) -> float:
+        """Over all questions; captions are no questions and are left out."""
+        return self.of(*(kind for kind in self.asked if kind is not QuestionKind.CAPTION))
+
+    def table(self) -> str:
+        lines = [
+            f"{kind.value:<10} {self.of(kind):7.2%}  {self.right[kind]:>5} of {self.asked[kind]:>5}"
+            for kind in self.asked
+        ]
+        if set(self.asked) != {QuestionKind.CAPTION}:
+            lines.append(f"{'overall':<10} {self.overall:7.2%}  (without captions)")
+        return "\n".join(lines)
+
+
+def held_out(
+    count: int,
+    seed: int = 0,
+    kinds: Sequence[QuestionKind] = tuple(QuestionKind),
+    split: Split = Split.TEST,
+) -> list[Item]:
+    """About `count` items: one question of each kind for as many scenes as that takes."""
+    found: list[Item] = []
+    for scene in scenes(split, count, seed):
+        found.extend((scene, question) for question in questions(scene, seed, kinds))
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def prompt(processor: LlavaProcessor, text: str) -> str:
+    """The chat prompt that asks `text` about one image."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    rendered: str = processor.apply_chat_template(chat, add_generation_prompt=True)
+    return rendered
+
+
+@torch.inference_mode()
+def answers(
+    model: Any, processor: LlavaProcessor, items: Sequence[Item], batch_size: int = 32
+) -> list[str]:
+    """The greedy answer to each item, one question and one image a prompt."""
+    found: list[str] = []
+    # like lengths together: captions run on for five times as long as other answers
+    order = sorted(range(len(items)), key=lambda index: len(items[index][1].answer))
+    for chunk in _chunks(order, batch_size):
+        inputs = processor(
+            images=[draw(items[index][0]) for index in chunk],
+            text=[prompt(processor, items[index][1].text) for index in chunk],
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device, model.dtype)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=32)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        found.extend(processor.batch_decode(new, skip_special_tokens=True))
+    by_index = dict(zip(order, found, strict=True))
+    return [by_index[index].strip() for index in range(len(items))]
+
+
+def evaluate(
+    model: Any, processor: LlavaProcessor, items: Sequence[Item], batch_size: int = 32
+) -> Accuracy:
+    """Ask every item and count the answers that are exactly right."""
+    asked: Counter[QuestionKind] = Counter()
+    right: Counter[QuestionKind] = Counter()
+    for (_, question), answer in zip(
+        items, answers(model, processor, items, batch_size), strict=True
+    ):
+        asked[question.kind] += 1
+        right[question.kind] += answer == question.answer
+    kinds = [kind for kind in QuestionKind if asked[kind]]
+    return Accuracy({kind: asked[kind] for kind in kinds}, {kind: right[kind] for kind in kinds})
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterable[Sequence[int]]:
+    return (indices[start : start + size] for start in range(0, len(indices), size))

@@ -1,0 +1,197 @@
+"""The staged recipe: vision encoder, then projector and language model, then all together.
+
+A run is a folder. `state.pt` in it holds everything that the next step depends on, and the data of
+a step depend on the seed, the stage, the number of the step and of the process only; so a run that
+was cut off goes on as if it had not been.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from fastskip.demo.dropping import draw_cells, dropped
+from fastskip.demo.learning import (
+    Optimiser,
+    PatchHeads,
+    answer_loss,
+    exact_match,
+    patch_loss,
+    rate_factor,
+)
+from fastskip.demo.model import build_model
+from fastskip.demo.packing import IMAGE_COLUMNS, Mixture, Packer, normalise
+from fastskip.demo.scenes import QuestionKind, Split, render, scenes
+from fastskip.demo.team import Team
+
+MIXTURE: Mapping[QuestionKind, float] = {
+    QuestionKind.COLOUR: 2.0,
+    QuestionKind.SHAPE: 1.5,
+    QuestionKind.COUNT: 1.5,
+    QuestionKind.EXISTENCE: 1.5,
+    # two figures to find and compare: learned last, and only once places can be told
+    QuestionKind.RELATION: 4.0,
+    QuestionKind.LOCATION: 1.5,
+    QuestionKind.CAPTION: 0.7,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is learned, for how long and how fast."""
+
+    name: str
+    steps: int
+    batch: int
+    rate: float
+    warmup: int
+    decay: float
+    """Share of the steps over which the rate falls to nothing, at the end."""
+
+
+STAGES = (
+    Stage("vision", steps=500, batch=64, rate=2e-3, warmup=50, decay=0.7),
+    Stage("language", steps=1500, batch=32, rate=4e-3, warmup=60, decay=0.25),
+    Stage("all", steps=300, batch=32, rate=1e-3, warmup=10, decay=1.0),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    folder: Path
+    seed: int = 0
+    stages: tuple[Stage, ...] = STAGES
+    minutes: float | None = None
+    """Stop, resumably, after this long."""
+    save_every: int = 100
+    mixture: Mixture = field(default_factory=lambda: Mixture(MIXTURE))
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_late(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.started > 60 * self.minutes
+
+
+class Trainer:
+    """The model of one run, and how far it has come."""
+
+    def __init__(
+        self, run: Run, tokenizer: PreTrainedTokenizerFast, team: Team | None = None
+    ) -> None:
+        self.run, self.team = run, team or Team()
+        self.model: LlavaForConditionalGeneration = build_model(tokenizer, run.seed)
+        torch.manual_seed(run.seed)
+        self.heads = PatchHeads(self.model.config.vision_config.hidden_size)
+        self.packer = Packer(tokenizer, run.mixture)
+        self.stage, self.step = 0, 0
+        self._optimiser: Optimiser | None = None
+
+    def train(self) -> bool:
+        """Run the stages that are left; False if the time was up before the last was done."""
+        self._load()
+        while self.stage < len(self.run.stages):
+            if not self._train_stage(self.run.stages[self.stage]):
+                return False
+            self.stage, self.step, self._optimiser = self.stage + 1, 0, None
+            self._save()
+        return True
+
+    def _train_stage(self, stage: Stage) -> bool:
+        optimiser = self._optimiser = self._optimiser or self._new_optimiser(stage)
+        self.model.train()
+        bar = tqdm(range(self.step, stage.steps), initial=self.step, total=stage.steps,
+                   desc=stage.name, dynamic_ncols=True, disable=not self.team.is_first)
+        for step in bar:
+            if self.team.agree(self.run.is_late):
+                self._save()
+                return False
+            with torch.autocast("cpu", torch.bfloat16):
+                loss, accuracy = self._loss(stage, step)
+            loss.backward()
+            self.team.average_(optimiser.parameters)
+            optimiser.step(rate_factor(step, stage.steps, stage.warmup, stage.decay))
+            self.step = step + 1
+            if step % 10 == 9:
+                bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
+            if self.step % self.run.save_every == 0:
+                self._save()
+                if stage.name != "vision" and self.team.is_first:
+                    tqdm.write(self._report())
+        return True
+
+    def _loss(self, stage: Stage, step: int) -> tuple[Tensor, float]:
+        """The loss of one fresh batch, and the share of what is told rightly."""
+        rng = np.random.default_rng([self.run.seed, self.stage, step, self.team.rank])
+        share = max(1, stage.batch // self.team.size)
+        batch = scenes(Split.TRAIN, share, int(rng.integers(2**31)))
+        if stage.name == "vision":
+            pixels = normalise(torch.from_numpy(render(batch)))
+            return patch_loss(self.model, self.heads, pixels, batch)
+        packed = self.packer.pack(batch, rng)
+        is_last = stage.name == "all"
+        depth = self.model.config.text_config.num_hidden_layers
+        with dropped(self.model, draw_cells(rng, depth) if is_last else [], IMAGE_COLUMNS):
+            loss, right = answer_loss(self.model, packed, train_vision=is_last)
+        return loss, right.float().mean().item()
+
+    def _report(self) -> str:
+        """Exact match by kind, on scenes of the validation split."""
+        rng = np.random.default_rng(1)
+        self.model.eval()
+        found = exact_match(self.model, self.packer.pack(scenes(Split.VALIDATION, 64, 1), rng))
+        self.model.train()
+        figures = "  ".join(f"{kind.value} {share:.3f}" for kind, share in found.items())
+        return f"{self.run.stages[self.stage].name} {self.step}: {figures}"
+
+    def _new_optimiser(self, stage: Stage) -> Optimiser:
+        named = _learned(stage, self.model, self.heads)
+        return Optimiser(named, stage.rate, share=1.0 if stage.name == "vision" else 0.2)
+
+    def _save(self) -> None:
+        """Replace `state.pt` in one go: a run that is cut off while saving keeps the old one."""
+        if not self.team.is_first:
+            return
+        state = {
+            "stage": self.stage,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimiser": self._optimiser and self._optimiser.state_dict(),
+        }
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, self.run.folder / "state.tmp")
+        os.replace(self.run.folder / "state.tmp", self.run.folder / "state.pt")
+
+    def _load(self) -> None:
+        path = self.run.folder / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.stage, self.step = state["stage"], state["step"]
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        if state["optimiser"] is not None and self.stage < len(self.run.stages):
+            self._optimiser = self._new_optimiser(self.run.stages[self.stage])
+            self._optimiser.load_state_dict(state["optimiser"])
+
+
+def _learned(
+    stage: Stage, model: LlavaForConditionalGeneration, heads: PatchHeads
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a stage changes."""
+    if stage.name == "vision":
+        yield from heads.named_parameters("heads")
+    for name, parameter in model.named_parameters():
+        if stage.name == "all" or (stage.name == "vision") == ("vision_tower" in name):
+            # the tower's last norm feeds the pooled output only, which LLaVA does not read
+            if "post_layernorm" not in name:
+                yield name, parameter

@@ -1,0 +1,85 @@
+"""Several processes that train one model: each takes its share of a batch, gradients are averaged.
+
+One thread a process, and one meeting a step: on a CPU with few cores, and all the more where other
+programs run as well, that is far faster than one process whose threads meet at every operation.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor, multiprocessing, nn
+
+CAPACITY = 8_000_000
+"""Most parameters that a model may have."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process' view of all of them; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    gradients: Tensor | None = None
+    """[size, CAPACITY] in shared memory."""
+    flag: Tensor | None = None
+    """[1] in shared memory: what process 0 last decided."""
+    barrier: Barrier | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def average_(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the team, summed in the same order by all."""
+        if self.gradients is None or self.barrier is None:
+            return
+        flat = torch.cat([_gradient(parameter).flatten() for parameter in parameters])
+        self.gradients[self.rank, : len(flat)] = flat
+        self.barrier.wait()
+        mean = self.gradients[:, : len(flat)].sum(0) / self.size
+        self.barrier.wait()
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, mean.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def agree(self, decision: bool) -> bool:
+        """What process 0 decided; the others' own `decision` does not matter."""
+        if self.flag is None or self.barrier is None:
+            return decision
+        if self.is_first:
+            self.flag[0] = decision
+        self.barrier.wait()
+        agreed = bool(self.flag[0])
+        self.barrier.wait()
+        return agreed
+
+
+def work_together(size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Call `work(team, *arguments)` in `size` processes, or here if one is enough."""
+    if size == 1:
+        work(Team(), *arguments)
+        return
+    context = multiprocessing.get_context("spawn")
+    shared = torch.zeros(size, CAPACITY).share_memory_(), torch.zeros(1).share_memory_()
+    barrier = context.Barrier(size)
+    multiprocessing.spawn(_member, (size, *shared, barrier, work, arguments), nprocs=size)
+
+
+def _member(
+    rank: int,
+    size: int,
+    gradients: Tensor,
+    flag: Tensor,
+    barrier: Barrier,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    work(Team(rank, size, gradients, flag, barrier), *arguments)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,76 @@
+"""Command line of the recipe; see `--help`."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from fastskip.demo.export import export
+from fastskip.demo.recipe import STAGES, Run, Trainer
+from fastskip.demo.team import Team, work_together
+from fastskip.demo.text import build_processor
+
+DESCRIPTION = """\
+Train the demo's LLaVA on generated scenes of coloured shapes, in three stages:
+  vision    the vision encoder tells colour, shape, row and column of each patch
+  language  projector and language model learn to answer, the encoder stays as it is
+  all       everything together, at a lower rate
+Fresh scenes are drawn at every step; the seed decides them all.
+"""
+EPILOG = """\
+examples:
+  python -m fastskip.demo.train --out runs/shapes                 the bundled checkpoint
+  python -m fastskip.demo.train --out runs/shapes --minutes 20    as far as 20 minutes reach;
+                                                                  the same command again goes on
+  python -m fastskip.demo.train --out /tmp/smoke --steps 3        try the machinery out
+
+OUT/state.pt is written every 100 steps and after each stage, and is what a run goes on from.
+OUT/checkpoint is an ordinary Hugging Face folder, written when the last stage is done
+(or when the minutes are up: what has been learned so far).
+"""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastskip.demo.train",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--seed", type=int, default=0, help="weights and data (default: 0)")
+    parser.add_argument("--steps", type=int, help="at most so many steps in each stage")
+    parser.add_argument("--minutes", type=float, help="stop after so long; run again to go on")
+    parser.add_argument("--batch", type=int, help="scenes a step, in every stage")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="one a CPU core; shares each batch (default: 2)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    stages = tuple(
+        replace(
+            stage,
+            steps=min(stage.steps, options.steps or stage.steps),
+            batch=options.batch or stage.batch,
+        )
+        for stage in STAGES
+    )
+    run = Run(options.out, seed=options.seed, stages=stages, minutes=options.minutes)
+    work_together(options.processes, train, run)
+
+
+def train(team: Team, run: Run) -> None:
+    """What each process does; the first one writes."""
+    processor = build_processor()
+    trainer = Trainer(run, processor.tokenizer, team)
+    is_done = trainer.train()
+    if team.is_first:
+        export(trainer.model, processor, run.folder / "checkpoint")
+        outcome = "done" if is_done else "time is up, run again to go on"
+        print(f"{outcome}: {run.folder / 'checkpoint'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The model families that fastskip prepares, and what it must refuse in each.
+
+Everything here reads Hugging Face configs; no weights are needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastskip.plan import ModelShape
+
+MULTIMODAL = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+TEXT_ONLY = {"llama": "LlamaForCausalLM"}
+DECODERS = ("llama", "mistral", "qwen2")
+# Frequencies of these RoPE types depend on the length of the sequence, so they cannot be tabulated.
+DYNAMIC_ROPE = ("dynamic", "longrope")
+
+
+class UnsupportedModelError(ValueError):
+    """A model, or an option of one, that fastskip cannot prepare; says what it can."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(f"{field}: {value!r} is not supported; supported: {allowed}")
+
+
+def model_class_name(config: Any) -> str:
+    """The Hugging Face class of a config, e.g. ``LlavaForConditionalGeneration``."""
+    known = MULTIMODAL | TEXT_ONLY
+    name = known.get(config.model_type)
+    if name is None:
+        allowed = ", ".join(f"{kind} ({cls})" for kind, cls in known.items())
+        raise UnsupportedModelError("model_type", config.model_type, allowed)
+    return name
+
+
+def check_config(config: Any) -> None:
+    """Raises ``UnsupportedModelError`` for what would run wrongly or not at all."""
+    model_class_name(config)
+    text = config.get_text_config(decoder=True)
+    if text.model_type not in DECODERS:
+        raise UnsupportedModelError("text_config.model_type", text.model_type, ", ".join(DECODERS))
+    _check_sliding_window(text)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in DYNAMIC_ROPE:
+        raise UnsupportedModelError(
+            "rope_parameters.rope_type", rope["rope_type"], "frequencies that do not depend on length"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError("quantization_config", "a quantised checkpoint", "plain weights")
+
+
+def _check_sliding_window(text: Any) -> None:
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if types is not None:
+        slides = "sliding_attention" in types
+    else:
+        slides = getattr(text, "use_sliding_window", True)
+    if window is not None and slides and window < text.max_position_embeddings:
+        raise UnsupportedModelError(
+            "sliding_window",
+            window,
+            f"none, or at least max_position_embeddings ({text.max_position_embeddings})",
+        )
+
+
+def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
+    """The sizes that plans and costs depend on; ``dtype`` is that of weights and cache."""
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    is_qwen = text.model_type == "qwen2"
+    attention_bias = is_qwen or bool(getattr(text, "attention_bias", False))
+    return ModelShape(
+        depth=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        ffn_size=text.intermediate_size,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=head_dim,
+        vocab_size=text.vocab_size,
+        has_images=config.model_type in MULTIMODAL,
+        attention_bias=attention_bias,
+        attention_output_bias=attention_bias and not is_qwen,
+        ffn_bias=bool(getattr(text, "mlp_bias", False)),
+        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+        dtype_bytes=dtype.itemsize,
+        max_positions=text.max_position_embeddings,
+    )
+
+
+def text_model_of(model: Any) -> Any:
+    """The decoder stack of a model: the module that has ``layers``, ``norm`` and ``rotary_emb``."""
+    return model.get_decoder() if model.config.model_type in TEXT_ONLY else model.model.language_model
+
+
+def image_token_ids(config: Any) -> tuple[int, ...]:
+    """Placeholder ids that features replace: the image's, and the video's where there is one."""
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return tuple(token for token in ids if token is not None)

@@ -1,0 +1,83 @@
+"""The class of every column that enters a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.families import image_token_ids
+from fastskip.policy import TokenClass
+from fastskip.tokens import CODES
+
+_FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+
+
+def classify(
+    config: Any,
+    inputs: Mapping[str, Any],
+    *,
+    first_column: int,
+    prompt_columns: int | None,
+) -> Tensor | None:
+    """Codes ``[B, T]`` (host) of a forward's columns, pads not yet marked.
+
+    Image-filled positions are IMAGE; inside ``generate`` columns at or past ``prompt_columns`` are
+    GENERATED whatever their id; outside, rows with ``labels != -100`` are; all others are TEXT.
+    ``inputs["token_classes"]`` overrides. ``None`` if only embeddings are given, so that nobody
+    can know.
+    """
+    ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    present = ids if ids is not None else embeddings
+    if present is None:
+        return None
+    batch, width = present.shape[:2]
+    generated = torch.zeros(batch, width, dtype=torch.bool)
+    if prompt_columns is not None:
+        generated[:, max(0, prompt_columns - first_column) :] = True
+    given = inputs.get("token_classes")
+    if given is not None:
+        codes = _given(given, batch, width, first_column, prompt_columns)
+    elif ids is None:
+        if not bool(generated.all()):
+            return None
+        codes = torch.full((batch, width), CODES[TokenClass.TEXT])
+    else:
+        codes = torch.full((batch, width), CODES[TokenClass.TEXT])
+        is_image = torch.zeros(batch, width, dtype=torch.bool)
+        if any(inputs.get(name) is not None for name in _FEATURES):
+            is_image = torch.isin(ids.cpu(), torch.tensor(image_token_ids(config)))
+        labels = inputs.get("labels")
+        if labels is not None and prompt_columns is None:
+            codes[labels.cpu() != -100] = CODES[TokenClass.GENERATED]
+        codes[is_image] = CODES[TokenClass.IMAGE]
+    codes[generated] = CODES[TokenClass.GENERATED]
+    return codes
+
+
+def _given(
+    given: Any, batch: int, width: int, first_column: int, prompt_columns: int | None
+) -> Tensor:
+    """``token_classes`` as codes of this forward's columns."""
+    if isinstance(given, Tensor):
+        codes = given.detach().cpu().to(torch.int64)
+    else:
+        codes = torch.tensor([[CODES[TokenClass(name)] for name in row] for row in given])
+    allowed = {token_class.value: code for token_class, code in CODES.items()}
+    if codes.ndim != 2 or codes.shape[0] != batch:
+        raise ValueError(f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]")
+    if codes.numel() and not bool(torch.isin(codes, torch.tensor(list(CODES.values()))).all()):
+        raise ValueError(f"token_classes: {sorted(set(codes.flatten().tolist()))}; codes: {allowed}")
+    if prompt_columns is None:
+        if codes.shape[1] != width:
+            raise ValueError(
+                f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]"
+            )
+        return codes.clone()
+    # Inside generate they describe the prompt; columns past it are generated.
+    text = torch.full((batch, width), CODES[TokenClass.TEXT])
+    known = codes[:, first_column : first_column + width]
+    text[:, : known.shape[1]] = known
+    return text

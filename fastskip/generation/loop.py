@@ -1,0 +1,116 @@
+"""Greedy decoding and sampling: Hugging Face's contract, our decoder without its overhead.
+
+A step embeds one token a sequence, runs the decoder on the GENERATED rows and applies the head;
+logits processors, stopping criteria, scores and streamers see exactly what Hugging Face's own loop
+would show them. Beams and assisted decoding run in Hugging Face's loops on the prepared forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from fastskip.decoder.cache import SkipCache
+from fastskip.families import text_model_of
+from fastskip.generation.runtime import Runtime
+from fastskip.policy import TokenClass
+from fastskip.tokens import CODES
+
+
+def sample(
+    model: Any,
+    runtime: Runtime,
+    stock: Callable[..., Any],
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """``GenerationMixin._sample`` for a prepared model.
+
+    ``stock`` (Hugging Face's loop, on the prepared forward) runs what needs a full forward a step:
+    no cache, hidden states, several processes in step.
+    """
+    wants_outputs = generation_config.output_hidden_states or generation_config.output_attentions
+    if not model_kwargs.get("use_cache") or wants_outputs or synced_gpus:
+        return stock(
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    pad, config = generation_config._pad_token_tensor, generation_config
+    is_padding = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    keeps = config.return_dict_in_generate
+    scores: list[Tensor] | None = [] if keeps and config.output_scores else None
+    raw: list[Tensor] | None = [] if keeps and config.output_logits else None
+    unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    outputs = model._prefill(
+        input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
+    )
+    cache: SkipCache = outputs.past_key_values
+    # A copy in fp32, as in Hugging Face: processors may write to it.
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    del outputs
+    step = _DecodeStep(model, runtime, cache)
+    while True:
+        next_scores = logits_processor(input_ids, logits)
+        if scores is not None:
+            scores.append(next_scores)
+        if raw is not None:
+            raw.append(logits)
+        if config.do_sample:
+            probabilities = torch.nn.functional.softmax(next_scores, dim=-1)
+            tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
+        else:
+            tokens = torch.argmax(next_scores, dim=-1)
+        if is_padding:
+            tokens = tokens * unfinished + pad * (1 - unfinished)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        seen = None if scores is None else tuple(scores)
+        unfinished = unfinished & ~stopping_criteria(input_ids, seen)
+        if not bool(unfinished.any()):
+            break
+        logits = step(tokens).to(torch.float32)
+    if streamer is not None:
+        streamer.end()
+    if not keeps:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=None if scores is None else tuple(scores),
+        logits=None if raw is None else tuple(raw),
+        past_key_values=cache,
+    )
+
+
+class _DecodeStep:
+    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
+
+    def __init__(self, model: Any, runtime: Runtime, cache: SkipCache) -> None:
+        self._embed = model.get_input_embeddings()
+        self._head = model.get_output_embeddings()
+        self._norm = text_model_of(model).norm
+        self._decoder, self._cache = runtime.decoder, cache
+        self._codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])
+        self._position = cache.last_positions()[:, None]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        self._position = self._position + 1
+        h = self._embed(tokens[:, None])
+        out, _ = self._decoder.run(h, self._codes, self._position, self._cache)
+        logits: Tensor = self._head(self._norm(out))
+        return logits

@@ -1,0 +1,86 @@
+"""What a prepared model carries: its policy, plan and decoder, and the state of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.stack import Decoder
+from fastskip.ops import Operations
+from fastskip.plan import SkipPlan
+
+
+@dataclass(slots=True)
+class Session:
+    """One ``generate`` call: where its prompt ends, in columns."""
+
+    prompt_columns: int
+
+
+class Runtime:
+    """The state that the prepared classes share; one a model."""
+
+    def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
+        self.plan = plan
+        self.decoder = Decoder(text_model, plan, ops)
+        self.session: Session | None = None
+        self.lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"} | {
+            "session": None
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.lock = RLock()
+
+    def set_plan(self, plan: SkipPlan) -> None:
+        """Swaps the plan; weights stay where they are."""
+        plan.require_runnable()
+        with self.lock:
+            self.plan = self.decoder.plan = plan
+
+    @contextmanager
+    def generating(self, prompt_columns: int) -> Iterator[None]:
+        """Within this block columns at or past ``prompt_columns`` are ``GENERATED``.
+
+        A second thread waits here until the first is done.
+        """
+        with self.lock:
+            before, self.session = self.session, Session(prompt_columns)
+            try:
+                yield
+            finally:
+                self.session = before
+
+    def prompt_end(self, cache: SkipCache | None, new_columns: int) -> int | None:
+        """Where the prompt ends for a forward of ``new_columns``; ``None`` outside ``generate``.
+
+        A cache that ``generate`` did not make (a guidance processor's own) has its first forward
+        as its prompt.
+        """
+        if self.session is None:
+            return None
+        if cache is None:
+            return self.session.prompt_columns
+        if cache.prompt_columns is None:
+            cache.prompt_columns = cache.columns + new_columns
+        return cache.prompt_columns
+
+    def check_cache(self, cache: object) -> None:
+        """Raises for a cache that this model's plan did not fill."""
+        if not isinstance(cache, SkipCache):
+            raise TypeError(
+                f"past_key_values: got {type(cache).__name__}; a prepared model needs the cache "
+                "that it returned itself (or none, and it makes one)"
+            )
+        if cache.plan.fingerprint != self.plan.fingerprint:
+            raise ValueError(
+                "past_key_values: this cache was filled under another policy; "
+                "start from the whole prompt after set_policy"
+            )

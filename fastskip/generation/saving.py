@@ -1,0 +1,89 @@
+"""A prepared model on disk: an ordinary checkpoint and its policy beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastskip.plan import SkipPlan
+from fastskip.policy import PolicyError, SkipPolicy, Sublayer
+
+POLICY_FILE = "fastskip_policy.json"
+# transformers' names for what a layer skips (heterogeneous configurations).
+_SKIP_NAMES = {Sublayer.ATTENTION: "attention", Sublayer.FFN: "mlp"}
+
+
+def save(
+    config: Any, plan: SkipPlan, folder: Any, write: Callable[[], Any], *, export: bool
+) -> Any:
+    """Writes the checkpoint by ``write`` and the policy beside it.
+
+    With ``export`` the text config also gets ``per_layer_config``; only skips of all tokens can be
+    said that way, so any other policy raises ``PolicyError``.
+    """
+    if not export:
+        result = write()
+    else:
+        text = config.get_text_config(decoder=True)
+        before = getattr(text, "per_layer_config", None)
+        text.per_layer_config = per_layer_config(plan)
+        try:
+            result = write()
+        finally:
+            if before is None:
+                del text.per_layer_config
+            else:
+                text.per_layer_config = before
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    plan.policy.save(Path(folder) / POLICY_FILE)
+    return result
+
+
+def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
+    """The plan's all-token skips as transformers says them; raises where it cannot be said."""
+    policy = plan.policy
+    if policy.arrangements or policy.routers:
+        raise PolicyError(
+            "export_per_layer_config", policy.to_dict(), "rules only, no arrangements or routers"
+        )
+    layers: dict[int, dict[str, list[str]]] = {}
+    for layer in plan.layers:
+        cells = {(cell.attention, cell.ffn) for cell in layer.cells.values()}
+        if len(cells) > 1:
+            raise PolicyError(
+                "export_per_layer_config",
+                f"layer {layer.index}",
+                "skips that are the same for all token classes",
+            )
+        attention, ffn = next(iter(cells))
+        skip = [
+            _SKIP_NAMES[sublayer]
+            for sublayer, runs in ((Sublayer.ATTENTION, attention), (Sublayer.FFN, ffn))
+            if not runs
+        ]
+        if skip:
+            layers[layer.index] = {"skip": skip}
+    return layers
+
+
+def policy_of_config(config: Any) -> SkipPolicy | None:
+    """The policy that transformers' ``per_layer_config`` says, if it says one."""
+    layers = getattr(config.get_text_config(decoder=True), "per_layer_config", None)
+    names = {name: sublayer for sublayer, name in _SKIP_NAMES.items()}
+    rules = []
+    for index, overrides in (layers or {}).items():
+        skip = (overrides or {}).get("skip") if isinstance(overrides, dict) else None
+        if not skip:
+            continue
+        unknown = [name for name in skip if name not in names]
+        if unknown:
+            raise PolicyError(f"per_layer_config[{index}].skip", unknown, ", ".join(names))
+        rules.append(
+            {"layers": [int(index)], "tokens": "all", "skip": [names[name].value for name in skip]}
+        )
+    if not rules:
+        return None
+    return SkipPolicy.from_dict(
+        {"schema_version": 1, "name": "per_layer_config", "rules": rules}
+    )

@@ -1,0 +1,112 @@
+"""One decoder layer of a plan: what each token class does there, and the sizes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fastskip.policy import Arrangement, Combine, Norm, SkippedKV, TokenClass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """The sizes of one decoder that plans and costs depend on.
+
+    `dtype_bytes`: width of weights and of K and V. `has_images`: false for text-only models.
+    """
+
+    depth: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    has_images: bool
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    ffn_bias: bool = False
+    gated_ffn: bool = True
+    tied_embeddings: bool = False
+    dtype_bytes: int
+    max_positions: int
+
+    @property
+    def classes(self) -> tuple[TokenClass, ...]:
+        """The token classes that the model has."""
+        return tuple(c for c in TokenClass if self.has_images or c is not TokenClass.IMAGE)
+
+    @property
+    def kv_entry_bytes(self) -> int:
+        """Bytes of K and V of one row in one layer's cache."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What rows of one class do in one layer.
+
+    `kv` is the effective rule of a row that skips attention (`None` if attention runs): OMIT where
+    the layer holds no entries or REUSE finds no source. `kv_source` is the layer that REUSE copies
+    from; its entry may be a copy too.
+    """
+
+    attention: bool
+    ffn: bool
+    kv: SkippedKV | None = None
+    kv_source: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its cells, its wiring, and the class sets that the runtime makes rows of."""
+
+    index: int
+    cells: Mapping[TokenClass, Cell] = field(hash=False)
+    arrangement: Arrangement = Arrangement.SEQUENTIAL
+    norm: Norm = Norm.OWN
+    combine: Combine = Combine.SUM
+    partner: int | None = None
+
+    @cached_property
+    def attending(self) -> frozenset[TokenClass]:
+        """Classes that run attention."""
+        return frozenset(c for c, cell in self.cells.items() if cell.attention)
+
+    @cached_property
+    def feeding(self) -> frozenset[TokenClass]:
+        """Classes that run the FFN."""
+        return frozenset(c for c, cell in self.cells.items() if cell.ffn)
+
+    @property
+    def holds_kv(self) -> bool:
+        """Whether the layer's cache has entries: some class attends here."""
+        return bool(self.attending)
+
+    @cached_property
+    def projecting(self) -> frozenset[TokenClass]:
+        """Classes whose K and V are computed and stored."""
+        project = (c for c, cell in self.cells.items() if cell.kv is SkippedKV.PROJECT)
+        return self.attending | frozenset(project)
+
+    @cached_property
+    def reusing(self) -> Mapping[int, frozenset[TokenClass]]:
+        """Source layer -> classes whose entries are copied from its cache."""
+        sources = {
+            c: cell.kv_source for c, cell in self.cells.items() if cell.kv_source is not None
+        }
+        return {
+            source: frozenset(c for c, s in sources.items() if s == source)
+            for source in sorted(set(sources.values()))
+        }
+
+    @cached_property
+    def holding(self) -> frozenset[TokenClass]:
+        """Classes that have an entry in the layer's cache."""
+        return self.projecting.union(*self.reusing.values())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs and nothing is stored."""
+        return not (self.feeding or self.holding)

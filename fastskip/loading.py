@@ -1,0 +1,198 @@
+"""Loading and preparing models: the public verbs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fastskip import ops
+from fastskip.families import (
+    UnsupportedModelError,
+    check_config,
+    model_class_name,
+    shape_of,
+    text_model_of,
+)
+from fastskip.generation.prepared import prepare
+from fastskip.generation.runtime import Runtime
+from fastskip.generation.saving import POLICY_FILE, policy_of_config
+from fastskip.plan import SkipPlan, make_plan
+from fastskip.policy import SkipPolicy
+
+logger = logging.getLogger(__name__)
+
+PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_REFUSED = {
+    "quantization_config": "plain weights",
+    "attn_implementation": "the runtime's own attention",
+    "tp_plan": "one device",
+    "distributed_config": "one device",
+    "max_memory": "one device",
+    "offload_folder": "weights in memory",
+}
+
+
+def load_model(
+    model_id_or_path: str | os.PathLike[str],
+    policy: PolicyLike | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    impl: str | None = None,
+    **from_pretrained_kwargs: Any,
+) -> Any:
+    """Loads a checkpoint and prepares it: same class, same ``generate``, faster.
+
+    Args:
+        model_id_or_path: a folder or a hub id, safetensors only.
+        policy: a ``SkipPolicy``, a dict, a path to a policy file, or a preset's name. ``None``
+            takes the checkpoint's ``fastskip_policy.json``, else its ``per_layer_config``, else
+            dense; the log says which.
+        dtype: ``"auto"`` (the checkpoint's), a name, or a ``torch.dtype``.
+        device: where the model goes; ``None`` leaves it on the CPU.
+        impl: ``None`` chooses by device; an explicit choice that cannot run raises.
+        from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
+    Returns:
+        An instance of the checkpoint's own Hugging Face class, in evaluation mode.
+    Raises:
+        UnsupportedModelError: the model, or an argument, is not supported yet.
+        PolicyError: the policy is malformed or does not fit the model.
+    """
+    _check_arguments(from_pretrained_kwargs)
+    torch_dtype = _dtype_of(dtype)
+    hub = {
+        key: from_pretrained_kwargs[key]
+        for key in ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+        if key in from_pretrained_kwargs
+    }
+    path = os.fspath(model_id_or_path)
+    config = from_pretrained_kwargs.pop("config", None)
+    if config is None:
+        config = transformers.AutoConfig.from_pretrained(path, **hub)
+    check_config(config)
+    chosen = _choose_policy(policy, path, config, hub)
+    make_plan(chosen, shape_of(config)).require_runnable()  # before the weights are read
+    model_class = getattr(transformers, model_class_name(config))
+    model = model_class.from_pretrained(
+        path, config=config, dtype=torch_dtype, use_safetensors=True, **from_pretrained_kwargs
+    )
+    if device is not None:
+        model = model.to(device)
+    return apply_(model.eval(), chosen, impl=impl)
+
+
+def apply_(model: Any, policy: PolicyLike | None = None, *, impl: str | None = None) -> Any:
+    """Prepares a model that is already in memory, in place, and returns it.
+
+    A model that is prepared already gets the new policy.
+    """
+    chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
+    if getattr(model, "_fastskip", None) is not None:
+        return set_policy(model, chosen)
+    check_config(model.config)
+    _check_model(model)
+    text_model = text_model_of(model)
+    weight = text_model.norm.weight
+    plan = make_plan(chosen, shape_of(model.config, weight.dtype))
+    plan.require_runnable()
+    runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device))
+    prepare(model, runtime)
+    # Merging now, layer by layer, so that no more than one layer is held twice.
+    runtime.decoder.refresh(wants_gradient=False)
+    return model
+
+
+def set_policy(model: Any, policy: PolicyLike) -> Any:
+    """Swaps the policy of a prepared model without reloading; returns the model.
+
+    Caches that were filled under the old policy are refused afterwards.
+    """
+    runtime = _runtime_of(model)
+    dtype = text_model_of(model).norm.weight.dtype
+    runtime.set_plan(make_plan(SkipPolicy.coerce(policy), shape_of(model.config, dtype)))
+    return model
+
+
+def plan_of(model: Any) -> SkipPlan:
+    """The plan that a prepared model runs."""
+    return _runtime_of(model).plan
+
+
+def _runtime_of(model: Any) -> Runtime:
+    runtime = getattr(model, "_fastskip", None)
+    if runtime is None:
+        raise TypeError(
+            f"model: {type(model).__name__} is not prepared; use fastskip.load_model or "
+            "fastskip.apply_ first"
+        )
+    found: Runtime = runtime
+    return found
+
+
+def _choose_policy(
+    policy: PolicyLike | None, path: str, config: Any, hub: dict[str, Any]
+) -> SkipPolicy:
+    """An explicit policy wins; then the checkpoint's own file, then its config, then dense."""
+    if policy is not None:
+        return SkipPolicy.coerce(policy)
+    found = _policy_file(path, hub)
+    if found is not None:
+        logger.info("policy: %s", found)
+        return SkipPolicy.from_file(found)
+    from_config = policy_of_config(config)
+    if from_config is not None:
+        logger.info("policy: per_layer_config of the checkpoint")
+        return from_config
+    logger.info("policy: none given, none in the checkpoint; dense")
+    return SkipPolicy()
+
+
+def _policy_file(path: str, hub: dict[str, Any]) -> Path | None:
+    if Path(path).is_dir():
+        local = Path(path) / hub.get("subfolder", "") / POLICY_FILE
+        return local if local.is_file() else None
+    found = transformers.utils.cached_file(
+        path,
+        POLICY_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    return Path(found) if found else None
+
+
+def _dtype_of(dtype: str | torch.dtype) -> Any:
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: {dtype}; allowed: {', '.join(_DTYPES)}")
+        return dtype
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: {dtype!r}; allowed: {', '.join(_DTYPES)} or a torch.dtype")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    for name, allowed in _REFUSED.items():
+        if arguments.get(name) is not None:
+            raise UnsupportedModelError(name, arguments[name], allowed)
+    placement = arguments.get("device_map")
+    if placement is not None:
+        raise UnsupportedModelError("device_map", placement, "device='cpu' or device='cuda'")
+    if arguments.get("use_safetensors") is False:
+        raise UnsupportedModelError("use_safetensors", False, "True: pickle is never read")
+    arguments.pop("use_safetensors", None)
+
+
+def _check_model(model: Any) -> None:
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError("quantization_config", "a quantised model", "plain weights")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise UnsupportedModelError("device", sorted(devices), "all weights on one device")

@@ -1,0 +1,34 @@
+"""Uninitialised memory, in one place, so that tests can poison it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+_poison: ContextVar[bool] = ContextVar("poison", default=False)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that the caller promises to write before it is read.
+
+    Every buffer of the runtime that starts uninitialised comes from here: inside ``poisoned()``
+    it starts as NaN, so a slot that is read but was never written cannot go unnoticed.
+    """
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    if _poison.get() and dtype.is_floating_point:
+        memory.fill_(float("nan"))
+    return memory
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within this block ``empty`` returns NaN-filled memory."""
+    token = _poison.set(True)
+    try:
+        yield
+    finally:
+        _poison.reset(token)

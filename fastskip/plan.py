@@ -1,0 +1,177 @@
+"""What one model will do under one policy: the only place that says what is skipped.
+
+`make_plan` resolves a `SkipPolicy` against a `ModelShape`. The runtime, the cost counts, the report
+and the tables read the resulting `SkipPlan`, so none of them can disagree about what ran.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+
+from fastskip import costs
+from fastskip.layer_plan import Cell, LayerPlan, ModelShape
+from fastskip.plan_cells import RoutedCell, resolve_layers, resolve_routers
+from fastskip.policy import (
+    Arrangement,
+    PolicyError,
+    SkippedKV,
+    SkipPolicy,
+    TokenClass,
+)
+
+__all__ = ["Cell", "LayerPlan", "ModelShape", "RoutedCell", "SkipPlan", "TableRow", "make_plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """Consecutive layers that do the same: their range, their wiring, one text a token class."""
+
+    layers: str
+    arrangement: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """A policy resolved for one model; immutable.
+
+    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair.
+    """
+
+    policy: SkipPolicy
+    shape: ModelShape
+    layers: tuple[LayerPlan, ...]
+    routed: tuple[RoutedCell, ...] = ()
+
+    @property
+    def classes(self) -> tuple[TokenClass, ...]:
+        """The token classes that the model has."""
+        return self.shape.classes
+
+    @cached_property
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """Layers in execution order, the two of a pair together."""
+        steps: list[tuple[int, ...]] = []
+        for plan in self.layers:
+            if plan.partner is None:
+                steps.append((plan.index,))
+            elif plan.partner > plan.index:
+                steps.append((plan.index, plan.partner))
+        return tuple(steps)
+
+    @cached_property
+    def groups(self) -> tuple[frozenset[TokenClass], ...]:
+        """Classes that every layer treats alike, merged; in the order of `TokenClass`."""
+        merged: dict[object, set[TokenClass]] = {}
+        for token_class in self.classes:
+            routed = [(r.layer, r.rule) for r in self.routed if r.token_class is token_class]
+            column = tuple(plan.cells[token_class] for plan in self.layers)
+            merged.setdefault((column, tuple(routed)), set()).add(token_class)
+        return tuple(frozenset(group) for group in merged.values())
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether every cell runs, in sequence, without routers."""
+        plain = all(plan.arrangement is Arrangement.SEQUENTIAL for plan in self.layers)
+        full = all(
+            cell.attention and cell.ffn for plan in self.layers for cell in plan.cells.values()
+        )
+        return plain and full and not self.routed
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that affects execution, equal across processes; not of names."""
+        layers = [asdict(plan) for plan in self.layers]
+        routed = [(r.layer, r.token_class, r.rule.to_dict()) for r in self.routed]
+        text = json.dumps([asdict(self.shape), layers, routed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def require_runnable(self) -> None:
+        """Raise `PolicyError` if the plan needs what the runtime cannot do yet."""
+        if self.routed:
+            kinds = sorted({cell.rule.kind for cell in self.routed})
+            layers = sorted({cell.layer for cell in self.routed})
+            problem = f"routers {', '.join(kinds)} in layers {layers}: not available yet"
+            raise PolicyError("routers", kinds, "a policy without routers", problem)
+
+    def cost(
+        self, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0
+    ) -> costs.GenerationCost:
+        """FLOPs, bytes and operations of one `generate` call, prefill and decode apart.
+
+        Counts are per sequence. `text_before` of the text rows precede the image rows.
+        """
+        return costs.generation_cost(self, n_image, n_text, n_new, batch, text_before=text_before)
+
+    def flops(
+        self, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0
+    ) -> int:
+        """All FLOPs of one `generate` call, decoder and lm_head; `cost` splits them."""
+        return self.cost(n_image, n_text, n_new, batch, text_before=text_before).flops
+
+    def decode_bytes(self, context: Mapping[TokenClass, int], batch: int = 1) -> int:
+        """Bytes that one decode step reads and writes; `context`: rows a class per sequence."""
+        return costs.decode_cost(self, context, batch).bytes
+
+    def kv_bytes(self, n_image: int, n_text: int, n_generated: int = 0, batch: int = 1) -> int:
+        """Bytes of live cache entries of `batch` sequences with these rows each."""
+        counts = costs.prompt_counts(n_image, n_text, n_generated)
+        return costs.cache_bytes(self, counts, batch)
+
+    def rows(self) -> tuple[TableRow, ...]:
+        """The plan as a table of layer ranges; `classes` names the columns of `cells`."""
+
+        def describe(plan: LayerPlan) -> tuple[str, tuple[str, ...]]:
+            return _arrangement_text(plan), tuple(self._cell_text(plan, c) for c in self.classes)
+
+        rows = []
+        for (arrangement, cells), group in groupby(self.layers, describe):
+            indices = [plan.index for plan in group]
+            first, last = indices[0], indices[-1]
+            name = str(first) if first == last else f"{first}-{last}"
+            rows.append(TableRow(name, arrangement, cells))
+        return tuple(rows)
+
+    def table(self) -> str:
+        """The rows as plain text, columns aligned."""
+        head = ("layers", "arrangement", *(str(c) for c in self.classes))
+        lines = [head, *((row.layers, row.arrangement, *row.cells) for row in self.rows())]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        padded = (
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines
+        )
+        return "\n".join(line.rstrip() for line in padded)
+
+    def _cell_text(self, plan: LayerPlan, token_class: TokenClass) -> str:
+        cell = plan.cells[token_class]
+        here = [r for r in self.routed if (r.layer, r.token_class) == (plan.index, token_class)]
+        routed = frozenset().union(*(r.skip for r in here))
+        parts = []
+        if cell.attention:
+            parts.append("attention" + ("?" if "attention" in routed else ""))
+        elif cell.kv is not SkippedKV.OMIT:
+            parts.append("own K, V" if cell.kv is SkippedKV.PROJECT else "copied K, V")
+        if cell.ffn:
+            parts.append("ffn" + ("?" if "ffn" in routed else ""))
+        return " + ".join(parts) or "-"
+
+
+def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
+    """Resolve `policy` for a model of `shape`.
+
+    Raises `PolicyError` where the policy does not fit the model or contradicts itself ,
+    section "Policy file"); no rule is dropped silently.
+    """
+    layers = resolve_layers(policy, shape)
+    return SkipPlan(policy, shape, layers, resolve_routers(policy, shape, layers))
+
+
+def _arrangement_text(plan: LayerPlan) -> str:
+    if plan.arrangement is Arrangement.PARALLEL:
+        return f"parallel, {plan.norm} norm"
+    return f"pair, {plan.combine}" if plan.partner is not None else "sequential"

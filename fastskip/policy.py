@@ -1,0 +1,176 @@
+"""What the user wants left out: typed, pure data that knows no model, and its file format.
+
+A `SkipPolicy` holds rules (layers x token classes x sublayers to skip), arrangements (how a layer's
+sublayers are wired) and routers (cells decided from data at run time). Strings are accepted at this
+edge and become enums here; everything that needs a model's depth is checked by `plan.make_plan`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fastskip.policy_fields import (
+    instances,
+    json_object,
+    names,
+    select_layers,
+    select_pairs,
+    sequence,
+)
+from fastskip.policy_file import SUFFIXES, read_document, write_document
+from fastskip.policy_rules import (
+    ROUTER_KINDS,
+    AnyRule,
+    ArrangementRule,
+    RouterRule,
+    SkipRule,
+    build_rule,
+    check_fields,
+    set_fields,
+)
+from fastskip.vocabulary import (
+    Arrangement,
+    Combine,
+    Norm,
+    PolicyError,
+    SkippedKV,
+    Sublayer,
+    TokenClass,
+)
+
+__all__ = [
+    "ROUTER_KINDS",
+    "SCHEMA_VERSION",
+    "Arrangement",
+    "ArrangementRule",
+    "Combine",
+    "Norm",
+    "PolicyError",
+    "RouterRule",
+    "SkipPolicy",
+    "SkipRule",
+    "SkippedKV",
+    "Sublayer",
+    "TokenClass",
+    "select_layers",
+    "select_pairs",
+]
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SkipPolicy:
+    """Rules, arrangements and routers; the empty policy is the dense model.
+
+    Equality compares what is skipped, as written; `name` and `provenance` do not take part.
+    Every malformed field raises `PolicyError`.
+    """
+
+    rules: tuple[SkipRule, ...] = ()
+    arrangements: tuple[ArrangementRule, ...] = ()
+    routers: tuple[RouterRule, ...] = ()
+    removals: tuple[Any, ...] = ()
+    masks: tuple[Any, ...] = ()
+    semantics: str = "clean"
+    name: str = field(default="", compare=False)
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        set_fields(
+            self,
+            rules=instances(SkipRule, self.rules, "rules"),
+            arrangements=instances(ArrangementRule, self.arrangements, "arrangements"),
+            routers=instances(RouterRule, self.routers, "routers"),
+            provenance=json_object(self.provenance, "provenance"),
+        )
+        for reserved in ("removals", "masks"):
+            if sequence(value := getattr(self, reserved), reserved):
+                raise PolicyError(reserved, value, "none: not available yet")
+            set_fields(self, **{reserved: ()})
+        if self.semantics != "clean":
+            late = '"clean" ("reference" is not available yet)'
+            raise PolicyError("semantics", self.semantics, late)
+        if not isinstance(self.name, str):
+            raise PolicyError("name", self.name, "a string")
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> SkipPolicy:
+        """Build a policy from the plain data of a policy file (schema version 1)."""
+        if not isinstance(document, Mapping):
+            raise PolicyError("policy", document, "an object with schema_version and rules")
+        known = ("schema_version", *(f.name for f in fields(cls)))
+        check_fields(document, known, ("schema_version",))
+        version = document["schema_version"]
+        if type(version) is not int or version != SCHEMA_VERSION:
+            newer = type(version) is int and version > SCHEMA_VERSION
+            problem = f"got {version!r}, written for a newer fastskip" if newer else None
+            raise PolicyError("schema_version", version, str(SCHEMA_VERSION), problem)
+        values = {key: value for key, value in document.items() if key != "schema_version"}
+        for key, rule in _RULES.items():
+            items = sequence(document.get(key, ()), key)
+            values[key] = tuple(build_rule(rule, x, f"{key}[{i}]") for i, x in enumerate(items))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back to an equal policy."""
+        rules = {key: [rule.to_dict() for rule in getattr(self, key)] for key in _RULES}
+        head = {"schema_version": SCHEMA_VERSION, "name": self.name}
+        return head | rules | {"provenance": deepcopy(self.provenance)}
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> SkipPolicy:
+        """Read a JSON or YAML policy file. A missing or unreadable file raises `OSError`."""
+        try:
+            document = read_document(Path(path))
+        except ValueError as error:
+            allowed = f"a policy file ({', '.join(SUFFIXES)})"
+            raise PolicyError(os.fspath(path), None, allowed, str(error)) from error
+        if not isinstance(document, dict):
+            raise PolicyError(os.fspath(path), document, "an object with schema_version and rules")
+        return cls.from_dict(document)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the policy as JSON or YAML, by the suffix of `path`."""
+        try:
+            write_document(Path(path), self.to_dict())
+        except ValueError as error:
+            raise PolicyError("path", os.fspath(path), names(SUFFIXES), str(error)) from error
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> SkipPolicy:
+        """A named policy of `fastskip.presets`; an unknown name or option lists what exists."""
+        from fastskip.presets import build_preset  # presets are made of policies
+
+        return build_preset(name, options)
+
+    @classmethod
+    def coerce(cls, value: SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]) -> SkipPolicy:
+        """What `load_model(policy=...)` accepts: a policy, its dict, a preset name or a path.
+
+        A string that is a preset name is that preset, also where a file has the same name.
+        """
+        from fastskip.presets import PRESETS
+
+        if isinstance(value, SkipPolicy):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        if isinstance(value, str) and value in PRESETS:
+            return cls.preset(value)
+        if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
+            return cls.from_file(value)
+        what = f"a SkipPolicy, a dict, the path of a policy file, or a preset ({names(PRESETS)})"
+        raise PolicyError("policy", value, what)
+
+
+_RULES: dict[str, type[AnyRule]] = {
+    "rules": SkipRule,
+    "arrangements": ArrangementRule,
+    "routers": RouterRule,
+}

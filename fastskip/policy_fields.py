@@ -1,0 +1,176 @@
+"""How single fields of a policy are checked and brought into one form.
+
+Every function takes what a user may write and the field's name, and raises `PolicyError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any, Literal, TypeVar
+
+from fastskip.vocabulary import PolicyError, Sublayer, TokenClass
+
+Layers = str | tuple[int, ...]
+Pairs = tuple[tuple[int, int], ...]
+TokenSet = Literal["all"] | frozenset[TokenClass]
+E = TypeVar("E", bound=StrEnum)
+T = TypeVar("T")
+
+_SLICE = re.compile(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([0-9]{1,9})?)?")
+_LAYERS_ALLOWED = 'a slice string such as "4:31:2" or ":" (step >= 1), or a list of layer indices'
+
+
+def member(enum: type[E], value: object, field: str, *, but: E | None = None) -> E:
+    """One value of an enum, written as itself or as its string; `but` is not available here."""
+    valid = [option for option in enum if option is not but]
+    if isinstance(value, str) and value in valid:
+        return enum(value)
+    raise PolicyError(field, value, names(valid))
+
+
+def sequence(value: object, field: str) -> tuple[Any, ...]:
+    """A list as a tuple; strings and mappings are no lists."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    raise PolicyError(field, value, "a list")
+
+
+def instances(kind: type[T], value: object, field: str) -> tuple[T, ...]:
+    """A list of `kind` as a tuple."""
+    items = sequence(value, field)
+    for index, item in enumerate(items):
+        if not isinstance(item, kind):
+            raise PolicyError(f"{field}[{index}]", item, f"a {kind.__name__}")
+    return items
+
+
+def token_set(value: object) -> TokenSet:
+    """`tokens`: "all" as written, else a set of classes."""
+    if value == "all":
+        return "all"
+    return frozenset(_members(TokenClass, value, "tokens", '"all" or '))
+
+
+def sublayer_set(value: object) -> frozenset[Sublayer]:
+    """`skip`: a set of sublayers; "block" is both."""
+    items = (value,) if isinstance(value, str) else value
+    if isinstance(items, (list, tuple, set, frozenset)) and "block" in items:
+        items = [item for item in items if item != "block"] + list(Sublayer)
+    return frozenset(_members(Sublayer, items, "skip", '"block" or '))
+
+
+def _members(enum: type[E], value: object, field: str, others: str) -> tuple[E, ...]:
+    allowed = f"{others}a non-empty list of {names(enum)}"
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple, set, frozenset)) or not items:
+        raise PolicyError(field, value, allowed)
+    for item in items:
+        if not isinstance(item, str) or item not in tuple(enum):
+            raise PolicyError(field, value, allowed)
+    return tuple(enum(item) for item in items)
+
+
+def layer_selection(value: object, field: str = "layers") -> Layers:
+    """`layers` as written, checked as far as that needs no depth."""
+    if isinstance(value, str):
+        slice_parts(value, field)
+        return value
+    if not isinstance(value, (list, tuple, range)) or not value:
+        raise PolicyError(field, value, _LAYERS_ALLOWED)
+    for layer in value:
+        if type(layer) is not int or layer < 0:  # a bool is an int too
+            raise PolicyError(field, value, f"{_LAYERS_ALLOWED} (integers from 0)")
+    if len(set(value)) < len(value):
+        raise PolicyError(field, value, "each layer once")
+    return tuple(value)
+
+
+def pair_selection(value: object, field: str = "layers") -> str | Pairs:
+    """`layers` of a pair arrangement: [l, l + 1] lists, or a slice of step 1."""
+    if isinstance(value, str):
+        if slice_parts(value, field)[2] != 1:
+            raise PolicyError(field, value, "a slice of step 1 for pairs")
+        return value
+    allowed = "a non-empty list of pairs [l, l + 1], or a slice of step 1"
+    if not isinstance(value, (list, tuple)) or not value:
+        raise PolicyError(field, value, allowed)
+    for pair in value:
+        whole = isinstance(pair, (list, tuple)) and all(type(layer) is int for layer in pair)
+        if not whole or len(pair) != 2 or pair[0] < 0 or pair[1] != pair[0] + 1:
+            raise PolicyError(field, value, allowed)
+    layers = [layer for pair in value for layer in pair]
+    if len(set(layers)) < len(layers):
+        raise PolicyError(field, value, "each layer in one pair only")
+    return tuple((first, second) for first, second in value)
+
+
+def slice_parts(text: str, field: str) -> tuple[int | None, int | None, int]:
+    """Start, stop and step of a slice string."""
+    match = _SLICE.fullmatch(text)
+    if match is None:
+        raise PolicyError(field, text, _LAYERS_ALLOWED)
+    start, stop, step = (int(part) if part else None for part in match.groups())
+    if step == 0:
+        raise PolicyError(field, text, _LAYERS_ALLOWED)
+    return start, stop, 1 if step is None else step
+
+
+def select_layers(selection: Layers, depth: int, field: str) -> tuple[int, ...]:
+    """The layer indices that a slice string or index list names in a model of `depth` layers."""
+    if not isinstance(selection, str):
+        for layer in selection:
+            if not 0 <= layer < depth:
+                raise PolicyError(field, selection, f"layer indices in [0, {depth})")
+        return selection
+    start, stop, step = slice_parts(selection, field)
+    for bound in (start, stop):
+        if bound is not None and not -depth <= bound <= depth:
+            raise PolicyError(field, selection, f"slice bounds in [-{depth}, {depth}]")
+    layers = tuple(range(depth)[start:stop:step])
+    if not layers:
+        raise PolicyError(field, selection, f"a slice that selects one of {depth} layers or more")
+    return layers
+
+
+def select_pairs(selection: str | Pairs, depth: int, field: str) -> Pairs:
+    """The pairs that a pair arrangement names in a model of `depth` layers."""
+    if not isinstance(selection, str):
+        for pair in selection:
+            select_layers(pair, depth, field)
+        return selection
+    layers = select_layers(selection, depth, field)
+    if len(layers) % 2:
+        raise PolicyError(
+            field, selection, f"an even number of layers for pairs, not {len(layers)}"
+        )
+    return tuple(zip(layers[::2], layers[1::2], strict=True))
+
+
+def json_object(value: object, field: str) -> dict[str, Any]:
+    """A deep copy of a mapping that JSON can hold."""
+    try:
+        copy = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PolicyError(field, value, "an object that JSON can hold", str(error)) from error
+    if not isinstance(copy, dict):
+        raise PolicyError(field, value, "an object")
+    return copy
+
+
+def plain(value: object) -> Any:
+    """Enums, sets and tuples as the strings and lists of a policy file, in a fixed order."""
+    if isinstance(value, frozenset):
+        return [
+            option.value for enum in (TokenClass, Sublayer) for option in enum if option in value
+        ]
+    if isinstance(value, tuple):
+        return [plain(item) for item in value]
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def names(values: Iterable[str]) -> str:
+    """Values in quotes, for messages."""
+    return ", ".join(f'"{value}"' for value in values)

@@ -1,0 +1,185 @@
+"""The three kinds of statement in a policy: skip rules, arrangements and routers.
+
+Each takes strings, lists or enums, checks what needs no model, and holds one immutable form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from fastskip.policy_fields import (
+    Layers,
+    Pairs,
+    TokenSet,
+    layer_selection,
+    member,
+    names,
+    pair_selection,
+    plain,
+    sublayer_set,
+    token_set,
+)
+from fastskip.vocabulary import (
+    Arrangement,
+    Combine,
+    Norm,
+    PolicyError,
+    SkippedKV,
+    Sublayer,
+    TokenClass,
+)
+
+ROUTER_KINDS = ("similarity",)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class SkipRule:
+    """Leave `skip` out for rows of `tokens` in `layers`; `kv` says what skipped attention stores.
+
+    `layers` stays as written; `kv=None` means that the rule names none, which reads as PROJECT.
+    """
+
+    layers: Layers
+    tokens: TokenSet
+    skip: frozenset[Sublayer]
+    kv: SkippedKV | None
+    required: ClassVar[tuple[str, ...]] = ("layers", "skip")
+
+    def __init__(
+        self,
+        layers: str | Iterable[int],
+        tokens: str | Iterable[TokenClass | str] = "all",
+        skip: str | Iterable[Sublayer | str] = (),
+        kv: SkippedKV | str | None = None,
+    ) -> None:
+        sublayers = sublayer_set(skip)
+        entry = None if kv is None else member(SkippedKV, kv, "kv")
+        if entry is not None and Sublayer.ATTENTION not in sublayers:
+            raise PolicyError("kv", entry.value, 'no kv, or "attention" in skip')
+        set_fields(
+            self, layers=layer_selection(layers), tokens=token_set(tokens), skip=sublayers, kv=entry
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as in the policy file."""
+        result = {"layers": plain(self.layers), "tokens": plain(self.tokens)}
+        result["skip"] = plain(self.skip)
+        return result if self.kv is None else result | {"kv": self.kv.value}
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class ArrangementRule:
+    """Run `layers` in parallel form, or two by two as pairs.
+
+    `kind` PAIR takes a list of [l, l + 1], or a slice of step 1 that is cut into such pairs.
+    """
+
+    layers: Layers | Pairs
+    kind: Arrangement
+    norm: Norm | None
+    combine: Combine | None
+    required: ClassVar[tuple[str, ...]] = ("layers", "kind")
+
+    def __init__(
+        self,
+        layers: str | Iterable[int] | Iterable[Iterable[int]],
+        kind: Arrangement | str,
+        norm: Norm | str | None = None,
+        combine: Combine | str | None = None,
+    ) -> None:
+        form = member(Arrangement, kind, "kind", but=Arrangement.SEQUENTIAL)
+        if norm is not None and form is not Arrangement.PARALLEL:
+            raise PolicyError("norm", norm, 'no norm, or kind "parallel"')
+        if combine is not None and form is not Arrangement.PAIR:
+            raise PolicyError("combine", combine, 'no combine, or kind "pair"')
+        set_fields(
+            self,
+            layers=pair_selection(layers) if form is Arrangement.PAIR else layer_selection(layers),
+            kind=form,
+            norm=None if norm is None else member(Norm, norm, "norm"),
+            combine=None if combine is None else member(Combine, combine, "combine"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as in the policy file."""
+        result = {"layers": plain(self.layers), "kind": self.kind.value}
+        if self.norm is not None:
+            result["norm"] = self.norm.value
+        if self.combine is not None:
+            result["combine"] = self.combine.value
+        return result
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class RouterRule:
+    """Let a router decide, row by row, whether `tokens` skip `skip` in `layers`.
+
+    `threshold`: cosine similarity in [-1, 1] at and above which a row skips.
+    """
+
+    layers: Layers
+    tokens: TokenSet
+    skip: frozenset[Sublayer]
+    kind: str
+    threshold: float
+    required: ClassVar[tuple[str, ...]] = ("layers", "skip", "kind", "threshold")
+    reserved: ClassVar[tuple[str, ...]] = ("group", "kv", "rate", "capacity", "seed", "weights")
+
+    def __init__(
+        self,
+        layers: str | Iterable[int],
+        tokens: str | Iterable[TokenClass | str] = "all",
+        skip: str | Iterable[Sublayer | str] = (),
+        kind: str = "similarity",
+        threshold: float = math.nan,
+    ) -> None:
+        if not isinstance(kind, str) or kind not in ROUTER_KINDS:
+            raise PolicyError("kind", kind, names(ROUTER_KINDS))
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not -1 <= threshold <= 1:
+            raise PolicyError("threshold", threshold, "a number in [-1, 1]")
+        set_fields(
+            self, layers=layer_selection(layers), tokens=token_set(tokens), skip=sublayer_set(skip)
+        )
+        set_fields(self, kind=kind, threshold=float(threshold))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as in the policy file."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+
+AnyRule = SkipRule | ArrangementRule | RouterRule
+
+
+def set_fields(instance: object, **values: object) -> None:
+    """Give a frozen instance its fields, while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+
+
+def check_fields(
+    document: Mapping[str, Any], known: Iterable[str], required: Iterable[str], path: str = ""
+) -> None:
+    for key in document:
+        if key not in known:
+            raise PolicyError(f"{path}{key}", document[key], names(known), "unknown field")
+    for key in required:
+        if key not in document:
+            raise PolicyError(f"{path}{key}", None, "a value", "is missing")
+
+
+def build_rule(rule: type[AnyRule], item: object, path: str) -> AnyRule:
+    known = [f.name for f in fields(rule)]
+    if not isinstance(item, Mapping):
+        raise PolicyError(path, item, f"an object with {names(known)}")
+    for key in getattr(rule, "reserved", ()):
+        if key in item:
+            raise PolicyError(f"{path}.{key}", item[key], names(known), "not available yet")
+    check_fields(item, known, rule.required, f"{path}.")
+    try:
+        return rule(**item)
+    except PolicyError as error:
+        raise error.under(path) from None

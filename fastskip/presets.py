@@ -1,0 +1,148 @@
+"""Named policies: the published ways of skipping, as functions of a few options.
+
+Every preset that takes a range leaves the last layer dense by default (`end=-1`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastskip.policy import (
+    Arrangement,
+    ArrangementRule,
+    PolicyError,
+    SkippedKV,
+    SkipPolicy,
+    SkipRule,
+    Sublayer,
+    TokenClass,
+)
+
+BLOCK = (Sublayer.ATTENTION, Sublayer.FFN)
+
+
+def dense() -> SkipPolicy:
+    """Skip nothing."""
+    return SkipPolicy(name="dense")
+
+
+def every_nth_block(
+    interval: int = 2,
+    start: int | None = None,
+    end: int = -1,
+    scope: str = "all",
+    kv: str | None = None,
+) -> SkipPolicy:
+    """Skip the whole block in every `interval`-th layer from `start` (default: `interval`)."""
+    return _every_nth("every_nth_block", BLOCK, interval, start, end, scope, kv)
+
+
+def every_nth_ffn(
+    interval: int = 2, start: int | None = None, end: int = -1, scope: str = "all"
+) -> SkipPolicy:
+    """Skip the FFN in every `interval`-th layer from `start` (default: `interval`)."""
+    return _every_nth("every_nth_ffn", (Sublayer.FFN,), interval, start, end, scope, None)
+
+
+def every_nth_attention(
+    interval: int = 2,
+    start: int | None = None,
+    end: int = -1,
+    scope: str = "all",
+    kv: str | None = None,
+) -> SkipPolicy:
+    """Skip attention in every `interval`-th layer from `start` (default: `interval`)."""
+    skip = (Sublayer.ATTENTION,)
+    return _every_nth("every_nth_attention", skip, interval, start, end, scope, kv)
+
+
+def frozen_visual(start: int = 2, end: int = -1) -> SkipPolicy:
+    """Image rows only give K and V in a range of layers (ShortV, arXiv 2504.00502)."""
+    rule = SkipRule(_range(start, end), TokenClass.IMAGE, BLOCK, SkippedKV.PROJECT)
+    return SkipPolicy(rules=(rule,), name="frozen_visual")
+
+
+def visual_withdrawal(after: int = 15) -> SkipPolicy:
+    """Image rows leave all layers after layer `after` (VTW, arXiv 2405.05803)."""
+    rule = SkipRule(f"{_integer(after, 'after', 0) + 1}:", TokenClass.IMAGE, BLOCK, SkippedKV.OMIT)
+    return SkipPolicy(rules=(rule,), name="visual_withdrawal")
+
+
+def image_ffn(start: int = 2, end: int = -1) -> SkipPolicy:
+    """Skip the FFN for image rows in a range of layers."""
+    rule = SkipRule(_range(start, end), TokenClass.IMAGE, Sublayer.FFN)
+    return SkipPolicy(rules=(rule,), name="image_ffn")
+
+
+def parallel_blocks(start: int = 2, end: int = -1, norm: str = "own") -> SkipPolicy:
+    """Run attention and FFN of a range of layers from the same input."""
+    rule = ArrangementRule(_range(start, end), Arrangement.PARALLEL, norm=norm)
+    return SkipPolicy(arrangements=(rule,), name="parallel_blocks")
+
+
+def block_pairs(start: int = 2, end: int = -2, combine: str = "sum") -> SkipPolicy:
+    """Run the layers of a range two by two from the same input; the range has an even length."""
+    rule = ArrangementRule(_range(start, end), Arrangement.PAIR, combine=combine)
+    return SkipPolicy(arrangements=(rule,), name="block_pairs")
+
+
+PRESETS: Mapping[str, tuple[Callable[..., SkipPolicy], str]] = {
+    preset.__name__: (preset, (preset.__doc__ or "").splitlines()[0])
+    for preset in (
+        dense,
+        every_nth_block,
+        every_nth_ffn,
+        every_nth_attention,
+        frozen_visual,
+        visual_withdrawal,
+        image_ffn,
+        parallel_blocks,
+        block_pairs,
+    )
+}
+"""Name -> (function, one line that says what it does)."""
+
+
+def build_preset(name: str, options: Mapping[str, Any]) -> SkipPolicy:
+    """The preset of that name; `PolicyError` lists the names or options that exist."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise PolicyError("preset", name, ", ".join(PRESETS))
+    function = PRESETS[name][0]
+    known = inspect.signature(function).parameters
+    for option, value in options.items():
+        if option not in known:
+            allowed = ", ".join(known) or "no options"
+            raise PolicyError(f"{name}.{option}", value, allowed, "unknown option")
+    try:
+        return function(**options)
+    except PolicyError as error:
+        raise error.under(name) from None
+
+
+def _every_nth(
+    name: str,
+    skip: tuple[Sublayer, ...],
+    interval: int,
+    start: int | None,
+    end: int,
+    scope: str,
+    kv: str | None,
+) -> SkipPolicy:
+    step = _integer(interval, "interval", 1)
+    first = step if start is None else _integer(start, "start")
+    if not isinstance(scope, str) or scope not in ("all", *TokenClass):
+        raise PolicyError("scope", scope, ", ".join(("all", *TokenClass)))
+    rule = SkipRule(f"{_range(first, end)}:{step}", scope, skip, kv)
+    return SkipPolicy(rules=(rule,), name=name)
+
+
+def _range(start: int, end: int) -> str:
+    return f"{_integer(start, 'start')}:{_integer(end, 'end')}"
+
+
+def _integer(value: object, option: str, least: int | None = None) -> int:
+    if type(value) is not int or (least is not None and value < least):
+        raise PolicyError(option, value, "an integer" + ("" if least is None else f" >= {least}"))
+    return value

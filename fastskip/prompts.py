@@ -1,0 +1,139 @@
+"""A text and its images become model inputs, by the checkpoint's own template and processor.
+
+What the processors of Hugging Face accept silently, or fail on deep inside the model, is checked
+here: placeholders that do not match the images, an empty prompt, more tokens than positions.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from os import PathLike, fspath
+from typing import Any
+
+from PIL.Image import Image
+
+
+class PromptError(ValueError):
+    """A prompt that the model cannot take; says what it is and what is allowed."""
+
+
+def processor_for(model: str | PathLike[str]) -> Any:
+    """The processor of a local folder or hub checkpoint; of a text-only model, its tokenizer."""
+    from transformers import AutoConfig, AutoProcessor
+
+    name = fspath(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type == "llava_onevision" and find_spec("torchvision") is None:
+            processor = image_only_onevision().from_pretrained(name)
+        else:
+            processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        allowed = "a folder or hub checkpoint with config, tokenizer and image processor"
+        raise PromptError(f"processor of {name!r}: {reason}; allowed: {allowed}") from error
+    if getattr(processor, "patch_size", 0) is None:
+        # saved before processors counted the image tokens; the model knows what they are made of
+        processor.patch_size = config.vision_config.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        has_class_token = config.vision_config.model_type == "clip_vision_model"
+        processor.num_additional_image_tokens = int(has_class_token)
+    return processor
+
+
+def build_inputs(
+    processor: Any,
+    text: str,
+    images: Sequence[Image] = (),
+    *,
+    config: Any = None,
+    max_new_tokens: int = 0,
+) -> Any:
+    """The inputs of one user turn: token ids, attention mask and pixels, as a `BatchFeature`.
+
+    Write one `<image>` per image into `text` to place them, or none: then they come first. Without
+    a chat template the turn is "USER: <image>\\n{text} ASSISTANT:", as LLaVA-1.5 was trained; a
+    text-only model gets the bare text. Given the model's `config`, the prompt and `max_new_tokens`
+    must fit into its positions.
+    """
+    prompt = _render(processor, text, len(images))
+    begin = getattr(processor, "tokenizer", processor).bos_token
+    inputs = processor(
+        text=prompt,
+        # nested: all images belong to this one prompt, which decides how anyres models crop them
+        **({"images": [list(images)]} if images else {}),
+        add_special_tokens=not (begin and prompt.startswith(begin)),
+        return_tensors="pt",
+    )
+    if config is not None:
+        _check_length(inputs, config, max_new_tokens)
+    return inputs
+
+
+def image_only_onevision() -> Any:
+    import transformers
+
+    class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
+        """Its video processor needs torchvision; images do not."""
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    return LlavaOnevisionProcessor
+
+
+def _render(processor: Any, text: str, images: int) -> str:
+    """The whole prompt, with one placeholder for each image."""
+    _check_text(text)
+    if not hasattr(processor, "image_processor"):
+        if images:
+            raise PromptError(f"images: got {images}; allowed: none, this model reads text only")
+        return _converse(processor, text) if processor.chat_template else text
+    token = processor.image_token
+    if not text.replace(token, "").strip():
+        raise PromptError(f"prompt: got {text!r}; allowed: words beside the placeholders")
+    placed = text.count(token)
+    if placed not in (0, images):
+        raise PromptError(
+            f"prompt: {placed} {token} for {images} images; allowed: one {token} per image, or "
+            "none (images then come first)"
+        )
+    if (video := getattr(processor, "video_token", None)) and video in text:
+        raise PromptError(f"prompt: contains {video}; allowed: text and images, no videos")
+    ahead = 0 if placed else images
+    if not processor.chat_template:
+        return "USER: " + f"{token}\n" * ahead + f"{text} ASSISTANT:"
+    prompt = _converse(processor, [{"type": "image"}] * ahead + [{"type": "text", "text": text}])
+    if prompt.count(token) != images:
+        raise PromptError(
+            f"chat template: writes {prompt.count(token)} {token} for {images} images; allowed: "
+            f"one each (place every {token} in the text yourself)"
+        )
+    return prompt
+
+
+def _converse(processor: Any, content: Any) -> str:
+    turn = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+
+
+def _check_text(text: str) -> None:
+    if not text.strip():
+        raise PromptError(f"prompt: got {text!r}; allowed: a text that is not empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"prompt: {error}; allowed: Unicode text") from error
+
+
+def _check_length(inputs: Any, config: Any, max_new_tokens: int) -> None:
+    limit = config.get_text_config().max_position_embeddings
+    ids = inputs["input_ids"]
+    wanted = ids.shape[-1] + max_new_tokens
+    if wanted > limit:
+        visual = int((ids == getattr(config, "image_token_id", -1)).sum())
+        raise PromptError(
+            f"prompt: {ids.shape[-1]} tokens ({visual} of images) + {max_new_tokens} new = "
+            f"{wanted}; allowed: at most {limit} positions (shorten the text, or ask for fewer "
+            "images or new tokens)"
+        )

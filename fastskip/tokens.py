@@ -1,0 +1,145 @@
+"""Which row of a forward is what: class, sequence, column and position; pads are no rows.
+
+A forward sees ``[B, T]`` columns, some of them pads. The layout packs the real ones into ``N`` rows
+and orders them by the plan's groups of token classes, so that the rows of every class set the plan
+names are one slice: "FFN for text only" is then a matrix product on a view, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastskip.policy import TokenClass
+
+PAD = -1
+CODES = {token_class: code for code, token_class in enumerate(TokenClass)}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a packed ``[N, ...]`` tensor: a slice where they are contiguous, else an index."""
+
+    index: slice | Tensor
+    count: int
+
+    def take(self, packed: Tensor) -> Tensor:
+        """The rows: a view for a slice, a copy for an index."""
+        if isinstance(self.index, slice) and self.count == packed.shape[0]:
+            return packed
+        return packed[self.index]
+
+    def ids(self, device: torch.device) -> Tensor:
+        """The row numbers ``[count]``."""
+        if isinstance(self.index, slice):
+            return torch.arange(self.index.start, self.index.stop, device=device)
+        return self.index
+
+
+def add_(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
+    """``packed[rows] += change`` in place."""
+    if isinstance(rows.index, slice):
+        rows.take(packed).add_(change)
+        return packed
+    return packed.index_add_(0, rows.index, change)
+
+
+def add(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
+    """``packed[rows] + change`` as a new tensor: the form that autograd can follow."""
+    if rows.count == packed.shape[0] and isinstance(rows.index, slice):
+        return packed + change
+    return packed.index_add(0, rows.ids(packed.device), change)
+
+
+class TokenLayout:
+    """The rows of one forward.
+
+    Attributes:
+        batch, width: ``B`` and ``T`` of the columns that the forward was given.
+        first_column: the column of ``T``'s first entry; columns before it lie in the cache.
+        columns, positions, sequences, codes: ``[N]`` int64, on the host, in packed order.
+        flat: ``[N]`` where each row lies in the flattened ``[B * T]`` input; ``None`` if the rows
+            are all of it, in order.
+    """
+
+    def __init__(
+        self, codes: Tensor, positions: Tensor, first_column: int, groups: Sequence[frozenset[TokenClass]]
+    ) -> None:
+        """Packs ``codes [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions."""
+        self.batch, self.width = codes.shape
+        self.first_column = first_column
+        self._groups = tuple(groups)
+        group_of = torch.full((len(TokenClass) + 1,), len(self._groups), dtype=torch.int64)
+        for number, group in enumerate(self._groups):
+            for token_class in group:
+                group_of[CODES[token_class]] = number
+        flat_codes = codes.reshape(-1)
+        group = group_of[flat_codes]  # pads index the last entry and sort behind every row
+        order = torch.argsort(group, stable=True)
+        counts = torch.bincount(group, minlength=len(self._groups) + 1).tolist()[: len(self._groups)]
+        order = order[: sum(counts)]
+        self._bounds = [0]
+        for count in counts:
+            self._bounds.append(self._bounds[-1] + count)
+        is_whole = len(order) == flat_codes.numel() and sum(map(bool, counts)) <= 1
+        self.flat = None if is_whole else order
+        self.codes = flat_codes[order]
+        self.positions = positions.expand_as(codes).reshape(-1)[order]
+        self.sequences = order // self.width if self.width else order
+        self.columns = order % self.width + first_column if self.width else order
+        self._rows: dict[frozenset[TokenClass], Rows] = {}
+
+    def __len__(self) -> int:
+        return self._bounds[-1]
+
+    def rows(self, classes: frozenset[TokenClass]) -> Rows:
+        """The rows of a set of classes, in packed order; the set is a union of the plan's groups."""
+        found = self._rows.get(classes)
+        if found is None:
+            spans = [
+                (self._bounds[number], self._bounds[number + 1])
+                for number, group in enumerate(self._groups)
+                if group <= classes and self._bounds[number] < self._bounds[number + 1]
+            ]
+            found = self._rows[classes] = _join(spans)
+        return found
+
+    def locate(self, flat: Tensor) -> Rows:
+        """The packed rows that lie at ``flat [n]`` (host) of the flattened ``[B * T]`` input."""
+        if self.flat is None:
+            return Rows(flat, len(flat))
+        where = torch.full((self.batch * self.width,), -1, dtype=torch.int64)
+        where[self.flat] = torch.arange(len(self))
+        return Rows(where[flat], len(flat))
+
+    def pack(self, columns: Tensor) -> Tensor:
+        """``[B, T, ...] -> [N, ...]``, always new memory."""
+        flat = columns.reshape(-1, *columns.shape[2:])
+        return flat.clone() if self.flat is None else flat[self.flat.to(flat.device)]
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """``[N, ...] -> [B, T, ...]``; pads read zero."""
+        shape = (self.batch, self.width, *rows.shape[1:])
+        if self.flat is None:
+            return rows.view(shape)
+        columns = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
+        return columns.index_copy(0, self.flat.to(rows.device), rows).view(shape)
+
+
+def _join(spans: Sequence[tuple[int, int]]) -> Rows:
+    """Neighbouring spans as one slice; spans apart as an index."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    if not merged:
+        return Rows(slice(0, 0), 0)
+    if len(merged) == 1:
+        return Rows(slice(*merged[0]), merged[0][1] - merged[0][0])
+    index = torch.cat([torch.arange(start, stop) for start, stop in merged])
+    return Rows(index, len(index))

@@ -1,0 +1,158 @@
+"""What a policy asks of every decoder layer, read from the policy's plain data alone.
+
+The runtime resolves policies by itself. This second reading shares no code with it on purpose, so
+that a mistake in one of the two shows as a difference.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IMAGE, TEXT, GENERATED = 0, 1, 2
+"""The values of a `token_classes` tensor."""
+
+CLASS_NAMES = ("image", "text", "generated")
+
+Norm = Literal["own", "shared"]
+Combine = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCells:
+    """One decoder layer's row of the policy."""
+
+    without_attention: frozenset[int]
+    without_ffn: frozenset[int]
+    sources: tuple[int | None, ...]
+    """By class: the layer whose key and value a row shows here; None where it shows none."""
+    parallel: Norm | None = None
+    pair_first: bool = False
+    pair_second: Combine | None = None
+
+
+def classes_of(config: Any) -> frozenset[int]:
+    """The token classes that a model with this configuration can meet."""
+    text_only = getattr(config, "image_token_id", None) is None
+    return frozenset({TEXT, GENERATED} if text_only else {IMAGE, TEXT, GENERATED})
+
+
+def classify(
+    input_ids: Tensor,
+    config: Any,
+    *,
+    labels: Tensor | None = None,
+    prompt_length: int | None = None,
+    image_features: bool = True,
+) -> Tensor:
+    """Return the class of every position, [batch, columns].
+
+    Columns at or past `prompt_length` are GENERATED, placeholders that image (or video) features
+    fill are IMAGE, rows with a label are GENERATED, all others TEXT. `image_features=False`
+    says that no features are given, so that nothing fills the placeholders.
+    """
+    classes = torch.full_like(input_ids, TEXT)
+    if labels is not None:
+        classes[labels != -100] = GENERATED
+    for name in ("image_token_id", "video_token_id"):
+        placeholder = getattr(config, name, None)
+        if image_features and placeholder is not None:
+            classes[input_ids == placeholder] = IMAGE
+    if prompt_length is not None:
+        classes[:, prompt_length:] = GENERATED
+    return classes
+
+
+def is_member(classes: Tensor, wanted: Iterable[int]) -> Tensor:
+    """Return a boolean tensor that is true where the class is one of `wanted`."""
+    found = torch.zeros_like(classes, dtype=torch.bool)
+    for token_class in wanted:
+        found |= classes == token_class
+    return found
+
+
+def read_policy(
+    policy: Mapping[str, Any], depth: int, classes: frozenset[int]
+) -> tuple[LayerCells, ...]:
+    """Resolve the plain data of a policy for a model of `depth` layers.
+
+    The policy is taken to be valid. What has no masked dense form is refused: routers decide from
+    data, and the reserved fields have no meaning yet.
+    """
+    for field in ("routers", "removals", "masks"):
+        if policy.get(field):
+            raise ValueError(f"{field}: the masked dense computation has no form for it")
+    without: dict[str, list[set[int]]] = {
+        sublayer: [set() for _ in range(depth)] for sublayer in ("attention", "ffn")
+    }
+    kept: list[dict[int, str]] = [{} for _ in range(depth)]
+    for rule in policy.get("rules", ()):
+        skipped = set(rule["skip"])
+        skipped |= {"attention", "ffn"} if "block" in skipped else set()
+        for layer in _indices(rule["layers"], depth):
+            for sublayer in skipped - {"block"}:
+                without[sublayer][layer] |= _classes(rule["tokens"])
+            if "attention" in skipped:
+                kv = rule.get("kv") or "project"
+                kept[layer] |= dict.fromkeys(_classes(rule["tokens"]), kv)
+    sources = _sources(without["attention"], kept, classes)
+    form = _arrangements(policy.get("arrangements", ()), depth)
+    return tuple(
+        LayerCells(frozenset(attention), frozenset(ffn), source, **form.get(layer, {}))
+        for layer, (attention, ffn, source) in enumerate(
+            zip(without["attention"], without["ffn"], sources, strict=True)
+        )
+    )
+
+
+def _indices(layers: str | Sequence[int], depth: int) -> list[int]:
+    if not isinstance(layers, str):
+        return list(layers)
+    bounds = [int(bound) if bound else None for bound in layers.split(":")]
+    return list(range(depth)[slice(*bounds)])
+
+
+def _classes(tokens: str | Sequence[str]) -> set[int]:
+    names = CLASS_NAMES if tokens == "all" else tokens
+    return {CLASS_NAMES.index(name) for name in names}
+
+
+def _sources(
+    without_attention: Sequence[set[int]],
+    kept: Sequence[Mapping[int, str]],
+    classes: frozenset[int],
+) -> list[tuple[int | None, ...]]:
+    """Which layer's entry each class shows in each layer."""
+    sources: list[tuple[int | None, ...]] = []
+    for layer, (skipping, kv) in enumerate(zip(without_attention, kept, strict=True)):
+        if classes <= skipping:
+            # Nobody attends here, so the layer holds nothing, whatever the rule says.
+            sources.append((None, None, None))
+            continue
+        row: list[int | None] = []
+        for token_class in (IMAGE, TEXT, GENERATED):
+            rule = kv.get(token_class, "project")
+            below = [s[token_class] for s in reversed(sources) if s[token_class] is not None]
+            reused = below[0] if below else None
+            row.append({"project": layer, "reuse": reused, "omit": None}[rule])
+        sources.append(tuple(row))
+    return sources
+
+
+def _arrangements(rules: Iterable[Mapping[str, Any]], depth: int) -> dict[int, dict[str, Any]]:
+    form: dict[int, dict[str, Any]] = {}
+    for rule in rules:
+        layers = rule["layers"]
+        if rule["kind"] == "parallel":
+            norm = rule.get("norm") or "own"
+            form |= {layer: {"parallel": norm} for layer in _indices(layers, depth)}
+            continue
+        if isinstance(layers, str):
+            flat = _indices(layers, depth)
+            layers = list(zip(flat[::2], flat[1::2], strict=True))
+        for first, second in layers:
+            form[first] = {"pair_first": True}
+            form[second] = {"pair_second": rule.get("combine") or "sum"}
+    return form

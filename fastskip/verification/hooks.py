@@ -1,0 +1,88 @@
+"""Hooks that make one plain decoder layer obey its row of a policy."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastskip.verification.cells import LayerCells, is_member
+
+
+class HookedLayer:
+    """One decoder layer of a Hugging Face model, with what its hooks saw in the current run.
+
+    Keys and values are not this class's matter. `token_classes` is set before each run; `output`
+    is the residual stream that the layer hands on.
+    """
+
+    token_classes: Tensor
+    output: Tensor
+    _before: "HookedLayer"
+    _input: Tensor
+    _normed: Tensor
+    _attention: Tensor
+    _ffn: Tensor
+
+    def __init__(self, module: Any, cells: LayerCells, before: "HookedLayer | None") -> None:
+        if getattr(module, "do_layer_norm_before", True) is False:
+            raise ValueError("do_layer_norm_before: only layers that normalise first are supported")
+        self._module = module
+        self._cells = cells
+        self._before = before or self
+        self._attention_norm = _first(module, "input_layernorm", "self_attn_layer_norm")
+        self._ffn_norm = _first(module, "post_attention_layernorm", "final_layer_norm")
+        self._ffn_end = _first(module, "mlp", "fc2")
+
+    def attach(self, keep: Callable[[Any], None]) -> None:
+        """Register the hooks; `keep` receives their handles."""
+        keep(self._attention_norm.register_forward_hook(self._see_input))
+        keep(self._module.self_attn.register_forward_hook(self._mask_attention))
+        keep(self._ffn_norm.register_forward_pre_hook(self._choose_ffn_input))
+        keep(self._ffn_norm.register_forward_hook(self._choose_ffn_norm))
+        keep(self._ffn_end.register_forward_hook(self._mask_ffn))
+        keep(self._module.register_forward_hook(self._combine))
+
+    def _see_input(self, module: nn.Module, args: tuple[Tensor, ...], normed: Tensor) -> None:
+        self._input, self._normed = args[0], normed
+
+    def _mask_attention(self, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
+        self._attention = self._without(output[0], self._cells.without_attention)
+        return (self._attention, *output[1:])
+
+    def _choose_ffn_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
+        """Parallel with a norm of its own: the FFN reads the block's input."""
+        return (self._input.reshape(args[0].shape),) if self._cells.parallel == "own" else args
+
+    def _choose_ffn_norm(self, module: nn.Module, args: Any, normed: Tensor) -> Tensor:
+        """Parallel with the shared norm: the FFN reads what the attention read."""
+        return self._normed.reshape(normed.shape) if self._cells.parallel == "shared" else normed
+
+    def _mask_ffn(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        self._ffn = self._without(output, self._cells.without_ffn)
+        return self._ffn
+
+    def _combine(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """A pair's first layer leaves the stream alone, so that the second reads the same."""
+        self.output = output
+        if self._cells.pair_first:
+            self.output = self._input
+        elif self._cells.pair_second is not None:
+            total = self._before._change() + self._change()
+            change = total if self._cells.pair_second == "sum" else total / 2
+            self.output = self._input + change
+        return self.output
+
+    def _change(self) -> Tensor:
+        return self._attention + self._ffn.reshape(self._attention.shape)
+
+    def _without(self, rows: Tensor, classes: frozenset[int]) -> Tensor:
+        # OPT flattens batch and columns before its FFN.
+        skipped = is_member(self.token_classes, classes).reshape(rows.shape[:-1])
+        return rows.masked_fill(skipped[..., None], 0)
+
+
+def _first(module: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)  # type: ignore[no-any-return]
+    raise ValueError(f"{type(module).__name__}: a decoder layer needs one of {', '.join(names)}")

@@ -1,0 +1,291 @@
+"""The masked dense computation: what a policy means, computed the slow way.
+
+A plain Hugging Face model computes every layer for every row; hooks then take away what the policy
+leaves out. Nothing is fast here and nothing is shared with the runtime, so that agreement of the
+two says something.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from fastskip.verification.cells import GENERATED, classes_of, classify, is_member, read_policy
+from fastskip.verification.exact import compute_in_double
+from fastskip.verification.hooks import HookedLayer
+
+
+class Continuation(NamedTuple):
+    """New tokens [batch, new], and the scores [batch, new, vocabulary] they were chosen by."""
+
+    tokens: Tensor
+    scores: Tensor
+
+
+class Prompt(NamedTuple):
+    """A batch of prompts as the decoder sees it, padded on the left."""
+
+    embeddings: Tensor
+    attention_mask: Tensor
+    token_classes: Tensor
+
+
+class MaskedOracle:
+    """A plain Hugging Face model that obeys a policy while the oracle is entered.
+
+    `policy` is the plain data of a policy file, for example `SkipPolicy.to_dict()`. Inside the
+    `with` block call `forward` or `greedy`; on leaving it the model is as it was. Weights are
+    never touched. The model must be in evaluation mode. Cost: a visibility mask and attention
+    scores of [batch, heads, columns, columns] per layer, and no cache.
+
+        with MaskedOracle(model, policy.to_dict()) as oracle:
+            logits = oracle.forward(**processor(images=image, text=text, return_tensors="pt"))
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Mapping[str, Any]) -> None:
+        self.model = model
+        decoder = model.get_decoder()
+        self._decoder = decoder if hasattr(decoder, "layers") else decoder.get_decoder()
+        depth = len(self._decoder.layers)
+        self._config = model.config
+        self.cells = read_policy(policy, depth, classes_of(model.config))
+        self._layers: list[HookedLayer] = []
+        for module, cells in zip(self._decoder.layers, self.cells, strict=True):
+            before = self._layers[-1] if self._layers else None
+            self._layers.append(HookedLayer(module, cells, before))
+        self._reused = {
+            source
+            for layer, cells in enumerate(self.cells)
+            for source in cells.sources
+            if source not in (None, layer)
+        }
+        self._undo: ExitStack | None = None
+        self._run: _Run | None = None
+        self._prompt_embeddings: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        if self._undo is not None:
+            raise RuntimeError("this oracle is entered already")
+        if self.model.training:
+            raise ValueError("the model is in training mode; call model.eval() first")
+        with ExitStack() as undo:
+            self._attach(undo)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_classes: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Return the logits of all rows, [batch, columns, vocabulary].
+
+        `token_classes` holds 0 (image), 1 (text) or 2 (generated) for each position; by default
+        placeholders are image where pixels are given, all others text. Positions count the real
+        rows of each sequence. Rows of pads come out finite and mean nothing. `stream` afterwards
+        holds the residual stream after each layer.
+        """
+        if token_classes is None:
+            token_classes = self._default_classes(input_ids, inputs)
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                inputs[key] = value.to(self._decoder.dtype)
+        inputs["input_ids"] = input_ids
+        outputs = self._compute(self.model, token_classes, attention_mask, position_ids, **inputs)
+        logits: Tensor = outputs.logits
+        return logits
+
+    @property
+    def stream(self) -> list[Tensor]:
+        """The residual stream after each layer of the last run, [batch, columns, hidden] each.
+
+        The first layer of a pair leaves the stream as it was.
+        """
+        return [layer.output for layer in self._layers]
+
+    @torch.no_grad()
+    def prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_classes: Tensor | None = None,
+        **inputs: Any,
+    ) -> Prompt:
+        """Run a batch of prompts and return what the decoder saw, moved to left padding."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if token_classes is None:
+            token_classes = self._default_classes(input_ids, inputs)
+        self.forward(input_ids, mask, token_classes, **inputs)
+        embeddings = self._prompt_embeddings
+        if embeddings is None:
+            embeddings = self.model.get_input_embeddings()(input_ids)
+        # A stable sort by the mask moves the pads to the front and keeps the order of the rest.
+        order = mask.long().argsort(dim=1, stable=True)
+        index = order[..., None].expand_as(embeddings)
+        return Prompt(
+            embeddings.gather(1, index),
+            mask.gather(1, order),
+            token_classes.gather(1, order),
+        )
+
+    @torch.no_grad()
+    def continuation(self, prompt: Prompt, tokens: Tensor) -> Tensor:
+        """Score given new tokens [batch, new] after `prompt`: logits [batch, new + 1, vocabulary].
+
+        Entry j is what the model says after the prompt and the first j tokens.
+        """
+        new = self.model.get_input_embeddings()(tokens)
+        outputs = self._compute(
+            self._decoder,
+            torch.cat([prompt.token_classes, torch.full_like(tokens, GENERATED)], dim=1),
+            torch.cat([prompt.attention_mask, torch.ones_like(tokens)], dim=1),
+            inputs_embeds=torch.cat([prompt.embeddings, new], dim=1),
+        )
+        columns = prompt.attention_mask.shape[1]
+        head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
+        return head(outputs.last_hidden_state[:, columns - 1 :])
+
+    @torch.no_grad()
+    def greedy(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int = 0,
+        **inputs: Any,
+    ) -> Continuation:
+        """Greedy tokens, everything computed again at every step.
+
+        Each sequence continues from its last real row, whatever the side of the padding. After
+        an end-of-sequence token a sequence gets `pad_token_id`; no such token ends it by default.
+        """
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+        end = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
+        prompt = self.prompt(input_ids, **inputs)
+        tokens = input_ids.new_empty(len(input_ids), 0)
+        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        scores: list[Tensor] = []
+        while len(scores) < max_new_tokens and not finished.all():
+            scores.append(self.continuation(prompt, tokens)[:, -1])
+            chosen = scores[-1].argmax(dim=-1).masked_fill(finished, pad_token_id)
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+            finished |= torch.isin(chosen, end)
+        return Continuation(tokens, torch.stack(scores, dim=1))
+
+    def _attach(self, undo: ExitStack) -> None:
+        """Register everything; `undo` takes it back."""
+
+        def keep(handle: Any) -> None:
+            undo.callback(handle.remove)
+
+        if self._decoder.dtype == torch.float64:
+            compute_in_double(self._decoder, keep)
+        keep(self._decoder.register_forward_pre_hook(self._see_embeddings, with_kwargs=True))
+        for layer in self._layers:
+            layer.attach(keep)
+        # An unregistered name also keeps Hugging Face from building a mask of its own.
+        name = f"fastskip_oracle_{id(self)}"
+        ALL_ATTENTION_FUNCTIONS[name] = self._attend
+        undo.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, name)
+        modules = [self._decoder, *(module.self_attn for module in self._decoder.layers)]
+        for config in {id(module.config): module.config for module in modules}.values():
+            undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = name
+
+    def _default_classes(self, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
+        if input_ids is None:
+            raise TypeError("token_classes: needed where there are no input_ids")
+        features = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        filled = any(inputs.get(name) is not None for name in features)
+        return classify(input_ids, self._config, image_features=filled)
+
+    def _see_embeddings(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._prompt_embeddings = kwargs.get("inputs_embeds")
+
+    def _compute(
+        self,
+        module: nn.Module,
+        token_classes: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        if self._undo is None:
+            raise RuntimeError("enter the oracle first: with MaskedOracle(model, policy) as oracle")
+        mask = torch.ones_like(token_classes) if attention_mask is None else attention_mask
+        if position_ids is None:
+            position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        self._run = _Run(token_classes, mask.bool(), {})
+        for layer in self._layers:
+            layer.token_classes = token_classes
+        try:
+            return module(attention_mask=mask, position_ids=position_ids, use_cache=False, **inputs)
+        finally:
+            self._run = None
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Masked softmax attention, [batch, heads, columns, head width] in, rows first out."""
+        run, layer = self._run, module.layer_idx
+        if run is None or not isinstance(layer, int):
+            raise RuntimeError("call the oracle, not the model, while the oracle is entered")
+        columns = key.shape[2]
+        window = kwargs.get("sliding_window")
+        if window is not None and window < columns:
+            raise ValueError(f"sliding_window: {window} is shorter than the {columns} columns")
+        if layer in self._reused:
+            run.entries[layer] = (key, value)
+        sources = self.cells[layer].sources
+        for source in set(sources) - {None, layer}:
+            assert source is not None
+            rows = is_member(run.token_classes, [c for c, s in enumerate(sources) if s == source])
+            other_key, other_value = run.entries[source]
+            key = torch.where(rows[:, None, :, None], other_key, key)
+            value = torch.where(rows[:, None, :, None], other_value, value)
+        holding = [c for c, source in enumerate(sources) if source is not None]
+        shown = run.real & is_member(run.token_classes, holding)
+        causal = torch.ones(columns, columns, dtype=torch.bool, device=key.device).tril()
+        visible = (causal & shown[:, None, :])[:, None]
+
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        # The least finite number, not -inf: a row that sees nothing (a pad) must stay finite.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+class _Run(NamedTuple):
+    """What one run of the model is about."""
+
+    token_classes: Tensor
+    real: Tensor
+    entries: dict[int, tuple[Tensor, Tensor]]

@@ -1,0 +1,72 @@
+"""The closed vocabulary of fastskip: the enums of policies and plans, and their error."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+
+class TokenClass(StrEnum):
+    """What a row is: filled by image features, other prompt text, or generated."""
+
+    IMAGE = "image"
+    TEXT = "text"
+    GENERATED = "generated"
+
+
+class Sublayer(StrEnum):
+    """The two halves of a decoder layer; a skipped block is both."""
+
+    ATTENTION = "attention"
+    FFN = "ffn"
+
+
+class SkippedKV(StrEnum):
+    """What a row that skips attention leaves in that layer's cache.
+
+    PROJECT: its own K and V. REUSE: a copy of its entry of the nearest lower layer that holds one.
+    OMIT: nothing, so later queries of the layer do not see the row.
+    """
+
+    PROJECT = "project"
+    REUSE = "reuse"
+    OMIT = "omit"
+
+
+class Arrangement(StrEnum):
+    """How a layer's sublayers are wired: one after the other, from one input, or with the next."""
+
+    SEQUENTIAL = "sequential"
+    PARALLEL = "parallel"
+    PAIR = "pair"
+
+
+class Norm(StrEnum):
+    """Which norm the FFN of a parallel layer reads: its own, or the attention's."""
+
+    OWN = "own"
+    SHARED = "shared"
+
+
+class Combine(StrEnum):
+    """How the two blocks of a pair change the residual stream."""
+
+    SUM = "sum"
+    MEAN = "mean"
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be used; names the field, its value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str, problem: str | None = None) -> None:
+        self.field, self.value, self.allowed, self.problem = field, value, allowed, problem
+        shown = repr(value)
+        shown = shown if len(shown) <= 120 else shown[:117] + "..."
+        super().__init__(f"{field}: {problem or f'got {shown}'}; allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.allowed, self.problem)
+
+    def under(self, path: str) -> PolicyError:
+        """The same error, its field seen from one level further out."""
+        return PolicyError(f"{path}.{self.field}", self.value, self.allowed, self.problem)

@@ -1,0 +1,155 @@
+"""Random batches for the tiny models, with the class of every position known by construction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from fastskip.verification.cells import IMAGE, TEXT
+from tests.models import CROP, PAD_ID
+
+IMAGE_SIZES = ((8, 8), (7, 13), (16, 16), (12, 30), (20, 9))
+"""Heights and widths to draw from where the number of placeholders depends on the size."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts for one model, padded to a common length."""
+
+    input_ids: Tensor
+    """[batch, columns]"""
+    attention_mask: Tensor
+    """[batch, columns], 1 on real rows"""
+    token_classes: Tensor
+    """[batch, columns]; TEXT on pads"""
+    images: tuple[tuple[Tensor, tuple[int, int]], ...] = ()
+    """All images in the order of their placeholders: pixels ([crops,] 3, height, width), size."""
+    image_counts: tuple[int, ...] = ()
+    """Number of images of each prompt."""
+    sized: bool = False
+    """Whether the model wants to know image sizes."""
+
+    @property
+    def size(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def columns(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def real(self) -> Tensor:
+        """[batch, columns] boolean: rows that are no pads."""
+        return self.attention_mask.bool()
+
+    def inputs(self, device: str = "cpu") -> dict[str, Any]:
+        """What the model's `forward` and `generate` take."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.images:
+            # Crops are padded to a common number; without crops there is nothing to pad.
+            pixels = [pixels for pixels, _ in self.images]
+            most = max(len(p) for p in pixels)
+            padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels]
+            inputs["pixel_values"] = torch.stack(padded)
+        if self.images and self.sized:
+            inputs["image_sizes"] = torch.tensor([size for _, size in self.images])
+        return {name: value.to(device) for name, value in inputs.items()}
+
+    def alone(self, index: int) -> "Batch":
+        """One prompt of the batch by itself, without pads."""
+        real, first = self.real[index], sum(self.image_counts[:index])
+        count = self.image_counts[index]
+        return replace(
+            self,
+            input_ids=self.input_ids[index, real][None],
+            attention_mask=self.attention_mask[index, real][None],
+            token_classes=self.token_classes[index, real][None],
+            images=self.images[first : first + count],
+            image_counts=(count,),
+        )
+
+
+def random_batch(
+    model: PreTrainedModel,
+    seed: int = 0,
+    *,
+    images: Sequence[int] = (1, 1),
+    text: tuple[int, int] = (3, 8),
+    padding: Literal["left", "right"] = "left",
+    extra_columns: int = 0,
+) -> Batch:
+    """Draw one prompt for each entry of `images`, which gives its number of images.
+
+    `text` bounds the number of text tokens of a prompt. Images lie anywhere in it: first, last,
+    next to each other. Prompts are ragged and padded on one side, by `extra_columns` more than
+    the longest needs. A text-only model takes `images=(0, 0)` and the like.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    image_id: int = getattr(config, "image_token_id", -1)
+    if image_id < 0 and any(images):
+        raise ValueError(f"images: got {tuple(images)}, allowed for a text-only model: zeros")
+    vocab = config.get_text_config().vocab_size
+    drawn: list[tuple[Tensor, tuple[int, int]]] = []
+    prompts = []
+    for count in images:
+        length = _integer(generator, *text)
+        # The two ids at the end are reserved for images and videos, the first is the pad.
+        ids = torch.randint(PAD_ID + 1, vocab - 2, (length,), generator=generator).tolist()
+        places = sorted(_integer(generator, 0, length) for _ in range(count))
+        for place in reversed(places):
+            ids[place:place] = [-1]
+        prompt: list[int] = []
+        for token in ids:
+            if token >= 0:
+                prompt.append(token)
+                continue
+            drawn.append(_random_image(config, generator))
+            prompt += [image_id] * _placeholders(model, drawn[-1])
+        prompts.append(prompt)
+    columns = max(len(prompt) for prompt in prompts) + extra_columns
+    input_ids = torch.full((len(prompts), columns), PAD_ID)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        start = columns - len(prompt) if padding == "left" else 0
+        input_ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        attention_mask[row, start : start + len(prompt)] = 1
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        token_classes=torch.where(input_ids == image_id, IMAGE, TEXT),
+        images=tuple(drawn),
+        image_counts=tuple(images),
+        sized=_sized(config),
+    )
+
+
+def _integer(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _sized(config: Any) -> bool:
+    return hasattr(config, "image_grid_pinpoints")
+
+
+def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
+    if not _sized(config):
+        side = config.vision_config.image_size
+        return torch.randn(3, side, side, generator=generator), (side, side)
+    size = IMAGE_SIZES[_integer(generator, 0, len(IMAGE_SIZES) - 1)]
+    crops = image_size_to_num_patches(size, config.image_grid_pinpoints, CROP)
+    return torch.randn(crops, 3, CROP, CROP, generator=generator), size
+
+
+@torch.no_grad()
+def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
+    """Ask the model how many features the image becomes."""
+    pixels, size = image
+    sizes = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
+    dtype = next(model.parameters()).dtype
+    features = model.get_image_features(pixels[None].to(dtype), **sizes).pooler_output
+    return len(features[0])

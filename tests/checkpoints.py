@@ -1,0 +1,118 @@
+"""Tiny checkpoints on disk, laid out as those of the hub: weights, config, tokenizer, processor."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import (
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+
+from tests.models import CROP, LLAVA_KINDS, PATCH, PINPOINTS, Kind, tiny_llama, tiny_llava, tiny_opt
+
+VOCAB = 128
+IMAGE_ID, VIDEO_ID = VOCAB - 1, VOCAB - 2
+IMAGE_SIZE = 2 * PATCH
+"""Images of the tiny `llava` are squares of so many pixels and fill four positions."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}USER: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; the last two ids are `<video>` and `<image>`, as `tiny_llava` has."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokens = special + list(string.printable[:-2])
+    tokens += [f"<{i}>" for i in range(len(tokens), VIDEO_ID)] + ["<video>", "<image>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<video>", "<image>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPLATE) -> Any:
+    """The processor that goes with `tiny_llava(kind, vocab=VOCAB)`."""
+    tokenizer = build_tokenizer()
+    crop = {"height": CROP, "width": CROP}
+    if kind == "llava_onevision":
+        from fastskip.prompts import image_only_onevision
+
+        return image_only_onevision()(
+            LlavaOnevisionImageProcessorPil(size=crop, image_grid_pinpoints=PINPOINTS),
+            tokenizer,
+            num_image_tokens=(CROP // PATCH) ** 2,
+            vision_feature_select_strategy="full",
+            chat_template=chat_template,
+        )
+    options = {
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": chat_template,
+    }
+    if kind.startswith("llava_next"):
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": CROP}, crop_size=crop, image_grid_pinpoints=PINPOINTS
+        )
+        return LlavaNextProcessor(images, tokenizer, **options)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    return LlavaProcessor(images, tokenizer, **options)
+
+
+def save_checkpoint(
+    folder: Path,
+    kind: Kind | Literal["llama", "opt"] = "llava",
+    *,
+    max_shard_size: str = "1GB",
+    chat_template: str | None = CHAT_TEMPLATE,
+    **options: Any,
+) -> Path:
+    """Save a tiny model and its processor (its tokenizer if it is text-only) to `folder`.
+
+    A small `max_shard_size` ("20KB") gives several safetensors files and their index; `options` go
+    to the model's maker in `tests.models`.
+    """
+    if kind in LLAVA_KINDS:
+        model = tiny_llava(kind, vocab=VOCAB, **options)
+        build_processor(kind, chat_template).save_pretrained(folder)
+    else:
+        model = (tiny_llama if kind == "llama" else tiny_opt)(vocab=VOCAB, **options)
+        build_tokenizer().save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if kind == "llava_onevision":
+        # the hub's checkpoints also describe a video processor
+        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": crop_size()}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    return folder
+
+
+def crop_size() -> dict[str, int]:
+    return {"height": CROP, "width": CROP}

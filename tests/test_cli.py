@@ -1,0 +1,340 @@
+"""The command line as a user meets it: answers, tables, exit codes, and errors of one line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
+
+import fastskip
+from fastskip.cli import app
+from fastskip.images import load_image
+from fastskip.prompts import build_inputs, processor_for
+from tests.checkpoints import save_checkpoint
+
+COMMANDS = ("generate", "plan", "verify", "demo", "policies")
+MACHINE = ("--bandwidth", "20", "--tflops", "0.1")
+
+
+def run(*arguments: object) -> Any:
+    terminal = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+    return CliRunner().invoke(app, [str(each) for each in arguments], env=terminal)
+
+
+def succeed(*arguments: object) -> Any:
+    result = run(*arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llava"), max_shard_size="20KB")
+
+
+@pytest.fixture(scope="session")
+def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "red.png"
+    Image.new("RGB", (30, 20), "red").save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def kept_verbosity() -> Any:
+    """The commands quieten Hugging Face for the whole process."""
+    from transformers import logging
+
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(command: str) -> None:
+    text = succeed(command, "--help").stdout
+    assert "Example" in text
+    assert f"fastskip {command}" in text
+
+
+def test_help_lists_all_commands() -> None:
+    text = succeed("--help").stdout
+    for command in COMMANDS:
+        assert command in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, fastskip.cli; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_version() -> None:
+    assert succeed("--version").stdout == f"fastskip {fastskip.__version__}\n"
+
+
+def test_generate_streams_the_answer_of_hugging_face(checkpoint: Path, picture: Path) -> None:
+    result = succeed(
+        "generate",
+        "-m",
+        checkpoint,
+        "-i",
+        picture,
+        "-i",
+        picture,
+        "-q",
+        "what?",
+        "--policy",
+        "dense",
+        "--max-new-tokens",
+        7,
+    )
+    processor = processor_for(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    inputs = build_inputs(processor, "what?", [load_image(picture)] * 2)
+    tokens = model.generate(**inputs, max_new_tokens=7, do_sample=False)
+    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert result.stdout == answer + "\n"
+    assert re.fullmatch(
+        r"7 tokens in [\d.]+ s: TTFT [\d.]+ ms, TPOT [\d.]+ ms, [\d.]+ tokens/s, policy dense\n",
+        result.stderr,
+    )
+
+
+def test_generate_follows_the_policy(checkpoint: Path, picture: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    succeed("policies", "every_nth_block", "-s", "interval=1", "-s", "start=0", "-o", file)
+    arguments = ("generate", "-m", checkpoint, "-i", picture, "-q", "what?", "--max-new-tokens", 5)
+    dense = succeed(*arguments, "-p", "dense")
+    skipping = succeed(*arguments, "-p", file)
+    assert dense.stdout != skipping.stdout
+    assert skipping.stderr.endswith("policy every_nth_block\n")
+
+
+def test_generate_one_token_has_no_tpot(text_only: Path) -> None:
+    result = succeed(
+        "generate", "-m", text_only, "-q", "what?", "-p", "dense", "--max-new-tokens", 1
+    )
+    assert result.stderr.startswith("1 token in ")
+    assert "TPOT -" in result.stderr
+
+
+def test_samples_repeat_by_seed(text_only: Path) -> None:
+    arguments = ("generate", "-m", text_only, "-q", "what?", "-p", "dense", "--temperature", 2)
+    first, again, warm, other = (
+        succeed(*arguments, "--seed", seed, "--max-new-tokens", 12, *extra).stdout
+        for seed, extra in ((1, ()), (1, ()), (1, ("--warmup",)), (2, ()))
+    )
+    assert first == again == warm != other
+
+
+def test_threads_are_set_only_on_request(text_only: Path) -> None:
+    before = torch.get_num_threads()
+    arguments = ("generate", "-m", text_only, "-q", "what?", "-p", "dense", "--max-new-tokens", 1)
+    try:
+        succeed(*arguments)
+        assert torch.get_num_threads() == before
+        succeed(*arguments, "--threads", before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_plan_shows_layers_costs_and_the_ideal(checkpoint: Path) -> None:
+    text = succeed("plan", "-m", checkpoint, "-p", "image_ffn", *MACHINE).stdout
+    assert "image_ffn on" in text and "4 layers" in text
+    assert re.search(r"2 +sequential +attention +attention \+ ffn +attention \+ ffn", text)
+    assert re.search(r"prefill FLOPs +[\d.]+ MFLOP +[\d.]+ MFLOP +1\.\d\d", text)
+    assert re.search(
+        r"Ideal gain: prefill 1\.\d\dx, decode 1\.00x, .* 20 GB/s .* 100 GFLOP/s", text
+    )
+    assert "1 x (4 image + 64 text positions, 128 new tokens)" in text
+
+
+def test_plan_of_nothing_says_so(checkpoint: Path) -> None:
+    text = succeed("plan", "-m", checkpoint, "-p", "dense", *MACHINE).stdout
+    assert "Nothing is skipped." in text
+    assert "prefill 1.00x, decode 1.00x" in text
+
+
+def test_plan_needs_no_weights(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    succeed("plan", "-m", tmp_path, "-p", "dense", *MACHINE)
+
+
+def test_plan_as_json_is_what_the_model_would_run(checkpoint: Path) -> None:
+    load = ("--image-tokens", 8, "--text-tokens", 5, "--new-tokens", 3, "--batch", 2)
+    arguments = ("plan", "-m", checkpoint, "-p", "image_ffn", *load, *MACHINE, "--json")
+    found = json.loads(succeed(*arguments).stdout)
+    policy = fastskip.SkipPolicy.preset("image_ffn")
+    plan = fastskip.plan_of(fastskip.load_model(checkpoint, policy))
+    dense = fastskip.plan_of(fastskip.load_model(checkpoint, "dense"))
+    assert fastskip.SkipPolicy.from_dict(found["policy"]) == policy
+    for key, each in (("with_policy", plan), ("dense", dense)):
+        totals = found[key]
+        assert totals["prefill_flops"] + 2 * totals["decode_flops"] == each.flops(8, 5, 3, 2)
+        assert totals["kv_bytes"] == each.kv_bytes(8, 5, 2, 2)
+    assert found["workload"] == {"image_tokens": 8, "text_tokens": 5, "new_tokens": 3, "batch": 2}
+    assert found["ceilings"] == {"bandwidth_bytes_per_s": 20e9, "flops_per_s": 1e11}
+    assert [row["cells"]["image"] for row in found["layers"]] == [
+        "attention + ffn",
+        "attention",
+        "attention + ffn",
+    ]
+    gain = found["dense"]["prefill_floor_s"] / found["with_policy"]["prefill_floor_s"]
+    assert found["ideal_speedup"]["prefill"] == pytest.approx(gain)
+
+
+def test_plan_measures_the_machine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastskip import machine
+    from fastskip.costs import Ceilings
+
+    asked = []
+
+    def ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
+        asked.append((dtype, device.type))
+        return Ceilings(1e9, 1e12)
+
+    monkeypatch.setattr(machine, "ceilings", ceilings)
+    text = succeed(
+        "plan", "-m", checkpoint, "-p", "dense", "--dtype", "bfloat16", "--device", "cpu"
+    ).stdout
+    assert asked == [(torch.bfloat16, "cpu")]
+    assert "1 GB/s" in text and "1 TFLOP/s" in text
+
+
+def test_plan_of_a_text_only_model(text_only: Path) -> None:
+    text = succeed("plan", "-m", text_only, "-p", "every_nth_ffn", *MACHINE).stdout
+    assert "(0 image + 64 text" in text
+    assert "image " not in text.splitlines()[2]
+
+
+def test_policies_are_listed() -> None:
+    from fastskip.presets import PRESETS
+
+    text = succeed("policies").stdout
+    for name in PRESETS:
+        assert name in text
+    assert "interval=2" in text
+
+
+def test_policy_as_file(tmp_path: Path) -> None:
+    options = ("-s", "interval=3", "-s", "scope=image")
+    printed = json.loads(succeed("policies", "every_nth_ffn", *options).stdout)
+    expected = fastskip.SkipPolicy.preset("every_nth_ffn", interval=3, scope="image")
+    assert fastskip.SkipPolicy.from_dict(printed) == expected
+    for suffix in ("json", "yaml"):
+        file = tmp_path / f"mine.{suffix}"
+        text = succeed("policies", "every_nth_ffn", *options, "--layers", 32, "-o", file).stdout
+        assert fastskip.SkipPolicy.from_file(file) == expected
+        assert re.search(r"^3 +sequential +attention +attention \+ ffn", text, re.MULTILINE)
+
+
+def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+    show = ModuleType("fastskip.demo.show")
+    show.run = lambda **options: calls.append(options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fastskip.demo.show", show)
+    monkeypatch.setattr("fastskip.demo.show", show, raising=False)
+    succeed("demo", "--quick", "--plots", tmp_path)
+    assert calls == [{"plots": tmp_path, "quick": True}]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (
+            "generate -q hi -m {folder}/absent",
+            "--model .*absent: no such folder; allowed: an exist",
+        ),
+        ("generate -q hi -m {folder}", "--model .*; allowed: a folder or hub checkpoint"),
+        ("generate -q hi -m {model} -i absent.png", "absent.png: no such file; allowed: the path"),
+        ("generate -q hi -m {model} -i {model}", "a directory; allowed: a JPEG, PNG, WEBP file"),
+        ("generate -q <image>hi -m {model}", "1 <image> for 0 images; allowed: one <image> per"),
+        ("generate --prompt= -m {model}", "prompt: got ''; allowed: a text that is not empty"),
+        ("generate -q hi -m {model} --max-new-tokens 999", "allowed: at most 256 positions"),
+        ("generate -q hi -m {model} -p nothing", "policy: got 'nothing'; allowed: .*image_ffn"),
+        ("generate -q hi -m {model} -p {broken}", "broken.json: not JSON .*; allowed: a policy"),
+        ("generate -q hi -m {text} -i {image}", "images: got 1; allowed: none"),
+        ("generate -q hi -m {text} -p image_ffn", "image"),
+        ("generate -q hi -m {model} --device gpu", "--device gpu: .*; allowed here: cpu"),
+        ("generate -q hi -m {weightless}", "--model .*; allowed: .* config and weights"),
+        ("generate -q hi -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
+        ("plan -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
+        ("plan -m {folder}/absent", "--model .*absent: no such folder"),
+        ("plan -m {folder}", "--model .*; allowed: a folder or hub checkpoint"),
+        ("plan -m {model} -p nothing", "policy: got 'nothing'; allowed: "),
+        ("plan -m {model} -p visual_withdrawal", "layers.*allowed: slice bounds"),
+        ("plan -m {text} --image-tokens 3 " + " ".join(MACHINE), "--image-tokens 3: allowed: 0"),
+        ("plan -m {model} --new-tokens 999 " + " ".join(MACHINE), "allowed: at most 256"),
+        ("plan -m {model} --tflops 1", "--tflops 1.0: allowed: both, as positive"),
+        ("plan -m {model} --tflops 1 --bandwidth -2", "allowed: both, as positive"),
+        ("policies nothing", "preset: got 'nothing'; allowed: dense"),
+        ("policies image_ffn -s size=3", "image_ffn.size: unknown option; allowed: start, end"),
+        ("policies image_ffn -s start=a", "image_ffn.start: got 'a'; allowed: an integer"),
+        ("policies image_ffn -s start", "--set start: allowed: KEY=VALUE"),
+        ("policies image_ffn --layers 2", "allowed: "),
+        ("policies image_ffn -o {folder}/x.txt", "path: .*; allowed: "),
+        ("policies image_ffn -o {folder}/absent/x.json", "No such file.*; allowed: a writable"),
+    ],
+)
+def test_errors_are_one_line(
+    command: str,
+    message: str,
+    checkpoint: Path,
+    text_only: Path,
+    picture: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    weightless, bert = tmp_path / "weightless", tmp_path / "bert"
+    weightless.mkdir(), bert.mkdir()
+    for file in checkpoint.iterdir():
+        if "safetensors" not in file.name:
+            (weightless / file.name).write_bytes(file.read_bytes())
+    for file in text_only.iterdir():
+        (bert / file.name).write_bytes(file.read_bytes())
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    names = {
+        "folder": tmp_path,
+        "model": checkpoint,
+        "text": text_only,
+        "image": picture,
+        "broken": tmp_path / "broken.json",
+        "weightless": weightless,
+        "bert": bert,
+    }
+    result = run(*(part.format(**names) for part in command.split()))
+    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n")
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [("generate",), ("plan", "--batch", "0"), ("absent",)])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("unforeseen")
+
+    monkeypatch.setattr(fastskip.SkipPolicy, "preset", fail)
+    result = run("policies", "dense")
+    assert isinstance(result.exception, ZeroDivisionError)

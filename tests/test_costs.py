@@ -1,0 +1,393 @@
+"""Costs against independent counts: real modules run on fewer rows, explicit masks, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from fastskip.costs import (
+    Ceilings,
+    Cost,
+    Operation,
+    decode_cost,
+    floor_seconds,
+    ideal_speedup,
+    prefill_cost,
+)
+from fastskip.plan import ModelShape, SkipPlan, make_plan
+from fastskip.policy import ArrangementRule, SkipPolicy, SkipRule, TokenClass
+from tests.test_plan import simulate, skip_plans
+
+IMAGE, TEXT, GENERATED = TokenClass
+PROMPT = (TEXT, TEXT, IMAGE, IMAGE, IMAGE, TEXT, TEXT)
+
+KINDS = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "output",
+    "out_proj": "output",
+    "gate_proj": "ffn",
+    "up_proj": "ffn",
+    "down_proj": "ffn",
+    "fc1": "ffn",
+    "fc2": "ffn",
+    "lm_head": "lm_head",
+}
+"""Linear of a Hugging Face decoder -> kind of operation."""
+
+
+def llama(bias: bool = False) -> tuple[LlamaForCausalLM, ModelShape]:
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        attention_bias=bias,
+        mlp_bias=bias,
+        max_position_embeddings=64,
+    )
+    shape = ModelShape(
+        depth=5,
+        hidden_size=24,
+        ffn_size=40,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=50,
+        has_images=True,
+        attention_bias=bias,
+        attention_output_bias=bias,
+        ffn_bias=bias,
+        dtype_bytes=4,
+        max_positions=64,
+    )
+    return LlamaForCausalLM(config).eval(), shape
+
+
+def opt() -> tuple[OPTForCausalLM, ModelShape]:
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=40,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    shape = ModelShape(
+        depth=5,
+        hidden_size=32,
+        ffn_size=40,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=8,
+        vocab_size=50,
+        has_images=True,
+        attention_bias=True,
+        attention_output_bias=True,
+        ffn_bias=True,
+        gated_ffn=False,
+        tied_embeddings=True,
+        dtype_bytes=4,
+        max_positions=64,
+    )
+    return OPTForCausalLM(config).eval(), shape
+
+
+class OnSomeRows(nn.Module):
+    """A linear that runs on some rows of the sequence and leaves zeros elsewhere."""
+
+    def __init__(self, linear: nn.Linear, rows: list[int], length: int) -> None:
+        super().__init__()
+        self.linear, self.rows, self.length = linear, rows, length
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sequences = x.reshape(-1, self.length, x.shape[-1])  # OPT flattens them
+        out = x.new_zeros(*sequences.shape[:-1], self.linear.out_features)
+        if self.rows:
+            out[:, self.rows] = self.linear(sequences[:, self.rows])
+        return out.view(*x.shape[:-1], -1)
+
+
+def really_skip(
+    model: nn.Module, plan: SkipPlan, classes: Sequence[TokenClass], wanted: int
+) -> None:
+    """Let every linear of a Hugging Face decoder run on the rows of design section 4 only."""
+    layers = next(m for n, m in model.named_modules() if n.endswith("layers"))
+    assert isinstance(layers, nn.ModuleList)
+    wanted_rows = range(len(classes) - wanted, len(classes))
+    for layer, cells in zip(layers, plan.layers, strict=True):
+        for name, linear in list(layer.named_modules()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            leaf = name.rpartition(".")[2]
+            rows = []
+            for row, token_class in enumerate(classes):
+                cell = cells.cells[token_class]
+                last = cells.index in plan.steps[-1] and row not in wanted_rows
+                if leaf in ("k_proj", "v_proj"):
+                    runs = cell.attention or (cell.kv is not None and cell.kv.value == "project")
+                elif KINDS[leaf] == "ffn":
+                    runs = cell.ffn and not last
+                else:
+                    runs = cell.attention and not last
+                rows += [row] if runs else []
+            layer.set_submodule(name, OnSomeRows(linear, rows, len(classes)))
+
+
+def linear_flops(model: nn.Module, batch: int, length: int, wanted: int) -> dict[str, int]:
+    """FLOPs of the linears that a forward runs, by kind, as torch counts them."""
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False, logits_to_keep=wanted)
+    flops = dict.fromkeys(set(KINDS.values()), 0)
+    for name, counts in counter.get_flop_counts().items():
+        if (leaf := name.rpartition(".")[2]) in KINDS:
+            flops[KINDS[leaf]] += sum(counts.values())
+    return flops
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of the weights and biases of all linears that run on some row."""
+    skipped = [m for m in model.modules() if isinstance(m, OnSomeRows) and not m.rows]
+    left_out = {id(m.linear) for m in skipped}
+    used = [m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in left_out]
+    return sum(p.numel() * p.element_size() for m in used for p in m.parameters())
+
+
+POLICIES = {
+    "dense": SkipPolicy(),
+    "blocks": SkipPolicy((SkipRule([1, 3], skip="block"),)),
+    "ffn": SkipPolicy((SkipRule([1, 4], skip="ffn"),)),
+    "frozen image": SkipPolicy((SkipRule("1:", "image", "block"),)),
+    "withdrawn image": SkipPolicy((SkipRule("2:", "image", "block", "omit"),)),
+    "reused text": SkipPolicy((SkipRule("2:", "text", "attention", "reuse"),)),
+    "parallel": SkipPolicy(
+        (SkipRule([2], "image", "ffn"),), (ArrangementRule(":", "parallel", norm="shared"),)
+    ),
+    "last pair": SkipPolicy(arrangements=(ArrangementRule([[3, 4]], "pair"),)),
+}
+
+
+@pytest.mark.parametrize(
+    "make", [llama, lambda: llama(bias=True), opt], ids=["llama", "bias", "opt"]
+)
+@pytest.mark.parametrize("wanted", [1, len(PROMPT)])
+@pytest.mark.parametrize("name", POLICIES)
+def test_linears_are_those_of_a_model_that_really_skips(make: Any, wanted: int, name: str) -> None:
+    model, shape = make()
+    plan = make_plan(POLICIES[name], shape)
+    really_skip(model, plan, PROMPT, wanted)
+    cost = prefill_cost(plan, PROMPT, batch=2, wanted=wanted)
+    counted = linear_flops(model, 2, len(PROMPT), wanted)
+    assert {k: n for k, n in cost.flops_by_kind.items() if k != "scores"} == counted
+    assert cost.weight_bytes == linear_bytes(model)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    skip_plans(), st.lists(st.sampled_from(TokenClass), min_size=1, max_size=6), st.integers(1, 6)
+)
+def test_linears_of_drawn_policies(drawn: SkipPlan, classes: list[TokenClass], wanted: int) -> None:
+    model, shape = llama()
+    plan = make_plan(drawn.policy, shape)
+    wanted = min(wanted, len(classes))
+    really_skip(model, plan, classes, wanted)
+    cost = prefill_cost(plan, classes, wanted=wanted)
+    counted = linear_flops(model, 1, len(classes), wanted)
+    assert {k: n for k, n in cost.flops_by_kind.items() if k != "scores"} == counted
+    assert cost.weight_bytes == linear_bytes(model)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_decode_linears(name: str) -> None:
+    model, shape = llama()
+    plan = make_plan(POLICIES[name], shape)
+    really_skip(model, plan, [GENERATED], 1)
+    cost = decode_cost(plan, {IMAGE: 3, TEXT: 4}, batch=2, steps=3)
+    one = linear_flops(model, 2, 1, 1)
+    expected = {kind: 3 * flops for kind, flops in one.items()}
+    assert {k: n for k, n in cost.flops_by_kind.items() if k != "scores"} == expected
+    assert cost.weight_bytes == 3 * linear_bytes(model)
+
+
+def masks(plan: SkipPlan, classes: Sequence[TokenClass], wanted: int) -> list[torch.Tensor]:
+    """Per layer, [row, entry]: the row runs attention and sees the entry."""
+    held = simulate(plan)
+    length = len(classes)
+    result = []
+    for index, layer in enumerate(plan.layers):
+        mask = torch.zeros(length, length, dtype=torch.bool)
+        for row, token_class in enumerate(classes):
+            late = index == plan.shape.depth - 1 and row < length - wanted
+            if layer.cells[token_class].attention and not late:
+                for entry in range(row + 1):
+                    mask[row, entry] = classes[entry] in held[index]
+        result.append(mask)
+    return result
+
+
+some_classes = st.lists(st.sampled_from([IMAGE, TEXT]), min_size=1, max_size=8)
+
+
+@given(skip_plans(), some_classes, st.integers(1, 3), st.integers(1, 8))
+def test_scores_and_kv_of_prefill(
+    plan: SkipPlan, classes: list[TokenClass], batch: int, wanted: int
+) -> None:
+    shape, held = plan.shape, simulate(plan)
+    wanted = min(wanted, len(classes))
+    cost = prefill_cost(plan, classes, batch, wanted=wanted)
+    seen = masks(plan, classes, wanted)
+    pairs = sum(int(mask.sum()) for mask in seen)
+    assert cost.flops_by_kind["scores"] == batch * pairs * 2 * 2 * shape.num_heads * shape.head_dim
+    entries = [sum(c in layer for c in classes) for layer in held]
+    copied = [
+        sum(c in layer and layer[c] != index for c in classes) for index, layer in enumerate(held)
+    ]
+    read = sum(int(mask.any(0).sum()) for mask in seen)
+    size = torch.empty(2, shape.num_kv_heads, shape.head_dim, dtype=torch.float16).nbytes
+    assert cost.kv_written_bytes == batch * size * sum(entries)
+    assert cost.kv_read_bytes == batch * size * (read + sum(copied))
+    n_image, n_text = classes.count(IMAGE), classes.count(TEXT)
+    assert plan.kv_bytes(n_image, n_text, batch=batch) == batch * size * sum(entries)
+
+
+@given(skip_plans(), some_classes, st.integers(0, 4), st.integers(1, 3))
+def test_decode_steps_see_the_growing_context(
+    plan: SkipPlan, classes: list[TokenClass], steps: int, batch: int
+) -> None:
+    shape = plan.shape
+    context = {c: classes.count(c) for c in set(classes)}
+    cost = decode_cost(plan, context, batch, steps=steps)
+    whole = [*classes, *[GENERATED] * steps]
+    pairs = sum(int(mask[len(classes) :].sum()) for mask in masks(plan, whole, len(whole)))
+    assert cost.flops_by_kind["scores"] == batch * pairs * 4 * shape.num_heads * shape.head_dim
+    grown = plan.kv_bytes(classes.count(IMAGE), classes.count(TEXT), steps, batch)
+    assert grown - plan.kv_bytes(classes.count(IMAGE), classes.count(TEXT), 0, batch) == (
+        cost.kv_written_bytes
+    )
+    one_by_one = [decode_cost(plan, context | {GENERATED: step}, batch) for step in range(steps)]
+    assert cost.flops == sum(one.flops for one in one_by_one)
+    assert cost.bytes == sum(one.bytes for one in one_by_one)
+    assert all(one.bytes == plan.decode_bytes(context, batch) for one in one_by_one[:1])
+    machine = Ceilings(1e9, 1e10)
+    apart = sum(floor_seconds(one, machine) for one in one_by_one)
+    assert floor_seconds(cost, machine) == pytest.approx(apart)
+
+
+@given(skip_plans(), some_classes, some_classes)
+def test_prefill_in_two_turns_adds_up(
+    plan: SkipPlan, first: list[TokenClass], second: list[TokenClass]
+) -> None:
+    """With logits for every row, a kept cache changes no FLOP of decoder rows."""
+    whole = prefill_cost(plan, first + second, wanted=len(first) + len(second))
+    past = {c: first.count(c) for c in set(first)}
+    parts = (
+        prefill_cost(plan, first, wanted=len(first)),
+        prefill_cost(plan, second, wanted=len(second), past=past),
+    )
+    assert whole.flops == sum(part.flops for part in parts)
+    assert whole.kv_written_bytes == sum(part.kv_written_bytes for part in parts)
+
+
+def test_kv_bytes_are_those_of_a_real_cache() -> None:
+    model, shape = llama()
+    cache = model(input_ids=torch.zeros(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert make_plan(SkipPolicy(), shape).kv_bytes(2, 4, 1, batch=3) == nbytes
+
+
+def test_generation_is_prefill_and_one_step_less_than_new_tokens() -> None:
+    plan = make_plan(POLICIES["frozen image"], llama()[1])
+    cost = plan.cost(3, 4, 5, 2, text_before=2)
+    assert cost.prefill == prefill_cost(plan, PROMPT, 2)
+    assert cost.decode == decode_cost(plan, {IMAGE: 3, TEXT: 4}, 2, steps=4)
+    assert plan.flops(3, 4, 5, 2, text_before=2) == cost.flops
+    assert plan.cost(3, 4, 1).decode.flops == 0
+    assert plan.cost(3, 4, 5).prefill == prefill_cost(plan, [IMAGE] * 3 + [TEXT] * 4)
+
+
+def test_batch_shares_the_weights() -> None:
+    plan = make_plan(SkipPolicy(), llama()[1])
+    one, four = (decode_cost(plan, {TEXT: 9}, batch) for batch in (1, 4))
+    assert four.weight_bytes == one.weight_bytes
+    assert four.kv_read_bytes == 4 * one.kv_read_bytes
+    assert four.flops == 4 * one.flops
+
+
+def test_operations_of_a_step() -> None:
+    dense = make_plan(SkipPolicy(), llama()[1])
+    assert decode_cost(dense, {TEXT: 9}, steps=6).operations == 5 * 5 + 1
+    frozen = make_plan(POLICIES["frozen image"], llama()[1])
+    # In four layers K and V run on more rows than Q; the last dense one only splits at its end.
+    assert prefill_cost(frozen, PROMPT).operations == 5 * 5 + 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [((-1, 4, 5), "image: -1"), ((3, 4, 0), "n_new"), ((3, -1, 1), "n_text=-1")],
+)
+def test_impossible_counts(counts: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(SkipPolicy(), llama()[1]).cost(*counts)
+
+
+def test_text_only_model_has_no_image_rows() -> None:
+    shape = llama()[1]
+    sizes = {name: getattr(shape, name) for name in shape.__slots__} | {"has_images": False}
+    plan = make_plan(SkipPolicy(), ModelShape(**sizes))
+    assert plan.cost(0, 4, 2).flops > 0
+    with pytest.raises(ValueError, match="allowed: counts >= 0 of text, generated"):
+        plan.kv_bytes(1, 4)
+
+
+def test_floor_takes_the_slower_ceiling_of_each_operation() -> None:
+    machine = Ceilings(bandwidth_bytes_per_s=10, flops_per_s=100)
+    bound_by_memory = Operation("ffn", 0, flops=100, weight_bytes=30)
+    bound_by_work = Operation("scores", 0, flops=700, kv_read_bytes=10, times=2)
+    assert floor_seconds(Cost((bound_by_memory, bound_by_work)), machine) == 3 + 2 * 7
+
+
+LLAVA_7B = ModelShape(
+    depth=32,
+    hidden_size=4096,
+    ffn_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32064,
+    has_images=True,
+    dtype_bytes=2,
+    max_positions=4096,
+)
+
+
+def test_llava_7b_by_hand() -> None:
+    """Sizes worked out on paper: 202.4 M weights a layer, 0.5 MiB of K and V a token."""
+    dense = make_plan(SkipPolicy(), LLAVA_7B)
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+    assert dense.kv_bytes(576, 64) == 640 * 2**19
+    step = decode_cost(dense, {IMAGE: 576, TEXT: 64})
+    assert step.weight_bytes == 2 * (32 * weights + 4096 * 32064)
+    assert step.kv_read_bytes == 641 * 2**19
+    prefill = prefill_cost(dense, [IMAGE] * 576 + [TEXT] * 64, wanted=640)
+    assert prefill.flops_by_kind["ffn"] == 32 * 640 * 2 * 3 * 4096 * 11008
+    machine = Ceilings(4.3e12, 790e12)
+    assert floor_seconds(step, machine) == pytest.approx(3.15e-3, rel=0.005)
+    half = make_plan(SkipPolicy((SkipRule("0:16", skip="block"),)), LLAVA_7B)
+    ideal = ideal_speedup(dense, half, machine, n_image=576, n_text=64, n_new=8)
+    assert ideal.decode == pytest.approx(1.96, rel=0.005)
+    same = ideal_speedup(dense, dense, machine, n_image=576, n_text=64, n_new=1)
+    assert (same.prefill, same.decode) == (1.0, 1.0)

@@ -1,0 +1,382 @@
+"""Policies: what is accepted, what is refused and how, and that files round-trip."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastskip.policy import (
+    Arrangement,
+    ArrangementRule,
+    Combine,
+    Norm,
+    PolicyError,
+    RouterRule,
+    SkippedKV,
+    SkipPolicy,
+    SkipRule,
+    Sublayer,
+    TokenClass,
+    select_layers,
+)
+
+EXAMPLE: dict[str, Any] = {
+    "schema_version": 1,
+    "name": "example",
+    "rules": [
+        {"layers": "4:20:2", "tokens": ["image"], "skip": ["ffn"]},
+        {"layers": [20, 22], "tokens": "all", "skip": ["attention", "ffn"], "kv": "project"},
+    ],
+    "arrangements": [
+        {"layers": "8:12", "kind": "parallel", "norm": "own"},
+        {"layers": [[24, 25], [26, 27]], "kind": "pair", "combine": "sum"},
+    ],
+    "routers": [
+        {
+            "layers": "12:20",
+            "tokens": ["text", "generated"],
+            "skip": ["ffn"],
+            "kind": "similarity",
+            "threshold": 0.98,
+        }
+    ],
+    "provenance": {},
+}
+
+
+def test_example_parses_into_types() -> None:
+    policy = SkipPolicy.from_dict(EXAMPLE)
+    assert policy.rules[0] == SkipRule("4:20:2", TokenClass.IMAGE, Sublayer.FFN)
+    assert policy.rules[1].kv is SkippedKV.PROJECT
+    assert policy.arrangements[0].norm is Norm.OWN
+    assert policy.arrangements[1].combine is Combine.SUM
+    assert policy.arrangements[1].kind is Arrangement.PAIR
+    assert policy.routers[0].threshold == 0.98
+    assert policy.to_dict() == EXAMPLE
+
+
+def test_friendly_input_is_one_form() -> None:
+    rule = SkipRule([4, 6], ["image", TokenClass.TEXT], "block", "omit")
+    assert rule.layers == (4, 6)
+    assert rule.tokens == frozenset({TokenClass.IMAGE, TokenClass.TEXT})
+    assert rule.skip == frozenset(Sublayer)
+    assert rule.kv is SkippedKV.OMIT
+    assert rule == SkipRule(range(4, 7, 2), {"text", "image"}, ["attention", "ffn"], SkippedKV.OMIT)
+
+
+def test_equality_is_as_written_and_ignores_names() -> None:
+    rule = SkipRule("0:2", "all", "ffn")
+    assert SkipPolicy((rule,), name="a") == SkipPolicy((rule,), name="b", provenance={"by": "me"})
+    assert rule != SkipRule((0, 1), "all", "ffn")
+    assert rule != SkipRule("0:2", list(TokenClass), "ffn")
+    assert SkipRule(":", skip="block") != SkipRule(":", skip="block", kv="project")
+    assert hash(SkipPolicy((rule,), name="a")) == hash(SkipPolicy((rule,), name="b"))
+    assert SkipPolicy() == SkipPolicy.from_dict({"schema_version": 1})
+
+
+def test_policies_are_immutable_and_copyable() -> None:
+    policy = SkipPolicy.from_dict(EXAMPLE)
+    assert pickle.loads(pickle.dumps(policy)) == policy == copy.deepcopy(policy)
+    with pytest.raises(AttributeError):
+        policy.rules[0].kv = SkippedKV.OMIT  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        policy.name = "other"  # type: ignore[misc]
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    """The example with one value replaced; `path` is like "rules/1/layers"."""
+    document = copy.deepcopy(EXAMPLE)
+    *parents, last = path.split("/")
+    place: Any = document
+    for key in parents:
+        place = place[int(key) if isinstance(place, list) else key]
+    place[last] = value
+    return document
+
+
+MALFORMED: list[tuple[str, object, str, str]] = [
+    # path, value, field named by the error, part of what it says is allowed
+    ("schema_version", 2, "schema_version", "1"),
+    ("schema_version", 0, "schema_version", "1"),
+    ("schema_version", "1", "schema_version", "1"),
+    ("schema_version", True, "schema_version", "1"),
+    ("name", 3, "name", "string"),
+    ("provenance", [], "provenance", "object"),
+    ("provenance", {"x": math.nan}, "provenance", "JSON"),
+    ("provenance", {"x": {1, 2}}, "provenance", "JSON"),
+    ("rule", [], "rule", '"rules"'),
+    ("rules", {}, "rules", "list"),
+    ("rules", None, "rules", "list"),
+    ("rules", "4:8", "rules", "list"),
+    ("rules", ["4:8"], "rules[0]", '"layers"'),
+    ("rules", [{"skip": ["ffn"]}], "rules[0].layers", "value"),
+    ("rules", [{"layers": ":"}], "rules[0].skip", "value"),
+    ("rules/0/keep", 1, "rules[0].keep", '"kv"'),
+    ("rules/1/layers", "4-8", "rules[1].layers", "slice"),
+    ("rules/1/layers", "4", "rules[1].layers", "slice"),
+    ("rules/1/layers", "", "rules[1].layers", "slice"),
+    ("rules/1/layers", "1:2:0", "rules[1].layers", "step >= 1"),
+    ("rules/1/layers", "8:1:-1", "rules[1].layers", "step >= 1"),
+    ("rules/1/layers", "1:2:3:4", "rules[1].layers", "slice"),
+    ("rules/1/layers", "٣:٤", "rules[1].layers", "slice"),
+    ("rules/1/layers", "9" * 5000 + ":", "rules[1].layers", "slice"),
+    ("rules/1/layers", [], "rules[1].layers", "list"),
+    ("rules/1/layers", 4, "rules[1].layers", "list"),
+    ("rules/1/layers", None, "rules[1].layers", "list"),
+    ("rules/1/layers", [True], "rules[1].layers", "integers"),
+    ("rules/1/layers", [1.0], "rules[1].layers", "integers"),
+    ("rules/1/layers", ["1"], "rules[1].layers", "integers"),
+    ("rules/1/layers", [-1], "rules[1].layers", "from 0"),
+    ("rules/1/layers", [[1, 2]], "rules[1].layers", "integers"),
+    ("rules/1/layers", [3, 3], "rules[1].layers", "once"),
+    ("rules/0/tokens", "images", "rules[0].tokens", '"image"'),
+    ("rules/0/tokens", [], "rules[0].tokens", '"generated"'),
+    ("rules/0/tokens", ["image", "all"], "rules[0].tokens", '"text"'),
+    ("rules/0/tokens", [["image"]], "rules[0].tokens", '"text"'),
+    ("rules/0/tokens", None, "rules[0].tokens", '"all"'),
+    ("rules/0/tokens", {"image": 1}, "rules[0].tokens", '"all"'),
+    ("rules/0/skip", [], "rules[0].skip", '"attention"'),
+    ("rules/0/skip", "mlp", "rules[0].skip", '"ffn"'),
+    ("rules/0/skip", ["block", "mlp"], "rules[0].skip", '"ffn"'),
+    ("rules/0/skip", [["block"]], "rules[0].skip", '"ffn"'),
+    ("rules/0/skip", 1, "rules[0].skip", '"block"'),
+    ("rules/0/kv", "project", "rules[0].kv", "attention"),
+    ("rules/1/kv", "keep", "rules[1].kv", '"omit"'),
+    ("rules/1/kv", ["omit"], "rules[1].kv", '"omit"'),
+    ("arrangements/0/kind", "sequential", "arrangements[0].kind", '"pair"'),
+    ("arrangements/0/kind", None, "arrangements[0].kind", '"parallel"'),
+    ("arrangements/0/norm", "both", "arrangements[0].norm", '"shared"'),
+    ("arrangements/0/combine", "sum", "arrangements[0].combine", "pair"),
+    ("arrangements/0/layers", [[1, 2]], "arrangements[0].layers", "list"),
+    ("arrangements/0/order", 1, "arrangements[0].order", '"combine"'),
+    ("arrangements/1/norm", "own", "arrangements[1].norm", "parallel"),
+    ("arrangements/1/combine", "max", "arrangements[1].combine", '"mean"'),
+    ("arrangements/1/layers", [24, 25], "arrangements[1].layers", "pairs"),
+    ("arrangements/1/layers", [[24, 26]], "arrangements[1].layers", "[l, l + 1]"),
+    ("arrangements/1/layers", [[25, 24]], "arrangements[1].layers", "[l, l + 1]"),
+    ("arrangements/1/layers", [[24, 25, 26]], "arrangements[1].layers", "[l, l + 1]"),
+    ("arrangements/1/layers", [[-1, 0]], "arrangements[1].layers", "[l, l + 1]"),
+    ("arrangements/1/layers", [[False, True]], "arrangements[1].layers", "[l, l + 1]"),
+    ("arrangements/1/layers", [[4, 5], [5, 6]], "arrangements[1].layers", "one pair"),
+    ("arrangements/1/layers", [], "arrangements[1].layers", "pairs"),
+    ("arrangements/1/layers", "0:8:2", "arrangements[1].layers", "step 1"),
+    ("routers/0/kind", "entropy", "routers[0].kind", '"similarity"'),
+    ("routers/0/kind", ["similarity"], "routers[0].kind", '"similarity"'),
+    ("routers/0/threshold", math.nan, "routers[0].threshold", "number"),
+    ("routers/0/threshold", math.inf, "routers[0].threshold", "number"),
+    ("routers/0/threshold", 1.5, "routers[0].threshold", "[-1, 1]"),
+    ("routers/0/threshold", True, "routers[0].threshold", "number"),
+    ("routers/0/threshold", "0.9", "routers[0].threshold", "number"),
+    ("routers/0/top_k", 1, "routers[0].top_k", '"threshold"'),
+    *(
+        (f"routers/0/{name}", 1, f"routers[0].{name}", "threshold")
+        for name in ("group", "kv", "rate", "capacity", "seed", "weights")
+    ),
+    (
+        "routers",
+        [{"layers": ":", "skip": ["ffn"], "kind": "similarity"}],
+        "routers[0].threshold",
+        "",
+    ),
+    ("removals", [{"after_layer": 2}], "removals", "not available yet"),
+    ("removals", "none", "removals", "list"),
+    ("masks", [{"layers": ":", "kind": "unimodal"}], "masks", "not available yet"),
+    ("semantics", "reference", "semantics", "not available yet"),
+    ("semantics", None, "semantics", "clean"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "field", "allowed"), MALFORMED)
+def test_malformed(path: str, value: object, field: str, allowed: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        SkipPolicy.from_dict(changed(path, value))
+    error = caught.value
+    assert error.field == field
+    assert allowed in error.allowed
+    assert error.field in str(error) and error.allowed in str(error)
+    assert isinstance(error, ValueError)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_reserved_and_newer_and_missing_say_so() -> None:
+    with pytest.raises(PolicyError, match="not available yet"):
+        SkipPolicy.from_dict(changed("routers/0/seed", 1))
+    with pytest.raises(PolicyError, match="newer"):
+        SkipPolicy.from_dict(changed("schema_version", 7))
+    with pytest.raises(PolicyError, match="schema_version: is missing"):
+        SkipPolicy.from_dict({"rules": []})
+    with pytest.raises(PolicyError, match="an object"):
+        SkipPolicy.from_dict([EXAMPLE])  # type: ignore[arg-type]
+
+
+def test_constructor_refuses_other_types() -> None:
+    with pytest.raises(PolicyError) as caught:
+        SkipPolicy(rules=({"layers": ":"},))  # type: ignore[arg-type]
+    assert caught.value.field == "rules[0]"
+    with pytest.raises(PolicyError, match="routers"):
+        SkipPolicy(routers=RouterRule(":", skip="ffn", threshold=0.5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml", ".JSON"])
+def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
+    policy = SkipPolicy.from_dict(EXAMPLE | {"provenance": {"größe": [1, {"a": None}]}})
+    path = tmp_path / f"policy{suffix}"
+    policy.save(path)
+    again = SkipPolicy.from_file(path)
+    assert again == policy
+    assert (again.name, again.provenance) == (policy.name, policy.provenance)
+    assert SkipPolicy.coerce(path) == SkipPolicy.coerce(str(path)) == policy
+
+
+def test_yaml_slice_needs_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text("schema_version: 1\nrules:\n- {layers: 4:20:2, skip: [ffn]}\n")
+    assert SkipPolicy.from_file(path).rules == (SkipRule("4:20:2", skip="ffn"),)
+
+
+LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nschema_version: 1\nprovenance: {c: [*b, *b]}\n"
+BROKEN: list[tuple[str, bytes, str]] = [
+    ("p.json", b"", "not JSON"),
+    ("p.json", b"{", "not JSON"),
+    ("p.json", b"[1]", "got"),
+    ("p.json", b"3", "got"),
+    ("p.json", b'{"schema_version": 1, "schema_version": 1}', "duplicate key 'schema_version'"),
+    ("p.json", b'{"schema_version": 1, "provenance": {"a": 1, "a": 2}}', "duplicate key 'a'"),
+    ("p.json", b"\xff\xfe{}", "UTF-8"),
+    ("p.json", b"[" * 100_000, "nested"),
+    ("p.json", b" " * (1 << 20) + b"{}", "at most"),
+    ("p.json", b'{"schema_version": ' + b"1" * 5000 + b"}", "digits"),
+    ("p.yaml", b"schema_version: 1\nschema_version: 1\n", "duplicate key"),
+    ("p.yaml", b"schema_version: 1\nprovenance: {a: 1, a: 2}\n", "duplicate key 'a'"),
+    ("p.yaml", b"schema_version: [1\n", "not YAML"),
+    ("p.yaml", b"1: 2\n", "strings"),
+    ("p.yaml", b"schema_version: 1\n---\nschema_version: 1\n", "not YAML"),
+    ("p.yaml", b"!!python/object/apply:os.getcwd []\n", "not YAML"),
+    ("p.yaml", b"", "got None"),
+    ("p.yaml", b"[" * 100_000, "nested"),
+    ("p.yaml", LAUGHS.encode(), "aliases"),
+    ("p.yaml", b"schema_version: 1\nprovenance: {at: 2024-01-01}\n", "JSON"),
+    ("p.toml", b"schema_version = 1", "suffix"),
+    ("p", b"{}", "suffix"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "problem"), BROKEN)
+def test_broken_files(tmp_path: Path, name: str, data: bytes, problem: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(PolicyError, match=problem):
+        SkipPolicy.from_file(path)
+
+
+def test_file_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        SkipPolicy.from_file(tmp_path / "none.json")
+    with pytest.raises(PolicyError, match=r"\.yaml"):
+        SkipPolicy().save(tmp_path / "policy.txt")
+
+
+def test_coerce() -> None:
+    policy = SkipPolicy.from_dict(EXAMPLE)
+    assert SkipPolicy.coerce(policy) is policy
+    assert SkipPolicy.coerce(EXAMPLE) == policy
+    assert SkipPolicy.coerce("frozen_visual") == SkipPolicy.preset("frozen_visual")
+    wrong: list[Any] = ["frozen", "no/such/file.json", "x" * 10_000, "a\0b", "", 3, None]
+    for value in wrong:
+        with pytest.raises(PolicyError, match="frozen_visual") as caught:
+            SkipPolicy.coerce(value)
+        assert caught.value.field == "policy"
+
+
+LAYERS: list[tuple[Any, tuple[int, ...]]] = [
+    (":", tuple(range(8))),
+    ("4:7:2", (4, 6)),
+    ("2:", (2, 3, 4, 5, 6, 7)),
+    (":-6", (0, 1)),
+    ("-1:", (7,)),
+    ("-8:8:7", (0, 7)),
+    ("::3", (0, 3, 6)),
+    ((5, 1), (5, 1)),
+]
+
+
+@pytest.mark.parametrize(("selection", "layers"), LAYERS)
+def test_select_layers(selection: Any, layers: tuple[int, ...]) -> None:
+    assert select_layers(selection, 8, "layers") == layers
+
+
+@pytest.mark.parametrize("selection", ["0:9", "-9:", "9:", "4:4", "5:4", "8:", (8,), "x"])
+def test_select_layers_out_of_bounds(selection: Any) -> None:
+    with pytest.raises(PolicyError) as caught:
+        select_layers(selection, 8, "rules[3].layers")
+    assert caught.value.field == "rules[3].layers"
+
+
+layer_lists = st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True)
+slices = st.tuples(*[st.none() | st.integers(-40, 40)] * 2, st.none() | st.integers(1, 9)).map(
+    lambda parts: ":".join("" if part is None else str(part) for part in parts)
+)
+tokens = st.just("all") | st.sets(st.sampled_from(TokenClass), min_size=1)
+skips = st.sets(st.sampled_from(Sublayer), min_size=1)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> SkipRule:
+    skip = draw(skips)
+    kv = draw(st.none() | st.sampled_from(SkippedKV)) if Sublayer.ATTENTION in skip else None
+    return SkipRule(draw(layer_lists | slices), draw(tokens), skip, kv)
+
+
+parallels = st.builds(
+    ArrangementRule,
+    layer_lists | slices,
+    st.just("parallel"),
+    norm=st.none() | st.sampled_from(Norm),
+)
+routers = st.builds(
+    RouterRule, layer_lists | slices, tokens, skips, threshold=st.floats(-1, 1, allow_nan=False)
+)
+policies = st.builds(
+    SkipPolicy,
+    rules=st.lists(rules(), max_size=3),
+    arrangements=st.lists(parallels, max_size=2),
+    routers=st.lists(routers, max_size=2),
+    name=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+)
+
+
+@given(policies)
+def test_any_policy_round_trips_through_json(policy: SkipPolicy) -> None:
+    document = json.loads(json.dumps(policy.to_dict()))
+    again = SkipPolicy.from_dict(document)
+    assert again == policy
+    assert again.to_dict() == document
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 40)
+    | st.floats()
+    | st.sampled_from(["all", ":", "ffn"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(EXAMPLE)), inner)
+    ),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from([path for path, *_ in MALFORMED]), json_values)
+def test_any_value_parses_or_raises_policy_error(path: str, value: object) -> None:
+    try:
+        SkipPolicy.from_dict(changed(path, value))
+    except PolicyError as error:
+        assert error.field
