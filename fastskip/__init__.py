@@ -1,7 +1,7 @@
 """fastskip: leave computation out of LLaVA-style multimodal LLMs, and be really faster for it.
 
-    model = fastskip.load_model("llava-hf/llava-1.5-7b-hf", policy="policy.json")
-    out = model.generate(**inputs, max_new_tokens=64)
+model = fastskip.load_model("llava-hf/llava-1.5-7b-hf", policy="policy.json")
+out = model.generate(**inputs, max_new_tokens=64)
 """
 
 from __future__ import annotations

@@ -50,10 +50,14 @@ def check_config(config: Any) -> None:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in DYNAMIC_ROPE:
         raise UnsupportedModelError(
-            "rope_parameters.rope_type", rope["rope_type"], "frequencies that do not depend on length"
+            "rope_parameters.rope_type",
+            rope["rope_type"],
+            "frequencies that do not depend on length",
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError("quantization_config", "a quantised checkpoint", "plain weights")
+        raise UnsupportedModelError(
+            "quantization_config", "a quantised checkpoint", "plain weights"
+        )
 
 
 def _check_sliding_window(text: Any) -> None:
@@ -97,7 +101,9 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
 
 def text_model_of(model: Any) -> Any:
     """The decoder stack of a model: the module that has ``layers``, ``norm`` and ``rotary_emb``."""
-    return model.get_decoder() if model.config.model_type in TEXT_ONLY else model.model.language_model
+    return (
+        model.get_decoder() if model.config.model_type in TEXT_ONLY else model.model.language_model
+    )
 
 
 def image_token_ids(config: Any) -> tuple[int, ...]:

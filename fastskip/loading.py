@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,14 @@ def set_policy(model: Any, policy: PolicyLike) -> Any:
 
 
 def plan_of(model: Any) -> SkipPlan:
-    """The plan that a prepared model runs."""
-    return _runtime_of(model).plan
+    """The plan that a prepared model runs; its table notes layers that miss the merged products."""
+    runtime = _runtime_of(model)
+    apart = {
+        index: "projections one by one"
+        for index, weights in enumerate(runtime.decoder.weights)
+        if not weights.can_merge
+    }
+    return replace(runtime.plan, notes=apart) if apart else runtime.plan
 
 
 def _runtime_of(model: Any) -> Runtime:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -34,19 +34,22 @@ class TableRow:
     layers: str
     arrangement: str
     cells: tuple[str, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class SkipPlan:
     """A policy resolved for one model; immutable.
 
-    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair.
+    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair. `notes` says what a reader of
+    the table should know of a layer in the model at hand; it changes nothing that runs.
     """
 
     policy: SkipPolicy
     shape: ModelShape
     layers: tuple[LayerPlan, ...]
     routed: tuple[RoutedCell, ...] = ()
+    notes: Mapping[int, str] = field(default_factory=dict, compare=False)
 
     @property
     def classes(self) -> tuple[TokenClass, ...]:
@@ -126,21 +129,23 @@ class SkipPlan:
     def rows(self) -> tuple[TableRow, ...]:
         """The plan as a table of layer ranges; `classes` names the columns of `cells`."""
 
-        def describe(plan: LayerPlan) -> tuple[str, tuple[str, ...]]:
-            return _arrangement_text(plan), tuple(self._cell_text(plan, c) for c in self.classes)
+        def describe(plan: LayerPlan) -> tuple[str, tuple[str, ...], str]:
+            cells = tuple(self._cell_text(plan, c) for c in self.classes)
+            return _arrangement_text(plan), cells, self.notes.get(plan.index, "")
 
         rows = []
-        for (arrangement, cells), group in groupby(self.layers, describe):
+        for (arrangement, cells, note), group in groupby(self.layers, describe):
             indices = [plan.index for plan in group]
             first, last = indices[0], indices[-1]
             name = str(first) if first == last else f"{first}-{last}"
-            rows.append(TableRow(name, arrangement, cells))
+            rows.append(TableRow(name, arrangement, cells, note))
         return tuple(rows)
 
     def table(self) -> str:
         """The rows as plain text, columns aligned."""
-        head = ("layers", "arrangement", *(str(c) for c in self.classes))
-        lines = [head, *((row.layers, row.arrangement, *row.cells) for row in self.rows())]
+        head = ("layers", "arrangement", *(str(c) for c in self.classes), "note" if self.notes else "")
+        rows = ((row.layers, row.arrangement, *row.cells, row.note) for row in self.rows())
+        lines = [head, *rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         padded = (
             "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines

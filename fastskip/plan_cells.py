@@ -95,7 +95,7 @@ def _skips(policy: SkipPolicy, shape: ModelShape) -> dict[Place, _Skip]:
                     problem = f'got "{kv}" for layer {place[0]}, {place[1]} rows'
                     allowed = f'"{skip.kv}" there, as {kv_field} says'
                     raise PolicyError(f"{name}.kv", rule.kv, allowed, problem)
-                kv_field = kv_field or f"{name}.kv"
+                kv_field = f"{name}.kv"
             skips[place] = _Skip(skip.sublayers | rule.skip, kv, kv_field)
     return skips
 

@@ -114,7 +114,12 @@ def _render(processor: Any, text: str, images: int) -> str:
 
 def _converse(processor: Any, content: Any) -> str:
     turn = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    try:
+        return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    # a template is a program of the checkpoint's author: it can fail in any way
+    except Exception as error:
+        allowed = "one that takes a user turn (set processor.chat_template = None for LLaVA-1.5's)"
+        raise PromptError(f"chat template: {error}; allowed: {allowed}") from error
 
 
 def _check_text(text: str) -> None:

@@ -8,7 +8,9 @@ names are one slice: "FFN for text only" is then a matrix product on a view, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,6 +19,13 @@ from fastskip.policy import TokenClass
 
 PAD = -1
 CODES = {token_class: code for code, token_class in enumerate(TokenClass)}
+
+
+def member(codes: Tensor, classes: frozenset[TokenClass]) -> Tensor:
+    """Which of ``codes`` are of ``classes``; pads never are."""
+    wanted = torch.zeros(len(CODES) + 1, dtype=torch.bool)
+    wanted[[CODES[token_class] for token_class in classes]] = True
+    return wanted[codes]  # PAD indexes the last entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,7 @@ class TokenLayout:
     """The rows of one forward.
 
     Attributes:
+        source, source_positions: ``[B, T]`` int64, host: what was packed, pads included.
         batch, width: ``B`` and ``T`` of the columns that the forward was given.
         first_column: the column of ``T``'s first entry; columns before it lie in the cache.
         columns, positions, sequences, codes: ``[N]`` int64, on the host, in packed order.
@@ -66,34 +76,64 @@ class TokenLayout:
     """
 
     def __init__(
-        self, codes: Tensor, positions: Tensor, first_column: int, groups: Sequence[frozenset[TokenClass]]
+        self,
+        source: Tensor,
+        positions: Tensor,
+        first_column: int,
+        groups: Sequence[frozenset[TokenClass]],
     ) -> None:
-        """Packs ``codes [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions."""
-        self.batch, self.width = codes.shape
+        """Packs ``source [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions."""
+        self.source, self.source_positions = source, positions.expand_as(source)
+        self.batch, self.width = source.shape
         self.first_column = first_column
         self._groups = tuple(groups)
         group_of = torch.full((len(TokenClass) + 1,), len(self._groups), dtype=torch.int64)
         for number, group in enumerate(self._groups):
             for token_class in group:
                 group_of[CODES[token_class]] = number
-        flat_codes = codes.reshape(-1)
+        flat_codes = source.reshape(-1)
         group = group_of[flat_codes]  # pads index the last entry and sort behind every row
         order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=len(self._groups) + 1).tolist()[: len(self._groups)]
+        counts = torch.bincount(group, minlength=len(self._groups) + 1).tolist()[
+            : len(self._groups)
+        ]
         order = order[: sum(counts)]
-        self._bounds = [0]
-        for count in counts:
-            self._bounds.append(self._bounds[-1] + count)
+        self._bounds = [0, *accumulate(counts)]
         is_whole = len(order) == flat_codes.numel() and sum(map(bool, counts)) <= 1
         self.flat = None if is_whole else order
         self.codes = flat_codes[order]
-        self.positions = positions.expand_as(codes).reshape(-1)[order]
+        self.positions = self.source_positions.reshape(-1)[order]
         self.sequences = order // self.width if self.width else order
         self.columns = order % self.width + first_column if self.width else order
         self._rows: dict[frozenset[TokenClass], Rows] = {}
+        self._counts: dict[frozenset[TokenClass], list[int]] = {}
+
+    def advanced(self) -> TokenLayout:
+        """The same rows one column and position further: the next step of a decode."""
+        step = copy(self)
+        step.first_column = self.first_column + self.width
+        step.columns = self.columns + self.width
+        step.positions = self.positions + self.width
+        step.source_positions = self.source_positions + self.width
+        return step
+
+    def counts(self, classes: frozenset[TokenClass]) -> list[int]:
+        """How many columns of ``classes`` each sequence has."""
+        found = self._counts.get(classes)
+        if found is None:
+            found = self._counts[classes] = member(self.source, classes).sum(1).tolist()
+        return found
 
     def __len__(self) -> int:
         return self._bounds[-1]
+
+    @property
+    def is_step(self) -> bool:
+        """One row a sequence, in the order of the sequences: what a decode step is.
+
+        A single column of several classes is not in that order: packing sorts it by class.
+        """
+        return self.width == 1 and self.flat is None
 
     def rows(self, classes: frozenset[TokenClass]) -> Rows:
         """The rows of a set of classes, in packed order; the set is a union of the plan's groups."""

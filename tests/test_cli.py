@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, logging
 from typer.testing import CliRunner
 
 import fastskip
@@ -53,13 +55,9 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def kept_verbosity() -> Any:
-    """The commands quieten Hugging Face for the whole process."""
-    from transformers import logging
-
-    level = logging.get_verbosity()
+def kept_progress_bars() -> Iterator[None]:
+    """The commands turn them off for the whole process."""
     yield
-    logging.set_verbosity(level)
     logging.enable_progress_bar()
 
 
@@ -139,6 +137,26 @@ def test_samples_repeat_by_seed(text_only: Path) -> None:
         for seed, extra in ((1, ()), (1, ()), (1, ("--warmup",)), (2, ()))
     )
     assert first == again == warm != other
+
+
+@pytest.mark.parametrize("policy", ["dense", "image_ffn", "every_nth_block"])
+def test_verify_holds(policy: str, checkpoint: Path, picture: Path) -> None:
+    result = succeed("verify", "-m", checkpoint, "-i", picture, "-p", policy, "--max-new-tokens", 3)
+    assert result.stdout.startswith(f"policy {policy} holds")
+    assert "3 of 3" in result.stdout
+
+
+def test_verify_exits_with_1_where_it_does_not_hold(
+    text_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastskip.verification import check
+
+    # the runtime leaves nothing out, whatever the policy says
+    monkeypatch.setattr(check, "apply_", lambda model, policy: fastskip.apply_(model, "dense"))
+    result = run("verify", "-m", text_only, "-p", "every_nth_ffn", "--max-new-tokens", 3)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("policy every_nth_ffn DOES NOT HOLD")
+    assert re.search("first difference: .*layer 2", result.stdout)
 
 
 def test_threads_are_set_only_on_request(text_only: Path) -> None:
@@ -238,7 +256,7 @@ def test_policy_as_file(tmp_path: Path) -> None:
     assert fastskip.SkipPolicy.from_dict(printed) == expected
     for suffix in ("json", "yaml"):
         file = tmp_path / f"mine.{suffix}"
-        text = succeed("policies", "every_nth_ffn", *options, "--layers", 32, "-o", file).stdout
+        text = succeed("policies", "every_nth_ffn", *options, "--layers", 32, "-o", file).stderr
         assert fastskip.SkipPolicy.from_file(file) == expected
         assert re.search(r"^3 +sequential +attention +attention \+ ffn", text, re.MULTILINE)
 
@@ -272,7 +290,14 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("generate -q hi -m {text} -p image_ffn", "image"),
         ("generate -q hi -m {model} --device gpu", "--device gpu: .*; allowed here: cpu"),
         ("generate -q hi -m {weightless}", "--model .*; allowed: .* config and weights"),
+        (
+            "generate -q hi -m {truncated} -p dense",
+            "--model .*deserializing.*; allowed: .* weights",
+        ),
         ("generate -q hi -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
+        ("verify -m {bert}", "model_type: 'bert' is not supported"),
+        ("verify -m {model} -p nothing", "policy: got 'nothing'"),
+        ("verify -m {weightless} -p dense", "--model .*; allowed: .* config and weights"),
         ("plan -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
         ("plan -m {folder}/absent", "--model .*absent: no such folder"),
         ("plan -m {folder}", "--model .*; allowed: a folder or hub checkpoint"),
@@ -300,13 +325,12 @@ def test_errors_are_one_line(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "broken.json").write_text("{")
-    weightless, bert = tmp_path / "weightless", tmp_path / "bert"
-    weightless.mkdir(), bert.mkdir()
-    for file in checkpoint.iterdir():
-        if "safetensors" not in file.name:
-            (weightless / file.name).write_bytes(file.read_bytes())
-    for file in text_only.iterdir():
-        (bert / file.name).write_bytes(file.read_bytes())
+    weightless = shutil.copytree(
+        text_only, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    truncated = shutil.copytree(text_only, tmp_path / "truncated")
+    (truncated / "model.safetensors").write_bytes(b"\0" * 20)
+    bert = shutil.copytree(weightless, tmp_path / "bert")
     (bert / "config.json").write_text('{"model_type": "bert"}')
     names = {
         "folder": tmp_path,
@@ -315,6 +339,7 @@ def test_errors_are_one_line(
         "image": picture,
         "broken": tmp_path / "broken.json",
         "weightless": weightless,
+        "truncated": truncated,
         "bert": bert,
     }
     result = run(*(part.format(**names) for part in command.split()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -196,7 +196,6 @@ def test_linears_are_those_of_a_model_that_really_skips(make: Any, wanted: int, 
     assert cost.weight_bytes == linear_bytes(model)
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     skip_plans(), st.lists(st.sampled_from(TokenClass), min_size=1, max_size=6), st.integers(1, 6)
 )

@@ -124,7 +124,6 @@ def test_errors() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_measurement() -> None:
     found = machine.measure_ceilings(torch.bfloat16, "cuda")
     assert found.bandwidth_bytes_per_s > 1e11

@@ -140,6 +140,12 @@ def test_template_that_loses_images() -> None:
     assert "<image>" in decoded(build_inputs(blind, "who <image>?", [image()]))
 
 
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages + 1 }}"])
+def test_template_that_fails(template: str) -> None:
+    with pytest.raises(PromptError, match="chat template: .*allowed: one that takes a user turn"):
+        build_inputs(build_processor(chat_template=template), "who?")
+
+
 def test_length_limit_counts_new_tokens() -> None:
     length = build_inputs(processor(), "x", [image()])["input_ids"].shape[-1]
     text = "x" * (POSITIONS - length - 4)

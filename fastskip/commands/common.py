@@ -82,10 +82,9 @@ def checkpoint(model: str | None) -> str:
 
 
 def prepare(threads: int | None = None) -> None:
-    """Keep Hugging Face's notes and loading bars out of the output; set threads only if asked."""
+    """Keep loading bars out of the output, though not warnings; set threads only if asked."""
     from transformers import logging
 
-    logging.set_verbosity_error()
     logging.disable_progress_bar()
     if threads is not None:
         import torch
@@ -96,9 +95,11 @@ def prepare(threads: int | None = None) -> None:
 @contextmanager
 def reading(model: str) -> Iterator[None]:
     """Missing or broken checkpoint files become one clear line."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         allowed = "a folder or hub checkpoint with config and weights"
         raise CommandError(f"--model {model}: {reason}; allowed: {allowed}") from error
@@ -148,10 +149,28 @@ def device_of(name: str | None) -> Any:
         raise CommandError(f"--device {name}: {reason}; allowed here: {allowed}") from error
 
 
-def load(model: str, policy: str | None, dtype: Dtype, device: str | None) -> Any:
+def policy_of(policy: str | None) -> Any:
+    """The policy asked for; None leaves the choice to the checkpoint."""
+    from fastskip.policy import SkipPolicy
+
+    try:
+        return None if policy is None else SkipPolicy.coerce(policy)
+    except OSError as error:
+        allowed = "a readable policy file, or a preset"
+        raise CommandError(f"--policy {policy}: {error}; allowed: {allowed}") from error
+
+
+def resolve_policy(policy: str | None, model: str, config: Any) -> Any:
+    """The policy asked for, else the one that `load_model` would find with the checkpoint."""
+    from fastskip.loading import _choose_policy
+
+    return _choose_policy(policy_of(policy), model, config, {})
+
+
+def load(model: str, policy: Any, dtype: Dtype, device: str | None) -> Any:
     """The prepared model."""
     import fastskip
 
+    place = device_of(device)
     with reading(model):
-        place = device_of(device)
         return fastskip.load_model(model, policy=policy, dtype=dtype.value, device=place)

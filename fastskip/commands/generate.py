@@ -15,6 +15,7 @@ from fastskip.commands.common import (
     checkpoint,
     inputs_for,
     load,
+    policy_of,
     prepare,
 )
 
@@ -58,9 +59,9 @@ def generate(
     --policy image_ffn --dtype bfloat16[/]
     """
     prepare(threads)
-    path = checkpoint(model)
+    path, chosen = checkpoint(model), policy_of(policy)
     processor, inputs = inputs_for(path, prompt, image, max_new_tokens)
-    prepared = load(path, policy, dtype, device)
+    prepared = load(path, chosen, dtype, device)
 
     import fastskip
     from fastskip.commands.streaming import stream

@@ -18,6 +18,7 @@ from fastskip.commands.common import (
     config_of,
     device_of,
     prepare,
+    resolve_policy,
 )
 
 if TYPE_CHECKING:
@@ -71,9 +72,8 @@ def plan(
     config = config_of(path)
 
     from fastskip.commands import forecast
-    from fastskip.loading import _choose_policy
 
-    chosen = _choose_policy(policy, path, config, {})
+    chosen = resolve_policy(policy, path, config)
     load = forecast.Workload(
         forecast.image_tokens(config) if image_tokens is None else image_tokens,
         text_tokens,

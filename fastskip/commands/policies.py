@@ -55,9 +55,10 @@ def policies(
             policy.save(output)
         except OSError as error:
             raise CommandError(f"--output {output}: {error}; allowed: a writable file") from error
-        typer.echo(f"wrote {output}")
+        typer.echo(f"wrote {output}", err=True)
     if table is not None:
-        typer.echo(table)
+        # beside the JSON, which may go into a pipe
+        typer.echo(table, err=True)
 
 
 def _list() -> None:

@@ -30,9 +30,9 @@ class _View:
 class AttentionPattern:
     """The views of one set of query rows over the layers of one entry table."""
 
-    def __init__(self, views: list[_View], batch: int, total: int) -> None:
-        self._views = _merge(views, batch, total)
-        self._order = self._inverse(total)
+    def __init__(self, views: list[_View], order: Tensor | None) -> None:
+        """``order`` brings the views' outputs, one after the other, back into packed order."""
+        self._views, self._order = views, order
 
     @classmethod
     def of(
@@ -40,24 +40,20 @@ class AttentionPattern:
     ) -> AttentionPattern:
         """For query rows ``[n]`` (host); ``layer`` is any layer of the entry table."""
         views = (_view(b, sequences, columns, entries.columns(layer, b)) for b in range(batch))
-        return cls([view for view in views if view is not None], batch, len(columns))
+        merged = _merge([view for view in views if view is not None], batch, len(columns))
+        return cls(merged, _inverse(merged, len(columns)))
 
     @classmethod
     def newest(cls, batch: int, layer: int, entries: Entries) -> AttentionPattern:
         """For a decode step: row ``b`` is the last of sequence ``b`` and sees all its entries."""
         counts = entries.counts(layer)
-        views = [_View(slice(b, b + 1), slice(b, b + 1), counts[b], None, False) for b in range(batch)]
-        return cls(views, batch, batch)
-
-    def _inverse(self, total: int) -> Tensor | None:
-        """How to bring the views' outputs back into packed order; ``None`` if they are in it."""
-        pieces = [_ids(view.rows, total) for view in self._views]
-        order = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-        if torch.equal(order, torch.arange(total)):
-            return None
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(total)
-        return inverse
+        if len(set(counts)) == 1:
+            whole = slice(0, batch)
+            return cls([_View(whole, whole, counts[0], None, False)], None)
+        single = [slice(b, b + 1) for b in range(batch)]
+        return cls(
+            [_View(b, b, count, None, False) for b, count in zip(single, counts, strict=True)], None
+        )
 
     def attend(
         self,
@@ -73,19 +69,18 @@ class AttentionPattern:
         for view in self._views:
             keys, values = entries.read(layer, view.sequences, view.count)
             alike = keys[0].shape[0]
-            q = queries[view.rows].unflatten(0, (alike, -1)).transpose(1, 2)
+            q = queries if len(self._views) == 1 and self._order is None else queries[view.rows]
+            q = q.view(alike, -1, *q.shape[1:]).transpose(1, 2)
             visible = None if view.visible is None else view.visible.to(q.device)
             out = ops.attend(
                 q, keys, values, visible, is_causal=view.is_causal, scale=scale, dropout=dropout
             )
-            outputs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+            outputs.append(out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1))
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return packed if self._order is None else packed[self._order.to(packed.device)]
 
 
-def _view(
-    sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor
-) -> _View | None:
+def _view(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor) -> _View | None:
     mine = (sequences == sequence).nonzero().squeeze(1)
     if not len(mine):
         return None
@@ -123,6 +118,17 @@ def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
             if not torch.equal(view.visible, first.visible):
                 return views
     return [_View(slice(0, total), slice(0, batch), first.count, first.visible, first.is_causal)]
+
+
+def _inverse(views: list[_View], total: int) -> Tensor | None:
+    """The order that undoes the views' grouping of rows; ``None`` if they are in order."""
+    pieces = [_ids(view.rows, total) for view in views]
+    order = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    if torch.equal(order, torch.arange(total)):
+        return None
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(total)
+    return inverse
 
 
 def _ids(rows: slice | Tensor, total: int) -> Tensor:

@@ -12,6 +12,7 @@ whatever a layer holds; ``crop`` and ``reorder_cache`` act on columns and sequen
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from fastskip.decoder.slots import EntryTable, Segment
 from fastskip.ops.allocate import empty
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
-from fastskip.tokens import CODES, PAD
+from fastskip.tokens import PAD, TokenLayout, member
 
 
 class LayerEntries:
@@ -32,7 +33,9 @@ class LayerEntries:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def extend(self, segments: Sequence[Segment], shape: tuple[int, int, int], like: Tensor) -> None:
+    def extend(
+        self, segments: Sequence[Segment], shape: tuple[int, int, int], like: Tensor
+    ) -> None:
         """Adds the buffers of segments that are new; what exists is not touched."""
         batch, groups, width = shape
         for segment in segments[len(self.keys) :]:
@@ -42,7 +45,9 @@ class LayerEntries:
 
     def select(self, sequences: Tensor) -> None:
         self.keys = [buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.keys]
-        self.values = [buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.values]
+        self.values = [
+            buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.values
+        ]
 
 
 class SkipCache(Cache):
@@ -76,49 +81,52 @@ class SkipCache(Cache):
         """Columns seen, pads included."""
         return self.codes.shape[1]
 
-    def grow(self, codes: Tensor, like: Tensor | None) -> None:
-        """Makes room for new columns ``[B, T]`` in every layer; nothing that is stored moves.
+    def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
+        """Makes room for a forward's rows in every layer; nothing that is stored moves.
 
-        ``like`` gives dtype and device of the buffers; ``None`` makes none (nothing is kept).
-
-        The columns count as seen only after ``commit``, so a forward that fails leaves the cache
-        as it was.
+        ``like`` gives dtype and device of the buffers; ``None`` makes none (nothing is kept). The
+        columns count as seen only after ``commit``, so a forward that fails leaves the cache as it
+        was.
         """
-        batch = codes.shape[0]
+        batch = layout.batch
         if self.codes.shape[0] != batch:
             if self.columns:
                 raise ValueError(
                     f"past_key_values: holds {self.codes.shape[0]} sequences, the input has {batch}"
                 )
+            self.reset()  # what a cropped cache still allocates has another batch size
             self.codes = torch.empty(batch, 0, dtype=torch.int64)
             self.positions = torch.empty(batch, 0, dtype=torch.int64)
-        later = max(0, self.reserve - self.columns - codes.shape[1])
         shape = (batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
         for holding, layers in self._layers_by_holding.items():
-            table = self.tables.setdefault(holding, EntryTable(batch))
-            new = self.count(codes, holding)
-            slots = max(have + more for have, more in zip(table.counts, new, strict=True))
+            table = self.tables.get(holding)
+            if table is None:
+                table = self.tables[holding] = EntryTable(batch)
+            slots = max(map(add, table.counts, layout.counts(holding)), default=0)
             if like is not None and slots > table.capacity:
-                table.reserve(slots + (later if TokenClass.GENERATED in holding else 0))
+                table.reserve(slots + self._later_slots(layout, holding, like.dtype))
                 for layer in layers:
                     entries = self.entries.setdefault(layer, LayerEntries())
                     entries.extend(table.segments, shape, like)
 
-    def commit(self, codes: Tensor, positions: Tensor) -> None:
-        """Counts the columns of the forward that just wrote its entries."""
-        self.codes = torch.cat((self.codes, codes), dim=1)
-        self.positions = torch.cat((self.positions, positions), dim=1)
-        for holding, table in self.tables.items():
-            new = self.count(codes, holding)
-            table.counts = [have + more for have, more in zip(table.counts, new, strict=True)]
+    def _later_slots(
+        self, layout: TokenLayout, holding: frozenset[TokenClass], dtype: torch.dtype
+    ) -> int:
+        """Slots that a first segment gets for the columns expected later.
 
-    @staticmethod
-    def count(codes: Tensor, classes: frozenset[TokenClass]) -> list[int]:
-        """How many of ``codes [B, T]`` are of ``classes``, per sequence."""
-        if codes.shape[1] == 1:
-            wanted = {CODES[token_class] for token_class in classes}
-            return [int(code in wanted) for (code,) in codes.tolist()]
-        return member(codes, classes).sum(1).tolist()
+        Batched bf16 products copy operands that are not dense in memory, so there the prompt's
+        segment is exactly full and only the short last segment is ever copied.
+        """
+        is_dense = dtype in (torch.float32, torch.float64)
+        expected = self.reserve - layout.first_column - layout.width
+        return max(0, expected) if is_dense and TokenClass.GENERATED in holding else 0
+
+    def commit(self, layout: TokenLayout) -> None:
+        """Counts the columns of the forward that just wrote its entries."""
+        self.codes = torch.cat((self.codes, layout.source), dim=1)
+        self.positions = torch.cat((self.positions, layout.source_positions), dim=1)
+        for holding, table in self.tables.items():
+            table.counts = list(map(add, table.counts, layout.counts(holding)))
 
     def last_positions(self) -> Tensor:
         """``[B]`` position of each sequence's last real column; -1 for a sequence without one."""
@@ -234,10 +242,3 @@ class SkipCache(Cache):
             f"SkipCache(columns={self.columns}, sequences={self.codes.shape[0]}, "
             f"live_bytes={self.live_bytes()})"
         )
-
-
-def member(codes: Tensor, classes: frozenset[TokenClass]) -> Tensor:
-    """Which of ``codes`` are of ``classes``."""
-    member = torch.zeros(len(CODES) + 1, dtype=torch.bool)
-    member[[CODES[token_class] for token_class in classes]] = True
-    return member[codes]  # PAD indexes the last entry

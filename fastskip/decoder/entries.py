@@ -7,16 +7,17 @@ one, gets detached copies).
 
 from __future__ import annotations
 
+from operator import add
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastskip.decoder.cache import SkipCache, member
+from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import Placement
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
-from fastskip.tokens import Rows, TokenLayout
+from fastskip.tokens import Rows, TokenLayout, member
 
 
 class Entries(Protocol):
@@ -41,9 +42,8 @@ class Entries(Protocol):
 class _SlotMap:
     """Slots of a forward's rows, per set of holding classes; shared by all layers of the set."""
 
-    def __init__(self, plan: SkipPlan, cache: SkipCache, codes: Tensor, layout: TokenLayout) -> None:
-        self._plan, self._cache, self._codes, self._layout = plan, cache, codes, layout
-        self._slots: dict[frozenset[TokenClass], Tensor] = {}
+    def __init__(self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout) -> None:
+        self._plan, self._cache, self._layout = plan, cache, layout
         self._counts: dict[frozenset[TokenClass], list[int]] = {}
         self._placements: dict[tuple[frozenset[TokenClass], int], tuple[Rows, Placement]] = {}
         self._columns: dict[tuple[frozenset[TokenClass], int], Tensor] = {}
@@ -52,9 +52,8 @@ class _SlotMap:
         holding = self._plan.layers[layer].holding
         found = self._counts.get(holding)
         if found is None:
-            new = self._cache.count(self._codes, holding)
-            have = self._cache.tables[holding].counts
-            found = self._counts[holding] = [a + b for a, b in zip(have, new, strict=True)]
+            have, new = self._cache.tables[holding].counts, self._layout.counts(holding)
+            found = self._counts[holding] = list(map(add, have, new))
         return found
 
     def placement(self, layer: int, rows: Rows) -> Placement:
@@ -63,45 +62,37 @@ class _SlotMap:
         # The rows are kept beside their placement, so an id is not reused while it is a key.
         found = self._placements.get((holding, id(rows)))
         if found is None:
-            slots = self._row_slots(holding)
-            placement = Placement(self._layout.sequences[rows.index], slots[rows.index])
-            found = self._placements[holding, id(rows)] = (rows, placement)
+            found = self._placements[holding, id(rows)] = (rows, self._place(holding, rows))
         return found[1]
 
     def columns(self, layer: int, sequence: int) -> Tensor:
         holding = self._plan.layers[layer].holding
         found = self._columns.get((holding, sequence))
         if found is None:
-            codes = torch.cat((self._cache.codes[sequence], self._codes[sequence]))
+            codes = torch.cat((self._cache.codes[sequence], self._layout.source[sequence]))
             found = member(codes, holding).nonzero().squeeze(1)
             self._columns[holding, sequence] = found
         return found
 
-    def _row_slots(self, holding: frozenset[TokenClass]) -> Tensor:
-        """``[N]`` slot of every packed row (meaningless for rows that hold no entry)."""
-        found = self._slots.get(holding)
-        if found is None:
-            layout = self._layout
-            have = torch.tensor(self._cache.tables[holding].counts)
-            if layout.width == 1:
-                found = have[layout.sequences]
-            else:
-                rank = member(self._codes, holding).cumsum(1) - 1
-                new = rank[layout.sequences, layout.columns - layout.first_column]
-                found = have[layout.sequences] + new
-            self._slots[holding] = found
-        return found
+    def _place(self, holding: frozenset[TokenClass], rows: Rows) -> Placement:
+        layout, counts = self._layout, self._cache.tables[holding].counts
+        if layout.is_step and rows.count == layout.batch and len(set(counts)) == 1:
+            return Placement.level(rows.count, counts[0])
+        sequences = rows.take(layout.sequences)
+        rank = member(layout.source, holding).cumsum(1) - 1
+        new = rank[sequences, rows.take(layout.columns) - layout.first_column]
+        return Placement(sequences, torch.tensor(counts)[sequences] + new)
 
 
 class CachedEntries:
     """Entries written to a cache in place, and read as views of it."""
 
     def __init__(
-        self, plan: SkipPlan, cache: SkipCache, codes: Tensor, layout: TokenLayout, like: Tensor | None
+        self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
     ) -> None:
-        cache.grow(codes, like)
-        self._plan, self._cache = plan, cache
-        self._map = _SlotMap(plan, cache, codes, layout)
+        cache.grow(layout, like)
+        self._plan, self._cache, self._batch = plan, cache, layout.batch
+        self._map = _SlotMap(plan, cache, layout)
         self.counts, self.columns = self._map.counts, self._map.columns
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
@@ -124,12 +115,15 @@ class CachedEntries:
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         segments = self._cache.tables[self._plan.layers[layer].holding].segments
         entries = self._cache.entries[layer]
+        is_all = sequences == slice(0, self._batch)
         keys, values = [], []
         for number, segment in enumerate(segments):
             used = min(count - segment.start, segment.count)
-            if used > 0:
-                keys.append(entries.keys[number][sequences, :, :used])
-                values.append(entries.values[number][sequences, :, :used])
+            if used <= 0:
+                break
+            for out, buffers in ((keys, entries.keys), (values, entries.values)):
+                buffer = buffers[number] if is_all else buffers[number][sequences]
+                out.append(buffer if used == segment.count else buffer.narrow(2, 0, used))
         return keys, values
 
 
@@ -137,10 +131,10 @@ class GradientEntries:
     """Entries as tensors with history; what the cache already held comes before them."""
 
     def __init__(
-        self, plan: SkipPlan, cache: SkipCache, codes: Tensor, layout: TokenLayout, like: Tensor | None
+        self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
     ) -> None:
         """``like=None``: the cache is not kept, so nothing is copied into it."""
-        self._stored = CachedEntries(plan, cache, codes, layout, like)
+        self._stored = CachedEntries(plan, cache, layout, like)
         self._is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -166,7 +160,10 @@ class GradientEntries:
             mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
             mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
             past = self._cache.tables[holding].counts[sequence]
-            old_keys, old_values = self._stored.read(layer, slice(sequence, sequence + 1), past)
+            old_keys, old_values = [], []  # a cache that is not kept has no buffers
+            if past:
+                here = slice(sequence, sequence + 1)
+                old_keys, old_values = self._stored.read(layer, here, past)
             both = (*old_keys, new_keys[mine].transpose(0, 1)[None])
             keys.append(torch.cat(both, dim=2)[0, :, :count])
             both = (*old_values, new_values[mine].transpose(0, 1)[None])
@@ -176,4 +173,3 @@ class GradientEntries:
     def _merged(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         ids, keys, values = zip(*self._new[layer], strict=True)
         return torch.cat(ids), torch.cat(keys), torch.cat(values)
-

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastskip.decoder.attention import AttentionPattern
 from fastskip.decoder.entries import Entries
-from fastskip.decoder.weights import BlockWeights
+from fastskip.decoder.weights import Products
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan
 from fastskip.policy import Arrangement, Norm
@@ -55,9 +55,9 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A decoder layer as the runtime sees it: weights, plan, and the numbers of its attention."""
+    """A decoder layer as the runtime sees it: products, plan, and the numbers of its attention."""
 
-    weights: BlockWeights
+    products: Products
     plan: LayerPlan
     ops: Operations
     scale: float
@@ -73,39 +73,44 @@ class Block:
         """
         narrow = rows.narrow or _all(h)
         if self.plan.arrangement is Arrangement.PARALLEL:
-            norm = self.weights.attention_norm
-            norm = norm if self.plan.norm is Norm.SHARED else self.weights.ffn_norm
+            norm = self.products.attention_norm
+            norm = norm if self.plan.norm is Norm.SHARED else self.products.ffn_norm
             ffn = self._ffn(narrow.take(h), rows, norm)
             attention = self._attention(h, rows, rotation, entries)
-            return self._add(self._add(narrow.take(h), rows.attending, attention, add), rows.feeding, ffn, add)
+            return self._add(
+                self._add(narrow.take(h), rows.attending, attention, add), rows.feeding, ffn, add
+            )
         attention = self._attention(h, rows, rotation, entries)
         h = self._add(narrow.take(h), rows.attending, attention, add)
-        return self._add(h, rows.feeding, self._ffn(h, rows, self.weights.ffn_norm), add)
+        return self._add(h, rows.feeding, self._ffn(h, rows, self.products.ffn_norm), add)
 
     def change(self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries) -> Tensor:
         """``d``: what the dense layer adds to its (narrowed) input; both blocks of a pair read it
         from the same ``h``."""
         attention = self._attention(h, rows, rotation, entries)
-        assert attention is not None
         h = (rows.narrow or _all(h)).take(h)
-        return attention + self.weights.ffn(self.weights.ffn_norm(h + attention))
+        if attention is None:  # the rows that go on are none: every one wanted is a pad
+            return h
+        return attention + self.products.ffn(self.products.ffn_norm(h + attention))
 
     def _attention(
         self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries
     ) -> Tensor | None:
         """``A(N1 h)`` of the attending rows; stores the layer's new entries on the way."""
-        weights, layer = self.weights, self.plan.index
+        products, layer = self.products, self.plan.index
         queries = None
         if rows.joint.count:
-            heads, values = weights.queries_keys_values(weights.attention_norm(rows.joint.take(h)))
+            heads, values = products.queries_keys_values(
+                products.attention_norm(rows.joint.take(h))
+            )
             at = rotation.take(rows.joint)
             heads = self.ops.rotate(heads, at.cosine, at.sine)
             groups = values.shape[1]
             queries, keys = heads[:, :-groups], heads[:, -groups:]
             entries.append(layer, rows.joint, keys, values)
         if rows.stored.count:
-            x = weights.attention_norm(rows.stored.take(h))
-            keys, values = weights.keys_values(x)
+            x = products.attention_norm(rows.stored.take(h))
+            keys, values = products.keys_values(x)
             at = rotation.take(rows.stored)
             entries.append(layer, rows.stored, self.ops.rotate(keys, at.cosine, at.sine), values)
         for source, copied in rows.reused:
@@ -115,20 +120,20 @@ class Block:
         if queries is None:
             queries = self._narrow_queries(h, rows, rotation)
         mixed = rows.pattern.attend(queries, layer, entries, self.ops, self.scale, self.dropout)
-        return weights.attention_output(mixed)
+        return products.attention_output(mixed)
 
     def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Rotation) -> Tensor:
         """Queries of the last layer, whose K and V were projected for more rows than go on."""
         narrow = rows.narrow or _all(h)
-        x = self.weights.attention_norm(rows.attending.take(narrow.take(h)))
+        x = self.products.attention_norm(rows.attending.take(narrow.take(h)))
         at = rotation.take(narrow).take(rows.attending)
-        return self.ops.rotate(self.weights.queries(x), at.cosine, at.sine)
+        return self.ops.rotate(self.products.queries(x), at.cosine, at.sine)
 
     def _ffn(self, h: Tensor, rows: BlockRows, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
         """``F(norm h)`` of the feeding rows."""
         if not rows.feeding.count:
             return None
-        return self.weights.ffn(norm(rows.feeding.take(h)))
+        return self.products.ffn(norm(rows.feeding.take(h)))
 
     @staticmethod
     def _add(h: Tensor, rows: Rows, change: Tensor | None, add: Add) -> Tensor:

@@ -60,22 +60,21 @@ class Placement:
         self.sequences, self.slots = sequences, slots
         self._runs: list[_Run] | None = None
         self._level: int | None = None
-        count = len(slots)
-        if count and int(slots[0]) == int(slots.max()) == int(slots.min()):
-            if torch.equal(sequences, torch.arange(count)):
-                self._level = int(slots[0])
 
-    def is_level(self, batch: int) -> bool:
-        """One row a sequence, all into the same slot: a decode step of sequences of one length."""
-        return self._level is not None and len(self.slots) == batch
+    @classmethod
+    def level(cls, batch: int, slot: int) -> Placement:
+        """One row a sequence, in order, all into the same slot: a step of equal sequences."""
+        placement = cls(torch.arange(batch), torch.full((batch,), slot))
+        placement._level = slot
+        return placement
 
     def write(self, segments: Sequence[Segment], buffers: Sequence[Tensor], rows: Tensor) -> None:
         """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` a segment."""
-        if self._level is not None and rows.shape[0] == buffers[0].shape[0]:
+        if self._level is not None:
             for segment, buffer in zip(segments, buffers, strict=True):
                 slot = self._level - segment.start
                 if 0 <= slot < segment.count:
-                    buffer[:, :, slot] = rows
+                    buffer.select(2, slot).copy_(rows)
             return
         for segment, buffer in zip(segments, buffers, strict=True):
             for run in self.runs():
@@ -107,6 +106,8 @@ class Placement:
                 starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), count]
                 for start, stop in zip(starts[:-1], starts[1:], strict=True):
                     self._runs.append(
-                        _Run(start, int(self.sequences[start]), int(self.slots[start]), stop - start)
+                        _Run(
+                            start, int(self.sequences[start]), int(self.slots[start]), stop - start
+                        )
                     )
         return self._runs

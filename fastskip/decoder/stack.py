@@ -36,29 +36,38 @@ class Decoder:
             for layer in text_model.layers[: plan.shape.depth]
         ]
         self.rotary = RotaryTable(text_model.rotary_emb)
+        self._blocks: list[Block] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Blocks hold views of merged storages; a copy makes its own when it is first used.
+        return {**self.__dict__, "_blocks": []}
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Once per forward or ``generate``: which layers may use merged projections."""
         for weights in self.weights:
             weights.refresh(wants_gradient=wants_gradient)
+        self._blocks = [self._block(index) for index in range(len(self.weights))]
+
+    def lay_out(self, codes: Tensor, positions: Tensor, cache: SkipCache) -> TokenLayout:
+        """The rows of a forward over columns ``[B, T]`` that come after the cache's."""
+        return TokenLayout(codes, positions, cache.columns, self.plan.groups)
 
     def run(
         self,
         h: Tensor,
-        codes: Tensor,
-        positions: Tensor,
+        layout: TokenLayout,
         cache: SkipCache,
         *,
         wanted: Tensor | None = None,
         wants_gradient: bool = False,
         keeps_cache: bool = True,
         watch: Watch | None = None,
-    ) -> tuple[Tensor, TokenLayout]:
+    ) -> Tensor:
         """Runs every layer on the real columns of ``h``.
 
         Args:
             h: ``[B, T, D]`` embeddings; not written.
-            codes, positions: ``[B, T]`` int64 on the host (``tokens.CODES`` or ``PAD``).
+            layout: the rows, from ``lay_out``.
             cache: gets the new entries; may hold earlier columns.
             wanted: ``[n]`` flat indices into ``B * T`` of the only rows whose output is read (the
                 last-layer rule), in output order; ``None``: all rows.
@@ -66,24 +75,23 @@ class Decoder:
             keeps_cache: whether anyone reads ``cache`` after this forward.
             watch: called with (layer, ``[N, D]``) for the input of every layer.
         Returns:
-            The residual stream after the last layer, ``[N, D]`` in packed order or ``[n, D]`` as
-            wanted, and the layout that unpacks it.
+            The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
+            wanted.
         """
-        layout = TokenLayout(codes, positions, cache.columns, self.plan.groups)
         packed = layout.pack(h)
         entries: Entries
         if wants_gradient:
             like = packed.detach() if keeps_cache else None
-            entries = GradientEntries(self.plan, cache, codes, layout, like)
+            entries = GradientEntries(self.plan, cache, layout, like)
         else:
-            entries = CachedEntries(self.plan, cache, codes, layout, packed)
+            entries = CachedEntries(self.plan, cache, layout, packed)
         cosine, sine = self.rotary.at(layout.positions, packed)
         rotation = Rotation(cosine, sine)
         narrow = None if wanted is None else layout.locate(wanted)
         rows = _StepRows(self.plan, layout, entries, narrow)
         combine = add if wants_gradient else add_
         for step in self.plan.steps:
-            blocks = [self._block(index) for index in step]
+            blocks = [self._blocks[index] for index in step]
             inputs = [rows.of(block.plan, is_last=step is self.plan.steps[-1]) for block in blocks]
             if watch is not None:
                 for index in step:
@@ -99,14 +107,16 @@ class Decoder:
             change = change / 2 if blocks[0].plan.combine is Combine.MEAN else change
             packed = packed if inputs[0].narrow is None else inputs[0].narrow.take(packed)
             packed = packed + change
-        cache.commit(codes, positions)
-        return packed, layout
+        cache.commit(layout)
+        return packed
 
     def _block(self, index: int) -> Block:
         weights = self.weights[index]
         attention = weights.layer.self_attn
         dropout = float(attention.attention_dropout) if weights.layer.training else 0.0
-        return Block(weights, self.plan.layers[index], self.ops, attention.scaling, dropout)
+        return Block(
+            weights.products, self.plan.layers[index], self.ops, attention.scaling, dropout
+        )
 
 
 class _StepRows:
@@ -155,12 +165,10 @@ class _StepRows:
             return Rows(slice(0, len(codes)), len(codes))
         return Rows(index, len(index))
 
-    def _pattern(
-        self, layer: LayerPlan, attending: Rows, narrow: Rows | None
-    ) -> AttentionPattern:
+    def _pattern(self, layer: LayerPlan, attending: Rows, narrow: Rows | None) -> AttentionPattern:
         layout = self._layout
         batch = layout.batch
-        if layout.width == 1 and attending.count == batch:
+        if layout.is_step and attending.count == batch:
             return AttentionPattern.newest(batch, layer.index, self._entries)
         sequences, columns = layout.sequences, layout.columns
         if narrow is not None:

@@ -1,15 +1,15 @@
-"""Merged projections: q, k, v (and gate, up) of a layer as row ranges of one storage.
+"""How the products of a decoder layer are computed: merged, or module by module.
 
-The checkpoint's parameters become views of the storage, so weights are held once and state dicts,
-optimisers and ``save_pretrained`` see what they always saw. The merged product is used only while
-that is provably the same computation; otherwise a layer calls its modules one by one, so LoRA,
-hooks and quantised linears stay right.
+Merged: q, k, v (and gate, up) are row ranges of one storage, and the checkpoint's parameters are
+views of it, so weights are held once and optimisers and state dicts see what they always saw. The
+merged form is used only while that is provably the same computation; otherwise a layer calls its
+modules one by one, so LoRA, hooks and quantised linears stay right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,49 +18,271 @@ from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
 
 
-class MergedLinear:
-    """Plain ``nn.Linear`` modules of one input whose rows share a storage ``[sum(M_i), D]``."""
+class Products(Protocol):
+    """The products of one layer. Letters as in ``ops.reference``."""
 
-    def __init__(self, modules: Sequence[nn.Linear]) -> None:
-        """Builds the storage and turns the modules' parameters into views of it."""
-        self.weight, self.bias = _share(modules, "weight"), _share(modules, "bias")
-        bounds = [0]
-        for module in modules:
-            bounds.append(bounds[-1] + module.out_features)
-        self.bounds = tuple(bounds)
+    def attention_norm(self, x: Tensor) -> Tensor:
+        """``N1``: ``[N, D] -> [N, D]``."""
 
-    def holds(self, modules: Sequence[nn.Linear]) -> bool:
-        """Whether the modules' parameters still lie where this storage put them."""
-        return _lies_in(self.weight, modules, "weight") and _lies_in(self.bias, modules, "bias")
+    def ffn_norm(self, x: Tensor) -> Tensor:
+        """``N2``: ``[N, D] -> [N, D]``."""
 
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of modules ``start`` to ``stop``, as views."""
-        first, last = self.bounds[start], self.bounds[stop]
-        return self.weight_rows(first, last), None if self.bias is None else self.bias[first:last]
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, D] -> [N, H + G, K]`` (queries, then keys) and values ``[N, G, K]``."""
 
-    def weight_rows(self, first: int, last: int) -> Tensor:
-        assert self.weight is not None
-        return self.weight[first:last]
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, D] ->`` keys and values ``[N, G, K]``: what a row that skips attention leaves."""
+
+    def queries(self, x: Tensor) -> Tensor:
+        """``[N, D] -> [N, H, K]``."""
+
+    def attention_output(self, x: Tensor) -> Tensor:
+        """The output projection: ``[N, H * K] -> [N, D]``."""
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """``[N, D] -> [N, D]``, without norm and residual."""
 
 
-def _share(modules: Sequence[nn.Linear], name: str) -> Tensor | None:
+class ModuleProducts:
+    """Every product by the layer's own module."""
+
+    def __init__(self, layer: Any, head_dim: int) -> None:
+        self.attention_norm, self.ffn_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.attention_output, self.ffn = layer.self_attn.o_proj, layer.mlp
+        self._attention, self._head_dim = layer.self_attn, head_dim
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        attention = self._attention
+        both = torch.cat((attention.q_proj(x), attention.k_proj(x)), dim=-1)
+        return self._heads(both), self._heads(attention.v_proj(x))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads(self._attention.k_proj(x)), self._heads(self._attention.v_proj(x))
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._heads(self._attention.q_proj(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self._head_dim))
+
+
+class MergedProducts:
+    """One product for q, k, v and one for gate and up; views of the storages are made once."""
+
+    def __init__(self, layer: Any, head_dim: int, ops: Operations) -> None:
+        """Builds the storages and turns the modules' parameters into views of them."""
+        self._layer, self._ops, self._head_dim = layer, ops, head_dim
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self._qkv = _share(qkv, "weight"), _share(qkv, "bias")
+        self._gate_up = (
+            _share((mlp.gate_proj, mlp.up_proj), "weight"),
+            _share((mlp.gate_proj, mlp.up_proj), "bias"),
+        )
+        rows = attention.q_proj.out_features
+        self._q, self._kv = _rows(self._qkv, 0, rows), _rows(self._qkv, rows, None)
+        groups = attention.k_proj.out_features // head_dim
+        self._split = [rows // head_dim + groups, groups]
+        self._others = self._unshared(layer)
+        self._norms = [
+            (norm.weight, float(norm.variance_epsilon))
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        self._output = (attention.o_proj.weight, attention.o_proj.bias)
+        self._down = (mlp.down_proj.weight, mlp.down_proj.bias)
+        self._is_silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+
+    @staticmethod
+    def _unshared(layer: Any) -> tuple[Any, ...]:
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+        linears = (attention.o_proj, mlp.down_proj)
+        return (*norms, *(linear.weight for linear in linears), *(m.bias for m in linears))
+
+    def is_current(self) -> bool:
+        """Whether the parameters still are what and where they were when this was made."""
+        attention, mlp = self._layer.self_attn, self._layer.mlp
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        gates = (mlp.gate_proj, mlp.up_proj)
+        others = self._unshared(self._layer)
+        return (
+            _lies_in(self._qkv[0], qkv, "weight")
+            and _lies_in(self._qkv[1], qkv, "bias")
+            and _lies_in(self._gate_up[0], gates, "weight")
+            and _lies_in(self._gate_up[1], gates, "bias")
+            and all(a is b for a, b in zip(others, self._others, strict=True))
+        )
+
+    def attention_norm(self, x: Tensor) -> Tensor:
+        return self._ops.rms_norm(x, *self._norms[0])
+
+    def ffn_norm(self, x: Tensor) -> Tensor:
+        return self._ops.rms_norm(x, *self._norms[1])
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        merged = self._ops.linear(x, *self._qkv).view(len(x), -1, self._head_dim)
+        heads, values = merged.split(self._split, dim=1)
+        return heads, values
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        merged = self._ops.linear(x, *self._kv).view(len(x), -1, self._head_dim)
+        keys, values = merged.chunk(2, dim=1)
+        return keys, values
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self._ops.linear(x, *self._q).view(len(x), -1, self._head_dim)
+
+    def attention_output(self, x: Tensor) -> Tensor:
+        return self._ops.linear(x, *self._output)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        gate_up = self._ops.linear(x, *self._gate_up)
+        if self._is_silu:
+            return self._ops.linear(self._ops.gated_silu(gate_up), *self._down)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._ops.linear(self._layer.mlp.act_fn(gate) * up, *self._down)
+
+
+class BlockWeights:
+    """One decoder layer's products, in the form that is right at the moment."""
+
+    def __init__(self, layer: Any, head_dim: int, ops: Operations) -> None:
+        self.layer = layer
+        self._head_dim, self._ops = head_dim, ops
+        self._merged: MergedProducts | None = None
+        self.products: Products = ModuleProducts(layer, head_dim)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's parameters have storages of their own; merged ones are built on its first use.
+        modules = ModuleProducts(self.layer, self._head_dim)
+        return {**self.__dict__, "_merged": None, "products": modules}
+
+    @property
+    def is_merged(self) -> bool:
+        return self.products is self._merged
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether the layer's modules are such that the merged form is right."""
+        return _can_merge(self.layer)
+
+    def refresh(self, *, wants_gradient: bool) -> None:
+        """Chooses the form, once per forward or ``generate``.
+
+        Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
+        """
+        if wants_gradient or not _can_merge(self.layer):
+            self.products = ModuleProducts(self.layer, self._head_dim)
+            return
+        if self._merged is None or not self._merged.is_current():
+            self._merged = None  # the old storages go before the new ones come
+            self._merged = MergedProducts(self.layer, self._head_dim, self._ops)
+        self.products = self._merged
+
+
+def _can_merge(layer: Any) -> bool:
+    """Plain linears without hooks, alike within each group, with norms as we know them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    # Looked up by name: another kind of FFN, or a wrapped one, has no such attributes.
+    gates = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj")]
+    others = [attention.o_proj, getattr(mlp, "down_proj", None)]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    return (
+        all(_is_plain(module) for module in (*qkv, *gates, *others))
+        and not any(_has_hooks(module) for module in (*qkv, *gates, *others, *norms, mlp))
+        and all(hasattr(norm, "variance_epsilon") for norm in norms)
+        and _are_alike(qkv)
+        and _are_alike(gates)
+    )
+
+
+def _is_plain(module: Any) -> bool:
+    # Quantised and distributed weights are subclasses of Parameter inside a plain nn.Linear.
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+
+
+def _has_hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)  # as accelerate hooks a module
+    )
+
+
+def _are_alike(modules: Sequence[Any]) -> bool:
+    """Same dtype and device, all trained or none, all with a bias or none, all in memory."""
+    first = modules[0]
+    return first.weight.device.type != "meta" and all(
+        module.weight.dtype == first.weight.dtype
+        and module.weight.device == first.weight.device
+        and module.weight.requires_grad == first.weight.requires_grad
+        and (module.bias is None) == (first.bias is None)
+        for module in modules
+    )
+
+
+def _share(modules: Sequence[Any], name: str) -> Tensor | None:
+    """One storage for the modules' parameters, which become views of it."""
     parameters = [getattr(module, name) for module in modules]
     if parameters[0] is None:
         return None
+    for module in modules:
+        if _leave_with_own_storage not in module._state_dict_hooks.values():
+            module.register_state_dict_post_hook(_leave_with_own_storage)
     with torch.no_grad():
-        rows = sum(parameter.shape[0] for parameter in parameters)
-        shape = (rows, *parameters[0].shape[1:])
+        shape = (sum(len(parameter) for parameter in parameters), *parameters[0].shape[1:])
+        if _are_adjacent(parameters):  # another model has merged these very weights
+            first = parameters[0].detach()
+            return first.as_strided(shape, first.stride())
         storage = empty(shape, parameters[0].dtype, parameters[0].device)
         start = 0
         for parameter in parameters:
-            view = storage[start : start + parameter.shape[0]]
-            view.copy_(parameter)
-            parameter.data = view
-            start += parameter.shape[0]
+            view = storage[start : start + len(parameter)]
+            parameter.data = view.copy_(parameter)
+            start += len(view)
     return storage
 
 
-def _lies_in(storage: Tensor | None, modules: Sequence[nn.Linear], name: str) -> bool:
+def _are_adjacent(parameters: Sequence[Tensor]) -> bool:
+    """Whether the parameters already lie in one storage, one after the other."""
+    first, address = parameters[0], parameters[0].data_ptr()
+    for parameter in parameters:
+        inside = parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not inside or not parameter.is_contiguous() or parameter.data_ptr() != address:
+            return False
+        address += parameter.nbytes
+    return True
+
+
+def _leave_with_own_storage(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    """State-dict hook: views of a larger storage are copied out of it.
+
+    ``accelerate``'s savers drop views silently. Parameters themselves (``keep_vars=True``) are
+    not replaced.
+    """
+    for name in ("weight", "bias"):
+        tensor = state.get(prefix + name)
+        if tensor is None or isinstance(tensor, nn.Parameter):
+            continue
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            state[prefix + name] = tensor.clone()
+
+
+def _rows(
+    group: tuple[Tensor | None, Tensor | None], start: int, stop: int | None
+) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = group
+    assert weight is not None
+    return weight[start:stop], None if bias is None else bias[start:stop]
+
+
+def _lies_in(storage: Tensor | None, modules: Sequence[Any], name: str) -> bool:
+    """Whether the modules' parameters lie in the storage, one after the other."""
     if storage is None:
         return all(getattr(module, name) is None for module in modules)
     address = storage.data_ptr()
@@ -69,152 +291,4 @@ def _lies_in(storage: Tensor | None, modules: Sequence[nn.Linear], name: str) ->
         if parameter is None or parameter.data_ptr() != address or parameter.dtype != storage.dtype:
             return False
         address += parameter.numel() * storage.element_size()
-    return address == storage.data_ptr() + storage.numel() * storage.element_size()
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _can_merge(modules: Sequence[Any]) -> bool:
-    """Same input, dtype and device, all with a bias or none, all in memory."""
-    weights = [module.weight for module in modules]
-    first = weights[0]
-    return (
-        all(w.dtype == first.dtype and w.device == first.device and w.ndim == 2 for w in weights)
-        and first.device.type != "meta"
-        and len({module.bias is None for module in modules}) == 1
-        and len({module.weight.requires_grad for module in modules}) == 1
-    )
-
-
-class BlockWeights:
-    """The weights of one decoder layer, and how its products are computed.
-
-    Letters as in ``ops.reference``; ``head_counts`` are query heads ``H`` and key/value heads ``G``.
-    """
-
-    def __init__(self, layer: nn.Module, head_dim: int, ops: Operations) -> None:
-        self.layer: Any = layer
-        self.ops = ops
-        self.head_dim = head_dim
-        self.is_merged = False
-        self._qkv: MergedLinear | None = None
-        self._gate_up: MergedLinear | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's parameters have storages of their own; the merged ones are rebuilt on next use.
-        return {**self.__dict__, "is_merged": False, "_qkv": None, "_gate_up": None}
-
-    def refresh(self, *, wants_gradient: bool) -> None:
-        """Decides, once per forward or ``generate``, between the merged and the one-by-one form.
-
-        Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
-        """
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
-        # Looked up by name: another kind of FFN (or a wrapped one) may have no such attributes.
-        gates = tuple(getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-        modules = (*inputs, attention.o_proj, *gates)
-        plain = all(module is not None and _is_plain(module) for module in modules)
-        if wants_gradient or not plain or _has_hooks(mlp) or self._has_hooked_norm():
-            self.is_merged = False
-            return
-        if self._qkv is None or not self._qkv.holds(inputs):
-            self._qkv = MergedLinear(inputs) if _can_merge(inputs) else None
-        if self._gate_up is None or not self._gate_up.holds(gates[:2]):  # type: ignore[arg-type]
-            self._gate_up = MergedLinear(gates[:2]) if _can_merge(gates[:2]) else None  # type: ignore[arg-type]
-        self.is_merged = self._qkv is not None and self._gate_up is not None
-
-    def _has_hooked_norm(self) -> bool:
-        return _has_hooks(self.layer.input_layernorm) or _has_hooks(
-            self.layer.post_attention_layernorm
-        )
-
-    def attention_norm(self, x: Tensor) -> Tensor:
-        """``N1``: ``[N, D] -> [N, D]``."""
-        return self._norm(self.layer.input_layernorm, x)
-
-    def ffn_norm(self, x: Tensor) -> Tensor:
-        """``N2``: ``[N, D] -> [N, D]``."""
-        return self._norm(self.layer.post_attention_layernorm, x)
-
-    def _norm(self, norm: Any, x: Tensor) -> Tensor:
-        if self.is_merged:
-            return self.ops.rms_norm(x, norm.weight, norm.variance_epsilon)
-        out: Tensor = norm(x)
-        return out
-
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, D] -> [N, H + G, K]`` (queries, then keys) and values ``[N, G, K]``."""
-        attention = self.layer.self_attn
-        if self._qkv is not None and self.is_merged:
-            merged = self._linear(x, self._qkv, 0, 3)
-            split = self._qkv.bounds[2]
-            return self._heads(merged[:, :split]), self._heads(merged[:, split:])
-        both = torch.cat((attention.q_proj(x), attention.k_proj(x)), dim=-1)
-        return self._heads(both), self._heads(attention.v_proj(x))
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, D] ->`` keys and values ``[N, G, K]``: what a row that skips attention leaves."""
-        attention = self.layer.self_attn
-        if self._qkv is not None and self.is_merged:
-            keys, values = self._linear(x, self._qkv, 1, 3).chunk(2, dim=-1)
-            return self._heads(keys), self._heads(values)
-        return self._heads(attention.k_proj(x)), self._heads(attention.v_proj(x))
-
-    def queries(self, x: Tensor) -> Tensor:
-        """``[N, D] -> [N, H, K]``."""
-        if self._qkv is not None and self.is_merged:
-            return self._heads(self._linear(x, self._qkv, 0, 1))
-        return self._heads(self.layer.self_attn.q_proj(x))
-
-    def attention_output(self, x: Tensor) -> Tensor:
-        """The output projection: ``[N, H * K] -> [N, D]``."""
-        return self._plain(self.layer.self_attn.o_proj, x)
-
-    def ffn(self, x: Tensor) -> Tensor:
-        """``[N, D] -> [N, D]``, without norm and residual."""
-        mlp = self.layer.mlp
-        if self._gate_up is None or not self.is_merged:
-            out: Tensor = mlp(x)
-            return out
-        gate_up = self._linear(x, self._gate_up, 0, 2)
-        if isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation":
-            return self._plain(mlp.down_proj, self.ops.gated_silu(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._plain(mlp.down_proj, mlp.act_fn(gate) * up)
-
-    def _linear(self, x: Tensor, merged: MergedLinear, start: int, stop: int) -> Tensor:
-        weight, bias = merged.rows(start, stop)
-        return self.ops.linear(x, weight, bias)
-
-    def _plain(self, module: Any, x: Tensor) -> Tensor:
-        if self.is_merged:
-            return self.ops.linear(x, module.weight, module.bias)
-        out: Tensor = module(x)
-        return out
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
-
-
-def own_storages(state: dict[str, Any], names: Sequence[str]) -> None:
-    """Gives the named tensors of a state dict storages of their own, in place.
-
-    Views of one storage are dropped silently by some savers (``accelerate``) and refused by
-    others, so merged parameters never leave the model as views.
-    """
-    for name in names:
-        tensor = state.get(name)
-        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
-            state[name] = tensor.clone()
+    return True

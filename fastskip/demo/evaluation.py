@@ -1,17 +1,19 @@
 """Exact match of a model's greedy answers, by kind of question.
 
 The model is used through `generate` alone, so a dense model and one that skips computation are
-judged by the same yardstick.
+judged by the same yardstick. `python -m fastskip.demo.evaluation` judges a checkpoint as it is.
 """
 
+import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlavaProcessor
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+from fastskip.demo import checkpoint_path
 from fastskip.demo.scenes import Question, QuestionKind, Scene, Split, draw, questions, scenes
 
 Item = tuple[Scene, Question]
@@ -105,3 +107,23 @@ def evaluate(
 
 def _chunks(indices: Sequence[int], size: int) -> Iterable[Sequence[int]]:
     return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastskip.demo.evaluation",
+        description="Exact match of greedy answers to held-out questions, in float32.",
+    )
+    parser.add_argument("checkpoint", nargs="?", default=checkpoint_path(), help="a folder")
+    parser.add_argument("--count", type=int, default=1000, help="questions (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
+    parser.add_argument("--batch", type=int, default=32, help="prompts at once (default: 32)")
+    options = parser.parse_args(arguments)
+    model = LlavaForConditionalGeneration.from_pretrained(options.checkpoint, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(options.checkpoint)
+    items = held_out(options.count, options.seed)
+    print(evaluate(model.eval(), processor, items, options.batch).table())
+
+
+if __name__ == "__main__":
+    main()

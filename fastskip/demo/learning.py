@@ -130,13 +130,18 @@ class Optimiser:
         self._optimisers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [group for group in groups if group["params"]],
-                lr=rate, betas=(0.9, 0.95), weight_decay=0.01,
+                lr=rate,
+                betas=(0.9, 0.95),
+                weight_decay=0.01,
             )
         ]
         if matrices:
             self._optimisers.append(
                 torch.optim.Muon(
-                    matrices, lr=rate, weight_decay=0.01, momentum=0.95,
+                    matrices,
+                    lr=rate,
+                    weight_decay=0.01,
+                    momentum=0.95,
                     adjust_lr_fn="match_rms_adamw",
                 )
             )

@@ -85,5 +85,6 @@ def initialise_(model: LlavaForConditionalGeneration, generator: torch.Generator
             nn.init.normal_(module.weight, std=std, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.normal_(model.model.vision_tower.embeddings.class_embedding, std=0.5,
-                    generator=generator)
+    nn.init.normal_(
+        model.model.vision_tower.embeddings.class_embedding, std=0.5, generator=generator
+    )

@@ -58,8 +58,8 @@ class Stage:
 
 STAGES = (
     Stage("vision", steps=500, batch=64, rate=2e-3, warmup=50, decay=0.7),
-    Stage("language", steps=1500, batch=32, rate=4e-3, warmup=60, decay=0.25),
-    Stage("all", steps=300, batch=32, rate=1e-3, warmup=10, decay=1.0),
+    Stage("language", steps=440, batch=32, rate=4e-3, warmup=60, decay=0.25),
+    Stage("all", steps=170, batch=32, rate=2e-3, warmup=10, decay=1.0),
 )
 
 
@@ -108,8 +108,14 @@ class Trainer:
     def _train_stage(self, stage: Stage) -> bool:
         optimiser = self._optimiser = self._optimiser or self._new_optimiser(stage)
         self.model.train()
-        bar = tqdm(range(self.step, stage.steps), initial=self.step, total=stage.steps,
-                   desc=stage.name, dynamic_ncols=True, disable=not self.team.is_first)
+        bar = tqdm(
+            range(self.step, stage.steps),
+            initial=self.step,
+            total=stage.steps,
+            desc=stage.name,
+            dynamic_ncols=True,
+            disable=not self.team.is_first,
+        )
         for step in bar:
             if self.team.agree(self.run.is_late):
                 self._save()
@@ -191,7 +197,7 @@ def _learned(
     if stage.name == "vision":
         yield from heads.named_parameters("heads")
     for name, parameter in model.named_parameters():
-        if stage.name == "all" or (stage.name == "vision") == ("vision_tower" in name):
-            # the tower's last norm feeds the pooled output only, which LLaVA does not read
-            if "post_layernorm" not in name:
-                yield name, parameter
+        is_learned = stage.name == "all" or (stage.name == "vision") == ("vision_tower" in name)
+        # the tower's last norm feeds the pooled output only, which LLaVA does not read
+        if is_learned and "post_layernorm" not in name:
+            yield name, parameter

@@ -10,7 +10,9 @@ from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 
 CAPACITY = 8_000_000
 """Most parameters that a model may have."""
@@ -62,10 +64,10 @@ def work_together(size: int, work: Callable[..., None], *arguments: Any) -> None
     if size == 1:
         work(Team(), *arguments)
         return
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     shared = torch.zeros(size, CAPACITY).share_memory_(), torch.zeros(1).share_memory_()
     barrier = context.Barrier(size)
-    multiprocessing.spawn(_member, (size, *shared, barrier, work, arguments), nprocs=size)
+    spawn(_member, (size, *shared, barrier, work, arguments), nprocs=size)
 
 
 def _member(

@@ -26,8 +26,9 @@ WORDS = (
     "object",
     "objects",
     *NUMBERS,
-    *"yes no what colour shape is the a how many are there left right of above below".split(),
-    *"where row column and describe image ? .".split(),
+    *("yes", "no", "what", "colour", "shape", "is", "the", "a", "how", "many", "are", "there"),
+    *("left", "right", "of", "above", "below", "where", "row", "column", "and", "describe"),
+    *("image", "?", "."),
 )
 
 # without the bos token: the tokenizer puts it first

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastskip.families import image_token_ids
+from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
 
@@ -16,18 +17,21 @@ _FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
 def classify(
+    plan: SkipPlan,
     config: Any,
     inputs: Mapping[str, Any],
     *,
     first_column: int,
     prompt_columns: int | None,
 ) -> Tensor | None:
-    """Codes ``[B, T]`` (host) of a forward's columns, pads not yet marked.
+    """Codes ``[B, T]`` (host) of a forward's columns, pads not yet marked; ``None`` without any.
 
     Image-filled positions are IMAGE; inside ``generate`` columns at or past ``prompt_columns`` are
     GENERATED whatever their id; outside, rows with ``labels != -100`` are; all others are TEXT.
-    ``inputs["token_classes"]`` overrides. ``None`` if only embeddings are given, so that nobody
-    can know.
+    ``inputs["token_classes"]`` overrides.
+
+    Raises:
+        TypeError: only embeddings are given, and the plan treats image and text rows differently.
     """
     ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
     present = ids if ids is not None else embeddings
@@ -39,15 +43,16 @@ def classify(
         generated[:, max(0, prompt_columns - first_column) :] = True
     given = inputs.get("token_classes")
     if given is not None:
-        codes = _given(given, batch, width, first_column, prompt_columns)
-    elif ids is None:
-        if not bool(generated.all()):
-            return None
-        codes = torch.full((batch, width), CODES[TokenClass.TEXT])
+        codes = _given(given, plan.classes, batch, width, first_column, prompt_columns)
+    elif ids is None and _tells_images_apart(plan) and not bool(generated.all()):
+        raise TypeError(
+            "token_classes: needed with inputs_embeds, since the policy treats image and text "
+            f"rows differently; a tensor [{batch}, {width}] of {_named(plan.classes)}"
+        )
     else:
         codes = torch.full((batch, width), CODES[TokenClass.TEXT])
         is_image = torch.zeros(batch, width, dtype=torch.bool)
-        if any(inputs.get(name) is not None for name in _FEATURES):
+        if ids is not None and any(inputs.get(name) is not None for name in _FEATURES):
             is_image = torch.isin(ids.cpu(), torch.tensor(image_token_ids(config)))
         labels = inputs.get("labels")
         if labels is not None and prompt_columns is None:
@@ -57,19 +62,39 @@ def classify(
     return codes
 
 
+def _tells_images_apart(plan: SkipPlan) -> bool:
+    """Whether image and text rows are in different groups."""
+    both = {TokenClass.IMAGE, TokenClass.TEXT}
+    return both <= set(plan.classes) and not any(both <= group for group in plan.groups)
+
+
+def _named(classes: Sequence[TokenClass]) -> dict[str, int]:
+    return {token_class.value: CODES[token_class] for token_class in classes}
+
+
 def _given(
-    given: Any, batch: int, width: int, first_column: int, prompt_columns: int | None
+    given: Any,
+    classes: Sequence[TokenClass],
+    batch: int,
+    width: int,
+    first_column: int,
+    prompt_columns: int | None,
 ) -> Tensor:
     """``token_classes`` as codes of this forward's columns."""
+    allowed = _named(classes)
     if isinstance(given, Tensor):
         codes = given.detach().cpu().to(torch.int64)
     else:
-        codes = torch.tensor([[CODES[TokenClass(name)] for name in row] for row in given])
-    allowed = {token_class.value: code for token_class, code in CODES.items()}
+        unknown = sorted({name for row in given for name in row} - allowed.keys())
+        if unknown:
+            raise ValueError(f"token_classes: {unknown}; allowed: {list(allowed)}")
+        codes = torch.tensor([[allowed[name] for name in row] for row in given])
     if codes.ndim != 2 or codes.shape[0] != batch:
         raise ValueError(f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]")
-    if codes.numel() and not bool(torch.isin(codes, torch.tensor(list(CODES.values()))).all()):
-        raise ValueError(f"token_classes: {sorted(set(codes.flatten().tolist()))}; codes: {allowed}")
+    if not bool(torch.isin(codes, torch.tensor(list(allowed.values()))).all()):
+        raise ValueError(
+            f"token_classes: {sorted(set(codes.flatten().tolist()))}; codes: {allowed}"
+        )
     if prompt_columns is None:
         if codes.shape[1] != width:
             raise ValueError(

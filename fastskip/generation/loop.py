@@ -105,12 +105,12 @@ class _DecodeStep:
         self._head = model.get_output_embeddings()
         self._norm = text_model_of(model).norm
         self._decoder, self._cache = runtime.decoder, cache
-        self._codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])
-        self._position = cache.last_positions()[:, None]
+        codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])
+        positions = cache.last_positions()[:, None] + 1
+        self._layout = self._decoder.lay_out(codes, positions, cache)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        self._position = self._position + 1
-        h = self._embed(tokens[:, None])
-        out, _ = self._decoder.run(h, self._codes, self._position, self._cache)
+        out = self._decoder.run(self._embed(tokens[:, None]), self._layout, self._cache)
+        self._layout = self._layout.advanced()
         logits: Tensor = self._head(self._norm(out))
         return logits

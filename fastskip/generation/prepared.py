@@ -23,8 +23,7 @@ from fastskip.generation.classes import classify
 from fastskip.generation.loop import sample
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import save
-from fastskip.policy import TokenClass
-from fastskip.tokens import CODES, PAD
+from fastskip.tokens import PAD
 
 
 def prepare(model: Any, runtime: Runtime) -> None:
@@ -117,7 +116,7 @@ def _decode_columns(
     batch, width = h.shape[:2]
     cache, is_returned = _cache_of(text_model, runtime, inputs)
     real = _real_columns(inputs.get("attention_mask"), cache, batch, width)
-    codes = _codes_of(runtime, inputs, batch, width).masked_fill(~real, PAD)
+    codes = _codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
     positions = _positions_of(runtime, inputs.get("position_ids"), cache, real)
     wants_gradient = torch.is_grad_enabled() and (
         h.requires_grad or any(p.requires_grad for p in text_model.parameters())
@@ -132,10 +131,10 @@ def _decode_columns(
         wanted = flat[is_real]
     seen: list[Tensor] = []
     runtime.decoder.refresh(wants_gradient=wants_gradient)
-    out, layout = runtime.decoder.run(
+    layout = runtime.decoder.lay_out(codes, positions, cache)
+    out = runtime.decoder.run(
         h,
-        codes,
-        positions,
+        layout,
         cache,
         wanted=wanted,
         wants_gradient=wants_gradient,
@@ -191,40 +190,44 @@ def _real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor
     return real[:, cache.columns :]
 
 
-def _codes_of(runtime: Runtime, inputs: dict[str, Any], batch: int, width: int) -> Tensor:
+def _codes_of(
+    text_model: Any, runtime: Runtime, cache: SkipCache, inputs: dict[str, Any]
+) -> Tensor:
     """Class codes ``[B, T]``; the outer model has worked them out unless this is a direct call."""
-    codes = inputs.get("token_classes")
-    if codes is not None:
-        return codes  # type: ignore[no-any-return]
-    plan = runtime.plan
-    is_blind = {TokenClass.IMAGE, TokenClass.TEXT} <= set(plan.classes) and not any(
-        {TokenClass.IMAGE, TokenClass.TEXT} <= group for group in plan.groups
+    codes = classify(
+        runtime.plan,
+        text_model.config,
+        inputs,
+        first_column=cache.columns,
+        prompt_columns=None,
     )
-    if is_blind and inputs.get("input_ids") is None:
-        raise TypeError(
-            "token_classes: needed with inputs_embeds, since the policy treats image and text "
-            f"rows differently; a tensor [{batch}, {width}] of {CODES}"
-        )
-    return torch.full((batch, width), CODES[TokenClass.TEXT])
+    assert codes is not None
+    return codes
 
 
 def _positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -> Tensor:
-    """RoPE positions ``[B, T]``, host.
+    """RoPE positions ``[B, T]``, host: what is given, or columns, as in Hugging Face.
 
-    Within ``generate`` new columns follow on from the sequence's last real row (with right padding
-    Hugging Face would continue from a pad). Otherwise as Hugging Face: what is given, or columns.
+    But within ``generate`` new columns follow on from the sequence's last real row: with right
+    padding Hugging Face would continue from a pad.
     """
     if runtime.session is not None and cache.columns:
         return cache.last_positions()[:, None] + real.cumsum(1)
-    if given is not None:
-        positions: Tensor = given.detach().cpu().to(torch.int64)
+    if given is None:
+        positions = torch.arange(cache.columns, cache.columns + real.shape[1]).expand_as(real)
+    else:
+        positions = given.detach().cpu().to(torch.int64)
         if positions.ndim != 2 or positions.shape[1] != real.shape[1]:
             raise ValueError(
                 f"position_ids: {tuple(positions.shape)}; needed: {list(real.shape)} or "
                 f"[1, {real.shape[1]}]"
             )
-        return positions.expand_as(real)
-    return torch.arange(cache.columns, cache.columns + real.shape[1]).expand_as(real)
+        positions = positions.expand_as(real)
+    end = real.shape[1] if runtime.session is None else runtime.session.prompt_columns
+    if end < real.shape[1]:  # no cache: every step brings the prompt and what was generated
+        last = positions[:, :end].masked_fill(~real[:, :end], -1).max(dim=1, keepdim=True).values
+        return torch.cat((positions[:, :end], last + real[:, end:].cumsum(1)), dim=1)
+    return positions
 
 
 class PreparedBackbone(_Prepared):
@@ -317,6 +320,7 @@ def _classes_of(config: Any, runtime: Runtime, inputs: dict[str, Any]) -> Tensor
     if present is None:
         return None
     return classify(
+        runtime.plan,
         config,
         inputs,
         first_column=0 if cache is None else cache.columns,

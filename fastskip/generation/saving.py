@@ -84,6 +84,4 @@ def policy_of_config(config: Any) -> SkipPolicy | None:
         )
     if not rules:
         return None
-    return SkipPolicy.from_dict(
-        {"schema_version": 1, "name": "per_layer_config", "rules": rules}
-    )
+    return SkipPolicy.from_dict({"schema_version": 1, "name": "per_layer_config", "rules": rules})

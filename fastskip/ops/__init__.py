@@ -7,9 +7,9 @@ choice that cannot run raises and lists what can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,28 +24,26 @@ class Implementation(Enum):
     TRITON = "triton"
 
 
-class Operations(Protocol):
-    """What an implementation provides; shapes and meanings are those of ``ops.reference``."""
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """One implementation's functions; shapes and meanings are those of ``ops.reference``."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor: ...
+    implementation: Implementation
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated_silu: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[..., Tensor]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
-    def gated_silu(self, gate_up: Tensor) -> Tensor: ...
-
-    def rotate(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor: ...
-
-    def attend(
-        self,
-        queries: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        visible: Tensor | None,
-        *,
-        is_causal: bool,
-        scale: float,
-        dropout: float = 0.0,
-    ) -> Tensor: ...
+REFERENCE = Operations(
+    Implementation.REFERENCE,
+    reference.rms_norm,
+    reference.linear,
+    reference.gated_silu,
+    reference.rotate,
+    reference.attend,
+)
 
 
 def resolve(impl: str | Implementation | None, device: torch.device) -> Operations:
@@ -66,4 +64,4 @@ def resolve(impl: str | Implementation | None, device: torch.device) -> Operatio
         raise ValueError(
             f"impl: 'triton' is not available yet (device {device}); what can run: ['reference']"
         )
-    return cast(Operations, reference)
+    return REFERENCE

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this many query rows a pair of batched products beats the fused kernel, which is tuned
-# for long query blocks (on bf16 CPUs by a factor of five at one row).
+# Up to this many query rows a pair of batched products beats the fused kernel in half precision,
+# which is tuned for long query blocks (on CPUs by a factor of five at one row).
 _FEW_QUERIES = 8
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -65,14 +66,20 @@ def attend(
     Returns:
         ``[B, H, N, K]``.
     """
-    if queries.shape[2] <= _FEW_QUERIES and not dropout:
-        if is_causal and queries.shape[2] > 1:
-            count = queries.shape[2]
-            visible = torch.ones(count, count, dtype=torch.bool, device=queries.device).tril_()
+    rows = queries.shape[2]
+    if rows <= _FEW_QUERIES and not dropout and (queries.dtype in _HALVES or len(keys) > 1):
+        if is_causal and rows > 1:
+            visible = torch.ones(rows, rows, dtype=torch.bool, device=queries.device).tril_()
         return _attend_few(queries, keys, values, visible, scale)
     key = keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2)
     value = values[0] if len(values) == 1 else torch.cat(list(values), dim=2)
-    return F.scaled_dot_product_attention(
+    shares_heads = key.shape[1] != queries.shape[1]
+    shape = queries.shape
+    if shares_heads and rows == 1 and visible is None:
+        # The query heads of one key head become rows of it: nothing is repeated.
+        queries = queries.reshape(shape[0], key.shape[1], -1, shape[3])
+        is_causal = shares_heads = False
+    out = F.scaled_dot_product_attention(
         queries,
         key,
         value,
@@ -80,8 +87,9 @@ def attend(
         is_causal=is_causal,
         scale=scale,
         dropout_p=dropout,
-        enable_gqa=key.shape[1] != queries.shape[1],
+        enable_gqa=shares_heads,
     )
+    return out.reshape(shape)
 
 
 def _attend_few(
@@ -97,15 +105,24 @@ def _attend_few(
     """
     batch, heads, rows, width = queries.shape
     groups = keys[0].shape[1]
-    grouped = (queries * scale).reshape(batch * groups, heads // groups * rows, width)
-    scores = [torch.bmm(grouped, key.flatten(0, 1).transpose(1, 2)) for key in keys]
+    grouped = queries.reshape(batch * groups, heads // groups * rows, width)
+    scores = [_scaled_product(grouped, key.flatten(0, 1).transpose(1, 2), scale) for key in keys]
     score = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     if visible is not None:
         score = score.view(batch * groups, heads // groups, rows, -1)
         score = score.masked_fill(~visible, float("-inf")).flatten(1, 2)
-    weights = torch.softmax(score, dim=-1, dtype=torch.float32).to(queries.dtype)
-    parts = weights.split([key.shape[2] for key in keys], dim=-1) if len(keys) > 1 else (weights,)
-    out = torch.bmm(parts[0], values[0].flatten(0, 1))
-    for part, value in zip(parts[1:], values[1:], strict=True):
-        out = out + torch.bmm(part, value.flatten(0, 1))
-    return out.view(batch, heads, rows, width)
+    wide = torch.promote_types(score.dtype, torch.float32)
+    weights = torch.softmax(score, dim=-1, dtype=wide).to(queries.dtype)
+    if len(keys) == 1:
+        return torch.bmm(weights, values[0].flatten(0, 1)).view(batch, heads, rows, width)
+    parts = weights.split([key.shape[2] for key in keys], dim=-1)
+    products = [
+        torch.bmm(part, value.flatten(0, 1)) for part, value in zip(parts, values, strict=True)
+    ]
+    return sum(products[1:], products[0]).view(batch, heads, rows, width)
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale * (a @ b)``, batched, as one operation."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(a.new_empty(1).expand(shape), a, b, beta=0, alpha=scale)

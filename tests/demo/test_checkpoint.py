@@ -88,16 +88,28 @@ def test_later_turns_are_answered(
     found = scenes(Split.TEST, 10, seed=12)
     for scene in found:
         chat = [
-            {"role": "user", "content": [
-                {"type": "image"}, {"type": "text", "text": "how many objects are there?"},
-            ]},
-            {"role": "assistant", "content": [
-                {"type": "text", "text": ["", "one", "two", "three", "four", "five"][
-                    len(scene.figures)]},
-            ]},
-            {"role": "user", "content": [
-                {"type": "text", "text": f"is there a {scene.figures[0].name}?"},
-            ]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image"},
+                    {"type": "text", "text": "how many objects are there?"},
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {
+                        "type": "text",
+                        "text": ["", "one", "two", "three", "four", "five"][len(scene.figures)],
+                    },
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": f"is there a {scene.figures[0].name}?"},
+                ],
+            },
         ]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(images=[draw(scene)], text=[text], return_tensors="pt")

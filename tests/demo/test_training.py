@@ -1,19 +1,23 @@
 """Batches are what a prompt with one question looks like; a run can be cut off and taken up."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlavaProcessor
 
+from fastskip.demo.dropping import FIRST, draw_cells, dropped
 from fastskip.demo.evaluation import prompt
 from fastskip.demo.learning import answer_loss, patch_answers
 from fastskip.demo.model import build_model
 from fastskip.demo.packing import IGNORED, Mixture, Packer, normalise
 from fastskip.demo.recipe import MIXTURE, STAGES, Run, Trainer
 from fastskip.demo.scenes import COLOURS, SHAPES, Split, draw, render, scenes
+from fastskip.demo.team import Team
 from fastskip.demo.text import build_processor
 from fastskip.demo.train import main, parse
 
@@ -97,9 +101,9 @@ def test_gradients_reach_what_the_stage_learns(processor: LlavaProcessor) -> Non
         assert any("language_model" in name for name in reached)
 
 
-def short(folder: Path, **changes: float) -> Run:
+def short(folder: Path, minutes: float | None = None) -> Run:
     stages = tuple(replace(stage, steps=3, batch=2) for stage in STAGES)
-    return Run(folder, stages=stages, save_every=1, **changes)
+    return Run(folder, stages=stages, save_every=1, minutes=minutes)
 
 
 def test_a_run_cut_off_goes_on_as_if_it_had_not_been(
@@ -139,9 +143,64 @@ def test_time_up_stops_resumably(tmp_path: Path, processor: LlavaProcessor) -> N
 
 
 def test_command_trains_and_writes_a_checkpoint(tmp_path: Path) -> None:
-    main(["--out", str(tmp_path), "--steps", "1", "--batch", "2"])
+    main(["--out", str(tmp_path), "--steps", "1", "--batch", "2", "--processes", "1"])
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= names
+
+
+def test_a_team_averages_gradients_and_agrees() -> None:
+    gradients, flag, barrier = torch.zeros(2, 10), torch.zeros(1), threading.Barrier(2)
+    weights = [
+        [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1, 3))]
+        for _ in range(2)
+    ]
+    agreed: dict[int, list[bool]] = {}
+
+    def member(rank: int) -> None:
+        team = Team(rank, 2, gradients, flag, cast(Any, barrier))
+        weights[rank][0].grad = torch.full((2,), float(rank + 1))
+        team.average_(weights[rank])
+        agreed[rank] = [team.agree(decision) for decision in (rank == 0, rank == 1)]
+
+    threads = [threading.Thread(target=member, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    for first, second in weights:
+        assert first.grad is not None and second.grad is not None
+        assert torch.equal(first.grad, torch.full((2,), 1.5))
+        assert torch.equal(second.grad, torch.zeros(1, 3))
+    assert agreed == {0: [True, False], 1: [True, False]}
+
+
+def test_dropped_cells_add_nothing_to_image_rows(processor: LlavaProcessor) -> None:
+    model = build_model(processor.tokenizer, seed=0).eval()
+    layers = model.model.language_model.layers
+    embeds = torch.randn(1, 80, 192, generator=torch.Generator().manual_seed(0))
+    cells = [(layer, name) for layer in range(len(layers)) for name in ("self_attn", "mlp")]
+    seen: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(
+            lambda _, __, out, index=index: seen.__setitem__(
+                index, out[0] if isinstance(out, tuple) else out
+            )
+        )
+    with torch.no_grad(), dropped(model, cells, slice(2, 66)):
+        model.model.language_model(inputs_embeds=embeds)
+    for out in seen.values():
+        assert torch.equal(out[:, 2:66], embeds[:, 2:66])
+        assert not torch.equal(out[:, 66:], embeds[:, 66:])
+    with torch.no_grad():
+        model.model.language_model(inputs_embeds=embeds)
+    assert not torch.equal(seen[0][:, 2:66], embeds[:, 2:66])
+
+
+def test_drawn_cells_spare_the_early_layers() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_cells(rng, 8) for _ in range(400)]
+    assert 0.4 < sum(not cells for cells in drawn) / 400 < 0.65
+    assert {layer for cells in drawn for layer, _ in cells} == set(range(FIRST, 8))
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fastskip.demo.scenes.world import COLOURS, GRID, SHAPES, Scene
+from fastskip.demo.scenes.world import GRID, SHAPES, Scene
 
 IMAGE_SIZE = 64
 CELL = IMAGE_SIZE // GRID
@@ -69,9 +69,8 @@ def _coverage(shapes: NDArray[np.int64], geometry: NDArray[np.float64]) -> NDArr
             np.maximum(across - radius, along - 0.32 * radius),
         ),
     }
-    signed = np.stack([np.broadcast_to(distances[name], x.shape[:1] + (CELL, CELL))
-                       for name in SHAPES])
+    signed = np.stack(
+        [np.broadcast_to(distances[name], x.shape[:1] + (CELL, CELL)) for name in SHAPES]
+    )
     covered: NDArray[np.float64] = np.clip(0.5 - signed[shapes, np.arange(len(shapes))], 0, 1)
     return covered
-
-

@@ -59,7 +59,7 @@ def questions(
 
 
 def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question | None:
-    """A question of this kind, or None where the scene allows none (no unique shape, one figure)."""
+    """A question of this kind, or None where the scene allows none (say, no shape is unique)."""
     found = _ASKERS[kind](scene, rng)
     return None if found is None else Question(kind, *found)
 
@@ -67,13 +67,13 @@ def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question 
 def _colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     shapes = [figure.shape for figure in scene.figures]
     figure = _pick([f for f in scene.figures if shapes.count(f.shape) == 1], rng)
-    return figure and (f"what colour is the {figure.shape}?", figure.colour)
+    return None if figure is None else (f"what colour is the {figure.shape}?", figure.colour)
 
 
 def _shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     colours = [figure.colour for figure in scene.figures]
     figure = _pick([f for f in scene.figures if colours.count(f.colour) == 1], rng)
-    return figure and (f"what shape is the {figure.colour} object?", figure.shape)
+    return None if figure is None else (f"what shape is the {figure.colour} object?", figure.shape)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
@@ -100,8 +100,12 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
         subjects = [f"{colour} object" for colour in COLOURS if (colour in colours) == wanted]
     elif form < 0.75 and not wanted:
         # the hard ones: colour and shape are both there, but not on one figure
-        subjects = [f"{c} {s}" for c in COLOURS for s in SHAPES
-                    if c in colours and s in shapes and (c, s) not in present]
+        subjects = [
+            f"{c} {s}"
+            for c in COLOURS
+            for s in SHAPES
+            if c in colours and s in shapes and (c, s) not in present
+        ]
     if not subjects:
         subjects = [f"{c} {s}" for c in COLOURS for s in SHAPES if ((c, s) in present) == wanted]
     return f"is there a {_pick(subjects, rng)}?", "yes" if wanted else "no"
@@ -110,8 +114,12 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 def _relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     direction = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
     wanted = rng.random() < 0.5
-    subjects = [(a, b) for a in scene.figures for b in scene.figures
-                if related(a, direction, b) and not related(b, direction, a)]
+    subjects = [
+        (a, b)
+        for a in scene.figures
+        for b in scene.figures
+        if related(a, direction, b) and not related(b, direction, a)
+    ]
     pair = _pick(subjects, rng)
     if pair is None:
         return None

@@ -1,0 +1,37 @@
+"""What is run: a short list by default, a long one under the marker `full`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from benchmarks.harness import Case
+from benchmarks.peers import DEFAULT, MORE
+from benchmarks.shapes import DEMO, HALF_BILLION, Shape
+
+_ROUNDS = {DEMO.name: 9, HALF_BILLION.name: 3}  # a short call needs more of them
+_BOTH = (torch.float32, torch.bfloat16)
+
+
+def _case(shape: Shape, dtype: torch.dtype, batch: int) -> Case:
+    return Case(shape, dtype, batch, rounds=_ROUNDS[shape.name])
+
+
+def default_cases() -> list[Case]:
+    """Both shapes at batch 1 in fp32 and bf16, and at batch 4 in bf16."""
+    settings = ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 4))
+    return [_case(shape, *setting) for shape in (DEMO, HALF_BILLION) for setting in settings]
+
+
+def full_cases() -> list[Case]:
+    """All peers; more batches, prompts and answers. Hours on a small machine."""
+    cases = []
+    for shape, dtype, batch in product((DEMO, HALF_BILLION), _BOTH, (1, 2, 4, 8)):
+        case = replace(_case(shape, dtype, batch), peers=(*DEFAULT, *MORE))
+        cases.append(replace(case, n_new=64))
+        if batch == 1:
+            longer = (replace(shape, text_after=length) for length in (4, 256))
+            cases += (replace(case, shape=prompt) for prompt in longer)
+    return cases

@@ -1,0 +1,84 @@
+"""Options, the choice of items, and what is printed and kept at the end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import Case, Measurement, measure
+from benchmarks.records import Record, file_name
+from benchmarks.report import Results, markdown, tables
+
+_HERE = Path(__file__).parent
+_RECORDS = pytest.StashKey[list[Record]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--save-results",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="keep the results as JSON (default: benchmarks/results/<machine>.json)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RECORDS] = []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `-m full` the long form is left out."""
+    if "full" in config.option.markexpr:
+        return
+    long = [item for item in items if "full" in item.keywords and _HERE in item.path.parents]
+    items[:] = [item for item in items if item not in long]
+    config.hook.pytest_deselected(items=long)
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
+    """The measurement of a case, made when the first of its items asks; of selected peers only."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+
+    known: dict[Case, Measurement | Exception] = {}
+
+    def measured(case: Case) -> Measurement:
+        if case not in known:
+            selected = {own["peer"] for own in params if own.get("case") == case}
+            try:
+                known[case] = measure(case, selected)
+            except Exception as error:  # the other items of the case need not wait for it again
+                known[case] = error
+        found = known[case]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return measured
+
+
+@pytest.fixture
+def records(request: pytest.FixtureRequest) -> list[Record]:
+    """Where items leave their results."""
+    return request.config.stash[_RECORDS]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    records = config.stash[_RECORDS]
+    if not records:
+        return
+    for table in tables(records):
+        terminalreporter.write_line(f"\n{markdown(table)}")
+    place = config.getoption("save_results")
+    if place is not None:
+        path = Path(place) if place else _HERE / "results" / file_name("cpu")
+        command = f"pytest {shlex.join(config.invocation_params.args)}"
+        Results(command, f"{datetime.now(UTC):%Y-%m-%d}", records).save(path)
+        terminalreporter.write_line(f"\nresults: {path}")

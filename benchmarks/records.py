@@ -1,0 +1,137 @@
+"""A measurement as plain data: what `extra_info`, the result file and the tables hold."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Measurement, median, threads_set
+from benchmarks.peers import DENSE, HF
+from fastskip import machine
+from fastskip.costs import Ceilings, floor_seconds
+from fastskip.plan import SkipPlan
+
+Record = dict[str, Any]
+
+
+def record(measured: Measurement, peer: str, group: str) -> Record:
+    """Everything about one peer in one group; keys that do not apply hold None."""
+    case, shape = measured.case, measured.case.shape
+    plan = measured.plans[peer]
+    threads, runs = measured.best(peer, group)
+    seconds = median(runs, group)
+    found = ceilings(case.dtype, case.device, threads)
+    flops, floor = _work(plan, measured, found)[group]
+    _, dense_floor = _work(measured.plans[DENSE.name], measured, found)[group]
+    vs_dense = measured.seconds(DENSE.name, group) / seconds
+    # Arrangements save launches, which no floor counts; vision has no floor.
+    has_ideal = group != "e2e" and peer != HF.name and not plan.policy.arrangements
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return {
+        "case": case.name,
+        "group": group,
+        "peer": peer,
+        "label": next(p.label for p in case.peers if p.name == peer),
+        "model": shape.name,
+        "policy_id": plan.policy.name,
+        "policy_hash": plan.fingerprint[:16],
+        "batch": case.batch,
+        "n_text": shape.n_text,
+        "n_visual": measured.n_visual,
+        "n_new": case.n_new,
+        "threads": threads,
+        "median_ms": 1e3 * seconds,
+        "samples_ms": [1e3 * float(getattr(run, group)) for run in runs],
+        "ttft_ms": 1e3 * median(runs, "ttft"),
+        "tpot_ms": 1e3 * median(runs, "decode"),
+        "tokens_per_s": case.batch * case.n_new / median(runs, "e2e"),
+        "kv_bytes": plan.kv_bytes(measured.n_visual, shape.n_text, case.n_new - 1, case.batch),
+        "peak_bytes": max(peaks, default=None),
+        "tflops": flops / seconds / 1e12,
+        "speedup_vs_dense": vs_dense,
+        "speedup_vs_hf": measured.seconds(HF.name, group) / seconds,
+        "floor_ms": 1e3 * floor,
+        "ideal_speedup": dense_floor / floor if has_ideal else None,
+        "share_of_ideal": vs_dense * floor / dense_floor if has_ideal else None,
+        "bandwidth_gb_per_s": found.bandwidth_bytes_per_s / 1e9,
+        "gflop_per_s": found.flops_per_s / 1e9,
+        "attn_impl": measured.attention[peer],
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **environment(case.device),
+    }
+
+
+def _work(plan: SkipPlan, measured: Measurement, found: Ceilings) -> dict[str, tuple[float, float]]:
+    """FLOPs and least seconds of each group; of decode, those of a mean step."""
+    case, shape = measured.case, measured.case.shape
+    cost = plan.cost(
+        measured.n_visual, shape.n_text, case.n_new, case.batch, text_before=shape.text_before
+    )
+    prefill, decode = (floor_seconds(part, found) for part in (cost.prefill, cost.decode))
+    steps = cost.decode.steps
+    return {
+        "prefill": (cost.prefill.flops, prefill),
+        "decode": (cost.decode.flops / steps, decode / steps),
+        "e2e": (cost.flops, prefill + decode),
+    }
+
+
+@cache
+def ceilings(dtype: torch.dtype, device: str, threads: int) -> Ceilings:
+    """What the machine reaches in this run, measured once per setting."""
+    with threads_set(threads):
+        return machine.measure_ceilings(dtype, device)
+
+
+@cache
+def environment(device: str) -> dict[str, str | None]:
+    """Where this runs, and on top of what."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "fastskip": _version("fastskip"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def device_name(device: str) -> str:
+    """The model name of the processor or GPU."""
+    key = machine.machine_key(torch.float32, torch.device(device))
+    return key.partition(", ")[0]
+
+
+def file_name(device: str) -> str:
+    """A file name for results of the machine at hand, such as `some-cpu-2-threads.json`."""
+    name = device_name(device)
+    if device == "cpu":
+        name += f" {torch.get_num_threads()} threads"
+    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
+    return "-".join(words) + ".json"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, marked if the working tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

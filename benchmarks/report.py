@@ -1,0 +1,171 @@
+"""Markdown tables, and bars as a PNG, from a file of results.
+
+python -m benchmarks.report benchmarks/results/<machine>.json [--case TEXT] [--png PATH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+GROUPS = ("prefill", "decode", "e2e")
+HEAD = (
+    "",
+    *("prefill, ms (floor)", "vs HF", "vs dense", "of ideal"),
+    *("ms/token (floor)", "vs HF", "vs dense", "of ideal"),
+    *("call, ms", "vs HF", "vs dense"),
+    "KV, MB",
+    "threads",
+)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What one run of the benchmarks found."""
+
+    command: str
+    date: str
+    records: list[Record]
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One case: a line of facts, and a row of texts a peer."""
+
+    title: str
+    rows: list[tuple[str, ...]]
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """One table a case, in the order of the records."""
+    made = []
+    for _, group in groupby(records, key=lambda record: record["case"]):
+        peers: dict[str, dict[str, Record]] = {}
+        for record in group:
+            peers.setdefault(record["label"], {})[record["group"]] = record
+        first = next(iter(next(iter(peers.values())).values()))
+        made.append(Table(_title(first), [_row(label, own) for label, own in peers.items()]))
+    return made
+
+
+def markdown(table: Table) -> str:
+    """An aligned pipe table under its title; columns without any number are left out."""
+    used = [i for i in range(len(HEAD)) if i == 0 or any(row[i] for row in table.rows)]
+    lines = [[row[i] for i in used] for row in (HEAD, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    padded = [
+        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
+        for line in (lines[0], rule, *lines[1:])
+    ]
+    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(line)} |" for line in padded)])
+
+
+def environment(results: Results) -> str:
+    """Where the numbers come from, in one line."""
+    first = results.records[0]
+    commit = first["commit"] or "unknown"
+    return (
+        f"{first['device']}, {max(r['threads'] for r in results.records)} threads at most, torch "
+        f"{first['torch']}, transformers {first['transformers']}, commit {commit}, "
+        f"{results.date}: `{results.command}`"
+    )
+
+
+def plot(records: Sequence[Record], path: Path) -> None:
+    """Bars of the speed-up over Hugging Face; one panel a case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [list(group) for _, group in groupby(records, key=lambda record: record["case"])]
+    columns = min(3, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(5.2 * columns, 3.6 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(cases) :]:
+        axis.set_visible(False)
+    for axis, case in zip(axes.flat, cases, strict=False):
+        labels = list(dict.fromkeys(record["label"] for record in case))
+        for offset, group in enumerate(GROUPS):
+            found = {r["label"]: r["speedup_vs_hf"] for r in case if r["group"] == group}
+            places = [labels.index(label) + 0.27 * (offset - 1) for label in found]
+            axis.barh(places, list(found.values()), height=0.25, label=group)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.set_title(_title(case[0]), fontsize="medium")
+        axis.set_xlabel("times as fast as Hugging Face")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def _title(record: Record) -> str:
+    return (
+        f"{record['model']}, {record['dtype']}, batch {record['batch']}: {record['n_visual']} "
+        f"image and {record['n_text']} text rows, {record['n_new']} new tokens"
+    )
+
+
+def _row(label: str, groups: dict[str, Record]) -> tuple[str, ...]:
+    cells = [label]
+    for group in GROUPS:
+        own = groups.get(group, {})
+        has_floor = group != "e2e"  # vision has none
+        time, floor = (_number(own.get(key), "ms") for key in ("median_ms", "floor_ms"))
+        cells.append(f"{time} ({floor})" if has_floor and time else time)
+        cells += [_number(own.get(f"speedup_vs_{other}"), "times") for other in ("hf", "dense")]
+        cells += [_number(own.get("share_of_ideal"), "share")] * has_floor
+    records = [groups[group] for group in GROUPS if group in groups]
+    threads = dict.fromkeys(str(record["threads"]) for record in records)
+    cells += [f"{records[0]['kv_bytes'] / 1e6:.1f}", "/".join(threads)]
+    return tuple(cells)
+
+
+def _number(value: float | None, kind: str) -> str:
+    if value is None:
+        return ""
+    if kind == "ms":
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.2f}" + ("x" if kind == "times" else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables of a file; write the bars beside it if matplotlib is there."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--png", type=Path, help="default: the file's name with .png")
+    options = parser.parse_args(arguments)
+    results = Results.load(options.file)
+    records = [record for record in results.records if options.case in record["case"]]
+    if not records:
+        names = ", ".join(dict.fromkeys(record["case"] for record in results.records))
+        parser.error(f"--case {options.case!r}: no such case; there are {names}")
+    for table in tables(records):
+        print(markdown(table), end="\n\n")
+    print(environment(results))
+    try:
+        plot(records, options.png or options.file.with_suffix(".png"))
+    except ModuleNotFoundError:
+        print("no PNG: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main()

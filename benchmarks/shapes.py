@@ -1,0 +1,154 @@
+"""The models that are timed, and their prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.initialization import no_init_weights
+
+import fastskip
+
+DEMO_CHECKPOINT = Path(fastskip.__file__).parent / "demo" / "checkpoint"
+PAD_ID = 0
+FIRST_WORD = 5
+"""Ids below are special tokens."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and how many text rows its prompts have before and after the image."""
+
+    name: str
+    build: Callable[[torch.dtype], Any]
+    text_before: int
+    text_after: int
+
+    @property
+    def n_text(self) -> int:
+        return self.text_before + self.text_after
+
+
+@dataclass(frozen=True)
+class Models:
+    """One set of weights twice: under Hugging Face's decoder and under ours."""
+
+    hf: Any
+    ours: Any
+
+    @property
+    def depth(self) -> int:
+        depth: int = self.hf.config.text_config.num_hidden_layers
+        return depth
+
+
+@cache
+def models(shape: Shape, dtype: torch.dtype, device: str) -> Models:
+    """The models of a shape; built once a process."""
+    hf = shape.build(dtype).to(device).eval().requires_grad_(False)
+    hf.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # no end: all tokens are made
+    # Told that they are copied already, deepcopy keeps the parameters: both models hold the same.
+    shared = {id(parameter): parameter for parameter in hf.parameters()}
+    return Models(hf, fastskip.apply_(copy.deepcopy(hf, shared)))
+
+
+def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
+    """Random prompts of one image each, all of the same length, as a processor returns them.
+
+    Equal lengths favour Hugging Face, which also computes what pads would be.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    image_id, vocabulary = config.image_token_id, config.text_config.vocab_size
+    limit = image_id if image_id > FIRST_WORD else vocabulary
+    ids = torch.randint(FIRST_WORD, limit, (batch, shape.n_text), generator=generator)
+    image = torch.full((batch, config.image_seq_length), image_id)
+    ids = torch.cat([ids[:, : shape.text_before], image, ids[:, shape.text_before :]], dim=1)
+    side = config.vision_config.image_size
+    pixels = torch.randn(batch, 3, side, side, generator=generator)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels.to(model.dtype),
+    }
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def _demo(dtype: torch.dtype) -> Any:
+    """The bundled checkpoint; without it a model of its size with fresh weights."""
+    if (DEMO_CHECKPOINT / "config.json").is_file():
+        return LlavaForConditionalGeneration.from_pretrained(DEMO_CHECKPOINT, dtype=dtype)
+    from fastskip.demo.model import build_model
+    from fastskip.demo.text import build_tokenizer
+
+    return build_model(build_tokenizer(), seed=0).to(dtype)
+
+
+def _half_billion(dtype: torch.dtype) -> Any:
+    """LLaVA-1.5 in small: 24 x 24 patches, a decoder of 374 M weights, a vision tower of no weight.
+
+    The tower is far smaller than a real one, so that the decoder and not the tower is measured.
+    """
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=64,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        pad_token_id=PAD_ID,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=32000,
+        image_seq_length=576,
+        tie_word_embeddings=False,
+    )
+    return random_model(config, dtype)
+
+
+@torch.no_grad()
+def random_model(config: LlavaConfig, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A model with weights drawn once, in `dtype`; Hugging Face would draw them twice, in fp32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with no_init_weights():
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(default)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.fill_(float("norm" in name and name.endswith("weight")))
+    return model
+
+
+DEMO = Shape("demo", _demo, text_before=2, text_after=14)
+HALF_BILLION = Shape("0.5b", _half_billion, text_before=4, text_after=40)

@@ -1,0 +1,289 @@
+"""Does a policy, run by fastskip on this very input, compute what it means?
+
+The runtime is compared with the masked dense computation, which shares no code with it. The
+allowance is measured: what plain Hugging Face code loses in the tested dtype, against a truth in
+a higher precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from fastskip.families import text_model_of
+from fastskip.loading import PolicyLike, apply_
+from fastskip.policy import SkipPolicy
+from fastskip.verification.budget import Budget, measure
+from fastskip.verification.cells import CLASS_NAMES, GENERATED
+from fastskip.verification.oracle import MaskedOracle, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first row that leaves the budget, in the order of the computation.
+
+    `column` counts the columns of the input, then new tokens. `budget` is about the whole layer.
+    """
+
+    layer: int
+    sequence: int
+    column: int
+    token_class: str
+    budget: Budget
+
+    def __str__(self) -> str:
+        return (
+            f"output of layer {self.layer}, sequence {self.sequence}, column {self.column} "
+            f"({self.token_class}); that layer's largest error is {self.budget.error:.3e}, "
+            f"allowed {self.budget.allowed:.3e}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WrongToken:
+    """A greedy token that the masked dense computation would not have chosen.
+
+    `gap`: how far its true score lies below the best one's.
+    """
+
+    sequence: int
+    step: int
+    chosen: int
+    expected: int
+    gap: float
+
+    def __str__(self) -> str:
+        return (
+            f"sequence {self.sequence}, new token {self.step}: {self.chosen} instead of "
+            f"{self.expected}, whose score is higher by {self.gap:.3e}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found.
+
+    `prompt` is about the logits of all prompt rows, `decoding` about those that the new tokens
+    were chosen by, with the cache. `first_difference` is looked for only where something is wrong.
+    """
+
+    policy: str
+    dtype: str
+    truth_dtype: str
+    prompt: Budget
+    decoding: Budget
+    tokens_checked: int
+    wrong_tokens: tuple[WrongToken, ...] = ()
+    first_difference: Difference | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the policy computed what it means, on this input."""
+        return self.prompt.holds and self.decoding.holds and not self.wrong_tokens
+
+    def __str__(self) -> str:
+        def line(good: bool, text: object) -> str:
+            return f"  {'ok   ' if good else 'WRONG'}  {text}"
+
+        good = self.tokens_checked - len(self.wrong_tokens)
+        verdict = "holds" if self.holds else "DOES NOT HOLD"
+        lines = [
+            f"policy {self.policy} {verdict} ({self.dtype}, truth in {self.truth_dtype})",
+            line(self.prompt.holds, self.prompt),
+            line(self.decoding.holds, self.decoding),
+            line(not self.wrong_tokens, f"greedy tokens: {good} of {self.tokens_checked} agree"),
+            *(f"         {wrong}" for wrong in self.wrong_tokens),
+        ]
+        if self.first_difference is not None:
+            lines.append(f"  first difference: {self.first_difference}")
+        elif not self.holds:
+            lines.append(
+                "  one forward over prompt and new tokens differs nowhere: the fault lies in the "
+                "cache, the decode step, or the choice of rows whose logits are computed"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def verify(
+    model: PreTrainedModel,
+    policy: PolicyLike | None,
+    inputs: Mapping[str, Any],
+    *,
+    max_new_tokens: int = 16,
+) -> Report:
+    """Compares fastskip with the masked dense computation on one batch of prompts.
+
+    Args:
+        model: a plain Hugging Face model in evaluation mode. It is left as it is: one copy of it
+            is prepared, another holds the truth, so there must be memory for both.
+        policy: what to skip; `None` is dense.
+        inputs: what the model's `generate` takes, as a processor gives it.
+        max_new_tokens: how many greedy tokens to check; none of them ends a sequence.
+    Raises:
+        TypeError: `model` is prepared already.
+        ValueError: `max_new_tokens` is less than 1.
+    """
+    if getattr(model, "_fastskip", None) is not None:
+        raise TypeError("model: is prepared already; needed: the plain Hugging Face model")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, allowed: at least 1")
+    chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
+    inputs = _cast(inputs, model)
+    real = inputs["attention_mask"].bool()
+
+    product: Any = apply_(copy.deepcopy(model), chosen)
+    # The checkpoint's own may end sequences early, or sample.
+    product.generation_config = GenerationConfig(pad_token_id=0)
+    logits = product(**inputs).logits
+    generated = product.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = generated.sequences[:, real.shape[1] :]
+    scores = torch.stack(generated.logits, dim=1).to(logits.dtype)
+
+    eager = _expect(model, chosen, inputs, tokens)
+    exact = copy.deepcopy(model).to(_truth_dtype(model))
+    truth = _expect(exact, chosen, inputs, tokens)
+    prompt = measure("prompt logits", logits[real], eager.logits[real], truth.logits[real])
+    decoding = measure("logits of new tokens", scores, eager.scores, truth.scores)
+    wrong = _wrong_tokens(tokens, truth.scores, decoding.allowed)
+    first = None
+    if wrong or not (prompt.holds and decoding.holds):
+        states = _states(product, eager.prompt, tokens)
+        first = _first_difference(states, eager, truth, real)
+    return Report(
+        policy=chosen.name or "without a name",
+        dtype=str(model.dtype).removeprefix("torch."),
+        truth_dtype=str(exact.dtype).removeprefix("torch."),
+        prompt=prompt,
+        decoding=decoding,
+        tokens_checked=tokens.numel(),
+        wrong_tokens=wrong,
+        first_difference=first,
+    )
+
+
+class _Expected(NamedTuple):
+    """What the masked dense computation says, for the prompt and given new tokens.
+
+    `logits` of all prompt rows and `scores` of the new tokens; `states` is the output of each
+    layer (the last one's after the final norm) over `prompt` and new tokens, pads on the left.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    states: list[Tensor]
+    prompt: Prompt
+
+
+def _expect(
+    model: PreTrainedModel, policy: SkipPolicy, inputs: Mapping[str, Any], tokens: Tensor
+) -> _Expected:
+    with MaskedOracle(model, policy.to_dict()) as oracle:
+        logits = oracle.forward(**inputs)
+        prompt = oracle.prompt(**inputs)
+        scores = oracle.continuation(prompt, tokens)[:, :-1]
+        *states, last = oracle.stream
+        return _Expected(logits, scores, [*states, text_model_of(model).norm(last)], prompt)
+
+
+def _states(product: Any, prompt: Prompt, tokens: Tensor) -> list[Tensor]:
+    """The product's `states` of `_Expected`, from one forward without a cache."""
+    text_model = text_model_of(product)
+    mask = torch.cat([prompt.attention_mask, torch.ones_like(tokens)], dim=1)
+    outputs = text_model(
+        inputs_embeds=torch.cat([prompt.embeddings, text_model.embed_tokens(tokens)], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        token_classes=_classes(prompt, tokens),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return list(outputs.hidden_states[1:])
+
+
+def _first_difference(
+    states: list[Tensor], eager: _Expected, truth: _Expected, real: Tensor
+) -> Difference | None:
+    new = states[0].shape[1] - real.shape[1]
+    # Where the columns of the left-padded prompt lie in the input.
+    origin = real.long().argsort(dim=1, stable=True)
+    rows = torch.cat([real.gather(1, origin), real.new_ones(len(real), new)], dim=1)
+    for layer, (state, plain, exact) in enumerate(
+        zip(states, eager.states, truth.states, strict=True)
+    ):
+        budget = measure(f"layer {layer}", state[rows], plain[rows], exact[rows])
+        if budget.holds:
+            continue
+        error = (state.double() - exact.double()).abs().amax(dim=-1)
+        # Written so that an error that is not a number is too large.
+        sequence, column = (rows & ~(error <= budget.allowed)).nonzero()[0].tolist()
+        prompt = real.shape[1]
+        if column < prompt:
+            code = int(truth.prompt.token_classes[sequence, column])
+            column = int(origin[sequence, column])
+        else:
+            code = GENERATED
+        return Difference(layer, sequence, column, CLASS_NAMES[code], budget)
+    return None
+
+
+def _wrong_tokens(tokens: Tensor, scores: Tensor, allowed: float) -> tuple[WrongToken, ...]:
+    """Two scores may each be off by what is allowed, so a gap of twice that can turn around."""
+    best, expected = scores.max(dim=-1)
+    gap = best - scores.gather(2, tokens[..., None])[..., 0]
+    return tuple(
+        WrongToken(
+            sequence,
+            step,
+            int(tokens[sequence, step]),
+            int(expected[sequence, step]),
+            float(gap[sequence, step]),
+        )
+        for sequence, step in (gap > 2 * allowed).nonzero().tolist()
+    )
+
+
+def _classes(prompt: Prompt, tokens: Tensor) -> Tensor:
+    return torch.cat([prompt.token_classes, torch.full_like(tokens, GENERATED)], dim=1).cpu()
+
+
+def _cast(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """The inputs on the model's device and in its dtype, with an attention mask."""
+    cast: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.to(model.device)
+            value = value.to(model.dtype) if value.is_floating_point() else value
+        cast[name] = value
+    cast.setdefault("attention_mask", torch.ones_like(cast["input_ids"]))
+    return cast
+
+
+def _truth_dtype(model: PreTrainedModel) -> torch.dtype:
+    """fp64 where the copy fits; else fp32, which is a truth for narrower dtypes only."""
+    if model.dtype.itemsize >= torch.float32.itemsize:
+        return torch.float64
+    needed = sum(p.numel() for p in model.parameters()) * torch.float64.itemsize
+    # The other half is for what the forward itself needs.
+    return torch.float64 if needed < _free_bytes(model.device) / 2 else torch.float32
+
+
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS: nobody says, and it can swap
+        return torch.inf
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,160 @@
+"""The benchmark harness on a tiny model: gates, interleaving, records, report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+import fastskip
+from benchmarks import harness, records
+from benchmarks.gate import Gate, GateError
+from benchmarks.harness import GROUPS, Case, Measurement, ReplayClock, measure
+from benchmarks.peers import DEFAULT, MORE
+from benchmarks.records import Record, record
+from benchmarks.report import Results, main, markdown, tables
+from benchmarks.shapes import Shape, models, random_model
+from fastskip import machine
+
+TINY_CEILINGS = {"BUFFER_BYTES": {"cpu": 1 << 22}, "MATRIX_SIZES": {"cpu": (64,)}}
+
+
+def tiny(dtype: torch.dtype) -> Any:
+    text = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        head_dim=8,
+        vocab_size=64,
+        max_position_embeddings=128,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=63,
+        image_seq_length=16,
+        tie_word_embeddings=False,
+    )
+    return random_model(config, dtype)
+
+
+SHAPE = Shape("tiny", tiny, text_before=2, text_after=6)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measurement:
+    return measure(Case(SHAPE, torch.float32, batch=2, n_new=5, rounds=2, peers=(*DEFAULT, *MORE)))
+
+
+@pytest.fixture
+def found(measured: Measurement, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    for name, value in TINY_CEILINGS.items():
+        monkeypatch.setattr(machine, name, value)
+    return [record(measured, peer.name, g) for peer in measured.case.peers for g in GROUPS]
+
+
+def test_every_peer_passes_its_gate_and_is_timed_in_every_round(measured: Measurement) -> None:
+    assert measured.failures == {}
+    assert {name for name, _ in measured.runs} == {peer.name for peer in measured.case.peers}
+    assert {len(runs) for runs in measured.runs.values()} == {2}
+    for run in (run for runs in measured.runs.values() for run in runs):
+        assert 0 < run.prefill < run.ttft < run.e2e
+        assert run.tokens.shape == (2, 5)
+
+
+def test_weights_are_shared() -> None:
+    both = models(SHAPE, torch.float32, "cpu")
+    theirs = {name: p.data_ptr() for name, p in both.hf.named_parameters()}
+    assert theirs == {name: p.data_ptr() for name, p in both.ours.named_parameters()}
+    assert not any("fastskip" in name for name in vars(both.hf))
+
+
+def test_records_hold_what_is_promised(found: list[Record]) -> None:
+    keys = "model policy_id policy_hash batch n_text n_visual n_new ttft_ms tpot_ms tokens_per_s"
+    keys += " kv_bytes peak_bytes tflops speedup_vs_dense speedup_vs_hf attn_impl dtype device"
+    keys += " threads torch transformers commit floor_ms ideal_speedup share_of_ideal"
+    assert all(set(keys.split()) <= set(own) for own in found)
+    by_name = {(own["peer"], own["group"]): own for own in found}
+    for group in ("prefill", "decode"):
+        assert by_name["dense", group]["share_of_ideal"] == pytest.approx(1)
+        assert by_name["dense", group]["speedup_vs_dense"] == pytest.approx(1)
+        assert by_name["hf", group]["speedup_vs_hf"] == pytest.approx(1)
+        assert by_name["half_blocks", group]["ideal_speedup"] > 1.5
+        assert by_name["block_pairs", group]["share_of_ideal"] is None
+    assert by_name["dense", "prefill"]["share_of_ideal"] == pytest.approx(1)
+    assert by_name["half_blocks", "e2e"]["kv_bytes"] * 2 == by_name["hf", "e2e"]["kv_bytes"]
+
+
+def test_a_wrong_peer_fails_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate.of(models(SHAPE, torch.float32, "cpu"))
+    other = fastskip.SkipPolicy.preset("image_ffn")
+    swap = fastskip.set_policy
+    monkeypatch.setattr(fastskip, "set_policy", lambda model, policy: swap(model, other))
+    with pytest.raises(GateError, match="scores"):
+        gate.check(fastskip.SkipPolicy())
+
+
+def test_a_peer_that_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: Gate, policy: fastskip.SkipPolicy) -> None:
+        if policy.name == "image_ffn":
+            raise GateError("scores: wrong")
+
+    monkeypatch.setattr(Gate, "check", check)
+    case = Case(SHAPE, torch.bfloat16, batch=1, n_new=4, rounds=1)
+    result = measure(case, {"image_ffn", "block_pairs"})
+    assert result.failures == {"image_ffn": "scores: wrong"}
+    assert {name for name, _ in result.runs} == {"hf", "dense", "block_pairs"}
+
+
+def test_threads_are_restored_and_hopeless_ones_dropped(measured: Measurement) -> None:
+    before = torch.get_num_threads()
+    with harness.threads_set(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    (run, *_), *_ = measured.runs.values()
+    slow = replace(run, prefill=9, decode=9, e2e=9)
+    assert harness.promising({1: run, 2: run, 4: slow}) == [1, 2]
+
+
+def test_replay_shows_recorded_durations() -> None:
+    clock, seen = ReplayClock(), []
+    clock.load([0.5, 0.25])
+    for _ in range(2):
+        start = clock()
+        clock.play()
+        seen.append(clock() - start)
+    assert seen == [0.5, 0.25]
+
+
+def test_report_of_a_file(
+    found: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    Results("pytest benchmarks/", "2000-01-01", found).save(path)
+    assert len(json.loads(path.read_text())["records"]) == len(found)
+    (table,) = tables(found)
+    main([str(path)])
+    printed = capsys.readouterr().out
+    assert markdown(table) in printed
+    assert "every 2nd block skipped" in printed
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        main([str(path), "--case", "none"])
+
+
+def test_names_of_files_are_plain() -> None:
+    assert records.file_name("cpu").removesuffix(".json").replace("-", "").isalnum()
