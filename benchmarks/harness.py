@@ -1,29 +1,23 @@
-"""One case, all peers round-robin: time stamps from inside `generate`, medians over rounds."""
+"""One case: all peers are checked, then timed round-robin."""
 
 from __future__ import annotations
 
-import gc
-import statistics
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import StoppingCriteriaList
 
 import fastskip
-from benchmarks.gate import Gate, GateError
-from benchmarks.memory import peak_bytes, reset_peak
-from benchmarks.peers import DEFAULT, DENSE, HF, Peer
-from benchmarks.shapes import Models, Shape, models, prompts
+from benchmarks.gate import faults
+from benchmarks.peers import DEFAULT, DENSE, HF, Peer, dense
+from benchmarks.runs import GROUPS, Run, median, run_once, threads_set
+from benchmarks.shapes import Builder, Models, Shape, models, prompts
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 
-GROUPS = ("prefill", "decode", "e2e")
-THREADS = tuple(sorted({1, torch.get_num_threads()}))
+THREADS = sorted({1, torch.get_num_threads()})
 WARM_TOKENS = 4
 HOPELESS = 1.3
 """A number of threads that is so many times slower at the warm-up is not timed."""
@@ -48,18 +42,6 @@ class Case:
         return f"{self.shape.name}-{dtype}-b{self.batch}-{length}"
 
 
-@dataclass(frozen=True)
-class Run:
-    """Seconds of one `generate` call, and what it made."""
-
-    prefill: float
-    decode: float
-    e2e: float
-    ttft: float
-    peak_bytes: int | None
-    tokens: Tensor
-
-
 @dataclass
 class Measurement:
     """The runs of every (peer, threads) of a case, and what is wrong with peers that failed."""
@@ -69,7 +51,6 @@ class Measurement:
     plans: dict[str, SkipPlan] = field(default_factory=dict)
     runs: dict[tuple[str, int], list[Run]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    attention: dict[str, str] = field(default_factory=dict)
 
     def best(self, peer: str, group: str) -> tuple[int, list[Run]]:
         """The number of threads with the lower median, and the runs made with it."""
@@ -79,11 +60,6 @@ class Measurement:
 
     def seconds(self, peer: str, group: str) -> float:
         return median(self.best(peer, group)[1], group)
-
-
-def median(runs: Iterable[Run], quantity: str) -> float:
-    """The median of a field of `Run`, in seconds."""
-    return statistics.median(float(getattr(run, quantity)) for run in runs)
 
 
 class ReplayClock:
@@ -103,31 +79,6 @@ class ReplayClock:
         self.now += next(self._durations)
 
 
-class _Stopwatch:
-    """Time stamps of one `generate` call: a stopping criterion that never stops it.
-
-    It is asked after every token, by Hugging Face's loop as by ours.
-    """
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self.entries: list[float] = []
-        self.tokens: list[float] = []
-
-    def now(self) -> float:
-        if self._device != "cpu":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def enter(self, *_: Any) -> None:
-        """A hook: the decoder is entered."""
-        self.entries.append(self.now())
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.tokens.append(self.now())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
 @torch.no_grad()
 def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     """Check the peers of a case, then time them; the baselines are always among them.
@@ -138,34 +89,33 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     """
     wanted = {HF.name, DENSE.name, *(selected or (peer.name for peer in case.peers))}
     peers = [peer for peer in case.peers if peer.name in wanted]
-    both = models(case.shape, case.dtype, case.device)
-    inputs = prompts(both.hf, case.shape, case.batch)
+    both = models(case.shape.build, case.dtype, case.device)
     result = Measurement(case, both.hf.config.image_seq_length)
-    gate = Gate.of(both)
-    policies = {peer.name: (peer.policy or DENSE.policy)(both.depth) for peer in peers}  # type: ignore[misc]
-    for peer in peers:
-        _check(gate, peer, policies[peer.name], result)
-    del gate  # a copy of the model in a higher precision
+    # The work of Hugging Face's model is that of the dense plan.
+    policies = {peer.name: (peer.policy or dense)(both.depth) for peer in peers}
+    for name, policy in policies.items():
+        result.plans[name] = fastskip.plan_of(fastskip.set_policy(both.ours, policy))
+    result.failures |= _faults(case.shape.build, case.dtype, case.device, tuple(peers))
     if DENSE.name in result.failures:
         return result
-    peers = [peer for peer in peers if peer.name not in result.failures]
+    inputs = prompts(both.hf, case.shape, case.batch)
 
     def run(peer: Peer, threads: int, n_new: int = case.n_new) -> Run:
         model = both.hf if peer.policy is None else _under(both, policies[peer.name])
         with threads_set(threads):
-            return _run(model, inputs, n_new, case.device, peer.hf_cache)
+            return run_once(model, inputs, n_new, case.device, peer.hf_cache)
 
-    counts = THREADS if case.device == "cpu" else (torch.get_num_threads(),)
-    contenders = []
+    counts = THREADS if case.device == "cpu" else [torch.get_num_threads()]
     kept: dict[bool, list[int]] = {}
-    for peer in peers:  # the baselines come first and settle the threads of the others
-        is_hf = peer.policy is None
-        probes = {count: run(peer, count, WARM_TOKENS) for count in kept.get(is_hf, counts)}
-        kept.setdefault(is_hf, promising(probes))
-        contenders += [(peer, count) for count in kept[is_hf]]
-    step = max(1, len(contenders) // case.rounds)
+    contenders = []
+    for peer in (peer for peer in peers if peer.name not in result.failures):
+        # Hugging Face's default settles the threads of its other caches, our dense those of ours.
+        is_ours = peer.policy is not None
+        probes = {count: run(peer, count, WARM_TOKENS) for count in kept.get(is_ours, counts)}
+        kept.setdefault(is_ours, promising(probes))
+        contenders += [(peer, count) for count in kept[is_ours]]
     for number in range(case.rounds):
-        first = number * step % len(contenders)
+        first = number * len(contenders) // case.rounds
         for peer, count in (*contenders[first:], *contenders[:first]):
             result.runs.setdefault((peer.name, count), []).append(run(peer, count))
     if case.dtype == torch.float32:
@@ -173,18 +123,13 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     return result
 
 
-def _check(gate: Gate, peer: Peer, policy: SkipPolicy, result: Measurement) -> None:
-    """The plan of a peer, and whether it is obeyed."""
-    ours = fastskip.set_policy(gate.models.ours, policy)
-    result.plans[peer.name] = fastskip.plan_of(ours)
-    result.attention[peer.name] = "fastskip reference"
-    if peer.policy is None:  # the plan of Hugging Face's model is the dense one
-        result.attention[peer.name] = gate.models.hf.config.text_config._attn_implementation
-        return
-    try:
-        gate.check(policy)
-    except GateError as error:
-        result.failures[peer.name] = str(error)
+@cache
+def _faults(
+    build: Builder, dtype: torch.dtype, device: str, peers: tuple[Peer, ...]
+) -> dict[str, str]:
+    """What the gate says; cases that differ in batch and lengths only share the answer."""
+    both = models(build, dtype, device)
+    return faults(both, {peer.name: peer.policy(both.depth) for peer in peers if peer.policy})
 
 
 def _compare_tokens(result: Measurement) -> None:
@@ -206,37 +151,6 @@ def _under(both: Models, policy: SkipPolicy) -> Any:
     return ours
 
 
-def _run(model: Any, inputs: dict[str, Tensor], n_new: int, device: str, cache: str | None) -> Run:
-    watch = _Stopwatch(device)
-    options = {} if cache is None else {"cache_implementation": cache}
-    hook = model.get_decoder().register_forward_pre_hook(watch.enter)
-    reset_peak(device)
-    try:
-        with _no_collection():
-            begin = watch.now()
-            tokens = model.generate(
-                **inputs,
-                max_new_tokens=n_new,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([watch]),
-                **options,
-            )
-            end = watch.now()
-    finally:
-        hook.remove()
-    if len(watch.tokens) != n_new:
-        raise RuntimeError(f"{len(watch.tokens)} tokens were made, {n_new} wanted")
-    gaps = [b - a for a, b in zip(watch.tokens, watch.tokens[1:], strict=False)]
-    return Run(
-        prefill=watch.tokens[0] - watch.entries[0],
-        decode=statistics.median(gaps),
-        e2e=end - begin,
-        ttft=watch.tokens[0] - begin,
-        peak_bytes=peak_bytes(device),
-        tokens=tokens[:, inputs["input_ids"].shape[1] :].cpu(),
-    )
-
-
 def promising(probes: dict[int, Run]) -> list[int]:
     """The numbers of threads that may turn out best in some group."""
     kept = set()
@@ -244,25 +158,3 @@ def promising(probes: dict[int, Run]) -> list[int]:
         best = min(getattr(run, group) for run in probes.values())
         kept |= {c for c, run in probes.items() if getattr(run, group) <= HOPELESS * best}
     return sorted(kept)
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    """So many threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

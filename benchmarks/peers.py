@@ -30,8 +30,9 @@ def _frozen_visual(depth: int) -> SkipPolicy:
     return SkipPolicy.preset("frozen_visual", start=depth - 1 - round(0.6 * depth))
 
 
+dense = _preset("dense")
 HF = Peer("hf", "Hugging Face")
-DENSE = Peer("dense", "dense", _preset("dense"))
+DENSE = Peer("dense", "dense", dense)
 DEFAULT = (
     HF,
     DENSE,

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Measurement, median, threads_set
+from benchmarks.harness import Measurement
 from benchmarks.peers import DENSE, HF
+from benchmarks.runs import median, threads_set
+from benchmarks.shapes import models
 from fastskip import machine
 from fastskip.costs import Ceilings, floor_seconds
 from fastskip.plan import SkipPlan
@@ -23,7 +25,8 @@ Record = dict[str, Any]
 def record(measured: Measurement, peer: str, group: str) -> Record:
     """Everything about one peer in one group; keys that do not apply hold None."""
     case, shape = measured.case, measured.case.shape
-    plan = measured.plans[peer]
+    own, plan = next(p for p in case.peers if p.name == peer), measured.plans[peer]
+    hf = models(shape.build, case.dtype, case.device).hf
     threads, runs = measured.best(peer, group)
     seconds = median(runs, group)
     found = ceilings(case.dtype, case.device, threads)
@@ -31,14 +34,15 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     _, dense_floor = _work(measured.plans[DENSE.name], measured, found)[group]
     vs_dense = measured.seconds(DENSE.name, group) / seconds
     # Arrangements save launches, which no floor counts; vision has no floor.
-    has_ideal = group != "e2e" and peer != HF.name and not plan.policy.arrangements
+    has_ideal = group != "e2e" and own.policy is not None and not plan.policy.arrangements
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return {
         "case": case.name,
         "group": group,
         "peer": peer,
-        "label": next(p.label for p in case.peers if p.name == peer),
+        "label": own.label,
         "model": shape.name,
+        "weights": "trained" if hf.name_or_path else "random",
         "policy_id": plan.policy.name,
         "policy_hash": plan.fingerprint[:16],
         "batch": case.batch,
@@ -61,7 +65,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "share_of_ideal": vs_dense * floor / dense_floor if has_ideal else None,
         "bandwidth_gb_per_s": found.bandwidth_bytes_per_s / 1e9,
         "gflop_per_s": found.flops_per_s / 1e9,
-        "attn_impl": measured.attention[peer],
+        "attn_impl": hf.config._attn_implementation if own.policy is None else "fastskip",
         "dtype": str(case.dtype).removeprefix("torch."),
         **environment(case.device),
     }

@@ -118,8 +118,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def _title(record: Record) -> str:
     return (
-        f"{record['model']}, {record['dtype']}, batch {record['batch']}: {record['n_visual']} "
-        f"image and {record['n_text']} text rows, {record['n_new']} new tokens"
+        f"{record['model']} ({record['weights']} weights), {record['dtype']}, batch "
+        f"{record['batch']}: {record['n_visual']} image and {record['n_text']} text rows, "
+        f"{record['n_new']} new tokens"
     )
 
 

@@ -27,13 +27,16 @@ PAD_ID = 0
 FIRST_WORD = 5
 """Ids below are special tokens."""
 
+Builder = Callable[[torch.dtype], Any]
+"""Makes Hugging Face's model."""
+
 
 @dataclass(frozen=True)
 class Shape:
     """A model, and how many text rows its prompts have before and after the image."""
 
     name: str
-    build: Callable[[torch.dtype], Any]
+    build: Builder
     text_before: int
     text_after: int
 
@@ -56,9 +59,9 @@ class Models:
 
 
 @cache
-def models(shape: Shape, dtype: torch.dtype, device: str) -> Models:
-    """The models of a shape; built once a process."""
-    hf = shape.build(dtype).to(device).eval().requires_grad_(False)
+def models(build: Builder, dtype: torch.dtype, device: str) -> Models:
+    """Both models, built once a process."""
+    hf = build(dtype).to(device).eval().requires_grad_(False)
     hf.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # no end: all tokens are made
     # Told that they are copied already, deepcopy keeps the parameters: both models hold the same.
     shared = {id(parameter): parameter for parameter in hf.parameters()}
@@ -98,7 +101,7 @@ def _demo(dtype: torch.dtype) -> Any:
 
 
 def _half_billion(dtype: torch.dtype) -> Any:
-    """LLaVA-1.5 in small: 24 x 24 patches, a decoder of 374 M weights, a vision tower of no weight.
+    """LLaVA-1.5 in small: 24 x 24 patches, 24 layers, 374 M weights, almost no vision.
 
     The tower is far smaller than a real one, so that the decoder and not the tower is measured.
     """

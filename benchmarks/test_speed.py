@@ -9,9 +9,10 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from benchmarks.cases import default_cases, full_cases
-from benchmarks.harness import GROUPS, Case, Measurement, ReplayClock
+from benchmarks.harness import Case, Measurement, ReplayClock
 from benchmarks.peers import DENSE, HF
 from benchmarks.records import Record, record
+from benchmarks.runs import GROUPS
 
 CLOCK = ReplayClock()
 

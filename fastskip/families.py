@@ -46,6 +46,7 @@ def check_config(config: Any) -> None:
     text = config.get_text_config(decoder=True)
     if text.model_type not in DECODERS:
         raise UnsupportedModelError("text_config.model_type", text.model_type, ", ".join(DECODERS))
+    _check_layer_overrides(text)
     _check_sliding_window(text)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") in DYNAMIC_ROPE:
@@ -58,6 +59,13 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(
             "quantization_config", "a quantised checkpoint", "plain weights"
         )
+
+
+def _check_layer_overrides(text: Any) -> None:
+    overrides = text.to_dict().get("per_layer_config") or {}
+    names = {name for layer in overrides.values() for name in layer} - {"skip"}
+    if names:
+        raise UnsupportedModelError("per_layer_config", sorted(names), "skip, layers of one shape")
 
 
 def _check_sliding_window(text: Any) -> None:

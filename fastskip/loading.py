@@ -68,7 +68,7 @@ def load_model(
     """
     _check_arguments(from_pretrained_kwargs)
     torch_dtype = _dtype_of(dtype)
-    hub = {
+    hub: dict[str, Any] = {
         key: from_pretrained_kwargs[key]
         for key in ("revision", "cache_dir", "token", "local_files_only", "subfolder")
         if key in from_pretrained_kwargs

@@ -92,13 +92,13 @@ class TokenLayout:
             for token_class in group:
                 group_of[CODES[token_class]] = number
         flat_codes = source.reshape(-1)
-        group = group_of[flat_codes]  # pads index the last entry and sort behind every row
-        order = torch.argsort(group, stable=True)
-        counts = torch.bincount(group, minlength=len(self._groups) + 1).tolist()[
+        numbers = group_of[flat_codes]  # pads index the last entry and sort behind every row
+        order = torch.argsort(numbers, stable=True)
+        counts = torch.bincount(numbers, minlength=len(self._groups) + 1).tolist()[
             : len(self._groups)
         ]
         order = order[: sum(counts)]
-        self._bounds = [0, *accumulate(counts)]
+        self._bounds: list[int] = [0, *accumulate(counts)]
         is_whole = len(order) == flat_codes.numel() and sum(map(bool, counts)) <= 1
         self.flat = None if is_whole else order
         self.codes = flat_codes[order]

@@ -13,11 +13,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import fastskip
 from benchmarks import harness, records
-from benchmarks.gate import Gate, GateError
-from benchmarks.harness import GROUPS, Case, Measurement, ReplayClock, measure
+from benchmarks.gate import faults
+from benchmarks.harness import Case, Measurement, ReplayClock, measure
 from benchmarks.peers import DEFAULT, MORE
 from benchmarks.records import Record, record
 from benchmarks.report import Results, main, markdown, tables
+from benchmarks.runs import GROUPS, threads_set
 from benchmarks.shapes import Shape, models, random_model
 from fastskip import machine
 
@@ -77,7 +78,7 @@ def test_every_peer_passes_its_gate_and_is_timed_in_every_round(measured: Measur
 
 
 def test_weights_are_shared() -> None:
-    both = models(SHAPE, torch.float32, "cpu")
+    both = models(tiny, torch.float32, "cpu")
     theirs = {name: p.data_ptr() for name, p in both.hf.named_parameters()}
     assert theirs == {name: p.data_ptr() for name, p in both.ours.named_parameters()}
     assert not any("fastskip" in name for name in vars(both.hf))
@@ -99,30 +100,27 @@ def test_records_hold_what_is_promised(found: list[Record]) -> None:
     assert by_name["half_blocks", "e2e"]["kv_bytes"] * 2 == by_name["hf", "e2e"]["kv_bytes"]
 
 
-def test_a_wrong_peer_fails_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate.of(models(SHAPE, torch.float32, "cpu"))
+def test_the_gate_finds_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = models(tiny, torch.float32, "cpu")
     other = fastskip.SkipPolicy.preset("image_ffn")
     swap = fastskip.set_policy
     monkeypatch.setattr(fastskip, "set_policy", lambda model, policy: swap(model, other))
-    with pytest.raises(GateError, match="scores"):
-        gate.check(fastskip.SkipPolicy())
+    found = faults(both, {"right": other, "wrong": fastskip.SkipPolicy()})
+    assert list(found) == ["wrong"]
+    assert found["wrong"].startswith("scores: error")
 
 
 def test_a_peer_that_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check(self: Gate, policy: fastskip.SkipPolicy) -> None:
-        if policy.name == "image_ffn":
-            raise GateError("scores: wrong")
-
-    monkeypatch.setattr(Gate, "check", check)
+    monkeypatch.setattr(harness, "faults", lambda models, policies: {"image_ffn": "wrong"})
     case = Case(SHAPE, torch.bfloat16, batch=1, n_new=4, rounds=1)
     result = measure(case, {"image_ffn", "block_pairs"})
-    assert result.failures == {"image_ffn": "scores: wrong"}
+    assert result.failures == {"image_ffn": "wrong"}
     assert {name for name, _ in result.runs} == {"hf", "dense", "block_pairs"}
 
 
 def test_threads_are_restored_and_hopeless_ones_dropped(measured: Measurement) -> None:
     before = torch.get_num_threads()
-    with harness.threads_set(before + 1):
+    with threads_set(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
     (run, *_), *_ = measured.runs.values()

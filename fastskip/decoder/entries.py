@@ -116,7 +116,8 @@ class CachedEntries:
         segments = self._cache.tables[self._plan.layers[layer].holding].segments
         entries = self._cache.entries[layer]
         is_all = sequences == slice(0, self._batch)
-        keys, values = [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for number, segment in enumerate(segments):
             used = min(count - segment.start, segment.count)
             if used <= 0:

@@ -63,7 +63,7 @@ class ModuleProducts:
         return self._heads(self._attention.q_proj(x))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self._head_dim))
+        return x.view(*x.shape[:-1], -1, self._head_dim)
 
 
 class MergedProducts:
@@ -74,11 +74,8 @@ class MergedProducts:
         self._layer, self._ops, self._head_dim = layer, ops, head_dim
         attention, mlp = layer.self_attn, layer.mlp
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._qkv = _share(qkv, "weight"), _share(qkv, "bias")
-        self._gate_up = (
-            _share((mlp.gate_proj, mlp.up_proj), "weight"),
-            _share((mlp.gate_proj, mlp.up_proj), "bias"),
-        )
+        self._qkv = _merge(qkv)
+        self._gate_up = _merge((mlp.gate_proj, mlp.up_proj))
         rows = attention.q_proj.out_features
         self._q, self._kv = _rows(self._qkv, 0, rows), _rows(self._qkv, rows, None)
         groups = attention.k_proj.out_features // head_dim
@@ -224,18 +221,22 @@ def _are_alike(modules: Sequence[Any]) -> bool:
     )
 
 
-def _share(modules: Sequence[Any], name: str) -> Tensor | None:
-    """One storage for the modules' parameters, which become views of it."""
-    parameters = [getattr(module, name) for module in modules]
-    if parameters[0] is None:
-        return None
+def _merge(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias storages of modules that read one input."""
     for module in modules:
         if _leave_with_own_storage not in module._state_dict_hooks.values():
             module.register_state_dict_post_hook(_leave_with_own_storage)
+    has_bias = modules[0].bias is not None
+    return _share(modules, "weight"), _share(modules, "bias") if has_bias else None
+
+
+def _share(modules: Sequence[Any], name: str) -> Tensor:
+    """One storage for the modules' parameters, which become views of it."""
+    parameters = [getattr(module, name) for module in modules]
     with torch.no_grad():
         shape = (sum(len(parameter) for parameter in parameters), *parameters[0].shape[1:])
         if _are_adjacent(parameters):  # another model has merged these very weights
-            first = parameters[0].detach()
+            first: Tensor = parameters[0].detach()
             return first.as_strided(shape, first.stride())
         storage = empty(shape, parameters[0].dtype, parameters[0].device)
         start = 0
@@ -274,10 +275,9 @@ def _leave_with_own_storage(
 
 
 def _rows(
-    group: tuple[Tensor | None, Tensor | None], start: int, stop: int | None
-) -> tuple[Tensor | None, Tensor | None]:
+    group: tuple[Tensor, Tensor | None], start: int, stop: int | None
+) -> tuple[Tensor, Tensor | None]:
     weight, bias = group
-    assert weight is not None
     return weight[start:stop], None if bias is None else bias[start:stop]
 
 

@@ -41,16 +41,15 @@ def _adopt(module: Any, mixin: type, runtime: Runtime) -> None:
 
 
 @functools.cache
-def prepared_class(base: type, mixin: type) -> type:
+def prepared_class(base: Any, mixin: type) -> type:
     """``base`` with ``mixin`` in front: same name, same module, ``isinstance`` holds."""
-    original: Any = base
-    signature = inspect.signature(original.forward)
+    signature = inspect.signature(base.forward)
 
     # generate() reads the signature of forward to learn what a model accepts.
-    @functools.wraps(original.forward)
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._fastskip is None:
-            return original.forward(self, *args, **kwargs)
+            return base.forward(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs).arguments
         del bound["self"]
         return self._run(bound | bound.pop("kwargs", {}))
@@ -69,7 +68,7 @@ def prepared_class(base: type, mixin: type) -> type:
 
 
 def _restore(base: type, mixin: type) -> Any:
-    made = prepared_class(base, mixin)
+    made: Any = prepared_class(base, mixin)
     return made.__new__(made)
 
 
@@ -142,7 +141,7 @@ def _decode_columns(
         watch=(lambda _, rows: seen.append(rows.clone())) if wants_hidden else None,
     )
     out = text_model.norm(out)
-    if wanted is None:
+    if kept is None or wanted is None:
         hidden = layout.unpack(out)
     elif bool(is_real.all()):
         hidden = out.view(batch, -1, out.shape[-1])
@@ -152,6 +151,10 @@ def _decode_columns(
         hidden = out.new_zeros(kept.numel(), out.shape[-1]).index_copy(0, spots, out)
         hidden = hidden.view(batch, -1, out.shape[-1])
     states = (*(layout.unpack(rows) for rows in seen), hidden) if wants_hidden else None
+    if kept is not None and wanted is None and kept.shape[1] < width:
+        # Every row went on, for the hidden states; the head reads the kept columns alone.
+        index = kept.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+        hidden = hidden.gather(1, index)
     return BaseModelOutputWithPast(
         last_hidden_state=hidden,
         past_key_values=cache if is_returned else None,
@@ -336,9 +339,8 @@ def _kept_columns(runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
     if present is None or isinstance(keep, Tensor) or not keep or inputs.get("labels") is not None:
         return None
     batch, width = present.shape[:2]
-    cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
-    is_prefill = cache is None or not cache.columns
-    if runtime.session is not None and is_prefill and keep == 1 and mask is not None:
+    mask = inputs.get("attention_mask")
+    if runtime.session is not None and keep == 1 and mask is not None:
         # With right padding a sequence goes on from its last real row, not from a pad.
         columns = torch.arange(width).expand(batch, width)
         last = columns.masked_fill(mask.cpu()[:, -width:] == 0, -1).max(dim=1).values

@@ -22,19 +22,13 @@ def save(
     With ``export`` the text config also gets ``per_layer_config``; only skips of all tokens can be
     said that way, so any other policy raises ``PolicyError``.
     """
-    if not export:
+    text = config.get_text_config(decoder=True)
+    before = _overrides_of(text)
+    text.per_layer_config = per_layer_config(plan) if export else None
+    try:
         result = write()
-    else:
-        text = config.get_text_config(decoder=True)
-        before = getattr(text, "per_layer_config", None)
-        text.per_layer_config = per_layer_config(plan)
-        try:
-            result = write()
-        finally:
-            if before is None:
-                del text.per_layer_config
-            else:
-                text.per_layer_config = before
+    finally:
+        text.per_layer_config = before
     Path(folder).mkdir(parents=True, exist_ok=True)
     plan.policy.save(Path(folder) / POLICY_FILE)
     return result
@@ -69,11 +63,11 @@ def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
 
 def policy_of_config(config: Any) -> SkipPolicy | None:
     """The policy that transformers' ``per_layer_config`` says, if it says one."""
-    layers = getattr(config.get_text_config(decoder=True), "per_layer_config", None)
+    layers = _overrides_of(config.get_text_config(decoder=True)) or {}
     names = {name: sublayer for sublayer, name in _SKIP_NAMES.items()}
     rules = []
-    for index, overrides in (layers or {}).items():
-        skip = (overrides or {}).get("skip") if isinstance(overrides, dict) else None
+    for index, overrides in layers.items():
+        skip = overrides.get("skip")
         if not skip:
             continue
         unknown = [name for name in skip if name not in names]
@@ -85,3 +79,9 @@ def policy_of_config(config: Any) -> SkipPolicy | None:
     if not rules:
         return None
     return SkipPolicy.from_dict({"schema_version": 1, "name": "per_layer_config", "rules": rules})
+
+
+def _overrides_of(text_config: Any) -> dict[str, dict[str, Any]] | None:
+    # As an attribute it is a view of one whole config a layer; the serialised form is what was set.
+    overrides: dict[str, dict[str, Any]] | None = text_config.to_dict().get("per_layer_config")
+    return overrides

@@ -1,0 +1,117 @@
+"""One `generate` call, timed from inside."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+from benchmarks.memory import peak_bytes, reset_peak
+
+GROUPS = ("prefill", "decode", "e2e")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one `generate` call, and what it made."""
+
+    prefill: float
+    decode: float
+    e2e: float
+    ttft: float
+    peak_bytes: int | None
+    tokens: Tensor
+
+
+def median(runs: Iterable[Run], quantity: str) -> float:
+    """The median of a field of `Run`, in seconds."""
+    return statistics.median(float(getattr(run, quantity)) for run in runs)
+
+
+class _Stopwatch:
+    """Time stamps of one `generate` call: a stopping criterion that never stops it.
+
+    It is asked after every token, by Hugging Face's loop as by ours.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self.entries: list[float] = []
+        self.tokens: list[float] = []
+
+    def now(self) -> float:
+        if self._device != "cpu":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def enter(self, *_: Any) -> None:
+        """A hook: the decoder is entered."""
+        self.entries.append(self.now())
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.tokens.append(self.now())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def run_once(
+    model: Any, inputs: dict[str, Tensor], n_new: int, device: str, cache: str | None = None
+) -> Run:
+    """Time one `generate` call; `cache` names a cache of Hugging Face's."""
+    watch = _Stopwatch(device)
+    options = {} if cache is None else {"cache_implementation": cache}
+    hook = model.get_decoder().register_forward_pre_hook(watch.enter)
+    reset_peak(device)
+    try:
+        with _no_collection():
+            begin = watch.now()
+            tokens = model.generate(
+                **inputs,
+                max_new_tokens=n_new,
+                do_sample=False,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                **options,
+            )
+            end = watch.now()
+    finally:
+        hook.remove()
+    if len(watch.tokens) != n_new:
+        raise RuntimeError(f"{len(watch.tokens)} tokens were made, {n_new} wanted")
+    gaps = [b - a for a, b in zip(watch.tokens, watch.tokens[1:], strict=False)]
+    return Run(
+        prefill=watch.tokens[0] - watch.entries[0],
+        decode=statistics.median(gaps),
+        e2e=end - begin,
+        ttft=watch.tokens[0] - begin,
+        peak_bytes=peak_bytes(device),
+        tokens=tokens[:, inputs["input_ids"].shape[1] :].cpu(),
+    )
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """So many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
