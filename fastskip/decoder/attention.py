@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,13 +12,16 @@ from fastskip.decoder.entries import Entries
 from fastskip.ops import Operations
 
 
+_MOST_RUNS = 32
+
+
 @dataclass(frozen=True, slots=True)
 class _View:
     """Queries of one sequence, or of all sequences at once if they are alike.
 
     ``rows``: the queries, ``b * n`` of the packed query tensor; ``count``: entries they may see;
-    ``visible``: ``[n, count]`` or ``None`` for all; ``is_causal``: query ``i`` sees entries
-    ``0..i``.
+    ``visible``: ``[n, count]`` or ``None`` for all; ``is_causal``: the queries' own entries are the
+    last ``n``, and each sees what is not after its own.
     """
 
     rows: slice | Tensor
@@ -39,8 +43,14 @@ class AttentionPattern:
         cls, sequences: Tensor, columns: Tensor, batch: int, layer: int, entries: Entries
     ) -> AttentionPattern:
         """For query rows ``[n]`` (host); ``layer`` is any layer of the entry table."""
-        views = (_view(b, sequences, columns, entries.columns(layer, b)) for b in range(batch))
-        merged = _merge([view for view in views if view is not None], batch, len(columns))
+        views = [
+            view
+            for b in range(batch)
+            for view in _views(b, sequences, columns, entries.columns(layer, b))
+        ]
+        # In the order of their rows the outputs need no sorting afterwards.
+        views.sort(key=lambda view: view.rows.start if isinstance(view.rows, slice) else -1)
+        merged = _merge(views, batch, len(columns))
         return cls(merged, _inverse(merged, len(columns)))
 
     @classmethod
@@ -80,44 +90,46 @@ class AttentionPattern:
         return packed if self._order is None else packed[self._order.to(packed.device)]
 
 
-def _view(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor) -> _View | None:
+def _views(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor) -> list[_View]:
+    """The views of one sequence's queries.
+
+    Queries that are neighbours in memory and in the cache make one causal view, which needs no
+    mask and no copy. A sequence cut into very many such runs becomes one view with a mask.
+    """
     mine = (sequences == sequence).nonzero().squeeze(1)
     if not len(mine):
-        return None
-    own = columns[mine]
-    if len(mine) > 1 and not bool((own.diff() > 0).all()):
-        order = torch.argsort(own)
-        mine, own = mine[order], own[order]
-    last = torch.searchsorted(entry_columns, own, right=True)
-    count = int(last[-1])
-    rows = _as_slice(mine)
+        return []
+    # How many entries each query sees; it is itself the last of them.
+    seen = torch.searchsorted(entry_columns, columns[mine], right=True)
+    breaks = (mine.diff() != 1) | (seen.diff() != 1)
+    starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), len(mine)]
     here = slice(sequence, sequence + 1)
-    if bool((last == count).all()):
-        return _View(rows, here, count, None, False)
-    if len(own) == count and bool((last == torch.arange(1, count + 1)).all()):
-        return _View(rows, here, count, None, True)
-    return _View(rows, here, count, torch.arange(count) < last[:, None], False)
+    if len(starts) <= _MOST_RUNS:
+        return [
+            _View(
+                slice(int(mine[start]), int(mine[stop - 1]) + 1),
+                here,
+                int(seen[stop - 1]),
+                None,
+                stop - start > 1,
+            )
+            for start, stop in pairwise(starts)
+        ]
+    count = int(seen.max())
+    return [_View(mine, here, count, torch.arange(count) < seen[:, None], False)]
 
 
 def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
-    """One view for all sequences where they are alike: same counts, same visibility, in order."""
+    """One view for all sequences where they are alike: as many rows and entries, in order."""
     if len(views) < 2 or len(views) != batch or total % batch:
         return views
     first, each = views[0], total // batch
-    for number, view in enumerate(views):
-        same = (
-            view.count == first.count
-            and view.is_causal == first.is_causal
-            and view.rows == slice(number * each, (number + 1) * each)
-            if isinstance(view.rows, slice)
-            else False
-        )
-        if not same or (view.visible is None) != (first.visible is None):
-            return views
-        if view.visible is not None and first.visible is not None:
-            if not torch.equal(view.visible, first.visible):
-                return views
-    return [_View(slice(0, total), slice(0, batch), first.count, first.visible, first.is_causal)]
+    alike = [
+        _View(slice(n * each, (n + 1) * each), slice(n, n + 1), first.count, None, first.is_causal)
+        for n in range(batch)
+    ]
+    whole = _View(slice(0, total), slice(0, batch), first.count, None, first.is_causal)
+    return [whole] if views == alike else views
 
 
 def _inverse(views: list[_View], total: int) -> Tensor | None:
@@ -133,9 +145,3 @@ def _inverse(views: list[_View], total: int) -> Tensor | None:
 
 def _ids(rows: slice | Tensor, total: int) -> Tensor:
     return torch.arange(*rows.indices(total)) if isinstance(rows, slice) else rows
-
-
-def _as_slice(index: Tensor) -> slice | Tensor:
-    start, stop = int(index[0]), int(index[-1]) + 1
-    contiguous = stop - start == len(index) and bool((index.diff() == 1).all())
-    return slice(start, stop) if contiguous else index
