@@ -20,9 +20,10 @@ plays its own samples back: its timer is a `ReplayClock`, a documented option of
 marker, that each round moves on by the next recorded duration. Statistics, comparison and JSON of
 pytest-benchmark thus work on the interleaved samples.
 
-**Threads.** Hugging Face is timed with one thread and with torch's default number, and so are we;
-a setting that is far behind after the warm-up is dropped. The better setting of each group counts,
-for a peer as for the baselines; `threads` says which it was.
+**Threads.** Hugging Face and our dense model are tried with torch's default number of threads and
+with one. A setting far behind in that trial is dropped, the others are timed, our policies with
+those of our dense model. Of what was timed the better setting counts, for a peer as for the
+baselines; `threads` says which it was.
 
 **Gate.** No peer is timed before its numbers are right (`gate`). One that fails the gate fails all
 its items.

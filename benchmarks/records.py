@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import fastskip
 from benchmarks.harness import Measurement
 from benchmarks.peers import DENSE, HF
 from benchmarks.runs import median, threads_set
@@ -26,6 +27,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     """Everything about one peer in one group; keys that do not apply hold None."""
     case, shape = measured.case, measured.case.shape
     own, plan = next(p for p in case.peers if p.name == peer), measured.plans[peer]
+    is_ours = own.policy is not None
     hf = models(shape.build, case.dtype, case.device).hf
     threads, runs = measured.best(peer, group)
     seconds = median(runs, group)
@@ -34,7 +36,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     _, dense_floor = _work(measured.plans[DENSE.name], measured, found)[group]
     vs_dense = measured.seconds(DENSE.name, group) / seconds
     # Arrangements save launches, which no floor counts; vision has no floor.
-    has_ideal = group != "e2e" and own.policy is not None and not plan.policy.arrangements
+    has_ideal = is_ours and group != "e2e" and not plan.policy.arrangements
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return {
         "case": case.name,
@@ -43,8 +45,8 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "label": own.label,
         "model": shape.name,
         "weights": "trained" if hf.name_or_path else "random",
-        "policy_id": plan.policy.name,
-        "policy_hash": plan.fingerprint[:16],
+        "policy_id": plan.policy.name if is_ours else None,
+        "policy_hash": plan.fingerprint[:16] if is_ours else None,
         "batch": case.batch,
         "n_text": shape.n_text,
         "n_visual": measured.n_visual,
@@ -65,7 +67,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "share_of_ideal": vs_dense * floor / dense_floor if has_ideal else None,
         "bandwidth_gb_per_s": found.bandwidth_bytes_per_s / 1e9,
         "gflop_per_s": found.flops_per_s / 1e9,
-        "attn_impl": hf.config._attn_implementation if own.policy is None else "fastskip",
+        "attn_impl": "fastskip" if is_ours else hf.config._attn_implementation,
         "dtype": str(case.dtype).removeprefix("torch."),
         **environment(case.device),
     }
@@ -101,7 +103,7 @@ def environment(device: str) -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
-        "fastskip": _version("fastskip"),
+        "fastskip": fastskip.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
     }

@@ -78,11 +78,11 @@ def markdown(table: Table) -> str:
 def environment(results: Results) -> str:
     """Where the numbers come from, in one line."""
     first = results.records[0]
-    commit = first["commit"] or "unknown"
+    most = max(record["threads"] for record in results.records)
     return (
-        f"{first['device']}, {max(r['threads'] for r in results.records)} threads at most, torch "
-        f"{first['torch']}, transformers {first['transformers']}, commit {commit}, "
-        f"{results.date}: `{results.command}`"
+        f"{first['device']}, threads: up to {most}, torch {first['torch']}, transformers "
+        f"{first['transformers']}, commit {first['commit'] or 'unknown'}, {results.date}: "
+        f"`{results.command}`"
     )
 
 
@@ -96,8 +96,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
     cases = [list(group) for _, group in groupby(records, key=lambda record: record["case"])]
     columns = min(3, len(cases))
     lines = -(-len(cases) // columns)
+    size = (5.2 * columns, 3.6 * lines)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5.2 * columns, 3.6 * lines), squeeze=False, layout="constrained"
+        lines, columns, figsize=size, squeeze=False, sharex=True, layout="constrained"
     )
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
@@ -110,7 +111,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(labels)), labels)
         axis.invert_yaxis()
-        axis.set_title(_title(case[0]), fontsize="medium")
+        axis.set_title("{model}, {dtype}, batch {batch}".format(**case[0]))
         axis.set_xlabel("times as fast as Hugging Face")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)
@@ -154,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--png", type=Path, help="default: the file's name with .png")
     options = parser.parse_args(arguments)
+    if not options.file.is_file():
+        parser.error(f"{options.file}: no such file; pytest benchmarks/ --save-results makes one")
     results = Results.load(options.file)
     records = [record for record in results.records if options.case in record["case"]]
     if not records:

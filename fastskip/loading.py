@@ -32,6 +32,7 @@ PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _REFUSED = {
     "quantization_config": "plain weights",
+    "torch_dtype": "dtype",
     "attn_implementation": "the runtime's own attention",
     "tp_plan": "one device",
     "distributed_config": "one device",
@@ -65,9 +66,12 @@ def load_model(
     Raises:
         UnsupportedModelError: the model, or an argument, is not supported yet.
         PolicyError: the policy is malformed or does not fit the model.
+        ValueError: another argument is malformed, or weights are missing.
     """
     _check_arguments(from_pretrained_kwargs)
     torch_dtype = _dtype_of(dtype)
+    target = _device_of(device)
+    ops.resolve(impl, target)  # before the weights are read
     hub: dict[str, Any] = {
         key: from_pretrained_kwargs[key]
         for key in ("revision", "cache_dir", "token", "local_files_only", "subfolder")
@@ -79,14 +83,20 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
     chosen = _choose_policy(policy, path, config, hub)
-    make_plan(chosen, shape_of(config)).require_runnable()  # before the weights are read
+    make_plan(chosen, shape_of(config)).require_runnable()
     model_class = getattr(transformers, model_class_name(config))
-    model = model_class.from_pretrained(
-        path, config=config, dtype=torch_dtype, use_safetensors=True, **from_pretrained_kwargs
+    model, found = model_class.from_pretrained(
+        path,
+        config=config,
+        dtype=torch_dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **from_pretrained_kwargs,
     )
-    if device is not None:
-        model = model.to(device)
-    return apply_(model.eval(), chosen, impl=impl)
+    missing = sorted(found["missing_keys"])
+    if missing:  # Hugging Face draws them at random and warns
+        raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
+    return apply_(model.to(target).eval(), chosen, impl=impl)
 
 
 def apply_(model: Any, policy: PolicyLike | None = None, *, impl: str | None = None) -> Any:
@@ -183,6 +193,17 @@ def _dtype_of(dtype: str | torch.dtype) -> Any:
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: {dtype!r}; allowed: {', '.join(_DTYPES)} or a torch.dtype")
     return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _device_of(device: str | torch.device | None) -> torch.device:
+    allowed = "cpu, cuda" if torch.cuda.is_available() else "cpu (no CUDA device is available)"
+    try:
+        target = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: {device!r}; allowed: {allowed}") from None
+    if target.type == "meta" or (target.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: {device!r}; allowed: {allowed}")
+    return target
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from tests.batches import Batch
 from tests.budget import assert_within_budget, truth_copy
 from tests.policies import Policy
 
+
 class Trio:
     """One model plain, in fp64, and prepared; the last one changes its policy from test to test."""
 
@@ -38,7 +39,8 @@ class Trio:
     ) -> None:
         """Logits of all real rows; `product_inputs` go to the prepared model alone."""
         eager, truth = self.expected(
-            policy, token_classes=batch.token_classes if classes is None else classes,
+            policy,
+            token_classes=batch.token_classes if classes is None else classes,
             **batch.inputs(),
         )
         with torch.no_grad():

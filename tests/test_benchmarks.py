@@ -124,8 +124,10 @@ def test_threads_are_restored_and_hopeless_ones_dropped(measured: Measurement) -
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
     (run, *_), *_ = measured.runs.values()
-    slow = replace(run, prefill=9, decode=9, e2e=9)
-    assert harness.promising({1: run, 2: run, 4: slow}) == [1, 2]
+    slow, even = replace(run, ttft=1.0, decode=2.0), replace(run, ttft=4.0, decode=1.1)
+    assert harness.promising({2: slow, 1: even}, n_new=2) == [2]
+    assert harness.promising({2: slow, 1: even}, n_new=4) == [2, 1]
+    assert harness.promising({2: slow, 1: even}, n_new=16) == [1]
 
 
 def test_replay_shows_recorded_durations() -> None:

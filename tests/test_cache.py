@@ -33,9 +33,7 @@ POLICIES = {
         skip([2], ["image", "text"], "attention", kv="reuse"),
         skip([3], ["generated"], "attention", kv="reuse"),
     ),
-    "pair": policy_of(
-        skip([0], ["image"], "attention", kv="omit"), arrangements=(pair([[2, 3]]),)
-    ),
+    "pair": policy_of(skip([0], ["image"], "attention", kv="omit"), arrangements=(pair([[2, 3]]),)),
 }
 
 
@@ -132,7 +130,9 @@ def test_a_layer_that_nobody_attends_in_holds_nothing(trio: Trio, batch: Batch) 
 def test_live_bytes_are_what_the_plan_predicts(trio: Trio, batch: Batch, policy: Policy) -> None:
     model = trio.under(policy)
     plan = fastskip.plan_of(model)
-    counts = [[int((batch.token_classes[b][batch.real[b]] == c).sum()) for c in (0, 1)] for b in range(3)]
+    counts = [
+        [int((batch.token_classes[b][batch.real[b]] == c).sum()) for c in (0, 1)] for b in range(3)
+    ]
     new = 5
     for generated in (0, new - 1):
         if generated:
@@ -196,7 +196,9 @@ def test_growth_moves_nothing_and_changes_nothing(trio: Trio, name: str) -> None
 
 @pytest.mark.parametrize("code", [IMAGE, TEXT, GENERATED])
 @pytest.mark.parametrize("width", [1, 4])
-def test_rows_after_a_cache(trio: Trio, batch: Batch, policy: Policy, code: int, width: int) -> None:
+def test_rows_after_a_cache(
+    trio: Trio, batch: Batch, policy: Policy, code: int, width: int
+) -> None:
     model = trio.under(policy)
     tokens = some_tokens(batch, 2 * width)
     cache = fill(model, batch)

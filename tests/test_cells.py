@@ -7,6 +7,7 @@ from tests.batches import Batch, random_batch
 from tests.models import tiny_llava
 from tests.policies import CELLS, LAYERS, MIXED, Policy, cell_policy
 
+
 @pytest.fixture(scope="module")
 def trio() -> Trio:
     return Trio(tiny_llava())

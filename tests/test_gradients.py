@@ -71,17 +71,11 @@ def assert_equal(actual: Gradients, truth: Gradients) -> None:
         torch.testing.assert_close(actual[name], gradient, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def check(
-    prepared: Any,
-    plain: PreTrainedModel,
-    policy: Policy,
-    batch: Batch,
-    *,
-    reaches_images: bool = True,
-) -> None:
+def check(prepared: Any, plain: PreTrainedModel, policy: Policy, batch: Batch) -> None:
     labels, _ = answer_labels(batch)
     truth = oracle_gradients(plain, policy, batch)
-    assert bool(truth["model.multi_modal_projector.linear_1.weight"].any()) is reaches_images
+    # Also without any attention: an image's last row predicts the token after it.
+    assert truth["model.multi_modal_projector.linear_1.weight"].any()
     model = fastskip.set_policy(prepared, policy)
     for use_cache in (False, True):
         logits = model(**inputs_of(batch), labels=labels, use_cache=use_cache).logits
@@ -98,9 +92,7 @@ def test_cell(
 
 @pytest.mark.parametrize("name", ["dense", *MIXED])
 def test_mixed_cells(prepared: Any, plain: PreTrainedModel, batch: Batch, name: str) -> None:
-    # Without any attention nothing flows from an answer to an image.
-    reaches = name not in ("no attention anywhere", "nothing at all")
-    check(prepared, plain, MIXED.get(name, policy_of()), batch, reaches_images=reaches)
+    check(prepared, plain, MIXED.get(name, policy_of()), batch)
 
 
 @pytest.mark.parametrize("name", ["dense", *MIXED])
@@ -131,7 +123,9 @@ def test_through_a_past(prepared: Any, plain: PreTrainedModel, batch: Batch, nam
     torch.testing.assert_close(actual, truth)
     # The new rows went into the cache as well, without history.
     assert cache.get_seq_length() == mask.shape[1]
-    assert not any(keys.requires_grad for entries in cache.entries.values() for keys in entries.keys)
+    assert not any(
+        keys.requires_grad for entries in cache.entries.values() for keys in entries.keys
+    )
 
 
 def test_a_cache_from_a_training_forward_goes_on(

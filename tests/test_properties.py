@@ -176,9 +176,11 @@ def test_second_turn(case: Case, new: int) -> None:
         # Images whose rows are in the cache are not given again, as Hugging Face wants it.
         inputs = whole.inputs()
         if kept:
-            inputs = second.inputs() | {
-                name: inputs[name] for name in ("input_ids", "attention_mask")
-            } | {"past_key_values": out.past_key_values}
+            inputs = (
+                second.inputs()
+                | {name: inputs[name] for name in ("input_ids", "attention_mask")}
+                | {"past_key_values": out.past_key_values}
+            )
         again = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert torch.equal(again[:, whole.columns :], tokens), f"kept cache: {kept}"
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 HUB_NAMES = {
@@ -23,7 +23,8 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
         hub_name(name): value.detach().to(torch.bfloat16).contiguous()
         for name, value in model.state_dict().items()
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # not `save_file`, which lets nobody but the owner read the file
+    (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     model.config.architectures = [type(model).__name__]
     config = model.config.to_dict() | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -59,7 +59,7 @@ class Stage:
 STAGES = (
     Stage("vision", steps=500, batch=64, rate=2e-3, warmup=50, decay=0.7),
     Stage("language", steps=440, batch=32, rate=4e-3, warmup=60, decay=0.25),
-    Stage("all", steps=170, batch=32, rate=2e-3, warmup=10, decay=1.0),
+    Stage("all", steps=130, batch=32, rate=2e-3, warmup=10, decay=1.0),
 )
 
 

@@ -23,6 +23,7 @@ from fastskip.generation.classes import classify
 from fastskip.generation.loop import sample
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import save
+from fastskip.policy import TokenClass
 from fastskip.tokens import PAD
 
 
@@ -282,6 +283,7 @@ class PreparedModel(_Prepared):
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             if generation_config.use_cache is False:
+                _check_guidance(runtime, generation_config)
                 return
             cache = model_kwargs["past_key_values"] = SkipCache(runtime.plan)
         else:
@@ -352,10 +354,25 @@ def _prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     """Columns of the prompt, those in a kept cache included."""
     names = ("input_ids", "inputs_embeds")
     present = [inputs, *(kwargs.get(name) for name in names)]
-    width = max((t.shape[1] for t in present if isinstance(t, Tensor) and t.ndim > 1), default=1)
+    shapes = [t.shape for t in present if isinstance(t, Tensor) and t.ndim > 1]
+    batch, width = max(((shape[0], shape[1]) for shape in shapes), default=(1, 1))
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        width = max(width, mask.shape[1])
+    if mask is not None:
+        # Hugging Face drops a mask of ones before a forward can see its shape.
+        if mask.ndim != 2 or (shapes and mask.shape[0] != batch) or mask.shape[1] < width:
+            raise ValueError(f"attention_mask: {tuple(mask.shape)}; needed: [{batch}, {width}]")
+        width = mask.shape[1]
     if isinstance(cache, SkipCache) and cache.columns >= width:
         width += cache.columns  # only the new tokens were given
     return width
+
+
+def _check_guidance(runtime: Runtime, generation_config: Any) -> None:
+    """Without a cache, the guidance processor's forwards cannot be told from the model's own."""
+    together = {TokenClass.TEXT, TokenClass.GENERATED}
+    is_guided = generation_config.guidance_scale not in (None, 1)
+    if is_guided and not any(together <= group for group in runtime.plan.groups):
+        raise ValueError(
+            "use_cache: False with guidance_scale; needed: True, since the policy treats text and "
+            "generated rows differently"
+        )

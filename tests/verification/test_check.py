@@ -53,9 +53,7 @@ def test_sequences_go_on_past_their_end_and_options_of_the_checkpoint_do_not_mat
     model = tiny_llama()
     batch = random_batch(model, images=(0,))
     first = model.generate(**batch.inputs(), max_new_tokens=1, do_sample=False)[0, -1]
-    model.generation_config.update(
-        eos_token_id=int(first), do_sample=True, repetition_penalty=3.0
-    )
+    model.generation_config.update(eos_token_id=int(first), do_sample=True, repetition_penalty=3.0)
     found = verify(model, None, {"input_ids": batch.input_ids}, max_new_tokens=4)
     assert found.holds and found.tokens_checked == 4
 

@@ -1,0 +1,136 @@
+"""Bad input to `generate` and to the verbs: a typed error that names the field, never a wrong run."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import fastskip
+from tests.batches import Batch, random_batch
+from tests.checkpoints import VOCAB
+from tests.models import tiny_llama, tiny_llava
+
+IMAGES_DIFFER = {
+    "schema_version": 1,
+    "rules": [{"layers": [1], "tokens": ["image"], "skip": ["ffn"]}],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return fastskip.apply_(tiny_llava(vocab=VOCAB), IMAGES_DIFFER)
+
+
+@pytest.fixture(scope="module")
+def batch(model: Any) -> Batch:
+    return random_batch(model, images=(1, 0))
+
+
+def options(name: str, model: Any, batch: Batch) -> dict[str, Any]:
+    """What is wrong with a call, by the field that its error must name."""
+    embedded = model.get_input_embeddings()(batch.input_ids)
+    return {
+        "attention_mask": {"attention_mask": batch.attention_mask[:, 2:]},
+        "attention_mask of other sequences": {"attention_mask": batch.attention_mask[:1]},
+        "attention_mask with four dimensions": {
+            "attention_mask": batch.attention_mask[:, None, None]
+        },
+        "token_classes": {"token_classes": torch.full_like(batch.input_ids, 7)},
+        "token_classes of other sequences": {"token_classes": batch.token_classes[:1]},
+        "token_classes by a wrong name": {"token_classes": [["picture"] * batch.columns] * 2},
+        "token_classes missing": {
+            "input_ids": None,
+            "pixel_values": None,
+            "inputs_embeds": embedded,
+        },
+        "past_key_values": {"past_key_values": DynamicCache()},
+        "cache_implementation": {"cache_implementation": "static"},
+        "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
+        "max_new_tokenz": {"max_new_tokenz": 3},
+    }[name]
+
+
+CASES = {
+    "attention_mask": ValueError,
+    "attention_mask of other sequences": ValueError,
+    "attention_mask with four dimensions": ValueError,
+    "token_classes": ValueError,
+    "token_classes of other sequences": ValueError,
+    "token_classes by a wrong name": ValueError,
+    "token_classes missing": TypeError,
+    "past_key_values": TypeError,
+    "cache_implementation": ValueError,
+    "output_attentions": ValueError,
+    "max_new_tokenz": ValueError,
+}
+
+
+@pytest.mark.parametrize(("name", "error"), CASES.items(), ids=CASES.keys())
+def test_generate(model: Any, batch: Batch, name: str, error: type[Exception]) -> None:
+    inputs = {**batch.inputs(), "max_new_tokens": 2, **options(name, model, batch)}
+    given = {key: value for key, value in inputs.items() if value is not None}
+    with pytest.raises(error, match=name.split()[0]):
+        model.generate(**given)
+    # The model is as usable as before.
+    assert model.generate(**batch.inputs(), max_new_tokens=2).shape == (2, batch.columns + 2)
+
+
+def test_second_turn_that_hides_what_the_cache_holds(model: Any, batch: Batch) -> None:
+    first = model.generate(**batch.inputs(), max_new_tokens=3, return_dict_in_generate=True)
+    mask = torch.cat((batch.attention_mask, torch.ones(2, 4, dtype=torch.long)), dim=1)
+    mask[0, batch.columns - 1] = 0
+    ids = torch.cat((first.sequences, torch.tensor([[5], [6]])), dim=1)
+    with pytest.raises(ValueError, match="attention_mask.*already holds"):
+        model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values,
+            max_new_tokens=2,
+        )
+
+
+def test_second_turn_after_another_policy(model: Any, batch: Batch) -> None:
+    model = copy.deepcopy(model)
+    first = model.generate(**batch.inputs(), max_new_tokens=3, return_dict_in_generate=True)
+    fastskip.set_policy(model, "dense")
+    mask = torch.ones(2, batch.columns + 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="past_key_values.*another policy"):
+        model.generate(
+            input_ids=first.sequences, attention_mask=mask, past_key_values=first.past_key_values
+        )
+
+
+def test_a_stock_model_refuses_our_cache(model: Any, batch: Batch) -> None:
+    cache = model.generate(
+        **batch.inputs(), max_new_tokens=2, return_dict_in_generate=True
+    ).past_key_values
+    with pytest.raises(TypeError, match="past_key_values"):
+        tiny_llava(vocab=VOCAB)(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("verb", ["set_policy", "plan_of"])
+def test_verbs_need_a_prepared_model(verb: str) -> None:
+    arguments = ({},) if verb == "set_policy" else ()
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not prepared.*apply_"):
+        getattr(fastskip, verb)(tiny_llama(), *arguments)
+
+
+def test_image_rules_on_a_text_only_model() -> None:
+    with pytest.raises(fastskip.PolicyError, match="image"):
+        fastskip.apply_(tiny_llama(), IMAGES_DIFFER)
+
+
+def test_routers_are_not_available_yet() -> None:
+    router = {"layers": [1], "tokens": ["text"], "skip": ["ffn"], "kind": "similarity"}
+    policy = {"schema_version": 1, "routers": [router | {"threshold": 0.9}]}
+    model: Any = tiny_llama()
+    with pytest.raises(fastskip.PolicyError, match="not available yet"):
+        fastskip.apply_(model, policy)
+    prepared = fastskip.apply_(model)
+    with pytest.raises(fastskip.PolicyError, match="not available yet"):
+        fastskip.set_policy(prepared, policy)
+
+
+def test_error_types() -> None:
+    assert issubclass(fastskip.PolicyError, ValueError)
+    assert issubclass(fastskip.UnsupportedModelError, ValueError)

@@ -1,0 +1,337 @@
+"""From a checkpoint, or a model in memory, to a prepared model; what cannot be prepared says so."""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+
+import fastskip
+from fastskip import UnsupportedModelError
+from tests.batches import random_batch
+from tests.checkpoints import VOCAB, save_checkpoint
+from tests.models import Kind, tiny_llama, tiny_llava, tiny_opt
+
+SKIP_IMAGE_FFN = {
+    "schema_version": 1,
+    "rules": [{"layers": "1:3", "tokens": ["image"], "skip": ["ffn"]}],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
+
+
+def answer(model: Any) -> list[list[int]]:
+    inputs = random_batch(model, images=(1, 2)).inputs()
+    tokens: list[list[int]] = model.generate(**inputs, max_new_tokens=6).tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> list[list[int]]:
+    return answer(LlavaForConditionalGeneration.from_pretrained(checkpoint))
+
+
+def test_it_is_the_checkpoints_own_class(checkpoint: Path, expected: list[list[int]]) -> None:
+    model = fastskip.load_model(checkpoint)
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert not model.training
+    for name in ("__name__", "__qualname__", "__module__"):
+        assert getattr(type(model), name) == getattr(LlavaForConditionalGeneration, name)
+    assert model.config.architectures == ["LlavaForConditionalGeneration"]
+    assert answer(model) == expected
+
+
+@pytest.mark.parametrize("kind", ["llava_next_vicuna", "llava_next_mistral", "llava_onevision"])
+def test_other_families(kind: Kind, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, kind)
+    model = fastskip.load_model(tmp_path)
+    stock = type(tiny_llava(kind)).from_pretrained(tmp_path)
+    assert isinstance(model, type(stock))
+    assert answer(model) == answer(stock)
+
+
+def test_text_only_family(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "llama")
+    model = fastskip.load_model(tmp_path)
+    assert isinstance(model, LlamaForCausalLM)
+    ids = torch.tensor([[4, 5, 6]])
+    stock = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=6), stock.generate(ids, max_new_tokens=6)
+    )
+
+
+def hub_layout(folder: Path) -> None:
+    """Tensor names as in the checkpoints that the hub has today."""
+    rename(folder, lambda name: name.replace("vision_tower.", "vision_tower.vision_model."))
+
+
+def own_layout(folder: Path) -> None:
+    """Tensor names as transformers 5 has the modules."""
+    prefixes = {
+        "language_model.lm_head": "lm_head",
+        "language_model.model": "model.language_model",
+        "vision_tower": "model.vision_tower",
+        "multi_modal_projector": "model.multi_modal_projector",
+    }
+
+    def new_name(name: str) -> str:
+        old = next(prefix for prefix in prefixes if name.startswith(prefix))
+        return prefixes[old] + name.removeprefix(old)
+
+    rename(folder, new_name)
+    names = load_file(folder / "model.safetensors").keys()
+    assert names == dict(tiny_llava(vocab=VOCAB).named_parameters()).keys()
+
+
+def rename(folder: Path, new_name: Callable[[str], str]) -> None:
+    file = folder / "model.safetensors"
+    state = {new_name(name): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", [hub_layout, own_layout])
+def test_layouts(
+    layout: Callable[[Path], None], folder: Path, expected: list[list[int]]
+) -> None:
+    layout(folder)
+    assert answer(fastskip.load_model(folder)) == expected
+
+
+def test_shards(tmp_path: Path, expected: list[list[int]]) -> None:
+    save_checkpoint(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert answer(fastskip.load_model(tmp_path)) == expected
+
+
+def test_pickle_is_never_read(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        fastskip.load_model(folder)
+    with pytest.raises(UnsupportedModelError, match="use_safetensors"):
+        fastskip.load_model(folder, use_safetensors=False)
+
+
+def test_missing_weights_are_not_drawn_at_random(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    del state["language_model.model.layers.2.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj\.weight"):
+        fastskip.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "loaded"),
+    [
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtypes(checkpoint: Path, dtype: Any, loaded: torch.dtype) -> None:
+    model = fastskip.load_model(checkpoint, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {loaded}
+    assert fastskip.plan_of(model).shape.dtype_bytes == loaded.itemsize
+
+
+def test_auto_is_the_checkpoints_dtype(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, dtype=torch.bfloat16)
+    assert fastskip.load_model(tmp_path).dtype is torch.bfloat16
+
+
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "dtype": ({"dtype": "float99"}, ValueError, "dtype: 'float99'; allowed: auto, float32"),
+    "integer dtype": ({"dtype": torch.int8}, ValueError, "dtype: torch.int8; allowed"),
+    "device": ({"device": "abacus"}, ValueError, "device: 'abacus'; allowed: cpu"),
+    "meta device": ({"device": "meta"}, ValueError, "device: 'meta'; allowed: cpu"),
+    "impl": ({"impl": "magic"}, ValueError, "impl: 'magic'.*reference.*triton"),
+    "triton": ({"impl": "triton", "device": "cpu"}, ValueError, "impl: 'triton'.*reference"),
+    "policy": ({"policy": {"schema_version": 1, "rulez": []}}, fastskip.PolicyError, "rulez"),
+    "policy that does not fit": (
+        {"policy": {"schema_version": 1, "rules": [{"layers": [9], "tokens": "all", "skip": ["ffn"]}]}},
+        fastskip.PolicyError,
+        "9",
+    ),
+    "quantization_config": (
+        {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)},
+        UnsupportedModelError,
+        "quantization_config",
+    ),
+    "device_map": ({"device_map": "auto"}, UnsupportedModelError, "device_map: 'auto'.*device="),
+    "tp_plan": ({"tp_plan": "auto"}, UnsupportedModelError, "tp_plan"),
+    "attn_implementation": (
+        {"attn_implementation": "eager"},
+        UnsupportedModelError,
+        "attn_implementation: 'eager'",
+    ),
+    "torch_dtype": ({"torch_dtype": "float16"}, UnsupportedModelError, "torch_dtype.*dtype"),
+    "unknown": ({"polcy": {}}, TypeError, "polcy"),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS.keys()
+)
+def test_bad_arguments(
+    checkpoint: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fastskip.load_model(checkpoint, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_absent_device(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="device: 'cuda'; allowed: cpu"):
+        fastskip.load_model(checkpoint, device="cuda")
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization"),
+    "family": ({"model_type": "video_llava"}, {}, "model_type: 'video_llava'.*llava_next.*llama"),
+    "text model": ({}, {"model_type": "gemma"}, "text_config.model_type: 'gemma'.*llama, mistral"),
+    "sliding window": ({}, {"model_type": "mistral", "sliding_window": 64}, "sliding_window: 64"),
+    "sliding layers": (
+        {},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "sliding_window: 8",
+    ),
+    "dynamic RoPE": (
+        {},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        "rope_type: 'dynamic'",
+    ),
+    "layers of different sizes": (
+        {},
+        {"per_layer_config": {"1": {"intermediate_size": 16}}},
+        r"per_layer_config: \['intermediate_size'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("outer", "text", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_bad_configs(
+    folder: Path, outer: dict[str, Any], text: dict[str, Any], message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= text
+    (folder / "config.json").write_text(json.dumps(config | outer))
+    with pytest.raises(UnsupportedModelError, match=message):
+        fastskip.load_model(folder)
+
+
+def test_a_wide_sliding_window_is_none(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    stock = LlavaForConditionalGeneration.from_pretrained(folder)
+    assert answer(fastskip.load_model(folder)) == answer(stock)
+
+
+@pytest.mark.parametrize("make", [tiny_opt, lambda: tiny_llava("llava_opt")], ids=["opt", "llava"])
+def test_opt_is_not_supported_yet(make: Callable[[], Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="model_type: 'opt'"):
+        fastskip.apply_(make())
+
+
+def test_models_in_memory_that_cannot_be_prepared() -> None:
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(tiny_llama().config)
+    with pytest.raises(UnsupportedModelError, match="device.*meta"):
+        fastskip.apply_(empty)
+    quantised: Any = tiny_llama()
+    quantised.is_quantized = True
+    with pytest.raises(UnsupportedModelError, match="quantization_config"):
+        fastskip.apply_(quantised)
+
+
+class TestPolicies:
+    def test_which_one_is_taken(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, logger="fastskip")
+        assert fastskip.plan_of(fastskip.load_model(folder)).is_dense
+        assert "dense" in caplog.text
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["per_layer_config"] = {"2": {"skip": ["mlp"]}, "1": {"skip": []}}
+        (folder / "config.json").write_text(json.dumps(config))
+        caplog.clear()
+        rules = fastskip.plan_of(fastskip.load_model(folder)).policy.to_dict()["rules"]
+        assert rules == [{"layers": [2], "tokens": "all", "skip": ["ffn"]}]
+        assert "per_layer_config" in caplog.text
+        (folder / "fastskip_policy.json").write_text(json.dumps(SKIP_IMAGE_FFN))
+        caplog.clear()
+        taken = fastskip.plan_of(fastskip.load_model(folder)).policy
+        assert taken == fastskip.SkipPolicy.from_dict(SKIP_IMAGE_FFN)
+        assert "fastskip_policy.json" in caplog.text
+        assert fastskip.plan_of(fastskip.load_model(folder, "dense")).is_dense
+
+    def test_forms(self, checkpoint: Path, tmp_path: Path) -> None:
+        policy = fastskip.SkipPolicy.from_dict(SKIP_IMAGE_FFN)
+        policy.save(tmp_path / "policy.json")
+        for form in (policy, SKIP_IMAGE_FFN, tmp_path / "policy.json", str(tmp_path / "policy.json")):
+            assert fastskip.plan_of(fastskip.load_model(checkpoint, form)).policy == policy
+
+    def test_swapping_and_swapping_back(self, checkpoint: Path, expected: list[list[int]]) -> None:
+        model = fastskip.load_model(checkpoint)
+        assert fastskip.set_policy(model, SKIP_IMAGE_FFN) is model
+        assert answer(model) != expected
+        assert fastskip.apply_(model) is model
+        assert answer(model) == expected
+
+    def test_a_cache_of_another_policy_is_refused(self, checkpoint: Path) -> None:
+        model = fastskip.load_model(checkpoint)
+        ids = torch.tensor([[4, 5, 6]])
+        cache = model(input_ids=ids).past_key_values
+        fastskip.set_policy(model, SKIP_IMAGE_FFN)
+        with pytest.raises(ValueError, match="past_key_values.*another policy"):
+            model(input_ids=ids, past_key_values=cache)
+        with pytest.raises(TypeError, match="past_key_values.*DynamicCache"):
+            model(input_ids=ids, past_key_values=transformers.DynamicCache())
+
+    def test_a_bad_policy_leaves_the_old_one(self, checkpoint: Path) -> None:
+        model = fastskip.load_model(checkpoint, SKIP_IMAGE_FFN)
+        bad = {"schema_version": 1, "rules": [{"layers": [9], "tokens": "all", "skip": ["ffn"]}]}
+        with pytest.raises(fastskip.PolicyError):
+            fastskip.set_policy(model, bad)
+        assert fastskip.plan_of(model).policy == fastskip.SkipPolicy.from_dict(SKIP_IMAGE_FFN)
+
+    def test_two_models_do_not_disturb_each_other(self, expected: list[list[int]]) -> None:
+        stock: Any = tiny_llava(vocab=VOCAB)
+        dense = fastskip.apply_(copy.deepcopy(stock))
+        skipping = fastskip.apply_(copy.deepcopy(stock), SKIP_IMAGE_FFN)
+        first = answer(skipping)
+        assert answer(dense) == expected != first
+        assert answer(skipping) == first
+
+    def test_unprepared_models_stay_what_they_are(self, expected: list[list[int]]) -> None:
+        stock: Any = tiny_llava(vocab=VOCAB)
+        prepared: Any = fastskip.apply_(copy.deepcopy(stock), SKIP_IMAGE_FFN)
+        assert type(stock) is LlavaForConditionalGeneration is not type(prepared)
+        assert answer(stock) == expected
+        with pytest.raises(TypeError, match="not prepared"):
+            fastskip.plan_of(stock)
+        # One made from the prepared class itself is an ordinary model until it is prepared.
+        other = type(prepared)(stock.config).eval()
+        other.load_state_dict(stock.state_dict())
+        other.generation_config = stock.generation_config
+        assert answer(other) == expected

@@ -1,0 +1,141 @@
+"""Threads: two on two models run side by side, two on one model run one after the other."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import fastskip
+from tests.batches import Batch, random_batch
+from tests.models import tiny_llava
+
+SKIP_GENERATED_FFN = {
+    "schema_version": 1,
+    "rules": [
+        {"layers": "1:3", "tokens": ["generated"], "skip": ["ffn"]},
+        {"layers": [2], "tokens": ["image"], "skip": ["block"]},
+    ],
+}
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def batches(stock: Any) -> tuple[Batch, Batch]:
+    """Of different sizes and lengths, so that a mix-up of their states cannot go unseen."""
+    return random_batch(stock, 1, images=(2, 0, 1)), random_batch(stock, 2, images=(1,))
+
+
+def answer(model: Any, batch: Batch, **options: Any) -> list[list[int]]:
+    tokens: list[list[int]] = model.generate(
+        **batch.inputs(), max_new_tokens=NEW, **options
+    ).tolist()
+    return tokens
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """The results of functions that are started at once, each in a thread of its own."""
+    results: list[Any] = [None] * len(works)
+    start = threading.Barrier(len(works))
+
+    def run(index: int) -> None:
+        start.wait()
+        try:
+            results[index] = works[index]()
+        except BaseException as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    return results
+
+
+def test_two_models(stock: Any, batches: tuple[Batch, Batch]) -> None:
+    models = [
+        fastskip.apply_(copy.deepcopy(stock), policy) for policy in ("dense", SKIP_GENERATED_FFN)
+    ]
+    alone = [answer(model, batch) for model, batch in zip(models, batches, strict=True)]
+    for _ in range(3):
+        both = together(
+            lambda: answer(models[0], batches[0]), lambda: answer(models[1], batches[1])
+        )
+        assert both == alone
+
+
+def test_one_model(stock: Any, batches: tuple[Batch, Batch]) -> None:
+    model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
+    alone = [answer(model, batch) for batch in batches]
+    for _ in range(3):
+        both = together(lambda: answer(model, batches[0]), lambda: answer(model, batches[1]))
+        assert both == alone
+
+
+def test_the_second_thread_waits(stock: Any, batches: tuple[Batch, Batch]) -> None:
+    """Calls record when they start and end a step; one call's steps are never split by another's."""
+    model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
+    steps: list[str] = []
+
+    class Note(StoppingCriteria):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            steps.append(self.name)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def noted(name: str, batch: Batch) -> Callable[[], Any]:
+        return lambda: answer(model, batch, stopping_criteria=StoppingCriteriaList([Note(name)]))
+
+    together(noted("a", batches[0]), noted("b", batches[1]))
+    assert sorted(steps) == ["a"] * NEW + ["b"] * NEW
+    assert steps in (["a"] * NEW + ["b"] * NEW, ["b"] * NEW + ["a"] * NEW)
+
+
+def test_a_forward_waits_for_generate(stock: Any, batches: tuple[Batch, Batch]) -> None:
+    """A forward beside ``generate`` must not take its own columns for generated ones."""
+    model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
+
+    @torch.no_grad()
+    def forward() -> list[float]:
+        values: list[float] = model(**batches[1].inputs()).logits.flatten().tolist()
+        return values
+
+    expected = [answer(model, batches[0]), forward()]
+    for _ in range(3):
+        assert together(lambda: answer(model, batches[0]), forward) == expected
+
+
+def test_a_policy_is_not_swapped_under_a_running_call(
+    stock: Any, batches: tuple[Batch, Batch]
+) -> None:
+    model = fastskip.apply_(copy.deepcopy(stock))
+    answers = []
+    for policy in ("dense", SKIP_GENERATED_FFN):
+        answers.append(answer(fastskip.set_policy(model, policy), batches[0]))
+    fastskip.set_policy(model, "dense")
+    result, _ = together(
+        lambda: answer(model, batches[0]),
+        lambda: fastskip.set_policy(model, SKIP_GENERATED_FFN),
+    )
+    assert result in answers
+    assert answer(model, batches[0]) == answers[1]
+
+
+def test_an_error_lets_the_next_one_in(stock: Any, batches: tuple[Batch, Batch]) -> None:
+    model = fastskip.apply_(copy.deepcopy(stock))
+    with pytest.raises(ValueError, match="cache_implementation"):
+        answer(model, batches[0], cache_implementation="static")
+    expected = answer(model, batches[0])
+    assert together(lambda: answer(model, batches[0])) == [expected]
