@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
 WARM_TOKENS = 4
 HOPELESS = 1.25
 """A number of threads with which the whole call takes so many times as long is not timed."""
+_FAULTS: dict[tuple[Builder, torch.dtype, str, Peer], str | None] = {}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     policies = {peer.name: (peer.policy or dense)(both.depth) for peer in peers}
     for name, policy in policies.items():
         result.plans[name] = fastskip.plan_of(fastskip.set_policy(both.ours, policy))
-    result.failures |= _faults(case.shape.build, case.dtype, case.device, tuple(peers))
+    result.failures |= _faults(case, peers, both)
     if DENSE.name in result.failures:
         return result
     inputs = prompts(both.hf, case.shape, case.batch)
@@ -127,13 +127,14 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     return result
 
 
-@cache
-def _faults(
-    build: Builder, dtype: torch.dtype, device: str, peers: tuple[Peer, ...]
-) -> dict[str, str]:
-    """What the gate says; cases that differ in batch and lengths only share the answer."""
-    both = models(build, dtype, device)
-    return faults(both, {peer.name: peer.policy(both.depth) for peer in peers if peer.policy})
+def _faults(case: Case, peers: Iterable[Peer], both: Models) -> dict[str, str]:
+    """What the gate says; cases that differ in batch and lengths only share the answers."""
+    keys = {peer: (case.shape.build, case.dtype, case.device, peer) for peer in peers}
+    policies = {p.name: p.policy(both.depth) for p in keys if p.policy and keys[p] not in _FAULTS}
+    if policies:
+        found = faults(both, policies)
+        _FAULTS.update({keys[p]: found.get(p.name) for p in keys if p.name in policies})
+    return {p.name: fault for p in keys if (fault := _FAULTS.get(keys[p]))}
 
 
 def _compare_tokens(result: Measurement) -> None:

@@ -41,8 +41,8 @@ class TableRow:
 class SkipPlan:
     """A policy resolved for one model; immutable.
 
-    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair. `notes` says what a reader of
-    the table should know of a layer in the model at hand; it changes nothing that runs.
+    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair. `notes` says what a reader
+    of the table should know of a layer in the model at hand; it changes nothing that runs.
     """
 
     policy: SkipPolicy
@@ -143,7 +143,12 @@ class SkipPlan:
 
     def table(self) -> str:
         """The rows as plain text, columns aligned."""
-        head = ("layers", "arrangement", *(str(c) for c in self.classes), "note" if self.notes else "")
+        head = (
+            "layers",
+            "arrangement",
+            *(str(c) for c in self.classes),
+            "note" if self.notes else "",
+        )
         rows = ((row.layers, row.arrangement, *row.cells, row.note) for row in self.rows())
         lines = [head, *rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

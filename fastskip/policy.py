@@ -33,6 +33,7 @@ from fastskip.policy_rules import (
     check_fields,
     set_fields,
 )
+from fastskip.presets import PRESETS, build_preset
 from fastskip.vocabulary import (
     Arrangement,
     Combine,
@@ -145,9 +146,10 @@ class SkipPolicy:
     @classmethod
     def preset(cls, name: str, **options: Any) -> SkipPolicy:
         """A named policy of `fastskip.presets`; an unknown name or option lists what exists."""
-        from fastskip.presets import build_preset  # presets are made of policies
-
-        return build_preset(name, options)
+        made = build_preset(name, options)
+        rules = tuple(rule for rule in made if isinstance(rule, SkipRule))
+        arrangements = tuple(rule for rule in made if isinstance(rule, ArrangementRule))
+        return cls(rules=rules, arrangements=arrangements, name=name)
 
     @classmethod
     def coerce(cls, value: SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]) -> SkipPolicy:
@@ -155,8 +157,6 @@ class SkipPolicy:
 
         A string that is a preset name is that preset, also where a file has the same name.
         """
-        from fastskip.presets import PRESETS
-
         if isinstance(value, SkipPolicy):
             return value
         if isinstance(value, Mapping):

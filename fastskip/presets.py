@@ -1,6 +1,6 @@
-"""Named policies: the published ways of skipping, as functions of a few options.
+"""Named sets of rules: the published ways of skipping, as functions of a few options.
 
-Every preset that takes a range leaves the last layer dense by default (`end=-1`).
+`SkipPolicy.preset` makes policies of them. Every preset that takes a range leaves the last layer dense by default (`end=-1`).
 """
 
 from __future__ import annotations
@@ -9,23 +9,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastskip.policy import (
-    Arrangement,
-    ArrangementRule,
-    PolicyError,
-    SkippedKV,
-    SkipPolicy,
-    SkipRule,
-    Sublayer,
-    TokenClass,
-)
+from fastskip.policy_rules import ArrangementRule, SkipRule
+from fastskip.vocabulary import Arrangement, PolicyError, SkippedKV, Sublayer, TokenClass
 
+Rule = SkipRule | ArrangementRule
 BLOCK = (Sublayer.ATTENTION, Sublayer.FFN)
 
 
-def dense() -> SkipPolicy:
+def dense() -> tuple[Rule, ...]:
     """Skip nothing."""
-    return SkipPolicy(name="dense")
+    return ()
 
 
 def every_nth_block(
@@ -34,16 +27,16 @@ def every_nth_block(
     end: int = -1,
     scope: str = "all",
     kv: str | None = None,
-) -> SkipPolicy:
+) -> tuple[Rule, ...]:
     """Skip the whole block in every `interval`-th layer from `start` (default: `interval`)."""
-    return _every_nth("every_nth_block", BLOCK, interval, start, end, scope, kv)
+    return _every_nth(BLOCK, interval, start, end, scope, kv)
 
 
 def every_nth_ffn(
     interval: int = 2, start: int | None = None, end: int = -1, scope: str = "all"
-) -> SkipPolicy:
+) -> tuple[Rule, ...]:
     """Skip the FFN in every `interval`-th layer from `start` (default: `interval`)."""
-    return _every_nth("every_nth_ffn", (Sublayer.FFN,), interval, start, end, scope, None)
+    return _every_nth((Sublayer.FFN,), interval, start, end, scope, None)
 
 
 def every_nth_attention(
@@ -52,43 +45,43 @@ def every_nth_attention(
     end: int = -1,
     scope: str = "all",
     kv: str | None = None,
-) -> SkipPolicy:
+) -> tuple[Rule, ...]:
     """Skip attention in every `interval`-th layer from `start` (default: `interval`)."""
     skip = (Sublayer.ATTENTION,)
-    return _every_nth("every_nth_attention", skip, interval, start, end, scope, kv)
+    return _every_nth(skip, interval, start, end, scope, kv)
 
 
-def frozen_visual(start: int = 2, end: int = -1) -> SkipPolicy:
+def frozen_visual(start: int = 2, end: int = -1) -> tuple[Rule, ...]:
     """Image rows only give K and V in a range of layers (ShortV, arXiv 2504.00502)."""
     rule = SkipRule(_range(start, end), TokenClass.IMAGE, BLOCK, SkippedKV.PROJECT)
-    return SkipPolicy(rules=(rule,), name="frozen_visual")
+    return (rule,)
 
 
-def visual_withdrawal(after: int = 15) -> SkipPolicy:
+def visual_withdrawal(after: int = 15) -> tuple[Rule, ...]:
     """Image rows leave all layers after layer `after` (VTW, arXiv 2405.05803)."""
     rule = SkipRule(f"{_integer(after, 'after', 0) + 1}:", TokenClass.IMAGE, BLOCK, SkippedKV.OMIT)
-    return SkipPolicy(rules=(rule,), name="visual_withdrawal")
+    return (rule,)
 
 
-def image_ffn(start: int = 2, end: int = -1) -> SkipPolicy:
+def image_ffn(start: int = 2, end: int = -1) -> tuple[Rule, ...]:
     """Skip the FFN for image rows in a range of layers."""
     rule = SkipRule(_range(start, end), TokenClass.IMAGE, Sublayer.FFN)
-    return SkipPolicy(rules=(rule,), name="image_ffn")
+    return (rule,)
 
 
-def parallel_blocks(start: int = 2, end: int = -1, norm: str = "own") -> SkipPolicy:
+def parallel_blocks(start: int = 2, end: int = -1, norm: str = "own") -> tuple[Rule, ...]:
     """Run attention and FFN of a range of layers from the same input."""
     rule = ArrangementRule(_range(start, end), Arrangement.PARALLEL, norm=norm)
-    return SkipPolicy(arrangements=(rule,), name="parallel_blocks")
+    return (rule,)
 
 
-def block_pairs(start: int = 2, end: int = -2, combine: str = "sum") -> SkipPolicy:
+def block_pairs(start: int = 2, end: int = -2, combine: str = "sum") -> tuple[Rule, ...]:
     """Run the layers of a range two by two from the same input; the range has an even length."""
     rule = ArrangementRule(_range(start, end), Arrangement.PAIR, combine=combine)
-    return SkipPolicy(arrangements=(rule,), name="block_pairs")
+    return (rule,)
 
 
-PRESETS: Mapping[str, tuple[Callable[..., SkipPolicy], str]] = {
+PRESETS: Mapping[str, tuple[Callable[..., tuple[Rule, ...]], str]] = {
     preset.__name__: (preset, (preset.__doc__ or "").splitlines()[0])
     for preset in (
         dense,
@@ -105,8 +98,8 @@ PRESETS: Mapping[str, tuple[Callable[..., SkipPolicy], str]] = {
 """Name -> (function, one line that says what it does)."""
 
 
-def build_preset(name: str, options: Mapping[str, Any]) -> SkipPolicy:
-    """The preset of that name; `PolicyError` lists the names or options that exist."""
+def build_preset(name: str, options: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """The rules of the preset of that name; `PolicyError` lists the names or options that exist."""
     if not isinstance(name, str) or name not in PRESETS:
         raise PolicyError("preset", name, ", ".join(PRESETS))
     function = PRESETS[name][0]
@@ -122,20 +115,19 @@ def build_preset(name: str, options: Mapping[str, Any]) -> SkipPolicy:
 
 
 def _every_nth(
-    name: str,
     skip: tuple[Sublayer, ...],
     interval: int,
     start: int | None,
     end: int,
     scope: str,
     kv: str | None,
-) -> SkipPolicy:
+) -> tuple[Rule, ...]:
     step = _integer(interval, "interval", 1)
     first = step if start is None else _integer(start, "start")
     if not isinstance(scope, str) or scope not in ("all", *TokenClass):
         raise PolicyError("scope", scope, ", ".join(("all", *TokenClass)))
     rule = SkipRule(f"{_range(first, end)}:{step}", scope, skip, kv)
-    return SkipPolicy(rules=(rule,), name=name)
+    return (rule,)
 
 
 def _range(start: int, end: int) -> str:

@@ -268,7 +268,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setitem(sys.modules, "fastskip.demo.show", show)
     monkeypatch.setattr("fastskip.demo.show", show, raising=False)
     succeed("demo", "--quick", "--plots", tmp_path)
-    assert calls == [{"plots": tmp_path, "quick": True}]
+    assert calls == [{"plots": tmp_path, "quick": True, "json": None}]
 
 
 @pytest.mark.parametrize(

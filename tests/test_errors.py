@@ -1,4 +1,4 @@
-"""Bad input to `generate` and to the verbs: a typed error that names the field, never a wrong run."""
+"""Bad input to `generate` and to the verbs raises a typed error that names the field."""
 
 import copy
 from typing import Any
@@ -31,7 +31,7 @@ def batch(model: Any) -> Batch:
 def options(name: str, model: Any, batch: Batch) -> dict[str, Any]:
     """What is wrong with a call, by the field that its error must name."""
     embedded = model.get_input_embeddings()(batch.input_ids)
-    return {
+    wrong: dict[str, dict[str, Any]] = {
         "attention_mask": {"attention_mask": batch.attention_mask[:, 2:]},
         "attention_mask of other sequences": {"attention_mask": batch.attention_mask[:1]},
         "attention_mask with four dimensions": {
@@ -49,7 +49,8 @@ def options(name: str, model: Any, batch: Batch) -> dict[str, Any]:
         "cache_implementation": {"cache_implementation": "static"},
         "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
         "max_new_tokenz": {"max_new_tokenz": 3},
-    }[name]
+    }
+    return wrong[name]
 
 
 CASES = {
@@ -84,7 +85,9 @@ def test_second_turn_that_hides_what_the_cache_holds(model: Any, batch: Batch) -
     ids = torch.cat((first.sequences, torch.tensor([[5], [6]])), dim=1)
     with pytest.raises(ValueError, match="attention_mask.*already holds"):
         model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values,
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=first.past_key_values,
             max_new_tokens=2,
         )
 
@@ -110,7 +113,7 @@ def test_a_stock_model_refuses_our_cache(model: Any, batch: Batch) -> None:
 
 @pytest.mark.parametrize("verb", ["set_policy", "plan_of"])
 def test_verbs_need_a_prepared_model(verb: str) -> None:
-    arguments = ({},) if verb == "set_policy" else ()
+    arguments: tuple[Any, ...] = ({},) if verb == "set_policy" else ()
     with pytest.raises(TypeError, match="LlamaForCausalLM is not prepared.*apply_"):
         getattr(fastskip, verb)(tiny_llama(), *arguments)
 

@@ -1,4 +1,4 @@
-"""What a prepared `forward` can be asked for: rows, states, losses, embeddings, families, dtypes."""
+"""What a prepared `forward` can be asked for: rows, states, losses, families, dtypes."""
 
 import copy
 from typing import Any
@@ -8,7 +8,6 @@ import torch
 
 import fastskip
 from fastskip.families import text_model_of
-from fastskip.verification.cells import GENERATED, TEXT
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio, answer_labels
 from tests.batches import Batch, random_batch

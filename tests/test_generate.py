@@ -93,7 +93,11 @@ def test_second_turn_on_a_kept_cache(models: Twins, given: str) -> None:
         new = ids if given == "all ids" else ids[:, cache.get_seq_length() :]
         answers.append(
             model.generate(
-                input_ids=new, attention_mask=mask, past_key_values=cache, output_logits=True, **KEPT
+                input_ids=new,
+                attention_mask=mask,
+                past_key_values=cache,
+                output_logits=True,
+                **KEPT,
             )
         )
     models.assert_same_output(*answers)
@@ -200,7 +204,9 @@ def test_pipeline() -> None:
     answers = []
     for model in (fastskip.apply_(copy.deepcopy(stock)), stock):
         pipe: Any = pipeline("image-text-to-text", model=model, processor=processor)
-        answers.append(pipe([{"role": "user", "content": parts}], generate_kwargs={"max_new_tokens": NEW}))
+        answers.append(
+            pipe([{"role": "user", "content": parts}], generate_kwargs={"max_new_tokens": NEW})
+        )
     texts = [answer[0]["generated_text"][-1]["content"] for answer in answers]
     assert texts[0] == texts[1] != ""
 

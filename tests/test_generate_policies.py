@@ -76,7 +76,9 @@ def test_guidance_needs_a_cache(trio: Trio, batch: Batch) -> None:
     with pytest.raises(ValueError, match="use_cache: False with guidance_scale"):
         model.generate(**options, use_cache=False)
     assert model.generate(**options).shape == (3, batch.columns + NEW)
-    model = trio.under(policy_of(skip([1], ["image"], "ffn"), skip([2], ["text", "generated"], "ffn")))
+    model = trio.under(
+        policy_of(skip([1], ["image"], "ffn"), skip([2], ["text", "generated"], "ffn"))
+    )
     options["suppress_tokens"] = [62, 63]
     without = model.generate(**options, use_cache=False)
     assert torch.equal(model.generate(**options), without)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import fastskip
@@ -65,12 +66,6 @@ def oracle_gradients(plain: PreTrainedModel, policy: Policy, batch: Batch) -> Gr
         return gradients(plain, oracle.forward(**inputs_of(batch), token_classes=classes), labels)
 
 
-def assert_equal(actual: Gradients, truth: Gradients) -> None:
-    assert actual.keys() == truth.keys()
-    for name, gradient in truth.items():
-        torch.testing.assert_close(actual[name], gradient, msg=lambda text, n=name: f"{n}: {text}")
-
-
 def check(prepared: Any, plain: PreTrainedModel, policy: Policy, batch: Batch) -> None:
     labels, _ = answer_labels(batch)
     truth = oracle_gradients(plain, policy, batch)
@@ -79,7 +74,7 @@ def check(prepared: Any, plain: PreTrainedModel, policy: Policy, batch: Batch) -
     model = fastskip.set_policy(prepared, policy)
     for use_cache in (False, True):
         logits = model(**inputs_of(batch), labels=labels, use_cache=use_cache).logits
-        assert_equal(gradients(model, logits, labels), truth)
+        assert_close(gradients(model, logits, labels), truth)
 
 
 @pytest.mark.parametrize("token_class", ["image", "text", "generated"])
@@ -120,7 +115,7 @@ def test_through_a_past(prepared: Any, plain: PreTrainedModel, batch: Batch, nam
         inputs_embeds=new, attention_mask=mask, token_classes=classes, past_key_values=cache
     ).logits
     actual = torch.autograd.grad(cross_entropy(logits[:, :-1].mT, tokens[:, 1:]), new)
-    torch.testing.assert_close(actual, truth)
+    assert_close(actual, truth)
     # The new rows went into the cache as well, without history.
     assert cache.get_seq_length() == mask.shape[1]
     assert not any(
@@ -144,7 +139,7 @@ def test_a_cache_from_a_training_forward_goes_on(
         with MaskedOracle(plain, policy) as oracle:
             prompt = oracle.prompt(**batch.inputs() | inputs_of(batch))
             truth = oracle.continuation(prompt, token)[:, -1:]
-    torch.testing.assert_close(logits, truth)
+    assert_close(logits, truth)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -162,7 +157,7 @@ def test_frozen_parameters(
     logits = model(**inputs_of(batch), labels=labels).logits
     kept = {name: gradient for name, gradient in truth.items() if trained in name}
     assert kept and any(gradient.any() for gradient in kept.values())
-    assert_equal(gradients(model, logits, labels), kept)
+    assert_close(gradients(model, logits, labels), kept)
 
 
 def test_a_step_changes_what_is_computed(prepared: Any, batch: Batch) -> None:

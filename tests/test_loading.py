@@ -1,8 +1,6 @@
 """From a checkpoint, or a model in memory, to a prepared model; what cannot be prepared says so."""
 
-import copy
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +17,6 @@ from fastskip import UnsupportedModelError
 from tests.batches import random_batch
 from tests.checkpoints import VOCAB, save_checkpoint
 from tests.models import Kind, tiny_llama, tiny_llava, tiny_opt
-
-SKIP_IMAGE_FFN = {
-    "schema_version": 1,
-    "rules": [{"layers": "1:3", "tokens": ["image"], "skip": ["ffn"]}],
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +66,7 @@ def test_text_only_family(tmp_path: Path) -> None:
     assert isinstance(model, LlamaForCausalLM)
     ids = torch.tensor([[4, 5, 6]])
     stock = LlamaForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(
-        model.generate(ids, max_new_tokens=6), stock.generate(ids, max_new_tokens=6)
-    )
+    assert torch.equal(model.generate(ids, max_new_tokens=6), stock.generate(ids, max_new_tokens=6))
 
 
 def hub_layout(folder: Path) -> None:
@@ -108,9 +99,7 @@ def rename(folder: Path, new_name: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize("layout", [hub_layout, own_layout])
-def test_layouts(
-    layout: Callable[[Path], None], folder: Path, expected: list[list[int]]
-) -> None:
+def test_layouts(layout: Callable[[Path], None], folder: Path, expected: list[list[int]]) -> None:
     layout(folder)
     assert answer(fastskip.load_model(folder)) == expected
 
@@ -170,7 +159,12 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "triton": ({"impl": "triton", "device": "cpu"}, ValueError, "impl: 'triton'.*reference"),
     "policy": ({"policy": {"schema_version": 1, "rulez": []}}, fastskip.PolicyError, "rulez"),
     "policy that does not fit": (
-        {"policy": {"schema_version": 1, "rules": [{"layers": [9], "tokens": "all", "skip": ["ffn"]}]}},
+        {
+            "policy": {
+                "schema_version": 1,
+                "rules": [{"layers": [9], "tokens": "all", "skip": ["ffn"]}],
+            }
+        },
         fastskip.PolicyError,
         "9",
     ),
@@ -214,7 +208,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "sliding window": ({}, {"model_type": "mistral", "sliding_window": 64}, "sliding_window: 64"),
     "sliding layers": (
         {},
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+        },
         "sliding_window: 8",
     ),
     "dynamic RoPE": (
@@ -264,74 +263,3 @@ def test_models_in_memory_that_cannot_be_prepared() -> None:
     quantised.is_quantized = True
     with pytest.raises(UnsupportedModelError, match="quantization_config"):
         fastskip.apply_(quantised)
-
-
-class TestPolicies:
-    def test_which_one_is_taken(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, logger="fastskip")
-        assert fastskip.plan_of(fastskip.load_model(folder)).is_dense
-        assert "dense" in caplog.text
-        config = json.loads((folder / "config.json").read_text())
-        config["text_config"]["per_layer_config"] = {"2": {"skip": ["mlp"]}, "1": {"skip": []}}
-        (folder / "config.json").write_text(json.dumps(config))
-        caplog.clear()
-        rules = fastskip.plan_of(fastskip.load_model(folder)).policy.to_dict()["rules"]
-        assert rules == [{"layers": [2], "tokens": "all", "skip": ["ffn"]}]
-        assert "per_layer_config" in caplog.text
-        (folder / "fastskip_policy.json").write_text(json.dumps(SKIP_IMAGE_FFN))
-        caplog.clear()
-        taken = fastskip.plan_of(fastskip.load_model(folder)).policy
-        assert taken == fastskip.SkipPolicy.from_dict(SKIP_IMAGE_FFN)
-        assert "fastskip_policy.json" in caplog.text
-        assert fastskip.plan_of(fastskip.load_model(folder, "dense")).is_dense
-
-    def test_forms(self, checkpoint: Path, tmp_path: Path) -> None:
-        policy = fastskip.SkipPolicy.from_dict(SKIP_IMAGE_FFN)
-        policy.save(tmp_path / "policy.json")
-        for form in (policy, SKIP_IMAGE_FFN, tmp_path / "policy.json", str(tmp_path / "policy.json")):
-            assert fastskip.plan_of(fastskip.load_model(checkpoint, form)).policy == policy
-
-    def test_swapping_and_swapping_back(self, checkpoint: Path, expected: list[list[int]]) -> None:
-        model = fastskip.load_model(checkpoint)
-        assert fastskip.set_policy(model, SKIP_IMAGE_FFN) is model
-        assert answer(model) != expected
-        assert fastskip.apply_(model) is model
-        assert answer(model) == expected
-
-    def test_a_cache_of_another_policy_is_refused(self, checkpoint: Path) -> None:
-        model = fastskip.load_model(checkpoint)
-        ids = torch.tensor([[4, 5, 6]])
-        cache = model(input_ids=ids).past_key_values
-        fastskip.set_policy(model, SKIP_IMAGE_FFN)
-        with pytest.raises(ValueError, match="past_key_values.*another policy"):
-            model(input_ids=ids, past_key_values=cache)
-        with pytest.raises(TypeError, match="past_key_values.*DynamicCache"):
-            model(input_ids=ids, past_key_values=transformers.DynamicCache())
-
-    def test_a_bad_policy_leaves_the_old_one(self, checkpoint: Path) -> None:
-        model = fastskip.load_model(checkpoint, SKIP_IMAGE_FFN)
-        bad = {"schema_version": 1, "rules": [{"layers": [9], "tokens": "all", "skip": ["ffn"]}]}
-        with pytest.raises(fastskip.PolicyError):
-            fastskip.set_policy(model, bad)
-        assert fastskip.plan_of(model).policy == fastskip.SkipPolicy.from_dict(SKIP_IMAGE_FFN)
-
-    def test_two_models_do_not_disturb_each_other(self, expected: list[list[int]]) -> None:
-        stock: Any = tiny_llava(vocab=VOCAB)
-        dense = fastskip.apply_(copy.deepcopy(stock))
-        skipping = fastskip.apply_(copy.deepcopy(stock), SKIP_IMAGE_FFN)
-        first = answer(skipping)
-        assert answer(dense) == expected != first
-        assert answer(skipping) == first
-
-    def test_unprepared_models_stay_what_they_are(self, expected: list[list[int]]) -> None:
-        stock: Any = tiny_llava(vocab=VOCAB)
-        prepared: Any = fastskip.apply_(copy.deepcopy(stock), SKIP_IMAGE_FFN)
-        assert type(stock) is LlavaForConditionalGeneration is not type(prepared)
-        assert answer(stock) == expected
-        with pytest.raises(TypeError, match="not prepared"):
-            fastskip.plan_of(stock)
-        # One made from the prepared class itself is an ordinary model until it is prepared.
-        other = type(prepared)(stock.config).eval()
-        other.load_state_dict(stock.state_dict())
-        other.generation_config = stock.generation_config
-        assert answer(other) == expected

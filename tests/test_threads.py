@@ -83,7 +83,7 @@ def test_one_model(stock: Any, batches: tuple[Batch, Batch]) -> None:
 
 
 def test_the_second_thread_waits(stock: Any, batches: tuple[Batch, Batch]) -> None:
-    """Calls record when they start and end a step; one call's steps are never split by another's."""
+    """Calls record their steps; one call's are never split by another's."""
     model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
     steps: list[str] = []
 

@@ -1,14 +1,17 @@
 """Rows: packing and unpacking, slices for class sets, and the class of every column."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fastskip
+from fastskip.families import shape_of
 from fastskip.generation.classes import classify
-from fastskip.policy import TokenClass
+from fastskip.plan import make_plan
+from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.tokens import CODES, PAD, Rows, TokenLayout, add, add_
 from tests.models import tiny_llama, tiny_llava
 from tests.policies import Policy, policy_of, skip
@@ -144,14 +147,17 @@ APART = policy_of(skip([0], ["image"], "ffn"))
 IDS = torch.tensor([[5, 63, 62, 7], [63, 8, 9, 63]])
 
 
-def codes_of(policy: Policy = APART, text_only: bool = False, **inputs: object) -> Tensor | None:
-    model = LLAMA if text_only else LLAVA
-    shape = fastskip.families.shape_of(model.config)
-    plan = fastskip.plan.make_plan(fastskip.SkipPolicy.from_dict(policy), shape)
-    options = {"first_column": 0, "prompt_columns": None} | {
-        name: inputs.pop(name) for name in ("first_column", "prompt_columns") if name in inputs
-    }
-    return classify(plan, model.config, inputs, **options)  # type: ignore[arg-type]
+def codes_of(
+    policy: Policy = APART,
+    *,
+    text_only: bool = False,
+    first_column: int = 0,
+    prompt_columns: int | None = None,
+    **inputs: Any,
+) -> Tensor | None:
+    config = (LLAMA if text_only else LLAVA).config
+    plan = make_plan(SkipPolicy.from_dict(policy), shape_of(config))
+    return classify(plan, config, inputs, first_column=first_column, prompt_columns=prompt_columns)
 
 
 def names(codes: Tensor | None) -> list[str]:
@@ -168,7 +174,7 @@ def test_placeholders_are_images_where_features_fill_them() -> None:
 
 
 def test_columns_past_the_prompt_are_generated_whatever_their_id() -> None:
-    inputs = {"input_ids": IDS, "pixel_values": torch.ones(1)}
+    inputs: dict[str, Any] = {"input_ids": IDS, "pixel_values": torch.ones(1)}
     assert names(codes_of(**inputs, prompt_columns=2)) == ["tigg", "itgg"]
     assert names(codes_of(**inputs, prompt_columns=9)) == ["tiit", "itti"]
     assert names(codes_of(**inputs, prompt_columns=9, first_column=8)) == ["tggg", "iggg"]
@@ -177,7 +183,7 @@ def test_columns_past_the_prompt_are_generated_whatever_their_id() -> None:
 
 def test_labelled_rows_are_generated_but_images_stay_images() -> None:
     labels = torch.tensor([[-100, -100, 62, 7], [-100, -100, 9, 63]])
-    inputs = {"input_ids": IDS, "labels": labels}
+    inputs: dict[str, Any] = {"input_ids": IDS, "labels": labels}
     assert names(codes_of(**inputs, pixel_values=torch.ones(1))) == ["tiig", "itgi"]
     assert names(codes_of(**inputs)) == ["ttgg", "ttgg"]
     # Inside generate the prompt has no answer in it.
@@ -200,7 +206,11 @@ def test_embeddings_alone() -> None:
 
 def test_given_classes() -> None:
     given = torch.tensor([[2, 1, 0, 0], [1, 1, 2, 0]])
-    inputs = {"input_ids": IDS, "pixel_values": torch.ones(1), "token_classes": given}
+    inputs: dict[str, Any] = {
+        "input_ids": IDS,
+        "pixel_values": torch.ones(1),
+        "token_classes": given,
+    }
     assert names(codes_of(**inputs)) == ["gtii", "ttgi"]
     assert names(codes_of(**inputs, prompt_columns=3)) == ["gtig", "ttgg"]
     assert names(codes_of(**inputs, prompt_columns=6, first_column=3)) == ["ittg", "ittg"]
@@ -225,6 +235,6 @@ def test_wrong_classes(given: object, problem: str) -> None:
 
 
 def test_a_text_only_model_has_no_images() -> None:
-    for given in (torch.zeros(2, 4, dtype=torch.long), [["image"] * 4] * 2):
-        with pytest.raises(ValueError, match="token_classes: .*image|token_classes: .*'text': 1"):
-            codes_of(policy_of(), text_only=True, input_ids=IDS, token_classes=given)
+    for classes in (torch.zeros(2, 4, dtype=torch.long), [["image"] * 4] * 2):
+        with pytest.raises(ValueError, match="token_classes: .*'text'"):
+            codes_of(policy_of(), text_only=True, input_ids=IDS, token_classes=classes)

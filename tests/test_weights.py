@@ -1,22 +1,27 @@
-"""Merged projections: one storage, the checkpoint's parameters as views of it, never a wrong view."""
+"""Merged projections: one storage, the checkpoint's parameters as views of it, never stale ones."""
 
 import copy
-import io
 import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastskip
+from fastskip.ops.allocate import empty
 from tests.batches import random_batch
+from tests.merging import (
+    MOVES,
+    assert_equal_parameters,
+    assert_same_logits,
+    groups,
+    ids,
+    is_merged,
+    logits,
+)
 from tests.models import tiny_llama, tiny_llava
-
-GROUPS = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
 
 
 @pytest.fixture
@@ -27,49 +32,6 @@ def stock() -> Any:
 @pytest.fixture
 def model(stock: Any) -> Any:
     return fastskip.apply_(copy.deepcopy(stock))
-
-
-def ids() -> Tensor:
-    return torch.arange(10, 22).view(2, 6)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    out: Tensor = model(input_ids=ids()).logits
-    return out
-
-
-def assert_same_logits(actual: Any, expected: Any) -> None:
-    """Two models with the same weights, one of them possibly merged."""
-    torch.testing.assert_close(logits(actual), logits(expected), rtol=0, atol=2e-4)
-
-
-def groups(model: Any) -> Iterator[list[nn.Linear]]:
-    for layer in model.get_decoder().layers:
-        for part, names in GROUPS.items():
-            yield [getattr(getattr(layer, part), name) for name in names]
-
-
-def is_merged(model: Any) -> bool:
-    """Whether all weights and biases of each group lie one after the other in one storage."""
-    return all(
-        before.data_ptr() + before.nbytes == after.data_ptr()
-        and before.untyped_storage().data_ptr() == after.untyped_storage().data_ptr()
-        for modules in groups(model)
-        for name in ("weight", "bias")
-        for before, after in zip(
-            [getattr(module, name) for module in modules[:-1]],
-            [getattr(module, name) for module in modules[1:]],
-            strict=True,
-        )
-    )
-
-
-def assert_equal_parameters(actual: Any, expected: Any) -> None:
-    named = dict(expected.named_parameters())
-    assert dict(actual.named_parameters()).keys() == named.keys()
-    for name, parameter in actual.named_parameters():
-        assert torch.equal(parameter, named[name]), name
 
 
 def test_parameters_are_views_of_one_storage(stock: Any, model: Any) -> None:
@@ -92,8 +54,7 @@ def test_no_more_than_one_layer_is_held_twice(stock: Any, monkeypatch: pytest.Mo
     parameters = [p for modules in groups(stock) for m in modules for p in m.parameters()]
     total = sum(p.nbytes for p in parameters)
     layers = len(stock.model.layers)
-    held = []
-    from fastskip.decoder import weights
+    held: list[int] = []
 
     def watched(*arguments: Any) -> Tensor:
         made: Tensor = empty(*arguments)
@@ -101,35 +62,10 @@ def test_no_more_than_one_layer_is_held_twice(stock: Any, monkeypatch: pytest.Mo
         held.append(sum(live.values()) + made.nbytes)
         return made
 
-    empty = weights.empty
-    monkeypatch.setattr(weights, "empty", watched)
+    monkeypatch.setattr("fastskip.decoder.weights.empty", watched)
     fastskip.apply_(stock)
     assert len(held) == layers * 4
     assert max(held) <= total + total / layers
-
-
-MOVES: dict[str, Callable[[Any], Any]] = {
-    "to the same dtype": lambda m: m.to(torch.float32),
-    "to the same device": lambda m: m.to("cpu"),
-    "there and back": lambda m: m.to(torch.float64).to(torch.float32),
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
-    "torch.save": lambda m: torch_save_and_load(m),
-    "load_state_dict": lambda m: load(m, m.state_dict()),
-    "load_state_dict assign": lambda m: load(m, m.state_dict(), assign=True),
-}
-
-
-def torch_save_and_load(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def load(model: Any, state: dict[str, Tensor], **options: Any) -> Any:
-    model.load_state_dict(state, strict=True, **options)
-    return model
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
@@ -145,8 +81,10 @@ def test_moved_models_are_right_and_merge_again(
 
 def test_another_dtype(stock: Any, model: Any) -> None:
     model.to(torch.float64)
-    torch.testing.assert_close(logits(model), logits(stock.double()), rtol=0, atol=2e-4)
-    assert is_merged(model) and logits(model).dtype == torch.float64
+    stock.to(torch.float64)
+    assert logits(model).dtype == torch.float64
+    assert_same_logits(model, stock)
+    assert is_merged(model)
 
 
 @pytest.mark.parametrize("move", ["deepcopy", "pickle", "torch.save"])
@@ -165,15 +103,22 @@ def test_copies_are_independent(stock: Any, model: Any, move: str) -> None:
 
 SKIP_ALL_FFN = {"schema_version": 1, "rules": [{"layers": ":", "tokens": "all", "skip": ["ffn"]}]}
 
+
+def double_in_place(module: nn.Linear) -> None:
+    module.weight.detach().mul_(2)
+
+
 CHANGES: dict[str, Callable[[nn.Linear], None]] = {
     "replaced": lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach() * 2)),
     "data replaced": lambda m: setattr(m.weight, "data", m.weight.data * 2),
-    "in place": lambda m: m.weight.detach().mul_(2),
+    "in place": lambda m: double_in_place(m),
     "bias replaced": lambda m: setattr(m, "bias", nn.Parameter(m.bias.detach() + 1)),
 }
 
 
-@pytest.mark.parametrize("name", ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize(
+    "name", ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_changed_parameters_are_used(
     stock: Any, model: Any, change: Callable[[nn.Linear], None], name: str
@@ -259,88 +204,6 @@ def test_the_plans_table_notes_layers_that_run_one_by_one(model: Any) -> None:
     assert noted == plan and noted.fingerprint == plan.fingerprint
     handle.remove()
     assert fastskip.plan_of(model).table() == plan.table()
-
-
-class TestStateDict:
-    def test_tensors_have_storages_of_their_own(self, stock: Any, model: Any) -> None:
-        state, expected = model.state_dict(), stock.state_dict()
-        assert state.keys() == expected.keys()
-        for name, tensor in state.items():
-            assert torch.equal(tensor, expected[name]), name
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
-        assert len({tensor.untyped_storage().data_ptr() for tensor in state.values()}) == len(state)
-
-    @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
-    def test_after_a_move(self, model: Any, move: Callable[[Any], Any]) -> None:
-        moved = move(model)
-        logits(moved)
-        for name, tensor in moved.state_dict().items():
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
-        # However often a layer was merged, its tensors are copied once.
-        hooks = [len(m._state_dict_hooks) for modules in groups(moved) for m in modules]
-        assert set(hooks) == {1}
-
-    def test_parameters_leave_as_they_are(self, model: Any) -> None:
-        state, named = model.state_dict(keep_vars=True), dict(model.named_parameters())
-        assert all(state[name] is parameter for name, parameter in named.items())
-        assert is_merged(model)
-
-    def test_accelerate_saves_every_key(self, stock: Any, model: Any, tmp_path: Path) -> None:
-        accelerate = pytest.importorskip("accelerate")
-        accelerate.Accelerator().save_model(model, str(tmp_path))
-        accelerate.utils.save(model.state_dict(), tmp_path / "state", safe_serialization=True)
-        expected = stock.state_dict()
-        for file in (tmp_path / "model.safetensors", tmp_path / "state"):
-            saved = load_file(file)
-            assert saved.keys() == expected.keys()
-            assert all(torch.equal(saved[name], expected[name]) for name in saved)
-
-
-class TestLora:
-    """peft's adapters on a prepared model, against the same adapters on the untouched one."""
-
-    @pytest.fixture
-    def adapted(self, stock: Any, model: Any) -> tuple[Any, Any]:
-        peft = pytest.importorskip("peft")
-        targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-        pair = []
-        for base in (model, stock):
-            config = peft.LoraConfig(r=2, target_modules=targets, layers_to_transform=[1, 2])
-            wrapped = peft.get_peft_model(base, config).eval()
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for name, parameter in wrapped.named_parameters():
-                    if "lora_" in name:
-                        parameter.normal_(0, 0.2, generator=generator)
-            pair.append(wrapped)
-        return pair[0], pair[1]
-
-    def test_adapters_are_used(self, adapted: tuple[Any, Any]) -> None:
-        ours, theirs = adapted
-        assert_same_logits(ours, theirs)
-        with ours.disable_adapter():
-            plain = logits(ours)
-        assert (plain - logits(ours)).abs().max() > 1e-2
-        options = {"max_new_tokens": 6, "do_sample": False}
-        expected = theirs.generate(input_ids=ids(), **options)
-        assert torch.equal(ours.generate(input_ids=ids(), **options), expected)
-
-    def test_merging_them_in(self, adapted: tuple[Any, Any]) -> None:
-        ours, theirs = (wrapped.merge_and_unload() for wrapped in adapted)
-        assert_same_logits(ours, theirs)
-        assert is_merged(ours)
-
-    def test_they_are_trained(self, adapted: tuple[Any, Any]) -> None:
-        gradients = []
-        for wrapped in adapted:
-            wrapped(input_ids=ids(), labels=ids()).loss.backward()
-            gradients.append(
-                {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
-            )
-        ours, theirs = gradients
-        assert ours.keys() == theirs.keys() and len(ours) == 2 * 5 * 2
-        for name, gradient in ours.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 def test_tied_embeddings_stay_tied() -> None:

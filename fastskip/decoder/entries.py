@@ -161,7 +161,8 @@ class GradientEntries:
             mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
             mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
             past = self._cache.tables[holding].counts[sequence]
-            old_keys, old_values = [], []  # a cache that is not kept has no buffers
+            old_keys: list[Tensor] = []
+            old_values: list[Tensor] = []  # a cache that is not kept has no buffers
             if past:
                 here = slice(sequence, sequence + 1)
                 old_keys, old_values = self._stored.read(layer, here, past)

@@ -37,7 +37,8 @@ def prepare(model: Any, runtime: Runtime) -> None:
 
 
 def _adopt(module: Any, mixin: type, runtime: Runtime) -> None:
-    module.__class__ = prepared_class(type(module), mixin)
+    base: Any = type(module)
+    module.__class__ = prepared_class(base, mixin)
     module._fastskip = runtime
 
 
@@ -101,7 +102,7 @@ class PreparedDecoder(_Prepared):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
         if inputs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError(
-                "output_attentions: attention weights are not kept; use the plain Hugging Face model"
+                "output_attentions: attention weights are not kept; use the plain model"
             )
         h = self.embed_tokens(ids) if embeddings is None else embeddings
         with self._runtime.lock:
@@ -305,8 +306,9 @@ class PreparedModel(_Prepared):
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's, plus ``fastskip_policy.json``.
 
-        ``export_per_layer_config=True`` also writes the policy as transformers' ``per_layer_config``
-        (skips of all tokens only). Stock transformers loads that and runs dense, silently.
+        ``export_per_layer_config=True`` also writes the policy as transformers'
+        ``per_layer_config`` (skips of all tokens only). Stock transformers loads that and runs
+        dense, silently.
         """
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:

@@ -79,7 +79,7 @@ def test_a_prepared_model_and_an_empty_answer_are_refused() -> None:
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, layer: int, token_class: TokenClass) -> None:
     """The FFN of one layer also feeds a class that should skip it, or does not feed one."""
-    prepare = check.apply_
+    prepare = fastskip.apply_
 
     def wrong(model: Any, policy: Any) -> Any:
         model = prepare(model, policy)
@@ -118,7 +118,7 @@ def test_generated_rows_that_should_not_skip(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_wrong_tokens_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = check.apply_
+    prepare = fastskip.apply_
 
     def wrong(model: Any, policy: Any) -> Any:
         model = prepare(model, policy)

@@ -1,0 +1,163 @@
+"""The demo's measurements: answers, times and accuracy of every candidate."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+from fastskip.demo.evaluation import Item, answers, held_out, prompt
+from fastskip.demo.policies import Candidate
+from fastskip.demo.results import Example, Quality, Score, Workload
+from fastskip.demo.scenes import QuestionKind, Split, draw, questions, scenes
+from fastskip.demo.scenes.questions import CAPTION_PROMPT
+from fastskip.demo.timing import Runs, race, time_once
+from fastskip.loading import load_model, plan_of, set_policy
+from fastskip.plan import SkipPlan
+
+QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)
+SEED = 7
+NEW_TOKENS = 20
+"""As long as a caption of five figures."""
+MOST_ROUNDS = 15
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured: so many chunks of items and rounds at most, within so many seconds."""
+
+    examples: int = 6
+    chunks: int = 10
+    quality_s: float = 42.0
+    speed_s: float = 22.0
+
+
+QUICK = Effort(examples=3, chunks=4, quality_s=14.0, speed_s=8.0)
+CHUNK_QUESTIONS, CHUNK_CAPTIONS = 36, 12
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The checkpoint twice, under Hugging Face's decoder and under ours, and its processor."""
+
+    hf: Any
+    ours: Any
+    processor: LlavaProcessor
+
+    @classmethod
+    def load(cls, folder: Any, dtype: torch.dtype = torch.float32) -> "Bench":
+        hf = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        ours = load_model(folder, "dense", dtype=dtype)
+        return cls(hf, ours, AutoProcessor.from_pretrained(folder))
+
+    @property
+    def depth(self) -> int:
+        depth: int = self.hf.config.text_config.num_hidden_layers
+        return depth
+
+    def model(self, candidate: Candidate) -> Any:
+        """The model that the candidate runs."""
+        return self.hf if candidate.policy is None else set_policy(self.ours, candidate.policy)
+
+    def plans(self, candidates: Sequence[Candidate]) -> dict[str, SkipPlan]:
+        """By label; Hugging Face's is the dense one."""
+        return {
+            each.label: plan_of(set_policy(self.ours, each.policy or "dense"))
+            for each in candidates
+        }
+
+    @contextmanager
+    def endless(self) -> Iterator[None]:
+        """Inside the block no token ends an answer: all candidates make the same number."""
+        configs = [model.generation_config for model in (self.hf, self.ours)]
+        ends = [config.eos_token_id for config in configs]
+        try:
+            for config in configs:
+                config.eos_token_id = None
+            yield
+        finally:
+            for config, end in zip(configs, ends, strict=True):
+                config.eos_token_id = end
+
+
+def examples(bench: Bench, candidates: Sequence[Candidate], count: int) -> tuple[Example, ...]:
+    """Questions of different kinds about pictures of their own, answered by each candidate."""
+    kinds = [*QuestionKind][::-1]  # the long answers first
+    items = []
+    for number, scene in enumerate(scenes(Split.TEST, count, SEED)):
+        allowed = questions(scene, SEED, kinds[number % len(kinds) :] + kinds)
+        items.append((scene, allowed[0]))
+    given = {each.label: answers(bench.model(each), bench.processor, items) for each in candidates}
+    return tuple(
+        Example(scene, question, {label: told[number] for label, told in given.items()})
+        for number, (scene, question) in enumerate(items)
+    )
+
+
+def speeds(
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    threads: Sequence[int],
+    budget_s: float,
+    on_round: Tick,
+) -> tuple[Workload, Runs]:
+    """Times of one caption, batch 1, and what rows that prompt has."""
+    scene = scenes(Split.TEST, 1, SEED)[0]
+    text = prompt(bench.processor, CAPTION_PROMPT)
+    inputs = bench.processor(images=[draw(scene)], text=[text], return_tensors="pt")
+    is_image = inputs["input_ids"][0] == bench.hf.config.image_token_id
+    n_image = int(is_image.sum())
+    load = Workload(n_image, len(is_image) - n_image, int(is_image.int().argmax()), NEW_TOKENS)
+    by_label = {each.label: each for each in candidates}
+    with bench.endless():
+        runs = race(
+            list(by_label),
+            lambda label: time_once(bench.model(by_label[label]), inputs, NEW_TOKENS),
+            threads=threads,
+            rounds=MOST_ROUNDS,
+            budget_s=budget_s,
+            on_round=on_round,
+        )
+    return load, runs
+
+
+def qualities(
+    bench: Bench, candidates: Sequence[Candidate], chunks: int, budget_s: float, on_chunk: Tick
+) -> dict[str, tuple[Quality, list[str]]]:
+    """How each candidate does, and its answers; as many chunks of items as the time allows.
+
+    All candidates answer a chunk before the next one begins, so they answer the same items.
+    """
+    asked = held_out(chunks * CHUNK_QUESTIONS, SEED, QUESTIONS)
+    described = held_out(chunks * CHUNK_CAPTIONS, SEED + 1, (QuestionKind.CAPTION,))
+    found: dict[str, tuple[Quality, list[str]]] = {
+        each.label: (Quality(), []) for each in candidates
+    }
+    began = time.perf_counter()
+    for number in range(chunks):
+        spent = time.perf_counter() - began
+        if number and spent * (number + 1) / number > budget_s:
+            break
+        items = [
+            *asked[number * CHUNK_QUESTIONS :][:CHUNK_QUESTIONS],
+            *described[number * CHUNK_CAPTIONS :][:CHUNK_CAPTIONS],
+        ]
+        for candidate in candidates:
+            told = answers(bench.model(candidate), bench.processor, items, CHUNK_CAPTIONS)
+            before, all_told = found[candidate.label]
+            found[candidate.label] = before + _judge(items, told), all_told + told
+        on_chunk()
+    return found
+
+
+def _judge(items: Sequence[Item], told: Sequence[str]) -> Quality:
+    quality = Quality()
+    for (_, question), answer in zip(items, told, strict=True):
+        score = Score(int(answer == question.answer), 1)
+        is_caption = question.kind is QuestionKind.CAPTION
+        quality += Quality(captions=score) if is_caption else Quality(questions=score)
+    return quality

@@ -1,0 +1,116 @@
+"""`fastskip demo`: pictures with questions and answers, then accuracy and speed of policies."""
+
+import json as json_format
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastskip import machine
+from fastskip.demo import checkpoint_path, terminal
+from fastskip.demo.measure import (
+    MOST_ROUNDS,
+    QUICK,
+    Bench,
+    Effort,
+    Tick,
+    examples,
+    qualities,
+    speeds,
+)
+from fastskip.demo.policies import DENSE, HF, candidates
+from fastskip.demo.results import Report, Row, Score, environment, speed
+from fastskip.demo.timing import PHASES, best, threads_set
+
+DTYPE = torch.float32
+
+
+def run(plots: Path | None = None, quick: bool = False, json: Path | None = None) -> Report:
+    """Show it all, and write the plots into a folder and the numbers into a file if wanted."""
+    if plots is not None:
+        from fastskip.demo.plots import require
+
+        require()
+        plots.mkdir(parents=True, exist_ok=True)
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    report = _measure(console, QUICK if quick else Effort(), quick)
+    console.print(terminal.summary(report))
+    console.print(terminal.closeness(report))
+    console.print(terminal.notes(report))
+    if json is not None:
+        text = json_format.dumps(report.to_dict(), indent=1)
+        json.write_text(text + "\n", encoding="utf-8")
+        console.print(f"wrote {json}", soft_wrap=True)
+    if plots is not None:
+        from fastskip.demo.plots import write
+
+        for path in write(report, plots):
+            console.print(f"wrote {path}", soft_wrap=True)
+    return report
+
+
+def _measure(console: Console, effort: Effort, quick: bool) -> Report:
+    folder = checkpoint_path()
+    bench = Bench.load(folder, DTYPE)
+    chosen = candidates(bench.depth, quick)
+    plans = bench.plans(chosen)
+    size = sum(parameter.numel() for parameter in bench.ours.parameters())
+    model = {
+        "name": "bundled checkpoint",
+        "class": type(bench.ours).__name__,
+        "layers": bench.depth,
+        "parameters": size,
+    }
+    console.print(
+        f"[bold]fastskip demo[/]: a LLaVA of {bench.depth} decoder layers, {size / 1e6:.1f} M "
+        "weights, on pictures that it was not trained on\n",
+        soft_wrap=True,
+    )
+    answered = examples(bench, [each for each in chosen if each.is_shown], effort.examples)
+    console.print(terminal.gallery(answered, console.width, console.color_system is not None))
+
+    counts = tuple(sorted({1, torch.get_num_threads()}))
+    ceilings = {}
+    with _bar("ceilings of this machine", len(counts)) as tick:
+        for count in counts:
+            with threads_set(count):
+                ceilings[count] = machine.measure_ceilings(DTYPE)
+            tick()
+    with _bar("speed", MOST_ROUNDS) as tick:
+        workload, runs = speeds(bench, chosen, counts, effort.speed_s, tick)
+    # the more threads need not be the faster ones, on a machine that has other work to do
+    with (
+        threads_set(best(runs, DENSE.label, "prefill").threads),
+        _bar("accuracy", effort.chunks) as tick,
+    ):
+        judged = qualities(bench, chosen, effort.chunks, effort.quality_s, tick)
+
+    hf, dense = (judged[each.label][1] for each in (HF, DENSE))
+    same = sum(a == b for a, b in zip(hf, dense, strict=True))
+    rows = []
+    for each in chosen:
+        prefill, decode = (speed(each, phase, runs, plans, workload, ceilings) for phase in PHASES)
+        rows.append(Row(each, plans[each.label], judged[each.label][0], prefill, decode))
+    return Report(
+        model=model,
+        environment=environment(DTYPE),
+        workload=workload,
+        ceilings=ceilings,
+        agreement=Score(same, len(hf)),
+        examples=answered,
+        rows=tuple(rows),
+    )
+
+
+@contextmanager
+def _bar(title: str, total: int) -> Iterator[Tick]:
+    """A progress bar beside the output, which may go into a pipe; call what it gives to move it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)

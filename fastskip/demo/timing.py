@@ -1,0 +1,155 @@
+"""How long a prefill and a decode step take: all contenders in turn, medians over rounds."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteriaList
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+WARM_TOKENS = 2
+LEAST_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of one `generate` call.
+
+    `prefill`: from where the decoder is entered with the prompt's embeddings to the first token;
+    the vision tower is not in it. `decode`: the median step to a further token. `ttft`: from the
+    call to the first token, vision tower and all.
+    """
+
+    prefill: float
+    decode: float
+    ttft: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One phase of one contender: the better number of threads, its runs and their median."""
+
+    threads: int
+    samples: tuple[float, ...]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.samples)
+
+
+Runs = Mapping[tuple[str, int], Sequence[Times]]
+"""By name and number of threads."""
+
+
+def race(
+    names: Sequence[str],
+    run: Callable[[str], Times],
+    *,
+    threads: Sequence[int],
+    rounds: int,
+    budget_s: float,
+    on_round: Callable[[], None],
+) -> Runs:
+    """Let all contenders run in turn, in up to `rounds` rounds or until `budget_s` is used.
+
+    Every round starts elsewhere, so that what disturbs the machine hits all of them alike.
+    """
+    contenders = [(name, count) for name in names for count in threads]
+    runs: dict[tuple[str, int], list[Times]] = {each: [] for each in contenders}
+    began = time.perf_counter()
+    for number in range(rounds):
+        spent = time.perf_counter() - began
+        if number >= LEAST_ROUNDS and spent * (number + 1) / number > budget_s:
+            break
+        first = number * len(contenders) // rounds
+        for name, count in (*contenders[first:], *contenders[:first]):
+            with threads_set(count):
+                runs[name, count].append(run(name))
+        on_round()
+    return runs
+
+
+def best(runs: Runs, name: str, phase: Phase) -> Timing:
+    """The better number of threads."""
+    timings = [
+        Timing(threads, tuple(getattr(times, phase) for times in made))
+        for (other, threads), made in runs.items()
+        if other == name
+    ]
+    return min(timings, key=lambda timing: timing.seconds)
+
+
+@torch.inference_mode()
+def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Times:
+    """One greedy call of `generate`; the model must know no token that ends an answer."""
+
+    def generate(count: int) -> _Clock:
+        clock = _Clock()
+        hook = model.get_decoder().register_forward_pre_hook(clock.enter)
+        stopping = StoppingCriteriaList([clock])
+        try:
+            model.generate(
+                **inputs, do_sample=False, max_new_tokens=count, stopping_criteria=stopping
+            )
+        finally:
+            hook.remove()
+        return clock
+
+    # what is computed on first use is not timed: a policy is set once and used often
+    generate(WARM_TOKENS)
+    with _no_collection():
+        began = time.perf_counter()
+        clock = generate(new_tokens)
+    if len(clock.tokens) != new_tokens:
+        raise RuntimeError(f"{len(clock.tokens)} tokens were made, {new_tokens} wanted")
+    first = clock.tokens[0]
+    steps = [b - a for a, b in zip(clock.tokens, clock.tokens[1:], strict=False)]
+    return Times(first - clock.entered, statistics.median(steps), first - began)
+
+
+class _Clock:
+    """Time stamps from inside `generate`: a hook of the decoder, and a stopping criterion.
+
+    The criterion never stops it; Hugging Face's loop and ours ask it after every token.
+    """
+
+    def __init__(self) -> None:
+        self.entered = 0.0
+        self.tokens: list[float] = []
+
+    def enter(self, *_: Any) -> None:
+        if not self.tokens:
+            self.entered = time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.tokens.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """So many threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
