@@ -1,6 +1,7 @@
 """Named sets of rules: the published ways of skipping, as functions of a few options.
 
-`SkipPolicy.preset` makes policies of them. Every preset that takes a range leaves the last layer dense by default (`end=-1`).
+`SkipPolicy.preset` makes policies of them. Every preset that takes a range leaves the last layer
+dense by default (`end=-1`).
 """
 
 from __future__ import annotations

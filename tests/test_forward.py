@@ -259,3 +259,17 @@ def test_bad_inputs_raise(trio: Trio, batch: Batch) -> None:
     ):
         with pytest.raises(ValueError, match=field if value is not True else "attentions"):
             model(**inputs | {field: value})
+
+
+def test_given_classes_of_a_prompt(trio: Trio, batch: Batch) -> None:
+    """In `generate` they describe the prompt; what comes after it is GENERATED all the same."""
+    classes = torch.randint(0, 3, batch.input_ids.shape)
+    with MaskedOracle(trio.plain, CLASSES_DIFFER) as oracle:
+        tokens = oracle.greedy(**batch.inputs(), token_classes=classes, max_new_tokens=4).tokens
+    model = trio.under(CLASSES_DIFFER)
+    options = {"max_new_tokens": 4, "do_sample": False, "token_classes": classes}
+    for use_cache in (True, False):
+        out = model.generate(**batch.inputs(), **options, use_cache=use_cache)
+        assert torch.equal(out[:, batch.columns :], tokens)
+    out = model.generate(**embeddings(trio, batch), **options)
+    assert torch.equal(out, tokens)

@@ -67,7 +67,8 @@ FLOORS = {
     "demo": Floor(
         ("demo",),
         (*PURE, "loading", "public", "machine"),
-        ("PIL", "numpy", "safetensors", "tokenizers", "torch", "tqdm", "transformers"),
+        ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
+        + ("transformers",),
     ),
     "commands": Floor(
         ("cli", "commands"),
@@ -185,7 +186,7 @@ def test_no_import_crosses_a_wall() -> None:
 def test_outside_packages() -> None:
     wrong = []
     for found in imports():
-        if is_inside(found.names) or found.names.partition(".")[0] in sys.stdlib_module_names:
+        if is_inside(found.names) or _root(found) in sys.stdlib_module_names:
             continue
         allowed = FLOORS[floor_of(found.where)].outside
         if not any(found.names == name or found.names.startswith(name + ".") for name in allowed):
@@ -193,8 +194,15 @@ def test_outside_packages() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_yaml_is_imported_when_a_yaml_file_is_read() -> None:
-    assert not [str(found) for found in imports() if found.names == "yaml" and found.on_import]
+@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton"])
+def test_imported_only_when_needed(package: str) -> None:
+    """A file format, an optional extra, a GPU: not everyone has them or wants to wait for them."""
+    wrong = [str(found) for found in imports() if found.on_import and _root(found) == package]
+    assert not [found for found in wrong if "fastskip/kernels" not in found]
+
+
+def _root(found: Import) -> str:
+    return found.names.partition(".")[0]
 
 
 def test_no_cycles() -> None:

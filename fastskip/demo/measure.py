@@ -20,24 +20,28 @@ from fastskip.plan import SkipPlan
 
 QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)
 SEED = 7
-NEW_TOKENS = 20
-"""As long as a caption of five figures."""
-MOST_ROUNDS = 15
 Tick = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured: so many chunks of items and rounds at most, within so many seconds."""
+    """How much is measured: so many rounds and chunks at most, as far as the seconds reach.
+
+    Each chunk has `questions` questions and `captions` captions. `new_tokens` are timed a run: the
+    length of a caption of five figures.
+    """
 
     examples: int = 6
+    rounds: int = 15
+    new_tokens: int = 20
     chunks: int = 10
-    quality_s: float = 42.0
+    questions: int = 36
+    captions: int = 12
     speed_s: float = 22.0
+    quality_s: float = 42.0
 
 
-QUICK = Effort(examples=3, chunks=4, quality_s=14.0, speed_s=8.0)
-CHUNK_QUESTIONS, CHUNK_CAPTIONS = 36, 12
+QUICK = Effort(examples=3, rounds=9, chunks=4, speed_s=8.0, quality_s=14.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,7 @@ def speeds(
     bench: Bench,
     candidates: Sequence[Candidate],
     threads: Sequence[int],
-    budget_s: float,
+    effort: Effort,
     on_round: Tick,
 ) -> tuple[Workload, Runs]:
     """Times of one caption, batch 1, and what rows that prompt has."""
@@ -111,43 +115,45 @@ def speeds(
     inputs = bench.processor(images=[draw(scene)], text=[text], return_tensors="pt")
     is_image = inputs["input_ids"][0] == bench.hf.config.image_token_id
     n_image = int(is_image.sum())
-    load = Workload(n_image, len(is_image) - n_image, int(is_image.int().argmax()), NEW_TOKENS)
+    load = Workload(
+        n_image, len(is_image) - n_image, int(is_image.int().argmax()), effort.new_tokens
+    )
     by_label = {each.label: each for each in candidates}
     with bench.endless():
         runs = race(
             list(by_label),
-            lambda label: time_once(bench.model(by_label[label]), inputs, NEW_TOKENS),
+            lambda label: time_once(bench.model(by_label[label]), inputs, effort.new_tokens),
             threads=threads,
-            rounds=MOST_ROUNDS,
-            budget_s=budget_s,
+            rounds=effort.rounds,
+            budget_s=effort.speed_s,
             on_round=on_round,
         )
     return load, runs
 
 
 def qualities(
-    bench: Bench, candidates: Sequence[Candidate], chunks: int, budget_s: float, on_chunk: Tick
+    bench: Bench, candidates: Sequence[Candidate], effort: Effort, on_chunk: Tick
 ) -> dict[str, tuple[Quality, list[str]]]:
     """How each candidate does, and its answers; as many chunks of items as the time allows.
 
     All candidates answer a chunk before the next one begins, so they answer the same items.
     """
-    asked = held_out(chunks * CHUNK_QUESTIONS, SEED, QUESTIONS)
-    described = held_out(chunks * CHUNK_CAPTIONS, SEED + 1, (QuestionKind.CAPTION,))
+    asked = held_out(effort.chunks * effort.questions, SEED, QUESTIONS)
+    described = held_out(effort.chunks * effort.captions, SEED + 1, (QuestionKind.CAPTION,))
     found: dict[str, tuple[Quality, list[str]]] = {
         each.label: (Quality(), []) for each in candidates
     }
     began = time.perf_counter()
-    for number in range(chunks):
+    for number in range(effort.chunks):
         spent = time.perf_counter() - began
-        if number and spent * (number + 1) / number > budget_s:
+        if number and spent * (number + 1) / number > effort.quality_s:
             break
         items = [
-            *asked[number * CHUNK_QUESTIONS :][:CHUNK_QUESTIONS],
-            *described[number * CHUNK_CAPTIONS :][:CHUNK_CAPTIONS],
+            *asked[number * effort.questions :][: effort.questions],
+            *described[number * effort.captions :][: effort.captions],
         ]
         for candidate in candidates:
-            told = answers(bench.model(candidate), bench.processor, items, CHUNK_CAPTIONS)
+            told = answers(bench.model(candidate), bench.processor, items, effort.captions)
             before, all_told = found[candidate.label]
             found[candidate.label] = before + _judge(items, told), all_told + told
         on_chunk()

@@ -1,5 +1,6 @@
 """The demo's plots: what each policy leaves out, accuracy against speed, pictures with answers."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -30,12 +31,11 @@ class PlotsError(ImportError):
 def require() -> None:
     """Raise `PlotsError` without matplotlib: better before the measurements than after."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise PlotsError(
             "--plots: matplotlib is missing; install it with: pip install 'fastskip[plots]'"
         ) from error
-    matplotlib.use("Agg")
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -81,7 +81,14 @@ def policies(rows: Sequence[Row]) -> Any:
             _mark(axis, layer, len(plan.classes))
     for axis in axes[-1]:
         axis.set_xlabel("layer", fontsize=9)
-    handles = [Patch(facecolor=c, edgecolor="#888888", label=name) for name, c in CELLS]
+    used = {
+        _code(cell) for row in rows for layer in row.plan.layers for cell in layer.cells.values()
+    }
+    handles = [
+        Patch(facecolor=colour, edgecolor="#888888", label=name)
+        for code, (name, colour) in enumerate(CELLS)
+        if code in used
+    ]
     if any(row.candidate.is_arrangement for row in rows):
         handles.append(Patch(facecolor="none", edgecolor="none", label="∥: both from one input"))
         handles.append(
@@ -124,80 +131,126 @@ def accuracy_against_speed(report: Report) -> Any:
     load = report.workload
     asked = report.rows[0].quality.questions.asked
     figure.suptitle(
-        f"{asked} held-out questions; batch 1, {load.n_image} image and {load.n_text} text rows, "
-        f"{load.n_new} new tokens",
+        f"{asked} held-out questions (bars: 95 % intervals); batch 1, {load.n_image} image and "
+        f"{load.n_text} text rows, {load.n_new} new tokens",
         fontsize=11,
     )
     figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975), h_pad=0.12)
+    figure.draw_without_rendering()  # settles where points are, which labels must know
+    for axis, phase in zip(axes.flat, PHASES, strict=True):
+        _label(axis, report.rows, phase)
     return figure
 
 
 def _scatter(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
-    """Names stand in a column at the right, each led to its point: points may lie together."""
-    found = []
-    for row in rows:
-        score = row.quality.questions
-        found.append((getattr(row, phase).vs_hf, 100 * score.share, score.interval, row))
-    fastest = max(x for x, *_ in found)
-    slowest = min(x for x, *_ in found)
-    low = min(100 * interval[0] for *_, interval, _ in found)
-    bottom, top = max(0.0, low - 3), 101.5
-    span = fastest - slowest or 1.0
-    names_at = fastest + 0.12 * span
-    heights = np.linspace(top - 2, bottom + 2, len(found))
-    colours = _colours(len(rows))
-    by_height = sorted(found, key=lambda point: (-point[1], -point[0]))
-    for height, (x, y, interval, row) in zip(heights, by_height, strict=True):
-        colour = colours[list(rows).index(row)]
-        error = [[y - 100 * interval[0]], [100 * interval[1] - y]]
-        axis.errorbar(x, y, error, fmt="o", color=colour, markersize=8, elinewidth=1, alpha=0.9)
-        axis.plot([x, names_at], [y, height], color=colour, lw=0.6, alpha=0.6)
-        label = f"{row.candidate.label}  {x:.2f}x, {y:.0f} %"
-        axis.text(names_at + 0.01 * span, height, label, color=colour, va="center", fontsize=9)
-    axis.set_xlim(slowest - 0.08 * span, fastest + 0.75 * span)
-    axis.set_ylim(bottom, top)
-    axis.set_xticks([tick for tick in axis.get_xticks() if slowest - 0.1 <= tick <= names_at])
+    for row, colour in zip(rows, _colours(len(rows)), strict=True):
+        x, y = _point(row, phase)
+        low, high = row.quality.questions.interval
+        axis.errorbar(x, y, [[y - 100 * low], [100 * high - y]], color=colour, lw=1, alpha=0.4)
+        axis.plot(x, y, "o", color=colour, markersize=8)
+    lowest = min(100 * row.quality.questions.interval[0] for row in rows)
+    places = [_point(row, phase)[0] for row in rows]
+    margin = 0.15 * (max(places) - min(places)) or 0.1
+    axis.set_xlim(min(places) - margin, max(places) + margin)
+    axis.set_ylim(lowest - 4, 100 + 0.35 * (104 - lowest))  # room for labels over the best
+    axis.set_yticks([tick for tick in axis.get_yticks() if lowest - 4 <= tick <= 100])
     axis.axvline(1.0, color="#999999", lw=0.8, ls=":")
-    axis.set_xlabel("times as fast as Hugging Face", loc="left")
+    axis.axhline(100, color="#dddddd", lw=0.8, zorder=0)
+    axis.set_xlabel("times as fast as Hugging Face")
     axis.set_ylabel("right answers, %")
     axis.set_title(phase, loc="left", fontsize=12, fontweight="bold")
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _label(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
+    """Each name at the nearest place around its point where it covers nothing else."""
+    from matplotlib.transforms import Bbox
+
+    points = [axis.transData.transform(_point(row, phase)) for row in rows]
+    taken = [Bbox.from_bounds(x - 12, y - 12, 24, 24) for x, y in points]
+    inside = axis.get_window_extent()
+    for row, colour in zip(rows, _colours(len(rows)), strict=True):
+        text = axis.annotate(
+            row.candidate.label,
+            _point(row, phase),
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7},
+        )
+        text.set_in_layout(False)
+        for offset in OFFSETS:
+            text.set_position(offset)
+            box = text.get_window_extent().padded(2)
+            if not any(box.overlaps(other) for other in taken) and _contains(inside, box):
+                break
+        taken.append(box)
+
+
+OFFSETS = sorted(
+    ((x, y) for x in range(-240, 241, 20) for y in range(-120, 121, 12) if abs(y) >= 12),
+    key=lambda offset: math.hypot(offset[0], 2.5 * offset[1]),
+)
+"""Where a name may stand beside its point, the nearest first."""
+
+
+def _contains(outer: Any, inner: Any) -> bool:
+    return bool(
+        outer.x0 <= inner.x0
+        and inner.x1 <= outer.x1
+        and outer.y0 <= inner.y0 <= inner.y1 <= outer.y1
+    )
+
+
+def _point(row: Row, phase: Phase) -> tuple[float, float]:
+    speed = row.prefill if phase == "prefill" else row.decode
+    return speed.vs_hf, 100 * row.quality.questions.share
+
+
 def _colours(count: int) -> list[Any]:
+    """Black for Hugging Face, then dark ones that can be told apart."""
     from matplotlib import colormaps
 
-    dark = [colour for n, colour in enumerate(colormaps["tab20"].colors) if n % 2 == 0]
-    return ["#000000", *(dark[n % len(dark)] for n in range(count - 1))]
+    dark = [colormaps["tab20"](2 * number) for number in range(10)]
+    return ["#000000", *(dark[number % len(dark)] for number in range(count - 1))]
 
 
 def pictures(examples: Sequence[Example]) -> Any:
     """Pictures over their questions and the answers."""
     columns = min(3, len(examples))
     lines = -(-len(examples) // columns)
-    figure, axes = _subplots(lines, columns, (11, 0.3 + 5.1 * lines))
+    figure, axes = _subplots(
+        2 * lines, columns, (11, 0.4 + 5.9 * lines), height_ratios=[3.4, 2.5] * lines
+    )
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, example in zip(axes.flat, examples, strict=False):
-        axis.imshow(draw(example.scene), interpolation="nearest")
-        axis.set_title(fill(example.question.text, 38), fontsize=11, fontweight="bold")
+    for number, example in enumerate(examples):
+        line, column = divmod(number, columns)
+        above, below = axes[2 * line, column], axes[2 * line + 1, column]
+        above.imshow(draw(example.scene), interpolation="nearest")
+        above.set_title(fill(example.question.text, 38), fontsize=11, fontweight="bold")
         truth = example.question.answer
         texts = [(f"truth: {truth}", "#1f4e79")]
         for label, answer in example.answers.items():
-            mark, colour = ("✓", "#2a7f2a") if answer == truth else ("✗", "#c62828")
-            texts.append((f"{mark} {label}: {answer or '(nothing)'}", colour))
-        height = -0.03
+            if answer == truth:
+                texts.append((f"✓ {label}", "#2a7f2a"))
+            else:
+                texts.append((f"✗ {label}: {answer or '(nothing)'}", "#c62828"))
+        height = 1.0
         for text, colour in texts:
-            wrapped = fill(text, 46, subsequent_indent="    ")
-            axis.text(
-                0, height, wrapped, transform=axis.transAxes, color=colour, fontsize=9, va="top"
-            )
-            height -= 0.065 * (1 + wrapped.count("\n"))
+            wrapped = fill(text, 44, subsequent_indent="    ")
+            below.text(0, height, wrapped, color=colour, fontsize=9, va="top")
+            height -= 0.085 * (1.3 + wrapped.count("\n"))
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     return figure
 
 
-def _subplots(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib import pyplot
+def _subplots(lines: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
+    """Figure and axes, apart from pyplot: nothing is kept that would have to be closed."""
+    from matplotlib.figure import Figure
 
-    return pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False, **options)

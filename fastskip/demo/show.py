@@ -1,6 +1,7 @@
 """`fastskip demo`: pictures with questions and answers, then accuracy and speed of policies."""
 
 import json as json_format
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from fastskip import machine
 from fastskip.demo import checkpoint_path, terminal
 from fastskip.demo.measure import (
-    MOST_ROUNDS,
     QUICK,
     Bench,
     Effort,
@@ -38,10 +38,16 @@ def run(plots: Path | None = None, quick: bool = False, json: Path | None = None
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
+    busy = _load()
     report = _measure(console, QUICK if quick else Effort(), quick)
     console.print(terminal.summary(report))
     console.print(terminal.closeness(report))
     console.print(terminal.notes(report))
+    if busy > 0.3 * (os.cpu_count() or 1):
+        console.print(
+            f"This machine was busy before (load {busy:.1f}): the times are noisy, run it again.",
+            style="yellow",
+        )
     if json is not None:
         text = json_format.dumps(report.to_dict(), indent=1)
         json.write_text(text + "\n", encoding="utf-8")
@@ -81,14 +87,14 @@ def _measure(console: Console, effort: Effort, quick: bool) -> Report:
             with threads_set(count):
                 ceilings[count] = machine.measure_ceilings(DTYPE)
             tick()
-    with _bar("speed", MOST_ROUNDS) as tick:
-        workload, runs = speeds(bench, chosen, counts, effort.speed_s, tick)
+    with _bar("speed", effort.rounds) as tick:
+        workload, runs = speeds(bench, chosen, counts, effort, tick)
     # the more threads need not be the faster ones, on a machine that has other work to do
     with (
         threads_set(best(runs, DENSE.label, "prefill").threads),
         _bar("accuracy", effort.chunks) as tick,
     ):
-        judged = qualities(bench, chosen, effort.chunks, effort.quality_s, tick)
+        judged = qualities(bench, chosen, effort, tick)
 
     hf, dense = (judged[each.label][1] for each in (HF, DENSE))
     same = sum(a == b for a, b in zip(hf, dense, strict=True))
@@ -105,6 +111,11 @@ def _measure(console: Console, effort: Effort, quick: bool) -> Report:
         examples=answered,
         rows=tuple(rows),
     )
+
+
+def _load() -> float:
+    """Processes that wanted a core in the last minute, on average; 0 where that is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from fastskip.demo.scenes import GRID, Scene, draw
 
 SIDE = 24
 """Columns of a picture; a character is two pixels high."""
+GAP = 3
 MARKS = {"circle": "●", "square": "■", "triangle": "▲", "cross": "✚"}
 
 
@@ -41,8 +42,8 @@ def sketch(scene: Scene) -> Text:
 
 def gallery(examples: Sequence[Example], width: int, coloured: bool) -> Table:
     """Pictures side by side, as many as fit, each over its question and the answers."""
-    columns = max(1, min(len(examples), width // (SIDE + 3)))
-    grid = Table.grid(*["" for _ in range(columns)], padding=(0, 3, 1, 0))
+    columns = max(1, min(len(examples), (width + GAP) // (SIDE + GAP)))
+    grid = Table.grid(*["" for _ in range(columns)], padding=(0, GAP, 1, 0), pad_edge=False)
     for column in grid.columns:
         column.width = SIDE
     cards = [_card(example, coloured) for example in examples]
@@ -55,18 +56,16 @@ def _card(example: Example, coloured: bool) -> Group:
     truth = example.question.answer
     lines = [Text(example.question.text, style="bold"), Text(f"truth: {truth}", style="cyan")]
     for label, answer in example.answers.items():
-        is_right = answer == truth
-        text = Text(f"{label}: ", style="dim")
-        told = answer or "(nothing)"
-        text.append("✓ as above" if is_right else f"✗ {told}", "green" if is_right else "red")
-        lines.append(text)
+        if answer == truth:
+            lines.append(Text(f"✓ {label}", "green"))
+        else:
+            lines.append(Text(f"✗ {label}: {answer or '(nothing)'}", "red"))
     return Group(picture(example.scene) if coloured else sketch(example.scene), *lines)
 
 
 def summary(report: Report) -> Table:
     """What each candidate keeps, and how many times as fast as Hugging Face it is."""
-    table = Table(box=box.SIMPLE_HEAD, title="Right answers (95 % interval) and speed")
-    table.add_column("")
+    table = _table("Right answers (95 % interval) and speed")
     for name in ("questions, %", "captions, %", "prefill\nvs HF", "decode\nvs HF"):
         table.add_column(name, justify="right")
     for row in report.rows:
@@ -83,8 +82,7 @@ def summary(report: Report) -> Table:
 
 def closeness(report: Report) -> Table:
     """How near each policy comes to what it could gain over our own dense model."""
-    table = Table(box=box.SIMPLE_HEAD, title="Gain over our own dense model, and the ideal")
-    table.add_column("")
+    table = _table("Gain over our own dense model, and the ideal")
     for phase in ("prefill", "decode"):
         for name in (f"{phase}\nms", "vs\ndense", "ideal", "share"):
             table.add_column(name, justify="right")
@@ -99,9 +97,9 @@ def notes(report: Report) -> Text:
     asked, same = report.rows[0].quality, report.agreement
     rounds = len(report.rows[0].prefill.timing.samples)
     lines = (
-        f"Answers: {asked.questions.asked} questions and {asked.captions.asked} captions about scenes that were "
-        f"not trained on, greedy, exact match. Dense gives Hugging Face's answer to {same.right} "
-        f"of {same.asked}.",
+        f"Answers: {asked.questions.asked} questions and {asked.captions.asked} captions about "
+        "scenes that were not trained on, greedy, exact match. Dense gives Hugging Face's answer "
+        f"to {same.right} of {same.asked}.",
         f"Speed: batch 1, {load.n_image} image and {load.n_text} text rows, {load.n_new} new "
         f"tokens; medians of {rounds} rounds, everyone in turn, with the better of "
         f"{' and '.join(map(str, report.ceilings))} threads. Prefill: decoder and lm_head over "
@@ -113,6 +111,13 @@ def notes(report: Report) -> Text:
         report.footer,
     )
     return Text("\n".join(lines), style="dim")
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for 80 columns; names are never broken."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    return table
 
 
 def percent(score: Score) -> str:

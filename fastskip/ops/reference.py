@@ -7,6 +7,7 @@ is out of place, and therefore safe for autograd, except where its name ends in 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -76,7 +77,9 @@ def attend(
     if dropout or queries.requires_grad:
         return _attend_fused(queries, keys, values, visible, scale, dropout)
     if rows <= _BLOCK:
-        tail = _own_slots(rows, queries.device) if is_causal and rows > 1 else visible
+        tail = None if visible is None else ~visible
+        if is_causal and rows > 1:
+            tail = _own_slots(rows, queries.device)
         return _attend_block(queries, keys, values, tail, scale)
     key = keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2)
     value = values[0] if len(values) == 1 else torch.cat(list(values), dim=2)
@@ -87,14 +90,15 @@ def attend(
         seen = slots - rows + stop if is_causal else slots
         tail = _own_slots(block.shape[2], queries.device) if is_causal else None
         if visible is not None:
-            tail = visible[start:stop]
+            tail = ~visible[start:stop]
         outputs.append(_attend_block(block, [key[:, :, :seen]], [value[:, :, :seen]], tail, scale))
     return torch.cat(outputs, dim=2)
 
 
+@functools.lru_cache(maxsize=_BLOCK)
 def _own_slots(rows: int, device: torch.device) -> Tensor:
-    """Which of a block's own slots each of its queries sees: its own and those before."""
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).tril_()
+    """Which of a block's own slots are hidden from each of its queries: those after its own."""
+    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)
 
 
 def _attend_block(
@@ -104,7 +108,7 @@ def _attend_block(
     tail: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attention of a block of queries; ``tail [N, s]`` says which of the last ``s`` slots are seen.
+    """Attention of a block of queries; ``tail [N, s]``: which of the last ``s`` are hidden.
 
     The query heads that share a key head become rows of one product, so nothing is repeated.
     """
@@ -115,7 +119,7 @@ def _attend_block(
     score = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     if tail is not None:
         per_row = score.view(batch * groups, heads // groups, rows, -1)
-        per_row[..., per_row.shape[-1] - tail.shape[1] :].masked_fill_(~tail, float("-inf"))
+        per_row[..., per_row.shape[-1] - tail.shape[1] :].masked_fill_(tail, float("-inf"))
     weights = torch.softmax(score, dim=-1)
     if len(keys) == 1:
         return torch.bmm(weights, values[0].flatten(0, 1)).view(batch, heads, rows, width)
