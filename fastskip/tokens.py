@@ -136,7 +136,7 @@ class TokenLayout:
         return self.width == 1 and self.flat is None
 
     def rows(self, classes: frozenset[TokenClass]) -> Rows:
-        """The rows of a set of classes, in packed order; the set is a union of the plan's groups."""
+        """The rows of a set of classes, a union of the plan's groups, in packed order."""
         found = self._rows.get(classes)
         if found is None:
             spans = [

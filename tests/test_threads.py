@@ -121,16 +121,27 @@ def test_a_policy_is_not_swapped_under_a_running_call(
     stock: Any, batches: tuple[Batch, Batch]
 ) -> None:
     model = fastskip.apply_(copy.deepcopy(stock))
-    answers = []
-    for policy in ("dense", SKIP_GENERATED_FFN):
-        answers.append(answer(fastskip.set_policy(model, policy), batches[0]))
-    fastskip.set_policy(model, "dense")
-    result, _ = together(
-        lambda: answer(model, batches[0]),
-        lambda: fastskip.set_policy(model, SKIP_GENERATED_FFN),
-    )
-    assert result in answers
-    assert answer(model, batches[0]) == answers[1]
+    expected = answer(model, batches[0])
+    swap = threading.Thread(target=fastskip.set_policy, args=(model, SKIP_GENERATED_FFN))
+
+    class Swap(StoppingCriteria):
+        """Asks for the other policy on the way, and gives the request time."""
+
+        waits = False
+
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            if swap.ident is None:
+                swap.start()
+                swap.join(timeout=0.2)
+                self.waits = swap.is_alive()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    criteria = Swap()
+    result = answer(model, batches[0], stopping_criteria=StoppingCriteriaList([criteria]))
+    assert criteria.waits and result == expected
+    swap.join(timeout=60)
+    assert fastskip.plan_of(model).policy == fastskip.SkipPolicy.from_dict(SKIP_GENERATED_FFN)
+    assert answer(model, batches[0]) != expected
 
 
 def test_an_error_lets_the_next_one_in(stock: Any, batches: tuple[Batch, Batch]) -> None:

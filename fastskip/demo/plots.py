@@ -79,8 +79,7 @@ def policies(rows: Sequence[Row]) -> Any:
         axis.tick_params(length=0)
         for layer in plan.layers:
             _mark(axis, layer, len(plan.classes))
-    for axis in axes[-1]:
-        axis.set_xlabel("layer", fontsize=9)
+    figure.supxlabel("layer", fontsize=9)
     used = {
         _code(cell) for row in rows for layer in row.plan.layers for cell in layer.cells.values()
     }
@@ -152,7 +151,7 @@ def _scatter(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
     places = [_point(row, phase)[0] for row in rows]
     margin = 0.15 * (max(places) - min(places)) or 0.1
     axis.set_xlim(min(places) - margin, max(places) + margin)
-    axis.set_ylim(lowest - 4, 100 + 0.35 * (104 - lowest))  # room for labels over the best
+    axis.set_ylim(lowest - 4, 100 + 0.25 * (104 - lowest))  # room for labels over the best
     axis.set_yticks([tick for tick in axis.get_yticks() if lowest - 4 <= tick <= 100])
     axis.axvline(1.0, color="#999999", lw=0.8, ls=":")
     axis.axhline(100, color="#dddddd", lw=0.8, zorder=0)
@@ -167,42 +166,36 @@ def _label(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
     from matplotlib.transforms import Bbox
 
     points = [axis.transData.transform(_point(row, phase)) for row in rows]
-    taken = [Bbox.from_bounds(x - 12, y - 12, 24, 24) for x, y in points]
-    inside = axis.get_window_extent()
-    for row, colour in zip(rows, _colours(len(rows)), strict=True):
-        text = axis.annotate(
+    taken = [Bbox.from_bounds(x - 10, y - 10, 20, 20) for x, y in points]
+    inside, pixels = axis.get_window_extent(), axis.figure.dpi / 72
+    for row, place, colour in zip(rows, points, _colours(len(rows)), strict=True):
+        style = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
+        draft = axis.text(0, 0, row.candidate.label, **style)
+        size = draft.get_window_extent()
+        draft.remove()
+        for offset in OFFSETS:
+            x, y = place + np.array(offset) * pixels
+            box = Bbox.from_bounds(x - size.width / 2, y - size.height / 2, size.width, size.height)
+            is_inside = inside.contains(*box.min) and inside.contains(*box.max)
+            if is_inside and not box.count_overlaps(taken):
+                break
+        taken.append(box.padded(2))
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7}
+        axis.annotate(
             row.candidate.label,
             _point(row, phase),
-            xytext=(0, 0),
+            xytext=offset,
             textcoords="offset points",
-            color=colour,
-            fontsize=9,
-            ha="center",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7},
-        )
-        text.set_in_layout(False)
-        for offset in OFFSETS:
-            text.set_position(offset)
-            box = text.get_window_extent().padded(2)
-            if not any(box.overlaps(other) for other in taken) and _contains(inside, box):
-                break
-        taken.append(box)
+            arrowprops=line,
+            **style,
+        ).set_in_layout(False)
 
 
 OFFSETS = sorted(
-    ((x, y) for x in range(-240, 241, 20) for y in range(-120, 121, 12) if abs(y) >= 12),
+    ((x, y) for x in range(-280, 281, 10) for y in range(-140, 141, 7) if abs(y) >= 12),
     key=lambda offset: math.hypot(offset[0], 2.5 * offset[1]),
 )
 """Where a name may stand beside its point, the nearest first."""
-
-
-def _contains(outer: Any, inner: Any) -> bool:
-    return bool(
-        outer.x0 <= inner.x0
-        and inner.x1 <= outer.x1
-        and outer.y0 <= inner.y0 <= inner.y1 <= outer.y1
-    )
 
 
 def _point(row: Row, phase: Phase) -> tuple[float, float]:
@@ -223,7 +216,7 @@ def pictures(examples: Sequence[Example]) -> Any:
     columns = min(3, len(examples))
     lines = -(-len(examples) // columns)
     figure, axes = _subplots(
-        2 * lines, columns, (11, 0.4 + 5.9 * lines), height_ratios=[3.4, 2.5] * lines
+        2 * lines, columns, (11, 0.4 + 5.5 * lines), height_ratios=[3.5, 2.0] * lines
     )
     for axis in axes.flat:
         axis.set_axis_off()
@@ -243,7 +236,7 @@ def pictures(examples: Sequence[Example]) -> Any:
         for text, colour in texts:
             wrapped = fill(text, 44, subsequent_indent="    ")
             below.text(0, height, wrapped, color=colour, fontsize=9, va="top")
-            height -= 0.085 * (1.3 + wrapped.count("\n"))
+            height -= 0.09 * (1.3 + wrapped.count("\n"))
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     return figure
 

@@ -66,7 +66,7 @@ def _card(example: Example, coloured: bool) -> Group:
 def summary(report: Report) -> Table:
     """What each candidate keeps, and how many times as fast as Hugging Face it is."""
     table = _table("Right answers (95 % interval) and speed")
-    for name in ("questions, %", "captions, %", "prefill\nvs HF", "decode\nvs HF"):
+    for name in ("  questions, %", "  captions, %", "prefill\nvs HF", "decode\nvs HF"):
         table.add_column(name, justify="right")
     for row in report.rows:
         quality = row.quality
@@ -115,7 +115,7 @@ def notes(report: Report) -> Text:
 
 def _table(title: str) -> Table:
     """Narrow enough for 80 columns; names are never broken."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, title=title, padding=0)
     table.add_column("", no_wrap=True)
     return table
 
@@ -130,8 +130,8 @@ def _cells(speed: Speed) -> tuple[str, ...]:
     share = speed.share_of_ideal
     return (
         f"{1e3 * speed.timing.seconds:.1f}",
-        f"{speed.vs_dense:.2f}x",
-        "-" if speed.ideal is None else f"{speed.ideal:.2f}x",
+        f"{speed.vs_dense:.2f}",
+        "-" if speed.ideal is None else f"{speed.ideal:.2f}",
         "-" if share is None else f"{share:.2f}",
     )
 
