@@ -118,6 +118,18 @@ def test_verbs_need_a_prepared_model(verb: str) -> None:
         getattr(fastskip, verb)(tiny_llama(), *arguments)
 
 
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.self_attn"])
+def test_hooks_that_would_never_be_called(model: Any, batch: Batch, name: str) -> None:
+    decoder = model.model.language_model
+    handle = decoder.get_submodule(name).register_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(RuntimeError, match=r"layers\[1\].*output_hidden_states"):
+            model(**batch.inputs())
+    finally:
+        handle.remove()
+    model(**batch.inputs())
+
+
 def test_image_rules_on_a_text_only_model() -> None:
     with pytest.raises(fastskip.PolicyError, match="image"):
         fastskip.apply_(tiny_llama(), IMAGES_DIFFER)

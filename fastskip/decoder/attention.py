@@ -11,7 +11,6 @@ from torch import Tensor
 from fastskip.decoder.entries import Entries
 from fastskip.ops import Operations
 
-
 _MOST_RUNS = 32
 
 

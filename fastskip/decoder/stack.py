@@ -13,7 +13,7 @@ from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Block, BlockRows, Rotation
 from fastskip.decoder.rope import RotaryTable
-from fastskip.decoder.weights import BlockWeights
+from fastskip.decoder.weights import BlockWeights, has_hooks
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine, TokenClass
@@ -43,8 +43,19 @@ class Decoder:
         return {**self.__dict__, "_blocks": []}
 
     def refresh(self, *, wants_gradient: bool) -> None:
-        """Once per forward or ``generate``: which layers may use merged projections."""
-        for weights in self.weights:
+        """Once per forward or ``generate``: which layers may use merged projections.
+
+        Raises:
+            RuntimeError: a hook lies where the runtime never calls.
+        """
+        for index, weights in enumerate(self.weights):
+            for module in (weights.layer, weights.layer.self_attn):
+                if has_hooks(module):
+                    raise RuntimeError(
+                        f"layers[{index}]: a hook on a whole {type(module).__name__} is never "
+                        "called here; allowed: hooks on its projections, its norms and its FFN, "
+                        "or output_hidden_states=True"
+                    )
             weights.refresh(wants_gradient=wants_gradient)
         self._blocks = [self._block(index) for index in range(len(self.weights))]
 

@@ -187,7 +187,7 @@ def _can_merge(layer: Any) -> bool:
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     return (
         all(_is_plain(module) for module in (*qkv, *gates, *others))
-        and not any(_has_hooks(module) for module in (*qkv, *gates, *others, *norms, mlp))
+        and not any(has_hooks(module) for module in (*qkv, *gates, *others, *norms, mlp))
         and all(hasattr(norm, "variance_epsilon") for norm in norms)
         and _are_alike(qkv)
         and _are_alike(gates)
@@ -199,7 +199,8 @@ def _is_plain(module: Any) -> bool:
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
-def _has_hooks(module: Any) -> bool:
+def has_hooks(module: Any) -> bool:
+    """Whether calling the module does more than its own forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -1,0 +1,136 @@
+"""What one forward's columns are: pads, classes, positions, and which of their logits are read.
+
+Everything here is on the host and comes before the decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.cache import SkipCache
+from fastskip.generation.classes import classify
+from fastskip.generation.runtime import Runtime
+from fastskip.tokens import PAD
+
+
+def cache_of(text_model: Any, runtime: Runtime, inputs: dict[str, Any]) -> tuple[SkipCache, bool]:
+    """The cache of this forward, and whether the caller gets it back."""
+    cache = inputs.get("past_key_values")
+    if cache is not None:
+        runtime.check_cache(cache)
+        return cache, True
+    use_cache = inputs.get("use_cache")
+    if use_cache is None:
+        use_cache = bool(getattr(text_model.config, "use_cache", True))
+    return SkipCache(runtime.plan), use_cache
+
+
+def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
+    """Which of the new columns are no pads: ``[B, T]`` bool, host."""
+    if mask is None:
+        return torch.ones(batch, width, dtype=torch.bool)
+    total = cache.columns + width
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: {shape}; needed: [{batch}, {total}]")
+    real = mask.detach().cpu() != 0
+    if real.shape[1] == width and cache.columns and width != total:
+        # Only the new columns are described; what is cached stays as it is.
+        return real
+    if real.shape[1] != total:
+        raise ValueError(f"attention_mask: {tuple(mask.shape)}; needed: [{batch}, {total}]")
+    if cache.columns and not torch.equal(real[:, : cache.columns], cache.codes != PAD):
+        raise ValueError("attention_mask: hides or shows columns that the cache already holds")
+    return real[:, cache.columns :]
+
+
+def codes_of(text_model: Any, runtime: Runtime, cache: SkipCache, inputs: dict[str, Any]) -> Tensor:
+    """Class codes ``[B, T]``; the outer model has worked them out unless this is a direct call."""
+    codes = classify(
+        runtime.plan,
+        text_model.config,
+        inputs,
+        first_column=cache.columns,
+        prompt_columns=None,
+    )
+    assert codes is not None
+    return codes
+
+
+def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -> Tensor:
+    """RoPE positions ``[B, T]``, host: what is given, or columns, as in Hugging Face.
+
+    But within ``generate`` new columns follow on from the sequence's last real row: with right
+    padding Hugging Face would continue from a pad.
+    """
+    if runtime.session is not None and cache.columns:
+        return cache.last_positions()[:, None] + real.cumsum(1)
+    if given is None:
+        positions = torch.arange(cache.columns, cache.columns + real.shape[1]).expand_as(real)
+    else:
+        positions = given.detach().cpu().to(torch.int64)
+        if positions.ndim != 2 or positions.shape[1] != real.shape[1]:
+            raise ValueError(
+                f"position_ids: {tuple(positions.shape)}; needed: {list(real.shape)} or "
+                f"[1, {real.shape[1]}]"
+            )
+        positions = positions.expand_as(real)
+    end = real.shape[1] if runtime.session is None else runtime.session.prompt_columns
+    if end < real.shape[1]:  # no cache: every step brings the prompt and what was generated
+        last = positions[:, :end].masked_fill(~real[:, :end], -1).max(dim=1, keepdim=True).values
+        return torch.cat((positions[:, :end], last + real[:, end:].cumsum(1)), dim=1)
+    return positions
+
+
+def classes_of(config: Any, runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
+    cache = inputs.get("past_key_values")
+    if cache is not None:
+        runtime.check_cache(cache)
+    ids = inputs.get("input_ids")
+    present = ids if ids is not None else inputs.get("inputs_embeds")
+    if present is None:
+        return None
+    return classify(
+        runtime.plan,
+        config,
+        inputs,
+        first_column=0 if cache is None else cache.columns,
+        prompt_columns=runtime.prompt_end(cache, present.shape[1]),
+    )
+
+
+def kept_columns(runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
+    """``[B, k]`` columns (of the new ones) whose logits are read; ``None``: all, or unknown."""
+    keep = inputs.get("logits_to_keep", 0)
+    ids = inputs.get("input_ids")
+    present = ids if ids is not None else inputs.get("inputs_embeds")
+    if present is None or isinstance(keep, Tensor) or not keep or inputs.get("labels") is not None:
+        return None
+    batch, width = present.shape[:2]
+    mask = inputs.get("attention_mask")
+    if runtime.session is not None and keep == 1 and mask is not None:
+        # With right padding a sequence goes on from its last real row, not from a pad.
+        columns = torch.arange(width).expand(batch, width)
+        last = columns.masked_fill(mask.cpu()[:, -width:] == 0, -1).max(dim=1).values
+        return last.clamp_min(0)[:, None]
+    return torch.arange(max(0, width - keep), width).expand(batch, -1)
+
+
+def prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Columns of the prompt, those in a kept cache included."""
+    names = ("input_ids", "inputs_embeds")
+    present = [inputs, *(kwargs.get(name) for name in names)]
+    shapes = [t.shape for t in present if isinstance(t, Tensor) and t.ndim > 1]
+    batch, width = max(((shape[0], shape[1]) for shape in shapes), default=(1, 1))
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if mask is not None:
+        # Hugging Face drops a mask of ones before a forward can see its shape.
+        if mask.ndim != 2 or (shapes and mask.shape[0] != batch) or mask.shape[1] < width:
+            raise ValueError(f"attention_mask: {tuple(mask.shape)}; needed: [{batch}, {width}]")
+        width = mask.shape[1]
+    if isinstance(cache, SkipCache) and cache.columns >= width:
+        width += cache.columns  # only the new tokens were given
+    return width

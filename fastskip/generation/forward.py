@@ -1,0 +1,94 @@
+"""The text model's forward: from embedded columns to normalised hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from fastskip.generation.columns import cache_of, codes_of, positions_of, real_columns
+from fastskip.generation.runtime import Runtime
+from fastskip.tokens import PAD
+
+
+def decode_columns(
+    text_model: Any, runtime: Runtime, h: Tensor, inputs: dict[str, Any]
+) -> BaseModelOutputWithPast:
+    """Runs the decoder on embedded columns ``h [B, T, D]``; ``inputs`` as Hugging Face names them.
+
+    Returns ``last_hidden_state [B, T, D]``, or ``[B, k, D]`` if the outer model said in
+    ``kept_columns [B, k]`` which logits it reads; rows of pads are unspecified.
+    """
+    batch, width = h.shape[:2]
+    cache, is_returned = cache_of(text_model, runtime, inputs)
+    real = real_columns(inputs.get("attention_mask"), cache, batch, width)
+    codes = codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
+    positions = positions_of(runtime, inputs.get("position_ids"), cache, real)
+    wants_gradient = torch.is_grad_enabled() and (
+        h.requires_grad or any(p.requires_grad for p in text_model.parameters())
+    )
+    wants_hidden = inputs.get("output_hidden_states")
+    if wants_hidden is None:
+        wants_hidden = getattr(text_model.config, "output_hidden_states", False)
+    kept = _Kept.of(inputs.get("kept_columns"), real, every_row=bool(wants_hidden))
+    seen: list[Tensor] = []
+    runtime.decoder.refresh(wants_gradient=wants_gradient)
+    layout = runtime.decoder.lay_out(codes, positions, cache)
+    out = runtime.decoder.run(
+        h,
+        layout,
+        cache,
+        wanted=None if kept is None else kept.rows,
+        wants_gradient=wants_gradient,
+        keeps_cache=is_returned,
+        watch=(lambda _, rows: seen.append(rows.clone())) if wants_hidden else None,
+    )
+    out = text_model.norm(out)
+    hidden = layout.unpack(out) if kept is None or kept.rows is None else kept.unpack(out)
+    states = (*(layout.unpack(rows) for rows in seen), hidden) if wants_hidden else None
+    if kept is not None and kept.rows is None:
+        hidden = kept.pick(hidden)
+    return BaseModelOutputWithPast(
+        last_hidden_state=hidden,
+        past_key_values=cache if is_returned else None,
+        hidden_states=states,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The columns whose logits are read.
+
+    ``columns [B, k]``; ``is_real [B, k]``: which of them are no pads; ``rows``: flat indices into
+    ``B * T`` of the real ones, or ``None`` if every row goes on to the end all the same.
+    """
+
+    columns: Tensor
+    is_real: Tensor
+    rows: Tensor | None
+
+    @classmethod
+    def of(cls, columns: Tensor | None, real: Tensor, *, every_row: bool) -> _Kept | None:
+        batch, width = real.shape
+        if columns is None or columns.numel() == real.numel():
+            return None
+        is_real = real.gather(1, columns)
+        flat = columns + torch.arange(batch)[:, None] * width
+        return cls(columns, is_real, None if every_row else flat[is_real])
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """``[n, D]`` of the real columns -> ``[B, k, D]``; pads read zero."""
+        shape = (*self.columns.shape, rows.shape[-1])
+        if bool(self.is_real.all()):
+            return rows.view(shape)
+        spots = self.is_real.reshape(-1).nonzero().squeeze(1).to(rows.device)
+        blank = rows.new_zeros(self.columns.numel(), rows.shape[-1])
+        return blank.index_copy(0, spots, rows).view(shape)
+
+    def pick(self, hidden: Tensor) -> Tensor:
+        """``[B, T, D] -> [B, k, D]``."""
+        index = self.columns.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+        return hidden.gather(1, index)
