@@ -106,6 +106,11 @@ class LayerPlan:
         """Classes that have an entry in the layer's cache."""
         return self.projecting.union(*self.reusing.values())
 
+    @cached_property
+    def row_sets(self) -> tuple[object, ...]:
+        """All that decides which rows enter which part; layers that agree in it share their rows."""
+        return self.attending, self.projecting, tuple(self.reusing.items()), self.feeding
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing runs and nothing is stored."""

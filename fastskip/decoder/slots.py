@@ -60,6 +60,7 @@ class Placement:
         self.sequences, self.slots = sequences, slots
         self._runs: list[_Run] | None = None
         self._level: int | None = None
+        self._spot: tuple[int, int] | None = None
 
     @classmethod
     def level(cls, batch: int, slot: int) -> Placement:
@@ -71,10 +72,8 @@ class Placement:
     def write(self, segments: Sequence[Segment], buffers: Sequence[Tensor], rows: Tensor) -> None:
         """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` a segment."""
         if self._level is not None:
-            for segment, buffer in zip(segments, buffers, strict=True):
-                slot = self._level - segment.start
-                if 0 <= slot < segment.count:
-                    buffer.select(2, slot).copy_(rows)
+            number, slot = self._spot or self._find(segments, self._level)
+            buffers[number].select(2, slot).copy_(rows)
             return
         for segment, buffer in zip(segments, buffers, strict=True):
             for run in self.runs():
@@ -85,6 +84,12 @@ class Placement:
                 source = rows[run.row + first - run.slot : run.row + last - run.slot]
                 target = buffer[run.sequence, :, first - segment.start : last - segment.start]
                 target.copy_(source.transpose(0, 1))
+
+    def _find(self, segments: Sequence[Segment], level: int) -> tuple[int, int]:
+        """Segment and slot in it of a level; the same for every layer of the table."""
+        number = next(n for n, s in enumerate(segments) if level < s.start + s.count)
+        self._spot = number, level - segments[number].start
+        return self._spot
 
     def read(self, segments: Sequence[Segment], buffers: Sequence[Tensor]) -> Tensor:
         """The entries at this placement: ``[n, G, K]``, new memory."""

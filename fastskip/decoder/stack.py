@@ -141,8 +141,7 @@ class _StepRows:
 
     def of(self, layer: LayerPlan, *, is_last: bool) -> BlockRows:
         narrow = self._narrow if is_last else None
-        reused = tuple(layer.reusing.items())
-        key = (layer.attending, layer.projecting, reused, layer.feeding, narrow is not None)
+        key = (layer.row_sets, narrow is not None)
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = self._make(layer, narrow)

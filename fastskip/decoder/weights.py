@@ -118,7 +118,7 @@ class MergedProducts:
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         merged = self._ops.linear(x, *self._qkv).view(len(x), -1, self._head_dim)
-        heads, values = merged.split(self._split, dim=1)
+        heads, values = torch.split_with_sizes(merged, self._split, dim=1)
         return heads, values
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,8 @@ class Effort:
     chunks: int = 10
     questions: int = 36
     captions: int = 12
-    speed_s: float = 22.0
-    quality_s: float = 42.0
+    speed_s: float = 30.0
+    quality_s: float = 38.0
 
 
 QUICK = Effort(examples=3, rounds=9, chunks=4, speed_s=8.0, quality_s=14.0)

@@ -43,7 +43,7 @@ def run(plots: Path | None = None, quick: bool = False, json: Path | None = None
     console.print(terminal.summary(report))
     console.print(terminal.closeness(report))
     console.print(terminal.notes(report))
-    if busy > 0.3 * (os.cpu_count() or 1):
+    if busy > 0.5 * (os.cpu_count() or 1):
         console.print(
             f"This machine was busy before (load {busy:.1f}): the times are noisy, run it again.",
             style="yellow",
