@@ -108,7 +108,7 @@ class LayerPlan:
 
     @cached_property
     def row_sets(self) -> tuple[object, ...]:
-        """All that decides which rows enter which part; layers that agree in it share their rows."""
+        """All that decides which rows enter which part; layers alike in it share their rows."""
         return self.attending, self.projecting, tuple(self.reusing.items()), self.feeding
 
     @property

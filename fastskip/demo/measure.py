@@ -14,7 +14,7 @@ from fastskip.demo.policies import Candidate
 from fastskip.demo.results import Example, Quality, Score, Workload
 from fastskip.demo.scenes import QuestionKind, Split, draw, questions, scenes
 from fastskip.demo.scenes.questions import CAPTION_PROMPT
-from fastskip.demo.timing import Runs, race, time_once
+from fastskip.demo.timing import Runs, promising, race, time_once
 from fastskip.loading import load_model, plan_of, set_policy
 from fastskip.plan import SkipPlan
 
@@ -27,8 +27,9 @@ Tick = Callable[[], None]
 class Effort:
     """How much is measured: so many rounds and chunks at most, as far as the seconds reach.
 
-    Each chunk has `questions` questions and `captions` captions. `new_tokens` are timed a run: the
-    length of a caption of five figures.
+    `total_s` is for everything: the chunks get what is left when the speed is known. Each has
+    `questions` questions and `captions` captions. `new_tokens` are timed a run: the length of a
+    caption of five figures.
     """
 
     examples: int = 6
@@ -38,10 +39,10 @@ class Effort:
     questions: int = 36
     captions: int = 12
     speed_s: float = 30.0
-    quality_s: float = 38.0
+    total_s: float = 80.0
 
 
-QUICK = Effort(examples=3, rounds=9, chunks=4, speed_s=8.0, quality_s=14.0)
+QUICK = Effort(examples=3, rounds=9, chunks=4, speed_s=8.0, total_s=28.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def speeds(
         runs = race(
             list(by_label),
             lambda label: time_once(bench.model(by_label[label]), inputs, effort.new_tokens),
-            threads=threads,
+            threads=promising(threads, lambda: time_once(bench.ours, inputs, effort.new_tokens)),
             rounds=effort.rounds,
             budget_s=effort.speed_s,
             on_round=on_round,
@@ -132,7 +133,11 @@ def speeds(
 
 
 def qualities(
-    bench: Bench, candidates: Sequence[Candidate], effort: Effort, on_chunk: Tick
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    effort: Effort,
+    budget_s: float,
+    on_chunk: Tick,
 ) -> dict[str, tuple[Quality, list[str]]]:
     """How each candidate does, and its answers; as many chunks of items as the time allows.
 
@@ -146,7 +151,7 @@ def qualities(
     began = time.perf_counter()
     for number in range(effort.chunks):
         spent = time.perf_counter() - began
-        if number and spent * (number + 1) / number > effort.quality_s:
+        if number and spent * (number + 1) / number > budget_s:
             break
         items = [
             *asked[number * effort.questions :][: effort.questions],

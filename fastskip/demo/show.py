@@ -2,6 +2,7 @@
 
 import json as json_format
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,8 +62,8 @@ def run(plots: Path | None = None, quick: bool = False, json: Path | None = None
 
 
 def _measure(console: Console, effort: Effort, quick: bool) -> Report:
-    folder = checkpoint_path()
-    bench = Bench.load(folder, DTYPE)
+    began = time.perf_counter()
+    bench = Bench.load(checkpoint_path(), DTYPE)
     chosen = candidates(bench.depth, quick)
     plans = bench.plans(chosen)
     size = sum(parameter.numel() for parameter in bench.ours.parameters())
@@ -77,24 +78,27 @@ def _measure(console: Console, effort: Effort, quick: bool) -> Report:
         "weights, on pictures that it was not trained on\n",
         soft_wrap=True,
     )
-    answered = examples(bench, [each for each in chosen if each.is_shown], effort.examples)
+    with threads_set(1):  # a handful of prompts: threads would only wait for each other
+        answered = examples(bench, [each for each in chosen if each.is_shown], effort.examples)
     console.print(terminal.gallery(answered, console.width, console.color_system is not None))
 
-    counts = tuple(sorted({1, torch.get_num_threads()}))
+    counts = sorted({1, torch.get_num_threads()})
+    with _bar("speed", effort.rounds) as tick:
+        workload, runs = speeds(bench, chosen, counts, effort, tick)
+    counts = sorted({count for _, count in runs})
     ceilings = {}
     with _bar("ceilings of this machine", len(counts)) as tick:
         for count in counts:
             with threads_set(count):
                 ceilings[count] = machine.measure_ceilings(DTYPE)
             tick()
-    with _bar("speed", effort.rounds) as tick:
-        workload, runs = speeds(bench, chosen, counts, effort, tick)
     # the more threads need not be the faster ones, on a machine that has other work to do
     with (
         threads_set(best(runs, DENSE.label, "prefill").threads),
         _bar("accuracy", effort.chunks) as tick,
     ):
-        judged = qualities(bench, chosen, effort, tick)
+        left = effort.total_s - (time.perf_counter() - began)
+        judged = qualities(bench, chosen, effort, left, tick)
 
     hf, dense = (judged[each.label][1] for each in (HF, DENSE))
     same = sum(a == b for a, b in zip(hf, dense, strict=True))

@@ -101,8 +101,7 @@ def notes(report: Report) -> Text:
         "scenes that were not trained on, greedy, exact match. Dense gives Hugging Face's answer "
         f"to {same.right} of {same.asked}.",
         f"Speed: batch 1, {load.n_image} image and {load.n_text} text rows, {load.n_new} new "
-        f"tokens; medians of {rounds} rounds, everyone in turn, with the better of "
-        f"{' and '.join(map(str, report.ceilings))} threads. Prefill: decoder and lm_head over "
+        f"tokens; medians of {rounds} rounds, everyone in turn, on {_threads(report)}. Prefill: decoder and lm_head over "
         "the prompt, without the vision tower; decode: one token. HF: Hugging Face's default.",
         "Ideal: the gain in floor time, where each operation takes the bytes or FLOPs that the "
         "plan says at this machine's measured ceilings. At this model's size much of the time is "
@@ -111,6 +110,14 @@ def notes(report: Report) -> Text:
         report.footer,
     )
     return Text("\n".join(lines), style="dim")
+
+
+def _threads(report: Report) -> str:
+    """Numbers of threads that are hopeless on a busy machine were left out."""
+    one, *others = report.ceilings
+    if others:
+        return f"the better of {one} and {others[0]} threads"
+    return f"{one} thread" + "s" * (one > 1)
 
 
 def _table(title: str) -> Table:

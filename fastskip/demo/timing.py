@@ -16,6 +16,8 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 WARM_TOKENS = 2
 LEAST_ROUNDS = 3
+HOPELESS = 1.5
+"""A number of threads that is so many times slower in both phases at first is not timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,23 @@ def race(
                 runs[name, count].append(run(name))
         on_round()
     return runs
+
+
+def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:
+    """The numbers of threads that may turn out the better ones, by one run with each.
+
+    Where other programs use the cores, threads wait for each other and each run takes an age.
+    """
+    probes = {}
+    for count in threads:
+        with threads_set(count):
+            probes[count] = run()
+    least = {phase: min(getattr(times, phase) for times in probes.values()) for phase in PHASES}
+    return [
+        count
+        for count, times in probes.items()
+        if any(getattr(times, phase) <= HOPELESS * least[phase] for phase in PHASES)
+    ]
 
 
 def best(runs: Runs, name: str, phase: Phase) -> Timing:

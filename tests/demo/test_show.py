@@ -17,7 +17,7 @@ from fastskip.demo.measure import Bench, Effort, _judge
 from fastskip.demo.policies import DENSE, HF, Candidate, candidates
 from fastskip.demo.results import Example, Report, Score
 from fastskip.demo.scenes import Figure, Question, QuestionKind, Scene, Split, scenes
-from fastskip.demo.timing import Times, best, race, time_once
+from fastskip.demo.timing import Times, best, promising, race, time_once
 from fastskip.families import shape_of
 from fastskip.plan import make_plan
 
@@ -30,7 +30,7 @@ TINY = Effort(
     questions=2,
     captions=1,
     speed_s=0,
-    quality_s=0,
+    total_s=0,
 )
 
 
@@ -195,6 +195,16 @@ def test_the_better_number_of_threads_counts() -> None:
     }
     assert best(runs, "a", "prefill").threads == 2
     assert best(runs, "a", "decode").threads == 1
+
+
+def test_hopeless_numbers_of_threads_are_left_out() -> None:
+    def probed(*runs: Times) -> list[int]:
+        left = iter(runs)
+        return promising(range(1, 1 + len(runs)), lambda: next(left))
+
+    assert probed(Times(2, 1, 0), Times(1, 2, 0)) == [1, 2]
+    assert probed(Times(1, 1, 0), Times(1.4, 9, 0)) == [1, 2]
+    assert probed(Times(1, 1, 0), Times(4, 9, 0)) == [1]
 
 
 def test_times_of_one_call() -> None:
