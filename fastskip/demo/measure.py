@@ -14,7 +14,7 @@ from fastskip.demo.policies import Candidate
 from fastskip.demo.results import Example, Quality, Score, Workload
 from fastskip.demo.scenes import QuestionKind, Split, draw, questions, scenes
 from fastskip.demo.scenes.questions import CAPTION_PROMPT
-from fastskip.demo.timing import Runs, promising, race, time_once
+from fastskip.demo.timing import Runs, promising, race, threads_set, time_once
 from fastskip.loading import load_model, plan_of, set_policy
 from fastskip.plan import SkipPlan
 
@@ -35,14 +35,14 @@ class Effort:
     examples: int = 6
     rounds: int = 15
     new_tokens: int = 20
-    chunks: int = 10
-    questions: int = 36
-    captions: int = 12
+    chunks: int = 20
+    questions: int = 18
+    captions: int = 6
     speed_s: float = 30.0
-    total_s: float = 80.0
+    total_s: float = 74.0
 
 
-QUICK = Effort(examples=3, rounds=9, chunks=4, speed_s=8.0, total_s=28.0)
+QUICK = Effort(examples=3, rounds=9, chunks=8, speed_s=8.0, total_s=28.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,32 +135,39 @@ def speeds(
 def qualities(
     bench: Bench,
     candidates: Sequence[Candidate],
+    threads: Sequence[int],
     effort: Effort,
     budget_s: float,
     on_chunk: Tick,
 ) -> dict[str, tuple[Quality, list[str]]]:
     """How each candidate does, and its answers; as many chunks of items as the time allows.
 
-    All candidates answer a chunk before the next one begins, so they answer the same items.
+    All candidates answer a chunk before the next one begins, so they answer the same items. A
+    chunk runs on the number of threads that was last the faster one.
     """
     asked = held_out(effort.chunks * effort.questions, SEED, QUESTIONS)
     described = held_out(effort.chunks * effort.captions, SEED + 1, (QuestionKind.CAPTION,))
     found: dict[str, tuple[Quality, list[str]]] = {
         each.label: (Quality(), []) for each in candidates
     }
+    lasted = dict.fromkeys(threads, 0.0)
     began = time.perf_counter()
     for number in range(effort.chunks):
-        spent = time.perf_counter() - began
+        entered = time.perf_counter()
+        spent = entered - began
         if number and spent * (number + 1) / number > budget_s:
             break
         items = [
             *asked[number * effort.questions :][: effort.questions],
             *described[number * effort.captions :][: effort.captions],
         ]
-        for candidate in candidates:
-            told = answers(bench.model(candidate), bench.processor, items, effort.captions)
-            before, all_told = found[candidate.label]
-            found[candidate.label] = before + _judge(items, told), all_told + told
+        count = min(lasted, key=lambda threads: lasted[threads])
+        with threads_set(count):
+            for candidate in candidates:
+                told = answers(bench.model(candidate), bench.processor, items, effort.captions)
+                before, all_told = found[candidate.label]
+                found[candidate.label] = before + _judge(items, told), all_told + told
+        lasted[count] = time.perf_counter() - entered
         on_chunk()
     return found
 

@@ -24,7 +24,7 @@ from fastskip.demo.measure import (
 )
 from fastskip.demo.policies import DENSE, HF, candidates
 from fastskip.demo.results import Report, Row, Score, environment, speed
-from fastskip.demo.timing import PHASES, best, threads_set
+from fastskip.demo.timing import PHASES, threads_set
 
 DTYPE = torch.float32
 
@@ -92,13 +92,9 @@ def _measure(console: Console, effort: Effort, quick: bool) -> Report:
             with threads_set(count):
                 ceilings[count] = machine.measure_ceilings(DTYPE)
             tick()
-    # the more threads need not be the faster ones, on a machine that has other work to do
-    with (
-        threads_set(best(runs, DENSE.label, "prefill").threads),
-        _bar("accuracy", effort.chunks) as tick,
-    ):
+    with _bar("accuracy", effort.chunks) as tick:
         left = effort.total_s - (time.perf_counter() - began)
-        judged = qualities(bench, chosen, effort, left, tick)
+        judged = qualities(bench, chosen, counts, effort, left, tick)
 
     hf, dense = (judged[each.label][1] for each in (HF, DENSE))
     same = sum(a == b for a, b in zip(hf, dense, strict=True))
