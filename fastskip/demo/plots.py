@@ -79,7 +79,7 @@ def policies(rows: Sequence[Row]) -> Any:
         axis.tick_params(length=0)
         for layer in plan.layers:
             _mark(axis, layer, len(plan.classes))
-    figure.supxlabel("layer", fontsize=9)
+    axes[-1, 0].set_xlabel("layer", fontsize=9)  # the only one that is surely there
     used = {
         _code(cell) for row in rows for layer in row.plan.layers for cell in layer.cells.values()
     }

@@ -102,8 +102,8 @@ def notes(report: Report) -> Text:
         f"to {same.right} of {same.asked}.",
         f"Speed: batch 1, {load.n_image} image and {load.n_text} text rows, {load.n_new} new "
         f"tokens; medians of {rounds} rounds, everyone in turn, on {_threads(report)}. "
-        "Prefill: decoder and lm_head over the prompt, without the vision tower; decode: one token. "
-        "HF: Hugging Face's default.",
+        "Prefill: decoder and lm_head over the prompt, without the vision tower; decode: one "
+        "token. HF: Hugging Face's default.",
         "Ideal: the gain in floor time, where each operation takes the bytes or FLOPs that the "
         "plan says at this machine's measured ceilings. At this model's size much of the time is "
         "not work but launches, so that shares stay below what a large model reaches. "
