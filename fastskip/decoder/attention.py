@@ -11,7 +11,8 @@ from torch import Tensor
 from fastskip.decoder.entries import Entries
 from fastskip.ops import Operations
 
-_MOST_RUNS = 32
+# Runs shorter than this on average are gathered.
+_SHORT_RUN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,14 @@ class AttentionPattern:
         return packed if self._order is None else packed[self._order.to(packed.device)]
 
 
-def _views(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor) -> list[_View]:
+def _views(
+    sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor
+) -> list[_View]:
     """The views of one sequence's queries.
 
     Queries that are neighbours in memory and in the cache make one causal view, which needs no
-    mask and no copy. A sequence cut into very many such runs becomes one view with a mask.
+    mask and no copy. Where such runs are short or many they are gathered into one view: there the
+    calls would cost more than the copy.
     """
     mine = (sequences == sequence).nonzero().squeeze(1)
     if not len(mine):
@@ -103,7 +107,7 @@ def _views(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Ten
     breaks = (mine.diff() != 1) | (seen.diff() != 1)
     starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), len(mine)]
     here = slice(sequence, sequence + 1)
-    if len(starts) <= _MOST_RUNS:
+    if len(starts) == 2 or len(mine) >= _SHORT_RUN * (len(starts) - 1):
         return [
             _View(
                 slice(int(mine[start]), int(mine[stop - 1]) + 1),
@@ -114,7 +118,11 @@ def _views(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Ten
             )
             for start, stop in pairwise(starts)
         ]
-    count = int(seen.max())
+    order = torch.argsort(seen)
+    mine, seen = mine[order], seen[order]
+    count = int(seen[-1])
+    if bool((seen.diff() == 1).all()):
+        return [_View(mine, here, count, None, True)]
     return [_View(mine, here, count, torch.arange(count) < seen[:, None], False)]
 
 
