@@ -206,7 +206,7 @@ def environment(dtype: torch.dtype) -> dict[str, Any]:
         "processor": processor,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
