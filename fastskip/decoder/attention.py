@@ -90,9 +90,7 @@ class AttentionPattern:
         return packed if self._order is None else packed[self._order.to(packed.device)]
 
 
-def _views(
-    sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor
-) -> list[_View]:
+def _views(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor) -> list[_View]:
     """The views of one sequence's queries.
 
     Queries that are neighbours in memory and in the cache make one causal view, which needs no

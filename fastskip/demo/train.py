@@ -21,7 +21,7 @@ examples:
   python -m fastskip.demo.train --out runs/shapes                 the bundled checkpoint
   python -m fastskip.demo.train --out runs/shapes --minutes 20    as far as 20 minutes reach;
                                                                   the same command again goes on
-  python -m fastskip.demo.train --out runs/smoke --steps 3       try the machinery out
+  python -m fastskip.demo.train --out runs/smoke --steps 3        try the machinery out
 
 OUT/state.pt is written every 100 steps and after each stage, and is what a run goes on from.
 OUT/checkpoint is an ordinary Hugging Face folder, written when the last stage is done
