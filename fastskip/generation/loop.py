@@ -63,7 +63,7 @@ def sample(
     # A copy in fp32, as in Hugging Face: processors may write to it.
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
-    step = _DecodeStep(model, runtime, cache)
+    step: _DecodeStep | None = None
     while True:
         next_scores = logits_processor(input_ids, logits)
         if scores is not None:
@@ -84,6 +84,8 @@ def sample(
         unfinished = unfinished & ~stopping_criteria(input_ids, seen)
         if not bool(unfinished.any()):
             break
+        # Made after the first token is out: it is not needed for that one.
+        step = step or _DecodeStep(model, runtime, cache)
         logits = step(tokens).to(torch.float32)
     if streamer is not None:
         streamer.end()
