@@ -11,8 +11,9 @@ import torch
 import fastskip
 from benchmarks.gate import faults
 from benchmarks.peers import DEFAULT, DENSE, HF, Peer, dense
-from benchmarks.runs import Run, median, run_once, threads_set
+from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import Builder, Models, Shape, models, prompts
+from fastskip.demo.timing import threads_set
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 

@@ -14,10 +14,11 @@ import torch
 import fastskip
 from benchmarks.harness import Measurement
 from benchmarks.peers import DENSE, HF
-from benchmarks.runs import median, threads_set
+from benchmarks.runs import median
 from benchmarks.shapes import models
 from fastskip import machine
 from fastskip.costs import Ceilings, floor_seconds
+from fastskip.demo.timing import threads_set
 from fastskip.plan import SkipPlan
 
 Record = dict[str, Any]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from benchmarks.memory import peak_bytes, reset_peak
+from fastskip.demo.timing import no_collection
 
 GROUPS = ("prefill", "decode", "e2e")
 
@@ -70,7 +69,7 @@ def run_once(
     hook = model.get_decoder().register_forward_pre_hook(watch.enter)
     reset_peak(device)
     try:
-        with _no_collection():
+        with no_collection():
             begin = watch.now()
             tokens = model.generate(
                 **inputs,
@@ -93,25 +92,3 @@ def run_once(
         peak_bytes=peak_bytes(device),
         tokens=tokens[:, inputs["input_ids"].shape[1] :].cpu(),
     )
-
-
-@contextmanager
-def threads_set(count: int) -> Iterator[None]:
-    """So many threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

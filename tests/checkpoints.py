@@ -19,6 +19,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+from tests.batches import random_batch
 from tests.models import CROP, LLAVA_KINDS, PATCH, PINPOINTS, Kind, tiny_llama, tiny_llava, tiny_opt
 
 VOCAB = 128
@@ -116,3 +117,10 @@ def save_checkpoint(
 
 def crop_size() -> dict[str, int]:
     return {"height": CROP, "width": CROP}
+
+
+def answer(model: Any) -> list[list[int]]:
+    """The tokens of a greedy answer to a batch of two prompts with images."""
+    inputs = random_batch(model, images=(1, 2)).inputs()
+    tokens: list[list[int]] = model.generate(**inputs, max_new_tokens=6).tolist()
+    return tokens

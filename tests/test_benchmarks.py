@@ -18,9 +18,10 @@ from benchmarks.harness import Case, Measurement, ReplayClock, measure
 from benchmarks.peers import DEFAULT, MORE
 from benchmarks.records import Record, record
 from benchmarks.report import Results, main, markdown, tables
-from benchmarks.runs import GROUPS, threads_set
+from benchmarks.runs import GROUPS
 from benchmarks.shapes import Shape, models, random_model
 from fastskip import machine
+from fastskip.demo.timing import threads_set
 
 TINY_CEILINGS = {"BUFFER_BYTES": {"cpu": 1 << 22}, "MATRIX_SIZES": {"cpu": (64,)}}
 

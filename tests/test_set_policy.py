@@ -13,8 +13,7 @@ import transformers
 from transformers import LlavaForConditionalGeneration
 
 import fastskip
-from tests.batches import random_batch
-from tests.checkpoints import VOCAB, save_checkpoint
+from tests.checkpoints import VOCAB, answer, save_checkpoint
 from tests.models import tiny_llava
 
 SKIP_IMAGE_FFN = {
@@ -32,12 +31,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return shutil.copytree(checkpoint, tmp_path / "checkpoint")
-
-
-def answer(model: Any) -> list[list[int]]:
-    inputs = random_batch(model, images=(1, 2)).inputs()
-    tokens: list[list[int]] = model.generate(**inputs, max_new_tokens=6).tolist()
-    return tokens
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Time
 
     # what is computed on first use is not timed: a policy is set once and used often
     generate(WARM_TOKENS)
-    with _no_collection():
+    with no_collection():
         began = time.perf_counter()
         clock = generate(new_tokens)
     if len(clock.tokens) != new_tokens:
@@ -164,7 +164,8 @@ def threads_set(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """No garbage is collected within the block."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -16,6 +16,13 @@ from fastskip.tokens import CODES
 _FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
 
 
+def given_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """``B, T`` of the ids or embeddings that a forward was given; ``None`` without either."""
+    present = inputs.get("input_ids")
+    present = present if present is not None else inputs.get("inputs_embeds")
+    return None if present is None else (present.shape[0], present.shape[1])
+
+
 def classify(
     plan: SkipPlan,
     config: Any,
@@ -33,11 +40,10 @@ def classify(
     Raises:
         TypeError: only embeddings are given, and the plan treats image and text rows differently.
     """
-    ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    present = ids if ids is not None else embeddings
-    if present is None:
+    shape = given_shape(inputs)
+    if shape is None:
         return None
-    batch, width = present.shape[:2]
+    ids, (batch, width) = inputs.get("input_ids"), shape
     generated = torch.zeros(batch, width, dtype=torch.bool)
     if prompt_columns is not None:
         generated[:, max(0, prompt_columns - first_column) :] = True

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.generation.classes import classify
+from fastskip.generation.classes import classify, given_shape
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
 
@@ -89,27 +89,25 @@ def classes_of(config: Any, runtime: Runtime, inputs: dict[str, Any]) -> Tensor 
     cache = inputs.get("past_key_values")
     if cache is not None:
         runtime.check_cache(cache)
-    ids = inputs.get("input_ids")
-    present = ids if ids is not None else inputs.get("inputs_embeds")
-    if present is None:
+    shape = given_shape(inputs)
+    if shape is None:
         return None
     return classify(
         runtime.plan,
         config,
         inputs,
         first_column=0 if cache is None else cache.columns,
-        prompt_columns=runtime.prompt_end(cache, present.shape[1]),
+        prompt_columns=runtime.prompt_end(cache, shape[1]),
     )
 
 
 def kept_columns(runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
     """``[B, k]`` columns (of the new ones) whose logits are read; ``None``: all, or unknown."""
     keep = inputs.get("logits_to_keep", 0)
-    ids = inputs.get("input_ids")
-    present = ids if ids is not None else inputs.get("inputs_embeds")
-    if present is None or isinstance(keep, Tensor) or not keep or inputs.get("labels") is not None:
+    shape = given_shape(inputs)
+    if shape is None or isinstance(keep, Tensor) or not keep or inputs.get("labels") is not None:
         return None
-    batch, width = present.shape[:2]
+    batch, width = shape
     mask = inputs.get("attention_mask")
     if runtime.session is not None and keep == 1 and mask is not None:
         # With right padding a sequence goes on from its last real row, not from a pad.
