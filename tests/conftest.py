@@ -1,5 +1,6 @@
 """What every test gets: few threads, fixed seeds, poisoned memory, sensible hypothesis profiles."""
 
+import os
 import random
 from collections.abc import Iterator
 from importlib import import_module
@@ -11,6 +12,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# Without a GPU kernels run in Triton's interpreter, which is chosen when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "quick",

@@ -35,8 +35,10 @@ FLOORS = {
     ),
     "plan": Floor(("layer_plan", "plan_cells", "plan", "costs"), ("policy",)),
     "tokens": Floor(("tokens",), ("policy",), ("torch",)),
-    "reference": Floor(("ops.reference", "ops.allocate"), (), ("torch",)),
-    "kernels": Floor(("kernels",), (), ("torch", "triton")),
+    "reference": Floor(
+        ("ops.reference", "ops.fused", "ops.contracts", "ops.allocate"), (), ("torch",)
+    ),
+    "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),
     "ops": Floor(("ops",), ("reference", "kernels"), ("torch",)),
     "routing": Floor(("routing",), ("policy", "ops", "reference"), ("torch",)),
     "decoder": Floor(("decoder",), (*PURE, "tokens", "reference", "ops", "routing"), ("torch",)),

@@ -1,0 +1,244 @@
+"""What the fused operations read and write: plain groups of tensors, checked once by their makers.
+
+Letters: ``n`` rows, ``D`` hidden size, ``F`` FFN size, ``H`` query heads, ``G`` key/value heads,
+``K`` head dim, ``B`` sequences, ``P`` pages of a sequence. Index tensors are int32 unless said
+otherwise and lie on the device of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+PAGE = 64
+"""Slots of one page of a cache: one tile of keys in an attention kernel."""
+
+
+class Activation(Enum):
+    """What stands between the two products of an FFN."""
+
+    GATED_SILU = "gated_silu"
+    """``silu(gate) * up``; the first product has ``2F`` rows, gate first (Llama)."""
+    RELU = "relu"
+    """``max(x, 0)``; the first product has ``F`` rows (OPT)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm ``x / rms(x) * weight``, or LayerNorm if ``is_centred``; weights ``[D]``."""
+
+    weight: Tensor
+    epsilon: float
+    bias: Tensor | None = None
+    is_centred: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """``x @ weight.T + bias``; ``weight [M, E]`` with dense rows, ``bias [M]`` or none."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary tables by position, ``[positions, K / 2]`` each, in the dtype of the data."""
+
+    cosine: Tensor
+    sine: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Where the entries of ``n`` rows go.
+
+    ``positions [n]``: what RoPE turns by. ``sequences [n]``, ``slots [n]``: the cache slot; a row
+    whose slot is negative leaves no entry.
+    """
+
+    positions: Tensor
+    sequences: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """The keys and values of one layer, in pages of ``PAGE`` slots.
+
+    Slot ``s`` of sequence ``b`` lies in page ``s // PAGE`` of that sequence. A page may lie in any
+    slab, so that a cache grows without moving; ``table`` therefore holds addresses, as element
+    offsets from the first element of ``anchor``, which outlives every cache. From there
+    ``offset`` leads to this layer's ``[2, G, PAGE, K]``: keys, then values.
+
+    Attributes:
+        anchor: any tensor of the data's dtype; only its address is used.
+        table: ``[B, P]`` int64.
+        offset: elements from the start of a page to this layer's part of it.
+        groups, head_dim: ``G`` and ``K``.
+        slabs: the memory that the offsets point into; kernels do not read this list.
+    """
+
+    anchor: Tensor
+    table: Tensor
+    offset: int
+    groups: int
+    head_dim: int
+    slabs: Sequence[Tensor]
+
+    @property
+    def plane(self) -> int:
+        """Elements from the keys of a page to its values."""
+        return self.groups * PAGE * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What each of ``n`` query rows sees: the first ``limits`` entries of its sequence.
+
+    Entries of a sequence lie in column order, so "every earlier entry and its own" is a count.
+
+    Attributes:
+        limits: ``[n]``, in query order.
+        order: ``[n]`` query rows, sequence by sequence, limits ascending within each.
+        bounds: where each sequence's rows begin in ``order``: ``B + 1`` numbers on the host.
+    """
+
+    limits: Tensor
+    order: Tensor
+    bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReach:
+    """Query row ``b`` sees the first ``counts[b] + extra`` entries of sequence ``b``.
+
+    ``counts [B]`` may change on the device between launches; ``most`` is a rough bound on the sum
+    that only decides how a launch splits its work. ``arrivals`` is int32 scratch of at least
+    ``B * H`` zeros, which a launch leaves zero.
+    """
+
+    counts: Tensor
+    extra: int
+    most: int
+    arrivals: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One layer's way from the residual stream to queries and to entries of its cache.
+
+    ``linear`` has ``(queries + 2G) * K`` rows: query heads, keys, values; either part may be
+    missing. ``rotation`` is ``None`` for models without RoPE. ``pages`` is ``None`` if no entry is
+    made.
+    """
+
+    norm: Norm
+    linear: Linear
+    rotation: Rotation | None
+    targets: Targets
+    pages: Pages | None
+    head_dim: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads that the product yields."""
+        entries = 0 if self.pages is None else 2 * self.pages.groups
+        return self.linear.weight.shape[0] // self.head_dim - entries
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """The first half of an FFN: norm, product, activation."""
+
+    norm: Norm
+    linear: Linear
+    activation: Activation
+
+    @property
+    def width(self) -> int:
+        """``F``."""
+        rows = self.linear.weight.shape[0]
+        return rows // 2 if self.activation is Activation.GATED_SILU else rows
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``x @ weight.T + bias``, a summand of a residual update: ``x [n, E]``."""
+
+    x: Tensor
+    linear: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The greedy sampler's state on the device; ``B`` rows.
+
+    Attributes:
+        tokens: ``[B]`` int64: the tokens to feed next.
+        history: ``[steps, B]`` int64: every token chosen, by step.
+        step: ``[1]``: the row of ``history`` that is written next.
+        unfinished: ``[B]``: 1 until the sequence has produced one of ``stops``.
+        stops: ``[k]`` int64: tokens that end a sequence; may be empty.
+        pad: what a finished sequence yields.
+        counts: ``[sets, B]``: entries of each sequence in each entry table, advanced by ``grows``.
+        grows: ``[sets]``: 1 where a step adds an entry.
+        positions: ``[B]``: position of the row to feed next, advanced by one.
+    """
+
+    tokens: Tensor
+    history: Tensor
+    step: Tensor
+    unfinished: Tensor
+    stops: Tensor
+    pad: int
+    counts: Tensor
+    grows: Tensor
+    positions: Tensor
+
+
+def slab_of(pages: Pages, offset: int) -> tuple[Tensor, int]:
+    """The slab that element ``offset`` of the anchor lies in, and where in it (host arithmetic)."""
+    address = pages.anchor.data_ptr() + offset * pages.anchor.element_size()
+    for slab in pages.slabs:
+        start = slab.data_ptr()
+        if start <= address < start + slab.numel() * slab.element_size():
+            return slab, (address - start) // slab.element_size()
+    raise IndexError(f"pages.table: offset {offset} lies in none of the {len(pages.slabs)} slabs")
+
+
+def entries_of(pages: Pages, sequence: int, count: int) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[G, count, K]`` of a sequence's first entries, as new tensors.
+
+    Reads the table on the host: for checks and for the torch form of the operations.
+    """
+    shape = (2, pages.groups, PAGE, pages.head_dim)
+    size = 2 * pages.plane
+    parts = []
+    for number in range(-(-count // PAGE)):
+        slab, start = slab_of(pages, int(pages.table[sequence, number]))
+        flat = slab.view(-1)[start + pages.offset : start + pages.offset + size]
+        parts.append(flat.view(shape))
+    if not parts:
+        none = pages.anchor.new_empty(2, pages.groups, 0, pages.head_dim)
+        return none[0], none[1]
+    keys, values = torch.cat(parts, dim=2)[:, :, :count]
+    return keys, values
+
+
+def write_entries(
+    pages: Pages, sequences: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Stores ``keys`` and ``values [n, G, K]``; rows with a negative slot are left out."""
+    shape = (2, pages.groups, PAGE, pages.head_dim)
+    for row, (sequence, slot) in enumerate(zip(sequences.tolist(), slots.tolist(), strict=True)):
+        if slot < 0:
+            continue
+        slab, start = slab_of(pages, int(pages.table[sequence, slot // PAGE]))
+        flat = slab.view(-1)[start + pages.offset : start + pages.offset + 2 * pages.plane]
+        page = flat.view(shape)
+        page[0, :, slot % PAGE], page[1, :, slot % PAGE] = keys[row], values[row]

@@ -1,0 +1,261 @@
+"""The fused operations in plain torch: what each kernel computes, step by step.
+
+They are the oracle of the kernels, and they run the device executor on any device
+(``impl="torch"``). Slow on purpose where slow is clear. Letters as in ``ops.contracts``; an
+``index [n]`` picks rows of ``h``; ``None`` takes all of them, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastskip.ops.contracts import (
+    Activation,
+    Choice,
+    Feed,
+    Linear,
+    Norm,
+    Pages,
+    Projection,
+    Reach,
+    StepReach,
+    Term,
+    entries_of,
+    write_entries,
+)
+
+
+def normalize(
+    h: Tensor, norm: Norm, *, index: Tensor | None = None, change: Tensor | None = None
+) -> Tensor:
+    """``norm(h[index] + change)``: ``[n, D]``; ``h`` is not written."""
+    x = _rows(h, index)
+    x = x if change is None else x + change
+    if norm.is_centred:
+        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.epsilon)
+
+
+def linear(x: Tensor, weights: Linear) -> Tensor:
+    """``[n, E] -> [n, M]``."""
+    return F.linear(x, weights.weight, weights.bias)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """``[n, 2F] -> [n, F]`` if gated, else ``[n, F] -> [n, F]``."""
+    if activation is Activation.RELU:
+        return F.relu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate_append(heads: Tensor, projection: Projection) -> Tensor:
+    """Rotates ``heads [n, H + 2G, K]`` (queries, keys, values) and stores the entries.
+
+    Returns the rotated queries ``[n, H, K]``. Hugging Face's half-split form: element ``i``
+    turns with element ``i + K/2``.
+    """
+    targets, pages, rotation = projection.targets, projection.pages, projection.rotation
+    queries = projection.heads
+    groups = 0 if pages is None else pages.groups
+    turned = heads[:, : queries + groups]
+    if rotation is not None:
+        cosine = rotation.cosine[targets.positions.long(), None]
+        sine = rotation.sine[targets.positions.long(), None]
+        first, second = turned.chunk(2, dim=-1)
+        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    if pages is not None:
+        write_entries(
+            pages, targets.sequences, targets.slots, turned[:, queries:], heads[:, -groups:]
+        )
+    return turned[:, :queries]
+
+
+def project_append(
+    h: Tensor, projections: Sequence[Projection], *, index: Tensor | None = None
+) -> list[Tensor]:
+    """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
+
+    Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0).
+    """
+    found = []
+    for projection in projections:
+        x = linear(normalize(h, projection.norm, index=index), projection.linear)
+        heads = x.view(len(x), -1, projection.head_dim)
+        found.append(rotate_append(heads, projection))
+    return found
+
+
+def feed(
+    h: Tensor,
+    feeds: Sequence[Feed],
+    *,
+    index: Tensor | None = None,
+    changes: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Norm, first product and activation of an FFN, of one block or of the two of a pair.
+
+    ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. Returns
+    ``[n, F]`` each.
+    """
+    return [
+        activate(
+            linear(
+                normalize(
+                    h, part.norm, index=index, change=None if changes is None else changes[number]
+                ),
+                part.linear,
+            ),
+            part.activation,
+        )
+        for number, part in enumerate(feeds)
+    ]
+
+
+def project_append_feed(
+    h: Tensor, projection: Projection, part: Feed, *, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Both first halves of a parallel block, which read the same rows: queries and ``[n, F]``."""
+    return project_append(h, [projection], index=index)[0], feed(h, [part], index=index)[0]
+
+
+def add_terms_(
+    h: Tensor,
+    terms: Sequence[Term],
+    *,
+    index: Tensor | None = None,
+    changes: Sequence[Tensor] = (),
+    factor: float = 1.0,
+) -> Tensor:
+    """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
+
+    One term: the second half of a sublayer. Two: both second halves of a parallel block, or those
+    of a pair, whose attention outputs are ``changes [n, D]``. No row occurs twice in ``index``.
+    """
+    total = torch.stack([*apply_terms(terms), *changes]).sum(0)
+    rows = _rows(h, index) + (total if factor == 1.0 else factor * total)
+    if index is None:
+        return h.copy_(rows)
+    h[index.long()] = rows
+    return h
+
+
+def apply_terms(terms: Sequence[Term]) -> list[Tensor]:
+    """``x @ weight.T + bias`` of each term, ``[n, D]``: the attention outputs of a pair."""
+    return [linear(term.x, term.linear) for term in terms]
+
+
+def attend_rows(queries: Tensor, reach: Reach, pages: Pages, scale: float) -> Tensor:
+    """Softmax attention of ``queries [n, H, K]``, each over the entries it reaches.
+
+    Returns ``[n, H * K]`` in query order.
+    """
+    out = torch.empty_like(queries)
+    for sequence, start in enumerate(reach.bounds[:-1]):
+        rows = reach.order[start : reach.bounds[sequence + 1]].long()
+        if len(rows):
+            limits = reach.limits[rows]
+            keys, values = entries_of(pages, sequence, int(limits.max()))
+            seen = torch.arange(keys.shape[1], device=limits.device) < limits[:, None]
+            out[rows] = _attend(queries[rows], keys, values, seen, scale)
+    return out.flatten(1)
+
+
+def attend_step(
+    queries: Sequence[Tensor], reach: Sequence[StepReach], pages: Sequence[Pages], scale: float
+) -> list[Tensor]:
+    """One query a sequence over all of its entries, of one block or of the two of a pair.
+
+    ``[B, H, K]`` each -> ``[B, H * K]`` each.
+    """
+    found = []
+    for each, own, entries in zip(queries, reach, pages, strict=True):
+        rows = []
+        for sequence, query in enumerate(each):
+            keys, values = entries_of(entries, sequence, int(own.counts[sequence]) + own.extra)
+            rows.append(_attend(query[None], keys, values, None, scale))
+        out = torch.cat(rows) if rows else torch.empty_like(each)
+        found.append(out.flatten(1))
+    return found
+
+
+def copy_entries(
+    source: Pages, target: Pages, sequences: Tensor, from_slots: Tensor, to_slots: Tensor
+) -> None:
+    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out."""
+    if not len(sequences):
+        return
+    keys, values = [], []
+    for sequence, slot in zip(sequences.tolist(), from_slots.tolist(), strict=True):
+        key, value = entries_of(source, sequence, max(slot, 0) + 1)
+        keys.append(key[:, -1])
+        values.append(value[:, -1])
+    write_entries(target, sequences, to_slots, torch.stack(keys), torch.stack(values))
+
+
+def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:
+    """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``."""
+    return linear(h if norm is None else normalize(h, norm), head)
+
+
+def choose(logits: Tensor, choice: Choice) -> None:
+    """The greedy token of each row, and the state one step further.
+
+    The first of equal maxima wins. A finished sequence yields ``pad``; one that yields a stop
+    token is finished from the next step on.
+    """
+    tokens = logits.float().argmax(-1)
+    tokens = torch.where(choice.unfinished.bool(), tokens, choice.pad)
+    if len(choice.stops):
+        choice.unfinished.mul_(~torch.isin(tokens, choice.stops))
+    step = int(choice.step)
+    choice.history[step] = tokens
+    choice.tokens.copy_(tokens)
+    choice.step.add_(1)
+    advance(choice)
+
+
+def advance(choice: Choice) -> None:
+    """Counts and positions one step further: what a step with another sampler needs."""
+    choice.counts.add_(choice.grows[:, None])
+    choice.positions.add_(1)
+
+
+def embed(tokens: Tensor, table: Tensor, out: Tensor) -> None:
+    """``out[b] = table[tokens[b]]``: ``[B] -> [B, D]``."""
+    out.copy_(F.embedding(tokens, table))
+
+
+def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where ``mask [N]`` is true: ``index [N]``, its first ``count [1]`` numbers ascending.
+
+    Both stay on the device; what lies behind the count is unspecified.
+    """
+    rows = mask.bool()
+    count = rows.sum(dtype=torch.int32)[None]
+    # A stable sort by "not chosen" needs no size on the host.
+    index = torch.argsort((~rows).to(torch.int8), stable=True).to(torch.int32)
+    return index, count
+
+
+def _rows(h: Tensor, index: Tensor | None) -> Tensor:
+    return h if index is None else h[index.long()]
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
+) -> Tensor:
+    """``[n, H, K]`` over ``[G, S, K]``: ``[n, H, K]``."""
+    rows, heads, width = queries.shape
+    groups = len(keys)
+    grouped = queries.view(rows, groups, heads // groups, width).permute(1, 2, 0, 3)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    scores = grouped.to(wide) @ keys[:, None].to(wide).transpose(-1, -2) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    weights = torch.softmax(scores, dim=-1).to(queries.dtype)
+    return (weights @ values[:, None]).permute(2, 0, 1, 3).reshape(rows, heads, width)

@@ -1,0 +1,95 @@
+"""The interface of the fused operations: what the device executor is written against.
+
+``ops.fused`` (torch) and ``ops.compiled`` (Triton, and torch's library products where those are
+faster) implement it as modules; ``ops.fused`` says what each function computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from fastskip.ops.contracts import (
+    Choice,
+    Feed,
+    Linear,
+    Norm,
+    Pages,
+    Projection,
+    Reach,
+    StepReach,
+    Term,
+)
+
+
+class FusedOperations(Protocol):
+    """One implementation; see ``ops.fused`` for shapes and meanings."""
+
+    def normalize(
+        self,
+        h: Tensor,
+        norm: Norm,
+        *,
+        index: Tensor | None = None,
+        change: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def project_append(
+        self, h: Tensor, projections: Sequence[Projection], *, index: Tensor | None = None
+    ) -> list[Tensor]: ...
+
+    def feed(
+        self,
+        h: Tensor,
+        feeds: Sequence[Feed],
+        *,
+        index: Tensor | None = None,
+        changes: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]: ...
+
+    def project_append_feed(
+        self, h: Tensor, projection: Projection, part: Feed, *, index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def add_terms_(
+        self,
+        h: Tensor,
+        terms: Sequence[Term],
+        *,
+        index: Tensor | None = None,
+        changes: Sequence[Tensor] = (),
+        factor: float = 1.0,
+    ) -> Tensor: ...
+
+    def apply_terms(self, terms: Sequence[Term]) -> list[Tensor]: ...
+
+    def attend_rows(self, queries: Tensor, reach: Reach, pages: Pages, scale: float) -> Tensor: ...
+
+    def attend_step(
+        self,
+        queries: Sequence[Tensor],
+        reach: Sequence[StepReach],
+        pages: Sequence[Pages],
+        scale: float,
+    ) -> list[Tensor]: ...
+
+    def copy_entries(
+        self,
+        source: Pages,
+        target: Pages,
+        sequences: Tensor,
+        from_slots: Tensor,
+        to_slots: Tensor,
+    ) -> None: ...
+
+    def head_logits(self, h: Tensor, norm: Norm | None, head: Linear) -> Tensor: ...
+
+    def choose(self, logits: Tensor, choice: Choice) -> None: ...
+
+    def advance(self, choice: Choice) -> None: ...
+
+    def embed(self, tokens: Tensor, table: Tensor, out: Tensor) -> None: ...
+
+    def compact(self, mask: Tensor) -> tuple[Tensor, Tensor]: ...

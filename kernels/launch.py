@@ -1,0 +1,94 @@
+"""Launching a kernel, and the account of what was launched.
+
+Every launch of the project goes through ``launch``. Inside ``recording()`` each is written down;
+inside ``recording(is_dry=True)`` it is written down and not run, so launches can be counted, or
+compiled ahead of time, for tensors that hold no data (``device="meta"``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+_account: ContextVar[Account | None] = ContextVar("account", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: the kernel, its grid, its arguments, and the compiler's options.
+
+    ``kernel`` is ``None`` for a product that the vendor's library computes; its programs are not
+    known.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    kernel: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def programs(self) -> int:
+        """Program instances (thread blocks)."""
+        return prod(self.grid)
+
+
+@dataclass(slots=True)
+class Account:
+    """The launches of one ``recording()``, in order."""
+
+    is_dry: bool
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def programs(self) -> int:
+        return sum(launch.programs for launch in self.launches)
+
+    def by_kernel(self) -> dict[str, tuple[int, int]]:
+        """Name -> (launches, programs)."""
+        found: dict[str, tuple[int, int]] = {}
+        for launch in self.launches:
+            launches, programs = found.get(launch.name, (0, 0))
+            found[launch.name] = launches + 1, programs + launch.programs
+        return found
+
+
+@contextmanager
+def recording(*, is_dry: bool = False) -> Iterator[Account]:
+    """Writes down the launches of this block; ``is_dry``: without running them."""
+    account = Account(is_dry)
+    token = _account.set(account)
+    try:
+        yield account
+    finally:
+        _account.reset(token)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], options: Mapping[str, int], **arguments: Any
+) -> None:
+    """``kernel[grid](**arguments)``; an empty grid launches nothing.
+
+    ``options``: ``num_warps``, ``num_stages`` and the like; ``arguments``: everything the kernel's
+    signature names.
+    """
+    if not prod(grid):
+        return
+    account = _account.get()
+    if account is not None:
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        account.launches.append(Launch(name, grid, kernel, arguments, options))
+        if account.is_dry:
+            return
+    kernel[grid](**arguments, **options)
+
+
+def note(name: str) -> None:
+    """Writes down a launch of the vendor's library, which runs by itself."""
+    account = _account.get()
+    if account is not None:
+        account.launches.append(Launch(name, (1,)))

@@ -1,0 +1,49 @@
+"""Loads, stores and products that are right in the interpreter too.
+
+Triton's interpreter computes bf16 arithmetic, comparisons and products on bit patterns and
+truncates where the device rounds to nearest even. So kernels compute in fp32 only, and load, round
+and multiply through these functions; on a device they compile to the plain instructions.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def load(pointer, mask=None):
+    """Values in fp32; masked ones are 0."""
+    if mask is None:
+        return tl.load(pointer).to(tl.float32)
+    else:
+        return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """fp32 ``value`` in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit
+def store(pointer, value, mask=None):
+    """Rounds fp32 ``value`` to the element type of ``pointer``."""
+    tl.store(pointer, round_to(value, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """``a @ b + accumulator`` in fp32; operands of one storage type, at least 16 a side.
+
+    fp32 operands are multiplied in full precision, not as TF32.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    else:
+        return tl.dot(a, b, accumulator, input_precision="ieee")
