@@ -97,17 +97,29 @@ class SkipCache(Cache):
             self.reset()  # what a cropped cache still allocates has another batch size
             self.codes = torch.empty(batch, 0, dtype=torch.int64)
             self.positions = torch.empty(batch, 0, dtype=torch.int64)
-        shape = (batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
-        for holding, layers in self._layers_by_holding.items():
-            table = self.tables.get(holding)
-            if table is None:
-                table = self.tables[holding] = EntryTable(batch)
-            slots = max(map(add, table.counts, layout.counts(holding)), default=0)
-            if like is not None and slots > table.capacity:
-                table.reserve(slots + self._later_slots(layout, holding, like.dtype))
-                for layer in layers:
-                    entries = self.entries.setdefault(layer, LayerEntries())
-                    entries.extend(table.segments, shape, like)
+        for holding in self._layers_by_holding:
+            if holding not in self.tables:
+                self.tables[holding] = EntryTable(batch)
+            needed = list(map(add, self.tables[holding].counts, layout.counts(holding)))
+            if like is not None:
+                self._make_room(holding, needed, layout, like)
+
+    def _make_room(
+        self,
+        holding: frozenset[TokenClass],
+        needed: Sequence[int],
+        layout: TokenLayout,
+        like: Tensor,
+    ) -> None:
+        """Room for ``needed[b]`` entries of each sequence in the layers of one table."""
+        table, slots = self.tables[holding], max(needed, default=0)
+        if slots <= table.capacity:
+            return
+        table.reserve(slots + self._later_slots(layout, holding, like.dtype))
+        shape = (layout.batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
+        for layer in self._layers_by_holding[holding]:
+            entries = self.entries.setdefault(layer, LayerEntries())
+            entries.extend(table.segments, shape, like)
 
     def _later_slots(
         self, layout: TokenLayout, holding: frozenset[TokenClass], dtype: torch.dtype

@@ -29,6 +29,20 @@ class RotaryTable:
         The first half of the sines is negated, as ``ops.rotate`` wants it.
         """
         needed = int(positions.max()) + 1 if len(positions) else 1
+        cosine, sine = self._tables(needed, like)
+        if len(positions) == 1:
+            return cosine[needed - 1 : needed], sine[needed - 1 : needed]
+        index = positions.to(like.device)
+        return cosine[index], sine[index]
+
+    def halves(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[P, K / 2]`` of the positions below ``needed`` (and of some more)."""
+        cosine, sine = self._tables(needed, like)
+        half = cosine.shape[-1] // 2
+        return cosine[:, 0, :half], sine[:, 0, half:]
+
+    def _tables(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables ``[P, 1, K]`` that reach to ``needed``; made again only where they do not."""
         cosine, sine = self._cosine, self._sine
         if (
             cosine is None
@@ -38,10 +52,7 @@ class RotaryTable:
             or cosine.device != like.device
         ):
             cosine, sine = self._tabulate(needed, like)
-        if len(positions) == 1:
-            return cosine[needed - 1 : needed], sine[needed - 1 : needed]
-        index = positions.to(like.device)
-        return cosine[index], sine[index]
+        return cosine, sine
 
     def _tabulate(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         length = max(64, 1 << (needed - 1).bit_length())

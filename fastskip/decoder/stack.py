@@ -59,6 +59,10 @@ class Decoder:
             weights.refresh(wants_gradient=wants_gradient)
         self._blocks = [self._block(index) for index in range(len(self.weights))]
 
+    def new_cache(self, *, reserve: int = 0, wants_gradient: bool = False) -> SkipCache:
+        """An empty cache for forwards of this decoder; ``reserve``: columns expected in all."""
+        return SkipCache(self.plan, reserve=reserve)
+
     def lay_out(self, codes: Tensor, positions: Tensor, cache: SkipCache) -> TokenLayout:
         """The rows of a forward over columns ``[B, T]`` that come after the cache's."""
         return TokenLayout(codes, positions, cache.columns, self.plan.groups)

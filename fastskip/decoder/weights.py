@@ -9,6 +9,7 @@ modules one by one, so LoRA, hooks and quantised linears stay right.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,26 @@ from torch import Tensor, nn
 
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Activation, Linear, Norm
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """The weights of one layer as the fused operations read them; views of merged storages.
+
+    ``qkv``, ``queries``, ``keys_values``: the whole product of attention and parts of it.
+    ``feed``, ``down``: the two products of the FFN.
+    """
+
+    attention_norm: Norm
+    qkv: Linear
+    queries: Linear
+    keys_values: Linear
+    output: Linear
+    ffn_norm: Norm
+    feed: Linear
+    activation: Activation
+    down: Linear
 
 
 class Products(Protocol):
@@ -110,6 +131,24 @@ class MergedProducts:
             and all(a is b for a, b in zip(others, self._others, strict=True))
         )
 
+    @property
+    def is_fusable(self) -> bool:
+        """Whether the fused operations compute this layer: its activation is one of theirs."""
+        return self._is_silu
+
+    def layer_weights(self) -> LayerWeights:
+        return LayerWeights(
+            attention_norm=Norm(*self._norms[0]),
+            qkv=Linear(*self._qkv),
+            queries=Linear(*self._q),
+            keys_values=Linear(*self._kv),
+            output=Linear(*self._output),
+            ffn_norm=Norm(*self._norms[1]),
+            feed=Linear(*self._gate_up),
+            activation=Activation.GATED_SILU,
+            down=Linear(*self._down),
+        )
+
     def attention_norm(self, x: Tensor) -> Tensor:
         return self._ops.rms_norm(x, *self._norms[0])
 
@@ -157,6 +196,11 @@ class BlockWeights:
     @property
     def is_merged(self) -> bool:
         return self.products is self._merged
+
+    @property
+    def merged(self) -> MergedProducts | None:
+        """The merged form, if it is the one in use."""
+        return self._merged if self.is_merged else None
 
     @property
     def can_merge(self) -> bool:

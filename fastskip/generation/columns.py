@@ -16,7 +16,9 @@ from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
 
 
-def cache_of(text_model: Any, runtime: Runtime, inputs: dict[str, Any]) -> tuple[SkipCache, bool]:
+def cache_of(
+    text_model: Any, runtime: Runtime, inputs: dict[str, Any], *, wants_gradient: bool
+) -> tuple[SkipCache, bool]:
     """The cache of this forward, and whether the caller gets it back."""
     cache = inputs.get("past_key_values")
     if cache is not None:
@@ -25,7 +27,7 @@ def cache_of(text_model: Any, runtime: Runtime, inputs: dict[str, Any]) -> tuple
     use_cache = inputs.get("use_cache")
     if use_cache is None:
         use_cache = bool(getattr(text_model.config, "use_cache", True))
-    return SkipCache(runtime.plan), use_cache
+    return runtime.decoder.new_cache(wants_gradient=wants_gradient), use_cache
 
 
 def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:

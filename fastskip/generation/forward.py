@@ -23,13 +23,13 @@ def decode_columns(
     ``kept_columns [B, k]`` which logits it reads; rows of pads are unspecified.
     """
     batch, width = h.shape[:2]
-    cache, is_returned = cache_of(text_model, runtime, inputs)
-    real = real_columns(inputs.get("attention_mask"), cache, batch, width)
-    codes = codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
-    positions = positions_of(runtime, inputs.get("position_ids"), cache, real)
     wants_gradient = torch.is_grad_enabled() and (
         h.requires_grad or any(p.requires_grad for p in text_model.parameters())
     )
+    cache, is_returned = cache_of(text_model, runtime, inputs, wants_gradient=wants_gradient)
+    real = real_columns(inputs.get("attention_mask"), cache, batch, width)
+    codes = codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
+    positions = positions_of(runtime, inputs.get("position_ids"), cache, real)
     wants_hidden = inputs.get("output_hidden_states")
     if wants_hidden is None:
         wants_hidden = getattr(text_model.config, "output_hidden_states", False)

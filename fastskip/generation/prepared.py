@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.decoder.cache import SkipCache
 from fastskip.families import MULTIMODAL, text_model_of
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
@@ -160,7 +159,7 @@ class PreparedModel(_Prepared):
             if generation_config.use_cache is False:
                 _check_guidance(runtime, generation_config)
                 return
-            cache = model_kwargs["past_key_values"] = SkipCache(runtime.plan)
+            cache = model_kwargs["past_key_values"] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
             # Hugging Face asks this of caches that users hand in.

@@ -9,6 +9,7 @@ from threading import RLock
 from typing import Any
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
 from fastskip.ops import Operations
 from fastskip.plan import SkipPlan
@@ -26,7 +27,8 @@ class Runtime:
 
     def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
         self.plan = plan
-        self.decoder = Decoder(text_model, plan, ops)
+        kind = Decoder if ops.fused is None else FusedDecoder
+        self.decoder = kind(text_model, plan, ops)
         self.session: Session | None = None
         self.lock = RLock()
 

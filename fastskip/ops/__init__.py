@@ -1,6 +1,8 @@
 """The operations of a decoder, and the choice of who computes them.
 
-``resolve`` is called once, when a model is prepared; the decoder then holds the chosen
+The reference operations are small ones, a call each. The fused ones (``ops.fused`` says what they
+are) do in one call what a decoder layer does between two points where rows meet; the device
+executor is written against them, and Triton kernels compute them. ``resolve`` is called once, when a model is prepared; the decoder then holds the chosen
 implementation and calls it without further decisions. Nothing is chosen silently: an explicit
 choice that cannot run raises and lists what can.
 """
@@ -8,25 +10,34 @@ choice that cannot run raises and lists what can.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from fastskip.ops import reference
+from fastskip.ops import fused, reference
+from fastskip.ops.operations import FusedOperations
 
 
 class Implementation(Enum):
-    """Who computes: plain torch, or fused Triton kernels on CUDA."""
+    """Who computes: plain torch, or fused Triton kernels on CUDA.
+
+    ``TORCH`` is the device executor on torch's own operations: slow, for finding faults.
+    """
 
     REFERENCE = "reference"
     TRITON = "triton"
+    TORCH = "torch"
 
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """One implementation's functions; shapes and meanings are those of ``ops.reference``."""
+    """One implementation's functions; shapes and meanings are those of ``ops.reference``.
+
+    ``fused``: with these the device executor runs; ``None``: the plain one does.
+    """
 
     implementation: Implementation
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
@@ -34,6 +45,7 @@ class Operations:
     gated_silu: Callable[[Tensor], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend: Callable[..., Tensor]
+    fused: FusedOperations | None = None
 
 
 REFERENCE = Operations(
@@ -46,22 +58,54 @@ REFERENCE = Operations(
 )
 
 
+TORCH = replace(REFERENCE, implementation=Implementation.TORCH, fused=fused)
+
+
 def resolve(impl: str | Implementation | None, device: torch.device) -> Operations:
     """The operations that ``impl`` names.
 
     Args:
-        impl: ``None`` chooses by device; ``"reference"`` runs anywhere.
+        impl: ``None`` chooses by device (``"triton"`` on CUDA, ``"reference"`` elsewhere);
+            ``"reference"`` and ``"torch"`` run anywhere.
         device: where the decoder's weights lie.
     Raises:
         ValueError: unknown name, or an implementation that cannot run on ``device``.
     """
     allowed = [choice.value for choice in Implementation]
+    if impl is None:
+        impl = Implementation.TRITON if device.type == "cuda" else Implementation.REFERENCE
     try:
-        choice = Implementation.REFERENCE if impl is None else Implementation(impl)
+        choice = Implementation(impl)
     except ValueError:
         raise ValueError(f"impl: {impl!r} is unknown; allowed: {allowed}") from None
     if choice is Implementation.TRITON:
+        _require_triton(device)
+        from fastskip.ops import compiled
+
+        return replace(REFERENCE, implementation=choice, fused=compiled)
+    return TORCH if choice is Implementation.TORCH else REFERENCE
+
+
+def _require_triton(device: torch.device) -> None:
+    """Raises unless Triton kernels can run on ``device``."""
+    others = "what can run: 'reference', 'torch'"
+    if find_spec("triton") is None:
         raise ValueError(
-            f"impl: 'triton' is not available yet (device {device}); what can run: ['reference']"
+            f"impl: 'triton' needs the package triton (pip install 'fastskip[gpu]'); {others}"
         )
-    return REFERENCE
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                f"impl: 'triton' needs compute capability 8.0 or higher, {device} has "
+                f"{major}.{minor}; {others}"
+            )
+        return
+    import triton
+
+    if not (device.type == "cpu" and triton.knobs.runtime.interpret):
+        raise ValueError(
+            f"impl: 'triton' runs on CUDA, the model lies on {device} (on the CPU only in "
+            f"Triton's interpreter, for checks: set TRITON_INTERPRET=1 before Python starts); "
+            f"{others}"
+        )

@@ -1,0 +1,163 @@
+"""The decoder on the fused operations: what runs on CUDA.
+
+It runs the same plan as ``stack.Decoder``. It hands over to that one where the fused operations are
+not defined: when gradients are wanted, and while a layer's projections cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.fused_layer import FusedBlock, FusedRows, Store, run_pair
+from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.stack import Decoder, Watch
+from fastskip.ops import Operations
+from fastskip.ops.contracts import Rotation
+from fastskip.ops.operations import FusedOperations
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.tokens import TokenLayout
+
+# From a layer's plan, and whether it is in the last step, to what enters its parts.
+RowsOf = Callable[[LayerPlan, bool], FusedRows]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class FusedDecoder(Decoder):
+    """Runs one model's decoder layers under one plan, in place and in few launches.
+
+    ``version`` counts the times that the weights' addresses or the plan changed: a captured graph
+    is valid for one version.
+    """
+
+    def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
+        super().__init__(text_model, plan, ops)
+        assert ops.fused is not None
+        self.fused: FusedOperations = ops.fused
+        self.version = 0
+        self._fused_blocks: list[FusedBlock] = []
+        self._made_of: list[object] = []
+        self._anchor: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Blocks and the graphs made of them hold addresses; a copy starts without.
+        own: dict[str, Any] = {"_fused_blocks": [], "_made_of": [], "_anchor": None}
+        return {**super().__getstate__(), **own}
+
+    @property
+    def anchor(self) -> Tensor:
+        """What page addresses are counted from; lives as long as dtype and device stay."""
+        like = self.text_model.norm.weight
+        held = self._anchor
+        if held is None or (held.dtype, held.device) != (like.dtype, like.device):
+            held = self._anchor = torch.zeros(16, dtype=like.dtype, device=like.device)
+        return held
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether forwards without gradients run on the fused operations at present."""
+        return bool(self._fused_blocks)
+
+    def refresh(self, *, wants_gradient: bool) -> None:
+        super().refresh(wants_gradient=wants_gradient)
+        if wants_gradient:
+            self._fused_blocks = []
+            return
+        merged = [weights.merged for weights in self.weights]
+        made_of: list[object] = [self.plan, self.text_model.norm.weight.dtype, *merged]
+        if self._fused_blocks and all(a is b for a, b in zip(made_of, self._made_of, strict=True)):
+            return
+        self.version += 1
+        self._made_of = made_of
+        self._fused_blocks = []
+        drops = any(block.dropout for block in self._blocks)
+        if drops or self.text_model.norm.weight.dtype not in DTYPES:
+            return
+        tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
+        if len(tensors) == len(merged):
+            self._fused_blocks = [
+                FusedBlock(own, block.plan, self.fused, block.scale, self.plan.shape.head_dim)
+                for own, block in zip(tensors, self._blocks, strict=True)
+            ]
+
+    def new_cache(self, *, reserve: int = 0, wants_gradient: bool = False) -> SkipCache:
+        self.refresh(wants_gradient=wants_gradient)
+        if not self.is_fused:
+            return super().new_cache(reserve=reserve, wants_gradient=wants_gradient)
+        return PagedCache(self.plan, self.anchor, reserve=reserve)
+
+    def run(
+        self,
+        h: Tensor,
+        layout: TokenLayout,
+        cache: SkipCache,
+        *,
+        wanted: Tensor | None = None,
+        wants_gradient: bool = False,
+        keeps_cache: bool = True,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        if not isinstance(cache, PagedCache):
+            return super().run(
+                h,
+                layout,
+                cache,
+                wanted=wanted,
+                wants_gradient=wants_gradient,
+                keeps_cache=keeps_cache,
+                watch=watch,
+            )
+        self._check(cache, wants_gradient)
+        packed = layout.pack(h)
+        cache.grow(layout, packed)
+        narrow = None if wanted is None else layout.locate(wanted)
+        rows = ForwardRows(self.plan, layout, cache, narrow)
+        last = int(layout.positions.max()) + 1 if len(layout) else 1
+        store = Store(self.rotation(last, packed), cache.pages_of)
+        packed = self.run_steps(packed, rows.of, store, watch)
+        cache.commit(layout)
+        return packed
+
+    def run_steps(
+        self, h: Tensor, rows_of: RowsOf, store: Store, watch: Watch | None = None
+    ) -> Tensor:
+        """Every step of the plan on ``h [N, D]``, which is written."""
+        for step in self.plan.steps:
+            is_last = step is self.plan.steps[-1]
+            blocks = [self._fused_blocks[index] for index in step]
+            rows = [rows_of(block.plan, is_last) for block in blocks]
+            if watch is not None:
+                for index in step:
+                    watch(index, h)
+            if len(step) == 1:
+                h = blocks[0].run(h, rows[0], store)
+            else:
+                h = run_pair((blocks[0], blocks[1]), h, (rows[0], rows[1]), store)
+        return h
+
+    def rotation(self, positions: int, like: Tensor) -> Rotation:
+        """RoPE tables of at least this many positions."""
+        return Rotation(*self.rotary.halves(positions, like))
+
+    def _check(self, cache: PagedCache, wants_gradient: bool) -> None:
+        if wants_gradient:
+            raise ValueError(
+                "past_key_values: this cache was filled without gradients; allowed where gradients "
+                "are wanted: none (use_cache=False), or torch.no_grad() around the forward"
+            )
+        if not self.is_fused:
+            raise RuntimeError(
+                "past_key_values: this cache was filled while the layers' projections were merged, "
+                "which they no longer can be (hooks, adapters or other weights); start from the "
+                "whole prompt"
+            )
+        if cache.anchor is not self._anchor:
+            raise ValueError(
+                "past_key_values: this cache was filled by another model, or before this one was "
+                "moved to another device or dtype; start from the whole prompt"
+            )

@@ -1,0 +1,147 @@
+"""Memory of a cache on the device: pages of a fixed number of slots, in slabs that never move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import PAGE, Pages
+
+# What a sequence gets beyond its need when it outgrows what was foreseen.
+GROWTH_PAGES = 4
+
+
+class PagePool:
+    """The pages of all layers that hold the same set of classes.
+
+    One page keeps ``PAGE`` slots of one sequence for every layer of the set, so a sequence's table
+    is the same for all of them. Growth adds a slab; nothing that is stored moves.
+    """
+
+    def __init__(
+        self, anchor: Tensor, batch: int, layers: Sequence[int], groups: int, head_dim: int
+    ) -> None:
+        self.anchor, self.groups, self.head_dim = anchor, groups, head_dim
+        self.layers = tuple(layers)
+        self.slabs: list[Tensor] = []
+        self._pages: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
+        self._table: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
+        copied = PagePool(self.anchor, len(self._pages), self.layers, self.groups, self.head_dim)
+        copied.slabs = [slab.clone() for slab in self.slabs]
+        copied._pages = [list(pages) for pages in self._pages]
+        return copied
+
+    @property
+    def page_elements(self) -> int:
+        """Elements of one page: K and V of every layer of the set."""
+        return len(self.layers) * 2 * self.groups * PAGE * self.head_dim
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(slab.numel() * slab.element_size() for slab in self.slabs)
+
+    def reserve(self, needed: Sequence[int], later: int) -> bool:
+        """Room for ``needed[b]`` slots a sequence; says whether pages were added.
+
+        Who needs pages gets as many as ``later`` further slots take too, or a few to grow into.
+
+        Raises:
+            torch.OutOfMemoryError: with what to lower; the pool is as it was.
+        """
+        wanted = []
+        for pages, slots in zip(self._pages, needed, strict=True):
+            short = -(-slots // PAGE) - len(pages)
+            if short > 0:
+                foreseen = -(-(slots + later) // PAGE) - len(pages)
+                grown = short + GROWTH_PAGES if pages and not later else short
+                wanted.append(max(foreseen, grown))
+            else:
+                wanted.append(0)
+        total = sum(wanted)
+        if not total:
+            return False
+        self.slabs.append(self._allocate(total, needed))
+        number, page = len(self.slabs) - 1, 0
+        for pages, count in zip(self._pages, wanted, strict=True):
+            pages.extend((number, page + offset) for offset in range(count))
+            page += count
+        self._table = None
+        return True
+
+    def _allocate(self, pages: int, needed: Sequence[int]) -> Tensor:
+        elements = pages * self.page_elements
+        try:
+            return empty((elements,), self.anchor.dtype, self.anchor.device)
+        except torch.OutOfMemoryError as error:
+            size = elements * self.anchor.element_size() / 2**30
+            raise torch.OutOfMemoryError(
+                f"key/value cache: no memory for {size:.2f} GiB more ({len(needed)} sequences of "
+                f"up to {max(needed)} entries in {len(self.layers)} layers); lower the batch size, "
+                "max_new_tokens or the prompt, or use a policy whose skipped attention leaves no "
+                "entries (kv: omit)"
+            ) from error
+
+    def capacity(self, sequence: int) -> int:
+        """Slots that a sequence has pages for."""
+        return len(self._pages[sequence]) * PAGE
+
+    def offsets(self) -> list[list[int]]:
+        """Where each sequence's pages lie, in elements from the anchor."""
+        size = self.anchor.element_size()
+        starts = [(slab.data_ptr() - self.anchor.data_ptr()) // size for slab in self.slabs]
+        return [
+            [starts[slab] + page * self.page_elements for slab, page in pages]
+            for pages in self._pages
+        ]
+
+    @property
+    def table(self) -> Tensor:
+        """``[B, P]`` int64 on the device; rows of shorter sequences end in repeats."""
+        if self._table is None:
+            rows = self.offsets()
+            width = max(1, *map(len, rows)) if rows else 1
+            padded = [row + (row[-1:] or [0]) * (width - len(row)) for row in rows]
+            host = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
+            self._table = host.to(self.anchor.device)
+        return self._table
+
+    def offset_of(self, layer: int) -> int:
+        """Elements from the start of a page to a layer's part."""
+        return self.layers.index(layer) * 2 * self.groups * PAGE * self.head_dim
+
+    def pages_of(self, layer: int) -> Pages:
+        """The layer's entries as the operations see them."""
+        return Pages(
+            self.anchor,
+            self.table,
+            self.offset_of(layer),
+            self.groups,
+            self.head_dim,
+            self.slabs,
+        )
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keeps (or repeats) sequences: each gets pages of its own in one new slab."""
+        chosen = [self._pages[sequence] for sequence in sequences]
+        flat = [page for pages in chosen for page in pages]
+        if flat:
+            slab = self._allocate(len(flat), [len(pages) * PAGE for pages in chosen])
+            target = slab.view(len(flat), self.page_elements)
+            for number, old in enumerate(self.slabs):
+                pairs = [(to, page) for to, (source, page) in enumerate(flat) if source == number]
+                if pairs:
+                    to, page = torch.tensor(pairs).T.to(slab.device)
+                    target[to] = old.view(-1, self.page_elements)[page]
+            self.slabs[:] = [slab]
+        start = 0
+        self._pages = []
+        for pages in chosen:
+            self._pages.append([(0, start + number) for number in range(len(pages))])
+            start += len(pages)
+        self._table = None
