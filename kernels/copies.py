@@ -1,0 +1,113 @@
+"""Copies of entries from one layer's cache to another's.
+
+    target[sequence, to_slot] = source[sequence, from_slot]        keys and values, [2G, K] a row
+
+``sequences``, ``from_slots``, ``to_slots [n]``; a row with a negative slot copies nothing. Heads of
+an entry lie ``PAGE * K`` apart. Grid ``(n, 2G / BLOCK_H)``. Tables: kernel ``copy_entries``, shape
+``(G, K)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import tuning
+from fastskip.kernels.launch import launch
+from fastskip.ops.contracts import PAGE as PAGE_SLOTS
+from fastskip.ops.contracts import Pages
+
+
+@triton.jit
+def _copy_entries_kernel(
+    source_ptr,
+    source_table_ptr,
+    target_ptr,
+    target_table_ptr,
+    sequences_ptr,
+    from_slots_ptr,
+    to_slots_ptr,
+    stride_sb,
+    stride_tb,
+    source_offset,
+    target_offset,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0)
+    from_slot = tl.load(from_slots_ptr + row)
+    to_slot = tl.load(to_slots_ptr + row)
+    if (from_slot < 0) | (to_slot < 0):
+        return
+    sequence = tl.load(sequences_ptr + row).to(tl.int64)
+    source_start = tl.load(source_table_ptr + sequence * stride_sb + from_slot // PAGE)
+    target_start = tl.load(target_table_ptr + sequence * stride_tb + to_slot // PAGE)
+    # Slabs and anchors are aligned for wide accesses, so their distances are.
+    source_ptr += tl.multiple_of(source_start, 8) + source_offset + (from_slot % PAGE) * HEAD_DIM
+    target_ptr += tl.multiple_of(target_start, 8) + target_offset + (to_slot % PAGE) * HEAD_DIM
+
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    element = tl.arange(0, BLOCK_K)
+    is_real = (head < 2 * GROUPS)[:, None] & (element < HEAD_DIM)[None, :]
+    within = head[:, None] * (PAGE * HEAD_DIM) + element[None, :]
+    # Bits are moved, not numbers: no conversion either way.
+    tl.store(target_ptr + within, tl.load(source_ptr + within, mask=is_real), mask=is_real)
+
+
+def copy_entries(
+    source: Pages,
+    target: Pages,
+    sequences: Tensor,
+    from_slots: Tensor,
+    to_slots: Tensor,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out.
+
+    Rows are copied in no order: no slot is both read and written, none written twice.
+    """
+    rows, groups, size = len(sequences), source.groups, source.head_dim
+    shape = (groups, size)
+    options = dict(config or tuning.config_for("copy_entries", sequences.device, rows, shape))
+    block = options.pop("BLOCK_H")
+    launch(
+        _copy_entries_kernel,
+        (rows, triton.cdiv(2 * groups, block)),
+        options,
+        source_ptr=source.anchor,
+        source_table_ptr=source.table,
+        target_ptr=target.anchor,
+        target_table_ptr=target.table,
+        sequences_ptr=sequences,
+        from_slots_ptr=from_slots,
+        to_slots_ptr=to_slots,
+        stride_sb=source.table.stride(0),
+        stride_tb=target.table.stride(0),
+        source_offset=source.offset,
+        target_offset=target.offset,
+        GROUPS=groups,
+        HEAD_DIM=size,
+        PAGE=PAGE_SLOTS,
+        BLOCK_H=block,
+        BLOCK_K=triton.next_power_of_2(size),
+    )
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing: 8 to 64 elements in a thread, no more heads than there are."""
+    groups, size = shape
+    most = triton.next_power_of_2(2 * groups)
+    return [
+        {"BLOCK_H": block, "num_warps": warps}
+        for block in (2, 4, 8, 16, 32, 64)
+        for warps in (1, 2, 4, 8)
+        if block <= most and 8 <= block * size // (32 * warps) <= 64
+    ]

@@ -1,0 +1,100 @@
+"""RMS norm and LayerNorm over rows, with the residual change that comes before them.
+
+    x = h[index] + change                                     [n, D], in fp32
+    RMS norm:   x * rsqrt(mean(x^2) + epsilon) * weight
+    LayerNorm:  (x - mean(x)) * rsqrt(var(x) + epsilon) * weight + bias
+
+``h [N, D]``, ``change [n, D]``, ``weight [D]``, ``bias [D]``; the output ``[n, D]`` is dense. Grid
+``(n,)``: a program holds one row in registers. Tables: kernel ``normalize``, shape ``(D,)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, tuning
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Norm
+
+
+@triton.jit
+def _normalize_kernel(
+    h_ptr,
+    index_ptr,
+    change_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    stride_hn,
+    stride_cn,
+    epsilon,
+    D: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    out_row = tl.program_id(0).to(tl.int64)
+    row = out_row
+    if index_ptr is not None:
+        row = tl.load(index_ptr + out_row).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    is_real = column < D
+    x = numerics.load(h_ptr + row * stride_hn + column, is_real)
+    if change_ptr is not None:
+        x += numerics.load(change_ptr + out_row * stride_cn + column, is_real)
+    # Asked for before the reduction, so that the two latencies overlap.
+    weight = numerics.load(weight_ptr + column, is_real)
+    if IS_CENTRED:
+        x = tl.where(is_real, x - tl.sum(x) / D, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x) / D + epsilon) * weight
+    if bias_ptr is not None:
+        y += numerics.load(bias_ptr + column, is_real)
+    numerics.store(out_ptr + out_row * D + column, y, is_real)
+
+
+def normalize(
+    h: Tensor,
+    norm: Norm,
+    *,
+    index: Tensor | None = None,
+    change: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """``norm(h[index] + change)``: ``h [N, D] -> [n, D]``; ``h`` is not written."""
+    refuse_gradients(h=h, change=change)
+    assert h.stride(1) == 1 and (change is None or change.stride(1) == 1)
+    rows, size = len(h) if index is None else len(index), h.shape[1]
+    options = dict(config or tuning.config_for("normalize", h.device, rows, (size,)))
+    out = empty((rows, size), h.dtype, h.device)
+    launch(
+        _normalize_kernel,
+        (rows,),
+        options,
+        h_ptr=h,
+        index_ptr=index,
+        change_ptr=change,
+        weight_ptr=norm.weight,
+        bias_ptr=norm.bias,
+        out_ptr=out,
+        stride_hn=h.stride(0),
+        stride_cn=0 if change is None else change.stride(0),
+        epsilon=norm.epsilon,
+        D=size,
+        IS_CENTRED=norm.is_centred,
+        BLOCK_D=triton.next_power_of_2(size),
+    )
+    return out
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing: 4 to 64 elements of a row in a thread."""
+    (size,) = shape
+    return [
+        {"num_warps": warps} for warps in (1, 4, 8, 16, 32) if 4 <= size / (32 * warps) <= 64
+    ] or [{"num_warps": 4}]

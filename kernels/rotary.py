@@ -1,0 +1,151 @@
+"""RoPE of queries and keys, and the append of keys and values to the pages of a cache.
+
+    first, second = halves of a head
+    rotated = [first * cosine - second * sine | second * cosine + first * sine]
+
+``heads [n, H + 2G, K]``: queries, keys, values; ``cosine``, ``sine [positions, K / 2]``. Queries
+are rotated where they are; rotated keys and plain values go to their slots, head ``e`` of the
+``2G`` at ``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. Grid
+``(n, heads / BLOCK_H)``. Tables: kernel ``rotate_append``, shape ``(H, G, K)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, tuning
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.ops.contracts import PAGE as PAGE_SLOTS
+from fastskip.ops.contracts import Projection
+
+
+@triton.jit
+def rotate(first, second, cosine, sine):
+    """Both halves of a head, turned, in fp32."""
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+@triton.jit
+def _rotate_append_kernel(
+    heads_ptr,
+    cosine_ptr,
+    sine_ptr,
+    positions_ptr,
+    anchor_ptr,
+    table_ptr,
+    sequences_ptr,
+    slots_ptr,
+    stride_xn,
+    stride_xh,
+    stride_p,
+    stride_tb,
+    offset,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    HALF: tl.constexpr = HEAD_DIM // 2
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if cosine_ptr is None:
+        # Queries that do not turn stay as they are.
+        head += QUERIES
+    element = tl.arange(0, BLOCK_K)
+    is_real = element < HALF
+    is_query = head < QUERIES
+    is_entry = (head >= QUERIES) & (head < QUERIES + 2 * GROUPS)
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + row)
+        is_entry = is_entry & (slot >= 0)
+
+    first_ptr = heads_ptr + row * stride_xn + head[:, None] * stride_xh + element[None, :]
+    is_read = (is_query | is_entry)[:, None] & is_real[None, :]
+    first = numerics.load(first_ptr, is_read)
+    second = numerics.load(first_ptr + HALF, is_read)
+    if cosine_ptr is not None:
+        position = tl.load(positions_ptr + row).to(tl.int64)
+        cosine = numerics.load(cosine_ptr + position * stride_p + element, is_real)[None, :]
+        sine = numerics.load(sine_ptr + position * stride_p + element, is_real)[None, :]
+        turned_first, turned_second = rotate(first, second, cosine, sine)
+        does_turn = (head < QUERIES + GROUPS)[:, None]
+        first = tl.where(does_turn, turned_first, first)
+        second = tl.where(does_turn, turned_second, second)
+        is_written = is_query[:, None] & is_real[None, :]
+        numerics.store(first_ptr, first, is_written)
+        numerics.store(first_ptr + HALF, second, is_written)
+
+    if slots_ptr is not None:
+        sequence = tl.load(sequences_ptr + row).to(tl.int64)
+        start_ptr = table_ptr + sequence * stride_tb + slot // PAGE
+        # Slabs and anchor are aligned for wide accesses, so their distance is.
+        start = tl.multiple_of(tl.load(start_ptr, mask=slot >= 0, other=0), 8)
+        entry = (head - QUERIES) * PAGE + slot % PAGE
+        entry_ptr = anchor_ptr + start + offset + entry[:, None] * HEAD_DIM + element[None, :]
+        is_written = is_entry[:, None] & is_real[None, :]
+        numerics.store(entry_ptr, first, is_written)
+        numerics.store(entry_ptr + HALF, second, is_written)
+
+
+def rotate_append(
+    heads: Tensor, projection: Projection, *, config: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Rotates the queries of ``heads [n, H + 2G, K]`` in place and stores keys and values.
+
+    ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
+    negative slot leaves no entry.
+    """
+    refuse_gradients(heads=heads)
+    assert heads.stride(2) == 1
+    targets, pages, rotation = projection.targets, projection.pages, projection.rotation
+    rows, queries, size = len(heads), projection.heads, projection.head_dim
+    groups = 0 if pages is None else pages.groups
+    shape = (queries, groups, size)
+    options = dict(config or tuning.config_for("rotate_append", heads.device, rows, shape))
+    block = options.pop("BLOCK_H")
+    touched = 2 * groups + (0 if rotation is None else queries)
+    launch(
+        _rotate_append_kernel,
+        (rows, triton.cdiv(touched, block)),
+        options,
+        heads_ptr=heads,
+        cosine_ptr=None if rotation is None else rotation.cosine,
+        sine_ptr=None if rotation is None else rotation.sine,
+        positions_ptr=None if rotation is None else targets.positions,
+        anchor_ptr=None if pages is None else pages.anchor,
+        table_ptr=None if pages is None else pages.table,
+        sequences_ptr=None if pages is None else targets.sequences,
+        slots_ptr=None if pages is None else targets.slots,
+        stride_xn=heads.stride(0),
+        stride_xh=heads.stride(1),
+        stride_p=0 if rotation is None else rotation.cosine.stride(0),
+        stride_tb=0 if pages is None else pages.table.stride(0),
+        offset=0 if pages is None else pages.offset,
+        QUERIES=queries,
+        GROUPS=groups,
+        HEAD_DIM=size,
+        PAGE=PAGE_SLOTS,
+        BLOCK_H=block,
+        BLOCK_K=triton.next_power_of_2(size // 2),
+    )
+    return heads[:, :queries]
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing: 8 to 64 elements in a thread, no more heads than there are."""
+    queries, groups, size = shape
+    most = triton.next_power_of_2(queries + 2 * groups)
+    return [
+        {"BLOCK_H": block, "num_warps": warps}
+        for block in (2, 4, 8, 16, 32, 64)
+        for warps in (1, 2, 4, 8)
+        if block <= most and 8 <= block * size // (32 * warps) <= 64
+    ]
