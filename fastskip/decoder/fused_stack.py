@@ -37,8 +37,6 @@ class FusedDecoder(Decoder):
 
     def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
         super().__init__(text_model, plan, ops)
-        assert ops.fused is not None
-        self.fused: FusedOperations = ops.fused
         self.version = 0
         self._fused_blocks: list[FusedBlock] = []
         self._made_of: list[object] = []
@@ -48,6 +46,11 @@ class FusedDecoder(Decoder):
         # Blocks and the graphs made of them hold addresses; a copy starts without.
         own: dict[str, Any] = {"_fused_blocks": [], "_made_of": [], "_anchor": None}
         return {**super().__getstate__(), **own}
+
+    @property
+    def fused(self) -> FusedOperations:
+        assert self.ops.fused is not None
+        return self.ops.fused
 
     @property
     def anchor(self) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.paged_cache import PagedCache
 from fastskip.families import text_model_of
+from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
@@ -63,7 +65,18 @@ def sample(
     # A copy in fp32, as in Hugging Face: processors may write to it.
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
-    step: _DecodeStep | None = None
+    end = GreedyEnd.of(stopping_criteria)
+    is_plain = not (config.do_sample or logits_processor or scores is not None or raw is not None)
+    if is_plain and end is not None and isinstance(cache, PagedCache):
+        input_ids = decode_greedily(
+            model, runtime, cache, input_ids, logits, end, pad=_pad_of(config), streamer=streamer
+        )
+        if streamer is not None:
+            streamer.end()
+        if not keeps:
+            return input_ids
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+    step: _DecodeStep | StepLogits | None = None
     while True:
         next_scores = logits_processor(input_ids, logits)
         if scores is not None:
@@ -85,7 +98,8 @@ def sample(
         if not bool(unfinished.any()):
             break
         # Made after the first token is out: it is not needed for that one.
-        step = step or _DecodeStep(model, runtime, cache)
+        kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
+        step = step or kind(model, runtime, cache)
         logits = step(tokens).to(torch.float32)
     if streamer is not None:
         streamer.end()
@@ -97,6 +111,11 @@ def sample(
         logits=None if raw is None else tuple(raw),
         past_key_values=cache,
     )
+
+
+def _pad_of(config: Any) -> int:
+    pad = config._pad_token_tensor
+    return 0 if pad is None else int(pad)
 
 
 class _DecodeStep:

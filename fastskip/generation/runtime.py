@@ -11,6 +11,7 @@ from typing import Any
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
+from fastskip.generation.device_step import DeviceSteps
 from fastskip.ops import Operations
 from fastskip.plan import SkipPlan
 
@@ -29,8 +30,15 @@ class Runtime:
         self.plan = plan
         kind = Decoder if ops.fused is None else FusedDecoder
         self.decoder = kind(text_model, plan, ops)
+        self.steps = DeviceSteps()
         self.session: Session | None = None
         self.lock = RLock()
+
+    @property
+    def fused_decoder(self) -> FusedDecoder:
+        """The decoder, where it is the device executor's."""
+        assert isinstance(self.decoder, FusedDecoder)
+        return self.decoder
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"} | {

@@ -2,7 +2,9 @@
 
 The reference operations are small ones, a call each. The fused ones (``ops.fused`` says what they
 are) do in one call what a decoder layer does between two points where rows meet; the device
-executor is written against them, and Triton kernels compute them. ``resolve`` is called once, when a model is prepared; the decoder then holds the chosen
+executor is written against them, and Triton kernels compute them.
+
+``resolve`` is called once, when a model is prepared; the decoder then holds the chosen
 implementation and calls it without further decisions. Nothing is chosen silently: an explicit
 choice that cannot run raises and lists what can.
 """
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +50,10 @@ class Operations:
     attend: Callable[..., Tensor]
     fused: FusedOperations | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a model means the same implementation; its modules cannot be copied.
+        return _operations_of, (self.implementation,)
+
 
 REFERENCE = Operations(
     Implementation.REFERENCE,
@@ -80,6 +87,11 @@ def resolve(impl: str | Implementation | None, device: torch.device) -> Operatio
         raise ValueError(f"impl: {impl!r} is unknown; allowed: {allowed}") from None
     if choice is Implementation.TRITON:
         _require_triton(device)
+    return _operations_of(choice)
+
+
+def _operations_of(choice: Implementation) -> Operations:
+    if choice is Implementation.TRITON:
         from fastskip.ops import compiled
 
         return replace(REFERENCE, implementation=choice, fused=compiled)

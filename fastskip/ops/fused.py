@@ -202,6 +202,11 @@ def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:
     return linear(h if norm is None else normalize(h, norm), head)
 
 
+def head_choose(h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> None:
+    """``choose`` of the head's logits, which nobody else needs."""
+    choose(head_logits(h, norm, head), choice)
+
+
 def choose(logits: Tensor, choice: Choice) -> None:
     """The greedy token of each row, and the state one step further.
 

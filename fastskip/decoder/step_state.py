@@ -1,0 +1,195 @@
+"""What decode steps keep on the device: the same addresses for every step and every cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.fused_layer import Copies, FusedRows, Selection, Store
+from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.pages import PagePool
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import PAGE, Choice, Pages, Rotation, StepReach, Targets
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.policy import TokenClass
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """How large the steps of one state may be.
+
+    Attributes:
+        batch: sequences; a call with fewer leaves the others idle, on a page nobody reads.
+        slots: entries of a sequence, and rows of the token history.
+        stops: tokens that end a sequence.
+        pad: what a finished sequence yields.
+    """
+
+    batch: int
+    slots: int
+    stops: int
+    pad: int
+
+
+class StepState:
+    """Buffers of the decode steps of one plan: counts, positions, page tables, chosen tokens.
+
+    A captured graph reads and writes these only, so it serves every cache that is loaded here.
+    """
+
+    def __init__(
+        self, plan: SkipPlan, anchor: Tensor, rotation: Rotation | None, shape: StepShape
+    ) -> None:
+        self.plan, self.shape, self.anchor = plan, shape, anchor
+        device, batch = anchor.device, shape.batch
+        self._layers: dict[frozenset[TokenClass], list[int]] = {}
+        for layer in plan.layers:
+            if layer.holding:
+                self._layers.setdefault(layer.holding, []).append(layer.index)
+        self._sets = list(self._layers)
+        self._idle = {holding: self._idle_pool(holding) for holding in self._sets}
+        self._slabs: dict[frozenset[TokenClass], list[Tensor]] = {}
+        self._tables: dict[frozenset[TokenClass], Tensor] = {}
+
+        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        grows = [int(TokenClass.GENERATED in holding) for holding in self._sets]
+        self.choice = Choice(
+            tokens=zeros(batch, dtype=torch.int64),
+            history=zeros(shape.slots, batch, dtype=torch.int64),
+            step=zeros(1),
+            unfinished=zeros(batch),
+            stops=torch.full((shape.stops,), -1, dtype=torch.int64, device=device),
+            pad=shape.pad,
+            counts=zeros(max(1, len(grows)), batch),
+            grows=torch.tensor(grows or [0], dtype=torch.int32, device=device),
+            positions=zeros(batch),
+        )
+        self.h = empty((batch, plan.shape.hidden_size), anchor.dtype, device)
+        self._sequences = torch.arange(batch, dtype=torch.int32, device=device)
+        heads = plan.shape.num_heads
+        # Two, since the blocks of a pair count their arrivals in one launch.
+        self._arrivals = [zeros(batch * heads) for _ in range(2)]
+        for holding in self._sets:
+            self._slabs[holding] = []
+            width = -(-shape.slots // PAGE) + 1
+            self._tables[holding] = torch.zeros((batch, width), dtype=torch.int64, device=device)
+        self._pages = {layer.index: self._pages_of(layer) for layer in plan.layers if layer.holding}
+        self.store = Store(rotation, self._pages.__getitem__)
+        self._rows: dict[tuple[object, ...], FusedRows] = {}
+        self.unload()
+
+    def rows_of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
+        """What the one row of each sequence enters; the same in every step."""
+        key = (layer.row_sets, layer.index % 2)
+        found = self._rows.get(key)
+        if found is None:
+            found = self._rows[key] = self._make_rows(layer)
+        return found
+
+    def unload(self) -> None:
+        """Every sequence idle: steps run (for a capture, say) and touch no cache."""
+        for holding in self._sets:
+            self._fill(holding, [], [])
+        self.choice.counts.zero_()
+        self.choice.positions.zero_()
+        self.choice.tokens.zero_()
+        self.choice.step.zero_()
+
+    def load(self, cache: PagedCache, tokens: Tensor, stops: Sequence[int]) -> None:
+        """Takes over a cache whose newest tokens ``[B]`` are to be fed next."""
+        self.unload()
+        batch, choice = len(tokens), self.choice
+        counts = torch.zeros(choice.counts.shape, dtype=torch.int32)
+        for number, holding in enumerate(self._sets):
+            counts[number, :batch] = torch.tensor(cache.tables[holding].counts)
+        positions = torch.zeros(self.shape.batch, dtype=torch.int32)
+        positions[:batch] = cache.last_positions() + 1
+        choice.counts.copy_(counts)
+        choice.positions.copy_(positions)
+        padded = [*stops, *[-1] * (self.shape.stops - len(stops))]
+        choice.stops.copy_(torch.tensor(padded, dtype=torch.int64))
+        choice.tokens[:batch] = tokens
+        choice.unfinished.zero_()
+        choice.unfinished[:batch] = ~torch.isin(tokens, choice.stops)
+        self.load_pages(cache)
+
+    def load_pages(self, cache: PagedCache) -> None:
+        """Takes over a cache's page tables: at first, and after it has grown."""
+        for holding in self._sets:
+            pool = cache.pools[holding]
+            self._fill(holding, pool.slabs, pool.offsets())
+
+    def _fill(
+        self, holding: frozenset[TokenClass], slabs: Sequence[Tensor], rows: list[list[int]]
+    ) -> None:
+        idle, table = self._idle[holding], self._tables[holding]
+        self._slabs[holding][:] = [*slabs, *idle.slabs]
+        spare = idle.offsets()[0][0]
+        host = torch.full(table.shape, spare, dtype=torch.int64)
+        for sequence, row in enumerate(rows):
+            host[sequence, : len(row)] = torch.tensor(row[: table.shape[1]])
+        table.copy_(host)
+
+    def _idle_pool(self, holding: frozenset[TokenClass]) -> PagePool:
+        shape = self.plan.shape
+        layers = self._layers[holding]
+        pool = PagePool(self.anchor, 1, layers, shape.num_kv_heads, shape.head_dim)
+        pool.reserve([1], 0)
+        # Idle sequences attend here; zeros keep their numbers finite.
+        pool.slabs[0].zero_()
+        return pool
+
+    def _pages_of(self, layer: LayerPlan) -> Pages:
+        idle = self._idle[layer.holding]
+        return Pages(
+            self.anchor,
+            self._tables[layer.holding],
+            idle.offset_of(layer.index),
+            idle.groups,
+            idle.head_dim,
+            self._slabs[layer.holding],
+        )
+
+    def _counts(self, layer: LayerPlan) -> Tensor:
+        return self.choice.counts[self._sets.index(layer.holding)]
+
+    def _make_rows(self, layer: LayerPlan) -> FusedRows:
+        new, batch = TokenClass.GENERATED, self.shape.batch
+        every, none = Selection(slice(0, batch), batch), Selection(slice(0, 0), 0)
+        nowhere = Targets(*[self._sequences[:0]] * 3)
+        targets = nowhere
+        if new in layer.holding:
+            targets = Targets(self.choice.positions, self._sequences, self._counts(layer))
+        attends = new in layer.attending
+        projects = new in layer.projecting and not attends
+        reach = None
+        if attends:
+            reach = StepReach(
+                self._counts(layer), 1, batch * self.shape.slots, self._arrivals[layer.index % 2]
+            )
+        return FusedRows(
+            joint=every if attends else none,
+            joint_targets=targets if attends else nowhere,
+            stored=every if projects else none,
+            stored_targets=targets if projects else nowhere,
+            copies=tuple(
+                Copies(
+                    source,
+                    self._sequences,
+                    self._counts(self.plan.layers[source]),
+                    self._counts(layer),
+                )
+                for source, classes in layer.reusing.items()
+                if new in classes
+            ),
+            narrow=None,
+            attending=every if attends else none,
+            query_targets=nowhere,
+            feeding=every if new in layer.feeding else none,
+            reach=reach,
+        )

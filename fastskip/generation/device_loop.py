@@ -1,0 +1,137 @@
+"""Decoding on the device executor: Hugging Face's contract, the host a little behind the device.
+
+With greedy decoding that only stops at lengths and stop tokens the device needs no answer from the
+host, so the host launches ahead and reads tokens when they have arrived; streamers get them in
+order. What was computed past the end is dropped. Other decoding takes the logits of each step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from fastskip.decoder.paged_cache import PagedCache
+from fastskip.generation.device_step import DeviceStep
+from fastskip.generation.runtime import Runtime
+
+# Steps launched before the host looks at the tokens of the first of them.
+AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyEnd:
+    """When a greedy decoding ends: ``columns`` in all, or a stop token in every sequence."""
+
+    columns: int
+    stops: tuple[int, ...]
+
+    @classmethod
+    def of(cls, criteria: Any) -> GreedyEnd | None:
+        """The end that the criteria describe; ``None`` if they ask for more than that."""
+        lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
+        stops = [one.eos_token_id.tolist() for one in criteria if type(one) is EosTokenCriteria]
+        if len(lengths) + len(stops) != len(criteria) or not lengths or len(stops) > 1:
+            return None
+        return cls(min(lengths), tuple(stops[0]) if stops else ())
+
+
+class StepLogits:
+    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
+
+    def __init__(self, model: Any, runtime: Runtime, cache: PagedCache) -> None:
+        self._model, self._runtime, self._cache = model, runtime, cache
+        self._step: DeviceStep | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        cache, batch = self._cache, len(tokens)
+        has_grown = cache.make_room_for_steps(0, 1)
+        columns = max(cache.reserve, cache.columns + 1)
+        step = self._step
+        if step is None or columns > step.state.shape.slots:
+            step = self._step = self._runtime.steps.take(
+                self._model, self._runtime.fused_decoder, cache, columns=columns, chooses=False
+            )
+            step.state.load(cache, tokens, ())
+        elif has_grown:
+            step.state.load_pages(cache)
+        step.state.choice.tokens[:batch] = tokens
+        step.run()
+        cache.commit_steps(1)
+        assert step.logits is not None
+        return step.logits[:batch]
+
+
+class _Mail:
+    """Tokens and flags of one step on their way to the host."""
+
+    def __init__(self, tokens: Tensor, unfinished: Tensor) -> None:
+        self._parts = [part.detach().to("cpu", non_blocking=True) for part in (tokens, unfinished)]
+        self._event = None
+        if tokens.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def open(self) -> tuple[Tensor, bool]:
+        """Waits for the step: its tokens ``[B]``, and whether any sequence goes on."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens, unfinished = self._parts
+        return tokens, bool(unfinished.any())
+
+
+def decode_greedily(
+    model: Any,
+    runtime: Runtime,
+    cache: PagedCache,
+    input_ids: Tensor,
+    logits: Tensor,
+    end: GreedyEnd,
+    *,
+    pad: int,
+    streamer: Any,
+) -> Tensor:
+    """All tokens ``[B, T + n]`` from ``input_ids [B, T]`` and the prompt's last ``logits [B, V]``.
+
+    The cache then holds every token but the last, as after Hugging Face's loop.
+    """
+    batch, most = input_ids.shape[0], end.columns - input_ids.shape[1]
+    first = torch.argmax(logits, dim=-1)
+    stops = torch.tensor(end.stops, dtype=first.dtype, device=first.device)
+    tokens, goes_on = _Mail(first, ~torch.isin(first, stops)).open()
+    if streamer is not None:
+        streamer.put(tokens)
+    if not goes_on or most <= 1:
+        return torch.cat((input_ids, first[:, None]), dim=1)
+    step = runtime.steps.take(
+        model,
+        runtime.fused_decoder,
+        cache,
+        columns=max(cache.reserve, cache.columns + most),
+        stops=len(end.stops),
+        pad=pad,
+        chooses=True,
+    )
+    step.state.load(cache, first, end.stops)
+    choice = step.state.choice
+    mails: deque[_Mail] = deque()
+    launched = arrived = 0
+    while arrived < most - 1 and goes_on:
+        if launched < most - 1 and len(mails) < AHEAD:
+            if cache.make_room_for_steps(launched, 1):
+                step.state.load_pages(cache)
+            step.run()
+            launched += 1
+            mails.append(_Mail(choice.tokens[:batch], choice.unfinished[:batch]))
+            continue
+        tokens, goes_on = mails.popleft().open()
+        arrived += 1
+        if streamer is not None:
+            streamer.put(tokens)
+    cache.commit_steps(arrived)
+    chosen = choice.history[:arrived, :batch].T
+    return torch.cat((input_ids, first[:, None], chosen), dim=1)

@@ -1,0 +1,125 @@
+"""The decode step of the device executor: one replay a token, no answer awaited."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.step_state import StepShape, StepState
+from fastskip.decoder.weights import has_hooks
+from fastskip.families import text_model_of
+from fastskip.generation.graphs import capture, new_pool
+from fastskip.ops.contracts import PAGE, Linear, Norm
+
+# Graphs kept; each holds the activations of one step.
+KEPT = 8
+
+
+class DeviceStep:
+    """Embeds one token a sequence, runs the decoder, applies the head, and maybe chooses.
+
+    Everything lies at fixed addresses, so on CUDA it is one graph.
+    """
+
+    def __init__(
+        self, model: Any, decoder: FusedDecoder, shape: StepShape, pool: Any, *, chooses: bool
+    ) -> None:
+        """``chooses``: the greedy token is taken on the device; else logits are left to read."""
+        self._decoder, self._chooses = decoder, chooses
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._norm = text_model_of(model).norm
+        anchor = decoder.anchor
+        # Positions may run ahead of slots: what a policy leaves out takes none.
+        rotation = decoder.rotation(max(shape.slots, decoder.plan.shape.max_positions), anchor)
+        self.state = StepState(decoder.plan, anchor, rotation, shape)
+        self.logits: Tensor | None = None
+        self.run = capture(self._step, anchor.device, pool)
+
+    def _step(self) -> None:
+        state, ops = self.state, self._decoder.fused
+        if _is_plain(self._embedding, nn.Embedding):
+            ops.embed(state.choice.tokens, self._embedding.weight, state.h)
+        else:
+            state.h.copy_(self._embedding(state.choice.tokens))
+        h = self._decoder.run_steps(state.h, state.rows_of, state.store)
+        norm = _norm_of(self._norm)
+        if norm is None or not _is_plain(self._head, nn.Linear):
+            self.logits = self._head(self._norm(h))
+            if self._chooses:
+                ops.choose(self.logits, state.choice)
+        else:
+            head = Linear(self._head.weight, self._head.bias)
+            if self._chooses:
+                ops.head_choose(h, norm, head, state.choice)
+            else:
+                self.logits = ops.head_logits(h, norm, head)
+        if not self._chooses:
+            ops.advance(state.choice)
+
+
+class DeviceSteps:
+    """The steps of one model that are ready to run; the least recently used one goes first."""
+
+    def __init__(self) -> None:
+        self._steps: OrderedDict[tuple[object, ...], DeviceStep] = OrderedDict()
+        self._version: object = None
+        self._pool: Any = None
+
+    def take(
+        self,
+        model: Any,
+        decoder: FusedDecoder,
+        cache: PagedCache,
+        *,
+        columns: int,
+        stops: int = 0,
+        pad: int = 0,
+        chooses: bool,
+    ) -> DeviceStep:
+        """The step for the cache's batch and up to ``columns`` columns in all.
+
+        Batch and columns are rounded up, so that a few steps serve all calls.
+        """
+        # Addresses that a graph has baked in, besides the decoder's own.
+        modules = (model.get_input_embeddings(), model.get_output_embeddings())
+        version = (decoder.version, *((id(m), m.weight.data_ptr()) for m in modules))
+        if version != self._version:
+            self._steps.clear()
+            self._version, self._pool = version, new_pool(decoder.anchor.device)
+        shape = StepShape(
+            batch=bucket(cache.codes.shape[0]),
+            slots=bucket(max(columns, 2 * PAGE)),
+            stops=bucket(stops) if stops else 0,
+            pad=pad,
+        )
+        step = self._steps.get((shape, chooses))
+        if step is None:
+            if len(self._steps) >= KEPT:
+                self._steps.popitem(last=False)
+            step = DeviceStep(model, decoder, shape, self._pool, chooses=chooses)
+            self._steps[shape, chooses] = step
+        self._steps.move_to_end((shape, chooses))
+        return step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_steps": OrderedDict(), "_version": None, "_pool": None}
+
+
+def bucket(count: int) -> int:
+    """The power of two that holds ``count``; above 64 the multiple of 64."""
+    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 64) * 64
+
+
+def _is_plain(module: Any, kind: type) -> bool:
+    return type(module) is kind and not has_hooks(module)
+
+
+def _norm_of(module: Any) -> Norm | None:
+    """The final norm as the fused operations read it, or ``None`` if it is something else."""
+    if has_hooks(module) or not hasattr(module, "variance_epsilon"):
+        return None
+    return Norm(module.weight, float(module.variance_epsilon))

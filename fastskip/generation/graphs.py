@@ -1,0 +1,42 @@
+"""CUDA graphs: work with fixed addresses recorded once and replayed with one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Runs before a capture: kernels compile, libraries choose their workspaces.
+_WARM_UPS = 2
+
+
+def capture(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """A function that does ``work`` again; on CUDA by replaying a graph of it.
+
+    ``work`` must read and write the same addresses every time and never wait for the device; it is
+    run a few times here, so nothing it writes may matter yet. ``pool``: the memory pool for what
+    it allocates, shared by graphs that never run at the same time. Elsewhere than on CUDA the
+    result is ``work`` itself.
+    """
+    if device.type != "cuda":
+        return work
+    with torch.cuda.device(device):
+        current = torch.cuda.current_stream()
+        side = torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                work()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread's calls (a pinned allocation, say) must not end this capture.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            work()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def new_pool(device: torch.device) -> Any:
+    """A memory pool for ``capture``; ``None`` where there are no graphs."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
