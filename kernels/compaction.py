@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import tuning
+from fastskip.kernels import numerics, tuning
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
 
@@ -30,11 +30,11 @@ def _compact_kernel(mask_ptr, index_ptr, count_ptr, size, BLOCK: tl.constexpr):
     # Blocks before this one are whole. One sum at the end instead of one a block.
     seen = tl.zeros([BLOCK], tl.int32)
     for start in range(0, block * BLOCK, BLOCK):
-        seen += (tl.load(mask_ptr + start + within) != 0).to(tl.int32)
+        seen += (numerics.load(mask_ptr + start + within) != 0).to(tl.int32)
     before = tl.sum(seen)
 
     row = block * BLOCK + within
-    is_chosen = tl.load(mask_ptr + row, mask=row < size, other=0) != 0
+    is_chosen = numerics.load(mask_ptr + row, row < size) != 0
     place = before + tl.cumsum(is_chosen.to(tl.int32)) - 1
     tl.store(index_ptr + place, row, mask=is_chosen)
     if block == tl.num_programs(0) - 1:

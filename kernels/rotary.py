@@ -43,7 +43,6 @@ def _rotate_append_kernel(
     slots_ptr,
     stride_xn,
     stride_xh,
-    stride_p,
     stride_tb,
     offset,
     QUERIES: tl.constexpr,
@@ -73,8 +72,8 @@ def _rotate_append_kernel(
     second = numerics.load(first_ptr + HALF, is_read)
     if cosine_ptr is not None:
         position = tl.load(positions_ptr + row).to(tl.int64)
-        cosine = numerics.load(cosine_ptr + position * stride_p + element, is_real)[None, :]
-        sine = numerics.load(sine_ptr + position * stride_p + element, is_real)[None, :]
+        cosine = numerics.load(cosine_ptr + position * HALF + element, is_real)[None, :]
+        sine = numerics.load(sine_ptr + position * HALF + element, is_real)[None, :]
         turned_first, turned_second = rotate(first, second, cosine, sine)
         does_turn = (head < QUERIES + GROUPS)[:, None]
         first = tl.where(does_turn, turned_first, first)
@@ -104,8 +103,9 @@ def rotate_append(
     negative slot leaves no entry.
     """
     refuse_gradients(heads=heads)
-    assert heads.stride(2) == 1
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
+    assert heads.stride(2) == 1
+    assert rotation is None or rotation.cosine.is_contiguous() and rotation.sine.is_contiguous()
     rows, queries, size = len(heads), projection.heads, projection.head_dim
     groups = 0 if pages is None else pages.groups
     shape = (queries, groups, size)
@@ -126,7 +126,6 @@ def rotate_append(
         slots_ptr=None if pages is None else targets.slots,
         stride_xn=heads.stride(0),
         stride_xh=heads.stride(1),
-        stride_p=0 if rotation is None else rotation.cosine.stride(0),
         stride_tb=0 if pages is None else pages.table.stride(0),
         offset=0 if pages is None else pages.offset,
         QUERIES=queries,
@@ -140,12 +139,12 @@ def rotate_append(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: 8 to 64 elements in a thread, no more heads than there are."""
+    """Configurations worth timing: up to 64 elements in a thread, no more heads than there are."""
     queries, groups, size = shape
     most = triton.next_power_of_2(queries + 2 * groups)
     return [
         {"BLOCK_H": block, "num_warps": warps}
         for block in (2, 4, 8, 16, 32, 64)
         for warps in (1, 2, 4, 8)
-        if block <= most and 8 <= block * size // (32 * warps) <= 64
+        if block <= most and block * size <= 64 * 32 * warps
     ]
