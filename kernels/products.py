@@ -1,0 +1,314 @@
+"""The inner loops of the decode products: weights stream by once, each program owns some of them.
+
+    y[m, n] = sum over e of weight[m, e] * norm(x[index[n]] + change[n])[e]
+
+``weight [M, E]`` (``M`` out features, dense rows), ``x [N, E]``, ``change [n, E]``, norm weights
+``[E]``; the result is ``[BLOCK_M, BLOCK_N]`` in fp32, before any bias. ``m`` names the weight rows
+of a program, in any order, so that rows that belong together (both halves of a rotary pair, gate
+and up) can share a program: ``pair_rows`` lays them out, ``split_pairs`` takes them apart.
+
+Two forms, chosen by ``FORM``. ``STREAM``, for ``BLOCK_N`` of 1, 2 or 4: products are added
+elementwise in registers, one reduction at the end. ``TENSOR``, for ``BLOCK_N`` of 16 and more: the
+weights are the M operand of matrix instructions, WGMMA on sm_90 if ``BLOCK_M`` is at least 64.
+
+RMS norm costs no pass of its own: the sum of squares is taken of the same tiles, and its root
+divides the result. Two cases take the statistics first: LayerNorm, and RMS norm of fp16 rows in the
+tensor form, where a row times its weights could leave the range of the storage.
+"""
+
+import triton
+import triton.language as tl
+
+from fastskip.kernels import numerics
+
+STREAM = tl.constexpr(0)
+TENSOR = tl.constexpr(1)
+
+NO_NORM = tl.constexpr(0)
+RMS_NORM = tl.constexpr(1)
+LAYER_NORM = tl.constexpr(2)
+
+
+@triton.jit
+def product(
+    weight_ptr,
+    stride_wm,
+    m,
+    x_ptr,
+    stride_xn,
+    index_ptr,
+    change_ptr,
+    stride_cn,
+    start,
+    rows,
+    gain_ptr,
+    shift_ptr,
+    epsilon,
+    E: tl.constexpr,
+    NORM: tl.constexpr,
+    FORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``[BLOCK_M, BLOCK_N]``: weight rows ``m`` with rows ``start, start + 1, ..`` of the input.
+
+    ``m [BLOCK_M]`` must lie within the weight (clamp it). Rows from ``rows`` on yield finite
+    numbers without meaning. ``gain_ptr``, ``shift_ptr``: weight and bias of the norm;
+    ``index_ptr``, ``change_ptr``, ``shift_ptr`` may be ``None``, without norm also ``gain_ptr``.
+    """
+    weight_ptrs = weight_ptr + m.to(tl.int64)[:, None] * stride_wm
+    if FORM == STREAM:
+        return _stream(
+            weight_ptrs,
+            x_ptr,
+            stride_xn,
+            index_ptr,
+            change_ptr,
+            stride_cn,
+            start,
+            rows,
+            gain_ptr,
+            shift_ptr,
+            epsilon,
+            E,
+            NORM,
+            m.shape[0],
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
+    else:
+        return _tensor(
+            weight_ptrs,
+            x_ptr,
+            stride_xn,
+            index_ptr,
+            change_ptr,
+            stride_cn,
+            start,
+            rows,
+            gain_ptr,
+            shift_ptr,
+            epsilon,
+            E,
+            NORM,
+            m.shape[0],
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
+
+
+@triton.jit
+def pair_rows(pair, SPAN: tl.constexpr, GAP: tl.constexpr):
+    """Weight rows of ``pair [P]``, first and second alternating: ``[2P]``.
+
+    Pairs come in spans of ``SPAN``; the second row lies ``GAP`` after the first. Heads:
+    ``SPAN = K / 2``, ``GAP = K / 2``; gate and up: ``SPAN = GAP = F``.
+    """
+    first = pair // SPAN * (SPAN + GAP) + pair % SPAN
+    return tl.join(first, first + GAP).reshape(2 * pair.shape[0])
+
+
+@triton.jit
+def split_pairs(y):
+    """``[2P, N] -> [P, N]`` twice: what the first and the second rows of ``pair_rows`` yielded."""
+    pairs: tl.constexpr = y.shape[0] // 2
+    return tl.split(y.reshape(pairs, 2, y.shape[1]).permute(0, 2, 1))
+
+
+@triton.jit
+def _stream(
+    weight_ptrs,
+    x_ptr,
+    stride_xn,
+    index_ptr,
+    change_ptr,
+    stride_cn,
+    start,
+    rows,
+    gain_ptr,
+    shift_ptr,
+    epsilon,
+    E: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # One accumulator a row instead of one with three axes: the weights stay in the layout in which
+    # they were loaded.
+    # A tuple of numbers stays one of constants only as long as it has no name.
+    n = [tl.minimum(start + number, rows - 1) for number in (0, 1, 2, 3)[:BLOCK_N]]
+    x_ptrs = [x_ptr + source(index_ptr, each) * stride_xn for each in n]
+    change_ptrs = [
+        None if change_ptr is None else change_ptr + each.to(tl.int64) * stride_cn for each in n
+    ]
+    if NORM == LAYER_NORM:
+        moments = [
+            _moments(
+                x_ptrs[number],
+                change_ptrs[number],
+                tl.arange(0, BLOCK_E),
+                True,
+                epsilon,
+                E,
+                NORM,
+                BLOCK_E,
+                STAGES,
+            )
+            for number in (0, 1, 2, 3)[:BLOCK_N]
+        ]
+    sums = [tl.zeros([BLOCK_M, BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
+    squares = [tl.zeros([BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
+    # Names of a comprehension stay alive: inside the loop they must not be those of outside.
+    for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        e = first + tl.arange(0, BLOCK_E)
+        is_real = None if E % BLOCK_E == 0 else e < E
+        weight = numerics.load(
+            weight_ptrs + e[None, :], None if is_real is None else is_real[None, :]
+        )
+        x = [read(x_ptrs[i], change_ptrs[i], e, is_real) for i in (0, 1, 2, 3)[:BLOCK_N]]
+        if NORM == RMS_NORM:
+            squares = [squares[i] + x[i] * x[i] for i in (0, 1, 2, 3)[:BLOCK_N]]
+        if NORM != NO_NORM:
+            gain = numerics.load(gain_ptr + e, is_real)
+        if NORM == RMS_NORM:
+            x = [x[i] * gain for i in (0, 1, 2, 3)[:BLOCK_N]]
+        if NORM == LAYER_NORM:
+            x = [(x[i] - moments[i][0]) * moments[i][1] * gain for i in (0, 1, 2, 3)[:BLOCK_N]]
+            if shift_ptr is not None:
+                shift = numerics.load(shift_ptr + e, is_real)
+                x = [x[i] + shift for i in (0, 1, 2, 3)[:BLOCK_N]]
+        sums = [sums[i] + weight * x[i][None, :] for i in (0, 1, 2, 3)[:BLOCK_N]]
+    y = [tl.sum(each, axis=1) for each in sums]
+    if NORM == RMS_NORM:
+        y = [
+            y[number] * tl.rsqrt(tl.sum(squares[number]) / E + epsilon)
+            for number in (0, 1, 2, 3)[:BLOCK_N]
+        ]
+    if BLOCK_N == 1:
+        return y[0][:, None]
+    elif BLOCK_N == 2:
+        return tl.join(y[0], y[1])
+    else:
+        return tl.join(tl.join(y[0], y[2]), tl.join(y[1], y[3])).reshape(BLOCK_M, 4)
+
+
+@triton.jit
+def _tensor(
+    weight_ptrs,
+    x_ptr,
+    stride_xn,
+    index_ptr,
+    change_ptr,
+    stride_cn,
+    start,
+    rows,
+    gain_ptr,
+    shift_ptr,
+    epsilon,
+    E: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    storage: tl.constexpr = weight_ptrs.dtype.element_ty
+    # The statistics of a row that is to be rounded to fp16 come first; the range of the others is
+    # that of fp32.
+    IS_APART: tl.constexpr = NORM == LAYER_NORM or (NORM == RMS_NORM and storage == tl.float16)
+    n = start + tl.arange(0, BLOCK_N)
+    inside = (n < rows)[:, None]
+    n = tl.minimum(n, rows - 1)
+    x_ptrs = x_ptr + (source(index_ptr, n) * stride_xn)[:, None]
+    change_ptrs = change_ptr
+    if change_ptr is not None:
+        change_ptrs += n.to(tl.int64)[:, None] * stride_cn
+    if IS_APART:
+        mean, scale = _moments(
+            x_ptrs,
+            change_ptrs,
+            tl.arange(0, BLOCK_E)[None, :],
+            inside,
+            epsilon,
+            E,
+            NORM,
+            BLOCK_E,
+            STAGES,
+        )
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        e = first + tl.arange(0, BLOCK_E)[None, :]
+        is_real = None if E % BLOCK_E == 0 else e < E
+        is_read = inside if is_real is None else inside & is_real
+        weight = tl.load(weight_ptrs + e, mask=is_real, other=None if is_real is None else 0.0)
+        if NORM == NO_NORM and change_ptr is None:
+            operand = tl.load(x_ptrs + e, mask=is_read, other=0.0)
+        else:
+            x = read(x_ptrs, change_ptrs, e, is_read)
+            if NORM != NO_NORM:
+                gain = numerics.load(gain_ptr + e, is_real)
+                if IS_APART:
+                    x = (x - mean) * scale * gain
+                else:
+                    squares += x * x
+                    x *= gain
+                if shift_ptr is not None:
+                    x += numerics.load(shift_ptr + e, is_real)
+            operand = numerics.round_to(x, storage)
+        y = numerics.dot(weight, tl.trans(operand), y)
+    if NORM == RMS_NORM and not IS_APART:
+        y *= tl.rsqrt(tl.sum(squares, axis=1) / E + epsilon)[None, :]
+    return y
+
+
+@triton.jit
+def source(index_ptr, n):
+    """Which rows of the input are rows ``n``: int64."""
+    if index_ptr is None:
+        return n.to(tl.int64)
+    else:
+        return tl.load(index_ptr + n).to(tl.int64)
+
+
+@triton.jit
+def read(x_ptr, change_ptr, e, mask):
+    """Elements ``e`` of ``x + change`` in fp32."""
+    x = numerics.load(x_ptr + e, mask)
+    if change_ptr is not None:
+        x += numerics.load(change_ptr + e, mask)
+    return x
+
+
+@triton.jit
+def _moments(
+    x_ptrs,
+    change_ptrs,
+    e,
+    inside,
+    epsilon,
+    E: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What to take off ``x + change`` and what to multiply it by, broadcastable to its blocks."""
+    shape: tl.constexpr = (x_ptrs + e).shape
+    axis: tl.constexpr = len(shape) - 1
+    mean = 0.0
+    if NORM == LAYER_NORM:
+        total = tl.zeros(shape, tl.float32)
+        for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+            total += read(x_ptrs, change_ptrs, first + e, (first + e < E) & inside)
+        mean = tl.sum(total, axis=axis, keep_dims=True) / E
+    squares = tl.zeros(shape, tl.float32)
+    for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        is_real = (first + e < E) & inside
+        x = tl.where(is_real, read(x_ptrs, change_ptrs, first + e, is_real) - mean, 0.0)
+        squares += x * x
+    return mean, tl.rsqrt(tl.sum(squares, axis=axis, keep_dims=True) / E + epsilon)
