@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import numerics, tuning
+from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
@@ -178,7 +179,7 @@ def choose(logits: Tensor, choice: Choice, *, config: Mapping[str, Any] | None =
     refuse_gradients(logits=logits)
     rows, columns = logits.shape
     chosen = config or tuning.config_for("maxima", logits.device, rows, (columns,))
-    blocks, options = _split(chosen)
+    blocks, options = split(chosen)
     parts = triton.cdiv(columns, blocks["BLOCK_V"])
     partials = empty((rows, parts), torch.int64, logits.device)
     launch(
@@ -200,7 +201,7 @@ def finish(partials: Tensor, choice: Choice, *, config: Mapping[str, Any] | None
     rows, parts = partials.shape
     sets = len(choice.grows)
     chosen = config or tuning.config_for("finish", partials.device, rows, (parts,))
-    blocks, options = _split(chosen)
+    blocks, options = split(chosen)
     launch(
         _finish_kernel,
         (1,),
@@ -232,7 +233,7 @@ def advance(choice: Choice, *, config: Mapping[str, Any] | None = None) -> None:
     """Counts and positions one step further: what a step with another sampler needs."""
     sets, rows = choice.counts.shape
     chosen = config or tuning.config_for("advance", choice.counts.device, rows, (sets,))
-    blocks, options = _split(chosen)
+    blocks, options = split(chosen)
     launch(
         _advance_kernel,
         (triton.cdiv(rows, blocks["BLOCK_B"]),),
@@ -255,7 +256,7 @@ def embed(
     refuse_gradients(table=table, out=out)
     rows, width = out.shape
     chosen = config or tuning.config_for("embed", out.device, rows, (width,))
-    blocks, options = _split(chosen)
+    blocks, options = split(chosen)
     launch(
         _embed_kernel,
         (rows, triton.cdiv(width, blocks["BLOCK_D"])),
@@ -278,9 +279,3 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, Any]]:
         for warps in (4, 8)
         if block < 2 * shape[0]
     ]
-
-
-def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Block sizes (constexpr arguments) and the compiler's options of a configuration."""
-    blocks = {name: value for name, value in config.items() if name.isupper()}
-    return blocks, {name: value for name, value in config.items() if not name.isupper()}

@@ -1,0 +1,12 @@
+"""A configuration taken apart: blocks are arguments of the kernel, options are the compiler's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """What is written in capitals (constexpr arguments), and the rest (``num_warps`` ..)."""
+    blocks = {name: value for name, value in config.items() if name.isupper()}
+    return blocks, {name: value for name, value in config.items() if name not in blocks}

@@ -1,0 +1,163 @@
+"""The vocabulary product, with the final norm before it and the greedy choice after it.
+
+    logits[n, v] = norm(h[n]) @ weight[v] + bias[v]
+
+``h [n, D]``, ``weight [V, D]``, ``bias [V]``, ``logits [n, V]`` in the storage type. One kernel;
+its grid is ``(n / BLOCK_N, V / BLOCK_M)``, and the programs that share weights are neighbours. It
+writes the logits, or the best of each program's ``BLOCK_M`` logits as a ranked candidate (see
+``sampler``), or both: ``sampler.finish`` then chooses among ``V / BLOCK_M`` candidates a row. What
+is ranked are the rounded logits, so the choice is that of ``choose(head_logits(..))``. The loops
+are those of ``products``. Tables: kernel ``head``, shape ``(V, D)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, products, tuning
+from fastskip.kernels.blocks import split
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.kernels.sampler import finish, ranked
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Choice, Linear, Norm
+
+
+@triton.jit
+def _head_kernel(
+    h_ptr,
+    gain_ptr,
+    shift_ptr,
+    weight_ptr,
+    bias_ptr,
+    logits_ptr,
+    partials_ptr,
+    stride_hn,
+    stride_wm,
+    stride_ln,
+    stride_pn,
+    rows,
+    epsilon,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    v = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    owned = tl.minimum(v, V - 1)
+    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    y = products.product(
+        weight_ptr,
+        stride_wm,
+        owned,
+        h_ptr,
+        stride_hn,
+        None,
+        None,
+        0,
+        start,
+        rows,
+        gain_ptr,
+        shift_ptr,
+        epsilon,
+        D,
+        NORM,
+        FORM,
+        BLOCK_N,
+        BLOCK_E,
+        STAGES,
+    )
+    if bias_ptr is not None:
+        y += numerics.load(bias_ptr + owned)[:, None]
+    n = start + tl.arange(0, BLOCK_N)
+    if logits_ptr is not None:
+        place_ptr = logits_ptr + n.to(tl.int64)[None] * stride_ln + v[:, None]
+        numerics.store(place_ptr, y, (v < V)[:, None] & (n < rows)[None])
+    if partials_ptr is not None:
+        logit = numerics.round_to(y, weight_ptr.dtype.element_ty).to(tl.float32)
+        # What lies outside has the larger index, so it loses against every logit.
+        logit = tl.where((v < V)[:, None], logit, float("-inf"))
+        best = tl.max(ranked(logit, v[:, None]), 0)
+        tl.store(partials_ptr + n.to(tl.int64) * stride_pn + part, best, mask=n < rows)
+
+
+def head_logits(
+    h: Tensor, norm: Norm | None, head: Linear, *, config: Mapping[str, Any] | None = None
+) -> Tensor:
+    """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``."""
+    rows, columns = len(h), len(head.weight)
+    logits = empty((rows, columns), h.dtype, h.device)
+    _launch_head(h, norm, head, logits, False, config)
+    return logits
+
+
+def head_choose(
+    h: Tensor,
+    norm: Norm | None,
+    head: Linear,
+    choice: Choice,
+    *,
+    logits: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """``choose(head_logits(h, norm, head), choice)`` in two launches: ``h [B, D]``.
+
+    ``logits [B, V]``: where the logits go, if anyone wants them.
+    """
+    partials = _launch_head(h, norm, head, logits, True, config)
+    assert partials is not None
+    finish(partials, choice)
+
+
+def _launch_head(
+    h: Tensor,
+    norm: Norm | None,
+    head: Linear,
+    logits: Tensor | None,
+    does_rank: bool,
+    config: Mapping[str, Any] | None,
+) -> Tensor | None:
+    """Launches the product; returns the candidates ``[n, parts]`` if ``does_rank``."""
+    refuse_gradients(h=h, logits=logits)
+    (rows, width), columns = h.shape, len(head.weight)
+    chosen = config or tuning.config_for("head", h.device, rows, (columns, width))
+    blocks, options = split(chosen)
+    parts = triton.cdiv(columns, blocks["BLOCK_M"])
+    partials = empty((rows, parts), torch.int64, h.device) if does_rank else None
+    kind = products.NO_NORM
+    if norm is not None:
+        kind = products.LAYER_NORM if norm.is_centred else products.RMS_NORM
+    launch(
+        _head_kernel,
+        (triton.cdiv(rows, blocks["BLOCK_N"]), parts),
+        options,
+        h_ptr=h,
+        gain_ptr=norm and norm.weight,
+        shift_ptr=norm and norm.bias,
+        weight_ptr=head.weight,
+        bias_ptr=head.bias,
+        logits_ptr=logits,
+        partials_ptr=partials,
+        stride_hn=h.stride(0),
+        stride_wm=head.weight.stride(0),
+        stride_ln=0 if logits is None else logits.stride(0),
+        stride_pn=0 if partials is None else partials.stride(0),
+        rows=rows,
+        epsilon=norm.epsilon if norm else 0.0,
+        V=columns,
+        D=width,
+        NORM=kind.value,
+        **blocks,
+    )
+    return partials

@@ -1,0 +1,279 @@
+"""Second halves of sublayers: products that end in the residual stream, in place.
+
+    add_terms_    h[index[n]] += factor * (sum of x[n] @ weight.T + bias, sum of changes[n])
+    apply_terms   out[n] = x[n] @ weight.T + bias
+
+``x [n, E]``, ``weight [M, E]``, ``bias [M]``, ``change [n, M]``, ``h [N, M]``. One or two terms,
+one launch: two terms of a sum follow one another in a program, two separate results lie side by
+side on the grid. All of a sum is added in fp32 and rounded once.
+
+Grid of ``add_terms``: ``(n / BLOCK_N, M / BLOCK_M)``; the programs that share weights are
+neighbours, so that all but one find them in the L2 cache. A program alone reads and writes its
+tile of ``h``, so nothing needs a copy. ``apply_terms`` has the terms as a third axis. The loops are
+those of ``products``. Tables: shape ``(M, E)``, where ``E`` is that of the longer term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, products, tuning
+from fastskip.kernels.blocks import split
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Term
+
+
+@triton.jit
+def _term(
+    x_ptr,
+    weight_ptr,
+    stride_xn,
+    stride_wm,
+    m,
+    start,
+    rows,
+    E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    return products.product(
+        weight_ptr,
+        stride_wm,
+        m,
+        x_ptr,
+        stride_xn,
+        None,
+        None,
+        0,
+        start,
+        rows,
+        None,
+        None,
+        0.0,
+        E,
+        products.NO_NORM,
+        FORM,
+        BLOCK_N,
+        BLOCK_E,
+        STAGES,
+    )
+
+
+@triton.jit
+def _add_terms_kernel(
+    h_ptr,
+    index_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    second_x_ptr,
+    second_weight_ptr,
+    second_bias_ptr,
+    change_ptr,
+    second_change_ptr,
+    stride_hn,
+    stride_xn,
+    stride_wm,
+    second_stride_xn,
+    second_stride_wm,
+    stride_cn,
+    second_stride_cn,
+    rows,
+    factor,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    SECOND_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_N
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = start + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (n < rows)[None]
+    owned = tl.minimum(m, M - 1)
+    row = n.to(tl.int64)
+    if index_ptr is not None:
+        row = tl.load(index_ptr + n, mask=n < rows, other=0).to(tl.int64)
+    place_ptr = h_ptr + row[None] * stride_hn + m[:, None]
+    # Asked for ahead of the products, and not touched before their end.
+    h = tl.load(place_ptr, mask=inside, other=0.0)
+
+    total = _term(
+        x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
+    )
+    if second_weight_ptr is not None:
+        total += _term(
+            second_x_ptr,
+            second_weight_ptr,
+            second_stride_xn,
+            second_stride_wm,
+            owned,
+            start,
+            rows,
+            SECOND_E,
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
+    if bias_ptr is not None:
+        total += numerics.load(bias_ptr + owned)[:, None]
+    if second_bias_ptr is not None:
+        total += numerics.load(second_bias_ptr + owned)[:, None]
+    if change_ptr is not None:
+        at = n.to(tl.int64)[None] * stride_cn + m[:, None]
+        total += numerics.load(change_ptr + at, inside)
+    if second_change_ptr is not None:
+        at = n.to(tl.int64)[None] * second_stride_cn + m[:, None]
+        total += numerics.load(second_change_ptr + at, inside)
+    numerics.store(place_ptr, h.to(tl.float32) + factor * total, inside)
+
+
+@triton.jit
+def _apply_terms_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    x_distance,
+    weight_distance,
+    bias_distance,
+    stride_op,
+    stride_xn,
+    stride_wm,
+    rows,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_N
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = tl.program_id(2).to(tl.int64)
+    x_ptr += part * x_distance
+    weight_ptr += part * weight_distance
+    owned = tl.minimum(m, M - 1)
+    total = _term(
+        x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
+    )
+    if bias_ptr is not None:
+        total += numerics.load(bias_ptr + part * bias_distance + owned)[:, None]
+    n = start + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (n < rows)[None]
+    place_ptr = out_ptr + part * stride_op + n.to(tl.int64)[None] * M + m[:, None]
+    numerics.store(place_ptr, total, inside)
+
+
+def add_terms_(
+    h: Tensor,
+    terms: Sequence[Term],
+    *,
+    index: Tensor | None = None,
+    changes: Sequence[Tensor] = (),
+    factor: float = 1.0,
+    config: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
+
+    ``h [N, M]``; one or two terms with ``x [n, E]`` each, ``E`` may differ; up to two changes
+    ``[n, M]``. No row occurs twice in ``index [n]``. Returns ``h``.
+    """
+    refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
+    first, second = terms[0], terms[1] if len(terms) == 2 else None
+    change, second_change = [*changes, None, None][:2]
+    if len(terms) > 2 or len(changes) > 2:
+        raise ValueError(f"{len(terms)} terms, {len(changes)} changes: allowed are 1 or 2, 0 to 2")
+    rows, size = len(first.x), h.shape[1]
+    longest = max(term.x.shape[1] for term in terms)
+    chosen = config or tuning.config_for("add_terms", h.device, rows, (size, longest))
+    blocks, options = split(chosen)
+    launch(
+        _add_terms_kernel,
+        (triton.cdiv(rows, blocks["BLOCK_N"]), triton.cdiv(size, blocks["BLOCK_M"])),
+        options,
+        h_ptr=h,
+        index_ptr=index,
+        x_ptr=first.x,
+        weight_ptr=first.linear.weight,
+        bias_ptr=first.linear.bias,
+        second_x_ptr=second and second.x,
+        second_weight_ptr=second and second.linear.weight,
+        second_bias_ptr=second and second.linear.bias,
+        change_ptr=change,
+        second_change_ptr=second_change,
+        stride_hn=h.stride(0),
+        stride_xn=first.x.stride(0),
+        stride_wm=first.linear.weight.stride(0),
+        second_stride_xn=second.x.stride(0) if second else 0,
+        second_stride_wm=second.linear.weight.stride(0) if second else 0,
+        stride_cn=0 if change is None else change.stride(0),
+        second_stride_cn=0 if second_change is None else second_change.stride(0),
+        rows=rows,
+        factor=float(factor),
+        M=size,
+        E=first.x.shape[1],
+        SECOND_E=second.x.shape[1] if second else 0,
+        **blocks,
+    )
+    return h
+
+
+def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """``x @ weight.T + bias`` of each term: ``[n, E] -> [n, M]``.
+
+    Two terms of one layout share a launch; others have one each.
+    """
+    refuse_gradients(**{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
+    if len(terms) > 1 and (len(terms) > 2 or _layout(terms[0]) != _layout(terms[1])):
+        return [apply_terms([term], config=config)[0] for term in terms]
+    first, last = terms[0], terms[-1]
+    (rows, inner), (size, _) = first.x.shape, first.linear.weight.shape
+    out = empty((len(terms), rows, size), first.x.dtype, first.x.device)
+    chosen = config or tuning.config_for("apply_terms", out.device, rows, (size, inner))
+    blocks, options = split(chosen)
+    grid = triton.cdiv(rows, blocks["BLOCK_N"]), triton.cdiv(size, blocks["BLOCK_M"])
+    launch(
+        _apply_terms_kernel,
+        (*grid, len(terms)),
+        options,
+        x_ptr=first.x,
+        weight_ptr=first.linear.weight,
+        bias_ptr=first.linear.bias,
+        out_ptr=out,
+        x_distance=_distance(first.x, last.x),
+        weight_distance=_distance(first.linear.weight, last.linear.weight),
+        bias_distance=_distance(first.linear.bias, last.linear.bias),
+        stride_op=out.stride(0),
+        stride_xn=first.x.stride(0),
+        stride_wm=first.linear.weight.stride(0),
+        rows=rows,
+        M=size,
+        E=inner,
+        **blocks,
+    )
+    return list(out)
+
+
+def _layout(term: Term) -> tuple[Any, ...]:
+    """What two terms must have in common to be told apart by their addresses alone."""
+    weight = term.linear.weight
+    return term.x.shape, term.x.stride(), weight.shape, weight.stride(), term.linear.bias is None
+
+
+def _distance(first: Tensor | None, second: Tensor | None) -> int:
+    """Elements from the one tensor to the other, in whatever memory they lie."""
+    if first is None or second is None or first.is_meta:
+        return 0
+    return (second.data_ptr() - first.data_ptr()) // first.element_size()
