@@ -59,13 +59,13 @@ class Models:
 
 
 @cache
-def models(build: Builder, dtype: torch.dtype, device: str) -> Models:
-    """Both models, built once a process."""
+def models(build: Builder, dtype: torch.dtype, device: str, impl: str | None = None) -> Models:
+    """Both models, built once a process; `impl` is what `fastskip.apply_` takes."""
     hf = build(dtype).to(device).eval().requires_grad_(False)
     hf.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # no end: all tokens are made
     # Told that they are copied already, deepcopy keeps the parameters: both models hold the same.
     shared = {id(parameter): parameter for parameter in hf.parameters()}
-    return Models(hf, fastskip.apply_(copy.deepcopy(hf, shared)))
+    return Models(hf, fastskip.apply_(copy.deepcopy(hf, shared), impl=impl))
 
 
 def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
@@ -135,16 +135,19 @@ def _half_billion(dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def random_model(config: LlavaConfig, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A model with weights drawn once, in `dtype`; Hugging Face would draw them twice, in fp32."""
+def random_model(
+    config: LlavaConfig, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> Any:
+    """A model with weights drawn once, in `dtype`, where they stay; Hugging Face would draw them
+    twice, in fp32, on the CPU."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with no_init_weights():
+        with no_init_weights(), torch.device(device):
             model = LlavaForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(default)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.02, generator=generator)

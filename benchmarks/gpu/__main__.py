@@ -1,0 +1,72 @@
+"""Measure a GPU, cell by cell.
+
+Without names the default cells run: about 20 minutes on an H200. Every cell writes one line into
+<results>/results.jsonl as soon as it is done, and is skipped when it has a line already: after an
+interruption the same command goes on where it stopped. Cells that failed are tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """
+examples:
+  python -m benchmarks.gpu                      the default cells, then the tables
+  python -m benchmarks.gpu --list               all cells, and which are done
+  python -m benchmarks.gpu tune e2e.7b.b1       some cells: whole names, or the front of names
+  python -m benchmarks.gpu e2e --again          measure anew what is there already
+  python -m benchmarks.gpu --results out/h200   another place for lines, logs and tables
+  python -m benchmarks.gpu --tables             no measuring: print the tables of what there is
+  python -m benchmarks.gpu --tiny               everything in small on the CPU: does it still work?
+
+A tuning cell writes kernels/tables/<gpu>/ (used from then on) and a copy below the results.
+Clocks and power limits are measured as they are; nothing here changes them.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the script; the exit status is 1 if a cell failed."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    if options.tiny:
+        # Triton chooses its interpreter when it is first imported.
+        os.environ["TRITON_INTERPRET"] = "1"
+    from benchmarks.gpu import protocol
+
+    try:
+        return protocol.start(options, given)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("cells", nargs="*", metavar="cell", help="a cell, or the front of its name")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="default: benchmarks/results/<gpu>"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=20.0, metavar="MIN", help="minutes in all (20)"
+    )
+    parser.add_argument("--again", action="store_true", help="run cells that are done already")
+    parser.add_argument("--list", action="store_true", help="say what cells there are")
+    parser.add_argument("--tables", action="store_true", help="only print the tables")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on the CPU")
+    parser.add_argument(
+        "--same-process", action="store_true", help="no process a group: for a debugger"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Whole `generate` calls on real shapes: Hugging Face, our dense model, and policies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastskip
+from benchmarks.gpu.ceilings import ceilings_of
+from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
+from benchmarks.gpu.models import PEERS, load, shape
+from benchmarks.gpu.results import Values
+from benchmarks.memory import peak_bytes, reset_peak
+from benchmarks.peers import DENSE, HF, Peer
+from benchmarks.shapes import Models, prompts
+from fastskip.costs import floor_seconds
+from fastskip.demo.timing import no_collection
+from fastskip.plan import SkipPlan
+
+N_NEW = 128
+WARM_TOKENS = 4
+ROUNDS, LEAST_ROUNDS = 5, 2
+GROUPS = ("ttft", "prefill", "tpot", "call")
+
+
+@dataclass
+class Contender:
+    """A peer, how it is called, and what was found."""
+
+    peer: Peer
+    plan: SkipPlan
+    select: Callable[[], Any]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    tokens: Tensor | None = None
+
+    def median(self, quantity: str) -> float | None:
+        found = self.samples.get(quantity)
+        return statistics.median(found) if found else None
+
+
+def measure(setting: Setting, widths: Widths, batch: int) -> Values:
+    """All peers in turn; a peer that fails is left out, and the line says why."""
+    widths, n_new = (TINY, 4) if setting.is_tiny else (widths, N_NEW)
+    device = setting.device.type
+    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    inputs = prompts(both.hf, shape(widths, device), min(batch, 2) if setting.is_tiny else batch)
+    failures: dict[str, str] = {}
+    contenders = []
+    for peer in PEERS:
+        contender = _contender(peer, both)
+        try:
+            _first_call(contender, inputs, n_new, device)
+            contenders.append(contender)
+        except Exception as error:
+            if device == "cuda" and "CUDA error" in str(error):
+                raise
+            failures[peer.name] = traceback.format_exc(limit=-6)
+            torch.compiler.reset()
+    rounds = _rounds(contenders, inputs, n_new, setting)
+    if not contenders:
+        raise RuntimeError("\n".join(failures.values()))
+    about = {"widths": widths.name, "batch": len(inputs["input_ids"]), "n_new": n_new}
+    about |= {"n_image": widths.n_image, "n_text": widths.n_text, "rounds": rounds}
+    peers = _summary(contenders, about, setting)
+    return {**about, "peers": peers, "failures": failures}
+
+
+def _contender(peer: Peer, both: Models) -> Contender:
+    policy = (peer.policy or DENSE.policy)(both.depth)  # type: ignore[misc]
+    plan = fastskip.plan_of(fastskip.set_policy(both.ours, policy))
+    if peer.policy is None:
+        return Contender(peer, plan, lambda: both.hf)
+    return Contender(peer, plan, lambda: fastskip.set_policy(both.ours, policy))
+
+
+def _first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
+    """Compiles and captures. Its peak: what it needs beyond what others hold, and the weights."""
+    model = contender.select()
+    reset_peak(device)
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
+    contender.tokens = _generate(contender, model, inputs, n_new)
+    peak = peak_bytes(device)
+    if device == "cuda" and peak is not None:
+        weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+        peak = peak - held + weights
+    contender.peak_bytes = peak
+
+
+def _rounds(
+    contenders: Sequence[Contender], inputs: dict[str, Tensor], n_new: int, setting: Setting
+) -> int:
+    """Times all in turn, each round from another one on; returns how many rounds there were."""
+    most = 1 if setting.is_tiny else ROUNDS
+    for number in range(most):
+        begin = time.perf_counter()
+        first = number * len(contenders) // most
+        for contender in (*contenders[first:], *contenders[:first]):
+            _time(contender, inputs, n_new, setting.device.type)
+        took = time.perf_counter() - begin
+        if number + 1 >= LEAST_ROUNDS and setting.seconds_left < 1.2 * took:
+            return number + 1
+    return most
+
+
+def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
+    model = contender.select()
+    _generate(contender, model, inputs, min(WARM_TOKENS, n_new))  # a policy just set is cold
+    with no_collection():
+        call = _seconds(lambda: _generate(contender, model, inputs, n_new), device)
+        watch = _Entry(device)
+        # Only here: a hook would make compiled code compile again.
+        hook = model.get_decoder().register_forward_pre_hook(watch)
+        try:
+            ttft = _seconds(lambda: _generate(contender, model, inputs, 1), device)
+            prefill = watch.seconds_since()
+        finally:
+            hook.remove()
+    found = {"call": call, "ttft": ttft, "tpot": (call - ttft) / (n_new - 1), "prefill": prefill}
+    for quantity, value in found.items():
+        if value is not None:
+            contender.samples.setdefault(quantity, []).append(value)
+
+
+class _Entry:
+    """When the decoder was entered, on the device's clock."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._event: Any = None
+        self._began: float | None = None
+
+    def __call__(self, *_: Any) -> None:
+        if self._began is None:
+            self._began = time.perf_counter()
+            if self._device == "cuda":
+                self._event = torch.cuda.Event(enable_timing=True)
+                self._event.record()
+
+    def seconds_since(self) -> float | None:
+        """Until now; ``None`` if the decoder was never called as a module."""
+        if self._began is None:
+            return None
+        if self._event is None:
+            return time.perf_counter() - self._began
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        seconds: float = self._event.elapsed_time(end) / 1e3
+        return seconds
+
+
+def _generate(contender: Contender, model: Any, inputs: dict[str, Tensor], n_new: int) -> Tensor:
+    cache = contender.peer.hf_cache
+    options = {} if cache is None else {"cache_implementation": cache}
+    tokens: Tensor = model.generate(**inputs, max_new_tokens=n_new, do_sample=False, **options)
+    made = tokens[:, inputs["input_ids"].shape[1] :]
+    if made.shape[1] != n_new:
+        raise RuntimeError(f"{made.shape[1]} tokens were made, {n_new} wanted")
+    return made.cpu()
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _summary(
+    contenders: Sequence[Contender], about: dict[str, Any], setting: Setting
+) -> dict[str, Any]:
+    """Milliseconds, shares and ratios of every peer."""
+    floors = {each.peer.name: _floors(each.plan, about, setting) for each in contenders}
+    by_name = {each.peer.name: each for each in contenders}
+    found = {}
+    for each in contenders:
+        own: dict[str, Any] = {"label": each.peer.label, "peak_bytes": each.peak_bytes}
+        for quantity in GROUPS:
+            seconds = each.median(quantity)
+            own[f"{quantity}_ms"] = None if seconds is None else 1e3 * seconds
+            own[f"{quantity}_samples_ms"] = [1e3 * x for x in each.samples.get(quantity, [])]
+            for other in (HF.name, "hf_static", DENSE.name):
+                base = by_name[other].median(quantity) if other in by_name else None
+                ratio = base / seconds if base and seconds else None
+                own[f"{quantity}_vs_{other}"] = ratio
+        call = each.median("call")
+        own["tokens_per_s"] = about["batch"] * about["n_new"] / call if call else None
+        tpot = each.median("tpot")
+        own["decode_tokens_per_s"] = about["batch"] / tpot if tpot else None
+        for quantity, floor in floors[each.peer.name].items():
+            seconds = each.median(quantity)
+            own[f"{quantity}_floor_ms"] = 1e3 * floor
+            own[f"{quantity}_share_of_floor"] = floor / seconds if seconds else None
+            # Arrangements save launches, which no floor counts.
+            if each.peer.policy and DENSE.name in floors and not each.plan.policy.arrangements:
+                ideal = floors[DENSE.name][quantity] / floor
+                ratio = own[f"{quantity}_vs_dense"]
+                own[f"{quantity}_share_of_ideal"] = ratio / ideal if ratio else None
+        own["tokens_as_hf"] = _agreement(each, by_name.get(HF.name))
+        found[each.peer.name] = own
+    return found
+
+
+def _floors(plan: SkipPlan, about: dict[str, Any], setting: Setting) -> dict[str, float]:
+    """Least seconds of the prefill, without vision, and of a mean decode step."""
+    sizes = about["n_image"], about["n_text"], about["n_new"], about["batch"]
+    cost = plan.cost(*sizes, text_before=min(4, about["n_text"] // 2))
+    ceilings = ceilings_of(setting)
+    return {
+        "prefill": floor_seconds(cost.prefill, ceilings),
+        "tpot": floor_seconds(cost.decode, ceilings) / cost.decode.steps,
+    }
+
+
+def _agreement(own: Contender, hf: Contender | None) -> float | None:
+    """The share of tokens before the first one that differs from Hugging Face's.
+
+    In low precision on random weights near-ties soon fall differently: a low share is no fault.
+    """
+    if hf is None or hf.tokens is None or own.tokens is None:
+        return None
+    same = (own.tokens == hf.tokens).int().cumprod(1)
+    return float(same.float().mean())
+
+
+def _cell(widths: Widths, batch: int) -> Cell:
+    about = f"{widths.name.upper()} with random weights at batch {batch}"
+    minutes = 4.0 if widths is SEVEN and batch < 64 else 5.0
+    is_default = widths is SEVEN and batch in (1, 16)
+    run = partial(measure, widths=widths, batch=batch)
+    return Cell(f"e2e.{widths.name}.b{batch}", about, minutes, run, is_default)
+
+
+CELLS = [_cell(widths, batch) for widths in (SEVEN, THIRTEEN) for batch in (1, 16, 4, 64)]

@@ -1,0 +1,48 @@
+"""Every operation run once by its kernels, for NVIDIA's tools to look at.
+
+python -m benchmarks.gpu.once {tiny,7b,13b} ROWS [NAME ...]
+
+Decode operations for ROWS sequences and, for one row, those of a prefill. NAME: only these.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker
+from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, PREFILL
+
+SIZES = {widths.name: widths for widths in (TINY, SEVEN, THIRTEEN)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs each operation twice, because the first call may compile."""
+    from fastskip.ops import compiled
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.once", description=__doc__)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("rows", type=int)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args(arguments)
+    widths = SIZES[options.size]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    works = {(name, options.rows): make for name, make in (DECODE | DECODE_ARRANGED).items()}
+    if options.rows == 1:
+        works |= {(name, widths.context): make for name, make in PREFILL.items()}
+    for (name, rows), make in works.items():
+        if options.names and name not in options.names:
+            continue
+        work = make(Maker(widths, dtype, device), rows)
+        for _ in range(2):
+            work.run(compiled)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(f"{name}, {rows} rows: run", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Cells are run one after another: what is done is skipped, what fails is recorded.
+
+``run`` runs them in this process. ``supervise`` starts processes that do, and ends one that hangs.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+
+from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.results import Line, Results
+from benchmarks.records import environment
+
+UNUSABLE = 3
+"""Exit status of a process whose device does not answer any more."""
+START_S = 60.0
+"""What a process may take for its imports."""
+ALLOWANCE = 2.0
+"""A cell is ended after so many times its minutes."""
+Say = Callable[[str], object]
+
+
+def run(cells: Sequence[Cell], setting: Setting, say: Say = print) -> bool:
+    """Runs the cells in this process; whether the device is still usable afterwards."""
+    for cell in cells:
+        say(f"{cell.name}: {cell.about} ...")
+        setting = replace(setting, minutes=cell.minutes, began=time.perf_counter())
+        line = _attempt(cell, setting)
+        is_usable = _clean_up(setting)
+        setting.results.append(line)
+        outcome = "done" if line.is_done else str(line.error).rstrip().splitlines()[-1]
+        say(f"{cell.name}: {outcome} ({line.seconds:.0f} s)")
+        if not is_usable:
+            return False
+    return True
+
+
+def supervise(
+    cells: Sequence[Cell], results: Results, command: Sequence[str], budget: float, say: Say = print
+) -> list[Cell]:
+    """Runs each group in a process of its own, for ``budget`` minutes; returns what is left.
+
+    ``command``, followed by names of cells, runs these cells in its own process.
+    """
+    began = time.perf_counter()
+    left: list[Cell] = []
+    for _, group in groupby(cells, key=lambda cell: cell.group):
+        todo = list(group)
+        while todo:
+            spare = budget - (time.perf_counter() - began) / 60
+            fitting = _fitting(todo, spare)
+            if not fitting:
+                left += todo
+                break
+            before = results.path.stat().st_size if results.path.exists() else 0
+            _one_process(fitting, results, command)
+            written = _written(results, before)
+            # Cells that did not fit are asked for again with what time there is then.
+            todo = [cell for cell in todo if cell.name not in written]
+    for cell in left:
+        say(f"{cell.name}: left for the next run, the budget of {budget:g} minutes is used up")
+    return left
+
+
+def _attempt(cell: Cell, setting: Setting) -> Line:
+    begin = time.perf_counter()
+    about = environment(setting.device.type)
+    try:
+        values = cell.run(setting)
+        error = None
+    except Exception:
+        values, error = {}, traceback.format_exc()
+    seconds = time.perf_counter() - begin
+    return Line(cell.name, round(seconds, 1), values, error, about)
+
+
+def _clean_up(setting: Setting) -> bool:
+    """Frees what the cell held; whether the device still answers."""
+    gc.collect()
+    torch.compiler.reset()
+    if setting.device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _fitting(cells: Sequence[Cell], minutes: float) -> list[Cell]:
+    """The first cells, as many as fit; one of which only half fits may begin."""
+    found = []
+    for cell in cells:
+        if minutes < cell.minutes / 2:
+            break
+        found.append(cell)
+        minutes -= cell.minutes
+    return found
+
+
+def _one_process(cells: Sequence[Cell], results: Results, command: Sequence[str]) -> None:
+    """Runs the cells; the first one without a line when the process ends badly gets one."""
+    before = results.path.stat().st_size if results.path.exists() else 0
+    process = subprocess.Popen([*command, *(cell.name for cell in cells)], start_new_session=True)
+    reason = ""
+    written: list[str] = []
+    try:
+        since = time.perf_counter()
+        while process.poll() is None:
+            time.sleep(0.2)
+            now = _written(results, before)
+            if len(now) > len(written):
+                written, since = now, time.perf_counter()
+            if len(written) < len(cells):
+                limit = START_S + ALLOWANCE * 60 * cells[len(written)].minutes
+                if time.perf_counter() - since > limit:
+                    reason = f"took more than {limit:.0f} s and was ended"
+                    break
+    finally:
+        _end(process)
+    written = _written(results, before)
+    if len(written) < len(cells) and process.returncode != UNUSABLE:
+        reason = reason or f"the process ended with status {process.returncode}"
+        name = cells[len(written)].name
+        results.append(Line(name, 0.0, error=reason))
+        print(f"{name}: {reason}", file=sys.stderr)
+
+
+def _written(results: Results, before: int) -> list[str]:
+    """Cells that have got a line since the file had ``before`` bytes, in order."""
+    if not results.path.exists():
+        return []
+    return list(Results.parse(results.path.read_bytes()[before:].decode()))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and what it has started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

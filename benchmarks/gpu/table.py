@@ -1,0 +1,225 @@
+"""Tables of a results file: plain text for a terminal, Markdown for the README."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.results import Results
+
+NOT_MEASURED = "not measured yet"
+HEAD = (
+    "",
+    "TTFT, ms",
+    "prefill, ms (floor)",
+    "vs dense",
+    "ms/token (floor)",
+    "of floor",
+    "vs HF",
+    "vs compiled HF",
+    "vs dense",
+    "of ideal",
+    "tokens/s",
+    "peak, GB",
+)
+Row = tuple[str, ...]
+
+
+def text_tables(results: Results) -> str:
+    """Everything that is there, the end-to-end tables and the goals last."""
+    parts = [*_ceilings(results), *_correctness(results), *_kernels(results), *_profiles(results)]
+    parts += [f"{title}\n{_aligned([HEAD, *rows])}" for title, rows in _end_to_end(results)]
+    goals = _goals(results)
+    if goals:
+        parts.append("Goals\n" + _aligned(goals))
+    failed = [line for line in results.lines().values() if not line.is_done]
+    parts += [f"FAILED {x.cell}: {str(x.error).rstrip().splitlines()[-1]}" for x in failed]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def markdown(results: Results) -> str:
+    """The README's GPU table; ``not measured yet`` while there is no end-to-end line."""
+    parts = []
+    for title, rows in _end_to_end(results):
+        lines = [f"| {' | '.join(row)} |" for row in (HEAD, *rows)]
+        lines.insert(1, "|---|" + "---:|" * (len(HEAD) - 1))
+        parts.append(f"**{title}**\n\n" + "\n".join(lines))
+    if not parts:
+        return NOT_MEASURED
+    about = next(line for line in results.lines().values() if line.cell.startswith("e2e."))
+    where = about.environment
+    parts.append(
+        f"{where.get('device')}, torch {where.get('torch')}, triton {where.get('triton')}, "
+        f"transformers {where.get('transformers')}, commit {where.get('commit')}, {about.date}: "
+        "`python -m benchmarks.gpu`"
+    )
+    return "\n\n".join(parts)
+
+
+def _ceilings(results: Results) -> list[str]:
+    rows: list[Row] = []
+    memory, matrix = (results.values(f"ceilings.{name}") for name in ("memory", "matrix"))
+    if memory:
+        rows += [(name, f"{rate:.0f} GB/s") for name, rate in memory["gb_per_s"].items()]
+    if matrix:
+        found = matrix["tflop_per_s"].items()
+        rows += [(f"matrix product {size}", f"{rate:.0f} TFLOP/s") for size, rate in found]
+    nodes = results.values("ceilings.nodes")
+    if nodes:
+        found = nodes["us_per_node"].items()
+        rows += [(f"graph node: {name}", f"{us:.2f} us") for name, us in found]
+        rows += [(nodes["note"], "")] * bool(nodes["note"])
+    return ["Ceilings\n" + _aligned(rows)] if rows else []
+
+
+def _correctness(results: Results) -> list[str]:
+    rows: list[Row] = []
+    for name, line in results.lines().items():
+        if name.startswith("correctness."):
+            text = "ok" if line.is_done else "WRONG"
+            shares = [own["share_of_allowed"] for own in line.values.get("errors", {}).values()]
+            detail = f"worst error {max(shares):.2f} of what is allowed" if shares else ""
+            detail = detail or line.values.get("summary") or line.values.get("note") or ""
+            rows.append((name.partition(".")[2], text, str(detail)))
+    return ["Correctness\n" + _aligned(rows)] if rows else []
+
+
+def _kernels(results: Results) -> list[str]:
+    parts = []
+    for name, line in results.lines().items():
+        if name.startswith("tune.") and line.is_done:
+            rows: list[Row] = [("kernel", "us", "GB/s", "of floor", "us before", "configuration")]
+            for kernel, own in line.values["kernels"].items():
+                config = " ".join(f"{key}={value}" for key, value in own["config"].items())
+                columns = ("us", "gb_per_s", "share_of_floor", "us_before")
+                rows.append((kernel, *(_short(own[key]) for key in columns), config))
+            parts.append(f"{name}\n{_aligned(rows)}")
+        if name.startswith("kernels.") and line.is_done and "works" in line.values:
+            rows = [("operation", "us", "floor", "of floor", "torch us", "of floor", "GB/s")]
+            for work, own in line.values["works"].items():
+                keys = ("us", "floor_us", "share_of_floor", "torch_us", "torch_share_of_floor")
+                rows.append((work, *(_short(own.get(key)) for key in (*keys, "gb_per_s"))))
+            parts.append(f"{name}\n{_aligned(rows)}")
+        if name.startswith("kernels.") and line.is_done and "cublas" in line.values:
+            rows = [("cuBLAS", "us", "of floor")]
+            for work, own in line.values["cublas"].items():
+                rows.append((work, _short(own["us"]), _short(own["share_of_floor"])))
+            parts.append(f"{name}\n{_aligned(rows)}")
+        if name.startswith("graphs.") and line.is_done:
+            head: Row = ("eager_ms", "captured_ms", "gain")
+            numbers = tuple(_short(line.values.get(key)) for key in head)
+            parts.append(f"{name}\n{_aligned([head, numbers])}")
+    return parts
+
+
+def _profiles(results: Results) -> list[str]:
+    parts = []
+    for name, line in results.lines().items():
+        if not (name.startswith("profile.") and line.is_done):
+            continue
+        for phase in ("decode", "prefill"):
+            rows: list[Row] = [(f"{phase}: kernel", "launches", "us", "share")]
+            for own in line.values.get(f"{phase}_kernels", [])[:10]:
+                numbers = (own["launches"], own["us"], own["share"])
+                rows.append((own["kernel"][:60], *map(_short, numbers)))
+            if len(rows) > 1:
+                parts.append(f"{name}\n{_aligned(rows)}")
+    return parts
+
+
+def _end_to_end(results: Results) -> list[tuple[str, list[Row]]]:
+    found = []
+    for name, line in results.lines().items():
+        if name.startswith("e2e.") and line.is_done:
+            values = line.values
+            title = (
+                f"LLaVA-1.5-{values['widths']} shapes, random weights, batch {values['batch']}: "
+                f"{values['n_image']} image and {values['n_text']} text rows, "
+                f"{values['n_new']} new tokens"
+            )
+            found.append((title, [_row(own) for own in values["peers"].values()]))
+    return found
+
+
+def _row(own: dict[str, Any]) -> Row:
+    peak = own["peak_bytes"]
+    return (
+        own["label"],
+        _short(own["ttft_ms"]),
+        _with_floor(own, "prefill"),
+        _times(own["prefill_vs_dense"]),
+        _with_floor(own, "tpot"),
+        _short(own["tpot_share_of_floor"]),
+        _times(own["tpot_vs_hf"]),
+        _times(own["tpot_vs_hf_static"]),
+        _times(own["tpot_vs_dense"]),
+        _short(own.get("tpot_share_of_ideal")),
+        _short(own["tokens_per_s"]),
+        _short(None if peak is None else peak / 1e9),
+    )
+
+
+def _goals(results: Results) -> list[Row]:
+    """What was aimed at on an H200 in bf16, and what came of it."""
+    rows: list[Row] = []
+    one, many = (results.values(f"e2e.7b.b{batch}") for batch in (1, 16))
+
+    def goal(text: str, own: dict[str, Any] | None, key: str, limit: float, at_most: bool) -> None:
+        value = None if own is None else own.get(key)
+        if value is not None:
+            is_met = value <= limit if at_most else value >= limit
+            rows.append((text, f"{value:.2f}", "met" if is_met else "missed"))
+
+    if one:
+        peers = one["peers"]
+        dense, half = peers.get("dense"), peers.get("half_blocks")
+        goal("dense, batch 1: ms/token <= 3.6", dense, "tpot_ms", 3.6, True)
+        goal("  stretch: <= 3.4", dense, "tpot_ms", 3.4, True)
+        goal("  >= 1.25x compiled Hugging Face", dense, "tpot_vs_hf_static", 1.25, False)
+        goal("  >= 3x Hugging Face's default", dense, "tpot_vs_hf", 3.0, False)
+        goal("half of the blocks: >= 1.87x dense", half, "tpot_vs_dense", 1.87, False)
+        image = peers.get("image_ffn_all")
+        goal("text-only FFN: prefill >= 1.7x dense", image, "prefill_vs_dense", 1.7, False)
+    if many:
+        dense = many["peers"].get("dense")
+        goal("batch 16: >= 0.85 of the floor", dense, "tpot_share_of_floor", 0.85, False)
+    return rows
+
+
+def _with_floor(own: dict[str, Any], quantity: str) -> str:
+    value, floor = _short(own[f"{quantity}_ms"]), _short(own.get(f"{quantity}_floor_ms"))
+    return f"{value} ({floor})" if value and floor else value
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _aligned(rows: Sequence[Row]) -> str:
+    width = max(len(row) for row in rows)
+    full = [(*row, *[""] * (width - len(row))) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    lines = []
+    for first, *others in full:
+        cells = [cell.rjust(size) for cell, size in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the README's table: python -m benchmarks.gpu.table benchmarks/results/<gpu>"""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.table", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where results.jsonl is")
+    print(markdown(Results(parser.parse_args(arguments).folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How long device work takes: replays of a CUDA graph between events; the wall clock on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from math import ceil
+
+import torch
+
+Call = Callable[[], object]
+
+REPLAY_S = 3e-3
+"""A graph holds so many calls that the gap before its first node does not count."""
+REPLAYS = 9
+MOST_CALLS = 256
+
+
+def seconds(calls: Sequence[Call], device: torch.device, replays: int = REPLAYS) -> float:
+    """Median seconds of one call; ``calls`` are the same work on different memory, run in turn."""
+    if device.type != "cuda":
+        return _on_cpu(calls)
+    for call in calls:
+        call()
+    estimate = _between_events(lambda: [call() for call in calls]) / len(calls)
+    turns = ceil(min(REPLAY_S / estimate, MOST_CALLS) / len(calls))
+    graph = captured(lambda: [call() for _ in range(turns) for call in calls])
+    graph.replay()
+    times = [_between_events(graph.replay) for _ in range(replays)]
+    return statistics.median(times) / (turns * len(calls))
+
+
+def eager_seconds(call: Call, device: torch.device, runs: int = REPLAYS) -> float:
+    """Median seconds of one call with its launches, from the host's side."""
+    call()
+    times = []
+    for _ in range(runs):
+        synchronize(device)
+        begin = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def captured(call: Call) -> torch.cuda.CUDAGraph:
+    """``call`` as a CUDA graph. What it does once (compiling, handles) must be done already."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def copies(nbytes: int, device: torch.device) -> int:
+    """How many copies of ``nbytes`` weights make them come from memory, not from the L2 cache."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(16, ceil(4 * cache / max(nbytes, 1))))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _between_events(call: Call) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def _on_cpu(calls: Sequence[Call]) -> float:
+    times = []
+    for call in calls:
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
