@@ -16,6 +16,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fastskip import ops  # noqa: E402 (after the choice of the interpreter)
+
 settings.register_profile(
     "quick",
     max_examples=15,
@@ -27,9 +29,26 @@ settings.register_profile("full", settings.get_profile("quick"), max_examples=30
 settings.load_profile("quick")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--impl",
+        choices=("reference", "torch", "triton"),
+        help="the implementation that models are prepared with where a test names none",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    chosen, resolve = config.option.impl, ops.resolve
+    if chosen is not None:  # before any fixture prepares a model
+        ops.resolve = lambda impl, device: resolve(impl or chosen, device)  # type: ignore[assignment]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     long_form = "full" in str(config.option.markexpr)
+    is_other = config.option.impl not in (None, "reference")
     for item in items:
+        if "reference" in item.keywords and is_other:
+            item.add_marker(pytest.mark.skip(reason="looks into the reference runtime"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "full" in item.keywords and not long_form:

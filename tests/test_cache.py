@@ -104,6 +104,7 @@ def test_an_emptied_cache_takes_another_batch(trio: Trio, way: str) -> None:
     assert cache.batch_size == 5
 
 
+@pytest.mark.reference
 def test_a_failing_forward_leaves_the_cache_as_it_was(case: Continued) -> None:
     tokens, cache = some_tokens(case.batch, 3), case.fill()
     columns, live = cache.get_seq_length(), cache.live_bytes()

@@ -29,6 +29,7 @@ def batch(trio: Trio) -> Batch:
     return random_batch(trio.plain, seed=1, images=(2, 0, 1))
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("kv", ["project", "reuse", "omit"])
 def test_a_layer_that_nobody_attends_in_holds_nothing(trio: Trio, batch: Batch, kv: str) -> None:
     policy = policy_of(skip([0, 2], "all", "attention", kv=kv))
@@ -44,6 +45,7 @@ def test_every_class_counts_and_not_only_those_at_hand(trio: Trio, batch: Batch)
         assert Continued(trio, policy, batch).fill().live_bytes() == rows * ENTRY
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize("name", CACHE_POLICIES)
 def test_live_bytes_are_what_the_plan_predicts(
@@ -87,6 +89,7 @@ def addresses(cache: SkipCache) -> dict[tuple[int, str, int], int]:
     }
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", ["dense", "reuse", "omit generated", "mixed"])
 def test_growth_moves_nothing_and_changes_nothing(trio: Trio, name: str) -> None:
     """One row at a time without a reservation, into a third segment."""

@@ -17,6 +17,7 @@ from tests.batches import Batch, random_batch
 from tests.models import tiny_llava
 from tests.policies import CELLS, MIXED, Policy, cell_policy, policy_of
 
+pytestmark = pytest.mark.reference  # counts torch's products, without rounded-up batches
 NEW = 3
 # What is not the decoder's, as it is called by the model and by Hugging Face's generate.
 OUTSIDE = (".vision_tower", "CLIPVisionModel", ".multi_modal_projector", "MultiModalProjector")

@@ -70,7 +70,10 @@ class _Mail:
     """Tokens and flags of one step on their way to the host."""
 
     def __init__(self, tokens: Tensor, unfinished: Tensor) -> None:
-        self._parts = [part.detach().to("cpu", non_blocking=True) for part in (tokens, unfinished)]
+        # Copies, since the next step writes to the same memory.
+        self._parts = [
+            part.to("cpu", non_blocking=True, copy=True) for part in (tokens, unfinished)
+        ]
         self._event = None
         if tokens.is_cuda:
             self._event = torch.cuda.Event()

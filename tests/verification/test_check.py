@@ -144,6 +144,7 @@ def test_wrong_tokens_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the decode step" in str(found)
 
 
+@pytest.mark.reference
 def test_not_a_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Block.run
 
