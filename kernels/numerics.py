@@ -10,19 +10,6 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-if INTERPRETED:
-    from triton.runtime import interpreter
-
-    _patch_tensor = interpreter._patch_lang_tensor
-
-    def _patch_tensor_and_index(tensor, scope):
-        # Scalars are arrays of one element there, which NumPy 2.4 no longer takes for a number:
-        # without this no loop has a bound that is known only at run time.
-        _patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = _patch_tensor_and_index
-
 
 @triton.jit
 def load(pointer, mask=None):

@@ -47,10 +47,13 @@ FLOORS = {
         (*PURE, "tokens", "reference", "ops", "decoder"),
         ("torch", "transformers.cache_utils"),
     ),
+    "launches": Floor(
+        ("launches",), (*PURE, "tokens", "reference", "ops", "decoder", "cache"), ("torch",)
+    ),
     "families": Floor(("families",), PURE, ("torch",)),
     "generation": Floor(
         ("generation",),
-        (*PURE, "tokens", "ops", "decoder", "cache", "families"),
+        (*PURE, "tokens", "reference", "ops", "decoder", "cache", "families"),
         ("torch", "transformers"),
     ),
     "loading": Floor(
@@ -74,7 +77,8 @@ FLOORS = {
     ),
     "commands": Floor(
         ("cli", "commands"),
-        (*PURE, "families", "loading", "public", "check", "prompts", "machine", "demo"),
+        (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
+        + ("demo",),
         ("rich", "safetensors", "torch", "transformers", "typer"),
     ),
 }

@@ -8,6 +8,7 @@ import torch
 from fastskip.commands.common import CommandError
 from fastskip.costs import Ceilings, Speedup, floor_seconds, ideal_speedup
 from fastskip.families import shape_of
+from fastskip.launches import Account, decode_launches, prefill_launches
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import SkipPolicy
 
@@ -36,6 +37,17 @@ class Totals:
     decode_bytes: float
     decode_floor_s: float
     kv_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """What the kernels of one plan take on a GPU: launches, and the programs in them."""
+
+    prefill: Account
+    decode: Account
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"prefill": self.prefill.to_dict(), "decode_step": self.decode.to_dict()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +131,15 @@ def _totals(plan: SkipPlan, load: Workload, ceilings: Ceilings) -> Totals:
         kv_bytes=plan.kv_bytes(
             load.image_tokens, load.text_tokens, load.new_tokens - 1, load.batch
         ),
+    )
+
+
+def launches(plan: SkipPlan, load: Workload, table: str) -> Launches:
+    """Launches on the GPU of this tuning table; decode is one step in the middle of the answer."""
+    prompt = load.image_tokens + load.text_tokens
+    return Launches(
+        prefill_launches(plan, load.image_tokens, load.text_tokens, load.batch, table),
+        decode_launches(plan, load.batch, prompt + load.new_tokens // 2, table),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from fastskip.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from fastskip.commands import forecast
     from fastskip.commands.forecast import Forecast
 
 
@@ -51,6 +53,15 @@ def plan(
             metavar="TFLOP/S", help="Matrix product rate to plan for.", show_default=False
         ),
     ] = None,
+    launches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TABLE",
+            help="Also count kernel launches and their programs on the GPU of this tuning table, "
+            'e.g. nvidia-h200 or default (needs the extra "gpu", no GPU).',
+            show_default=False,
+        ),
+    ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -66,6 +77,8 @@ def plan(
     [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p image_ffn --dtype bfloat16[/]
 
     [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p mine.json --bandwidth 3350 --tflops 800[/]
+
+    [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p half_blocks --launches nvidia-h200[/]
     """
     prepare(threads)
     path = checkpoint(model)
@@ -83,10 +96,65 @@ def plan(
     number = forecast.dtype_of(config, dtype.value)
     machine = _ceilings(bandwidth, tflops, number, device)
     result = forecast.forecast(config, chosen, load, number, machine)
+    counted = _launches(result, launches)
     if as_json:
-        typer.echo(json.dumps({"model": path} | result.to_dict(), indent=2))
-    else:
-        _show(path, result)
+        found = {"model": path} | result.to_dict()
+        if counted is not None:
+            names = ("dense", "with_policy")
+            found["launches"] = {
+                name: each.to_dict() for name, each in zip(names, counted, strict=True)
+            }
+        typer.echo(json.dumps(found, indent=2))
+        return
+    _show(path, result)
+    if counted is not None:
+        _show_launches(result, *counted)
+
+
+def _launches(
+    result: "Forecast", table: str | None
+) -> "tuple[forecast.Launches, forecast.Launches] | None":
+    """Launches of the dense plan and of the policy's."""
+    if table is None:
+        return None
+    if find_spec("triton") is None:
+        raise CommandError("--launches: needs the package triton: pip install 'fastskip[gpu]'")
+    from fastskip.commands import forecast
+    from fastskip.launches import tables
+    from fastskip.plan import make_plan
+    from fastskip.policy import SkipPolicy
+
+    if table not in tables():
+        raise CommandError(f"--launches {table}: allowed: {', '.join(tables())}")
+    dense = make_plan(SkipPolicy(), result.plan.shape)
+    return (
+        forecast.launches(dense, result.workload, table),
+        forecast.launches(result.plan, result.workload, table),
+    )
+
+
+def _show_launches(
+    result: "Forecast", dense: "forecast.Launches", skipping: "forecast.Launches"
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    name = escape(result.plan.policy.name or "policy")
+    table = Table("", "dense", name, box=box.SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, before, after in (
+        ("prefill", dense.prefill, skipping.prefill),
+        ("a decode step", dense.decode, skipping.decode),
+    ):
+        table.add_row(f"launches in {label}", str(before.launches), str(after.launches))
+        table.add_row(f"  programs in {label}", str(before.programs), str(after.programs))
+        for kernel in sorted(before.by_kernel.keys() | after.by_kernel.keys()):
+            counts = [str(each.by_kernel.get(kernel, (0, 0))[0]) for each in (before, after)]
+            table.add_row(f"  {kernel}", *counts)
+    Console(highlight=False).print(table)
 
 
 def _ceilings(bandwidth: float | None, tflops: float | None, dtype: Any, device: str | None) -> Any:

@@ -6,7 +6,7 @@ not defined: when gradients are wanted, and while a layer's projections cannot b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,18 +130,7 @@ class FusedDecoder(Decoder):
         self, h: Tensor, rows_of: RowsOf, store: Store, watch: Watch | None = None
     ) -> Tensor:
         """Every step of the plan on ``h [N, D]``, which is written."""
-        for step in self.plan.steps:
-            is_last = step is self.plan.steps[-1]
-            blocks = [self._fused_blocks[index] for index in step]
-            rows = [rows_of(block.plan, is_last) for block in blocks]
-            if watch is not None:
-                for index in step:
-                    watch(index, h)
-            if len(step) == 1:
-                h = blocks[0].run(h, rows[0], store)
-            else:
-                h = run_pair((blocks[0], blocks[1]), h, (rows[0], rows[1]), store)
-        return h
+        return run_steps(self.plan, self._fused_blocks, h, rows_of, store, watch)
 
     def rotation(self, positions: int, like: Tensor) -> Rotation:
         """RoPE tables of at least this many positions."""
@@ -164,3 +153,26 @@ class FusedDecoder(Decoder):
                 "past_key_values: this cache was filled by another model, or before this one was "
                 "moved to another device or dtype; start from the whole prompt"
             )
+
+
+def run_steps(
+    plan: SkipPlan,
+    blocks: Sequence[FusedBlock],
+    h: Tensor,
+    rows_of: RowsOf,
+    store: Store,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Every step of the plan on ``h [N, D]``, which is written."""
+    for step in plan.steps:
+        is_last = step is plan.steps[-1]
+        own = [blocks[index] for index in step]
+        rows = [rows_of(block.plan, is_last) for block in own]
+        if watch is not None:
+            for index in step:
+                watch(index, h)
+        if len(step) == 1:
+            h = own[0].run(h, rows[0], store)
+        else:
+            h = run_pair((own[0], own[1]), h, (rows[0], rows[1]), store)
+    return h

@@ -52,7 +52,7 @@ class Operations:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a model means the same implementation; its modules cannot be copied.
-        return _operations_of, (self.implementation,)
+        return operations_of, (self.implementation,)
 
 
 REFERENCE = Operations(
@@ -87,10 +87,11 @@ def resolve(impl: str | Implementation | None, device: torch.device) -> Operatio
         raise ValueError(f"impl: {impl!r} is unknown; allowed: {allowed}") from None
     if choice is Implementation.TRITON:
         _require_triton(device)
-    return _operations_of(choice)
+    return operations_of(choice)
 
 
-def _operations_of(choice: Implementation) -> Operations:
+def operations_of(choice: Implementation) -> Operations:
+    """The operations of an implementation, wherever they are to run."""
     if choice is Implementation.TRITON:
         from fastskip.ops import compiled
 
@@ -113,9 +114,9 @@ def _require_triton(device: torch.device) -> None:
                 f"{major}.{minor}; {others}"
             )
         return
-    import triton
+    from fastskip.kernels.numerics import INTERPRETED
 
-    if not (device.type == "cpu" and triton.knobs.runtime.interpret):
+    if not (device.type == "cpu" and INTERPRETED.value):
         raise ValueError(
             f"impl: 'triton' runs on CUDA, the model lies on {device} (on the CPU only in "
             f"Triton's interpreter, for checks: set TRITON_INTERPRET=1 before Python starts); "

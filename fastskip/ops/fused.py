@@ -194,7 +194,8 @@ def copy_entries(
         key, value = entries_of(source, sequence, max(slot, 0) + 1)
         keys.append(key[:, -1])
         values.append(value[:, -1])
-    write_entries(target, sequences, to_slots, torch.stack(keys), torch.stack(values))
+    reached = torch.where(from_slots < 0, from_slots, to_slots)
+    write_entries(target, sequences, reached, torch.stack(keys), torch.stack(values))
 
 
 def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:

@@ -1,0 +1,112 @@
+"""How many launches a plan takes, counted by running the executor on tensors without data.
+
+Nothing is predicted: the layers, rows and steps are the ones that run, only the kernels do not. So
+a sublayer that a policy leaves out shows as launches that are not there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.fused_layer import FusedBlock, Store
+from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.fused_stack import run_steps
+from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.step_state import StepShape, StepState
+from fastskip.decoder.weights import LayerWeights
+from fastskip.ops import Implementation, operations_of
+from fastskip.ops.account import Account, counted, tables
+from fastskip.ops.contracts import Activation, Linear, Norm, Rotation
+from fastskip.ops.operations import FusedOperations
+from fastskip.plan import ModelShape, SkipPlan
+from fastskip.policy import TokenClass
+from fastskip.tokens import CODES, TokenLayout
+
+__all__ = ["Account", "decode_launches", "prefill_launches", "tables"]
+
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def prefill_launches(
+    plan: SkipPlan, n_image: int, n_text: int, batch: int, table: str | None = None
+) -> Account:
+    """Launches of the decoder for ``batch`` prompts of this many positions, and of its head.
+
+    ``table``: the GPU's tuning table, since it decides how a launch is split.
+    """
+    ops, anchor = _triton(), _empty(plan.shape, 16)
+    codes = torch.full((batch, n_image + n_text), CODES[TokenClass.TEXT])
+    codes[:, :n_image] = CODES[TokenClass.IMAGE]
+    positions = torch.arange(n_image + n_text)[None]
+    layout = TokenLayout(codes, positions, 0, plan.groups)
+    cache = PagedCache(plan, anchor)
+    h = _empty(plan.shape, len(layout), plan.shape.hidden_size)
+    with counted(is_dry=True, table=table) as account:
+        cache.grow(layout, h)
+        wanted = torch.arange(1, batch + 1) * (n_image + n_text) - 1
+        rows = ForwardRows(plan, layout, cache, layout.locate(wanted))
+        store = Store(_rotation(plan.shape), cache.pages_of)
+        out = run_steps(plan, _blocks(plan, ops), h, rows.of, store)
+        ops.head_logits(out, _norm(plan.shape), _head(plan.shape))
+    return account
+
+
+def decode_launches(plan: SkipPlan, batch: int, context: int, table: str | None = None) -> Account:
+    """Launches of one greedy decode step: embedding, decoder, head, choice."""
+    ops, anchor, shape = _triton(), _empty(plan.shape, 16), plan.shape
+    state = StepState(plan, anchor, _rotation(shape), StepShape(batch, context, 1, 0))
+    with counted(is_dry=True, table=table) as account:
+        embedding = _empty(shape, shape.vocab_size, shape.hidden_size)
+        ops.embed(state.choice.tokens, embedding, state.h)
+        h = run_steps(plan, _blocks(plan, ops), state.h, state.rows_of, state.store)
+        ops.head_choose(h, _norm(shape), _head(shape), state.choice)
+    return account
+
+
+def _triton() -> FusedOperations:
+    ops = operations_of(Implementation.TRITON).fused
+    assert ops is not None
+    return ops
+
+
+def _empty(shape: ModelShape, *size: int) -> Tensor:
+    return torch.empty(size, dtype=_DTYPES.get(shape.dtype_bytes, torch.float32), device="meta")
+
+
+def _norm(shape: ModelShape) -> Norm:
+    return Norm(_empty(shape, shape.hidden_size), 1e-5)
+
+
+def _linear(shape: ModelShape, rows: int, columns: int, *, has_bias: bool = False) -> Linear:
+    return Linear(_empty(shape, rows, columns), _empty(shape, rows) if has_bias else None)
+
+
+def _head(shape: ModelShape) -> Linear:
+    return _linear(shape, shape.vocab_size, shape.hidden_size)
+
+
+def _rotation(shape: ModelShape) -> Rotation:
+    table = _empty(shape, shape.max_positions, shape.head_dim // 2)
+    return Rotation(table, table)
+
+
+def _blocks(plan: SkipPlan, ops: FusedOperations) -> list[FusedBlock]:
+    shape = plan.shape
+    hidden, heads, groups = shape.hidden_size, shape.num_heads, shape.num_kv_heads
+    bias = shape.attention_bias
+    weights = LayerWeights(
+        attention_norm=_norm(shape),
+        qkv=_linear(shape, (heads + 2 * groups) * shape.head_dim, hidden, has_bias=bias),
+        queries=_linear(shape, heads * shape.head_dim, hidden, has_bias=bias),
+        keys_values=_linear(shape, 2 * groups * shape.head_dim, hidden, has_bias=bias),
+        output=_linear(shape, hidden, heads * shape.head_dim, has_bias=shape.attention_output_bias),
+        ffn_norm=_norm(shape),
+        feed=_linear(
+            shape, (1 + shape.gated_ffn) * shape.ffn_size, hidden, has_bias=shape.ffn_bias
+        ),
+        activation=Activation.GATED_SILU if shape.gated_ffn else Activation.RELU,
+        down=_linear(shape, hidden, shape.ffn_size, has_bias=shape.ffn_bias),
+    )
+    scale = shape.head_dim**-0.5
+    return [FusedBlock(weights, layer, ops, scale, shape.head_dim) for layer in plan.layers]
