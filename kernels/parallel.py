@@ -1,0 +1,233 @@
+"""Both first halves of a parallel block in one launch, for few rows.
+
+    queries, entries = the heads of norm(h[index])             as in ``projection``
+    out = the activated first product of norm(h[index])        as in ``feed``
+
+Both read the same rows, so that one program does either: the first programs of the grid
+``(n / BLOCK_N, tiles of heads + tiles of the FFN)`` own rows of the QKV weight, the rest rows of
+the FFN's. Layouts as in those two files. Tables: kernel ``project_append_feed``, shape ``(rows of
+both weights, D)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, products
+from fastskip.kernels.feed import feed, rows_of, store_activated
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.kernels.operands import (
+    blocks_for,
+    distance,
+    kind_of,
+    product_candidates,
+    rows_read,
+)
+from fastskip.kernels.projection import (
+    entries_of,
+    head_arguments,
+    project_append,
+    store_heads,
+    turn,
+)
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Activation, Feed, Projection
+
+
+@triton.jit
+def _project_append_feed_kernel(
+    x_ptr,
+    index_ptr,
+    change_ptr,
+    gain_ptr,
+    shift_ptr,
+    weight_ptr,
+    head_bias_ptr,
+    feed_bias_ptr,
+    cosine_ptr,
+    sine_ptr,
+    positions_ptr,
+    anchor_ptr,
+    table_ptr,
+    sequences_ptr,
+    slots_ptr,
+    queries_ptr,
+    out_ptr,
+    stride_xn,
+    stride_cn,
+    stride_wm,
+    stride_p,
+    stride_tb,
+    offset,
+    x_distance,
+    change_distance,
+    gain_distance,
+    shift_distance,
+    weight_distance,
+    epsilon,
+    rows,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    HALF: tl.constexpr = HEAD_DIM // 2
+    PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
+    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    start = tl.program_id(0) * BLOCK_N
+    head_tiles = tl.cdiv(PAIRS, BLOCK_M // 2)
+    is_feed = tl.program_id(1) >= head_tiles
+    tile = tl.program_id(1) - tl.where(is_feed, head_tiles, 0)
+    part = is_feed.to(tl.int64)
+    x_ptr += part * x_distance
+    weight_ptr += part * weight_distance
+    if change_ptr is not None:
+        change_ptr += part * change_distance
+    if gain_ptr is not None:
+        gain_ptr += part * gain_distance
+    if shift_ptr is not None:
+        shift_ptr += part * shift_distance
+
+    pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
+    head_m = products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
+    m = tl.where(is_feed, rows_of(tile, F, IS_GATED, BLOCK_M), head_m)
+    n = start + tl.arange(0, BLOCK_N)
+    # One loop for both: what it runs over is a matter of pointers.
+    y = products.product(
+        weight_ptr,
+        stride_wm,
+        m,
+        x_ptr,
+        stride_xn,
+        index_ptr,
+        change_ptr,
+        stride_cn,
+        start,
+        rows,
+        gain_ptr,
+        shift_ptr,
+        epsilon,
+        D,
+        NORM,
+        FORM,
+        BLOCK_N,
+        BLOCK_E,
+        STAGES,
+    )
+    if is_feed:
+        if feed_bias_ptr is not None:
+            y += numerics.load(feed_bias_ptr + m)[:, None]
+        store_activated(y, tile, n, rows, out_ptr, F, IS_GATED)
+    else:
+        if head_bias_ptr is not None:
+            y += numerics.load(head_bias_ptr + m)[:, None]
+        first, second = products.split_pairs(y)
+        if cosine_ptr is not None:
+            first, second = turn(
+                first,
+                second,
+                pair,
+                n,
+                rows,
+                cosine_ptr,
+                sine_ptr,
+                positions_ptr,
+                stride_p,
+                HALF,
+                QUERIES + GROUPS,
+            )
+        entry_ptr = None
+        is_kept = None
+        if GROUPS > 0:
+            entry_ptr, is_kept = entries_of(
+                n,
+                rows,
+                anchor_ptr,
+                table_ptr,
+                sequences_ptr,
+                slots_ptr,
+                stride_tb,
+                offset,
+                HEAD_DIM,
+                PAGE,
+            )
+        store_heads(
+            first,
+            second,
+            pair,
+            n,
+            rows,
+            queries_ptr,
+            entry_ptr,
+            is_kept,
+            QUERIES,
+            GROUPS,
+            HEAD_DIM,
+            PAGE,
+        )
+
+
+def project_append_feed(
+    h: Tensor,
+    projection: Projection,
+    part: Feed,
+    *,
+    index: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both first halves of a parallel block: queries ``[n, H, K]`` and ``[n, F]``.
+
+    One launch if both norms are of one kind, as they are where a block shares its norm.
+    """
+    refuse_gradients(h=h)
+    if kind_of(projection.norm, projection.linear) != kind_of(part.norm, part.linear):
+        queries = project_append(h, [projection], index=index, config=config)[0]
+        return queries, feed(h, [part], index=index, config=config)[0]
+    weights = [projection.linear.weight, part.linear.weight]
+    rows, width = len(h) if index is None else len(index), part.width
+    shape = (sum(len(weight) for weight in weights), weights[0].shape[1])
+    blocks, options = blocks_for("project_append_feed", config, h, rows, shape)
+    is_apart = bool(blocks.pop("NORM_APART", False))
+    queries = empty((rows, projection.heads, projection.head_dim), h.dtype, h.device)
+    out = empty((rows, width), h.dtype, h.device)
+    tiles = sum(triton.cdiv(len(weight), blocks["BLOCK_M"]) for weight in weights)
+    x = rows_read(h, [projection.norm, part.norm], index=index, is_apart=is_apart)
+    launch(
+        _project_append_feed_kernel,
+        (triton.cdiv(rows, blocks["BLOCK_N"]), tiles),
+        options,
+        **x.arguments,
+        **head_arguments(projection),
+        weight_ptr=weights[0],
+        head_bias_ptr=projection.linear.bias,
+        feed_bias_ptr=part.linear.bias,
+        queries_ptr=queries,
+        out_ptr=out,
+        stride_wm=weights[0].stride(0),
+        weight_distance=distance(weights),
+        rows=rows,
+        D=shape[1],
+        F=width,
+        IS_GATED=part.activation is Activation.GATED_SILU,
+        **blocks,
+    )
+    return queries, out
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing."""
+    return product_candidates(rows)
