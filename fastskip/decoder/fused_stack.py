@@ -66,19 +66,27 @@ class FusedDecoder(Decoder):
         """Whether forwards without gradients run on the fused operations at present."""
         return bool(self._fused_blocks)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Where the weights lie that the fused blocks read: parameters may get other data."""
+        own = [block.weights for block in self._fused_blocks]
+        norms = [norm for one in own for norm in (one.attention_norm, one.ffn_norm)]
+        linears = [each for one in own for each in (one.qkv, one.output, one.feed, one.down)]
+        tensors = [tensor for part in (*norms, *linears) for tensor in (part.weight, part.bias)]
+        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+
     def refresh(self, *, wants_gradient: bool) -> None:
         super().refresh(wants_gradient=wants_gradient)
         if wants_gradient:
             self._fused_blocks = []
             return
         merged = [weights.merged for weights in self.weights]
-        made_of: list[object] = [self.plan, self.text_model.norm.weight.dtype, *merged]
+        drops = any(block.dropout for block in self._blocks)
+        made_of: list[object] = [self.plan, self.text_model.norm.weight.dtype, drops, *merged]
         if self._fused_blocks and all(a is b for a, b in zip(made_of, self._made_of, strict=True)):
             return
         self.version += 1
         self._made_of = made_of
         self._fused_blocks = []
-        drops = any(block.dropout for block in self._blocks)
         if drops or self.text_model.norm.weight.dtype not in DTYPES:
             return
         tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
@@ -148,7 +156,7 @@ class FusedDecoder(Decoder):
                 "which they no longer can be (hooks, adapters or other weights); start from the "
                 "whole prompt"
             )
-        if cache.anchor is not self._anchor:
+        if cache.anchor is not self.anchor:
             raise ValueError(
                 "past_key_values: this cache was filled by another model, or before this one was "
                 "moved to another device or dtype; start from the whole prompt"

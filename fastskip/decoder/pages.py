@@ -11,7 +11,7 @@ from torch import Tensor
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE, Pages
 
-# What a sequence gets beyond its need when it outgrows what was foreseen.
+# What a sequence gets when it outgrows what was foreseen by one slot.
 GROWTH_PAGES = 4
 
 
@@ -59,7 +59,7 @@ class PagePool:
             short = -(-slots // PAGE) - len(pages)
             if short > 0:
                 foreseen = -(-(slots + later) // PAGE) - len(pages)
-                grown = short + GROWTH_PAGES if pages and not later else short
+                grown = short + GROWTH_PAGES - 1 if pages and not later else short
                 wanted.append(max(foreseen, grown))
             else:
                 wanted.append(0)

@@ -24,12 +24,14 @@ class StepShape:
     Attributes:
         batch: sequences; a call with fewer leaves the others idle, on a page nobody reads.
         slots: entries of a sequence, and rows of the token history.
+        positions: rows of the RoPE tables.
         stops: tokens that end a sequence.
         pad: what a finished sequence yields.
     """
 
     batch: int
     slots: int
+    positions: int
     stops: int
     pad: int
 
@@ -92,7 +94,8 @@ class StepState:
         return found
 
     def unload(self) -> None:
-        """Every sequence idle: steps run (for a capture, say) and touch no cache."""
+        """Every sequence idle: steps run (for a capture, say), touch no cache and keep none."""
+        self.is_loaded = False
         for holding in self._sets:
             self._fill(holding, [], [])
         self.choice.counts.zero_()
@@ -103,6 +106,7 @@ class StepState:
     def load(self, cache: PagedCache, tokens: Tensor, stops: Sequence[int]) -> None:
         """Takes over a cache whose newest tokens ``[B]`` are to be fed next."""
         self.unload()
+        self.is_loaded = True
         batch, choice = len(tokens), self.choice
         counts = torch.zeros(choice.counts.shape, dtype=torch.int32)
         for number, holding in enumerate(self._sets):

@@ -41,7 +41,7 @@ class GreedyEnd:
 
 
 class StepLogits:
-    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
+    """Tokens ``[B]`` in, logits ``[B, V]`` fp32 of the following ones out."""
 
     def __init__(self, model: Any, runtime: Runtime, cache: PagedCache) -> None:
         self._model, self._runtime, self._cache = model, runtime, cache
@@ -63,7 +63,8 @@ class StepLogits:
         step.run()
         cache.commit_steps(1)
         assert step.logits is not None
-        return step.logits[:batch]
+        # A copy, since the next step writes to the same memory.
+        return step.logits[:batch].to(torch.float32, copy=True)
 
 
 class _Mail:
@@ -123,18 +124,20 @@ def decode_greedily(
     choice = step.state.choice
     mails: deque[_Mail] = deque()
     launched = arrived = 0
-    while arrived < most - 1 and goes_on:
-        if launched < most - 1 and len(mails) < AHEAD:
-            if cache.make_room_for_steps(launched, 1):
-                step.state.load_pages(cache)
-            step.run()
-            launched += 1
-            mails.append(_Mail(choice.tokens[:batch], choice.unfinished[:batch]))
-            continue
-        tokens, goes_on = mails.popleft().open()
-        arrived += 1
-        if streamer is not None:
-            streamer.put(tokens)
-    cache.commit_steps(arrived)
+    try:
+        while arrived < most - 1 and goes_on:
+            if launched < most - 1 and len(mails) < AHEAD:
+                if cache.make_room_for_steps(launched, 1):
+                    step.state.load_pages(cache)
+                step.run()
+                launched += 1
+                mails.append(_Mail(choice.tokens[:batch], choice.unfinished[:batch]))
+                continue
+            tokens, goes_on = mails.popleft().open()
+            arrived += 1
+            if streamer is not None:
+                streamer.put(tokens)
+    finally:  # a streamer may raise, as in Hugging Face's loop
+        cache.commit_steps(arrived)
     chosen = choice.history[:arrived, :batch].T
     return torch.cat((input_ids, first[:, None], chosen), dim=1)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastskip.decoder.fused_stack import FusedDecoder
@@ -33,11 +36,12 @@ class DeviceStep:
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = text_model_of(model).norm
         anchor = decoder.anchor
-        # Positions may run ahead of slots: what a policy leaves out takes none.
-        rotation = decoder.rotation(max(shape.slots, decoder.plan.shape.max_positions), anchor)
+        rotation = decoder.rotation(shape.positions, anchor)
         self.state = StepState(decoder.plan, anchor, rotation, shape)
         self.logits: Tensor | None = None
-        self.run = capture(self._step, anchor.device, pool)
+        # A graph would replay what hooks and adapters did once, whatever they would do now.
+        is_plain = all(map(_is_known, _modules_of(model)))
+        self.run = capture(self._step, anchor.device, pool) if is_plain else self._step
 
     def _step(self) -> None:
         state, ops = self.state, self._decoder.fused
@@ -68,6 +72,22 @@ class DeviceSteps:
         self._steps: OrderedDict[tuple[object, ...], DeviceStep] = OrderedDict()
         self._version: object = None
         self._pool: Any = None
+        self._depth = 0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Within this block steps belong to one ``generate``; at the end they let go of its cache.
+
+        A call inside a call (by a streamer, say) gets steps of its own.
+        """
+        self._depth += 1
+        try:
+            yield
+        finally:
+            for (*_, depth), step in self._steps.items():
+                if depth == self._depth and step.state.is_loaded:
+                    step.state.unload()
+            self._depth -= 1
 
     def take(
         self,
@@ -84,34 +104,56 @@ class DeviceSteps:
 
         Batch and columns are rounded up, so that a few steps serve all calls.
         """
-        # Addresses that a graph has baked in, besides the decoder's own.
-        modules = (model.get_input_embeddings(), model.get_output_embeddings())
-        version = (decoder.version, *((id(m), m.weight.data_ptr()) for m in modules))
+        # All that a graph has baked in.
+        around = [(id(m), m.weight.data_ptr(), _is_known(m)) for m in _modules_of(model)]
+        version = (decoder.version, decoder.addresses(), *around)
         if version != self._version:
             self._steps.clear()
             self._version, self._pool = version, new_pool(decoder.anchor.device)
+        slots = bucket(max(columns, 2 * PAGE))
+        # Positions that a caller gave may run ahead of columns.
+        ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
         shape = StepShape(
             batch=bucket(cache.codes.shape[0]),
-            slots=bucket(max(columns, 2 * PAGE)),
+            slots=slots,
+            positions=_power_of_two(max(slots + ahead, decoder.plan.shape.max_positions)),
             stops=bucket(stops) if stops else 0,
             pad=pad,
         )
-        step = self._steps.get((shape, chooses))
+        key = (shape, chooses, self._depth)
+        step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)
-            step = DeviceStep(model, decoder, shape, self._pool, chooses=chooses)
-            self._steps[shape, chooses] = step
-        self._steps.move_to_end((shape, chooses))
+            # Its buffers outlive a caller's inference mode, which would forbid writing them later.
+            with torch.inference_mode(False), torch.no_grad():
+                step = DeviceStep(model, decoder, shape, self._pool, chooses=chooses)
+            self._steps[key] = step
+        self._steps.move_to_end(key)
         return step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_steps": OrderedDict(), "_version": None, "_pool": None}
+        return {"_steps": OrderedDict(), "_version": None, "_pool": None, "_depth": 0}
 
 
 def bucket(count: int) -> int:
     """The power of two that holds ``count``; above 64 the multiple of 64."""
-    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 64) * 64
+    return _power_of_two(count) if count <= 64 else -(-count // 64) * 64
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _modules_of(model: Any) -> tuple[Any, Any, Any]:
+    """What a step runs besides the layers: embedding, final norm, head."""
+    return model.get_input_embeddings(), text_model_of(model).norm, model.get_output_embeddings()
+
+
+def _is_known(module: Any) -> bool:
+    """Whether calling the module is a fused operation on its weights, and nothing else."""
+    is_linear = _is_plain(module, nn.Embedding) or _is_plain(module, nn.Linear)
+    return is_linear or _norm_of(module) is not None
 
 
 def _is_plain(module: Any, kind: type) -> bool:

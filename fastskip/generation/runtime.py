@@ -64,7 +64,8 @@ class Runtime:
         with self.lock:
             before, self.session = self.session, Session(prompt_columns)
             try:
-                yield
+                with self.steps.call():
+                    yield
             finally:
                 self.session = before
 
