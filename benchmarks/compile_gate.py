@@ -1,0 +1,279 @@
+"""Does every kernel compile for the GPUs it is meant for, and to the code that is meant?
+
+    python -m benchmarks.compile_gate [--arch 90] [--keep] [--all]
+
+Needs no GPU. Every launch that the probes (``benchmarks.probes``) make is compiled ahead of time:
+for sm_90 under the table of the H200, at the shapes of all models; for sm_80, sm_89, sm_90 and
+sm_100 with the conservative defaults, at the shapes of a 7B model. Checked are
+
+- that it compiles, spills nothing, and fits into the chip's shared memory;
+- that kernels which stream weights or entries load 16 bytes a thread (``STREAMS``);
+- that products use matrix instructions, on sm_90 those of a warp group (``matrix_of``);
+- that some probe reaches every entry of these tables.
+
+Registers, shared memory and spills are printed, in short; in full where they differ from what is
+kept in ``benchmarks/results/compile`` (``--keep`` writes there) or where a check failed. Findings
+are cached by source, so a second run is quick. Exit code 1: a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results" / "compile"
+ARCHS = (80, 89, 90, 100)
+TABLES = {90: ("nvidia-h200", "default")}
+"""Tables that are compiled for an architecture; others have the default alone."""
+
+PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head"}
+"""Kernels whose time may be that of matrix instructions, by their block sizes."""
+
+STREAMS = PRODUCTS | {"copy_entries", "normalize", "activate", "embed"}
+"""Kernels whose time is that of their loads."""
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 200)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One row of the table: what was compiled, and what came out."""
+
+    table: str
+    probe: str
+    kernel: str
+    model: str
+    rows: int
+    blocks: Mapping[str, int]
+    finding: Any
+    faults: tuple[str, ...]
+
+    @property
+    def label(self) -> tuple[Any, ...]:
+        return self.table, self.probe, self.kernel, self.model, self.rows
+
+    @property
+    def record(self) -> Row:
+        found = asdict(self.finding)
+        return {
+            **dict(zip(("table", "probe", "kernel", "model", "rows"), self.label, strict=True)),
+            "blocks": dict(self.blocks),
+            **{name: value for name, value in found.items() if name != "error"},
+        }
+
+
+def matrix_of(kernel: str, blocks: Mapping[str, int], arch: int) -> str | None:
+    """The matrix instruction that a launch must use, or ``None``.
+
+    Weights are the M operand of the decode products, so WGMMA needs 64 rows of them.
+    """
+    if kernel not in PRODUCTS or blocks["BLOCK_N"] < 16:
+        return None
+    if arch == 90 and blocks["BLOCK_M"] >= 64:
+        return "HGMMA"
+    if arch == 100 and blocks["BLOCK_M"] >= 64:
+        return "UTCHMMA"
+    return "HMMA"
+
+
+def faults_of(kernel: str, blocks: Mapping[str, int], arch: int, finding: Any) -> Iterator[str]:
+    """What is wrong with a finding, a sentence each."""
+    from fastskip.kernels.compilation import SHARED_LIMITS
+
+    if finding.error is not None:
+        yield finding.error.splitlines()[0]
+        return
+    if finding.spills:
+        yield f"spills {finding.spills} bytes"
+    if finding.shared > SHARED_LIMITS[arch]:
+        yield f"needs {finding.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMITS[arch]}"
+    if kernel in STREAMS and not finding.wide:
+        yield "has no wide loads"
+    needed = matrix_of(kernel, blocks, arch)
+    if needed is not None and needed not in finding.matrix:
+        yield f"has no {needed} instruction"
+
+
+def run(arch: int) -> tuple[list[Compiled], list[str]]:
+    """Everything that is compiled for one architecture, and table entries that nothing reached."""
+    from benchmarks import probes
+    from fastskip.kernels import tuning
+    from fastskip.kernels.compilation import build_of, compile_all
+
+    recorded = []
+    missed = []
+    for slug in TABLES.get(arch, (tuning.DEFAULT,)):
+        found = list(probes.record(slug))
+        recorded += [(slug, probed, build_of(probed.launch, arch)) for probed in found]
+        missed += [f"table {slug}: {entry}" for entry in unreached(slug, found)]
+    findings = compile_all(build for _, _, build in recorded)
+    rows: dict[tuple[str, str], Compiled] = {}
+    for slug, probed, build in recorded:
+        blocks = probes.configuration(probed.launch)
+        finding = findings[build.key]
+        faults = tuple(faults_of(probed.launch.name, blocks, arch, finding))
+        row = Compiled(
+            slug,
+            probed.probe,
+            probed.launch.name,
+            probed.model,
+            probed.rows,
+            blocks,
+            finding,
+            faults,
+        )
+        rows.setdefault((build.key, slug), row)  # one row for code that several calls share
+    return list(rows.values()), missed
+
+
+def unreached(slug: str, found: Sequence[Any]) -> Iterator[str]:
+    """Entries of table ``slug`` whose numbers no launch of their kernel has."""
+    from fastskip.kernels import tuning
+
+    for kernel, entries in tuning.read_table(slug).entries.items():
+        launches = [probed.launch for probed in found if probed.launch.name == kernel]
+        for entry in entries:
+            wanted = entry.config.items()
+            if not any(_agrees(wanted, launch) for launch in launches):
+                yield f"{kernel} rows {entry.rows}, shape {entry.shape}: no probe reaches it"
+
+
+def _agrees(wanted: Iterable[tuple[str, Any]], launch: Any) -> bool:
+    """Whether a launch has these numbers; what only a launcher reads is not seen in a launch."""
+    given = {**launch.arguments, **launch.options}
+    return all(given.get(name, value) == value for name, value in wanted)
+
+
+def differences(new: Sequence[Row], old: Sequence[Row]) -> dict[tuple[Any, ...], str]:
+    """By label: what changed against the kept rows."""
+    names = ("registers", "shared", "spills", "stack", "wide", "matrix", "blocks")
+    kept = {_label(row): row for row in old}
+    changes = {}
+    for row in new:
+        before = kept.pop(_label(row), None)
+        if before is None:
+            changes[_label(row)] = "new"
+            continue
+        changed = [f"{name} was {before[name]}" for name in names if before[name] != row[name]]
+        if changed:
+            changes[_label(row)] = ", ".join(changed)
+    return changes | dict.fromkeys(kept, "gone")
+
+
+def _label(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("table", "probe", "kernel", "model", "rows"))
+
+
+def _kept(arch: int) -> list[Row]:
+    path = RESULTS / f"sm_{arch}.json"
+    found: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+    return found
+
+
+def print_rows(arch: int, rows: Sequence[Compiled], changes: Mapping[Any, str]) -> None:
+    """A line for each of ``rows``."""
+    table = Table(title=f"sm_{arch}", title_justify="left")
+    for name in ("probe", "kernel", "model", "rows", "blocks"):
+        table.add_column(name)
+    for name in ("registers", "shared", "spills", "wide"):
+        table.add_column(name, justify="right")
+    for name in ("matrix", "faults", "against the kept"):
+        table.add_column(name)
+    for row in rows:
+        found = row.finding
+        table.add_row(
+            f"{row.probe} ({row.table})",
+            row.kernel,
+            row.model,
+            str(row.rows),
+            " ".join(str(value) for value in row.blocks.values()),
+            *(str(value) for value in (found.registers, found.shared, found.spills, found.wide)),
+            " ".join(f"{name} {count}" for name, count in (found.matrix or {}).items()),
+            "; ".join(row.faults),
+            changes.get(row.label, ""),
+        )
+    CONSOLE.print(table)
+
+
+def keep(arch: int, rows: Sequence[Compiled]) -> None:
+    """Writes the rows, and the short form of all kept rows."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row.record) for row in sorted(rows, key=lambda row: row.label))
+    (RESULTS / f"sm_{arch}.json").write_text(f"[\n{lines}\n]\n")
+    parts = [
+        "# What the kernels compile to",
+        "Written by `python -m benchmarks.compile_gate --keep`. The largest numbers of all "
+        "configurations of a kernel; registers and spilled bytes a thread, shared memory a block.",
+    ]
+    for each in ARCHS:
+        if kept := _kept(each):
+            parts += [f"## sm_{each}", summary(kept)]
+    (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A Markdown table: a line a table and kernel."""
+    lines = [
+        "| table | kernel | compiled | registers | shared, KB | spills | matrix |",
+        "|---|---|--:|--:|--:|--:|---|",
+    ]
+
+    def key(row: Row) -> tuple[str, str]:
+        return row["table"], row["kernel"]
+
+    for (table, kernel), group in groupby(sorted(rows, key=key), key=key):
+        each = list(group)
+        most = {name: max(row[name] for row in each) for name in ("registers", "shared", "spills")}
+        names = sorted({name for row in each for name in row["matrix"] or ()})
+        lines.append(
+            f"| {table} | {kernel} | {len(each)} | {most['registers']} "
+            f"| {most['shared'] / 1024:.0f} | {most['spills']} | {', '.join(names)} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the gate; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
+    parser.add_argument("--keep", action="store_true", help=f"write {RESULTS.name}/<arch>.json")
+    parser.add_argument("--all", action="store_true", help="print rows that did not change too")
+    options = parser.parse_args(arguments)
+    wrong, start = 0, time.perf_counter()
+    for arch in options.arch or ARCHS:
+        rows, missed = run(arch)
+        changes = differences([row.record for row in rows], _kept(arch))
+        print(f"sm_{arch}: {len(rows)} kernels compiled\n")
+        print(summary([row.record for row in rows]), end="\n\n")
+        shown = [row for row in rows if options.all or row.faults or row.label in changes]
+        if shown:
+            print_rows(arch, shown, changes)
+        gone = [label for label, change in changes.items() if change == "gone"]
+        for label in gone:
+            print(f"sm_{arch}: gone:", *label)
+        for line in missed:
+            print(f"sm_{arch}: {line}")
+        wrong += len(missed) + sum(bool(row.faults) for row in rows)
+        if options.keep:
+            keep(arch, rows)
+    print(f"{wrong or 'no'} faults, {time.perf_counter() - start:.0f} s")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    # Interpreted kernels cannot be compiled, and which they are is decided when they are imported.
+    if os.environ.pop("TRITON_INTERPRET", None):
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.compile_gate", *sys.argv[1:]])
+    sys.exit(main())

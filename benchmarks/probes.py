@@ -1,0 +1,319 @@
+"""Calls of every kernel's launcher at the shapes of real models, on tensors that hold no data.
+
+Within ``launch.recording(is_dry=True)`` they say what would be launched. ``PROBES`` is the list; a
+line of it names the tables that decide at which numbers of rows the call is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fastskip.kernels import (
+    activation,
+    compaction,
+    copies,
+    feed,
+    head,
+    norm,
+    parallel,
+    projection,
+    residual,
+    rotary,
+    sampler,
+    tuning,
+)
+from fastskip.kernels.launch import Launch, recording
+from fastskip.ops.contracts import (
+    PAGE,
+    Activation,
+    Choice,
+    Feed,
+    Linear,
+    Norm,
+    Pages,
+    Projection,
+    Reach,
+    Rotation,
+    StepReach,
+    Targets,
+    Term,
+)
+
+MANY = 640
+"""Rows of a bucket without bound: a prompt of one image."""
+CONTEXT = 1024
+"""Entries of a sequence."""
+STEPS, SETS = 128, 2
+
+
+def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return blank(*shape, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a decoder, and the operands of its operations."""
+
+    name: str
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    ffn: int
+    vocabulary: int
+    is_opt: bool = False
+    like: str | None = None
+    """A model whose kernels differ from this one's in numbers of rows and columns alone."""
+
+    @property
+    def norm(self) -> Norm:
+        if self.is_opt:
+            return Norm(blank(self.hidden), 1e-5, blank(self.hidden), is_centred=True)
+        return Norm(blank(self.hidden), 1e-5)
+
+    @property
+    def activation(self) -> Activation:
+        return Activation.RELU if self.is_opt else Activation.GATED_SILU
+
+    def linear(self, rows: int, columns: int) -> Linear:
+        return Linear(blank(rows, columns), blank(rows) if self.is_opt else None)
+
+    def h(self, n: int) -> Tensor:
+        return blank(n, self.hidden)
+
+    def pages(self, sequences: int) -> Pages:
+        table = numbers(sequences, CONTEXT // PAGE, dtype=torch.int64)
+        return Pages(blank(16), table, 0, self.groups, self.head_dim, [])
+
+    def project(self, n: int) -> Projection:
+        rows = (self.heads + 2 * self.groups) * self.head_dim
+        half = self.head_dim // 2
+        rotation = None if self.is_opt else Rotation(blank(4096, half), blank(4096, half))
+        targets = Targets(numbers(n), numbers(n), numbers(n))
+        linear = self.linear(rows, self.hidden)
+        return Projection(self.norm, linear, rotation, targets, self.pages(n), self.head_dim)
+
+    def up(self) -> Feed:
+        rows = self.ffn if self.is_opt else 2 * self.ffn
+        return Feed(self.norm, self.linear(rows, self.hidden), self.activation)
+
+    def entries(self, n: int) -> Tensor:
+        return blank(n, self.heads + 2 * self.groups, self.head_dim)
+
+    def queries(self, n: int) -> Tensor:
+        return blank(n, self.heads, self.head_dim)
+
+    def output(self, n: int) -> Term:
+        size = self.heads * self.head_dim
+        return Term(blank(n, size), self.linear(self.hidden, size))
+
+    def down(self, n: int) -> Term:
+        return Term(blank(n, self.ffn), self.linear(self.hidden, self.ffn))
+
+    def lm_head(self) -> Linear:
+        return Linear(blank(self.vocabulary, self.hidden))
+
+    def step_reach(self, n: int) -> StepReach:
+        return StepReach(numbers(n), 1, n * CONTEXT, numbers(n * self.heads))
+
+    def reach(self, n: int) -> Reach:
+        return Reach(numbers(n), numbers(n), (0, n))
+
+    def choice(self, n: int) -> Choice:
+        wide = torch.int64
+        return Choice(
+            tokens=numbers(n, dtype=wide),
+            history=numbers(STEPS, n, dtype=wide),
+            step=numbers(1),
+            unfinished=numbers(n),
+            stops=numbers(1, dtype=wide),
+            pad=0,
+            counts=numbers(SETS, n),
+            grows=numbers(SETS),
+            positions=numbers(n),
+        )
+
+
+LLAMA_7B = Model("7b", 4096, 32, 32, 128, 11008, 32064)
+LLAMA_13B = replace(LLAMA_7B, name="13b", like="7b", hidden=5120, heads=40, groups=40, ffn=13824)
+QWEN_HALF = Model("0.5b", 896, 14, 2, 64, 4864, 151936)
+OPT = Model("opt-2.7b", 2560, 32, 32, 80, 10240, 50272, is_opt=True)
+MODELS = (LLAMA_7B, LLAMA_13B, QWEN_HALF, OPT)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call, made once for each bucket of rows of the kernels in ``tables``.
+
+    ``most``: the call is not made with more rows than these.
+    """
+
+    name: str
+    tables: tuple[str, ...]
+    call: Callable[[Model, int], object]
+    most: int | None = None
+
+    def rows(self, slugs: tuple[str, ...]) -> list[int]:
+        """The largest number of rows of every bucket of these tables."""
+        entries = chain.from_iterable(
+            tuning.read_table(slug).entries.get(kernel, ())
+            for slug in slugs
+            for kernel in self.tables
+        )
+        bounds = {entry.rows for entry in entries}
+        beyond = max(MANY, *(2 * bound for bound in bounds if bound is not None), 0)
+        rows = {beyond if bound is None else bound for bound in bounds}
+        return sorted({min(count, self.most or count) for count in rows})
+
+    def models(self, slug: str) -> tuple[Model, ...]:
+        """All models; for the defaults only where an entry is for one shape, else a 7B."""
+        entries = tuning.read_table(slug).entries
+        shapes = [entry.shape for kernel in self.tables for entry in entries.get(kernel, ())]
+        return MODELS if slug != tuning.DEFAULT or any(shapes) else (LLAMA_7B,)
+
+
+PROBES = (
+    Probe("normalize", ("normalize",), lambda m, n: norm.normalize(m.h(n), m.norm)),
+    Probe(
+        "normalize of indexed rows with a change",
+        ("normalize",),
+        lambda m, n: norm.normalize(m.h(2 * n), m.norm, index=numbers(n), change=m.h(n)),
+    ),
+    Probe(
+        "rotate_append",
+        ("rotate_append",),
+        lambda m, n: rotary.rotate_append(m.entries(n), m.project(n)),
+    ),
+    Probe(
+        "activate",
+        ("activate",),
+        lambda m, n: activation.activate(blank(n, m.ffn if m.is_opt else 2 * m.ffn), m.activation),
+    ),
+    Probe(
+        "copy_entries",
+        ("copy_entries",),
+        lambda m, n: copies.copy_entries(
+            m.pages(4), m.pages(4), numbers(n), numbers(n), numbers(n)
+        ),
+    ),
+    Probe("compact", ("compact",), lambda m, n: compaction.compact(numbers(n, dtype=torch.bool))),
+    Probe(
+        "project_append",
+        ("project_append",),
+        lambda m, n: projection.project_append(m.h(n), [m.project(n)]),
+        most=64,
+    ),
+    Probe(
+        "project_append of a pair of indexed rows",
+        ("project_append",),
+        lambda m, n: projection.project_append(
+            m.h(2 * n), [m.project(n), m.project(n)], index=numbers(n)
+        ),
+        most=64,
+    ),
+    Probe("feed", ("feed",), lambda m, n: feed.feed(m.h(n), [m.up()]), most=64),
+    Probe(
+        "feed of a pair with changes",
+        ("feed",),
+        lambda m, n: feed.feed(m.h(n), [m.up(), m.up()], changes=[m.h(n), m.h(n)]),
+        most=64,
+    ),
+    Probe(
+        "project_append_feed",
+        ("project_append_feed",),
+        lambda m, n: parallel.project_append_feed(m.h(n), m.project(n), m.up()),
+        most=64,
+    ),
+    Probe(
+        "add_terms",
+        ("add_terms",),
+        lambda m, n: residual.add_terms_(m.h(n), [m.down(n)]),
+        most=64,
+    ),
+    Probe(
+        "add_terms of both sublayers to indexed rows",
+        ("add_terms",),
+        lambda m, n: residual.add_terms_(m.h(n), [m.output(n), m.down(n)], index=numbers(n)),
+        most=64,
+    ),
+    Probe(
+        "add_terms of a pair",
+        ("add_terms",),
+        lambda m, n: residual.add_terms_(m.h(n), [m.down(n), m.down(n)], changes=[m.h(n), m.h(n)]),
+    ),
+    Probe(
+        "apply_terms of a pair",
+        ("apply_terms",),
+        lambda m, n: residual.apply_terms([m.output(n), m.output(n)]),
+        most=64,
+    ),
+    Probe(
+        "head_logits",
+        ("head",),
+        lambda m, n: head.head_logits(m.h(n), m.norm, m.lm_head()),
+        most=64,
+    ),
+    Probe(
+        "head_choose",
+        ("head", "finish"),
+        lambda m, n: head.head_choose(m.h(n), m.norm, m.lm_head(), m.choice(n)),
+        most=64,
+    ),
+    Probe(
+        "choose",
+        ("maxima", "finish"),
+        lambda m, n: sampler.choose(blank(n, m.vocabulary), m.choice(n)),
+        most=64,
+    ),
+    Probe("advance", ("advance",), lambda m, n: sampler.advance(m.choice(n))),
+    Probe(
+        "embed",
+        ("embed",),
+        lambda m, n: sampler.embed(numbers(n, dtype=torch.int64), m.lm_head().weight, m.h(n)),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A launch, and the call that made it."""
+
+    probe: str
+    model: str
+    rows: int
+    launch: Launch
+
+
+def record(slug: str) -> Iterator[Probed]:
+    """The launches of every probe under the table ``slug``.
+
+    A launch of a model that is ``like`` another is left out where the configuration is the same.
+    """
+    slugs = tuple(dict.fromkeys((slug, tuning.DEFAULT)))
+    with tuning.table(slug):
+        for probe in PROBES:
+            seen = set()
+            for model in probe.models(slug):
+                for rows in probe.rows(slugs):
+                    with recording(is_dry=True) as account:
+                        probe.call(model, rows)
+                    for launch in account.launches:
+                        code = launch.name, tuple(sorted(configuration(launch).items()))
+                        if (model.like, code) not in seen:
+                            yield Probed(probe.name, model.name, rows, launch)
+                        seen.add((model.name, code))
+
+
+def configuration(launch: Launch) -> dict[str, int]:
+    """Block sizes and compiler options of a launch."""
+    names = [name for name in launch.arguments if name.startswith("BLOCK") or name == "STAGES"]
+    return {name: launch.arguments[name] for name in names} | dict(launch.options)

@@ -1,0 +1,216 @@
+"""Kernels compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
+
+A launch that was written down (``launch.recording(is_dry=True)``) names a kernel, its arguments and
+options. ``build_of`` specialises it as a launch on the device would: element types of pointers and
+their divisibility by 16, width of integers, an integer 1 as a constant. ``compile_all`` compiles
+such builds on all cores and reads what the machine code uses. Findings are kept in the user's cache
+directory, keyed by all that decides the machine code, so that asking again is quick.
+
+Compiled and interpreted kernels are different objects: this works only in a process that was
+started without ``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastskip.kernels.launch import Launch
+
+VERSION = 1
+"""Of the findings: another one makes kept findings void."""
+
+SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes of shared memory that a program may use, by architecture."""
+
+WIDE = re.compile(r"\b(?:LDG(?:STS)?\.[A-Z0-9_.]*(?:128|256)\b|UTMALDG|UBLKCP)")
+"""Loads of 16 bytes and more a thread, and bulk copies."""
+MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel as it is compiled; everything can be pickled."""
+
+    module: str
+    kernel: str
+    signature: Mapping[str, str]
+    constants: Mapping[tuple[int, ...], Any]
+    attributes: Mapping[tuple[int, ...], Any]
+    options: Mapping[str, Any]
+    arch: int
+
+    @property
+    def function(self) -> Any:
+        """The kernel."""
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+    @property
+    def key(self) -> str:
+        """Equal for builds of the same machine code: sources, specialisation, options, versions."""
+        backend = make_backend(_target(self.arch))
+        constants = {
+            path: getattr(value, "cache_key", value) for path, value in self.constants.items()
+        }
+        parts = (
+            self.function.cache_key,
+            sorted(self.signature.items()),
+            sorted((path, str(value)) for path, value in constants.items()),
+            sorted((path, str(value)) for path, value in self.attributes.items()),
+            sorted((name, str(value)) for name, value in self.options.items()),
+            triton.__version__,
+            backend.hash(),
+            VERSION,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the machine code of a build uses; ``error`` is why there is none.
+
+    ``registers`` a thread, ``spills`` and ``stack`` in bytes a thread, ``shared`` in bytes a
+    program, ``wide``: instructions that load 16 bytes and more a thread, ``matrix``: matrix
+    instructions by name.
+    """
+
+    registers: int = 0
+    spills: int = 0
+    stack: int = 0
+    shared: int = 0
+    wide: int = 0
+    matrix: Mapping[str, int] | None = None
+    error: str | None = None
+
+
+def build_of(launch: Launch, arch: int) -> Build:
+    """What ``launch`` would compile on a device of architecture ``arch`` (10 * major + minor)."""
+    kernel = launch.kernel
+    if not hasattr(kernel, "cache_key"):
+        raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET")
+    backend = make_backend(_target(arch))
+    # The binder of the launcher itself, with another target than the machine's.
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments = {**launch.arguments, **launch.options}
+    bound, specialisation, _ = bind(**arguments)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, dict(launch.options), bound, specialisation, None
+    )
+    return Build(
+        kernel.fn.__module__,
+        kernel.__name__,
+        signature,
+        constants,
+        attributes,
+        {name: value for name, value in vars(options).items() if name != "extern_libs"},
+        arch,
+    )
+
+
+def compile_all(builds: Iterable[Build], workers: int | None = None) -> dict[str, Finding]:
+    """Findings by ``Build.key``; only what is not kept is compiled, on ``workers`` processes."""
+    wanted = {build.key: build for build in builds}
+    found = {key: kept for key in wanted if (kept := _kept(key)) is not None}
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+            for key, finding in zip(
+                missing, pool.map(_compile, [wanted[key] for key in missing]), strict=True
+            ):
+                found[key] = finding
+                if finding.error is None:
+                    _keep(key, finding)
+    return found
+
+
+def compile_build(build: Build) -> Finding:
+    """Compiles ``build`` and reads its machine code."""
+    log = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        triton.knobs.nvidia.scope(),
+        triton.knobs.compilation.scope(),
+        triton.knobs.cache.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        triton.knobs.cache.dir = folder
+        triton.knobs.compilation.always_compile = True
+        triton.knobs.nvidia.dump_ptxas_log = True
+        source = ASTSource(
+            build.function, dict(build.signature), dict(build.constants), dict(build.attributes)
+        )
+        compiled = triton.compile(source, target=_target(build.arch), options=dict(build.options))
+    sass = disassemble(compiled.asm["cubin"])
+    return Finding(
+        registers=_number(r"Used (\d+) registers", log.getvalue()),
+        spills=_number(r"(\d+) bytes spill stores", log.getvalue())
+        + _number(r"(\d+) bytes spill loads", log.getvalue()),
+        stack=_number(r"(\d+) bytes stack frame", log.getvalue()),
+        shared=compiled.metadata.shared,
+        wide=len(WIDE.findall(sass)),
+        matrix=dict(sorted(Counter(MATRIX.findall(sass)).items())),
+    )
+
+
+def disassemble(cubin: bytes) -> str:
+    """The machine code as text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _compile(build: Build) -> Finding:
+    try:
+        return compile_build(build)
+    except Exception as error:  # one kernel that does not compile must not hide the others
+        return Finding(error=f"{type(error).__name__}: {error}".strip())
+
+
+def _target(arch: int) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32)
+
+
+def _number(pattern: str, text: str) -> int:
+    """The largest number that ``pattern`` finds: a log speaks of functions too."""
+    return max((int(number) for number in re.findall(pattern, text)), default=0)
+
+
+def _folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "fastskip" / "compiled"
+
+
+def _kept(key: str) -> Finding | None:
+    path = _folder() / f"{key}.json"
+    return Finding(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def _keep(key: str, finding: Finding) -> None:
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Another process may write the same finding: only whole files get the name.
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
+        json.dump(asdict(finding), file)
+    Path(file.name).replace(folder / f"{key}.json")

@@ -1,0 +1,149 @@
+"""The compile gate: what a launch compiles to, and that each of its checks can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compile_gate, probes
+from fastskip.kernels import compilation, tuning
+from fastskip.kernels.compilation import Finding
+from fastskip.kernels.launch import Launch
+
+ROOT = Path(__file__).parents[2]
+
+COMPILES = """
+import dataclasses, json
+import torch
+from fastskip.kernels.compilation import build_of, compile_all, compile_build
+from fastskip.kernels.head import head_logits
+from fastskip.kernels.launch import recording
+from fastskip.kernels.norm import normalize
+from fastskip.ops.contracts import Linear, Norm
+
+def blank(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+def recorded(call, *arguments, **options):
+    with recording(is_dry=True) as account:
+        call(*arguments, **options)
+    return account.launches[-1]
+
+if __name__ == "__main__":
+    norm = Norm(blank(256), 1e-5)
+    config = dict(BLOCK_M=64, BLOCK_N=16, BLOCK_E=64, STAGES=3, num_warps=4)
+    product = recorded(head_logits, blank(16, 256), None, Linear(blank(128, 256)), config=config)
+    narrow = recorded(normalize, blank(4, 257)[:, :256], norm, config=dict(num_warps=4))
+    tight = recorded(normalize, blank(4, 8192), Norm(blank(8192), 1e-5), config=dict(num_warps=4))
+    tight = dataclasses.replace(tight, options={"num_warps": 4, "maxnreg": 32})
+    builds = [build_of(launch, 90) for launch in (product, narrow, tight)]
+    builds.append(build_of(product, 80))
+    findings = compile_all(builds, workers=1)
+    kept = compile_all(builds)
+    assert kept == findings
+    wrong = dataclasses.replace(builds[0], constants={})
+    found = [dataclasses.asdict(findings[build.key]) for build in builds]
+    print(json.dumps({
+        "findings": found,
+        "signature": dict(builds[0].signature),
+        "attributes": [path[0] for path in builds[0].attributes],
+        "error": next(iter(compile_all([wrong], workers=1).values())).error,
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What a process whose kernels are not interpreted finds."""
+    folder = tmp_path_factory.mktemp("compiled")
+    script = folder / "compiles.py"  # a file: its worker processes import it again
+    script.write_text(COMPILES)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def findings(compiled: dict[str, object]) -> list[Finding]:
+    listed = compiled["findings"]
+    assert isinstance(listed, list)
+    return [Finding(**each) for each in listed]
+
+
+def test_findings_are_those_of_the_machine_code(compiled: dict[str, object]) -> None:
+    product, narrow, tight, older = findings(compiled)
+    assert product.matrix and "HGMMA" in product.matrix
+    assert older.matrix and "HMMA" in older.matrix and "HGMMA" not in older.matrix
+    assert product.wide > 0 and product.shared > 0 and 0 < product.registers <= 255
+    assert product.spills == 0
+    assert narrow.wide == 0, "rows of 257 elements cannot be read 16 bytes at a time"
+    assert tight.spills > 0 and tight.registers <= 32
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(compiled: dict[str, object]) -> None:
+    assert compiled["error"]
+
+
+def test_launches_are_specialised_as_on_a_device(compiled: dict[str, object]) -> None:
+    signature, attributes = compiled["signature"], compiled["attributes"]
+    assert isinstance(signature, dict) and isinstance(attributes, list)
+    assert signature["h_ptr"] == "*bf16" and signature["rows"] == "i32"
+    assert signature["bias_ptr"] == signature["BLOCK_M"] == "constexpr"
+    divisible = {list(signature)[place] for place in attributes}
+    assert {"h_ptr", "weight_ptr", "stride_hn", "rows"} <= divisible
+    assert "epsilon" not in divisible
+
+
+GOOD = Finding(registers=100, shared=1 << 16, wide=8, matrix={"HGMMA": 4})
+BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 16}
+
+
+@pytest.mark.parametrize(
+    ("finding", "arch", "says"),
+    [
+        (GOOD, 90, None),
+        (replace(GOOD, spills=8), 90, "spills 8 bytes"),
+        (replace(GOOD, shared=100 << 10), 90, None),
+        (replace(GOOD, shared=228 << 10), 90, "shared memory"),
+        (replace(GOOD, wide=0), 90, "wide loads"),
+        (replace(GOOD, matrix={"HMMA": 4}), 90, "no HGMMA"),
+        (replace(GOOD, matrix={"HMMA": 4}), 80, None),
+        (replace(GOOD, matrix={"HMMA": 4}, shared=100 << 10), 89, "shared memory"),
+        (replace(GOOD, matrix={}), 80, "no HMMA"),
+        (Finding(error="CompilationError: at 1:2\nmore"), 90, "CompilationError: at 1:2"),
+    ],
+)
+def test_each_check_can_fail(finding: Finding, arch: int, says: str | None) -> None:
+    faults = list(compile_gate.faults_of("head", BLOCKS, arch, finding))
+    assert len(faults) == (says is not None)
+    assert says is None or says in faults[0]
+
+
+def test_changes_against_the_kept_rows_are_named() -> None:
+    row = compile_gate.Compiled("default", "call", "head", "7b", 1, {}, GOOD, ()).record
+    more, other = {**row, "registers": 120}, {**row, "rows": 2}
+    assert compile_gate.differences([row], [row]) == {}
+    changes = list(compile_gate.differences([more, other], [row, {**row, "rows": 4}]).values())
+    assert changes == ["registers was 100", "new", "gone"]
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compilation.build_of(Launch("head", (1,), kernel=print), 90)
+
+
+@pytest.mark.parametrize("slug", tuning.slugs())
+def test_probes_reach_every_entry_of_a_table(slug: str) -> None:
+    assert list(compile_gate.unreached(slug, list(probes.record(slug)))) == []
+
+
+def test_an_entry_that_nothing_reaches_is_named() -> None:
+    found = [probed for probed in probes.record("default") if probed.launch.name != "embed"]
+    assert "embed" in next(compile_gate.unreached("default", found))
