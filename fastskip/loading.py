@@ -48,6 +48,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     impl: str | None = None,
+    attention: str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Any:
     """Loads a checkpoint and prepares it: same class, same ``generate``, faster.
@@ -59,7 +60,12 @@ def load_model(
             dense; the log says which.
         dtype: ``"auto"`` (the checkpoint's), a name, or a ``torch.dtype``.
         device: where the model goes; ``None`` leaves it on the CPU.
-        impl: ``None`` chooses by device; an explicit choice that cannot run raises.
+        impl: who computes: ``"triton"`` (fused kernels and CUDA graphs; the choice of ``None`` on
+            CUDA), ``"reference"`` (plain torch, with gradients; the choice elsewhere) or
+            ``"torch"`` (the GPU's executor on torch operations, to find faults). An explicit
+            choice that cannot run raises.
+        attention: ``None``, fastskip's own kernels; ``"flash"``: prompts attend by the flash-attn
+            package, where it is installed and the policy allows.
         from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.
@@ -96,14 +102,22 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:  # Hugging Face draws them at random and warns
         raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
-    return apply_(model.to(target).eval(), chosen, impl=impl)
+    return apply_(model.to(target).eval(), chosen, impl=impl, attention=attention)
 
 
-def apply_(model: Any, policy: PolicyLike | None = None, *, impl: str | None = None) -> Any:
+def apply_(
+    model: Any,
+    policy: PolicyLike | None = None,
+    *,
+    impl: str | None = None,
+    attention: str | None = None,
+) -> Any:
     """Prepares a model that is already in memory, in place, and returns it.
 
-    A model that is prepared already gets the new policy.
+    A model that is prepared already gets the new policy and keeps its ``impl`` and ``attention``.
     """
+    if attention not in (None, "flash"):
+        raise ValueError(f"attention: {attention!r}; allowed: None, 'flash'")
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     if getattr(model, "_fastskip", None) is not None:
         return set_policy(model, chosen)
@@ -114,6 +128,8 @@ def apply_(model: Any, policy: PolicyLike | None = None, *, impl: str | None = N
     plan = make_plan(chosen, shape_of(model.config, weight.dtype))
     plan.require_runnable()
     runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device))
+    if attention is not None:
+        runtime.use_flash()
     prepare(model, runtime)
     # Merging now, layer by layer, so that no more than one layer is held twice.
     runtime.decoder.refresh(wants_gradient=False)

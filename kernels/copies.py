@@ -1,10 +1,11 @@
-"""Copies of entries from one layer's cache to another's.
+"""Copies of entries: from one layer's cache to another's, or into dense tensors.
 
     target[sequence, to_slot] = source[sequence, from_slot]        keys and values, [2G, K] a row
+    keys[n], values[n] = source[sequence, slot]                    [G, K] each
 
 ``sequences``, ``from_slots``, ``to_slots [n]``; a row with a negative slot copies nothing. Heads of
 an entry lie ``PAGE * K`` apart. Grid ``(n, 2G / BLOCK_H)``. Tables: kernel ``copy_entries``, shape
-``(G, K)``.
+``(G, K)``, for both.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastskip.kernels import tuning
 from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
 from fastskip.ops.contracts import Pages
 
@@ -99,6 +101,69 @@ def copy_entries(
         BLOCK_H=block,
         BLOCK_K=triton.next_power_of_2(size),
     )
+
+
+@triton.jit
+def _read_entries_kernel(
+    pages_ptr,
+    table_ptr,
+    sequences_ptr,
+    slots_ptr,
+    out_ptr,
+    stride_tb,
+    stride_out,
+    offset,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + row)
+    sequence = tl.load(sequences_ptr + row).to(tl.int64)
+    start = tl.load(table_ptr + sequence * stride_tb + slot // PAGE)
+    pages_ptr += tl.multiple_of(start, 8) + offset + (slot % PAGE) * HEAD_DIM
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    element = tl.arange(0, BLOCK_K)
+    is_real = (head < 2 * GROUPS)[:, None] & (element < HEAD_DIM)[None, :]
+    within = head[:, None] * (PAGE * HEAD_DIM) + element[None, :]
+    # Keys of all rows come first, then values.
+    out = (head // GROUPS).to(tl.int64) * stride_out + row * (GROUPS * HEAD_DIM)
+    out_ptrs = out_ptr + out[:, None] + (head % GROUPS)[:, None] * HEAD_DIM + element[None, :]
+    tl.store(out_ptrs, tl.load(pages_ptr + within, mask=is_real), mask=is_real)
+
+
+def read_entries(
+    pages: Pages, sequences: Tensor, slots: Tensor, *, config: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[n, G, K]`` of entries, in dense tensors; no slot is negative."""
+    rows, groups, size = len(sequences), pages.groups, pages.head_dim
+    options = dict(
+        config or tuning.config_for("copy_entries", sequences.device, rows, (groups, size))
+    )
+    block = options.pop("BLOCK_H")
+    out = empty((2, rows, groups, size), pages.anchor.dtype, pages.anchor.device)
+    launch(
+        _read_entries_kernel,
+        (rows, triton.cdiv(2 * groups, block)),
+        options,
+        pages_ptr=pages.anchor,
+        table_ptr=pages.table,
+        sequences_ptr=sequences,
+        slots_ptr=slots,
+        out_ptr=out,
+        stride_tb=pages.table.stride(0),
+        stride_out=out.stride(0),
+        offset=pages.offset,
+        GROUPS=groups,
+        HEAD_DIM=size,
+        PAGE=PAGE_SLOTS,
+        BLOCK_H=block,
+        BLOCK_K=triton.next_power_of_2(size),
+    )
+    keys, values = out
+    return keys, values
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:

@@ -272,8 +272,11 @@ def test_public_names() -> None:
 @pytest.mark.parametrize(
     ("verb", "parameters"),
     [
-        ("load_model", "model_id_or_path policy=None *dtype=auto *device=None *impl=None **"),
-        ("apply_", "model policy=None *impl=None"),
+        (
+            "load_model",
+            "model_id_or_path policy=None *dtype=auto *device=None *impl=None *attention=None **",
+        ),
+        ("apply_", "model policy=None *impl=None *attention=None"),
         ("set_policy", "model policy"),
         ("plan_of", "model"),
     ],

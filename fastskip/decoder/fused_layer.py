@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from fastskip.ops.contracts import (
     Targets,
     Term,
 )
+from fastskip.ops.flash import attend_packed
 from fastskip.ops.operations import FusedOperations
 from fastskip.plan import LayerPlan
 from fastskip.policy import Arrangement, Combine
@@ -91,13 +93,14 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class FusedBlock:
-    """A decoder layer as the device executor sees it."""
+    """A decoder layer as the device executor sees it; ``flash``: flash-attn's function, if used."""
 
     weights: LayerWeights
     plan: LayerPlan
     ops: FusedOperations
     scale: float
     head_dim: int
+    flash: Callable[..., Any] | None = None
 
     def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         """The layer's cell of the semantics table, in place on ``h [N, D]`` (or narrowed)."""
@@ -181,6 +184,8 @@ class FusedBlock:
         if isinstance(rows.reach, StepReach):
             return self.ops.attend_step([queries], [rows.reach], [own], self.scale)[0]
         assert rows.reach is not None
+        if self.flash is not None and rows.reach.is_whole:
+            return attend_packed(self.flash, self.ops, queries, rows.reach, own, self.scale)
         return self.ops.attend_rows(queries, rows.reach, own, self.scale)
 
     def _feed(self, h: Tensor, rows: Selection) -> Tensor:

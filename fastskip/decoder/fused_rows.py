@@ -141,7 +141,8 @@ class ForwardRows:
         counts = torch.bincount(sequences, minlength=self._layout.batch)
         bounds = (0, *counts.cumsum(0).tolist())
         limits = self._limits(holding, rows)
-        return Reach(self._to_device(limits), self._to_device(order), bounds)
+        is_whole = torch.equal(self._seen[holding][:, -1], counts)
+        return Reach(self._to_device(limits), self._to_device(order), bounds, is_whole)
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(torch.int32).to(self._device)

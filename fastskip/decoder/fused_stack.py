@@ -32,11 +32,12 @@ class FusedDecoder(Decoder):
     """Runs one model's decoder layers under one plan, in place and in few launches.
 
     ``version`` counts the times that the weights' addresses or the plan changed: a captured graph
-    is valid for one version.
+    is valid for one version. ``flash``: flash-attn's function for prompts, where it was asked for.
     """
 
     def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
         super().__init__(text_model, plan, ops)
+        self.flash: Callable[..., Any] | None = None
         self.version = 0
         self._fused_blocks: list[FusedBlock] = []
         self._made_of: list[object] = []
@@ -90,9 +91,10 @@ class FusedDecoder(Decoder):
         if drops or self.text_model.norm.weight.dtype not in DTYPES:
             return
         tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
+        head_dim = self.plan.shape.head_dim
         if len(tensors) == len(merged):
             self._fused_blocks = [
-                FusedBlock(own, block.plan, self.fused, block.scale, self.plan.shape.head_dim)
+                FusedBlock(own, block.plan, self.fused, block.scale, head_dim, self.flash)
                 for own, block in zip(tensors, self._blocks, strict=True)
             ]
 

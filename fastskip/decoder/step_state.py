@@ -24,14 +24,12 @@ class StepShape:
     Attributes:
         batch: sequences; a call with fewer leaves the others idle, on a page nobody reads.
         slots: entries of a sequence, and rows of the token history.
-        positions: rows of the RoPE tables.
         stops: tokens that end a sequence.
         pad: what a finished sequence yields.
     """
 
     batch: int
     slots: int
-    positions: int
     stops: int
     pad: int
 

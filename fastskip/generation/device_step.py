@@ -16,7 +16,7 @@ from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import has_hooks
 from fastskip.families import text_model_of
 from fastskip.generation.graphs import capture, new_pool
-from fastskip.ops.contracts import PAGE, Linear, Norm
+from fastskip.ops.contracts import PAGE, Linear, Norm, Rotation
 
 # Graphs kept; each holds the activations of one step.
 KEPT = 8
@@ -29,14 +29,20 @@ class DeviceStep:
     """
 
     def __init__(
-        self, model: Any, decoder: FusedDecoder, shape: StepShape, pool: Any, *, chooses: bool
+        self,
+        model: Any,
+        decoder: FusedDecoder,
+        shape: StepShape,
+        rotation: Rotation,
+        pool: Any,
+        *,
+        chooses: bool,
     ) -> None:
         """``chooses``: the greedy token is taken on the device; else logits are left to read."""
         self._decoder, self._chooses = decoder, chooses
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = text_model_of(model).norm
         anchor = decoder.anchor
-        rotation = decoder.rotation(shape.positions, anchor)
         self.state = StepState(decoder.plan, anchor, rotation, shape)
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
@@ -111,23 +117,24 @@ class DeviceSteps:
             self._steps.clear()
             self._version, self._pool = version, new_pool(decoder.anchor.device)
         slots = bucket(max(columns, 2 * PAGE))
-        # Positions that a caller gave may run ahead of columns.
-        ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
         shape = StepShape(
             batch=bucket(cache.codes.shape[0]),
             slots=slots,
-            positions=_power_of_two(max(slots + ahead, decoder.plan.shape.max_positions)),
             stops=bucket(stops) if stops else 0,
             pad=pad,
         )
-        key = (shape, chooses, self._depth)
+        # Positions that a caller gave may run ahead of columns.
+        ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
+        positions = _power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
+        key = (shape, positions, chooses, self._depth)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= KEPT:
                 self._steps.popitem(last=False)
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.
             with torch.inference_mode(False), torch.no_grad():
-                step = DeviceStep(model, decoder, shape, self._pool, chooses=chooses)
+                rotation = decoder.rotation(positions, decoder.anchor)
+                step = DeviceStep(model, decoder, shape, rotation, self._pool, chooses=chooses)
             self._steps[key] = step
         self._steps.move_to_end(key)
         return step

@@ -13,6 +13,7 @@ from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
 from fastskip.generation.device_step import DeviceSteps
 from fastskip.ops import Operations
+from fastskip.ops.flash import load_flash
 from fastskip.plan import SkipPlan
 
 
@@ -49,9 +50,25 @@ class Runtime:
         self.__dict__.update(state)
         self.lock = RLock()
 
+    def use_flash(self) -> None:
+        """Prompts attend by flash-attn from now on.
+
+        Raises:
+            ValueError: it is not installed, or does not compute what the plan, dtype or device
+                need; says what does.
+        """
+        decoder = self.decoder
+        weight = decoder.text_model.norm.weight
+        if not isinstance(decoder, FusedDecoder):
+            raise ValueError("attention: 'flash' needs impl='triton'; allowed here: None")
+        _require_causal(self.plan)
+        decoder.flash = load_flash(weight.dtype, weight.device)
+
     def set_plan(self, plan: SkipPlan) -> None:
         """Swaps the plan; weights stay where they are."""
         plan.require_runnable()
+        if isinstance(self.decoder, FusedDecoder) and self.decoder.flash is not None:
+            _require_causal(plan)
         with self.lock:
             self.plan = self.decoder.plan = plan
 
@@ -95,3 +112,14 @@ class Runtime:
                 "past_key_values: this cache was filled under another policy; "
                 "start from the whole prompt after set_policy"
             )
+
+
+def _require_causal(plan: SkipPlan) -> None:
+    """Raises unless every layer's attention is plain causal attention of the rows that attend."""
+    others = [layer.index for layer in plan.layers if layer.attending != layer.holding]
+    layers = [index for index in others if plan.layers[index].attending]
+    if layers:
+        raise ValueError(
+            f"attention: 'flash' with entries of rows that do not attend, in layers {layers}; "
+            "allowed under this policy: None (fastskip's own kernels), or kv='omit'"
+        )

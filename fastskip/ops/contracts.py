@@ -106,11 +106,13 @@ class Reach:
         limits: ``[n]``, in query order.
         order: ``[n]`` query rows, sequence by sequence, limits ascending within each.
         bounds: where each sequence's rows begin in ``order``: ``B + 1`` numbers on the host.
+        is_whole: the rows are all that has entries: plain causal attention of whole sequences.
     """
 
     limits: Tensor
     order: Tensor
     bounds: tuple[int, ...]
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

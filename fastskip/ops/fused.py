@@ -198,6 +198,19 @@ def copy_entries(
     write_entries(target, sequences, reached, torch.stack(keys), torch.stack(values))
 
 
+def read_entries(pages: Pages, sequences: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[n, G, K]`` of entries, in dense tensors; no slot is negative."""
+    found = [
+        [part[:, -1] for part in entries_of(pages, sequence, slot + 1)]
+        for sequence, slot in zip(sequences.tolist(), slots.tolist(), strict=True)
+    ]
+    if not found:
+        none = pages.anchor.new_empty(2, 0, pages.groups, pages.head_dim)
+        return none[0], none[1]
+    keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return keys, values
+
+
 def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:
     """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``."""
     return linear(h if norm is None else normalize(h, norm), head)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastskip.kernels.copies import candidates, copy_entries
+from fastskip.kernels.copies import candidates, copy_entries, read_entries
 from fastskip.ops import fused
 from fastskip.ops.contracts import Pages
 from tests.kernels.paging import build_pages, fill_pages
@@ -52,6 +52,21 @@ def test_no_rows_and_rows_without_a_slot(device: torch.device) -> None:
     copy_entries(source, target, *columns((), device))
     copy_entries(source, target, *columns(((0, -1, 1), (1, 1, -1)), device))
     assert not bits(target).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "head_dim"), [(2, 16), (3, 80)])
+def test_read_entries(groups: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    pages = build_pages(CAPACITY, groups=groups, head_dim=head_dim, dtype=dtype, device=device)
+    fill_pages(pages, (70, 131))
+    sequences, slots = columns(((0, 0, 0), (1, 130, 0), (1, 64, 0), (0, 69, 0)), device)[:2]
+    found = read_entries(pages, sequences, slots, config={"BLOCK_H": 4, "num_warps": 4})
+    expected = fused.read_entries(pages, sequences, slots)
+    for actual, right in zip(found, expected, strict=True):
+        assert actual.shape == (4, groups, head_dim) and actual.is_contiguous()
+        assert torch.equal(actual, right)
+    none = read_entries(pages, sequences[:0], slots[:0])
+    assert none[0].shape == none[1].shape == (0, groups, head_dim)
 
 
 @pytest.mark.parametrize("shape", [(32, 128), (2, 64), (1, 16)])
