@@ -56,6 +56,11 @@ class Cell:
         return self.name.partition(".")[0]
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether the device has failed for good: nothing that runs after it would be right."""
+    return "CUDA error" in str(error) and torch.cuda.is_available()
+
+
 def chosen(cells: list[Cell], names: list[str]) -> list[Cell]:
     """The cells that ``names`` name, in the protocol's order; the default ones without names.
 

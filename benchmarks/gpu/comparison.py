@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.ceilings import ceilings_of
-from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
+from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import copies, seconds
-from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, PREFILL, WorkMaker
+from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_works, on_own_memory
 from fastskip.kernels.launch import recording
 
 ROW_COUNTS = (16, 64, 128, 256, 576, 640, 1280)
@@ -29,19 +30,21 @@ def compare(setting: Setting, widths: Widths, rows: int) -> Values:
     """All operations; ``rows`` 0 stands for a prompt's."""
     widths = TINY if setting.is_tiny else widths
     works = DECODE | DECODE_ARRANGED if rows else PREFILL
+    rows = rows or widths.context
+    compile_works(works.values(), widths, rows, setting.dtype, setting.device)
     found = {}
     for name, maker in works.items():
         try:
-            found[name] = _times(setting, widths, maker, rows or widths.context)
+            found[name] = _times(setting, widths, maker, rows)
         except Exception as error:
-            if setting.device.type == "cuda" and "CUDA error" in str(error):
+            if is_lost(error):
                 raise
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         if setting.seconds_left < 0:
             break
     if all("error" in times for times in found.values()):
         raise RuntimeError(str(found))
-    return {"widths": widths.name, "rows": rows or widths.context, "works": found}
+    return {"widths": widths.name, "rows": rows, "works": found}
 
 
 def products(setting: Setting, widths: Widths) -> Values:
@@ -93,10 +96,8 @@ def _times(setting: Setting, widths: Widths, maker: WorkMaker, rows: int) -> dic
     from fastskip.ops import compiled
 
     device = setting.device
-    first = maker(Maker(widths, setting.dtype, device), rows)
-    works = [first]
-    for seed in range(1, copies(first.nbytes, device)):
-        works.append(maker(Maker(widths, setting.dtype, device, seed), rows))
+    works = on_own_memory(maker, widths, rows, setting)
+    first = works[0]
     with recording() as account:
         first.run(compiled)
     ours = seconds([partial(work.run, compiled) for work in works], device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastskip
 from benchmarks.gpu.ceilings import ceilings_of
-from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import PEERS, load, shape
 from benchmarks.gpu.results import Values
@@ -50,7 +50,7 @@ class Contender:
 
 def measure(setting: Setting, widths: Widths, batch: int) -> Values:
     """All peers in turn; a peer that fails is left out, and the line says why."""
-    widths, n_new = (TINY, 4) if setting.is_tiny else (widths, N_NEW)
+    widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
     both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
     inputs = prompts(both.hf, shape(widths, device), min(batch, 2) if setting.is_tiny else batch)
@@ -62,7 +62,7 @@ def measure(setting: Setting, widths: Widths, batch: int) -> Values:
             _first_call(contender, inputs, n_new, device)
             contenders.append(contender)
         except Exception as error:
-            if device == "cuda" and "CUDA error" in str(error):
+            if is_lost(error):
                 raise
             failures[peer.name] = traceback.format_exc(limit=-6)
             torch.compiler.reset()

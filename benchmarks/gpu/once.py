@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker
-from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, PREFILL
+from benchmarks.gpu.prefill_works import PREFILL
+from benchmarks.gpu.works import DECODE, DECODE_ARRANGED
 
 SIZES = {widths.name: widths for widths in (TINY, SEVEN, THIRTEEN)}
 

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
@@ -23,6 +24,7 @@ from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import load, policies, shape
 from benchmarks.gpu.results import Values
 from benchmarks.shapes import prompts
+from fastskip.kernels.launch import Account, recording
 
 ROOT = Path(__file__).parents[2]
 N_NEW = 16
@@ -41,7 +43,8 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
     def generate(count: int) -> None:
         model.generate(**inputs, max_new_tokens=count, do_sample=False)
 
-    generate(n_new)
+    with recording() as account:  # graphs are captured now
+        generate(n_new)
     whole, first = (
         _kernels(partial(generate, n_new), device),
         _kernels(partial(generate, 1), device),
@@ -66,7 +69,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
         "decode_us_per_step": total,
         "decode_gb_per_s": nbytes / total / 1e3 if total else None,
         "decode_share_of_bandwidth": nbytes / total * 1e6 / ceiling if total else None,
-        "decode_kernels": _top(decode),
+        "decode_kernels": _top(decode, _weight_bytes(account)),
         "prefill_kernels": _top(first),
     }
 
@@ -108,13 +111,30 @@ def _kernels(run: Any, device: str) -> dict[str, tuple[int, float]]:
     return dict(found)
 
 
-def _top(kernels: Mapping[str, tuple[float, float]]) -> list[dict[str, Any]]:
+def _weight_bytes(account: Account) -> dict[str, float]:
+    """Bytes of weights that a launch of each kernel reads, in the mean over the recorded ones."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for launch in account.launches:
+        weights = [x for name, x in launch.arguments.items() if name.endswith("weight_ptr")]
+        parts = launch.arguments.get("PARTS", 1)
+        if launch.kernel is not None and weights:
+            nbytes = sum(x.nbytes for x in weights if x is not None)
+            found[launch.kernel.__name__].append(parts * nbytes)
+    return {name: statistics.mean(each) for name, each in found.items()}
+
+
+def _top(
+    kernels: Mapping[str, tuple[float, float]], weight_bytes: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     total = sum(us for _, us in kernels.values()) or 1.0
     ordered = sorted(kernels.items(), key=lambda item: -item[1][1])[:TOP]
-    return [
-        {"kernel": name[:80], "launches": count, "us": us, "share": us / total}
-        for name, (count, us) in ordered
-    ]
+    found = []
+    for name, (count, us) in ordered:
+        nbytes = (weight_bytes or {}).get(name)
+        rate = None if nbytes is None else nbytes * count / us / 1e3
+        numbers = {"launches": count, "us": us, "share": us / total, "gb_per_s": rate}
+        found.append({"kernel": name[:80], **numbers})
+    return found
 
 
 def _ncu_rows(text: str) -> list[dict[str, Any]]:

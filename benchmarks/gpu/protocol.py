@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ CELLS: list[Cell] = [
     *comparison.CELLS,
     *graphs.CELLS,
 ]
+SAME_IN_SMALL = re.compile(r"\.(13b|b4|b16|b64|half_blocks|parallel_blocks)(\.|$)")
+"""Cells that would run in small what others run already."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -34,8 +37,9 @@ def start(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     device = _device(options.tiny, is_needed=not (options.list or options.tables))
     slug = "tiny" if options.tiny else file_name(device.type).removesuffix(".json")
     results = Results(options.results or RESULTS / slug)
-    # All of them at once only in small; on a card that would take hours.
-    cells = CELLS if options.tiny and not options.cells else chosen(CELLS, options.cells)
+    cells = chosen(CELLS, options.cells)
+    if options.tiny and not options.cells:
+        cells = [cell for cell in CELLS if not SAME_IN_SMALL.search(cell.name)]
     if options.list:
         _print_list(CELLS, results)
         return 0

@@ -29,6 +29,11 @@ class Line:
     def is_done(self) -> bool:
         return self.error is None
 
+    @property
+    def reason(self) -> str:
+        """The last line of the error."""
+        return str(self.error).rstrip().splitlines()[-1][:200]
+
 
 class Results:
     """The lines in ``folder/results.jsonl``."""

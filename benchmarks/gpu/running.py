@@ -39,7 +39,7 @@ def run(cells: Sequence[Cell], setting: Setting, say: Say = print) -> bool:
         line = _attempt(cell, setting)
         is_usable = _clean_up(setting)
         setting.results.append(line)
-        outcome = "done" if line.is_done else str(line.error).rstrip().splitlines()[-1]
+        outcome = "done" if line.is_done else f"FAILED: {line.reason}"
         say(f"{cell.name}: {outcome} ({line.seconds:.0f} s)")
         if not is_usable:
             return False

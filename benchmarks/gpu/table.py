@@ -35,7 +35,7 @@ def text_tables(results: Results) -> str:
     if goals:
         parts.append("Goals\n" + _aligned(goals))
     failed = [line for line in results.lines().values() if not line.is_done]
-    parts += [f"FAILED {x.cell}: {str(x.error).rstrip().splitlines()[-1]}" for x in failed]
+    parts += [f"FAILED {x.cell}: {x.reason}" for x in failed]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -120,9 +120,9 @@ def _profiles(results: Results) -> list[str]:
         if not (name.startswith("profile.") and line.is_done):
             continue
         for phase in ("decode", "prefill"):
-            rows: list[Row] = [(f"{phase}: kernel", "launches", "us", "share")]
+            rows: list[Row] = [(f"{phase}: kernel", "launches", "us", "share", "GB/s")]
             for own in line.values.get(f"{phase}_kernels", [])[:10]:
-                numbers = (own["launches"], own["us"], own["share"])
+                numbers = (own["launches"], own["us"], own["share"], own.get("gb_per_s"))
                 rows.append((own["kernel"][:60], *map(_short, numbers)))
             if len(rows) > 1:
                 parts.append(f"{name}\n{_aligned(rows)}")

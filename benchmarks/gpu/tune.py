@@ -8,13 +8,10 @@ with the rate it reached.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
@@ -24,11 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.ceilings import ceilings_of
-from benchmarks.gpu.cells import Cell, Setting
-from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
+from benchmarks.gpu.cells import Cell, Setting, is_lost
+from benchmarks.gpu.compiling import compile_ahead
+from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
+from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Results, Values
-from benchmarks.gpu.timing import copies, seconds
-from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, PREFILL, Work, WorkMaker
+from benchmarks.gpu.timing import seconds
+from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, Work, on_own_memory
 from benchmarks.records import environment, file_name
 from fastskip.kernels import tuning
 from fastskip.kernels.launch import recording
@@ -52,6 +51,7 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
     """Times the candidates of all kernels; ``rows`` 0 stands for the rows of a prompt."""
     widths = TINY if setting.is_tiny else widths
     works = DECODE | DECODE_ARRANGED if rows else PREFILL
+    rows = rows or widths.context
     found: dict[str, Any] = {}
     answered: dict[Question, Any] = {}
     failures: dict[str, str] = {}
@@ -59,16 +59,18 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
         if setting.seconds_left < 0:
             failures[name] = "no time was left"
             continue
-        for module in _families(maker, widths):
-            try:
-                found |= _tune_family(
-                    setting, widths, rows or widths.context, name, maker, module, answered
-                )
-            except Exception as error:
-                if setting.device.type == "cuda" and "CUDA error" in str(error):
-                    raise
-                failures[f"{name}, {module.__name__}"] = f"{type(error).__name__}: {error}"
+        try:
+            new = _tune_work(setting, on_own_memory(maker, widths, rows, setting), answered)
+        except Exception as error:
+            if is_lost(error):
+                raise
+            failures[name] = f"{type(error).__name__}: {error}"
+            continue
+        answered |= new
+        found |= {f"{q.kernel}, {q.rows} rows ({name})": best for q, best in new.items()}
     _write_tables(setting, answered)
+    if failures and not found:
+        raise RuntimeError("\n".join(f"{name}: {fault}" for name, fault in failures.items()))
     return {"widths": widths.name, "kernels": found, "failures": failures}
 
 
@@ -81,68 +83,46 @@ def install_tables(results: Results) -> None:
         _forget_tables()
 
 
-def _families(maker: WorkMaker, widths: Widths) -> list[types.ModuleType]:
-    """The kernel files that have a launcher of the operation's name, and candidates."""
-    function = _function(maker, widths)
-    found = []
-    for file in sorted(tuning.FOLDER.parent.glob("*.py")):
-        module = import_module(f"fastskip.kernels.{file.stem}")
-        launcher = getattr(module, function, None)
-        if getattr(launcher, "__module__", None) == module.__name__ and hasattr(
-            module, "candidates"
-        ):
-            found.append(module)
-    return found
+def _tune_work(
+    setting: Setting, works: Sequence[Work], answered: dict[Question, Any]
+) -> dict[Question, Any]:
+    """Tunes what one operation asks of the tables, the same on different weights."""
+    from fastskip.ops import compiled
 
-
-def _function(maker: WorkMaker, widths: Widths) -> str:
-    """The operation that a work calls; only learnt by making a small one."""
-    return maker(Maker(TINY, torch.float32, torch.device("cpu")), 1).function
-
-
-def _tune_family(
-    setting: Setting,
-    widths: Widths,
-    rows: int,
-    name: str,
-    maker: WorkMaker,
-    module: types.ModuleType,
-    answered: dict[Question, Any],
-) -> dict[str, Any]:
-    """Tunes what this work asks one kernel file; ``answered`` is read and added to."""
     device = setting.device
-    first = maker(Maker(widths, setting.dtype, device), rows)
     with _answering({}) as asked, recording(is_dry=True):
-        first.run(module)
-    works = [first]
-    for seed in range(1, copies(first.nbytes, device)):
-        works.append(maker(Maker(widths, setting.dtype, device, seed), rows))
+        works[0].run(compiled)
     found = {}
     for question, current in asked.items():
-        configs = [] if question in answered else _candidates(module, question, current)
-        if not configs:
-            continue
+        configs = [] if question in answered else _candidates(question, current)
         if setting.is_tiny:
             configs = configs[:TINY_CANDIDATES]
-        _compile(first, module, question, configs, device)
-        times: list[tuple[float, Config]] = []
-        faults: list[str] = []
-        for config in configs:
-            if setting.seconds_left < 0:
-                break
-            with _answering({question: config}):
-                try:
-                    calls = [partial(work.run, module) for work in works]
-                    times.append((seconds(calls, device, REPLAYS), config))
-                except Exception as error:
-                    if "CUDA error" in str(error):
-                        raise
-                    faults.append(f"{dict(config)}: {type(error).__name__}: {error}"[:300])
-        if not times:
-            raise RuntimeError(f"{question}: no candidate ran: {faults[:1]}")
-        answered[question] = best = _best(times, configs, first, setting)
-        found[f"{question.kernel}, {rows} rows ({name})"] = {**best, "faults": faults}
+        if configs:
+            calls = (partial(_answered, {question: config}, works[0]) for config in configs)
+            compile_ahead(calls, device)
+            found[question] = _fastest(setting, works, question, configs)
     return found
+
+
+def _fastest(
+    setting: Setting, works: Sequence[Work], question: Question, configs: Sequence[Config]
+) -> dict[str, Any]:
+    """The fastest configuration, with what it reached; and why others did not run."""
+    times: list[tuple[float, Config]] = []
+    faults: list[str] = []
+    for config in configs:
+        if setting.seconds_left < 0:
+            break
+        try:
+            calls = [partial(_answered, {question: config}, work) for work in works]
+            times.append((seconds(calls, setting.device, REPLAYS), config))
+        except Exception as error:
+            if is_lost(error):
+                raise
+            faults.append(f"{dict(config)}: {type(error).__name__}: {error}"[:300])
+    if not times:
+        raise RuntimeError(f"{question}: no candidate ran: {faults[:1]}")
+    return {**_best(times, configs, works[0], setting), "faults": faults}
 
 
 def _best(
@@ -166,19 +146,29 @@ def _best(
     }
 
 
-def _candidates(module: types.ModuleType, question: Question, current: Config) -> list[Config]:
-    """What is in use, then the file's candidates, if they are meant for this kernel.
+def _candidates(question: Question, current: Config) -> list[Config]:
+    """What is in use, then the candidates of the kernel's file, if they are meant for it.
 
     A file may hold several kernels; its candidates are for those with the same block sizes.
     """
-    offered = module.candidates(question.rows, question.shape)
-    fitting = [c for c in offered if _blocks(c) == _blocks(current)]
-    whole = [{**current, **config} for config in fitting]
-    return [dict(current), *(c for c in whole if c != dict(current))] if whole else []
+    offered = []
+    for file in sorted(tuning.FOLDER.parent.glob("*.py")):
+        module = import_module(f"fastskip.kernels.{file.stem}")
+        if hasattr(module, f"_{question.kernel}_kernel") and hasattr(module, "candidates"):
+            offered += module.candidates(question.rows, question.shape)
+    fitting = [config for config in offered if _blocks(config) == _blocks(current)]
+    return [current, *(config for config in fitting if config != current)] if fitting else []
 
 
 def _blocks(config: Config) -> set[str]:
-    return {name for name in config if name.isupper()}
+    return {name for name in config if name.startswith("BLOCK")}
+
+
+def _answered(answers: Mapping[Question, Config], work: Work) -> None:
+    from fastskip.ops import compiled
+
+    with _answering(answers):
+        work.run(compiled)
 
 
 @contextmanager
@@ -191,7 +181,8 @@ def _answering(answers: Mapping[Question, Config]) -> Iterator[dict[Question, Co
         kernel: str, device: torch.device, rows: int, shape: tuple[int, ...] = ()
     ) -> Config:
         question = Question(kernel, rows, shape)
-        asked[question] = answers.get(question) or usual(kernel, device, rows, shape)
+        found = answers.get(question) or usual(kernel, device, rows, shape)
+        asked[question] = dict(found)
         return asked[question]
 
     tuning.config_for = config_for
@@ -199,27 +190,6 @@ def _answering(answers: Mapping[Question, Config]) -> Iterator[dict[Question, Co
         yield asked
     finally:
         tuning.config_for = usual
-
-
-def _compile(
-    work: Work,
-    module: types.ModuleType,
-    question: Question,
-    configs: Sequence[Config],
-    device: torch.device,
-) -> None:
-    """Compiles all candidates at once on all cores; what does not compile fails again later."""
-    if device.type != "cuda":
-        return
-    from triton import AsyncCompileMode
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        for config in configs:
-            with _answering({question: config}), recording(is_dry=True) as account:
-                work.run(module)
-            for launch in account.launches:
-                if launch.kernel is not None:
-                    launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)
 
 
 def _write_tables(setting: Setting, answered: Mapping[Question, Any]) -> None:
@@ -234,6 +204,7 @@ def _write_tables(setting: Setting, answered: Mapping[Question, Any]) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
     measured = {**about, "date": f"{datetime.now(UTC):%Y-%m-%d}", "by": "python -m benchmarks.gpu"}
+    entries = _entries(answered, device)
     gpu = {"name": about["device"], "arch": arch, "measured": measured}
     folders = [setting.folder / TABLES / slug]
     if not setting.is_tiny:
@@ -241,28 +212,51 @@ def _write_tables(setting: Setting, answered: Mapping[Question, Any]) -> None:
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gpu.json").write_text(json.dumps(gpu, indent=1) + "\n")
-        for kernel in dict.fromkeys(question.kernel for question in answered):
-            entries = [
-                {
-                    "rows": question.rows,
-                    "shape": list(question.shape),
-                    "config": best["config"],
-                    "measured": {key: round(best[key], 3) for key in ("us", "gb_per_s")},
-                }
-                for question, best in answered.items()
-                if question.kernel == kernel
-            ]
-            _merge_file(folder / f"{kernel}.json", entries)
+        for kernel, own in entries.items():
+            _merge_file(folder / f"{kernel}.json", own)
     _forget_tables()
 
 
+def _entries(answered: Mapping[Question, Any], device: torch.device) -> dict[str, list[Any]]:
+    """Table entries by kernel.
+
+    An entry of this shape would also serve fewer rows, down to the next entry of the shape. So
+    what these rows have used so far, as far as it is not measured, is written down with it.
+    """
+    entries: dict[str, list[Any]] = {}
+    for question, best in answered.items():
+        own = entries.setdefault(question.kernel, [])
+        measured = {key: round(best[key], 3) for key in ("us", "gb_per_s")}
+        own.append(_entry(question, best["config"], measured))
+        fewer = (1 << power for power in range(question.rows.bit_length()))
+        for rows in (rows for rows in fewer if rows < question.rows):
+            smaller = replace(question, rows=rows)
+            if smaller not in answered:
+                usual = tuning.config_for(question.kernel, device, rows, question.shape)
+                own.append(_entry(smaller, usual, None))
+    return entries
+
+
+def _entry(question: Question, config: Config, measured: Config | None) -> dict[str, Any]:
+    return {
+        "rows": question.rows,
+        "shape": list(question.shape),
+        "config": dict(config),
+        "measured": measured,
+    }
+
+
 def _merge_file(path: Path, new: Any) -> None:
-    """New entries take the place of those for the same rows and shape."""
+    """New entries take the place of those for the same rows and shape that are worth no more."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(new, list):
         known = json.loads(path.read_text()) if path.exists() else []
-        keys = [(item["rows"], item["shape"]) for item in new]
-        new = [item for item in known if (item["rows"], item["shape"]) not in keys] + new
+        merged = {(item["rows"], str(item["shape"])): item for item in known}
+        for item in new:
+            key = item["rows"], str(item["shape"])
+            if item.get("measured") or not merged.get(key, {}).get("measured"):
+                merged[key] = item
+        new = list(merged.values())
         new.sort(key=lambda item: (str(item["shape"]), item["rows"] or 1 << 40))
         text = "[\n" + ",\n".join(f" {json.dumps(item)}" for item in new) + "\n]\n"
     else:

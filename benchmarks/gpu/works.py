@@ -1,19 +1,23 @@
 """The fused operations as pieces of work: inputs, the call, least bytes and FLOPs, a plain rival.
 
-Decode works have one row a sequence, prefill works the rows of one prompt.
+Here are those of a decode step, one row a sequence, and of what a prefill shares with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.inputs import Maker
+from benchmarks.gpu.cells import Setting
+from benchmarks.gpu.compiling import compile_ahead
+from benchmarks.gpu.inputs import Maker, Widths
+from benchmarks.gpu.timing import copies
 from fastskip.costs import Ceilings
 from fastskip.ops.contracts import Feed, Linear, Pages, Projection, Term, entries_of
 
@@ -25,14 +29,12 @@ class Work:
     """One call of one operation.
 
     Attributes:
-        function: the operation's name in ``ops.fused``.
         run: calls it, of an implementation; returns what to compare.
         nbytes, flops: weights and cache entries read and written; the multiply-adds, two each.
         rival: the same products, or attention, by torch alone, for comparison.
         entries: what else it writes: cache entries to compare.
     """
 
-    function: str
     run: Callable[[Any], Outcome]
     nbytes: int
     flops: int = 0
@@ -47,11 +49,33 @@ WorkMaker = Callable[[Maker, int], Work]
 """Makes the work for a number of rows."""
 
 
+def on_own_memory(maker: WorkMaker, widths: Widths, rows: int, setting: Setting) -> list[Work]:
+    """The same work several times, on as many weights as the L2 cache cannot hold."""
+    works = [maker(Maker(widths, setting.dtype, setting.device), rows)]
+    for seed in range(1, copies(works[0].nbytes, setting.device)):
+        works.append(maker(Maker(widths, setting.dtype, setting.device, seed), rows))
+    return works
+
+
+def compile_works(
+    makers: Iterable[WorkMaker],
+    widths: Widths,
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compiles what these works launch."""
+    if device.type == "cuda":
+        from fastskip.ops import compiled
+
+        works = (maker(Maker(widths, dtype, device), rows) for maker in makers)
+        compile_ahead((partial(work.run, compiled) for work in works), device)
+
+
 def project_append(make: Maker, rows: int) -> Work:
     projection = _projection(make, rows)
     h = make.noise(rows, make.widths.hidden)
-    return _of_products(
-        "project_append",
+    return of_products(
         rows,
         [projection.linear],
         lambda ops: ops.project_append(h, [projection]),
@@ -75,31 +99,29 @@ def attend_step(make: Maker, rows: int) -> Work:
         )
 
     return Work(
-        "attend_step",
         lambda ops: ops.attend_step([queries], [reach], [pages], scale),
         2 * pairs * size.groups * size.head_dim * make.dtype.itemsize,
         4 * pairs * size.heads * size.head_dim,
-        rival=_lazy(rival),
+        rival=lazy(rival),
     )
 
 
 def add_output(make: Maker, rows: int) -> Work:
-    return _add(make, rows, [make.widths.heads * make.widths.head_dim])
+    return add(make, rows, [make.widths.heads * make.widths.head_dim])
 
 
 def add_down(make: Maker, rows: int) -> Work:
-    return _add(make, rows, [make.widths.ffn])
+    return add(make, rows, [make.widths.ffn])
 
 
 def add_both(make: Maker, rows: int) -> Work:
     """Both second halves of a parallel block."""
-    return _add(make, rows, [make.widths.heads * make.widths.head_dim, make.widths.ffn])
+    return add(make, rows, [make.widths.heads * make.widths.head_dim, make.widths.ffn])
 
 
 def feed(make: Maker, rows: int) -> Work:
     part, h = make.feed(), make.noise(rows, make.widths.hidden)
-    return _of_products(
-        "feed",
+    return of_products(
         rows,
         [part.linear],
         lambda ops: ops.feed(h, [part]),
@@ -107,31 +129,11 @@ def feed(make: Maker, rows: int) -> Work:
     )
 
 
-def feed_text(make: Maker, rows: int) -> Work:
-    """The first half of an FFN for the text rows of a prompt of ``rows``."""
-    part, h = make.feed(), make.noise(rows, make.widths.hidden)
-    index = make.integers(make.text_rows())
-    return _of_products(
-        "feed",
-        len(index),
-        [part.linear],
-        lambda ops: ops.feed(h, [part], index=index),
-        rival=lambda: F.linear(h[index], part.linear.weight),
-    )
-
-
-def add_down_text(make: Maker, rows: int) -> Work:
-    """The second half of an FFN for the text rows of a prompt of ``rows``."""
-    index = make.integers(make.text_rows())
-    return _add(make, len(index), [make.widths.ffn], rows, index)
-
-
 def project_feed(make: Maker, rows: int) -> Work:
     """Both first halves of a parallel block."""
     projection, part = _projection(make, rows), make.feed()
     h = make.noise(rows, make.widths.hidden)
-    return _of_products(
-        "project_append_feed",
+    return of_products(
         rows,
         [projection.linear, part.linear],
         lambda ops: list(ops.project_append_feed(h, projection, part)),
@@ -143,8 +145,7 @@ def project_feed(make: Maker, rows: int) -> Work:
 def pair_project(make: Maker, rows: int) -> Work:
     both = [_projection(make, rows) for _ in range(2)]
     h = make.noise(rows, make.widths.hidden)
-    return _of_products(
-        "project_append",
+    return of_products(
         rows,
         [projection.linear for projection in both],
         lambda ops: ops.project_append(h, both),
@@ -157,8 +158,7 @@ def pair_apply(make: Maker, rows: int) -> Work:
     """The attention outputs of a pair."""
     width = make.widths.heads * make.widths.head_dim
     terms = [Term(make.noise(rows, width), make.linear(make.widths.hidden, width)) for _ in "ab"]
-    return _of_products(
-        "apply_terms",
+    return of_products(
         rows,
         [term.linear for term in terms],
         lambda ops: ops.apply_terms(terms),
@@ -169,8 +169,7 @@ def pair_apply(make: Maker, rows: int) -> Work:
 def pair_feed(make: Maker, rows: int) -> Work:
     parts: list[Feed] = [make.feed() for _ in range(2)]
     h, *changes = (make.noise(rows, make.widths.hidden) for _ in range(3))
-    return _of_products(
-        "feed",
+    return of_products(
         rows,
         [part.linear for part in parts],
         lambda ops: ops.feed(h, parts, changes=changes),
@@ -181,13 +180,24 @@ def pair_feed(make: Maker, rows: int) -> Work:
 def head_logits(make: Maker, rows: int) -> Work:
     h, norm = make.noise(rows, make.widths.hidden), make.norm()
     head = make.linear(make.widths.vocabulary, make.widths.hidden)
-    return _of_products(
-        "head_logits",
+    return of_products(
         rows,
         [head],
         lambda ops: [ops.head_logits(h, norm, head)],
         rival=lambda: F.linear(h, head.weight),
     )
+
+
+def head_choose(make: Maker, rows: int) -> Work:
+    """The greedy token without logits in memory."""
+    h, norm, choice = make.noise(rows, make.widths.hidden), make.norm(), make.choice(rows)
+    head = make.linear(make.widths.vocabulary, make.widths.hidden)
+
+    def run(ops: Any) -> Outcome:
+        ops.head_choose(h, norm, head, choice)
+        return [choice.positions, choice.counts]  # in low precision near-ties fall differently
+
+    return of_products(rows, [head], run, rival=lambda: F.linear(h, head.weight).argmax(-1))
 
 
 def choose(make: Maker, rows: int) -> Work:
@@ -197,38 +207,7 @@ def choose(make: Maker, rows: int) -> Work:
         ops.choose(logits, choice)
         return [choice.tokens, choice.positions, choice.counts]
 
-    return Work("choose", run, logits.nbytes, rival=lambda: logits.argmax(-1))
-
-
-def normalize(make: Maker, rows: int) -> Work:
-    h, norm = make.noise(rows, make.widths.hidden), make.norm()
-    return Work(
-        "normalize",
-        lambda ops: [ops.normalize(h, norm)],
-        2 * h.nbytes,
-        rival=lambda: F.rms_norm(h, h.shape[-1:], norm.weight, norm.epsilon),
-    )
-
-
-def attend_rows(make: Maker, rows: int) -> Work:
-    return _attend_rows(make, range(rows))
-
-
-def attend_rows_text(make: Maker, rows: int) -> Work:
-    """The text rows' queries over a whole prompt: what frozen image rows leave."""
-    return _attend_rows(make, make.text_rows())
-
-
-def compact(make: Maker, rows: int) -> Work:
-    mask = make.noise(rows) > 0
-
-    def run(ops: Any) -> Outcome:
-        index, count = ops.compact(mask)
-        # What lies behind the count is unspecified.
-        inside = torch.arange(rows, device=index.device) < count
-        return [torch.where(inside, index, -1), count]
-
-    return Work("compact", run, mask.nbytes + 4 * rows)
+    return Work(run, logits.nbytes, rival=lambda: logits.argmax(-1))
 
 
 DECODE: dict[str, WorkMaker] = {
@@ -238,6 +217,7 @@ DECODE: dict[str, WorkMaker] = {
     "feed": feed,
     "add_down": add_down,
     "head_logits": head_logits,
+    "head_choose": head_choose,
     "choose": choose,
 }
 DECODE_ARRANGED: dict[str, WorkMaker] = {
@@ -246,18 +226,6 @@ DECODE_ARRANGED: dict[str, WorkMaker] = {
     "pair: project_append": pair_project,
     "pair: apply_terms": pair_apply,
     "pair: feed": pair_feed,
-}
-PREFILL: dict[str, WorkMaker] = {
-    "normalize": normalize,
-    "project_append": project_append,
-    "attend_rows": attend_rows,
-    "attend_rows, text": attend_rows_text,
-    "add_output": add_output,
-    "feed": feed,
-    "add_down": add_down,
-    "feed, text": feed_text,
-    "add_down, text": add_down_text,
-    "compact": compact,
 }
 
 
@@ -268,8 +236,7 @@ def _projection(make: Maker, rows: int) -> Projection:
     return make.projection(make.step_targets(rows), make.pages(rows))
 
 
-def _of_products(
-    function: str,
+def of_products(
     rows: int,
     linears: list[Linear],
     run: Callable[[Any], Outcome],
@@ -279,54 +246,21 @@ def _of_products(
 ) -> Work:
     weights = [linear.weight for linear in linears]
     flops = sum(2 * rows * weight.numel() for weight in weights)
-    return Work(function, run, sum(w.nbytes for w in weights), flops, rival, entries)
+    return Work(run, sum(w.nbytes for w in weights), flops, rival, entries)
 
 
-def _add(
+def add(
     make: Maker, rows: int, widths: list[int], stream: int = 0, index: Tensor | None = None
 ) -> Work:
     """``widths``: what each term's product goes over; ``stream``: rows of the residual stream."""
     hidden = make.widths.hidden
     terms = [Term(make.noise(rows, width), make.linear(hidden, width)) for width in widths]
     h = make.noise(stream or rows, hidden)
-    return _of_products(
-        "add_terms_",
+    return of_products(
         rows,
         [term.linear for term in terms],
         lambda ops: [ops.add_terms_(h, terms, index=index)],
         rival=lambda: [F.linear(term.x, term.linear.weight) for term in terms],
-    )
-
-
-def _attend_rows(make: Maker, rows: list[int] | range) -> Work:
-    size, pages, reach = make.widths, make.pages(1), make.prompt_reach(rows)
-    queries = make.noise(len(rows), size.heads, size.head_dim)
-    scale = size.head_dim**-0.5
-    pairs, most = sum(row + 1 for row in rows), max(rows) + 1
-
-    def rival() -> Callable[[], object]:
-        keys, values = make.noise(2, 1, size.groups, most, size.head_dim)
-        columns = torch.arange(most, device=make.device)
-        # Without a mask where torch's fastest way needs none.
-        is_whole = len(rows) == most
-        mask = None if is_whole else columns < reach.limits[:, None]
-        turned = queries.transpose(0, 1)[None]
-        return lambda: F.scaled_dot_product_attention(
-            turned,
-            keys,
-            values,
-            mask,
-            is_causal=is_whole,
-            scale=scale,
-            enable_gqa=size.heads != size.groups,
-        )
-
-    return Work(
-        "attend_rows",
-        lambda ops: [ops.attend_rows(queries, reach, pages, scale)],
-        2 * most * size.groups * size.head_dim * make.dtype.itemsize,
-        4 * pairs * size.heads * size.head_dim,
-        rival=_lazy(rival),
     )
 
 
@@ -343,7 +277,7 @@ def _written(projection: Projection) -> Outcome:
     return found
 
 
-def _lazy(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+def lazy(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """A call whose inputs are made the first time, because most users never call it."""
     made: list[Callable[[], object]] = []
 

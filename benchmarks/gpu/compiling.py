@@ -1,0 +1,29 @@
+"""Kernels compiled ahead, all at once on all cores, so that no cell spends its minutes waiting."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from fastskip.kernels.launch import recording
+
+
+def compile_ahead(calls: Iterable[Callable[[], object]], device: torch.device) -> None:
+    """Compiles what the calls launch, without running it.
+
+    What does not compile is left out here; it fails when it is launched.
+    """
+    if device.type != "cuda":
+        return
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for call in calls:
+            with recording(is_dry=True) as account:
+                call()
+            for launch in account.launches:
+                if launch.kernel is not None:
+                    launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)

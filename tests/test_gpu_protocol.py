@@ -1,0 +1,215 @@
+"""The GPU protocol in small on the CPU: every cell runs, and no interruption loses a result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import protocol, running, table, tune
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.cells import Cell, Setting, chosen
+from benchmarks.gpu.nodes import reader
+from benchmarks.gpu.results import Line, Results, Values
+from benchmarks.gpu.running import run, supervise
+from fastskip.kernels import tuning
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    return Results(tmp_path / "results")
+
+
+def cell(name: str, run: Callable[[Setting], Values] | None = None) -> Cell:
+    return Cell(name, "a test's", 1.0, run or (lambda setting: {"name": name}), True)
+
+
+def setting(results: Results) -> Setting:
+    return Setting(results, torch.device("cpu"), is_tiny=True)
+
+
+def fail(setting: Setting) -> Values:
+    raise ZeroDivisionError("planted")
+
+
+def test_every_cell_in_small(results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--tiny", "--same-process", "--results", str(results.folder)]
+    status = main(arguments)
+    lines = results.lines()
+    assert {name: line.error for name, line in lines.items() if line.error} == {}
+    assert status == 0
+    groups = {line.partition(".")[0] for line in lines}
+    assert groups == {cell.group for cell in protocol.CELLS}
+    assert lines["tune.7b.b1"].values["failures"] == {}
+    assert lines["tune.7b.b1"].values["kernels"]
+    assert lines["e2e.7b.b1"].values["failures"] == {}
+    for own in lines["kernels.7b.b1"].values["works"].values():
+        assert "error" not in own and own["us"] > 0
+
+    capsys.readouterr()
+    text = table.text_tables(results)
+    for title in ("Ceilings", "Correctness", "tune.7b.b1", "decode: kernel", "Goals"):
+        assert title in text
+    readme = table.markdown(results)
+    assert "| Hugging Face |" in readme and table.NOT_MEASURED not in readme
+    # Nothing is left to do.
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("done already") == len(lines)
+
+
+def test_a_failing_cell_is_recorded_and_the_next_one_runs(results: Results) -> None:
+    cells = [cell("a.bad", fail), cell("a.good")]
+    assert run(cells, setting(results), say=lambda text: None)
+    lines = results.lines()
+    assert 'raise ZeroDivisionError("planted")' in str(lines["a.bad"].error)
+    assert lines["a.bad"].reason == "ZeroDivisionError: planted"
+    assert lines["a.good"].values == {"name": "a.good"}
+    assert results.done() == {"a.good"}
+
+
+def test_failed_cells_are_tried_again_and_done_ones_are_not(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+
+    def once_bad(setting: Setting) -> Values:
+        runs.append("bad")
+        return fail(setting) if len(runs) == 1 else {}
+
+    def good(setting: Setting) -> Values:
+        runs.append("good")
+        return {}
+
+    cells = [cell("a.bad", once_bad), cell("a.good", good)]
+    monkeypatch.setattr(protocol, "CELLS", cells)
+    arguments = ["--tiny", "--same-process", "--results", str(results.folder)]
+    assert main(arguments) == 1
+    assert main(arguments) == 0
+    assert runs == ["bad", "good", "bad"]
+    assert main([*arguments, "--again"]) == 0
+    assert runs[3:] == ["bad", "good"]
+
+
+def test_half_a_line_is_no_line_and_spoils_no_other(results: Results) -> None:
+    results.append(Line("a", 1.0))
+    whole = results.path.read_text()
+    results.path.write_text(whole + whole[:20])  # killed while it wrote
+    assert set(results.lines()) == {"a"}
+    results.append(Line("b", 1.0))
+    assert set(results.lines()) == {"a", "b"}
+
+
+WORKER = """
+import json, os, sys, time
+path, *cells = sys.argv[1:]
+for name in cells:
+    if name.endswith("dies"):
+        os.kill(os.getpid(), 9)
+    if name.endswith("hangs"):
+        time.sleep(60)
+    error = "the device is lost" if name.endswith("loses") else None
+    with open(path, "a") as file:
+        file.write(json.dumps({"cell": name, "seconds": 0.0, "error": error}) + "\\n")
+    if error:
+        sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("bad", ["dies", "hangs", "loses"])
+def test_what_ends_a_process_costs_one_cell(
+    bad: str, results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "START_S", 1.5)
+    monkeypatch.setattr(running, "ALLOWANCE", 0.0)
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    results.append(Line("older", 0.0))
+    cells = [cell(f"a.{name}") for name in ("first", bad, "last")] + [cell("b.other")]
+    command = [sys.executable, str(worker), str(results.path)]
+    assert supervise(cells, results, command, budget=20, say=lambda text: None) == []
+    lines = results.lines()
+    assert set(lines) == {"older", *(each.name for each in cells)}
+    assert [name for name, line in lines.items() if not line.is_done] == [f"a.{bad}"]
+    expected = {"dies": "status -9", "hangs": "was ended", "loses": "device is lost"}[bad]
+    assert expected in lines[f"a.{bad}"].reason
+
+
+def test_the_budget_leaves_cells_for_the_next_run(results: Results, tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    results.append(Line("older", 0.0))
+    long = replace(cell("a.long"), minutes=2.0)
+    cells = [cell("a.first"), long, cell("b.third")]
+    command = [sys.executable, str(worker), str(results.path)]
+    left = supervise(cells, results, command, budget=0.6, say=lambda text: None)
+    assert left == [long]
+    assert results.done() == {"older", "a.first", "b.third"}
+
+
+def test_the_default_budget_holds_the_default_cells() -> None:
+    default = chosen(protocol.CELLS, [])
+    assert sum(cell.minutes for cell in default) <= 20
+    order = list(dict.fromkeys(cell.group for cell in default))
+    assert order == ["ceilings", "correctness", "tune", "e2e", "profile"]
+    names = [cell.name for cell in protocol.CELLS]
+    assert len(set(names)) == len(names)
+    assert all(cell.minutes <= 5 for cell in protocol.CELLS)
+
+
+def test_cells_are_named_whole_or_by_their_front() -> None:
+    names = [each.name for each in chosen(protocol.CELLS, ["e2e.13b", "ceilings.nodes"])]
+    assert names[0] == "ceilings.nodes"
+    assert set(names[1:]) == {f"e2e.13b.b{batch}" for batch in (1, 4, 16, 64)}
+    with pytest.raises(ValueError, match="e2e.1.*the groups are ceilings"):
+        chosen(protocol.CELLS, ["e2e.1"])
+
+
+def test_help_list_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "examples:" in capsys.readouterr().out
+    assert main(["--list", "--tiny", "--results", str(tmp_path)]) == 0
+    assert "* e2e.7b.b1 " in capsys.readouterr().out
+    assert main(["nonsense", "--tiny"]) == 2
+    assert "no such cell" in capsys.readouterr().err
+
+
+def test_tables_are_empty_before_anything_is_measured(results: Results) -> None:
+    assert table.markdown(results) == table.NOT_MEASURED == "not measured yet"
+    assert table.text_tables(results) == "not measured yet"
+
+
+def test_a_tuned_entry_takes_nothing_from_fewer_rows(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry of a shape would serve all smaller batches too, which it was not measured for."""
+    usual = {"BLOCK_V": 7, "num_warps": 1}
+    monkeypatch.setattr(tuning, "config_for", lambda *_: usual)
+    best = {"config": {"BLOCK_V": 512}, "us": 2.0, "gb_per_s": 3.0}
+    where = setting(results)
+    tune._write_tables(where, {tune.Question("maxima", 16, (128,)): best})
+    tune._write_tables(where, {tune.Question("maxima", 2, (128,)): best})
+    (file,) = results.folder.glob("tables/*/maxima.json")
+    entries: list[dict[str, Any]] = json.loads(file.read_text())
+    assert [(each["rows"], each["config"]) for each in entries] == [
+        (1, usual),
+        (2, best["config"]),
+        (4, usual),
+        (8, usual),
+        (16, best["config"]),
+    ]
+    # A guess never replaces what was measured.
+    tune._write_tables(where, {tune.Question("maxima", 16, (128,)): best})
+    assert json.loads(file.read_text()) == entries
+
+
+def test_the_reader_reads_everything() -> None:
+    source = torch.ones(3 * 4096)
+    out = reader(source, 2)()
+    assert isinstance(out, torch.Tensor) and out.sum() == len(source)
