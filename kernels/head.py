@@ -7,7 +7,8 @@ its grid is ``(n / BLOCK_N, V / BLOCK_M)``, and the programs that share weights 
 writes the logits, or the best of each program's ``BLOCK_M`` logits as a ranked candidate (see
 ``sampler``), or both: ``sampler.finish`` then chooses among ``V / BLOCK_M`` candidates a row. What
 is ranked are the rounded logits, so the choice is that of ``choose(head_logits(..))``. The loops
-are those of ``products``. Tables: kernel ``head``, shape ``(V, D)``.
+are those of ``products``; ``NORM_APART`` in a configuration gives the norm a launch of its own.
+Tables: kernel ``head``, shape ``(V, D)``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, products, tuning
-from fastskip.kernels.blocks import split
+from fastskip.kernels import numerics, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
+from fastskip.kernels.norm import normalize
+from fastskip.kernels.operands import blocks_for, product_candidates
 from fastskip.kernels.sampler import finish, ranked
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, Linear, Norm
@@ -120,6 +122,11 @@ def head_choose(
     finish(partials, choice)
 
 
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing; ``shape`` as in the tables."""
+    return product_candidates(rows)
+
+
 def _launch_head(
     h: Tensor,
     norm: Norm | None,
@@ -131,8 +138,9 @@ def _launch_head(
     """Launches the product; returns the candidates ``[n, parts]`` if ``does_rank``."""
     refuse_gradients(h=h, logits=logits)
     (rows, width), columns = h.shape, len(head.weight)
-    chosen = config or tuning.config_for("head", h.device, rows, (columns, width))
-    blocks, options = split(chosen)
+    blocks, options = blocks_for("head", config, h, rows, (columns, width))
+    if blocks.pop("NORM_APART", False) and norm is not None:
+        h, norm = normalize(h, norm), None
     parts = triton.cdiv(columns, blocks["BLOCK_M"])
     partials = empty((rows, parts), torch.int64, h.device) if does_rank else None
     kind = products.NO_NORM

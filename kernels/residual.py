@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, products, tuning
-from fastskip.kernels.blocks import split
+from fastskip.kernels import numerics, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
+from fastskip.kernels.operands import blocks_for, distance, product_candidates
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Term
 
@@ -113,7 +113,7 @@ def _add_terms_kernel(
         x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
     )
     if second_weight_ptr is not None:
-        total += _term(
+        other = _term(
             second_x_ptr,
             second_weight_ptr,
             second_stride_xn,
@@ -126,6 +126,12 @@ def _add_terms_kernel(
             BLOCK_E,
             STAGES,
         )
+        if BLOCK_N == 1:
+            # Added before they become tiles: else Triton 3.6 spreads the layout of the weights to
+            # what follows, where every thread would then repeat each access up to 64 times.
+            total = (tl.sum(total, axis=1) + tl.sum(other, axis=1))[:, None]
+        else:
+            total += other
     if bias_ptr is not None:
         total += numerics.load(bias_ptr + owned)[:, None]
     if second_bias_ptr is not None:
@@ -197,8 +203,7 @@ def add_terms_(
         raise ValueError(f"{len(terms)} terms, {len(changes)} changes: allowed are 1 or 2, 0 to 2")
     rows, size = len(first.x), h.shape[1]
     longest = max(term.x.shape[1] for term in terms)
-    chosen = config or tuning.config_for("add_terms", h.device, rows, (size, longest))
-    blocks, options = split(chosen)
+    blocks, options = blocks_for("add_terms", config, h, rows, (size, longest))
     launch(
         _add_terms_kernel,
         (triton.cdiv(rows, blocks["BLOCK_N"]), triton.cdiv(size, blocks["BLOCK_M"])),
@@ -238,11 +243,10 @@ def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = Non
     refuse_gradients(**{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     if len(terms) > 1 and (len(terms) > 2 or _layout(terms[0]) != _layout(terms[1])):
         return [apply_terms([term], config=config)[0] for term in terms]
-    first, last = terms[0], terms[-1]
+    first = terms[0]
     (rows, inner), (size, _) = first.x.shape, first.linear.weight.shape
     out = empty((len(terms), rows, size), first.x.dtype, first.x.device)
-    chosen = config or tuning.config_for("apply_terms", out.device, rows, (size, inner))
-    blocks, options = split(chosen)
+    blocks, options = blocks_for("apply_terms", config, first.x, rows, (size, inner))
     grid = triton.cdiv(rows, blocks["BLOCK_N"]), triton.cdiv(size, blocks["BLOCK_M"])
     launch(
         _apply_terms_kernel,
@@ -252,9 +256,9 @@ def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = Non
         weight_ptr=first.linear.weight,
         bias_ptr=first.linear.bias,
         out_ptr=out,
-        x_distance=_distance(first.x, last.x),
-        weight_distance=_distance(first.linear.weight, last.linear.weight),
-        bias_distance=_distance(first.linear.bias, last.linear.bias),
+        x_distance=distance([term.x for term in terms]),
+        weight_distance=distance([term.linear.weight for term in terms]),
+        bias_distance=distance([term.linear.bias for term in terms]),
         stride_op=out.stride(0),
         stride_xn=first.x.stride(0),
         stride_wm=first.linear.weight.stride(0),
@@ -266,14 +270,20 @@ def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = Non
     return list(out)
 
 
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing, for either kernel; ``shape`` as in the tables.
+
+    The widest blocks are left out where they would leave many of the processors without work.
+    """
+    found = [
+        {name: value for name, value in config.items() if name != "NORM_APART"}
+        for config in product_candidates(rows)
+        if not config.get("NORM_APART") and shape[0] >= 64 * config["BLOCK_M"]
+    ]
+    return found or product_candidates(rows)[:1]
+
+
 def _layout(term: Term) -> tuple[Any, ...]:
     """What two terms must have in common to be told apart by their addresses alone."""
     weight = term.linear.weight
     return term.x.shape, term.x.stride(), weight.shape, weight.stride(), term.linear.bias is None
-
-
-def _distance(first: Tensor | None, second: Tensor | None) -> int:
-    """Elements from the one tensor to the other, in whatever memory they lie."""
-    if first is None or second is None or first.is_meta:
-        return 0
-    return (second.data_ptr() - first.data_ptr()) // first.element_size()

@@ -271,11 +271,17 @@ def embed(
     )
 
 
-def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Configurations of ``maxima`` worth timing; the other three take what the table says."""
-    return [
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations of ``maxima`` and of ``finish`` worth timing, told apart by their blocks."""
+    maxima = [
         {"BLOCK_V": block, "num_warps": warps}
         for block in (512, 1024, 2048, 4096)
         for warps in (4, 8)
-        if block < 2 * shape[0]
     ]
+    many = ((4, 512, 4), (4, 1024, 8), (16, 128, 8), (16, 256, 8), (16, 512, 16), (64, 64, 8))
+    finish = [
+        {"BLOCK_B": row, "BLOCK_P": part, "STAGES": stages, "num_warps": warps}
+        for row, part, warps in (((1, 1024, 4), (1, 2048, 8), (1, 4096, 8)) if rows == 1 else many)
+        for stages in (1, 3)
+    ]
+    return [*maxima, *finish]
