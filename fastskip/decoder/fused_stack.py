@@ -18,7 +18,7 @@ from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.stack import Decoder, Watch
 from fastskip.ops import Operations
-from fastskip.ops.contracts import Rotation
+from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.operations import FusedOperations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.tokens import TokenLayout
@@ -70,9 +70,10 @@ class FusedDecoder(Decoder):
     def addresses(self) -> tuple[int, ...]:
         """Where the weights lie that the fused blocks read: parameters may get other data."""
         own = [block.weights for block in self._fused_blocks]
-        norms = [norm for one in own for norm in (one.attention_norm, one.ffn_norm)]
-        linears = [each for one in own for each in (one.qkv, one.output, one.feed, one.down)]
-        tensors = [tensor for part in (*norms, *linears) for tensor in (part.weight, part.bias)]
+        parts: list[Norm | Linear] = []
+        for one in own:
+            parts += one.attention_norm, one.qkv, one.output, one.ffn_norm, one.feed, one.down
+        tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
         return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
     def refresh(self, *, wants_gradient: bool) -> None:
