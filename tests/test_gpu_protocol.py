@@ -54,7 +54,7 @@ def test_every_cell_in_small(results: Results, capsys: pytest.CaptureFixture[str
 
     capsys.readouterr()
     text = table.text_tables(results)
-    for title in ("Ceilings", "Correctness", "tune.7b.b1", "decode: kernel", "Goals"):
+    for title in ("Ceilings", "Correctness", "tune.7b.b1", "decode: kernel"):
         assert title in text
     readme = table.markdown(results)
     assert "| Hugging Face |" in readme and table.NOT_MEASURED not in readme
@@ -183,6 +183,30 @@ def test_help_list_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_tables_are_empty_before_anything_is_measured(results: Results) -> None:
     assert table.markdown(results) == table.NOT_MEASURED == "not measured yet"
     assert table.text_tables(results) == "not measured yet"
+
+
+def test_goals_are_judged(results: Results) -> None:
+    peers = {
+        "dense": {"tpot_ms": 3.5, "tpot_vs_hf_static": 1.2, "tpot_vs_hf": None},
+        "half_blocks": {"tpot_vs_dense": 1.9},
+    }
+    rows = {row[0].strip(): row[1:] for row in table.goals({"widths": "7b", "peers": peers}, None)}
+    assert rows["dense, batch 1: ms/token <= 3.6"] == ("3.50", "met")
+    assert rows["stretch: <= 3.4"] == ("3.50", "missed")
+    assert rows[">= 1.25x compiled Hugging Face"] == ("1.20", "missed")
+    assert rows["half of the blocks: >= 1.87x dense"] == ("1.90", "met")
+    assert len(rows) == 4
+
+
+def test_the_readme_keeps_what_is_around_the_table(results: Results, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    table.write_readme(readme, results)
+    marked = f"{table.BEGIN}\nnot measured yet\n{table.END}"
+    assert readme.read_text() == f"before\n{marked}\nafter\n"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="GPU table"):
+        table.write_readme(readme, results)
 
 
 def test_a_tuned_entry_takes_nothing_from_fewer_rows(

@@ -20,6 +20,7 @@ earlier cell would have left and did not is measured on the spot, or done withou
 
 **Timing.** Kernels by replays of a CUDA graph that holds a call for each of several copies of the
 weights, more than the L2 cache holds (``timing``). End to end by the wall clock around
-``generate``: no hooks and no waits inside, contenders in turn, in an order that moves on from round
-to round, medians. Time per token is (128 tokens - 1 token) / 127.
+``generate`` and a streamer that notes when tokens reach the host: no hooks and no waits inside,
+contenders in turn, in an order that moves on from round to round, medians. Time per token is the
+median gap between two tokens.
 """

@@ -56,9 +56,14 @@ class Cell:
         return self.name.partition(".")[0]
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether the device has failed for good: nothing that runs after it would be right."""
-    return "CUDA error" in str(error) and torch.cuda.is_available()
+def is_lost(device: torch.device) -> bool:
+    """Whether the device has failed for good: nothing that runs on it any more would be right."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
 
 
 def chosen(cells: list[Cell], names: list[str]) -> list[Cell]:

@@ -37,7 +37,7 @@ def compare(setting: Setting, widths: Widths, rows: int) -> Values:
         try:
             found[name] = _times(setting, widths, maker, rows)
         except Exception as error:
-            if is_lost(error):
+            if is_lost(setting.device):
                 raise
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         if setting.seconds_left < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -22,7 +23,7 @@ def compile_ahead(calls: Iterable[Callable[[], object]], device: torch.device) -
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for call in calls:
-            with recording(is_dry=True) as account:
+            with recording(is_dry=True) as account, suppress(Exception):
                 call()
             for launch in account.launches:
                 if launch.kernel is not None:

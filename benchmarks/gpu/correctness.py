@@ -84,7 +84,7 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
         try:
             worst = _worst(compiled, maker, widths, rows, dtype, setting.device)
         except Exception as error:
-            if is_lost(error):
+            if is_lost(setting.device):
                 raise
             worst = {"error": f"{type(error).__name__}: {error}"}
         found[f"{name}, {rows} rows"] = worst

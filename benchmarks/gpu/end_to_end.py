@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import PEERS, load, shape
 from benchmarks.gpu.results import Values
+from benchmarks.gpu.timing import synchronize
 from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
@@ -27,9 +29,8 @@ from fastskip.demo.timing import no_collection
 from fastskip.plan import SkipPlan
 
 N_NEW = 128
-WARM_TOKENS = 4
 ROUNDS, LEAST_ROUNDS = 5, 2
-GROUPS = ("ttft", "prefill", "tpot", "call")
+GROUPS = ("ttft", "prefill", "tpot", "tpot_mean", "call")
 
 
 @dataclass
@@ -61,8 +62,8 @@ def measure(setting: Setting, widths: Widths, batch: int) -> Values:
         try:
             _first_call(contender, inputs, n_new, device)
             contenders.append(contender)
-        except Exception as error:
-            if is_lost(error):
+        except Exception:
+            if is_lost(setting.device):
                 raise
             failures[peer.name] = traceback.format_exc(limit=-6)
             torch.compiler.reset()
@@ -113,22 +114,46 @@ def _rounds(
 
 
 def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
+    """One sample of each quantity."""
     model = contender.select()
-    _generate(contender, model, inputs, min(WARM_TOKENS, n_new))  # a policy just set is cold
+    if contender.peer.policy is not None:
+        _generate(contender, model, inputs, n_new)  # a policy just set captures its graphs anew
     with no_collection():
-        call = _seconds(lambda: _generate(contender, model, inputs, n_new), device)
-        watch = _Entry(device)
+        watch = _Arrivals()
+        begin, call = _timed(partial(_generate, contender, model, inputs, n_new, watch), device)
+        entry = _Entry(device)
         # Only here: a hook would make compiled code compile again.
-        hook = model.get_decoder().register_forward_pre_hook(watch)
+        hook = model.get_decoder().register_forward_pre_hook(entry)
         try:
-            ttft = _seconds(lambda: _generate(contender, model, inputs, 1), device)
-            prefill = watch.seconds_since()
+            _timed(partial(_generate, contender, model, inputs, 1), device)
+            prefill = entry.seconds_since()
         finally:
             hook.remove()
-    found = {"call": call, "ttft": ttft, "tpot": (call - ttft) / (n_new - 1), "prefill": prefill}
+    _, first, *_ = stamps = watch.stamps  # before them the prompt itself
+    gaps = [b - a for a, b in pairwise(stamps[1:])]
+    found = {
+        "ttft": first - begin,
+        "prefill": prefill,
+        "tpot": statistics.median(gaps),
+        "tpot_mean": statistics.mean(gaps),
+        "call": call,
+    }
     for quantity, value in found.items():
         if value is not None:
             contender.samples.setdefault(quantity, []).append(value)
+
+
+class _Arrivals:
+    """A streamer that notes when tokens reach the host; all loops run as fast with one."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
 
 
 class _Entry:
@@ -159,24 +184,31 @@ class _Entry:
         return seconds
 
 
-def _generate(contender: Contender, model: Any, inputs: dict[str, Tensor], n_new: int) -> Tensor:
+def _generate(
+    contender: Contender,
+    model: Any,
+    inputs: dict[str, Tensor],
+    n_new: int,
+    streamer: _Arrivals | None = None,
+) -> Tensor:
     cache = contender.peer.hf_cache
     options = {} if cache is None else {"cache_implementation": cache}
-    tokens: Tensor = model.generate(**inputs, max_new_tokens=n_new, do_sample=False, **options)
+    tokens: Tensor = model.generate(
+        **inputs, max_new_tokens=n_new, do_sample=False, streamer=streamer, **options
+    )
     made = tokens[:, inputs["input_ids"].shape[1] :]
     if made.shape[1] != n_new:
         raise RuntimeError(f"{made.shape[1]} tokens were made, {n_new} wanted")
     return made.cpu()
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _timed(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """When it began, and how many seconds it took."""
+    synchronize(torch.device(device))
     begin = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    synchronize(torch.device(device))
+    return begin, time.perf_counter() - begin
 
 
 def _summary(

@@ -20,7 +20,9 @@ IMAGE_FFN = Peer(
     "no FFN for image rows in any layer",
     lambda depth: SkipPolicy.preset("image_ffn", start=0, end=depth),
 )
-_KNOWN = {peer.name: peer for peer in (*DEFAULT, *MORE, IMAGE_FFN)}
+# On a GPU Hugging Face compiles the decode step for a static cache.
+COMPILED = Peer("hf_static", "Hugging Face, static cache + compile", hf_cache="static")
+_KNOWN = {peer.name: peer for peer in (*DEFAULT, *MORE, IMAGE_FFN, COMPILED)}
 PEERS = tuple(
     _KNOWN[name]
     for name in (

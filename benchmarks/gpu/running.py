@@ -18,7 +18,7 @@ from itertools import groupby
 
 import torch
 
-from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.results import Line, Results
 from benchmarks.records import environment
 
@@ -28,6 +28,8 @@ START_S = 60.0
 """What a process may take for its imports."""
 ALLOWANCE = 2.0
 """A cell is ended after so many times its minutes."""
+GRACE_S = 20.0
+"""A cell that runs when the budget is used up is ended after so long, and left for the next run."""
 Say = Callable[[str], object]
 
 
@@ -53,18 +55,17 @@ def supervise(
 
     ``command``, followed by names of cells, runs these cells in its own process.
     """
-    began = time.perf_counter()
+    end = time.perf_counter() + 60 * budget
     left: list[Cell] = []
     for _, group in groupby(cells, key=lambda cell: cell.group):
         todo = list(group)
         while todo:
-            spare = budget - (time.perf_counter() - began) / 60
-            fitting = _fitting(todo, spare)
+            fitting = _fitting(todo, (end - time.perf_counter()) / 60)
             if not fitting:
                 left += todo
                 break
             before = results.path.stat().st_size if results.path.exists() else 0
-            _one_process(fitting, results, command)
+            _one_process(fitting, results, command, end)
             written = _written(results, before)
             # Cells that did not fit are asked for again with what time there is then.
             todo = [cell for cell in todo if cell.name not in written]
@@ -88,14 +89,11 @@ def _attempt(cell: Cell, setting: Setting) -> Line:
 def _clean_up(setting: Setting) -> bool:
     """Frees what the cell held; whether the device still answers."""
     gc.collect()
-    torch.compiler.reset()
-    if setting.device.type != "cuda":
-        return True
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
+    if is_lost(setting.device):
         return False
+    if setting.device.type == "cuda":
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
     return True
 
 
@@ -110,16 +108,23 @@ def _fitting(cells: Sequence[Cell], minutes: float) -> list[Cell]:
     return found
 
 
-def _one_process(cells: Sequence[Cell], results: Results, command: Sequence[str]) -> None:
-    """Runs the cells; the first one without a line when the process ends badly gets one."""
+def _one_process(
+    cells: Sequence[Cell], results: Results, command: Sequence[str], end: float
+) -> None:
+    """Runs the cells, until the time ``end`` at most.
+
+    The first cell without a line when the process ends badly gets one.
+    """
     before = results.path.stat().st_size if results.path.exists() else 0
     process = subprocess.Popen([*command, *(cell.name for cell in cells)], start_new_session=True)
     reason = ""
+    is_late = False
     written: list[str] = []
     try:
         since = time.perf_counter()
-        while process.poll() is None:
+        while process.poll() is None and not is_late:
             time.sleep(0.2)
+            is_late = time.perf_counter() > end + GRACE_S
             now = _written(results, before)
             if len(now) > len(written):
                 written, since = now, time.perf_counter()
@@ -131,7 +136,7 @@ def _one_process(cells: Sequence[Cell], results: Results, command: Sequence[str]
     finally:
         _end(process)
     written = _written(results, before)
-    if len(written) < len(cells) and process.returncode != UNUSABLE:
+    if len(written) < len(cells) and process.returncode != UNUSABLE and not is_late:
         reason = reason or f"the process ended with status {process.returncode}"
         name = cells[len(written)].name
         results.append(Line(name, 0.0, error=reason))

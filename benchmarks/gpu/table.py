@@ -1,4 +1,7 @@
-"""Tables of a results file: plain text for a terminal, Markdown for the README."""
+"""Tables of a results file: plain text for a terminal, Markdown for the README.
+
+python -m benchmarks.gpu.table benchmarks/results/<gpu> [--readme README.md]
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.inputs import SEVEN
+from benchmarks.gpu.results import Results, Values
 
 NOT_MEASURED = "not measured yet"
+BEGIN, END = "<!-- GPU table -->", "<!-- end of GPU table -->"
 HEAD = (
     "",
     "TTFT, ms",
@@ -31,9 +36,9 @@ def text_tables(results: Results) -> str:
     """Everything that is there, the end-to-end tables and the goals last."""
     parts = [*_ceilings(results), *_correctness(results), *_kernels(results), *_profiles(results)]
     parts += [f"{title}\n{_aligned([HEAD, *rows])}" for title, rows in _end_to_end(results)]
-    goals = _goals(results)
-    if goals:
-        parts.append("Goals\n" + _aligned(goals))
+    judged = goals(*(results.values(f"e2e.7b.b{batch}") for batch in (1, 16)))
+    if judged:
+        parts.append("Goals\n" + _aligned(judged))
     failed = [line for line in results.lines().values() if not line.is_done]
     parts += [f"FAILED {x.cell}: {x.reason}" for x in failed]
     return "\n\n".join(parts) or NOT_MEASURED
@@ -56,6 +61,17 @@ def markdown(results: Results) -> str:
         "`python -m benchmarks.gpu`"
     )
     return "\n\n".join(parts)
+
+
+def write_readme(readme: Path, results: Results) -> None:
+    """Puts the table between the marks that the README has for it."""
+    text = readme.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme}: no {BEGIN} ... {END}")
+    table = f"{head}{BEGIN}\n{markdown(results)}\n{END}{tail}"
+    readme.write_text(table, encoding="utf-8")
 
 
 def _ceilings(results: Results) -> list[str]:
@@ -161,10 +177,9 @@ def _row(own: dict[str, Any]) -> Row:
     )
 
 
-def _goals(results: Results) -> list[Row]:
-    """What was aimed at on an H200 in bf16, and what came of it."""
+def goals(one: Values | None, many: Values | None) -> list[Row]:
+    """What was aimed at on an H200 in bf16, and what came of it: 7B at batch 1 and 16."""
     rows: list[Row] = []
-    one, many = (results.values(f"e2e.7b.b{batch}") for batch in (1, 16))
 
     def goal(text: str, own: dict[str, Any] | None, key: str, limit: float, at_most: bool) -> None:
         value = None if own is None else own.get(key)
@@ -172,7 +187,7 @@ def _goals(results: Results) -> list[Row]:
             is_met = value <= limit if at_most else value >= limit
             rows.append((text, f"{value:.2f}", "met" if is_met else "missed"))
 
-    if one:
+    if one and one["widths"] == SEVEN.name:  # else it is a run in small
         peers = one["peers"]
         dense, half = peers.get("dense"), peers.get("half_blocks")
         goal("dense, batch 1: ms/token <= 3.6", dense, "tpot_ms", 3.6, True)
@@ -182,7 +197,7 @@ def _goals(results: Results) -> list[Row]:
         goal("half of the blocks: >= 1.87x dense", half, "tpot_vs_dense", 1.87, False)
         image = peers.get("image_ffn_all")
         goal("text-only FFN: prefill >= 1.7x dense", image, "prefill_vs_dense", 1.7, False)
-    if many:
+    if many and many["widths"] == SEVEN.name:
         dense = many["peers"].get("dense")
         goal("batch 16: >= 0.85 of the floor", dense, "tpot_share_of_floor", 0.85, False)
     return rows
@@ -215,10 +230,16 @@ def _aligned(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the README's table: python -m benchmarks.gpu.table benchmarks/results/<gpu>"""
+    """Print the README's table, or write it there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.table", description=__doc__)
     parser.add_argument("folder", type=Path, help="where results.jsonl is")
-    print(markdown(Results(parser.parse_args(arguments).folder)))
+    parser.add_argument("--readme", type=Path, help="a file with marks around its GPU table")
+    options = parser.parse_args(arguments)
+    results = Results(options.folder)
+    if options.readme is None:
+        print(markdown(results))
+    else:
+        write_readme(options.readme, results)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
         try:
             new = _tune_work(setting, on_own_memory(maker, widths, rows, setting), answered)
         except Exception as error:
-            if is_lost(error):
+            if is_lost(setting.device):
                 raise
             failures[name] = f"{type(error).__name__}: {error}"
             continue
@@ -117,7 +117,7 @@ def _fastest(
             calls = [partial(_answered, {question: config}, work) for work in works]
             times.append((seconds(calls, setting.device, REPLAYS), config))
         except Exception as error:
-            if is_lost(error):
+            if is_lost(setting.device):
                 raise
             faults.append(f"{dict(config)}: {type(error).__name__}: {error}"[:300])
     if not times:
@@ -280,7 +280,7 @@ def _cell(widths: Widths, rows: int, is_default: bool) -> Cell:
 
 
 CELLS = [
-    _cell(widths, rows, widths is SEVEN and rows < 17)
+    _cell(widths, rows, widths is SEVEN and rows in (1, 16, 0))
     for widths in (SEVEN, THIRTEEN)
     for rows in (1, 16, 0, 4, 64)
 ]
