@@ -77,15 +77,16 @@ class Compiled:
 def matrix_of(kernel: str, blocks: Mapping[str, int], arch: int) -> str | None:
     """The matrix instruction that a launch must use, or ``None``.
 
-    Weights are the M operand of the decode products, so WGMMA needs 64 rows of them.
+    Weights are the M operand of the decode products, rows that of a prompt's; WGMMA needs 64.
     """
-    if kernel not in PRODUCTS or blocks["BLOCK_N"] < 16:
+    if kernel == "linear_rows":
+        operand = blocks["BLOCK_N"]
+    elif kernel in PRODUCTS and blocks["BLOCK_N"] >= 16:
+        operand = blocks["BLOCK_M"]
+    else:
         return None
-    if arch == 90 and blocks["BLOCK_M"] >= 64:
-        return "HGMMA"
-    if arch == 100 and blocks["BLOCK_M"] >= 64:
-        return "UTCHMMA"
-    return "HMMA"
+    by_arch = {90: "HGMMA", 100: "UTCHMMA"}
+    return by_arch.get(arch, "HMMA") if operand >= 64 else "HMMA"
 
 
 def faults_of(kernel: str, blocks: Mapping[str, int], arch: int, finding: Any) -> Iterator[str]:

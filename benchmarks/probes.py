@@ -24,6 +24,7 @@ from fastskip.kernels import (
     projection,
     residual,
     rotary,
+    row_gemm,
     sampler,
     tuning,
 )
@@ -255,6 +256,30 @@ PROBES = (
         ("apply_terms",),
         lambda m, n: residual.apply_terms([m.output(n), m.output(n)]),
         most=64,
+    ),
+    Probe(
+        "linear_rows",
+        ("linear_rows",),
+        lambda m, n: row_gemm.linear_rows(m.h(n), m.output(n).linear),
+    ),
+    Probe(
+        "linear_rows gated, from indexed rows",
+        ("linear_rows",),
+        lambda m, n: row_gemm.linear_rows(
+            m.h(2 * n), m.up().linear, index=numbers(n), activation=m.activation
+        ),
+    ),
+    Probe(
+        "linear_rows onto indexed rows, counted on the device",
+        ("linear_rows",),
+        lambda m, n: row_gemm.linear_rows(
+            m.down(n).x,
+            m.down(n).linear,
+            out=m.h(2 * n),
+            out_index=numbers(n),
+            count=numbers(1),
+            onto=True,
+        ),
     ),
     Probe(
         "head_logits",

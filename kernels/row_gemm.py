@@ -1,0 +1,201 @@
+"""Products of a prompt's rows, picked from one tensor and put into another, by matrix instructions.
+
+    y[n] = x[index[n]] @ weight.T + bias                       [n, M], or [n, 2F] if gated
+    z = y, relu(y), or silu(y[:F]) * y[F:]                     gate and up in one program
+    out[out_index[n]] = z, or += z                             [N, M] or [N, F]
+
+``x [N, E]``, ``weight [M, E]``, ``bias [M]``. ``count [1]`` says on the device how many of the
+``n`` rows there are: the grid is that of all rows, and what lies beyond leaves at once.
+
+Grid ``(n / BLOCK_N * M / BLOCK_M,)``: within ``GROUP`` row blocks the row is the faster index, so
+that programs which share weights run together and find them, and their rows, in the L2 cache. Rows
+are the M operand of the matrix instructions: 64 of them fill WGMMA, and narrow ``BLOCK_M`` spreads
+even those over all processors, without a second stage. Tables: kernel ``linear_rows``, shape
+``(M, E)``, of a gated product ``(F, E)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, tuning
+from fastskip.kernels.activation import relu, silu
+from fastskip.kernels.blocks import split
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Activation, Linear
+
+LINEAR = tl.constexpr(0)
+RELU = tl.constexpr(1)
+GATED = tl.constexpr(2)
+FORMS = {None: LINEAR, Activation.RELU: RELU, Activation.GATED_SILU: GATED}
+
+
+@triton.jit
+def _tile(program, row_blocks, column_blocks, GROUP: tl.constexpr):
+    """Which block of rows and of columns a program computes."""
+    per_group = GROUP * column_blocks
+    first = program // per_group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    within = program % per_group
+    return first + within % size, within // size
+
+
+@triton.jit
+def _linear_rows_kernel(
+    x_ptr,
+    index_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    out_index_ptr,
+    count_ptr,
+    stride_xn,
+    stride_wm,
+    stride_on,
+    rows,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    FORM: tl.constexpr,
+    DOES_ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row_block, column_block = _tile(
+        tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(M, BLOCK_M), GROUP
+    )
+    if count_ptr is not None:
+        rows = tl.minimum(rows, tl.load(count_ptr))
+        if row_block * BLOCK_N >= rows:
+            return
+    n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows and columns beyond the end repeat the last: no masks on the way.
+    source = tl.minimum(n, rows - 1)
+    if index_ptr is not None:
+        source = tl.load(index_ptr + source)
+    owned = tl.minimum(m, M - 1)
+    e = tl.arange(0, BLOCK_E)
+    x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xn + e[None, :]
+    weight_ptrs = weight_ptr + owned.to(tl.int64)[:, None] * stride_wm + e[None, :]
+    # Gate and up of a column lie F rows apart.
+    up_ptrs = weight_ptrs + M * stride_wm.to(tl.int64)
+
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        is_real = None if E % BLOCK_E == 0 else (first + e < E)[None, :]
+        other = None if E % BLOCK_E == 0 else 0.0
+        x = tl.load(x_ptrs + first, mask=is_real, other=other)
+        weight = tl.load(weight_ptrs + first, mask=is_real, other=other)
+        y = numerics.dot(x, tl.trans(weight), y)
+        if FORM == GATED:
+            weight = tl.load(up_ptrs + first, mask=is_real, other=other)
+            up = numerics.dot(x, tl.trans(weight), up)
+
+    if bias_ptr is not None:
+        y += numerics.load(bias_ptr + owned)[None, :]
+    if FORM == RELU:
+        y = relu(y)
+    if FORM == GATED:
+        if bias_ptr is not None:
+            up += numerics.load(bias_ptr + M + owned)[None, :]
+        y = silu(y) * up
+    place = tl.minimum(n, rows - 1)
+    if out_index_ptr is not None:
+        place = tl.load(out_index_ptr + place)
+    out_ptrs = out_ptr + place.to(tl.int64)[:, None] * stride_on + m[None, :]
+    inside = (n < rows)[:, None] & (m < M)[None, :]
+    if DOES_ADD:
+        y += numerics.load(out_ptrs, inside)
+    numerics.store(out_ptrs, y, inside)
+
+
+def linear_rows(
+    x: Tensor,
+    weights: Linear,
+    *,
+    index: Tensor | None = None,
+    out: Tensor | None = None,
+    out_index: Tensor | None = None,
+    count: Tensor | None = None,
+    activation: Activation | None = None,
+    onto: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """``activation(x[index] @ weight.T + bias)`` into ``out[out_index]``; ``onto``: added to it.
+
+    ``x [N, E]``; ``index``, ``out_index [n]`` int32, in each no row twice; ``count [1]`` int32: how
+    many of the ``n`` rows are computed. Returns ``out``, by default a new ``[n, M]``, or ``[n, F]``
+    if gated. Rows that are not computed are left as they were.
+    """
+    refuse_gradients(x=x, out=out)
+    if out is None and (onto or out_index is not None):
+        raise ValueError("out: what is added to, or filled by out_index, must be given")
+    assert x.stride(1) == 1 and (out is None or out.stride(1) == 1)
+    form = FORMS[activation]
+    rows, inner = len(x) if index is None else len(index), x.shape[1]
+    width = len(weights.weight) // (2 if form is GATED else 1)
+    if out is None:
+        out = empty((rows, width), x.dtype, x.device)
+    chosen = config or tuning.config_for("linear_rows", x.device, rows, (width, inner))
+    blocks, options = split(chosen)
+    # Tables count elements of two bytes; wider ones go by half as many at a time.
+    blocks["BLOCK_E"] = max(16, blocks["BLOCK_E"] * 2 // x.element_size())
+    tiles = triton.cdiv(rows, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_M"])
+    launch(
+        _linear_rows_kernel,
+        (tiles,),
+        options,
+        x_ptr=x,
+        index_ptr=index,
+        weight_ptr=weights.weight,
+        bias_ptr=weights.bias,
+        out_ptr=out,
+        out_index_ptr=out_index,
+        count_ptr=count,
+        stride_xn=x.stride(0),
+        stride_wm=weights.weight.stride(0),
+        stride_on=out.stride(0),
+        rows=rows,
+        M=width,
+        E=inner,
+        FORM=form.value,
+        DOES_ADD=onto,
+        **blocks,
+    )
+    return out
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing; a gated product needs as much again for the other weights."""
+    sizes = (
+        (64, 16, 256, 4, 4),
+        (64, 32, 128, 5, 4),
+        (64, 32, 256, 3, 4),
+        (64, 64, 64, 5, 4),
+        (64, 64, 128, 3, 4),
+        (64, 64, 128, 4, 4),
+        (64, 128, 64, 4, 4),
+        (64, 128, 128, 2, 4),
+        (128, 64, 64, 4, 4),
+        (128, 64, 128, 3, 8),
+        (128, 128, 64, 3, 8),
+        (128, 128, 64, 4, 8),
+        (128, 256, 64, 3, 8),
+        (256, 128, 64, 3, 8),
+    )
+    return [
+        {"BLOCK_N": n, "BLOCK_M": m, "BLOCK_E": e, "GROUP": 8, "STAGES": s, "num_warps": warps}
+        for n, m, e, s, warps in sizes
+        if n < 2 * max(rows, 64) and (n + 2 * m) * e * 2 * s <= 224 * 1024
+    ]
