@@ -40,10 +40,12 @@ def blocks_for(
     """Blocks and options of a product of ``shape``, (out, in) features, on ``rows`` rows.
 
     Tables count ``BLOCK_E`` in elements of two bytes; wider ones go by half as many at a time. No
-    block is much wider than a row.
+    block is much wider than a row. fp32 is always streamed: matrix instructions would round it.
     """
     chosen = config or tuning.config_for(name, x.device, rows, shape)
     blocks, options = split(chosen)
+    if x.element_size() > 2 and blocks["BLOCK_N"] > 4:
+        blocks |= {"BLOCK_M": 8, "BLOCK_N": 4, "BLOCK_E": 256}
     width = min(blocks["BLOCK_E"] * 2 // x.element_size(), triton.next_power_of_2(shape[1]))
     return {**blocks, "BLOCK_E": max(16, width)}, options
 
@@ -107,52 +109,64 @@ class RowsRead:
 def product_candidates(rows: int) -> list[dict[str, int]]:
     """Configurations worth timing for a product of few rows: bytes in flight against launch width.
 
-    In the streaming form a tile is 4 to 32 KB and one to five are on their way; in the tensor form
-    WGMMA (64 weight rows and more) stands against narrower tiles with ``mma.sync``.
+    In the streaming form a tile is 4 to 16 KB, pipelined through shared memory or, with one stage,
+    held by many small programs. In the tensor form WGMMA (64 weight rows and more) stands against
+    narrower tiles, and the norm in the product against one of its own.
     """
+    found = []
     if rows <= 4:
         block = triton.next_power_of_2(max(rows, 1))
-        return [
-            {"BLOCK_M": m, "BLOCK_N": block, "BLOCK_E": e, "STAGES": stages, "num_warps": warps}
-            for m, e, stages, warps in (
-                (8, 256, 4, 4),
-                (8, 256, 5, 4),
-                (8, 512, 1, 4),
-                (8, 512, 4, 4),
-                (8, 1024, 1, 4),
-                (8, 1024, 4, 8),
-                (16, 256, 1, 4),
-                (16, 256, 4, 4),
-                (16, 256, 6, 4),
-                (16, 512, 1, 4),
-                (16, 512, 4, 4),
-                (16, 512, 4, 8),
-                (32, 256, 4, 8),
-                (32, 512, 3, 8),
-            )
-            if m * e * block <= 128 * warps * 64
+        found += [
+            _blocks(m, block, e, stages, warps)
+            for m, e, stages, warps in _STREAM_TILES
+            # An accumulator a row: no more than 64 registers of them.
+            if m * e * block <= 64 * 32 * warps
         ]
-    block = min(64, max(16, triton.next_power_of_2(rows)))
-    return [
-        {
-            "BLOCK_M": m,
-            "BLOCK_N": block,
-            "BLOCK_E": e,
-            "STAGES": stages,
-            "NORM_APART": is_apart,
-            "num_warps": warps,
-        }
-        for m, e, stages, warps in (
-            (16, 256, 4, 4),
-            (32, 256, 4, 4),
-            (32, 128, 6, 4),
-            (64, 128, 4, 4),
-            (64, 64, 6, 4),
-            (64, 256, 3, 4),
-            (128, 64, 5, 4),
-            (128, 64, 6, 8),
-            (128, 128, 4, 8),
-        )
-        for is_apart in (0, 1)
-        if (m + block) * e * 2 * stages <= 220 * 1024
-    ]
+    if rows > 1:
+        block = min(64, max(16, triton.next_power_of_2(rows)))
+        found += [
+            {**_blocks(m, block, e, stages, warps), "NORM_APART": is_apart}
+            for m, e, stages, warps in (_TENSOR_TILES[:5] if found else _TENSOR_TILES)
+            for is_apart in (0, 1)
+            # Rows that a norm passes through registers: no more than 64 of their elements a thread.
+            if (m + block) * e * 2 * stages <= 216 << 10
+            and (is_apart or block * e <= 64 * 32 * warps)
+        ]
+    return found
+
+
+_STREAM_TILES = (
+    (8, 256, 4, 4),
+    (8, 256, 6, 4),
+    (8, 512, 1, 4),
+    (8, 512, 4, 4),
+    (8, 1024, 1, 4),
+    (8, 1024, 4, 8),
+    (16, 128, 6, 4),
+    (16, 256, 1, 4),
+    (16, 256, 3, 4),
+    (16, 256, 4, 4),
+    (16, 256, 6, 4),
+    (16, 512, 1, 4),
+    (16, 512, 4, 4),
+    (16, 512, 4, 8),
+    (32, 256, 4, 8),
+)
+_TENSOR_TILES = (
+    (16, 256, 4, 4),
+    (32, 128, 5, 4),
+    (64, 128, 3, 4),
+    (64, 128, 4, 4),
+    (64, 256, 3, 4),
+    (32, 256, 4, 4),
+    (64, 64, 4, 4),
+    (64, 64, 6, 4),
+    (128, 64, 4, 8),
+    (128, 64, 6, 8),
+    (128, 128, 3, 8),
+    (128, 128, 4, 8),
+)
+
+
+def _blocks(m: int, n: int, e: int, stages: int, warps: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_E": e, "STAGES": stages, "num_warps": warps}
