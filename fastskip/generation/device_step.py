@@ -52,7 +52,7 @@ class DeviceStep:
     def _step(self) -> None:
         state, ops = self.state, self._decoder.fused
         if _is_plain(self._embedding, nn.Embedding):
-            ops.embed(state.choice.tokens, self._embedding.weight, state.h)
+            ops.embed(state.choice.tokens, self._embedding.weight.detach(), state.h)
         else:
             state.h.copy_(self._embedding(state.choice.tokens))
         h = self._decoder.run_steps(state.h, state.rows_of, state.store)
