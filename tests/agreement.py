@@ -18,13 +18,13 @@ from tests.policies import Policy
 class Trio:
     """One model plain, in fp64, and prepared; the last one changes its policy from test to test."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, impl: str | None = None) -> None:
         with torch.no_grad():
             # Hugging Face's loop without a cache takes a generated placeholder for an image and
             # raises, so the reserved ids must never be the best.
             model.get_output_embeddings().weight[-2:] = 0
         self.plain, self.exact = model, truth_copy(model)
-        self.prepared: Any = fastskip.apply_(copy.deepcopy(model))
+        self.prepared: Any = fastskip.apply_(copy.deepcopy(model), impl=impl)
 
     def under(self, policy: Policy) -> Any:
         """The prepared model under `policy`."""

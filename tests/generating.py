@@ -75,7 +75,7 @@ class Twins:
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def twins(kind: str, *, sequences: int = 3) -> Twins:
+def twins(kind: str, *, sequences: int = 3, impl: str | None = None) -> Twins:
     """`kind`: "llava" (ragged left-padded prompts with two images, none and one) or "llama"."""
     is_llava = kind == "llava"
     stock: Any = tiny_llava(vocab=VOCAB) if is_llava else tiny_llama(vocab=VOCAB)
@@ -87,7 +87,8 @@ def twins(kind: str, *, sequences: int = 3) -> Twins:
         exact = copy.deepcopy(stock).double()(**_double(inputs)).logits[batch.real]
     rounding = float((logits - exact).abs().max() / exact.abs().max())
     greedy = stock.generate(**inputs, max_new_tokens=NEW)[:, -NEW:]
-    return Twins(stock, fastskip.apply_(copy.deepcopy(stock)), inputs, greedy, rounding)
+    ours = fastskip.apply_(copy.deepcopy(stock), impl=impl)
+    return Twins(stock, ours, inputs, greedy, rounding)
 
 
 def _double(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""What tests of the device executor share: steps that behave like graphs, counted."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastskip.generation.device_step import DeviceStep
+
+IMPL = "torch"
+"""The device executor wherever tests run."""
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[DeviceStep]:
+    """Steps as a CUDA graph would run them; each launch is noted.
+
+    A capture runs the step a few times, and afterwards its results always lie in the same memory.
+    """
+    launched: list[DeviceStep] = []
+
+    def capture(
+        work: Callable[[], None], device: torch.device, pool: Any = None
+    ) -> Callable[[], None]:
+        step: DeviceStep = work.__self__  # type: ignore[attr-defined]
+        for _ in range(3):
+            work()
+        logits = step.logits
+
+        def replay() -> None:
+            launched.append(step)
+            work()
+            if logits is not None:
+                assert step.logits is not None
+                logits.copy_(step.logits)
+                step.logits = logits
+
+        return replay
+
+    monkeypatch.setattr("fastskip.generation.device_step.capture", capture)
+    return launched
