@@ -100,19 +100,19 @@ def check_add(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 21])
+@pytest.mark.parametrize("rows", [1, 3, 6])
 def test_one_term(rows: int, dtype: torch.dtype, device: torch.device) -> None:
     check_add(dtype, device, build_terms(rows, [70], [True]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 18])
+@pytest.mark.parametrize("rows", [1, 2, 7])
 def test_two_terms_of_different_sizes(rows: int, dtype: torch.dtype, device: torch.device) -> None:
     check_add(dtype, device, build_terms(rows, [64, 90], [False, False]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 4, 17])
+@pytest.mark.parametrize("rows", [1, 4, 5])
 def test_everything_at_once(rows: int, dtype: torch.dtype, device: torch.device) -> None:
     order = torch.randperm(rows + 3, generator=torch.Generator().manual_seed(rows))[:rows]
     terms = build_terms(rows, [33, 130], [True, True])
@@ -125,8 +125,11 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("config", SMALL)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    # fp32 is streamed in any case.
+    [(d, c) for d in DTYPES for c in SMALL if d != torch.float32 or c["BLOCK_N"] <= 4],
+)
 def test_many_blocks(dtype: torch.dtype, config: Mapping[str, int], device: torch.device) -> None:
     """More than one block of weights, of rows and of summands, none of them full."""
     rows = config["BLOCK_N"] + 1
@@ -138,7 +141,7 @@ def test_many_blocks(dtype: torch.dtype, config: Mapping[str, int], device: torc
         assert_within_budget("applied", actual=mine, eager=eager, truth=truth)
 
 
-@pytest.mark.parametrize("rows", [2, 19])
+@pytest.mark.parametrize("rows", [2, 9])
 def test_bias_of_one_term_and_one_change(rows: int, device: torch.device) -> None:
     for biases in ([True, False], [False, True]):
         terms = build_terms(rows, [48, 24], biases)
@@ -156,7 +159,7 @@ def test_zero_rows_launch_nothing(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 22])
+@pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize(
     ("sizes", "biases", "launches"),
     [([70], [True], 1), ([50, 50], [False, False], 1), ([50, 50], [True, True], 1),
