@@ -1,0 +1,239 @@
+"""Attention of a prompt: many query rows, each over the first entries of its sequence.
+
+    out[r, h] = sum_s softmax_s(scale * q[r, h] . k[b, s, h // ratio]) * v[b, s, h // ratio]
+
+with ``s`` below ``limits[r]``; ``b`` is the sequence of row ``r``, and a row without entries gives
+0 (the torch form does so only if no row of its sequence has any, else NaN). Queries ``[n, H, K]``,
+out ``[n, H * K]``, both in query order. Grid ``(tiles, H)``: a tile is up to ``BLOCK_Q`` rows of
+one sequence, as ``order`` lists them, so that packed sequences need no padding, whatever rows of a
+sequence there are. Limits ascend in a tile: up to the least of them no score is masked, and past
+the largest nothing is read.
+
+Tables: kernel ``attend_rows``, rows are ``n``, shape ``(H, G, K)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, tuning
+from fastskip.kernels.blocks import split
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import PAGE as PAGE_SLOTS
+from fastskip.ops.contracts import Pages, Reach
+
+LOG2_E = 1.4426950408889634
+LOW = tl.constexpr(-1e30)
+"""Below every score; unlike -inf it can be subtracted from itself."""
+
+
+@triton.jit
+def _attend_blocks(
+    q,
+    entries_ptr,
+    table_ptr,
+    first,
+    last,
+    limit,
+    most,
+    out,
+    total,
+    best,
+    factor,
+    IS_MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The running softmax of a tile, further by the slots from ``first`` to ``last``."""
+    column = tl.arange(0, BLOCK_K)
+    within = tl.arange(0, BLOCK_S)
+    place = within[:, None] * HEAD_DIM + column[None]
+    is_column = (column < HEAD_DIM)[None]
+    for start in tl.range(first, last, BLOCK_S, num_stages=STAGES):
+        page = tl.load(table_ptr + start // PAGE)
+        # Slabs and anchors are aligned for wide accesses, so their distances are.
+        block_ptr = entries_ptr + (tl.multiple_of(page, 8) + (start % PAGE) * HEAD_DIM)
+        slot = start + within
+        if IS_MASKED:
+            # What lies behind the last entry may be anything, NaN included.
+            mask = (slot < most)[:, None] & is_column
+        else:
+            mask = tl.broadcast_to(is_column, [BLOCK_S, BLOCK_K])
+        k = tl.load(block_ptr + place, mask=mask, other=0.0)
+        v = tl.load(block_ptr + PLANE + place, mask=mask, other=0.0)
+        score = numerics.dot(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)) * factor
+        if IS_MASKED:
+            seen = slot[None] < limit[:, None]
+            score = tl.where(seen, score, LOW)
+        top = tl.maximum(best, tl.max(score, 1))
+        weight = tl.exp2(score - top[:, None])
+        if IS_MASKED:
+            # A row that has seen nothing yet: its best is LOW as well.
+            weight = tl.where(seen, weight, 0.0)
+        old = tl.exp2(best - top)
+        total = total * old + tl.sum(weight, 1)
+        out = numerics.dot(numerics.round_to(weight, v.dtype), v, out * old[:, None])
+        best = top
+    return out, total, best
+
+
+@triton.jit
+def _attend_rows_kernel(
+    q_ptr,
+    tiles_ptr,
+    order_ptr,
+    limits_ptr,
+    anchor_ptr,
+    table_ptr,
+    out_ptr,
+    stride_qn,
+    stride_qh,
+    stride_tb,
+    offset,
+    factor,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    tiles_ptr += tl.program_id(0) * 3
+    head = tl.program_id(1)
+    sequence = tl.load(tiles_ptr).to(tl.int64)
+    number = tl.load(tiles_ptr + 1) + tl.arange(0, BLOCK_Q)
+    is_row = number < tl.load(tiles_ptr + 2)
+    row = tl.load(order_ptr + number, mask=is_row, other=0).to(tl.int64)
+    limit = tl.load(limits_ptr + row, mask=is_row, other=0)
+    most = tl.max(limit, 0)
+    least = tl.min(tl.where(is_row, limit, most), 0)
+
+    column = tl.arange(0, BLOCK_K)
+    mask = is_row[:, None] & (column < HEAD_DIM)[None]
+    q_ptr += head * stride_qh
+    q = tl.load(q_ptr + row[:, None] * stride_qn + column[None], mask=mask, other=0.0)
+    entries_ptr = anchor_ptr + offset + head // (HEADS // GROUPS) * PAGE * HEAD_DIM
+    table_ptr += sequence * stride_tb
+    out = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    best = tl.full([BLOCK_Q], LOW, tl.float32)
+    whole = least // BLOCK_S * BLOCK_S
+    for IS_MASKED in tl.static_range(2):
+        out, total, best = _attend_blocks(
+            q,
+            entries_ptr,
+            table_ptr,
+            whole if IS_MASKED else 0,
+            most if IS_MASKED else whole,
+            limit,
+            most,
+            out,
+            total,
+            best,
+            factor,
+            IS_MASKED,
+            HEAD_DIM,
+            PAGE,
+            GROUPS * PAGE * HEAD_DIM,
+            BLOCK_Q,
+            BLOCK_S,
+            BLOCK_K,
+            STAGES,
+        )
+    out = out / tl.where(total > 0.0, total, 1.0)[:, None]
+    out_ptr += head * HEAD_DIM
+    numerics.store(out_ptr + row[:, None] * (HEADS * HEAD_DIM) + column[None], out, mask)
+
+
+def attend_rows(
+    queries: Tensor,
+    reach: Reach,
+    pages: Pages,
+    scale: float,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Softmax attention of ``queries [n, H, K]``, each over the entries it reaches.
+
+    Returns ``[n, H * K]`` in query order. The first call with some ``reach.bounds`` sends a list of
+    tiles to the device, so a call that is to be captured needs one before it.
+    """
+    refuse_gradients(queries=queries)
+    assert queries.stride(2) == 1 and pages.table.stride(1) == 1
+    rows, heads, width = queries.shape
+    shape = (heads, pages.groups, width)
+    chosen = config or tuning.config_for("attend_rows", queries.device, rows, shape)
+    blocks, options = split(chosen)
+    if queries.element_size() > 2:
+        # Products of full precision keep their operands in registers.
+        blocks |= {"BLOCK_Q": 16, "BLOCK_S": min(32, blocks["BLOCK_S"])}
+    tiles = tiles_of(reach.bounds, blocks["BLOCK_Q"], queries.device)
+    out = empty((rows, heads * width), queries.dtype, queries.device)
+    launch(
+        _attend_rows_kernel,
+        (len(tiles), heads),
+        options,
+        q_ptr=queries,
+        tiles_ptr=tiles,
+        order_ptr=reach.order,
+        limits_ptr=reach.limits,
+        anchor_ptr=pages.anchor,
+        table_ptr=pages.table,
+        out_ptr=out,
+        stride_qn=queries.stride(0),
+        stride_qh=queries.stride(1),
+        stride_tb=pages.table.stride(0),
+        offset=pages.offset,
+        factor=scale * LOG2_E,
+        HEADS=heads,
+        GROUPS=pages.groups,
+        HEAD_DIM=width,
+        PAGE=PAGE_SLOTS,
+        BLOCK_K=triton.next_power_of_2(width),
+        **blocks,
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def tiles_of(bounds: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """``[tiles, 3]``: sequence, and where its rows begin and end in ``order``, ``block`` at most.
+
+    Later rows of a sequence reach further; their tiles come first, so that none of them is left to
+    run alone at the end.
+    """
+    found = [
+        (sequence, first, min(first + block, bounds[sequence + 1]))
+        for sequence, start in enumerate(bounds[:-1])
+        for first in range(start, bounds[sequence + 1], block)
+    ]
+    found.sort(key=lambda tile: bounds[tile[0]] - tile[1])
+    host = torch.tensor(found, dtype=torch.int32).view(-1, 3)
+    return host.to(device, non_blocking=True)
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing; few rows go by small tiles, so that there are enough of them."""
+    few = rows * shape[0] <= 64 * 256
+    return [
+        {"BLOCK_Q": queries, "BLOCK_S": block, "STAGES": stages, "num_warps": warps}
+        for queries, warps in (((16, 4), (32, 4), (64, 4)) if few else ((64, 4), (128, 8)))
+        for block in (32, 64)
+        for stages in (2, 3, 4)
+    ]

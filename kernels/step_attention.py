@@ -1,0 +1,427 @@
+"""Attention of a decode step: one query a sequence over all of its entries, split over keys.
+
+    out[b, h] = sum_s softmax_s(scale * q[b, h] . k[b, s, h // ratio]) * v[b, s, h // ratio]
+
+with ``s`` below ``counts[b] + extra``, a number on the device. Queries ``[B, H, K]``, out
+``[B, H * K]``; no entries give 0. Grid ``(B * G * CHUNKS, SPLITS, parts)``: a program takes every
+``SPLITS``-th block of ``BLOCK_S`` slots for the (up to ``BLOCK_H``) query heads that share one head
+of the entries. Launch width is thus fixed on the host, and work follows the counts on the device.
+
+What a split found is its normalised output and ``log2(sum of exp2(scores))``, in fp32. They are
+combined in the order of the splits, so results do not depend on who is first: by the program of a
+head that arrives last (``FUSED_COMBINE``), or by a second launch, grid ``(parts * B * H,)``.
+
+Multi-head (one query head a group): no matrix instruction; every row of a tile keeps a softmax of
+its own, so that warps meet only once, at the end. Grouped: the query heads of a group are the rows
+of a ``tl.dot``, padded to 16.
+
+Tables: kernel ``attend_step``, rows are sequences (of both blocks of a pair), shape ``(H, G, K)``.
+``PROGRAMS`` is the launch width aimed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, tuning
+from fastskip.kernels.blocks import split
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.kernels.operands import distance
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import PAGE as PAGE_SLOTS
+from fastskip.ops.contracts import Pages, StepReach
+
+LOG2_E = 1.4426950408889634
+MOST_SPLITS = 32
+LOW = tl.constexpr(-1e30)
+"""Below every score; unlike -inf it can be subtracted from itself."""
+
+
+@triton.jit
+def _entries_at(table_ptr, block, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Elements from the anchor to slot ``block * BLOCK_S``, if a page held one head's keys only."""
+    page = tl.load(table_ptr + block * BLOCK_S // PAGE)
+    # Slabs and anchors are aligned for wide accesses, so their distances are.
+    return tl.multiple_of(page, 8) + (block * BLOCK_S % PAGE) * HEAD_DIM
+
+
+@triton.jit
+def _attend_one(
+    q_ptr,
+    entries_ptr,
+    table_ptr,
+    count,
+    part,
+    factor,
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One query head: output ``[1, BLOCK_K]`` and its ``log2`` sum ``[1]``, of every split-th block.
+
+    Rows of a tile do not meet before the end: a softmax in each of ``BLOCK_S`` rows.
+    """
+    column = tl.arange(0, BLOCK_K)
+    is_column = column < HEAD_DIM
+    within = tl.arange(0, BLOCK_S)
+    place = within[:, None] * HEAD_DIM + column[None]
+    q = numerics.load(q_ptr + column, is_column) * factor
+    best = tl.full([BLOCK_S], LOW, tl.float32)
+    total = tl.zeros([BLOCK_S], tl.float32)
+    out = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+    for block in tl.range(part, tl.cdiv(count, BLOCK_S), SPLITS, num_stages=STAGES):
+        block_ptr = entries_ptr + _entries_at(table_ptr, block, PAGE, BLOCK_S, HEAD_DIM)
+        seen = block * BLOCK_S + within < count
+        mask = seen[:, None] & is_column[None]
+        k = numerics.load(block_ptr + place, mask)
+        v = numerics.load(block_ptr + PLANE + place, mask)
+        score = tl.where(seen, tl.sum(k * q[None], 1), LOW)
+        top = tl.maximum(best, score)
+        weight = tl.where(seen, tl.exp2(score - top), 0.0)
+        old = tl.exp2(best - top)
+        total = total * old + weight
+        out = out * old[:, None] + weight[:, None] * v
+        best = top
+    top = tl.max(best, 0)
+    weight = tl.exp2(best - top)
+    total = tl.sum(total * weight, 0)
+    out = tl.sum(out * weight[:, None], 0)
+    none = tl.zeros([1], tl.float32)
+    return _normalised(out[None], total + none, top + none)
+
+
+@triton.jit
+def _attend_group(
+    q_ptr,
+    stride_qh,
+    is_head,
+    entries_ptr,
+    table_ptr,
+    count,
+    part,
+    factor,
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The query heads of a group: outputs ``[BLOCK_H, BLOCK_K]`` and ``log2`` sums ``[BLOCK_H]``."""
+    column = tl.arange(0, BLOCK_K)
+    is_column = column < HEAD_DIM
+    within = tl.arange(0, BLOCK_S)
+    place = within[:, None] * HEAD_DIM + column[None]
+    heads = tl.arange(0, BLOCK_H)
+    q = tl.load(
+        q_ptr + heads[:, None] * stride_qh + column[None],
+        mask=is_head[:, None] & is_column[None],
+        other=0.0,
+    )
+    best = tl.full([BLOCK_H], LOW, tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    out = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+    for block in tl.range(part, tl.cdiv(count, BLOCK_S), SPLITS, num_stages=STAGES):
+        block_ptr = entries_ptr + _entries_at(table_ptr, block, PAGE, BLOCK_S, HEAD_DIM)
+        seen = block * BLOCK_S + within < count
+        mask = seen[:, None] & is_column[None]
+        k = tl.load(block_ptr + place, mask=mask, other=0.0)
+        v = tl.load(block_ptr + PLANE + place, mask=mask, other=0.0)
+        score = numerics.dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_S], tl.float32)) * factor
+        score = tl.where(seen[None], score, LOW)
+        # A block of the loop has an entry at least, so a masked score is far below the best.
+        top = tl.maximum(best, tl.max(score, 1))
+        weight = tl.exp2(score - top[:, None])
+        old = tl.exp2(best - top)
+        total = total * old + tl.sum(weight, 1)
+        out = numerics.dot(numerics.round_to(weight, v.dtype), v, out * old[:, None])
+        best = top
+    return _normalised(out, total, best)
+
+
+@triton.jit
+def _normalised(out, total, best):
+    """Output and ``log2`` of the sum of exponentials; 0 and ``LOW`` if there is none."""
+    some = tl.where(total > 0.0, total, 1.0)
+    return out / some[:, None], tl.where(total > 0.0, best + tl.log2(some), LOW)
+
+
+@triton.jit
+def _combine(
+    found_ptr,
+    sums_ptr,
+    out_ptr,
+    head,
+    is_head,
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``out[head]`` of what the splits found; all loads are independent, so none waits for one."""
+    column = tl.arange(0, BLOCK_K)
+    mask = is_head[:, None] & (column < HEAD_DIM)[None]
+    best = tl.full([BLOCK_H], LOW, tl.float32)
+    # Written by other multiprocessors during this very launch: not from a cache of this one.
+    for part in tl.static_range(SPLITS):
+        here = sums_ptr + head * SPLITS + part
+        best = tl.maximum(best, tl.load(here, mask=is_head, other=LOW, cache_modifier=".cg"))
+    total = tl.zeros([BLOCK_H], tl.float32)
+    out = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+    for part in tl.static_range(SPLITS):
+        row = head * SPLITS + part
+        found_sum = tl.load(sums_ptr + row, mask=is_head, other=LOW, cache_modifier=".cg")
+        place = row[:, None] * HEAD_DIM + column[None]
+        found = tl.load(found_ptr + place, mask=mask, other=0.0, cache_modifier=".cg")
+        weight = tl.exp2(found_sum - best)
+        total += weight
+        out += weight[:, None] * found
+    place = head[:, None] * HEAD_DIM + column[None]
+    numerics.store(out_ptr + place, out / total[:, None], mask)
+
+
+@triton.jit
+def _attend_step_kernel(
+    q_ptr,
+    anchor_ptr,
+    table_ptr,
+    counts_ptr,
+    arrivals_ptr,
+    found_ptr,
+    sums_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qh,
+    stride_tb,
+    q_distance,
+    anchor_distance,
+    table_distance,
+    counts_distance,
+    arrivals_distance,
+    offset,
+    offset_distance,
+    extra,
+    extra_distance,
+    rows,
+    factor,
+    GROUPS: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    FUSED_COMBINE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    lane, part, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    sequence = (lane // (GROUPS * CHUNKS)).to(tl.int64)
+    group = lane // CHUNKS % GROUPS
+    first = lane % CHUNKS * BLOCK_H
+    count = tl.load(counts_ptr + problem * counts_distance + sequence)
+    count += extra + problem.to(tl.int32) * extra_distance
+
+    head = group * RATIO + first
+    q_ptr += problem * q_distance + sequence * stride_qb + head.to(tl.int64) * stride_qh
+    table_ptr += problem * table_distance + sequence * stride_tb
+    entries_ptr = anchor_ptr + problem * anchor_distance + offset + problem * offset_distance
+    entries_ptr += group * PAGE * HEAD_DIM
+    is_head = first + tl.arange(0, BLOCK_H) < RATIO
+    if RATIO == 1:
+        out, log_sum = _attend_one(
+            q_ptr,
+            entries_ptr,
+            table_ptr,
+            count,
+            part,
+            factor,
+            SPLITS,
+            HEAD_DIM,
+            PAGE,
+            GROUPS * PAGE * HEAD_DIM,
+            BLOCK_S,
+            BLOCK_K,
+            STAGES,
+        )
+    else:
+        out, log_sum = _attend_group(
+            q_ptr,
+            stride_qh,
+            is_head,
+            entries_ptr,
+            table_ptr,
+            count,
+            part,
+            factor,
+            SPLITS,
+            HEAD_DIM,
+            PAGE,
+            GROUPS * PAGE * HEAD_DIM,
+            BLOCK_H,
+            BLOCK_S,
+            BLOCK_K,
+            STAGES,
+        )
+
+    # The row of a head in all that is written.
+    row = (problem * rows + sequence) * (GROUPS * RATIO) + head + tl.arange(0, BLOCK_H)
+    column = tl.arange(0, BLOCK_K)
+    mask = is_head[:, None] & (column < HEAD_DIM)[None]
+    if SPLITS == 1:
+        numerics.store(out_ptr + row[:, None] * HEAD_DIM + column[None], out, mask)
+    else:
+        place = row * SPLITS + part
+        tl.store(found_ptr + place[:, None] * HEAD_DIM + column[None], out, mask=mask)
+        tl.store(sums_ptr + place, log_sum, mask=is_head)
+        if FUSED_COMBINE:
+            arrivals_ptr += problem * arrivals_distance + lane
+            # The atomic is one thread's: it publishes the stores of the others only after this.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+            if arrived == SPLITS - 1:
+                _combine(
+                    found_ptr, sums_ptr, out_ptr, row, is_head, SPLITS, HEAD_DIM, BLOCK_H, BLOCK_K
+                )
+                tl.store(arrivals_ptr, 0)
+
+
+@triton.jit
+def _attend_step_combine_kernel(
+    found_ptr,
+    sums_ptr,
+    out_ptr,
+    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    _combine(found_ptr, sums_ptr, out_ptr, row, row >= 0, SPLITS, HEAD_DIM, 1, BLOCK_K)
+
+
+def attend_step(
+    queries: Sequence[Tensor],
+    reach: Sequence[StepReach],
+    pages: Sequence[Pages],
+    scale: float,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> list[Tensor]:
+    """One query a sequence over all of its entries, of one block or of the two of a pair.
+
+    ``[B, H, K]`` each -> ``[B, H * K]`` each. Two blocks have ``arrivals`` of their own. Blocks
+    that differ in their sizes take a launch each.
+    """
+    refuse_gradients(**{f"queries[{number}]": each for number, each in enumerate(queries)})
+    kinds = {_kind_of(*each) for each in zip(queries, pages, strict=True)}
+    if len(kinds) > 1:
+        each = zip(queries, reach, pages, strict=True)
+        return [attend_step([q], [r], [p], scale, config=config)[0] for q, r, p in each]
+    q, own, entries = queries[0], reach[0], pages[0]
+    assert q.stride(2) == 1 and entries.table.stride(1) == 1
+    rows, heads, width = q.shape
+    parts, ratio = len(queries), heads // entries.groups
+    shape = (heads, entries.groups, width)
+    chosen = config or tuning.config_for("attend_step", q.device, rows * parts, shape)
+    blocks, options = split(chosen)
+    block_h = 1 if ratio == 1 else min(64, max(16, triton.next_power_of_2(ratio)))
+    lanes = rows * entries.groups * triton.cdiv(ratio, block_h)
+    splits = splits_of(lanes * parts, max(each.most for each in reach) // max(rows, 1), blocks)
+    del blocks["PROGRAMS"]
+
+    out = empty((parts, rows, heads * width), q.dtype, q.device)
+    found = sums = out
+    if splits > 1:
+        found = empty((parts * rows * heads, splits, width), torch.float32, q.device)
+        sums = empty((parts * rows * heads, splits), torch.float32, q.device)
+    written = {"found_ptr": found, "sums_ptr": sums, "out_ptr": out}
+    sizes = {
+        "SPLITS": splits,
+        "HEAD_DIM": width,
+        "BLOCK_K": triton.next_power_of_2(width),
+    }
+    launch(
+        _attend_step_kernel,
+        (lanes, splits, parts),
+        options,
+        q_ptr=q,
+        anchor_ptr=entries.anchor,
+        table_ptr=entries.table,
+        counts_ptr=own.counts,
+        arrivals_ptr=own.arrivals,
+        **written,
+        stride_qb=q.stride(0),
+        stride_qh=q.stride(1),
+        stride_tb=entries.table.stride(0),
+        q_distance=distance(queries),
+        anchor_distance=distance([each.anchor for each in pages]),
+        table_distance=distance([each.table for each in pages]),
+        counts_distance=distance([each.counts for each in reach]),
+        arrivals_distance=distance([each.arrivals for each in reach]),
+        offset=entries.offset,
+        offset_distance=pages[-1].offset - entries.offset,
+        extra=own.extra,
+        extra_distance=reach[-1].extra - own.extra,
+        rows=rows,
+        factor=scale * LOG2_E,
+        GROUPS=entries.groups,
+        RATIO=ratio,
+        CHUNKS=triton.cdiv(ratio, block_h),
+        PAGE=PAGE_SLOTS,
+        BLOCK_H=block_h,
+        **sizes,
+        **blocks,
+    )
+    if splits > 1 and not blocks["FUSED_COMBINE"]:
+        heads_in_all = parts * rows * heads
+        launch(_attend_step_combine_kernel, (heads_in_all,), {"num_warps": 4}, **written, **sizes)
+    return list(out.unbind())
+
+
+def splits_of(lanes: int, entries: int, blocks: Mapping[str, int]) -> int:
+    """Splits over keys of ``lanes`` (sequence, group) pairs that have about ``entries`` each.
+
+    A power of two, since every number of splits is a kernel of its own; none without a block.
+    """
+    wanted = blocks["PROGRAMS"] // max(lanes, 1)
+    wanted = min(wanted, triton.cdiv(entries, blocks["BLOCK_S"]), MOST_SPLITS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing: bytes in flight against launch width, and both combines."""
+    heads, groups, width = shape
+    lanes = rows * groups * (1 if heads == groups else triton.cdiv(heads // groups, 64))
+    found = []
+    seen = set()
+    for programs in (132, 264, 528):
+        wanted = {"PROGRAMS": programs, "BLOCK_S": 16}
+        splits = splits_of(lanes, 1 << 20, wanted)
+        if splits in seen:
+            continue
+        seen.add(splits)
+        for block, stages, warps in ((16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 2, 4), (64, 3, 8)):
+            for fused in (1, 0) if splits > 1 and (block, stages) == (32, 4) else (1,):
+                config = {"BLOCK_S": block, "STAGES": stages, "num_warps": warps}
+                found.append({**config, "PROGRAMS": programs, "FUSED_COMBINE": fused})
+    return found
+
+
+def _kind_of(queries: Tensor, pages: Pages) -> Hashable:
+    """What must agree of two problems that share a launch."""
+    sizes = pages.groups, pages.head_dim, pages.table.stride()
+    return queries.dtype, queries.shape, queries.stride(), sizes

@@ -1,0 +1,167 @@
+"""Attention of prompts against its torch form and fp64."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastskip.kernels.launch import recording
+from fastskip.kernels.row_attention import attend_rows, candidates, tiles_of
+from fastskip.ops import fused
+from fastskip.ops.contracts import PAGE, Pages, Reach
+from tests.budget import assert_within_budget
+from tests.kernels.paging import build_pages, exact, fill_pages
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CONFIG = {"BLOCK_Q": 16, "BLOCK_S": 32, "STAGES": 2, "num_warps": 4}
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``limits``: those of each sequence's rows, ascending; rows are stored in another order."""
+
+    heads: int
+    groups: int
+    head_dim: int
+    limits: Sequence[Sequence[int]]
+    block: int = 32
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.limits))
+
+    @property
+    def config(self) -> dict[str, int]:
+        return {**CONFIG, "BLOCK_S": self.block}
+
+    def queries(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # Part of the wider output of a merged product.
+        wide = exact(self.rows, self.heads + 2, self.head_dim, seed=3).to(device, dtype)
+        return wide[:, : self.heads]
+
+    def pages(self, dtype: torch.dtype, device: torch.device) -> Pages:
+        lengths = [max(own, default=0) for own in self.limits]
+        # Slots after the last one that is seen hold NaN.
+        pages = build_pages(
+            lengths, groups=self.groups, head_dim=self.head_dim, dtype=dtype, device=device
+        )
+        return fill_pages(pages, lengths)
+
+    def reach(self, device: torch.device) -> Reach:
+        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(1))
+        limits = torch.zeros(self.rows, dtype=torch.int32)
+        ascending = [limit for own in self.limits for limit in own]
+        limits[order] = torch.tensor(ascending, dtype=torch.int32)
+        bounds = [0]
+        for own in self.limits:
+            bounds.append(bounds[-1] + len(own))
+        return Reach(limits.to(device), order.to(device, torch.int32), tuple(bounds))
+
+
+TEXT = [*range(1, 6), *range(70, 90)]
+"""Text rows around an image: they see its entries, and its own rows are not asked."""
+
+CASES = {
+    "causal": Case(1, 1, 16, [range(1, 41)]),
+    "text over image": Case(2, 1, 32, [TEXT]),
+    "several sequences": Case(1, 1, 16, [range(1, 18), [], [3], [], range(60, 70), []], block=16),
+    "one row": Case(2, 2, 64, [[65]], block=64),
+    "grouped, odd": Case(3, 1, 80, [range(30, 36)], block=64),
+    "odd": Case(2, 2, 96, [[1, 31, 32, 33, 64]]),
+    "equal limits": Case(1, 1, 128, [[64] * 17]),
+    "offset rows": Case(1, 1, 16, [[130], range(64, 69)], block=64),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_attend_rows(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    case = CASES[name]
+    scale = case.head_dim**-0.5
+    given = case.queries(dtype, device), case.reach(device), case.pages(dtype, device)
+    with recording() as account:
+        found = attend_rows(*given, scale, config=case.config)
+    tiles = sum(-(-len(own) // CONFIG["BLOCK_Q"]) for own in case.limits)
+    assert account.by_kernel() == {"attend_rows": (1, tiles * case.heads)}
+    eager = fused.attend_rows(*given, scale)
+    double = torch.float64
+    truth = fused.attend_rows(
+        case.queries(double, CPU), case.reach(CPU), case.pages(double, CPU), scale
+    )
+    assert found.shape == (case.rows, case.heads * case.head_dim) and found.is_contiguous()
+    assert_within_budget("out", found, eager, truth)
+
+
+@pytest.mark.parametrize("limits", [[0, 0, 1, 40], [0] * 3])
+def test_rows_without_entries_give_zero(limits: list[int], device: torch.device) -> None:
+    case = Case(2, 1, 16, [limits])
+    reach, dtype = case.reach(device), torch.float32
+    queries, pages = case.queries(dtype, device), case.pages(dtype, device)
+    found = attend_rows(queries, reach, pages, 1.0, config=CONFIG)
+    expected = fused.attend_rows(queries, reach, pages, 1.0)
+    # The torch form divides zero by zero where another row of the sequence has entries.
+    torch.testing.assert_close(found, expected.nan_to_num())
+    assert not found[reach.limits == 0].any()
+
+
+def test_large_scores(device: torch.device) -> None:
+    case = CASES["text over image"]
+    queries, reach = case.queries(torch.float32, device), case.reach(device)
+    pages = case.pages(torch.float32, device)
+    for scale in (1e3, -1e3):
+        found = attend_rows(queries, reach, pages, scale, config=CONFIG)
+        torch.testing.assert_close(found, fused.attend_rows(queries, reach, pages, scale))
+
+
+def test_every_run_gives_the_same_bits(device: torch.device) -> None:
+    case = CASES["text over image"]
+    given = case.queries(torch.bfloat16, device), case.reach(device)
+    pages = case.pages(torch.bfloat16, device)
+    runs = [attend_rows(*given, pages, 0.25, config=CONFIG) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+def test_no_rows(device: torch.device) -> None:
+    case = Case(2, 1, 16, [[], []])
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    pages = case.pages(torch.float32, device)
+    for bounds in ((0, 0, 0), (0,)):
+        reach = Reach(none, none, bounds)
+        queries = torch.empty(0, 2, 16, device=device)
+        assert attend_rows(queries, reach, pages, 1.0).shape == (0, 32)
+
+
+def test_tiles() -> None:
+    found = tiles_of((0, 0, 5, 5, 6), 2, CPU)
+    assert found.tolist() == [[1, 4, 5], [1, 2, 4], [1, 0, 2], [3, 5, 6]]
+    assert tiles_of((0, 0, 5, 5, 6), 2, CPU) is found
+    assert tiles_of((0,), 2, CPU).shape == (0, 3)
+
+
+def test_tensors_without_data() -> None:
+    meta = torch.device("meta")
+    numbers = torch.empty(640, dtype=torch.int32, device=meta)
+    table = torch.empty(1, 11, dtype=torch.int64, device=meta)
+    anchor = torch.empty(16, dtype=torch.bfloat16, device=meta)
+    queries = torch.empty(640, 32, 128, dtype=torch.bfloat16, device=meta)
+    with recording(is_dry=True) as account:
+        attend_rows(queries, Reach(numbers, numbers, (0, 640)), Pages(anchor, table, 0, 32, 128, []), 1)
+    assert [launch.grid for launch in account.launches] == [(10, 32)]
+
+
+def test_gradients_are_refused(device: torch.device) -> None:
+    case = CASES["one row"]
+    queries = case.queries(torch.float32, device).requires_grad_()
+    with pytest.raises(ValueError, match="queries: requires a gradient"):
+        attend_rows(queries, case.reach(device), case.pages(torch.float32, device), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 128), (14, 2, 64)])
+@pytest.mark.parametrize("rows", [64, 640])
+def test_candidates_fit_pages(rows: int, shape: tuple[int, int, int]) -> None:
+    found = candidates(rows, shape)
+    assert 8 <= len(found) <= 24
+    assert all(PAGE % config["BLOCK_S"] == 0 for config in found)
