@@ -9,8 +9,8 @@ from torch import Tensor
 
 import fastskip
 from fastskip.decoder.fused_layer import FusedBlock
-from fastskip.decoder.pages import GROWTH_PAGES
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.pages import GROWTH_PAGES
 from fastskip.ops.contracts import PAGE
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
