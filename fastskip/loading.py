@@ -130,9 +130,15 @@ def apply_(
     runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device))
     if attention is not None:
         runtime.use_flash()
-    prepare(model, runtime)
     # Merging now, layer by layer, so that no more than one layer is held twice.
     runtime.decoder.refresh(wants_gradient=False)
+    unsupported = runtime.decoder.unsupported()
+    if unsupported is not None:
+        chosen_impl = runtime.decoder.ops.implementation.value
+        raise UnsupportedModelError(
+            "impl", chosen_impl, f"impl='reference' for this model: it has {unsupported}"
+        )
+    prepare(model, runtime)
     return model
 
 

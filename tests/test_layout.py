@@ -59,6 +59,7 @@ FLOORS = {
     "loading": Floor(
         ("loading",), (*PURE, "ops", "families", "generation"), ("torch", "transformers")
     ),
+    "profiling": Floor(("profiling",), ("ops",)),
     "public": Floor(("",), (*PURE, "families", "loading")),
     # Users of the floors above. The oracle must share no code with what it judges.
     "oracle": Floor(("verification",), (), ("torch", "transformers")),

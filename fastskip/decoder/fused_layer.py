@@ -26,6 +26,7 @@ from fastskip.ops.contracts import (
 )
 from fastskip.ops.flash import attend_packed
 from fastskip.ops.operations import FusedOperations
+from fastskip.ops.ranges import span
 from fastskip.plan import LayerPlan
 from fastskip.policy import Arrangement, Combine
 from fastskip.policy import Norm as NormKind
@@ -106,14 +107,16 @@ class FusedBlock:
         """The layer's cell of the semantics table, in place on ``h [N, D]`` (or narrowed)."""
         if self.plan.arrangement is Arrangement.PARALLEL:
             return self._run_parallel(h, rows, store)
-        queries = self._project(h, rows, store)
-        h = _narrowed(h, rows)
-        if rows.reach is not None:
-            mixed = self.attend(h, queries, rows, store)
-            self._add(h, rows.attending, [Term(mixed, self.weights.output)])
-        if rows.feeding.count:
-            fed = self._feed(h, rows.feeding)
-            self._add(h, rows.feeding, [Term(fed, self.weights.down)])
+        with span("attention"):
+            queries = self._project(h, rows, store)
+            h = _narrowed(h, rows)
+            if rows.reach is not None:
+                mixed = self.attend(h, queries, rows, store)
+                self._add(h, rows.attending, [Term(mixed, self.weights.output)])
+        with span("ffn"):
+            if rows.feeding.count:
+                fed = self._feed(h, rows.feeding)
+                self._add(h, rows.feeding, [Term(fed, self.weights.down)])
         return h
 
     def _run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:

@@ -17,9 +17,10 @@ from fastskip.decoder.fused_layer import FusedBlock, FusedRows, Store, run_pair
 from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.stack import Decoder, Watch
-from fastskip.ops import Operations
+from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.operations import FusedOperations
+from fastskip.ops.ranges import span
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.tokens import TokenLayout
 
@@ -62,6 +63,25 @@ class FusedDecoder(Decoder):
             held = self._anchor = torch.zeros(16, dtype=like.dtype, device=like.device)
         return held
 
+    def unsupported(self) -> str | None:
+        """Why the kernels cannot run this model at all; ``None`` if they can.
+
+        What changes from call to call (gradients, hooks, adapters) is not meant.
+        """
+        dtype, shape = self.text_model.norm.weight.dtype, self.plan.shape
+        if self.ops.implementation is Implementation.TRITON:
+            if dtype not in DTYPES:
+                return f"dtype {dtype}; supported: bfloat16, float16, float32"
+            if shape.head_dim % 8 or shape.head_dim > 256:
+                return f"head_dim {shape.head_dim}; supported: multiples of 8 up to 256"
+            if shape.hidden_size % 8 or shape.ffn_size % 8:
+                sizes = f"{shape.hidden_size}, {shape.ffn_size}"
+                return f"hidden and FFN size {sizes}; supported: multiples of 8"
+        merged = [weights.merged for weights in self.weights]
+        if any(own is not None and not own.is_fusable for own in merged):
+            return "activation of the FFN; supported: SiLU, gated"
+        return None
+
     @property
     def is_fused(self) -> bool:
         """Whether forwards without gradients run on the fused operations at present."""
@@ -89,7 +109,7 @@ class FusedDecoder(Decoder):
         self.version += 1
         self._made_of = made_of
         self._fused_blocks = []
-        if drops or self.text_model.norm.weight.dtype not in DTYPES:
+        if drops:
             return
         tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
         head_dim = self.plan.shape.head_dim
@@ -133,7 +153,8 @@ class FusedDecoder(Decoder):
         rows = ForwardRows(self.plan, layout, cache, narrow)
         last = int(layout.positions.max()) + 1 if len(layout) else 1
         store = Store(self.rotation(last, packed), cache.pages_of)
-        packed = self.run_steps(packed, rows.of, store, watch)
+        with span("decoder"):
+            packed = self.run_steps(packed, rows.of, store, watch)
         cache.commit(layout)
         return packed
 
@@ -182,8 +203,9 @@ def run_steps(
         if watch is not None:
             for index in step:
                 watch(index, h)
-        if len(step) == 1:
-            h = own[0].run(h, rows[0], store)
-        else:
-            h = run_pair((own[0], own[1]), h, (rows[0], rows[1]), store)
+        with span(f"layer {'+'.join(map(str, step))}"):
+            if len(step) == 1:
+                h = own[0].run(h, rows[0], store)
+            else:
+                h = run_pair((own[0], own[1]), h, (rows[0], rows[1]), store)
     return h

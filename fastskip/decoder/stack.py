@@ -59,6 +59,10 @@ class Decoder:
             weights.refresh(wants_gradient=wants_gradient)
         self._blocks = [self._block(index) for index in range(len(self.weights))]
 
+    def unsupported(self) -> str | None:
+        """Why this decoder cannot run the model; ``None`` if it can."""
+        return None
+
     def new_cache(self, *, reserve: int = 0, wants_gradient: bool = False) -> SkipCache:
         """An empty cache for forwards of this decoder; ``reserve``: columns expected in all."""
         return SkipCache(self.plan, reserve=reserve)

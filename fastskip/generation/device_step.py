@@ -17,6 +17,7 @@ from fastskip.decoder.weights import has_hooks
 from fastskip.families import text_model_of
 from fastskip.generation.graphs import capture, new_pool
 from fastskip.ops.contracts import PAGE, Linear, Norm, Rotation
+from fastskip.ops.ranges import are_on, span
 
 # Graphs kept; each holds the activations of one step.
 KEPT = 8
@@ -47,7 +48,15 @@ class DeviceStep:
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
         is_plain = all(map(_is_known, _modules_of(model)))
-        self.run = capture(self._step, anchor.device, pool) if is_plain else self._step
+        self._replay = capture(self._step, anchor.device, pool) if is_plain else self._step
+
+    def run(self) -> None:
+        """One token further; returns before the device has done it."""
+        if are_on():  # a graph's nodes have no names
+            with span("decode step"):
+                self._step()
+        else:
+            self._replay()
 
     def _step(self) -> None:
         state, ops = self.state, self._decoder.fused

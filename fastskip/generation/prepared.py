@@ -13,6 +13,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastskip.families import MULTIMODAL, text_model_of
@@ -133,7 +134,14 @@ class PreparedModel(_Prepared):
         if self._fastskip is None:
             return base.generate(self, inputs, *args, **kwargs)
         with self._runtime.generating(prompt_columns(inputs, kwargs)):
-            return base.generate(self, inputs, *args, **kwargs)
+            try:
+                return base.generate(self, inputs, *args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                error.add_note(
+                    "generate: what takes memory is the batch size, the prompt, max_new_tokens and "
+                    "num_beams; lower one of them"
+                )
+                raise
 
     def _prepare_cache_for_generation(
         self: Any,
