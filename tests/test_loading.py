@@ -149,7 +149,6 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device": ({"device": "abacus"}, ValueError, "device: 'abacus'; allowed: cpu"),
     "meta device": ({"device": "meta"}, ValueError, "device: 'meta'; allowed: cpu"),
     "impl": ({"impl": "magic"}, ValueError, "impl: 'magic'.*reference.*triton"),
-    "triton": ({"impl": "triton", "device": "cpu"}, ValueError, "impl: 'triton'.*reference"),
     "policy": ({"policy": {"schema_version": 1, "rulez": []}}, fastskip.PolicyError, "rulez"),
     "policy that does not fit": (
         {
