@@ -11,6 +11,8 @@ from fastskip.generation.device_step import DeviceStep
 IMPL = "torch"
 """The device executor wherever tests run."""
 
+LAUNCHED: list[DeviceStep] = []
+
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[DeviceStep]:
@@ -18,7 +20,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[DeviceStep]:
 
     A capture runs the step a few times, and afterwards its results always lie in the same memory.
     """
-    launched: list[DeviceStep] = []
+    LAUNCHED.clear()
 
     def capture(
         work: Callable[[], None], device: torch.device, pool: Any = None
@@ -29,7 +31,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[DeviceStep]:
         logits = step.logits
 
         def replay() -> None:
-            launched.append(step)
+            LAUNCHED.append(step)
             work()
             if logits is not None:
                 assert step.logits is not None
@@ -39,4 +41,4 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[DeviceStep]:
         return replay
 
     monkeypatch.setattr("fastskip.generation.device_step.capture", capture)
-    return launched
+    return LAUNCHED
