@@ -175,7 +175,9 @@ def test_apply_terms(
 ) -> None:
     terms = build_terms(rows, sizes, biases)
     if sizes[0] == sizes[-1] and len(terms) == 2:
-        terms[1] = Term(-terms[1].x, Linear(terms[1].linear.weight.flip(0), terms[1].linear.bias))
+        # The second of a pair differs in everything but its layout.
+        other, bias = terms[1].linear.weight.flip(0), terms[1].linear.bias
+        terms[1] = Term(-terms[1].x, Linear(other, None if bias is None else bias.flip(0)))
     ours = cast(terms, device, dtype)
     with allocate.poisoned(), recording() as account:
         actual = residual.apply_terms(ours)
