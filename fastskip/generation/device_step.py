@@ -16,11 +16,14 @@ from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import has_hooks
 from fastskip.families import text_model_of
 from fastskip.generation.graphs import capture, new_pool
-from fastskip.ops.contracts import PAGE, Linear, Norm, Rotation
+from fastskip.ops import Implementation
+from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.ranges import are_on, span
 
 # Graphs kept; each holds the activations of one step.
 KEPT = 8
+# Slots of the smallest step: it serves every call of up to so many columns.
+SLOTS = 1024
 
 
 class DeviceStep:
@@ -47,7 +50,10 @@ class DeviceStep:
         self.state = StepState(decoder.plan, anchor, rotation, shape)
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
-        is_plain = all(map(_is_known, _modules_of(model)))
+        # The torch form reads counts on the host.
+        is_plain = all(map(_is_known, _modules_of(model))) and (
+            decoder.ops.implementation is Implementation.TRITON
+        )
         self._replay = capture(self._step, anchor.device, pool) if is_plain else self._step
 
     def run(self) -> None:
@@ -125,7 +131,8 @@ class DeviceSteps:
         if version != self._version:
             self._steps.clear()
             self._version, self._pool = version, new_pool(decoder.anchor.device)
-        slots = bucket(max(columns, 2 * PAGE))
+        # Rounded up far, since every size is a capture of its own.
+        slots = max(SLOTS, _power_of_two(columns))
         shape = StepShape(
             batch=bucket(cache.codes.shape[0]),
             slots=slots,
