@@ -2,7 +2,7 @@
 
     y[n] = x[index[n]] @ weight.T + bias                       [n, M], or [n, 2F] if gated
     z = y, relu(y), or silu(y[:F]) * y[F:]                     gate and up in one program
-    out[out_index[n]] = z, or += z                             [N, M] or [N, F]
+    out[out_index[n]] = z, or += factor * z                    [N, M] or [N, F]
 
 ``x [N, E]``, ``weight [M, E]``, ``bias [M]``. ``count [1]`` says on the device how many of the
 ``n`` rows there are: the grid is that of all rows, and what lies beyond leaves at once.
@@ -60,6 +60,7 @@ def _linear_rows_kernel(
     stride_wm,
     stride_on,
     rows,
+    factor,
     M: tl.constexpr,
     E: tl.constexpr,
     FORM: tl.constexpr,
@@ -116,7 +117,7 @@ def _linear_rows_kernel(
     out_ptrs = out_ptr + place.to(tl.int64)[:, None] * stride_on + m[None, :]
     inside = (n < rows)[:, None] & (m < M)[None, :]
     if DOES_ADD:
-        y += numerics.load(out_ptrs, inside)
+        y = numerics.load(out_ptrs, inside) + factor * y
     numerics.store(out_ptrs, y, inside)
 
 
@@ -130,9 +131,12 @@ def linear_rows(
     count: Tensor | None = None,
     activation: Activation | None = None,
     onto: bool = False,
+    factor: float = 1.0,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """``activation(x[index] @ weight.T + bias)`` into ``out[out_index]``; ``onto``: added to it.
+    """``activation(x[index] @ weight.T + bias)`` into ``out[out_index]``.
+
+    ``onto``: ``factor`` times that is added to what is there.
 
     ``x [N, E]``; ``index``, ``out_index [n]`` int32, in each no row twice; ``count [1]`` int32: how
     many of the ``n`` rows are computed. Returns ``out``, by default a new ``[n, M]``, or ``[n, F]``
@@ -167,6 +171,7 @@ def linear_rows(
         stride_wm=weights.weight.stride(0),
         stride_on=out.stride(0),
         rows=rows,
+        factor=float(factor),
         M=width,
         E=inner,
         FORM=form.value,

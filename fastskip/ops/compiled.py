@@ -166,7 +166,7 @@ def _choice(x: Tensor, index: Tensor | None, linears: Sequence[Linear]) -> str:
 def _project(x: Tensor, own: Projection, by: str) -> Tensor:
     """From normalized rows to rotated queries; keys and values go to the cache."""
     found = _product(x, own.linear, by)
-    return rotate_append(found.view(len(x), -1, own.head_dim), own)
+    return rotate_append(found.unflatten(1, (-1, own.head_dim)), own)
 
 
 def _activated(x: Tensor, part: Feed, by: str) -> Tensor:

@@ -12,6 +12,7 @@ from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
 
 CONFIG = {"BLOCK_N": 16, "BLOCK_M": 32, "BLOCK_E": 64, "GROUP": 2, "STAGES": 2, "num_warps": 4}
+FACTOR = 0.5
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = (None, Activation.RELU, Activation.GATED_SILU)
 
@@ -39,7 +40,7 @@ def torch_form(
     y = y if activation is None else fused.activate(y, activation)
     out = out.clone()
     place = torch.arange(len(y), device=y.device) if out_index is None else out_index.long()
-    out[place] = out[place] + y if onto else y
+    out[place] = out[place] + FACTOR * y if onto else y
     return out
 
 
@@ -89,6 +90,7 @@ def test_is_the_torch_form(
         out_index=out_index,
         activation=activation,
         onto=onto,
+        factor=FACTOR if onto else 1.0,
         config=CONFIG,
     )
     assert_within_budget("linear_rows", actual, eager, truth)
@@ -107,7 +109,7 @@ def test_count_on_the_device_ends_the_rows(count: int, device: torch.device) -> 
     number = torch.tensor([count], dtype=torch.int32, device=device)
     actual = linear_rows(
         x, linear, index=index, out=out.clone(), out_index=index, count=number, onto=True,
-        config=CONFIG,
+        factor=FACTOR, config=CONFIG,
     )  # fmt: skip
     chosen = index[:count]
     wanted = torch_form(x, linear, None, chosen, out, chosen, True)
