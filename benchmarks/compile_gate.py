@@ -38,9 +38,11 @@ TABLES = {90: ("nvidia-h200", "default")}
 """Tables that are compiled for an architecture; others have the default alone."""
 
 PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head"}
-"""Kernels whose time may be that of matrix instructions, by their block sizes."""
-
-STREAMS = PRODUCTS | {"copy_entries", "normalize", "activate", "embed"}
+"""Products of few rows: streams of weights or matrix instructions, by their block sizes."""
+PROMPTS = {"linear_rows": "BLOCK_N", "attend_rows": "BLOCK_Q"}
+"""Products of a prompt's rows, and what says how many of them a program has."""
+SMALL = {"normalize", "activate", "embed", "copy_entries", "read_entries", "attend_step"}
+STREAMS = {*PRODUCTS, *PROMPTS, *SMALL}
 """Kernels whose time is that of their loads."""
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 200)
@@ -79,8 +81,8 @@ def matrix_of(kernel: str, blocks: Mapping[str, int], arch: int) -> str | None:
 
     Weights are the M operand of the decode products, rows that of a prompt's; WGMMA needs 64.
     """
-    if kernel == "linear_rows":
-        operand = blocks["BLOCK_N"]
+    if kernel in PROMPTS:
+        operand = blocks[PROMPTS[kernel]]
     elif kernel in PRODUCTS and blocks["BLOCK_N"] >= 16:
         operand = blocks["BLOCK_M"]
     else:

@@ -24,8 +24,10 @@ from fastskip.kernels import (
     projection,
     residual,
     rotary,
+    row_attention,
     row_gemm,
     sampler,
+    step_attention,
     tuning,
 )
 from fastskip.kernels.launch import Launch, recording
@@ -50,6 +52,8 @@ MANY = 640
 CONTEXT = 1024
 """Entries of a sequence."""
 STEPS, SETS = 128, 2
+CONFIGURED = ("BLOCK", "STAGES", "SPLITS", "FUSED")
+"""How the names of block sizes begin."""
 
 
 def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -120,6 +124,10 @@ class Model:
     def down(self, n: int) -> Term:
         return Term(blank(n, self.ffn), self.linear(self.hidden, self.ffn))
 
+    @property
+    def scale(self) -> float:
+        return float(self.head_dim**-0.5)
+
     def lm_head(self) -> Linear:
         return Linear(blank(self.vocabulary, self.hidden))
 
@@ -155,13 +163,14 @@ MODELS = (LLAMA_7B, LLAMA_13B, QWEN_HALF, OPT)
 class Probe:
     """One call, made once for each bucket of rows of the kernels in ``tables``.
 
-    ``most``: the call is not made with more rows than these.
+    ``most``: the call is not made with more rows than these. ``also``: further numbers of rows.
     """
 
     name: str
     tables: tuple[str, ...]
     call: Callable[[Model, int], object]
     most: int | None = None
+    also: tuple[int, ...] = ()
 
     def rows(self, slugs: tuple[str, ...]) -> list[int]:
         """The largest number of rows of every bucket of these tables."""
@@ -172,7 +181,7 @@ class Probe:
         )
         bounds = {entry.rows for entry in entries}
         beyond = max(MANY, *(2 * bound for bound in bounds if bound is not None), 0)
-        rows = {beyond if bound is None else bound for bound in bounds}
+        rows = {beyond if bound is None else bound for bound in bounds} | set(self.also)
         return sorted({min(count, self.most or count) for count in rows})
 
     def models(self, slug: str) -> tuple[Model, ...]:
@@ -205,6 +214,34 @@ PROBES = (
         lambda m, n: copies.copy_entries(
             m.pages(4), m.pages(4), numbers(n), numbers(n), numbers(n)
         ),
+    ),
+    Probe(
+        "read_entries",
+        ("copy_entries",),
+        lambda m, n: copies.read_entries(m.pages(4), numbers(n), numbers(n)),
+    ),
+    Probe(
+        "attend_rows",
+        ("attend_rows",),
+        lambda m, n: row_attention.attend_rows(m.queries(n), m.reach(n), m.pages(1), m.scale),
+    ),
+    Probe(
+        "attend_step",
+        ("attend_step",),
+        lambda m, n: step_attention.attend_step(
+            [m.queries(n)], [m.step_reach(n)], [m.pages(n)], m.scale
+        ),
+        most=64,
+        also=(1, 4, 16),
+    ),
+    Probe(
+        "attend_step of a pair",
+        ("attend_step",),
+        lambda m, n: step_attention.attend_step(
+            [m.queries(n)] * 2, [m.step_reach(n)] * 2, [m.pages(n)] * 2, m.scale
+        ),
+        most=64,
+        also=(1, 16),
     ),
     Probe("compact", ("compact",), lambda m, n: compaction.compact(numbers(n, dtype=torch.bool))),
     Probe(
@@ -340,5 +377,5 @@ def record(slug: str) -> Iterator[Probed]:
 
 def configuration(launch: Launch) -> dict[str, int]:
     """Block sizes and compiler options of a launch."""
-    names = [name for name in launch.arguments if name.startswith("BLOCK") or name == "STAGES"]
+    names = [name for name in launch.arguments if name.startswith(CONFIGURED)]
     return {name: launch.arguments[name] for name in names} | dict(launch.options)

@@ -8,8 +8,6 @@ launches of their own. Shapes and meanings are those of ``ops.fused``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +23,10 @@ from fastskip.kernels.copies import copy_entries, read_entries
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.norm import normalize
 from fastskip.kernels.rotary import rotate_append
+from fastskip.kernels.row_attention import attend_rows
 from fastskip.kernels.row_gemm import linear_rows
 from fastskip.kernels.sampler import advance, choose, embed
+from fastskip.kernels.step_attention import attend_step
 from fastskip.ops.contracts import Choice, Feed, Linear, Norm, Projection, Term
 
 __all__ = [
@@ -144,16 +144,6 @@ def head_choose(h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> N
         heads.head_choose(h, norm, head, choice)
     else:
         choose(head_logits(h, norm, head), choice)
-
-
-def attend_rows(*arguments: Any, **options: Any) -> Any:
-    """Softmax attention of a prompt's queries."""
-    return import_module("fastskip.kernels.row_attention").attend_rows(*arguments, **options)
-
-
-def attend_step(*arguments: Any, **options: Any) -> Any:
-    """Softmax attention of one query a sequence."""
-    return import_module("fastskip.kernels.step_attention").attend_step(*arguments, **options)
 
 
 def _choice(x: Tensor, index: Tensor | None, linears: Sequence[Linear]) -> str:
