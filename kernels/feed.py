@@ -116,6 +116,8 @@ def _feed_kernel(
             bias_ptr += part * bias_distance
 
     m = rows_of(tile, F, IS_GATED, BLOCK_M)
+    if bias_ptr is not None:
+        bias = numerics.load(bias_ptr + m)
     y = products.product(
         weight_ptr,
         stride_wm,
@@ -138,7 +140,7 @@ def _feed_kernel(
         STAGES,
     )
     if bias_ptr is not None:
-        y += numerics.load(bias_ptr + m)[:, None]
+        y += bias[:, None]
     store_activated(y, tile, start + tl.arange(0, BLOCK_N), rows, out_ptr, F, IS_GATED)
 
 

@@ -30,6 +30,7 @@ from fastskip.kernels.operands import (
     rows_read,
 )
 from fastskip.kernels.projection import (
+    angles_of,
     entries_of,
     head_arguments,
     project_append,
@@ -88,6 +89,8 @@ def _project_append_feed_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    # Held through the product only if they are few registers.
+    ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     start = tl.program_id(0) * BLOCK_N
     head_tiles = tl.cdiv(PAIRS, BLOCK_M // 2)
     is_feed = tl.program_id(1) >= head_tiles
@@ -106,6 +109,38 @@ def _project_append_feed_kernel(
     head_m = products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
     m = tl.where(is_feed, rows_of(tile, F, IS_GATED, BLOCK_M), head_m)
     n = start + tl.arange(0, BLOCK_N)
+    # What the heads need is asked for before the product, so that the latencies overlap; programs
+    # of the FFN ask for none of it.
+    asking = tl.where(is_feed, 0, rows)
+    if cosine_ptr is not None:
+        position = tl.load(positions_ptr + n, mask=n < asking, other=0).to(tl.int64)
+        if ANGLES_FIRST:
+            cosine, sine = angles_of(
+                pair,
+                position,
+                n,
+                asking,
+                cosine_ptr,
+                sine_ptr,
+                stride_p,
+                HALF,
+                QUERIES + GROUPS,
+            )
+    entry_ptr = None
+    is_kept = None
+    if GROUPS > 0:
+        entry_ptr, is_kept = entries_of(
+            n,
+            asking,
+            anchor_ptr,
+            table_ptr,
+            sequences_ptr,
+            slots_ptr,
+            stride_tb,
+            offset,
+            HEAD_DIM,
+            PAGE,
+        )
     # One loop for both: what it runs over is a matter of pointers.
     y = products.product(
         weight_ptr,
@@ -137,34 +172,19 @@ def _project_append_feed_kernel(
             y += numerics.load(head_bias_ptr + m)[:, None]
         first, second = products.split_pairs(y)
         if cosine_ptr is not None:
-            first, second = turn(
-                first,
-                second,
-                pair,
-                n,
-                rows,
-                cosine_ptr,
-                sine_ptr,
-                positions_ptr,
-                stride_p,
-                HALF,
-                QUERIES + GROUPS,
-            )
-        entry_ptr = None
-        is_kept = None
-        if GROUPS > 0:
-            entry_ptr, is_kept = entries_of(
-                n,
-                rows,
-                anchor_ptr,
-                table_ptr,
-                sequences_ptr,
-                slots_ptr,
-                stride_tb,
-                offset,
-                HEAD_DIM,
-                PAGE,
-            )
+            if not ANGLES_FIRST:
+                cosine, sine = angles_of(
+                    pair,
+                    position,
+                    n,
+                    asking,
+                    cosine_ptr,
+                    sine_ptr,
+                    stride_p,
+                    HALF,
+                    QUERIES + GROUPS,
+                )
+            first, second = turn(first, second, pair, cosine, sine, HALF, QUERIES + GROUPS)
         store_heads(
             first,
             second,

@@ -62,26 +62,27 @@ def entries_of(
 
 
 @triton.jit
-def turn(
-    first,
-    second,
+def angles_of(
     pair,
+    position,
     n,
     rows,
     cosine_ptr,
     sine_ptr,
-    positions_ptr,
     stride_p,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """RoPE of pairs ``[P]`` and rows ``[N]``, ``[P, N]``; heads from ``HEADS`` on do not turn."""
-    position = tl.load(positions_ptr + n, mask=n < rows, other=0).to(tl.int64)
+    """Cosines and sines of pairs ``[P]`` in rows ``n [N]``: ``[P, N]``; only ``HEADS`` turn."""
     angle = position[None, :] * stride_p + (pair % HALF)[:, None]
+    is_read = (pair < HEADS * HALF)[:, None] & (n < rows)[None, :]
+    return numerics.load(cosine_ptr + angle, is_read), numerics.load(sine_ptr + angle, is_read)
+
+
+@triton.jit
+def turn(first, second, pair, cosine, sine, HALF: tl.constexpr, HEADS: tl.constexpr):
+    """RoPE of pairs ``[P, N]``; heads from ``HEADS`` on stay as they are."""
     does_turn = (pair < HEADS * HALF)[:, None]
-    is_read = does_turn & (n < rows)[None, :]
-    cosine = numerics.load(cosine_ptr + angle, is_read)
-    sine = numerics.load(sine_ptr + angle, is_read)
     turned_first, turned_second = rotate(first, second, cosine, sine)
     return tl.where(does_turn, turned_first, first), tl.where(does_turn, turned_second, second)
 
@@ -173,6 +174,8 @@ def _project_append_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    # Held through the product only if they are few registers.
+    ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     start = tl.program_id(0) * BLOCK_N
     tile = tl.program_id(1)
     if PARTS == 2:
@@ -204,10 +207,26 @@ def _project_append_kernel(
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
     m = products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
     n = start + tl.arange(0, BLOCK_N)
+    # What the end needs is asked for before the product, so that the latencies overlap.
+    if bias_ptr is not None:
+        bias = numerics.load(bias_ptr + m)
+    if cosine_ptr is not None:
+        position = tl.load(positions_ptr + n, mask=n < rows, other=0).to(tl.int64)
+        if ANGLES_FIRST:
+            cosine, sine = angles_of(
+                pair,
+                position,
+                n,
+                rows,
+                cosine_ptr,
+                sine_ptr,
+                stride_p,
+                HALF,
+                QUERIES + GROUPS,
+            )
     entry_ptr = None
     is_kept = None
     if GROUPS > 0:
-        # Asked for before the product, so that the latencies of the chain overlap with it.
         entry_ptr, is_kept = entries_of(
             n,
             rows,
@@ -242,22 +261,22 @@ def _project_append_kernel(
         STAGES,
     )
     if bias_ptr is not None:
-        y += numerics.load(bias_ptr + m)[:, None]
+        y += bias[:, None]
     first, second = products.split_pairs(y)
     if cosine_ptr is not None:
-        first, second = turn(
-            first,
-            second,
-            pair,
-            n,
-            rows,
-            cosine_ptr,
-            sine_ptr,
-            positions_ptr,
-            stride_p,
-            HALF,
-            QUERIES + GROUPS,
-        )
+        if not ANGLES_FIRST:
+            cosine, sine = angles_of(
+                pair,
+                position,
+                n,
+                rows,
+                cosine_ptr,
+                sine_ptr,
+                stride_p,
+                HALF,
+                QUERIES + GROUPS,
+            )
+        first, second = turn(first, second, pair, cosine, sine, HALF, QUERIES + GROUPS)
     store_heads(
         first,
         second,

@@ -133,7 +133,7 @@ def test_no_rows(device: torch.device) -> None:
 
 def test_launches(device: torch.device) -> None:
     """A pair is one launch; only norms apart, one for each that differs, add some."""
-    place = Place(torch.float32, device)
+    place = Place(torch.bfloat16, device)
     pair = [GATED.build(place), GATED.build(place, seed=7)]
     h = place.numbers(2, 96, seed=0)
     with recording(is_dry=True) as account:
@@ -150,6 +150,15 @@ def test_launches(device: torch.device) -> None:
         (1, 4),
         (1, 13),
     ]
+
+
+def test_fp32_is_streamed(device: torch.device) -> None:
+    """Matrix instructions would round fp32 to TF32."""
+    place = Place(torch.float32, device)
+    with recording(is_dry=True) as account:
+        feed(place.numbers(5, 96, seed=0), [GATED.build(place)], config=TENSOR)
+    assert account.launches[0].arguments["BLOCK_N"] == 4
+    assert account.launches[0].grid == (2, 10)
 
 
 def test_gradients_are_refused(device: torch.device) -> None:
