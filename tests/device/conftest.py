@@ -1,12 +1,14 @@
 """What tests of the device executor share: steps that behave like graphs, counted."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastskip.generation.device_step import DeviceStep
+from fastskip.ops import Implementation
 
 IMPL = "torch"
 """The device executor wherever tests run."""
@@ -41,4 +43,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[DeviceStep]:
         return replay
 
     monkeypatch.setattr("fastskip.generation.device_step.capture", capture)
+    # Only kernels are captured: here the torch form stands for them.
+    stand_in = SimpleNamespace(TRITON=Implementation(IMPL))
+    monkeypatch.setattr("fastskip.generation.device_step.Implementation", stand_in)
     return LAUNCHED
