@@ -182,7 +182,8 @@ def attend_rows(
     blocks, options = split(chosen)
     if queries.element_size() > 2:
         # Products of full precision keep their operands in registers.
-        blocks |= {"BLOCK_Q": 16, "BLOCK_S": min(32, blocks["BLOCK_S"])}
+        blocks |= {"BLOCK_Q": 16, "BLOCK_S": 16}
+        options |= {"num_warps": 8}
     tiles = tiles_of(reach.bounds, blocks["BLOCK_Q"], queries.device)
     out = empty((rows, heads * width), queries.dtype, queries.device)
     launch(
@@ -229,11 +230,14 @@ def tiles_of(bounds: tuple[int, ...], block: int, device: torch.device) -> Tenso
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing; few rows go by small tiles, so that there are enough of them."""
+    """Configurations worth timing; few rows go by small tiles, so that there are enough of them.
+
+    Pages are looked up by table, so two stages more buy one more block in flight: 3, 5, 7.
+    """
     few = rows * shape[0] <= 64 * 256
     return [
         {"BLOCK_Q": queries, "BLOCK_S": block, "STAGES": stages, "num_warps": warps}
         for queries, warps in (((16, 4), (32, 4), (64, 4)) if few else ((64, 4), (128, 8)))
         for block in (32, 64)
-        for stages in (2, 3, 4)
+        for stages in (2, 3, 5)
     ]

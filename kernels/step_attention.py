@@ -45,7 +45,9 @@ LOW = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _entries_at(table_ptr, block, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _entries_at(
+    table_ptr, block, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Elements from the anchor to slot ``block * BLOCK_S``, if a page held one head's keys only."""
     page = tl.load(table_ptr + block * BLOCK_S // PAGE)
     # Slabs and anchors are aligned for wide accesses, so their distances are.
@@ -68,7 +70,7 @@ def _attend_one(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One query head: output ``[1, BLOCK_K]`` and its ``log2`` sum ``[1]``, of every split-th block.
+    """One query head, every split-th block: output ``[1, BLOCK_K]`` and ``log2`` sum ``[1]``.
 
     Rows of a tile do not meet before the end: a softmax in each of ``BLOCK_S`` rows.
     """
@@ -120,7 +122,7 @@ def _attend_group(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The query heads of a group: outputs ``[BLOCK_H, BLOCK_K]`` and ``log2`` sums ``[BLOCK_H]``."""
+    """The heads of a group: outputs ``[BLOCK_H, BLOCK_K]`` and ``log2`` sums ``[BLOCK_H]``."""
     column = tl.arange(0, BLOCK_K)
     is_column = column < HEAD_DIM
     within = tl.arange(0, BLOCK_S)
@@ -399,7 +401,7 @@ def splits_of(lanes: int, entries: int, blocks: Mapping[str, int]) -> int:
     """
     wanted = blocks["PROGRAMS"] // max(lanes, 1)
     wanted = min(wanted, triton.cdiv(entries, blocks["BLOCK_S"]), MOST_SPLITS)
-    return 1 << max(wanted, 1).bit_length() - 1
+    return 1 << (int(max(wanted, 1)).bit_length() - 1)
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
@@ -414,7 +416,14 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
         if splits in seen:
             continue
         seen.add(splits)
-        for block, stages, warps in ((16, 3, 4), (32, 2, 4), (32, 4, 4), (64, 2, 4), (64, 3, 8)):
+        for block, stages, warps in (
+            (16, 3, 4),
+            (32, 2, 4),
+            (32, 4, 4),
+            (64, 2, 4),
+            (64, 3, 8),
+            (64, 4, 8),
+        ):
             for fused in (1, 0) if splits > 1 and (block, stages) == (32, 4) else (1,):
                 config = {"BLOCK_S": block, "STAGES": stages, "num_warps": warps}
                 found.append({**config, "PROGRAMS": programs, "FUSED_COMBINE": fused})

@@ -148,7 +148,9 @@ def test_tensors_without_data() -> None:
     anchor = torch.empty(16, dtype=torch.bfloat16, device=meta)
     queries = torch.empty(640, 32, 128, dtype=torch.bfloat16, device=meta)
     with recording(is_dry=True) as account:
-        attend_rows(queries, Reach(numbers, numbers, (0, 640)), Pages(anchor, table, 0, 32, 128, []), 1)
+        attend_rows(
+            queries, Reach(numbers, numbers, (0, 640)), Pages(anchor, table, 0, 32, 128, []), 1
+        )
     assert [launch.grid for launch in account.launches] == [(10, 32)]
 
 

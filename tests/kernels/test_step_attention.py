@@ -103,7 +103,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_attend_step(name: str, dtype: torch.dtype, device: torch.device) -> None:
     case = CASES[name]
-    queries, reach, pages = case.queries(dtype, device), case.reach(device), case.pages(dtype, device)
+    queries, reach, pages = (
+        case.queries(dtype, device),
+        case.reach(device),
+        case.pages(dtype, device),
+    )
     scale = case.head_dim**-0.5
     with recording() as account:
         found = attend_step(queries, reach, pages, scale, config=case.config)
@@ -115,9 +119,7 @@ def test_attend_step(name: str, dtype: torch.dtype, device: torch.device) -> Non
     cpu = torch.device("cpu")
     exact_pages = case.pages(torch.float64, cpu)
     eager = fused.attend_step(queries, reach, pages, scale)
-    truth = fused.attend_step(
-        case.queries(torch.float64, cpu), case.reach(cpu), exact_pages, scale
-    )
+    truth = fused.attend_step(case.queries(torch.float64, cpu), case.reach(cpu), exact_pages, scale)
     for number, each in enumerate(found):
         assert each.shape == (case.rows, case.heads * case.head_dim) and each.is_contiguous()
         assert_within_budget(f"block {number}", each, eager[number], truth[number])
