@@ -109,7 +109,7 @@ class FusedDecoder(Decoder):
         self.version += 1
         self._made_of = made_of
         self._fused_blocks = []
-        if drops:
+        if drops or self.unsupported() is not None:  # say, moved to another dtype
             return
         tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
         head_dim = self.plan.shape.head_dim

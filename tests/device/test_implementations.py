@@ -290,11 +290,39 @@ def test_adapters_around_the_layers(part: str) -> None:
     assert is_fused(pair[0].base_model.model)
 
 
-def test_a_dtype_without_kernels(compiled: Any) -> None:
-    stock: Any = tiny_llama(dtype=torch.float64)
-    with pytest.raises(fastskip.UnsupportedModelError, match="impl='reference'.*float64"):
+def unusual_activation() -> Any:
+    model: Any = tiny_llama(depth=2)
+    for layer in model.get_decoder().layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    return model
+
+
+WITHOUT_KERNELS = {
+    "dtype torch.float64": lambda: tiny_llama(dtype=torch.float64),
+    "head_dim 12": lambda: tiny_llama(head_dim=12),
+    "hidden and FFN size 36, 48": lambda: tiny_llama(hidden=36),
+    "activation of the FFN": unusual_activation,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNELS)
+def test_what_has_no_kernels(compiled: Any, name: str) -> None:
+    stock = WITHOUT_KERNELS[name]()
+    with pytest.raises(fastskip.UnsupportedModelError, match=f"impl='reference'.*{name}"):
         fastskip.apply_(stock, impl="triton")
-    assert type(stock).__module__.startswith("transformers") and not hasattr(stock, "_fastskip")
+    assert not hasattr(stock, "_fastskip")
+    fastskip.apply_(stock, impl="reference")
+
+
+def test_moved_to_a_dtype_without_kernels(compiled: Any) -> None:
+    stock: Any = tiny_llama(depth=1, vocab=32)
+    model, plain = (
+        fastskip.apply_(copy.deepcopy(stock), impl=impl).double()
+        for impl in ("triton", "reference")
+    )
+    with torch.no_grad():
+        logits = [each(input_ids=torch.tensor([[3, 4, 5]])).logits for each in (model, plain)]
+    assert torch.equal(*logits) and not is_fused(model)
 
 
 @torch.no_grad()
