@@ -27,68 +27,10 @@ from fastskip.kernels import numerics, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
+from fastskip.kernels.softmax import LOG2_E, LOW, attend_many
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
 from fastskip.ops.contracts import Pages, Reach
-
-LOG2_E = 1.4426950408889634
-LOW = tl.constexpr(-1e30)
-"""Below every score; unlike -inf it can be subtracted from itself."""
-
-
-@triton.jit
-def _attend_blocks(
-    q,
-    entries_ptr,
-    table_ptr,
-    first,
-    last,
-    limit,
-    most,
-    out,
-    total,
-    best,
-    factor,
-    IS_MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The running softmax of a tile, further by the slots from ``first`` to ``last``."""
-    column = tl.arange(0, BLOCK_K)
-    within = tl.arange(0, BLOCK_S)
-    place = within[:, None] * HEAD_DIM + column[None]
-    is_column = (column < HEAD_DIM)[None]
-    for start in tl.range(first, last, BLOCK_S, num_stages=STAGES):
-        page = tl.load(table_ptr + start // PAGE)
-        # Slabs and anchors are aligned for wide accesses, so their distances are.
-        block_ptr = entries_ptr + (tl.multiple_of(page, 8) + (start % PAGE) * HEAD_DIM)
-        slot = start + within
-        if IS_MASKED:
-            # What lies behind the last entry may be anything, NaN included.
-            mask = (slot < most)[:, None] & is_column
-        else:
-            mask = tl.broadcast_to(is_column, [BLOCK_S, BLOCK_K])
-        k = tl.load(block_ptr + place, mask=mask, other=0.0)
-        v = tl.load(block_ptr + PLANE + place, mask=mask, other=0.0)
-        score = numerics.dot(q, tl.trans(k), tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)) * factor
-        if IS_MASKED:
-            seen = slot[None] < limit[:, None]
-            score = tl.where(seen, score, LOW)
-        top = tl.maximum(best, tl.max(score, 1))
-        weight = tl.exp2(score - top[:, None])
-        if IS_MASKED:
-            # A row that has seen nothing yet: its best is LOW as well.
-            weight = tl.where(seen, weight, 0.0)
-        old = tl.exp2(best - top)
-        total = total * old + tl.sum(weight, 1)
-        out = numerics.dot(numerics.round_to(weight, v.dtype), v, out * old[:, None])
-        best = top
-    return out, total, best
 
 
 @triton.jit
@@ -135,14 +77,14 @@ def _attend_rows_kernel(
     best = tl.full([BLOCK_Q], LOW, tl.float32)
     whole = least // BLOCK_S * BLOCK_S
     for IS_MASKED in tl.static_range(2):
-        out, total, best = _attend_blocks(
+        out, total, best = attend_many(
             q,
             entries_ptr,
             table_ptr,
             whole if IS_MASKED else 0,
             most if IS_MASKED else whole,
+            BLOCK_S,
             limit,
-            most,
             out,
             total,
             best,

@@ -34,131 +34,12 @@ from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import distance
+from fastskip.kernels.softmax import LOG2_E, LOW, attend_many, attend_one
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
 from fastskip.ops.contracts import Pages, StepReach
 
-LOG2_E = 1.4426950408889634
 MOST_SPLITS = 32
-LOW = tl.constexpr(-1e30)
-"""Below every score; unlike -inf it can be subtracted from itself."""
-
-
-@triton.jit
-def _entries_at(
-    table_ptr, block, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """Elements from the anchor to slot ``block * BLOCK_S``, if a page held one head's keys only."""
-    page = tl.load(table_ptr + block * BLOCK_S // PAGE)
-    # Slabs and anchors are aligned for wide accesses, so their distances are.
-    return tl.multiple_of(page, 8) + (block * BLOCK_S % PAGE) * HEAD_DIM
-
-
-@triton.jit
-def _attend_one(
-    q_ptr,
-    entries_ptr,
-    table_ptr,
-    count,
-    part,
-    factor,
-    SPLITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One query head, every split-th block: output ``[1, BLOCK_K]`` and ``log2`` sum ``[1]``.
-
-    Rows of a tile do not meet before the end: a softmax in each of ``BLOCK_S`` rows.
-    """
-    column = tl.arange(0, BLOCK_K)
-    is_column = column < HEAD_DIM
-    within = tl.arange(0, BLOCK_S)
-    place = within[:, None] * HEAD_DIM + column[None]
-    q = numerics.load(q_ptr + column, is_column) * factor
-    best = tl.full([BLOCK_S], LOW, tl.float32)
-    total = tl.zeros([BLOCK_S], tl.float32)
-    out = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
-    for block in tl.range(part, tl.cdiv(count, BLOCK_S), SPLITS, num_stages=STAGES):
-        block_ptr = entries_ptr + _entries_at(table_ptr, block, PAGE, BLOCK_S, HEAD_DIM)
-        seen = block * BLOCK_S + within < count
-        mask = seen[:, None] & is_column[None]
-        k = numerics.load(block_ptr + place, mask)
-        v = numerics.load(block_ptr + PLANE + place, mask)
-        score = tl.where(seen, tl.sum(k * q[None], 1), LOW)
-        top = tl.maximum(best, score)
-        weight = tl.where(seen, tl.exp2(score - top), 0.0)
-        old = tl.exp2(best - top)
-        total = total * old + weight
-        out = out * old[:, None] + weight[:, None] * v
-        best = top
-    top = tl.max(best, 0)
-    weight = tl.exp2(best - top)
-    total = tl.sum(total * weight, 0)
-    out = tl.sum(out * weight[:, None], 0)
-    none = tl.zeros([1], tl.float32)
-    return _normalised(out[None], total + none, top + none)
-
-
-@triton.jit
-def _attend_group(
-    q_ptr,
-    stride_qh,
-    is_head,
-    entries_ptr,
-    table_ptr,
-    count,
-    part,
-    factor,
-    SPLITS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The heads of a group: outputs ``[BLOCK_H, BLOCK_K]`` and ``log2`` sums ``[BLOCK_H]``."""
-    column = tl.arange(0, BLOCK_K)
-    is_column = column < HEAD_DIM
-    within = tl.arange(0, BLOCK_S)
-    place = within[:, None] * HEAD_DIM + column[None]
-    heads = tl.arange(0, BLOCK_H)
-    q = tl.load(
-        q_ptr + heads[:, None] * stride_qh + column[None],
-        mask=is_head[:, None] & is_column[None],
-        other=0.0,
-    )
-    best = tl.full([BLOCK_H], LOW, tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    out = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
-    for block in tl.range(part, tl.cdiv(count, BLOCK_S), SPLITS, num_stages=STAGES):
-        block_ptr = entries_ptr + _entries_at(table_ptr, block, PAGE, BLOCK_S, HEAD_DIM)
-        seen = block * BLOCK_S + within < count
-        mask = seen[:, None] & is_column[None]
-        k = tl.load(block_ptr + place, mask=mask, other=0.0)
-        v = tl.load(block_ptr + PLANE + place, mask=mask, other=0.0)
-        score = numerics.dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_S], tl.float32)) * factor
-        score = tl.where(seen[None], score, LOW)
-        # A block of the loop has an entry at least, so a masked score is far below the best.
-        top = tl.maximum(best, tl.max(score, 1))
-        weight = tl.exp2(score - top[:, None])
-        old = tl.exp2(best - top)
-        total = total * old + tl.sum(weight, 1)
-        out = numerics.dot(numerics.round_to(weight, v.dtype), v, out * old[:, None])
-        best = top
-    return _normalised(out, total, best)
-
-
-@triton.jit
-def _normalised(out, total, best):
-    """Output and ``log2`` of the sum of exponentials; 0 and ``LOW`` if there is none."""
-    some = tl.where(total > 0.0, total, 1.0)
-    return out / some[:, None], tl.where(total > 0.0, best + tl.log2(some), LOW)
 
 
 @triton.jit
@@ -244,51 +125,60 @@ def _attend_step_kernel(
     entries_ptr = anchor_ptr + problem * anchor_distance + offset + problem * offset_distance
     entries_ptr += group * PAGE * HEAD_DIM
     is_head = first + tl.arange(0, BLOCK_H) < RATIO
+    column = tl.arange(0, BLOCK_K)
+    is_column = column < HEAD_DIM
+    plane: tl.constexpr = GROUPS * PAGE * HEAD_DIM
     if RATIO == 1:
-        out, log_sum = _attend_one(
-            q_ptr,
+        out, total, best = attend_one(
+            numerics.load(q_ptr + column, is_column) * factor,
             entries_ptr,
             table_ptr,
+            part * BLOCK_S,
             count,
-            part,
-            factor,
-            SPLITS,
+            SPLITS * BLOCK_S,
             HEAD_DIM,
             PAGE,
-            GROUPS * PAGE * HEAD_DIM,
+            plane,
             BLOCK_S,
             BLOCK_K,
             STAGES,
         )
     else:
-        out, log_sum = _attend_group(
-            q_ptr,
-            stride_qh,
-            is_head,
+        q_ptr += tl.arange(0, BLOCK_H)[:, None] * stride_qh + column[None]
+        out, total, best = attend_many(
+            tl.load(q_ptr, mask=is_head[:, None] & is_column[None], other=0.0),
             entries_ptr,
             table_ptr,
+            part * BLOCK_S,
             count,
-            part,
+            SPLITS * BLOCK_S,
+            tl.zeros([BLOCK_H], tl.int32) + count,
+            tl.zeros([BLOCK_H, BLOCK_K], tl.float32),
+            tl.zeros([BLOCK_H], tl.float32),
+            tl.full([BLOCK_H], LOW, tl.float32),
             factor,
-            SPLITS,
+            True,
             HEAD_DIM,
             PAGE,
-            GROUPS * PAGE * HEAD_DIM,
+            plane,
             BLOCK_H,
             BLOCK_S,
             BLOCK_K,
             STAGES,
         )
+    # No entries, none in this split: 0, which weighs nothing.
+    some = tl.where(total > 0.0, total, 1.0)
+    out = out / some[:, None]
 
     # The row of a head in all that is written.
     row = (problem * rows + sequence) * (GROUPS * RATIO) + head + tl.arange(0, BLOCK_H)
-    column = tl.arange(0, BLOCK_K)
-    mask = is_head[:, None] & (column < HEAD_DIM)[None]
+    mask = is_head[:, None] & is_column[None]
     if SPLITS == 1:
         numerics.store(out_ptr + row[:, None] * HEAD_DIM + column[None], out, mask)
     else:
         place = row * SPLITS + part
         tl.store(found_ptr + place[:, None] * HEAD_DIM + column[None], out, mask=mask)
+        log_sum = tl.where(total > 0.0, best + tl.log2(some), LOW)
         tl.store(sums_ptr + place, log_sum, mask=is_head)
         if FUSED_COMBINE:
             arrivals_ptr += problem * arrivals_distance + lane
