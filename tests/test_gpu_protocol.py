@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import protocol, running, table, tune
+from benchmarks.gpu import protocol, running, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.nodes import reader
 from benchmarks.gpu.results import Line, Results, Values
 from benchmarks.gpu.running import run, supervise
+from benchmarks.gpu.tables import Question, write_tables
 from fastskip.kernels import tuning
 
 
@@ -217,8 +218,8 @@ def test_a_tuned_entry_takes_nothing_from_fewer_rows(
     monkeypatch.setattr(tuning, "config_for", lambda *_: usual)
     best = {"config": {"BLOCK_V": 512}, "us": 2.0, "gb_per_s": 3.0}
     where = setting(results)
-    tune._write_tables(where, {tune.Question("maxima", 16, (128,)): best})
-    tune._write_tables(where, {tune.Question("maxima", 2, (128,)): best})
+    write_tables(where, {Question("maxima", 16, (128,)): best})
+    write_tables(where, {Question("maxima", 2, (128,)): best})
     (file,) = results.folder.glob("tables/*/maxima.json")
     entries: list[dict[str, Any]] = json.loads(file.read_text())
     assert [(each["rows"], each["config"]) for each in entries] == [
@@ -229,7 +230,7 @@ def test_a_tuned_entry_takes_nothing_from_fewer_rows(
         (16, best["config"]),
     ]
     # A guess never replaces what was measured.
-    tune._write_tables(where, {tune.Question("maxima", 16, (128,)): best})
+    write_tables(where, {Question("maxima", 16, (128,)): best})
     assert json.loads(file.read_text()) == entries
 
 

@@ -20,11 +20,8 @@ class Setting:
     device: torch.device
     is_tiny: bool
     minutes: float = 10.0
+    dtype: torch.dtype = torch.bfloat16
     began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.is_tiny else torch.bfloat16
 
     @property
     def folder(self) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 import fastskip
 from benchmarks.gpu.ceilings import ceilings_of
@@ -23,8 +24,10 @@ from benchmarks.gpu.cells import Cell, Setting
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import load, policies, shape
 from benchmarks.gpu.results import Values
+from benchmarks.gpu.timing import synchronize
 from benchmarks.shapes import prompts
 from fastskip.kernels.launch import Account, recording
+from fastskip.profiling import ranges
 
 ROOT = Path(__file__).parents[2]
 N_NEW = 16
@@ -69,6 +72,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
         "decode_us_per_step": total,
         "decode_gb_per_s": nbytes / total / 1e3 if total else None,
         "decode_share_of_bandwidth": nbytes / total * 1e6 / ceiling if total else None,
+        "spans": _spans(partial(generate, 3), device),
         "decode_kernels": _top(decode, _weight_bytes(account)),
         "prefill_kernels": _top(first),
     }
@@ -109,6 +113,26 @@ def _kernels(run: Any, device: str) -> dict[str, tuple[int, float]]:
             count, before = found[event.key]
             found[event.key] = count + event.count, before + us
     return dict(found)
+
+
+def _spans(run: Any, device: str) -> dict[str, float]:
+    """Shares of the device's time (on a CPU: of the time) that ranges named by the package take.
+
+    Decode steps run kernel by kernel within them; layers are added up.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with ranges(), torch.profiler.profile(activities=activities) as profiler:
+        run()
+        synchronize(torch.device(device))
+    found: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        if getattr(event, "is_user_annotation", False) and event.device_type == DeviceType.CPU:
+            name = "layers" if event.key.startswith("layer ") else event.key
+            found[name] += event.device_time_total if device == "cuda" else event.cpu_time_total
+    most = max(found.values(), default=1.0) or 1.0
+    return {name: us / most for name, us in found.items()}
 
 
 def _weight_bytes(account: Account) -> dict[str, float]:

@@ -16,6 +16,7 @@ from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import UNUSABLE, run, supervise
 from benchmarks.gpu.table import text_tables
+from benchmarks.gpu.tables import install_tables
 from benchmarks.records import file_name
 
 CELLS: list[Cell] = [
@@ -44,7 +45,7 @@ def start(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         _print_list(CELLS, results)
         return 0
     if not options.tables:
-        tune.install_tables(results)
+        install_tables(results)
         _measure(cells, Setting(results, device, options.tiny), options, arguments)
     if not options.same_process or options.tables:
         print(text_tables(results))

@@ -1,21 +1,16 @@
 """Which configuration is the fastest: every kernel's candidates, timed at one model's shapes.
 
 Every operation is called with one question to the tuning tables answered differently: which kernel,
-how many rows, what shape. The answer that is the fastest is written to ``kernels/tables/<gpu>/``,
-with the rate it reached.
+how many rows, what shape. The answer with which the whole operation is the fastest goes to the
+tables. Also tuned is who computes a product: kernels of few rows, the library, or the row GEMM.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,26 +20,20 @@ from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.compiling import compile_ahead
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.prefill_works import PREFILL
-from benchmarks.gpu.results import Results, Values
+from benchmarks.gpu.results import Values
+from benchmarks.gpu.tables import Config, Question, write_tables
 from benchmarks.gpu.timing import seconds
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, Work, on_own_memory
-from benchmarks.records import environment, file_name
 from fastskip.kernels import tuning
+from fastskip.kernels.choice import TABLES
 from fastskip.kernels.launch import recording
 
-Config = Mapping[str, Any]
-TABLES = "tables"
+Answer = Mapping[str, Any]
+"""A configuration and what it reached."""
+PROMISING = 1.3
+"""A way to compute a product that is so many times slower untuned is not tuned."""
 TINY_CANDIDATES = 2
 REPLAYS = 5
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a launcher asks the tuning tables."""
-
-    kernel: str
-    rows: int
-    shape: tuple[int, ...]
 
 
 def tune(setting: Setting, widths: Widths, rows: int) -> Values:
@@ -53,7 +42,7 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
     works = DECODE | DECODE_ARRANGED if rows else PREFILL
     rows = rows or widths.context
     found: dict[str, Any] = {}
-    answered: dict[Question, Any] = {}
+    answered: dict[Question, Answer] = {}
     failures: dict[str, str] = {}
     for name, maker in works.items():
         if setting.seconds_left < 0:
@@ -68,81 +57,106 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
             continue
         answered |= new
         found |= {f"{q.kernel}, {q.rows} rows ({name})": best for q, best in new.items()}
-    _write_tables(setting, answered)
+    write_tables(setting, answered)
     if failures and not found:
         raise RuntimeError("\n".join(f"{name}: {fault}" for name, fault in failures.items()))
     return {"widths": widths.name, "kernels": found, "failures": failures}
 
 
-def install_tables(results: Results) -> None:
-    """Puts tables that an earlier run left beside its results where kernels look for them."""
-    kept = results.folder / TABLES
-    if torch.cuda.is_available() and kept.is_dir():
-        for file in kept.glob("*/*.json"):
-            _merge_file(tuning.FOLDER / file.parent.name / file.name, json.loads(file.read_text()))
-        _forget_tables()
-
-
 def _tune_work(
-    setting: Setting, works: Sequence[Work], answered: dict[Question, Any]
-) -> dict[Question, Any]:
-    """Tunes what one operation asks of the tables, the same on different weights."""
-    from fastskip.ops import compiled
+    setting: Setting, works: Sequence[Work], answered: Mapping[Question, Answer]
+) -> dict[Question, Answer]:
+    """Tunes what one operation asks of the tables; ``works`` are alike but for their memory.
 
-    device = setting.device
-    with _answering({}) as asked, recording(is_dry=True):
-        works[0].run(compiled)
-    found = {}
-    for question, current in asked.items():
-        configs = [] if question in answered else _candidates(question, current)
-        if setting.is_tiny:
-            configs = configs[:TINY_CANDIDATES]
-        if configs:
-            calls = (partial(_answered, {question: config}, works[0]) for config in configs)
-            compile_ahead(calls, device)
-            found[question] = _fastest(setting, works, question, configs)
+    Who computes a product is asked first, and what is asked after that depends on the answer: each
+    that may turn out the fastest is tuned before one is chosen.
+    """
+    usual = _asked(works[0], _configs(answered))
+    choices = [each for each in usual if each.kernel in TABLES and each not in answered]
+    if not choices:
+        return _tune_kernels(setting, works, answered)
+    choice = choices[0]
+    ways = _candidates(choice, usual[choice])
+    calls = [partial(_run, works[0], {**_configs(answered), choice: way}) for way in ways]
+    compile_ahead(calls, setting.device)
+    times, _ = _times(setting, works, answered, choice, ways)
+    least = min(time for time, _ in times)
+    known = dict(answered)
+    for time, way in times:
+        if time <= PROMISING * least:
+            chosen = {**known, choice: {"config": way}}
+            known |= _tune_kernels(setting, works, chosen)
+    tuned, faults = _times(setting, works, known, choice, [way for _, way in times])
+    known[choice] = _best(tuned or times, usual[choice], len(ways), works[0], setting, faults)
+    # A work may ask for more than one choice.
+    known |= _tune_work(setting, works, known)
+    return {question: answer for question, answer in known.items() if question not in answered}
+
+
+def _tune_kernels(
+    setting: Setting, works: Sequence[Work], answered: Mapping[Question, Answer]
+) -> dict[Question, Answer]:
+    """Tunes the kernels that a work launches as ``answered`` has it."""
+    found: dict[Question, Answer] = {}
+    for question, current in _asked(works[0], _configs(answered)).items():
+        configs = _candidates(question, current)
+        if question in answered or question.kernel in TABLES or not configs:
+            continue
+        configs = configs[:TINY_CANDIDATES] if setting.is_tiny else configs
+        known = {**answered, **found}
+        calls = [partial(_run, works[0], {**_configs(known), question: each}) for each in configs]
+        compile_ahead(calls, setting.device)
+        times, faults = _times(setting, works, known, question, configs)
+        if not times:
+            raise RuntimeError(f"{question}: nothing was timed: {faults[:1] or 'no time was left'}")
+        found[question] = _best(times, current, len(configs), works[0], setting, faults)
     return found
 
 
-def _fastest(
-    setting: Setting, works: Sequence[Work], question: Question, configs: Sequence[Config]
-) -> dict[str, Any]:
-    """The fastest configuration, with what it reached; and why others did not run."""
+def _times(
+    setting: Setting,
+    works: Sequence[Work],
+    answered: Mapping[Question, Answer],
+    question: Question,
+    configs: Sequence[Config],
+) -> tuple[list[tuple[float, Config]], list[str]]:
+    """Seconds of a call with each answer to ``question``, and why some did not run."""
     times: list[tuple[float, Config]] = []
     faults: list[str] = []
     for config in configs:
-        if setting.seconds_left < 0:
+        if times and setting.seconds_left < 0:
             break
+        answers = {**_configs(answered), question: config}
         try:
-            calls = [partial(_answered, {question: config}, work) for work in works]
+            calls = [partial(_run, work, answers) for work in works]
             times.append((seconds(calls, setting.device, REPLAYS), config))
         except Exception as error:
             if is_lost(setting.device):
                 raise
             faults.append(f"{dict(config)}: {type(error).__name__}: {error}"[:300])
-    if not times:
-        raise RuntimeError(f"{question}: no candidate ran: {faults[:1]}")
-    return {**_best(times, configs, works[0], setting), "faults": faults}
+    return times, faults
 
 
 def _best(
     times: Sequence[tuple[float, Config]],
-    configs: Sequence[Config],
+    current: Config,
+    offered: int,
     work: Work,
     setting: Setting,
-) -> dict[str, Any]:
+    faults: list[str],
+) -> Answer:
     fastest, config = min(times, key=lambda pair: pair[0])
-    slowest = max(times, key=lambda pair: pair[0])[0]
-    # The first one is what the table said so far.
-    before = next((time for time, each in times if each == configs[0]), fastest)
+    slowest, _ = max(times, key=lambda pair: pair[0])
+    before = next((time for time, each in times if each == current), None)
     return {
         "config": dict(config),
         "us": 1e6 * fastest,
         "gb_per_s": work.nbytes / fastest / 1e9,
         "share_of_floor": work.floor_seconds(ceilings_of(setting)) / fastest,
-        "us_before": 1e6 * before,
+        "us_before": None if before is None else 1e6 * before,
         "us_slowest": 1e6 * slowest,
-        "timed": f"{len(times)} of {len(configs)}",
+        "timed": f"{len(times)} of {offered}",
+        "faults": faults,
     }
 
 
@@ -154,7 +168,9 @@ def _candidates(question: Question, current: Config) -> list[Config]:
     offered = []
     for file in sorted(tuning.FOLDER.parent.glob("*.py")):
         module = import_module(f"fastskip.kernels.{file.stem}")
-        if hasattr(module, f"_{question.kernel}_kernel") and hasattr(module, "candidates"):
+        is_asking = hasattr(module, f"_{question.kernel}_kernel")
+        is_asking |= question.kernel in getattr(module, "TABLES", ())
+        if is_asking and hasattr(module, "candidates"):
             offered += module.candidates(question.rows, question.shape)
     fitting = [config for config in offered if _blocks(config) == _blocks(current)]
     return [current, *(config for config in fitting if config != current)] if fitting else []
@@ -164,11 +180,26 @@ def _blocks(config: Config) -> set[str]:
     return {name for name in config if name.startswith("BLOCK")}
 
 
-def _answered(answers: Mapping[Question, Config], work: Work) -> None:
+def _asked(work: Work, answers: Mapping[Question, Config]) -> dict[Question, Config]:
+    """What the work asks the tables, and what it is told; nothing runs."""
+    with _answering(answers) as asked, recording(is_dry=True):
+        work.run(_compiled())
+    return asked
+
+
+def _run(work: Work, answers: Mapping[Question, Config]) -> None:
+    with _answering(answers):
+        work.run(_compiled())
+
+
+def _configs(answers: Mapping[Question, Answer]) -> dict[Question, Config]:
+    return {question: answer["config"] for question, answer in answers.items()}
+
+
+def _compiled() -> Any:
     from fastskip.ops import compiled
 
-    with _answering(answers):
-        work.run(compiled)
+    return compiled
 
 
 @contextmanager
@@ -190,85 +221,6 @@ def _answering(answers: Mapping[Question, Config]) -> Iterator[dict[Question, Co
         yield asked
     finally:
         tuning.config_for = usual
-
-
-def _write_tables(setting: Setting, answered: Mapping[Question, Any]) -> None:
-    """Into the package, for use from now on, and beside the results, to be kept."""
-    if not answered:
-        return
-    device = setting.device
-    slug = file_name(device.type).removesuffix(".json")
-    about = environment(device.type)
-    arch = None
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = 10 * major + minor
-    measured = {**about, "date": f"{datetime.now(UTC):%Y-%m-%d}", "by": "python -m benchmarks.gpu"}
-    entries = _entries(answered, device)
-    gpu = {"name": about["device"], "arch": arch, "measured": measured}
-    folders = [setting.folder / TABLES / slug]
-    if not setting.is_tiny:
-        folders.append(tuning.FOLDER / slug)
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gpu.json").write_text(json.dumps(gpu, indent=1) + "\n")
-        for kernel, own in entries.items():
-            _merge_file(folder / f"{kernel}.json", own)
-    _forget_tables()
-
-
-def _entries(answered: Mapping[Question, Any], device: torch.device) -> dict[str, list[Any]]:
-    """Table entries by kernel.
-
-    An entry of this shape would also serve fewer rows, down to the next entry of the shape. So
-    what these rows have used so far, as far as it is not measured, is written down with it.
-    """
-    entries: dict[str, list[Any]] = {}
-    for question, best in answered.items():
-        own = entries.setdefault(question.kernel, [])
-        measured = {key: round(best[key], 3) for key in ("us", "gb_per_s")}
-        own.append(_entry(question, best["config"], measured))
-        fewer = (1 << power for power in range(question.rows.bit_length()))
-        for rows in (rows for rows in fewer if rows < question.rows):
-            smaller = replace(question, rows=rows)
-            if smaller not in answered:
-                usual = tuning.config_for(question.kernel, device, rows, question.shape)
-                own.append(_entry(smaller, usual, None))
-    return entries
-
-
-def _entry(question: Question, config: Config, measured: Config | None) -> dict[str, Any]:
-    return {
-        "rows": question.rows,
-        "shape": list(question.shape),
-        "config": dict(config),
-        "measured": measured,
-    }
-
-
-def _merge_file(path: Path, new: Any) -> None:
-    """New entries take the place of those for the same rows and shape that are worth no more."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(new, list):
-        known = json.loads(path.read_text()) if path.exists() else []
-        merged = {(item["rows"], str(item["shape"])): item for item in known}
-        for item in new:
-            key = item["rows"], str(item["shape"])
-            if item.get("measured") or not merged.get(key, {}).get("measured"):
-                merged[key] = item
-        new = list(merged.values())
-        new.sort(key=lambda item: (str(item["shape"]), item["rows"] or 1 << 40))
-        text = "[\n" + ",\n".join(f" {json.dumps(item)}" for item in new) + "\n]\n"
-    else:
-        text = json.dumps(new) + "\n"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text)
-    shutil.move(draft, path)
-
-
-def _forget_tables() -> None:
-    for kept in (tuning.read_table, tuning.tables_for, tuning._tables_on):
-        kept.cache_clear()
 
 
 def _cell(widths: Widths, rows: int, is_default: bool) -> Cell:
