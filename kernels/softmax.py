@@ -42,8 +42,8 @@ def attend_one(
 ):
     """One query ``[BLOCK_K]``, times the factor, over the blocks ``first, first + step ..``.
 
-    Returns the unnormalised output ``[1, BLOCK_K]``, the sum of weights and the largest score, ``[1]``.
-    Every row of a block keeps a softmax of its own, so that warps meet only once, at the end.
+    Returns the unnormalised output ``[1, BLOCK_K]``, the sum of weights and the largest score,
+    ``[1]``. Every row of a block keeps a softmax of its own, so warps meet only once, at the end.
     """
     column = tl.arange(0, BLOCK_K)
     within = tl.arange(0, BLOCK_S)
