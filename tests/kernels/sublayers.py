@@ -21,7 +21,7 @@ from tests.kernels.paging import build_pages, exact
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRUTH = torch.float64
 
-STREAM = {"BLOCK_M": 16, "BLOCK_N": 1, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4}
+STREAM = {"BLOCK_M": 32, "BLOCK_N": 1, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4}
 STREAM_2 = {**STREAM, "BLOCK_N": 2}
 STREAM_4 = {**STREAM, "BLOCK_N": 4}
 TENSOR = {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4}

@@ -145,10 +145,10 @@ def test_launches(device: torch.device) -> None:
     norm = "normalize"
     assert names == ["feed", norm, norm, "feed", norm, "feed", "project_append_feed"]
     assert [each.grid for each in account.launches if each.name != norm] == [
-        (1, 10),
+        (1, 6),
         (1, 4),
         (1, 4),
-        (1, 13),
+        (1, 7),
     ]
 
 

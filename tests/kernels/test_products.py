@@ -157,8 +157,8 @@ def test_blocks_go_by_the_size_of_an_element() -> None:
     """A tile of fp32 is as many bytes as one of bf16, and never much wider than a row."""
     x = torch.empty(1, 4096)
     for dtype, config, expected in (
-        (torch.bfloat16, STREAM, (16, 1, 64)),
-        (torch.float32, STREAM, (16, 1, 32)),
+        (torch.bfloat16, STREAM, (32, 1, 64)),
+        (torch.float32, STREAM, (32, 1, 32)),
         (torch.bfloat16, TENSOR, (64, 16, 64)),
         (torch.float32, TENSOR, (8, 4, 128)),
     ):

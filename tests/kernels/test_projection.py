@@ -140,7 +140,7 @@ def test_launches(device: torch.device) -> None:
     with recording(is_dry=True) as account:
         project_append(h, pair[:1], config=STREAM_4)
         project_append(h, pair, config=STREAM_4)
-    assert [each.grid for each in account.launches] == [(1, 8), (1, 16)]
+    assert [each.grid for each in account.launches] == [(1, 4), (1, 8)]
 
 
 def test_dry_on_meta() -> None:
