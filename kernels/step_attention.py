@@ -312,7 +312,7 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
             (32, 4, 4),
             (64, 2, 4),
             (64, 3, 8),
-            (64, 4, 8),
+            (64, 5, 8),
         ):
             for fused in (1, 0) if splits > 1 and (block, stages) == (32, 4) else (1,):
                 config = {"BLOCK_S": block, "STAGES": stages, "num_warps": warps}
