@@ -41,8 +41,8 @@ PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply
 """Products of few rows: streams of weights or matrix instructions, by their block sizes."""
 PROMPTS = {"linear_rows": "BLOCK_N", "attend_rows": "BLOCK_Q"}
 """Products of a prompt's rows, and what says how many of them a program has."""
-SMALL = {"normalize", "activate", "embed", "copy_entries", "read_entries", "attend_step"}
-STREAMS = {*PRODUCTS, *PROMPTS, *SMALL}
+ENTRIES = {"copy_entries", "read_entries", "attend_step"}
+STREAMS = {*PRODUCTS, *PROMPTS, *ENTRIES, "normalize", "activate", "add_rows", "embed"}
 """Kernels whose time is that of their loads."""
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 200)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastskip.kernels import (
     activation,
+    addition,
     compaction,
     copies,
     feed,
@@ -207,6 +208,11 @@ PROBES = (
         "activate",
         ("activate",),
         lambda m, n: activation.activate(blank(n, m.ffn if m.is_opt else 2 * m.ffn), m.activation),
+    ),
+    Probe(
+        "add_rows",
+        ("add_rows",),
+        lambda m, n: addition.add_rows_(m.h(2 * n), m.h(n), index=numbers(n)),
     ),
     Probe(
         "copy_entries",

@@ -17,6 +17,7 @@ from fastskip.kernels import feed as feeding
 from fastskip.kernels import head as heads
 from fastskip.kernels import launch, numerics, parallel, projection, residual
 from fastskip.kernels.activation import activate
+from fastskip.kernels.addition import add_rows_
 from fastskip.kernels.choice import FEW_ROWS, ROW_GEMM, choose_product
 from fastskip.kernels.compaction import compact
 from fastskip.kernels.copies import copy_entries, read_entries
@@ -108,7 +109,7 @@ def add_terms_(
     refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     with torch.no_grad():
         for change in changes:
-            _add_library_(h, change, index, factor)
+            add_rows_(h, change, index=index, factor=factor)
         for term in terms:
             if by == ROW_GEMM:
                 linear_rows(term.x, term.linear, out=h, out_index=index, onto=True, factor=factor)
@@ -116,9 +117,9 @@ def add_terms_(
                 launch.note("library_product")
                 torch.addmm(h, _known(term.x), term.linear.weight.t(), alpha=factor, out=h)
                 if term.linear.bias is not None:
-                    _add_library_(h, term.linear.bias, None, factor)
+                    add_rows_(h, term.linear.bias.expand(len(h), -1), factor=factor)
             else:
-                _add_library_(h, _product(term.x, term.linear, by), index, factor)
+                add_rows_(h, _product(term.x, term.linear, by), index=index, factor=factor)
     return h
 
 
@@ -173,15 +174,6 @@ def _product(x: Tensor, linear: Linear, by: str) -> Tensor:
     launch.note("library_product")
     with torch.no_grad():
         return F.linear(_known(x), linear.weight, linear.bias)
-
-
-def _add_library_(h: Tensor, change: Tensor, index: Tensor | None, factor: float) -> None:
-    launch.note("library_add")
-    if index is None:
-        h.add_(_known(change), alpha=factor)
-    else:
-        # No row occurs twice, so the order of the additions does not matter.
-        h.index_add_(0, index, _known(change), alpha=factor)
 
 
 def _known(x: Tensor) -> Tensor:
