@@ -28,7 +28,7 @@ import torch
 FOLDER = Path(__file__).parent / "tables"
 DEFAULT = "default"
 
-_chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
+_chosen: ContextVar[Table | None] = ContextVar("chosen", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +110,13 @@ def config_for(
 
 
 @contextmanager
-def table(slug: str) -> Iterator[None]:
-    """Within this block the table ``slug`` is used, whatever the device."""
-    if slug not in slugs():
-        raise ValueError(f"table: {slug!r} is unknown; allowed: {', '.join(slugs())}")
-    token = _chosen.set(slug)
+def table(chosen: str | Table) -> Iterator[None]:
+    """Within this block the table of this name, or this one, is used, whatever the device."""
+    if isinstance(chosen, str):
+        if chosen not in slugs():
+            raise ValueError(f"table: {chosen!r} is unknown; allowed: {', '.join(slugs())}")
+        chosen = read_table(chosen)
+    token = _chosen.set(chosen)
     try:
         yield
     finally:
@@ -124,8 +126,8 @@ def table(slug: str) -> Iterator[None]:
 def _tables_of(device: torch.device) -> tuple[Table, ...]:
     chosen = _chosen.get()
     if chosen is not None:
-        about = read_table(chosen)
-        return tables_for(about.name, about.arch)
+        alike = (one for one in tables_for(chosen.name, chosen.arch) if one != chosen)
+        return (chosen, *alike)
     if device.type != "cuda":
         return tables_for(None, None)
     return _tables_on(device.index or 0)

@@ -78,7 +78,7 @@ def plan(
 
     [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p mine.json --bandwidth 3350 --tflops 800[/]
 
-    [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p half_blocks --launches nvidia-h200[/]
+    [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p every_nth_block --launches nvidia-h200[/]
     """
     prepare(threads)
     path = checkpoint(model)

@@ -1,0 +1,26 @@
+"""Sizes for end-to-end runs in the interpreter, where each program costs milliseconds."""
+
+from fastskip.kernels.tuning import Entry, Table
+
+_PRODUCTS = ("project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head")
+
+
+def _table(product: dict[str, int]) -> Table:
+    configs = {name: product for name in _PRODUCTS} | {
+        "attend_step": {
+            "BLOCK_S": 64,
+            "STAGES": 2,
+            "PROGRAMS": 8,
+            "FUSED_COMBINE": 1,
+            "num_warps": 4,
+        },
+        "attend_rows": {"BLOCK_Q": 32, "BLOCK_S": 64, "STAGES": 2, "num_warps": 4},
+    }
+    entries = {name: [Entry(None, None, config)] for name, config in configs.items()}
+    return Table("tests", "tests", None, None, entries)
+
+
+# Matrix instructions, few and large programs.
+TENSOR = _table({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4})
+# Weights stream by, four rows at a time.
+STREAM = _table({"BLOCK_M": 128, "BLOCK_N": 4, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4})

@@ -1,0 +1,87 @@
+"""The whole tiny model on the kernels, token for token: interpreted here, compiled on a GPU."""
+
+import copy
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fastskip.kernels import tuning
+from fastskip.ops.account import counted
+from tests.agreement import Trio, expected, generate, greedy
+from tests.batches import Batch, random_batch
+from tests.budget import assert_within_budget
+from tests.device.interpreted import STREAM, TENSOR
+from tests.models import tiny_llava
+from tests.policies import MIXED, Policy, policy_of, skip
+
+NEW = 3
+POLICIES: dict[str, Policy] = {
+    "dense": policy_of(),
+    "every second block": policy_of(skip([0, 2], "all", "block")),
+    "text only ffn": policy_of(skip(":", ["image"], "ffn")),
+    **{
+        name: MIXED[name]
+        for name in (
+            "reuse of a copy",
+            "each class its own rule",
+            "parallel, shared",
+            "parallel, skipped branches",
+            "pairs to the end",
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    """Grouped queries, biases, and sizes that are no multiples of a block."""
+    return tiny_llava(
+        hidden=48, ffn=72, heads=4, kv_heads=2, head_dim=16, attention_bias=True, mlp_bias=True
+    )
+
+
+@pytest.fixture(scope="module")
+def trio(plain: PreTrainedModel) -> Trio:
+    return Trio(plain, impl="triton")
+
+
+@pytest.fixture(scope="module")
+def batch(plain: PreTrainedModel) -> Batch:
+    return random_batch(plain, 3, images=(1, 0))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_token_for_token(name: str, trio: Trio, batch: Batch) -> None:
+    tokens = greedy(trio.plain, POLICIES[name], batch, NEW)
+    with tuning.table(STREAM), counted() as account:
+        assert torch.equal(generate(trio.under(POLICIES[name]), batch, NEW), tokens)
+    assert account.by_kernel["head"][0] == NEW - 1  # every step ran on kernels
+
+
+@pytest.mark.parametrize("name", ["dense", "each class its own rule"])
+def test_logits_of_every_row(name: str, trio: Trio, batch: Batch) -> None:
+    with tuning.table(STREAM):
+        trio.check_forward(POLICIES[name], batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, batch: Batch, plain: PreTrainedModel) -> None:
+    """Matrix instructions: every row's logits, as near to the truth as plain code's."""
+    trio = Trio(copy.deepcopy(plain).to(dtype), impl="triton")
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs().items()}
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    policy = POLICIES["each class its own rule"]
+    eager = expected(trio.plain, policy, token_classes=batch.token_classes, **inputs)
+    truth = expected(trio.exact, policy, token_classes=batch.token_classes, **exact)
+    with torch.no_grad(), tuning.table(TENSOR):
+        actual = trio.under(policy)(**inputs).logits
+    assert_within_budget("logits", actual, eager, truth, rows=batch.real)
+
+
+def test_logits_that_a_processor_sees(trio: Trio, batch: Batch) -> None:
+    """Steps that leave logits to the host say the same as those that choose by themselves."""
+    model = trio.under(POLICIES["dense"])
+    with tuning.table(STREAM):
+        ahead = generate(model, batch, NEW)
+        assert torch.equal(generate(model, batch, NEW, renormalize_logits=True), ahead)

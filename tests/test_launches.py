@@ -1,0 +1,165 @@
+"""Launch accounting: a skipped sublayer adds none, and what is counted is what runs."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastskip
+from fastskip.cli import app
+from fastskip.kernels import tuning
+from fastskip.launches import Account, decode_launches, prefill_launches
+from fastskip.ops.account import counted
+from fastskip.plan import ModelShape, make_plan
+from fastskip.policy import SkipPolicy
+from tests.batches import random_batch
+from tests.device.interpreted import STREAM
+from tests.models import tiny_llava
+from tests.policies import MIXED, Policy, pair, parallel, policy_of, skip
+
+# LLaVA-1.5-7B.
+SHAPE = ModelShape(
+    depth=32,
+    hidden_size=4096,
+    ffn_size=11008,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    vocab_size=32064,
+    has_images=True,
+    dtype_bytes=2,
+    max_positions=4096,
+)
+TABLE = "nvidia-h200"
+
+
+def decode(policy: Policy, batch: int = 1) -> Account:
+    return decode_launches(make_plan(SkipPolicy.from_dict(policy), SHAPE), batch, 768, TABLE)
+
+
+def prefill(policy: Policy) -> Account:
+    return prefill_launches(make_plan(SkipPolicy.from_dict(policy), SHAPE), 576, 64, 1, TABLE)
+
+
+def difference(dense: Account, skipping: Account) -> dict[str, int]:
+    """Launches that a policy saves, by kernel."""
+    names = dense.by_kernel.keys() | skipping.by_kernel.keys()
+    none = (0, 0)
+    saved = {
+        name: dense.by_kernel.get(name, none)[0] - skipping.by_kernel.get(name, none)[0]
+        for name in names
+    }
+    return {name: count for name, count in saved.items() if count}
+
+
+DENSE = policy_of()
+EVEN = [*range(0, 32, 2)]
+
+
+def test_a_dense_step_takes_five_launches_a_layer_and_three() -> None:
+    account = decode(DENSE)
+    assert account.launches == 5 * 32 + 3
+    assert account.by_kernel["project_append"][0] == account.by_kernel["attend_step"][0] == 32
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16, 64])
+def test_a_skipped_block_adds_nothing_to_a_step(batch: int) -> None:
+    dense, half = decode(DENSE, batch), decode(policy_of(skip(EVEN, "all", "block")), batch)
+    per_layer = {name: launches for name, (launches, _) in dense.by_kernel.items() if launches > 4}
+    # Half of every kernel that runs a layer, programs included.
+    assert difference(dense, half) == {name: count // 2 for name, count in per_layer.items()}
+    for name in per_layer:
+        assert dense.by_kernel[name][1] == 2 * half.by_kernel[name][1]
+
+
+def test_skipped_sublayers_of_a_step() -> None:
+    dense = decode(DENSE)
+    without_ffn = decode(policy_of(skip(EVEN, ["generated"], "ffn")))
+    assert difference(dense, without_ffn) == {"feed": 16, "add_terms": 16}
+    gone = decode(policy_of(skip(EVEN, "all", "attention")))
+    assert difference(dense, gone) == {"project_append": 16, "attend_step": 16, "add_terms": 16}
+    # K and V are still made for later rows of other classes' layers.
+    project = decode(policy_of(skip(EVEN, ["generated"], "attention", kv="project")))
+    assert difference(dense, project) == {"attend_step": 16, "add_terms": 16}
+    assert project.programs < dense.programs
+    reuse = decode(policy_of(skip(EVEN[1:], ["generated"], "attention", kv="reuse")))
+    saved = difference(dense, reuse)
+    assert saved.pop("copy_entries") == -15
+    assert saved == {"project_append": 15, "attend_step": 15, "add_terms": 15}
+
+
+def test_image_rules_leave_a_step_as_it_is() -> None:
+    policy = policy_of(skip(":", ["image"], "block", kv="omit"))
+    assert decode(policy).by_kernel == decode(DENSE).by_kernel
+
+
+def test_merged_launches_of_a_step() -> None:
+    blocks = decode(policy_of(arrangements=(parallel(":", "shared"),)))
+    assert blocks.launches == 3 * 32 + 3
+    pairs = decode(policy_of(arrangements=(pair([[n, n + 1] for n in range(0, 32, 2)]),)))
+    assert pairs.launches == 5 * 16 + 3
+
+
+def test_a_prompt() -> None:
+    dense, half = prefill(DENSE), prefill(policy_of(skip("0:16", "all", "block")))
+    assert difference(dense, half)["attend_rows"] == 16
+    assert 2 * half.launches <= dense.launches + 10  # the last layer is short
+    text_only = prefill(policy_of(skip(":", ["image"], "ffn")))
+    assert text_only.launches <= dense.launches
+    assert text_only.programs < dense.programs
+    nothing = prefill(policy_of(skip(":", "all", "block")))
+    assert set(nothing.by_kernel) == {"head"}
+
+
+@pytest.mark.parametrize("name", ["dense", "each class its own rule", "parallel, skipped branches"])
+def test_what_is_counted_is_what_runs(name: str) -> None:
+    policy = policy_of() if name == "dense" else MIXED[name]
+    model = tiny_llava(depth=4, hidden=64, head_dim=16, heads=2, kv_heads=1)
+    batch = random_batch(model, 1, images=(1, 1), text=(5, 5))
+    fastskip.apply_(model, policy, impl="triton")
+    plan = fastskip.plan_of(model)
+    rows = [int((batch.token_classes[0] == code).sum()) for code in (0, 1)]
+    with tuning.table(STREAM):
+        with counted() as once:
+            model.generate(**batch.inputs(), max_new_tokens=1, do_sample=False)
+        with counted() as twice:
+            model.generate(**batch.inputs(), max_new_tokens=2, do_sample=False)
+        expected = prefill_launches(plan, *rows, 2)
+        step = decode_launches(plan, 2, 1024)
+    # The last norm and the head of a prompt are Hugging Face's modules.
+    names = set(once.by_kernel) | set(expected.by_kernel) - {"head", "library_product", "normalize"}
+    for kernel in names - {"library_product", "normalize"}:
+        assert once.by_kernel[kernel] == expected.by_kernel[kernel], kernel
+    for kernel, (launches, programs) in step.by_kernel.items():
+        before = once.by_kernel.get(kernel, (0, 0))
+        assert twice.by_kernel[kernel] == (before[0] + launches, before[1] + programs), kernel
+
+
+def test_on_the_command_line() -> None:
+    call = ["plan", "-p", "every_nth_block", "--bandwidth", "4300", "--tflops", "790"]
+    found = CliRunner().invoke(app, [*call, "--launches", TABLE])
+    assert found.exit_code == 0, found.output
+    assert "launches in a decode step" in found.output and "attend_step" in found.output
+    found = CliRunner().invoke(app, [*call, "--launches", TABLE, "--json"])
+    counts = json.loads(found.output)["launches"]
+    assert counts["dense"]["decode_step"]["launches"] == 5 * 8 + 3
+    assert counts["with_policy"]["decode_step"]["launches"] < 5 * 8 + 3
+    found = CliRunner().invoke(app, [*call, "--launches", "abacus"])
+    assert found.exit_code != 0 and "allowed: default, nvidia-h200" in found.output
+
+
+def test_nothing_runs_in_a_dry_count() -> None:
+    with counted(is_dry=True) as account:
+        from fastskip.ops import compiled
+
+        compiled.embed(
+            torch.empty(2, dtype=torch.int64, device="meta"),
+            torch.empty(8, 16, device="meta"),
+            torch.empty(2, 16, device="meta"),
+        )
+    assert account.to_dict() == {
+        "launches": 1,
+        "programs": 2,
+        "kernels": {"embed": {"launches": 1, "programs": 2}},
+    }
