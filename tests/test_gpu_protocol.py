@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,15 @@ import torch
 from benchmarks.gpu import protocol, running, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
+from benchmarks.gpu.correctness import worst_output
+from benchmarks.gpu.inputs import TINY
 from benchmarks.gpu.nodes import reader
+from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Line, Results, Values
 from benchmarks.gpu.running import run, supervise
 from benchmarks.gpu.tables import Question, write_tables
 from fastskip.kernels import tuning
+from fastskip.ops import fused
 
 
 @pytest.fixture
@@ -232,6 +237,16 @@ def test_a_tuned_entry_takes_nothing_from_fewer_rows(
     # A guess never replaces what was measured.
     write_tables(where, {Question("maxima", 16, (128,)): best})
     assert json.loads(file.read_text()) == entries
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, float("nan")])
+def test_a_wrong_operation_is_found(factor: float) -> None:
+    def normalize(*arguments: Any) -> torch.Tensor:
+        return factor * fused.normalize(*arguments)
+
+    ops = SimpleNamespace(normalize=normalize)
+    worst = worst_output(ops, PREFILL["normalize"], TINY, 3, torch.bfloat16, torch.device("cpu"))
+    assert (worst["share_of_allowed"] <= 1) == (factor == 1.0)
 
 
 def test_the_reader_reads_everything() -> None:

@@ -1,6 +1,7 @@
 """The GPU protocol: everything that has to be measured on a card, in one run of 20 minutes.
 
     python -m benchmarks.gpu                     # the default cells, in order, then a table
+    python -m benchmarks.gpu --budget 9          # in pieces: goes on where the last one stopped
     python -m benchmarks.gpu e2e.13b tune        # cells by name; a name's front part is enough
     python -m benchmarks.gpu --list              # all cells, what they do, what is done already
     python -m benchmarks.gpu --tiny              # everything in small on the CPU, as CI does

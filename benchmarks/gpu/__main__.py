@@ -16,6 +16,7 @@ from pathlib import Path
 EXAMPLES = """
 examples:
   python -m benchmarks.gpu                      the default cells, then the tables
+  python -m benchmarks.gpu --budget 9           in pieces: repeat it until nothing is left
   python -m benchmarks.gpu --list               all cells, and which are done
   python -m benchmarks.gpu tune e2e.7b.b1       some cells: whole names, or the front of names
   python -m benchmarks.gpu e2e --again          measure anew what is there already

@@ -83,7 +83,7 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
         compile_works(makers, widths, count, dtype, setting.device)
     for name, maker, rows in cases:
         try:
-            worst = _worst(compiled, maker, widths, rows, dtype, setting.device)
+            worst = worst_output(compiled, maker, widths, rows, dtype, setting.device)
         except Exception as error:
             if is_lost(setting.device):
                 raise
@@ -158,7 +158,7 @@ def _cases(widths: Widths) -> Iterator[tuple[str, WorkMaker, int]]:
         yield name, maker, widths.context
 
 
-def _worst(
+def worst_output(
     ops: Any,
     maker: WorkMaker,
     widths: Widths,

@@ -46,7 +46,7 @@ class Widths:
 SEVEN = Widths("7b", 4096, 32, 32, 128, 11008, 32064, 32)
 THIRTEEN = Widths("13b", 5120, 40, 40, 128, 13824, 32064, 40)
 SMALL = Widths("small", 256, 4, 2, 64, 512, 512, 6, n_image=16, n_text=8)
-TINY = Widths("tiny", 64, 4, 2, 16, 96, 128, 6, n_image=16, n_text=8)
+TINY = Widths("tiny", 64, 4, 2, 16, 96, 128, 6, n_image=4, n_text=4)
 
 
 class Maker:

@@ -28,7 +28,7 @@ CELLS: list[Cell] = [
     *comparison.CELLS,
     *graphs.CELLS,
 ]
-SAME_IN_SMALL = re.compile(r"\.(13b|b4|b16|b64|half_blocks|parallel_blocks)(\.|$)")
+SAME_IN_SMALL = re.compile(r"\.(13b|b4|b16|b64|half_blocks|parallel_blocks|float16)(\.|$)")
 """Cells that would run in small what others run already."""
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -30,7 +30,7 @@ from fastskip.kernels.launch import recording
 
 Answer = Mapping[str, Any]
 """A configuration and what it reached."""
-PROMISING = 1.3
+PROMISING = 1.6
 """A way to compute a product that is so many times slower untuned is not tuned."""
 TINY_CANDIDATES = 2
 REPLAYS = 5
