@@ -58,11 +58,14 @@ class DeviceStep:
 
     def run(self) -> None:
         """One token further; returns before the device has done it."""
-        if are_on():  # a graph's nodes have no names
-            with span("decode step"):
-                self._step()
-        else:
+        if not are_on():
             self._replay()
+            return
+        before = self.logits
+        with span("decode step"):  # a graph's nodes have no names
+            self._step()
+        if before is not None and self.logits is not None:
+            self.logits = before.copy_(self.logits)  # where a later replay leaves its own
 
     def _step(self) -> None:
         state, ops = self.state, self._decoder.fused

@@ -6,6 +6,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedi
 from fastskip.generation.device_step import KEPT, DeviceStep, bucket
 from fastskip.generation.runtime import Runtime
 from fastskip.ops.contracts import PAGE
+from fastskip.ops.ranges import ranges
 from fastskip.verification.cells import GENERATED
 from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
@@ -444,6 +446,22 @@ def test_inference_mode_now_and_then(trio: Trio, batch: Batch, do_sample: bool) 
             said.append(model.generate(**options))
     assert all(torch.equal(each, said[0]) for each in said)
     assert len(kept(model)) == 1
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_named_ranges_now_and_then(
+    trio: Trio, batch: Batch, launches: list[DeviceStep], do_sample: bool
+) -> None:
+    """Steps then run kernel by kernel, and leave their results where graphs leave them."""
+    model = trio.under(CACHE_POLICIES["mixed"])
+    options = {**batch.inputs(), "do_sample": do_sample, "max_new_tokens": NEW}
+    said = []
+    for context in (nullcontext(), ranges(), nullcontext()):
+        torch.manual_seed(0)
+        with context:
+            said.append(model.generate(**options))
+    assert all(torch.equal(each, said[0]) for each in said)
+    assert len(kept(model)) == 1 and len(launches) == 2 * (NEW - 1)
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
