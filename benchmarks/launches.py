@@ -36,7 +36,7 @@ POLICIES = {
 def markdown() -> str:
     """Launches (thread blocks) of one prompt, and of one step at batch 1 and 16."""
     lines = [
-        "| | prompt | step, batch 1 | step, batch 16 |",
+        "| launches (thread blocks) | prompt | step, batch 1 | step, batch 16 |",
         "|---|---:|---:|---:|",
     ]
     for name, policy in POLICIES.items():

@@ -6,7 +6,7 @@ _PRODUCTS = ("project_append", "feed", "project_append_feed", "add_terms", "appl
 
 
 def _table(product: dict[str, int]) -> Table:
-    configs = {name: product for name in _PRODUCTS} | {
+    configs = dict.fromkeys(_PRODUCTS, product) | {
         "attend_step": {
             "BLOCK_S": 64,
             "STAGES": 2,

@@ -198,7 +198,8 @@ def test_parallel(
             (Place(dtype, CPU), fused.project_append_feed),
             (Place(TRUTH, CPU), fused.project_append_feed),
         ):
-            projection, part = heads.build(3, place), inner.build(place)
+            # Norms of other weights: each half of the launch must find its own.
+            projection, part = heads.build(3, place), inner.build(place, seed=7)
             given = {"config": config} if run is project_append_feed else {}
             x = h.to(place.device, place.dtype)
             found = run(x, projection, part, index=index.to(place.device), **given)
