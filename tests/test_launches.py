@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastskip
-from benchmarks import launches
+from benchmarks import launches as launch_table
 from fastskip.cli import app
 from fastskip.kernels import tuning
 from fastskip.launches import Account, decode_launches, prefill_launches
@@ -171,5 +171,5 @@ def test_nothing_runs_in_a_dry_count() -> None:
 
 def test_the_readme_has_the_counts_of_today() -> None:
     written = (Path(__file__).parents[1] / "README.md").read_text()
-    between = written.partition(launches.BEGIN)[2].partition(launches.END)[0]
-    assert between.strip() == launches.markdown()
+    between = written.partition(launch_table.BEGIN)[2].partition(launch_table.END)[0]
+    assert between.strip() == launch_table.markdown()
