@@ -66,7 +66,9 @@ class StepState:
             stops=torch.full((shape.stops,), -1, dtype=torch.int64, device=device),
             pad=shape.pad,
             counts=zeros(max(1, len(grows)), batch),
-            grows=torch.tensor(grows or [0], dtype=torch.int32, device=device),
+            grows=torch.tensor(grows or [0], dtype=torch.int32, device=device)[:, None]
+            .expand(-1, batch)
+            .contiguous(),
             positions=zeros(batch),
         )
         self.h = empty((batch, plan.shape.hidden_size), anchor.dtype, device)

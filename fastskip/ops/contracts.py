@@ -107,12 +107,15 @@ class Reach:
         order: ``[n]`` query rows, sequence by sequence, limits ascending within each.
         bounds: where each sequence's rows begin in ``order``: ``B + 1`` numbers on the host.
         is_whole: the rows are all that has entries: plain causal attention of whole sequences.
+        runs: ``[n]``, 1 or 0 as decided on the device: rows with 0 reach nothing and yield anything.
+            Then limits ascend among the rows that run.
     """
 
     limits: Tensor
     order: Tensor
     bounds: tuple[int, ...]
     is_whole: bool = False
+    runs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +124,15 @@ class StepReach:
 
     ``counts [B]`` may change on the device between launches; ``most`` is a rough bound on the sum
     that only decides how a launch splits its work. ``arrivals`` is int32 scratch of at least
-    ``B * H`` zeros, which a launch leaves zero.
+    ``B * H`` zeros, which a launch leaves zero. ``runs [B]``: rows with 0, as decided on the device,
+    attend to nothing and yield anything.
     """
 
     counts: Tensor
     extra: int
     most: int
     arrivals: Tensor
+    runs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class Projection:
 
     ``linear`` has ``(queries + 2G) * K`` rows: query heads, keys, values; either part may be
     missing. ``rotation`` is ``None`` for models without RoPE. ``pages`` is ``None`` if no entry is
-    made.
+    made. ``leaves_all``: where only chosen rows run, whether the others leave entries all the same.
     """
 
     norm: Norm
@@ -145,6 +150,7 @@ class Projection:
     targets: Targets
     pages: Pages | None
     head_dim: int
+    leaves_all: bool = True
 
     @property
     def heads(self) -> int:
@@ -188,7 +194,7 @@ class Choice:
         stops: ``[k]`` int64: tokens that end a sequence; may be empty.
         pad: what a finished sequence yields.
         counts: ``[sets, B]``: entries of each sequence in each entry table, advanced by ``grows``.
-        grows: ``[sets]``: 1 where a step adds an entry.
+        grows: ``[sets, B]``: 1 where a step adds an entry; a row may be a decision's flags.
         positions: ``[B]``: position of the row to feed next, advanced by one.
     """
 

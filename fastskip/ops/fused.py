@@ -2,17 +2,21 @@
 
 They are the oracle of the kernels, and they run the device executor on any device
 (``impl="torch"``). Slow on purpose where slow is clear. Letters as in ``ops.contracts``; an
-``index [n]`` picks rows of ``h``; ``None`` takes all of them, in order.
+``index [n]`` picks rows of ``h``; ``None`` takes all of them, in order. With ``chosen`` (which
+excludes ``index``) only the rows that it names run, and all tensors of rows are in the order of
+``h``; what they hold for other rows is unspecified. Decisions themselves: ``ops.fused_routes``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import (
     Activation,
     Choice,
@@ -27,6 +31,30 @@ from fastskip.ops.contracts import (
     entries_of,
     write_entries,
 )
+from fastskip.ops.fused_routes import choose_rows, place_entries, route
+from fastskip.ops.routes import Chosen, Route
+
+__all__ = [
+    "add_terms_",
+    "advance",
+    "apply_terms",
+    "attend_rows",
+    "attend_step",
+    "choose",
+    "choose_rows",
+    "compact",
+    "copy_entries",
+    "embed",
+    "feed",
+    "head_choose",
+    "head_logits",
+    "normalize",
+    "place_entries",
+    "project_append",
+    "project_append_feed",
+    "read_entries",
+    "route",
+]
 
 
 def normalize(
@@ -76,17 +104,25 @@ def rotate_append(heads: Tensor, projection: Projection) -> Tensor:
 
 
 def project_append(
-    h: Tensor, projections: Sequence[Projection], *, index: Tensor | None = None
+    h: Tensor,
+    projections: Sequence[Projection],
+    *,
+    index: Tensor | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
 
-    Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0).
+    Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0). Rows that are not
+    ``chosen`` leave entries if the projection ``leaves_all``.
     """
     found = []
     for projection in projections:
         x = linear(normalize(h, projection.norm, index=index), projection.linear)
         heads = x.view(len(x), -1, projection.head_dim)
-        found.append(rotate_append(heads, projection))
+        if chosen is not None and not projection.leaves_all:
+            slots = torch.where(chosen.runs.bool(), projection.targets.slots, -1)
+            projection = replace(projection, targets=replace(projection.targets, slots=slots))
+        found.append(_only(rotate_append(heads, projection), chosen))
     return found
 
 
@@ -96,31 +132,35 @@ def feed(
     *,
     index: Tensor | None = None,
     changes: Sequence[Tensor] | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. Returns
     ``[n, F]`` each.
     """
-    return [
-        activate(
-            linear(
-                normalize(
-                    h, part.norm, index=index, change=None if changes is None else changes[number]
-                ),
-                part.linear,
-            ),
-            part.activation,
-        )
-        for number, part in enumerate(feeds)
-    ]
+    found = []
+    for number, part in enumerate(feeds):
+        change = None if changes is None else changes[number]
+        x = linear(normalize(h, part.norm, index=index, change=change), part.linear)
+        found.append(_only(activate(x, part.activation), chosen))
+    return found
 
 
 def project_append_feed(
-    h: Tensor, projection: Projection, part: Feed, *, index: Tensor | None = None
+    h: Tensor,
+    projection: Projection,
+    part: Feed,
+    *,
+    index: Tensor | None = None,
+    chosen: tuple[Chosen | None, Chosen | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """Both first halves of a parallel block, which read the same rows: queries and ``[n, F]``."""
-    return project_append(h, [projection], index=index)[0], feed(h, [part], index=index)[0]
+    """Both first halves of a parallel block, which read the same rows: queries and ``[n, F]``.
+
+    ``chosen``: the rows that attend, and those that run the FFN.
+    """
+    queries = project_append(h, [projection], index=index, chosen=chosen[0])[0]
+    return queries, feed(h, [part], index=index, chosen=chosen[1])[0]
 
 
 def add_terms_(
@@ -130,17 +170,28 @@ def add_terms_(
     index: Tensor | None = None,
     changes: Sequence[Tensor] = (),
     factor: float = 1.0,
+    chosen: Sequence[Chosen | None] = (),
+    then: Route | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
 
     One term: the second half of a sublayer. Two: both second halves of a parallel block, or those
     of a pair, whose attention outputs are ``changes [n, D]``. No row occurs twice in ``index``.
+    ``chosen``: which rows each term is for, none of them for all; without ``changes``. ``then``:
+    decisions on the residual stream that is left; needs an ``h`` that is whole.
     """
-    total = torch.stack([*apply_terms(terms), *changes]).sum(0)
+    found = apply_terms(terms)
+    for number, own in enumerate(chosen):
+        if own is not None:
+            found[number] = torch.where(own.runs.bool()[:, None], found[number], 0.0)
+    total = torch.stack([*found, *changes]).sum(0)
     rows = _rows(h, index) + (total if factor == 1.0 else factor * total)
     if index is None:
-        return h.copy_(rows)
-    h[index.long()] = rows
+        h.copy_(rows)
+    else:
+        h[index.long()] = rows
+    if then is not None:
+        route(h, then)
     return h
 
 
@@ -154,9 +205,11 @@ def attend_rows(queries: Tensor, reach: Reach, pages: Pages, scale: float) -> Te
 
     Returns ``[n, H * K]`` in query order.
     """
-    out = torch.empty_like(queries)
+    out = empty(tuple(queries.shape), queries.dtype, queries.device)
     for sequence, start in enumerate(reach.bounds[:-1]):
         rows = reach.order[start : reach.bounds[sequence + 1]].long()
+        if reach.runs is not None:
+            rows = rows[reach.runs[rows].bool()]
         if len(rows):
             limits = reach.limits[rows]
             keys, values = entries_of(pages, sequence, int(limits.max()))
@@ -174,19 +227,31 @@ def attend_step(
     """
     found = []
     for each, own, entries in zip(queries, reach, pages, strict=True):
-        rows = []
+        out = empty(tuple(each.shape), each.dtype, each.device)
         for sequence, query in enumerate(each):
+            if own.runs is not None and not own.runs[sequence]:
+                continue
             keys, values = entries_of(entries, sequence, int(own.counts[sequence]) + own.extra)
-            rows.append(_attend(query[None], keys, values, None, scale))
-        out = torch.cat(rows) if rows else torch.empty_like(each)
+            out[sequence] = _attend(query[None], keys, values, None, scale)[0]
         found.append(out.flatten(1))
     return found
 
 
 def copy_entries(
-    source: Pages, target: Pages, sequences: Tensor, from_slots: Tensor, to_slots: Tensor
+    source: Pages,
+    target: Pages,
+    sequences: Tensor,
+    from_slots: Tensor,
+    to_slots: Tensor,
+    runs: Tensor | None = None,
 ) -> None:
-    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out."""
+    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out.
+
+    ``runs [n]``: rows with 1, as decided on the device, are left out too: they have entries of
+    their own.
+    """
+    if runs is not None:
+        from_slots = torch.where(runs.bool(), -1, from_slots)
     if not len(sequences):
         return
     keys, values = [], []
@@ -240,7 +305,7 @@ def choose(logits: Tensor, choice: Choice) -> None:
 
 def advance(choice: Choice) -> None:
     """Counts and positions one step further: what a step with another sampler needs."""
-    choice.counts.add_(choice.grows[:, None])
+    choice.counts.add_(choice.grows)
     choice.positions.add_(1)
 
 
@@ -259,6 +324,16 @@ def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
     # A stable sort by "not chosen" needs no size on the host.
     index = torch.argsort((~rows).to(torch.int8), stable=True).to(torch.int32)
     return index, count
+
+
+def _only(found: Tensor, chosen: Chosen | None) -> Tensor:
+    """``found`` for the chosen rows, anything for the others."""
+    if chosen is None:
+        return found
+    out = empty(tuple(found.shape), found.dtype, found.device)
+    rows = chosen.runs.bool()
+    out[rows] = found[rows]
+    return out
 
 
 def _rows(h: Tensor, index: Tensor | None) -> Tensor:

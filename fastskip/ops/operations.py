@@ -1,7 +1,7 @@
 """The interface of the fused operations: what the device executor is written against.
 
 ``ops.fused`` (torch) and ``ops.compiled`` (Triton, and torch's library products where those are
-faster) implement it as modules; ``ops.fused`` says what each function computes.
+faster) implement it as modules; ``ops.fused`` and ``ops.fused_routes`` say what each function computes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastskip.ops.contracts import (
     StepReach,
     Term,
 )
+from fastskip.ops.routes import Chosen, Route
 
 
 class FusedOperations(Protocol):
@@ -37,7 +38,12 @@ class FusedOperations(Protocol):
     ) -> Tensor: ...
 
     def project_append(
-        self, h: Tensor, projections: Sequence[Projection], *, index: Tensor | None = None
+        self,
+        h: Tensor,
+        projections: Sequence[Projection],
+        *,
+        index: Tensor | None = None,
+        chosen: Chosen | None = None,
     ) -> list[Tensor]: ...
 
     def feed(
@@ -47,10 +53,17 @@ class FusedOperations(Protocol):
         *,
         index: Tensor | None = None,
         changes: Sequence[Tensor] | None = None,
+        chosen: Chosen | None = None,
     ) -> list[Tensor]: ...
 
     def project_append_feed(
-        self, h: Tensor, projection: Projection, part: Feed, *, index: Tensor | None = None
+        self,
+        h: Tensor,
+        projection: Projection,
+        part: Feed,
+        *,
+        index: Tensor | None = None,
+        chosen: tuple[Chosen | None, Chosen | None] = (None, None),
     ) -> tuple[Tensor, Tensor]: ...
 
     def add_terms_(
@@ -61,6 +74,8 @@ class FusedOperations(Protocol):
         index: Tensor | None = None,
         changes: Sequence[Tensor] = (),
         factor: float = 1.0,
+        chosen: Sequence[Chosen | None] = (),
+        then: Route | None = None,
     ) -> Tensor: ...
 
     def apply_terms(self, terms: Sequence[Term]) -> list[Tensor]: ...
@@ -82,6 +97,7 @@ class FusedOperations(Protocol):
         sequences: Tensor,
         from_slots: Tensor,
         to_slots: Tensor,
+        runs: Tensor | None = None,
     ) -> None: ...
 
     def read_entries(
@@ -99,3 +115,11 @@ class FusedOperations(Protocol):
     def embed(self, tokens: Tensor, table: Tensor, out: Tensor) -> None: ...
 
     def compact(self, mask: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def route(self, h: Tensor, taken: Route) -> None: ...
+
+    def choose_rows(self, runs: Tensor) -> Chosen: ...
+
+    def place_entries(
+        self, held: Tensor, order: Tensor, bounds: tuple[int, ...], counts: Tensor
+    ) -> tuple[Tensor, Tensor]: ...

@@ -1,0 +1,142 @@
+"""Decisions on the device in plain torch: the definition, and the oracle of the kernels.
+
+Part of ``ops.fused``, apart for its subject. Letters as in ``ops.routes``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastskip.ops.routes import (
+    EPSILON,
+    Agreement,
+    Chosen,
+    Group,
+    Move,
+    Route,
+    Score,
+    Trace,
+    Verdict,
+    draw,
+)
+
+_TINY = 1e-30
+
+
+def route(h: Tensor, taken: Route) -> None:
+    """Moves the trace on, then decides: ``h [n, D]`` is the residual stream as it stands."""
+    if taken.trace is not None and taken.move is not Move.NONE:
+        _move(h, taken)
+    for verdict in taken.verdicts:
+        _decide(h, taken, verdict)
+
+
+def measure(before: Tensor, after: Tensor) -> Tensor:
+    """Cosine and relative change ``||after - before|| / ||before||`` of rows: ``[n, D] -> [n, 2]``.
+
+    At least in fp32; rows of zeros have cosine 0 and a change that is huge, or 0 without one.
+    """
+    wide = torch.promote_types(before.dtype, torch.float32)
+    before, after = before.to(wide), after.to(wide)
+    norms = before.square().sum(-1), after.square().sum(-1)
+    cosine = (before * after).sum(-1) / (norms[0] * norms[1]).sqrt().clamp_min(_TINY)
+    change = (after - before).square().sum(-1).sqrt() / norms[0].sqrt().clamp_min(_TINY)
+    return torch.stack((cosine, change), dim=-1)
+
+
+def linear_score(h: Tensor, weight: Tensor, bias: float | Tensor) -> Tensor:
+    """``weight . h / rms(h) + bias``: ``[n, D] -> [n]``, at least in fp32."""
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    scale = (wide.square().mean(-1) + EPSILON).rsqrt()
+    return wide @ weight.to(wide.dtype) * scale + bias
+
+
+def choose_rows(runs: Tensor) -> Chosen:
+    """The rows with a flag of 1, compacted where the products that follow need it."""
+    order = torch.argsort(1 - runs, stable=True).to(torch.int32)
+    return Chosen(runs, order, runs.sum(dtype=torch.int32)[None])
+
+
+def place_entries(
+    held: Tensor, order: Tensor, bounds: tuple[int, ...], counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Slots of rows that leave entries, where the host does not know who does.
+
+    ``held [n]``: 1 where a row leaves one; ``order [n]``: row numbers, sequence by sequence,
+    columns ascending; ``bounds``: where each sequence begins in it; ``counts [B]``: entries that
+    each sequence has, which become those that it has afterwards. Returns ``slots [n]`` (-1 where
+    there is no entry) and ``limits [n]`` (entries at or before each row), int32.
+    """
+    slots, limits = (torch.full_like(held, fill) for fill in (-1, 0))
+    for sequence, start in enumerate(bounds[:-1]):
+        rows = order[start : bounds[sequence + 1]].long()
+        seen = counts[sequence] + held[rows].cumsum(0, dtype=torch.int32)
+        limits[rows] = seen
+        slots[rows] = torch.where(held[rows].bool(), seen - 1, -1)
+        counts[sequence] += held[rows].sum(dtype=torch.int32)
+    return slots, limits
+
+
+def _move(h: Tensor, taken: Route) -> None:
+    trace = taken.trace
+    assert trace is not None
+    if taken.move is Move.START:
+        trace.found[:, 0], trace.found[:, 1] = -math.inf, math.inf
+    else:
+        did = torch.ones(len(h), dtype=torch.bool, device=h.device)
+        for flags in taken.ran:
+            did = did & flags.bool()
+        found = measure(trace.snapshot, h).to(trace.found.dtype)
+        trace.found.copy_(torch.where(did[:, None], found, trace.found))
+    trace.snapshot.copy_(h)
+
+
+def _decide(h: Tensor, taken: Route, verdict: Verdict) -> None:
+    scores = _scores(h, taken, verdict)
+    members = verdict.candidates.bool()
+    if verdict.capacity is not None:
+        skips = _beyond_capacity(scores, taken, members, verdict.capacity)
+    else:
+        bar = torch.tensor(verdict.bar, dtype=torch.float32, device=h.device).to(scores.dtype)
+        skips = _of_groups(scores, taken, members, verdict) >= bar
+    verdict.runs.copy_(torch.where(members, (~skips).to(torch.int32), verdict.runs))
+
+
+def _scores(h: Tensor, taken: Route, verdict: Verdict) -> Tensor:
+    if verdict.score is Score.RANDOM:
+        return -draw(taken.positions, verdict.salt)
+    if verdict.score is Score.LINEAR:
+        assert verdict.weight is not None
+        return -linear_score(h, verdict.weight, verdict.bias)
+    assert taken.trace is not None
+    cosine, change = taken.trace.found.unbind(-1)
+    return cosine if verdict.score is Score.COSINE else -change
+
+
+def _of_groups(scores: Tensor, taken: Route, members: Tensor, verdict: Verdict) -> Tensor:
+    """Each row's group's score; of rows that are no candidates: anything."""
+    if verdict.group is Group.ROW:
+        return scores
+    found = scores.clone()
+    sequences = taken.sequences if verdict.group is Group.SEQUENCE else torch.zeros_like(members)
+    for number in sequences[members].unique():
+        rows = (members & (sequences == number)).nonzero().squeeze(1)
+        own = scores[rows]
+        if verdict.score is Score.RANDOM:
+            found[rows] = own[taken.positions[rows].argmax()]
+        else:
+            found[rows] = own.mean() if verdict.agreement is Agreement.MEAN else own.min()
+    return found
+
+
+def _beyond_capacity(scores: Tensor, taken: Route, members: Tensor, capacity: float) -> Tensor:
+    skips = torch.ones_like(members)
+    for number in taken.sequences[members].unique():
+        rows = (members & (taken.sequences == number)).nonzero().squeeze(1)
+        by_position = rows[torch.argsort(taken.positions[rows], stable=True)]
+        order = by_position[torch.argsort(scores[by_position], stable=True)]
+        skips[order[: math.ceil(capacity * len(rows))]] = False
+    return skips

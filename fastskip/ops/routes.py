@@ -1,0 +1,154 @@
+"""Decisions that are taken on the device: what the routing operations read and write.
+
+A *verdict* decides for each candidate row whether it runs. Every row has a score, larger the more
+it wishes to skip, and skips where the score reaches the verdict's bar. The answer is a flag of its
+own in device memory, ``runs [n]`` int32, which the guarded operations read first; the host never
+waits for it. Letters as in ``ops.contracts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+"""Added to the mean square of a row before the score of ``LINEAR`` divides by its root."""
+
+
+class Score(Enum):
+    """What a row's wish to skip is; all in fp32."""
+
+    COSINE = "cosine"
+    """``cos(in, out)`` of the last layer that the row ran whole; ``-inf`` before the first."""
+    CHANGE = "change"
+    """``-||out - in|| / ||in||`` of that layer; ``-inf`` before the first."""
+    LINEAR = "linear"
+    """``-(weight . h / rms(h) + bias)``: a row that scores high runs."""
+    RANDOM = "random"
+    """``-u``, ``u`` in (0, 1] drawn from the verdict's salt and the row's position (``draw``)."""
+
+
+class Group(Enum):
+    """Which candidates decide together."""
+
+    ROW = "row"
+    SEQUENCE = "sequence"
+    BATCH = "batch"
+
+
+class Agreement(Enum):
+    """The score of a group: ``MEAN``, or ``ANY`` (the least: it runs if any of its rows would).
+
+    A group of ``RANDOM`` has the score of its row with the largest position under either.
+    """
+
+    MEAN = "mean"
+    ANY = "any"
+
+
+class Move(Enum):
+    """What becomes of a ``Trace`` before the verdicts: rows begin a layer, or it is only read."""
+
+    NONE = "none"
+    START = "start"
+    """Nothing was found yet; ``snapshot`` is taken."""
+    NEXT = "next"
+    """``found`` is renewed for rows that ran the layer just left, then ``snapshot`` is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which rows of ``h [n, D]`` run; the tensors of the others stay as they are.
+
+    ``runs [n]``: 1 or 0. ``index [n]``, ``count [1]``: the same rows compacted, where products of
+    many rows need it; ``None`` where the flags are enough.
+    """
+
+    runs: Tensor
+    index: Tensor | None = None
+    count: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What ``COSINE`` and ``CHANGE`` look at.
+
+    ``snapshot [n, D]``: each row as its layer began. ``found [n, 2]`` fp32: cosine and relative
+    change of the last layer that it ran whole; ``-inf``, ``+inf`` before the first.
+    """
+
+    snapshot: Tensor
+    found: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One decision on every candidate.
+
+    Attributes:
+        score: what is compared with ``bar``: a row skips where ``score >= bar``. NaN runs.
+        bar: rounded to fp32 for the comparison.
+        runs: ``[n]``, written where ``candidates`` is 1, left as it is elsewhere.
+        candidates: ``[n]`` of 1 and 0.
+        weight: ``[D]`` fp32, and ``bias``: of ``LINEAR``.
+        salt: 32 bits, of ``RANDOM``.
+        group, agreement: who decides together.
+        capacity: of ``LINEAR`` with ``Group.ROW``: instead of the bar, the ``ceil(capacity * m)``
+            of a sequence's ``m`` candidates that wish least to skip run; of equals the one with
+            the lowest position, then the lowest row.
+    """
+
+    score: Score
+    bar: float
+    runs: Tensor
+    candidates: Tensor
+    weight: Tensor | None = None
+    bias: float = 0.0
+    salt: int = 0
+    group: Group = Group.ROW
+    agreement: Agreement = Agreement.MEAN
+    capacity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Verdicts on rows of the residual stream as they stand, and the trace moved on before them.
+
+    Attributes:
+        verdicts: up to two where a residual update carries them, else any number; may be none.
+        positions, sequences: ``[n]``.
+        trace: needed by ``COSINE``, ``CHANGE`` and every move.
+        move: what becomes of the trace.
+        ran: flags ``[n]`` of the layer just left; ``found`` is renewed where all are 1.
+        arrivals: int32 scratch of at least 1 zero, which a launch leaves zero.
+    """
+
+    verdicts: Sequence[Verdict]
+    positions: Tensor
+    sequences: Tensor
+    trace: Trace | None
+    move: Move
+    ran: Sequence[Tensor]
+    arrivals: Tensor
+
+
+def mixed(value: int) -> int:
+    """A 32-bit number whose bits depend on all bits of ``value`` (the end of MurmurHash3)."""
+    value &= 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        value = (value ^ value >> shift) * factor & 0xFFFFFFFF
+    return value ^ value >> 16
+
+
+def draw(positions: Tensor, salt: int) -> Tensor:
+    """``u`` in (0, 1] of each position, fp32: ``(mixed(position * 0x9E3779B1 ^ salt) >> 8) + 1``
+    in units of ``2 ** -24``, so that 0 never and 1 always reaches it."""
+    value = positions.to(torch.int64) * 0x9E3779B1 & 0xFFFFFFFF ^ salt
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        value = (value ^ value >> shift) * factor & 0xFFFFFFFF
+    value = value ^ value >> 16
+    return ((value >> 8) + 1).to(torch.float32) / (1 << 24)
