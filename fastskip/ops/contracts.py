@@ -107,8 +107,8 @@ class Reach:
         order: ``[n]`` query rows, sequence by sequence, limits ascending within each.
         bounds: where each sequence's rows begin in ``order``: ``B + 1`` numbers on the host.
         is_whole: the rows are all that has entries: plain causal attention of whole sequences.
-        runs: ``[n]``, 1 or 0 as decided on the device: rows with 0 reach nothing and yield anything.
-            Then limits ascend among the rows that run.
+        runs: ``[n]``, 1 or 0 as decided on the device: rows with 0 reach nothing and yield
+            anything; limits then ascend among the others.
     """
 
     limits: Tensor
@@ -124,8 +124,8 @@ class StepReach:
 
     ``counts [B]`` may change on the device between launches; ``most`` is a rough bound on the sum
     that only decides how a launch splits its work. ``arrivals`` is int32 scratch of at least
-    ``B * H`` zeros, which a launch leaves zero. ``runs [B]``: rows with 0, as decided on the device,
-    attend to nothing and yield anything.
+    ``B * H`` zeros, which a launch leaves zero. ``runs [B]``: rows with 0, as decided on the
+    device, attend to nothing and yield anything.
     """
 
     counts: Tensor

@@ -18,7 +18,6 @@ from fastskip.ops.routes import (
     Move,
     Route,
     Score,
-    Trace,
     Verdict,
     draw,
 )
