@@ -49,21 +49,32 @@ class Cell:
 
     `kv` is the effective rule of a row that skips attention (`None` if attention runs): OMIT where
     the layer holds no entries or REUSE finds no source. `kv_source` is the layer that REUSE copies
-    from; its entry may be a copy too.
+    from; its entry may be a copy too. Where a router may have left a row without an entry there,
+    `kv_fallbacks` are the layers below to look in next, in this order.
     """
 
     attention: bool
     ffn: bool
     kv: SkippedKV | None = None
     kv_source: int | None = None
+    kv_fallbacks: tuple[int, ...] = ()
+
+
+# Layers of one table hold entries of the same rows: a set of classes, or a layer of its own.
+Table = frozenset[TokenClass] | int
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its cells, its wiring, and the class sets that the runtime makes rows of."""
+    """One layer: its cells, its wiring, and the class sets that the runtime makes rows of.
+
+    `hollow`: classes of which a row may lack an entry in this layer's cache although the class
+    holds them, since a router let it skip.
+    """
 
     index: int
     cells: Mapping[TokenClass, Cell] = field(hash=False)
+    hollow: frozenset[TokenClass] = frozenset()
     arrangement: Arrangement = Arrangement.SEQUENTIAL
     norm: Norm = Norm.OWN
     combine: Combine = Combine.SUM
@@ -103,8 +114,13 @@ class LayerPlan:
 
     @cached_property
     def holding(self) -> frozenset[TokenClass]:
-        """Classes that have an entry in the layer's cache."""
+        """Classes that have an entry in the layer's cache, or may have one."""
         return self.projecting.union(*self.reusing.values())
+
+    @property
+    def table(self) -> Table:
+        """Where the layer's entries are counted: layers of a table hold those of the same rows."""
+        return self.index if self.hollow else self.holding
 
     @cached_property
     def row_sets(self) -> tuple[object, ...]:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
 from fastskip import costs
 from fastskip.layer_plan import Cell, LayerPlan, ModelShape
-from fastskip.plan_cells import RoutedCell, resolve_layers, resolve_routers
+from fastskip.plan_cells import RoutedCell, resolve_layers
 from fastskip.policy import (
     Arrangement,
-    PolicyError,
     SkippedKV,
     SkipPolicy,
+    Sublayer,
     TokenClass,
 )
 
@@ -91,16 +91,31 @@ class SkipPlan:
         """A hash of all that affects execution, equal across processes; not of names."""
         layers = [asdict(plan) for plan in self.layers]
         routed = [(r.layer, r.token_class, r.rule.to_dict()) for r in self.routed]
-        text = json.dumps([asdict(self.shape), layers, routed], sort_keys=True)
+        text = json.dumps([asdict(self.shape), layers, routed], sort_keys=True, default=sorted)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def require_runnable(self) -> None:
-        """Raise `PolicyError` if the plan needs what the runtime cannot do yet."""
-        if self.routed:
-            kinds = sorted({cell.rule.kind for cell in self.routed})
-            layers = sorted({cell.layer for cell in self.routed})
-            problem = f"routers {', '.join(kinds)} in layers {layers}: not available yet"
-            raise PolicyError("routers", kinds, "a policy without routers", problem)
+    @cached_property
+    def routed_by_layer(self) -> Mapping[int, tuple[RoutedCell, ...]]:
+        """The routed cells of each layer that has some."""
+        found: dict[int, tuple[RoutedCell, ...]] = {}
+        for cell in self.routed:
+            found[cell.layer] = (*found.get(cell.layer, ()), cell)
+        return found
+
+    @cached_property
+    def when_skipping(self) -> SkipPlan:
+        """The plan that runs where every router lets every row skip."""
+        layers = list(self.layers)
+        for cell in self.routed:
+            layer = layers[cell.layer]
+            before, skipped = layer.cells[cell.token_class], cell.skipped
+            both = replace(
+                before if Sublayer.ATTENTION not in cell.skip else skipped,
+                attention=before.attention and skipped.attention,
+                ffn=before.ffn and skipped.ffn,
+            )
+            layers[cell.layer] = replace(layer, cells={**layer.cells, cell.token_class: both})
+        return SkipPlan(self.policy, self.shape, tuple(layers))
 
     def cost(
         self, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0
@@ -174,11 +189,10 @@ class SkipPlan:
 def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
     """Resolve `policy` for a model of `shape`.
 
-    Raises `PolicyError` where the policy does not fit the model or contradicts itself ,
-    section "Policy file"); no rule is dropped silently.
+    Raises `PolicyError` where the policy does not fit the model or contradicts itself; no rule
+    is dropped silently.
     """
-    layers = resolve_layers(policy, shape)
-    return SkipPlan(policy, shape, layers, resolve_routers(policy, shape, layers))
+    return SkipPlan(policy, shape, *resolve_layers(policy, shape))
 
 
 def _arrangement_text(plan: LayerPlan) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastskip.layer_plan import Cell, LayerPlan, ModelShape
@@ -25,12 +26,22 @@ Place = tuple[int, TokenClass]
 
 @dataclass(frozen=True, slots=True)
 class RoutedCell:
-    """A cell for which a router decides, row by row, whether `skip` is left out."""
+    """A cell for which a router decides, row by row, whether `skip` is left out.
+
+    `number`: the rule's place in the policy. `skipped`: the cell of a row that skips, as if a rule
+    said so.
+    """
 
     layer: int
     token_class: TokenClass
-    skip: frozenset[Sublayer]
+    number: int
     rule: RouterRule
+    skipped: Cell
+
+    @property
+    def skip(self) -> frozenset[Sublayer]:
+        """What the router may leave out."""
+        return self.rule.skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +53,58 @@ class _Skip:
     kv_field: str = ""
 
 
-def resolve_layers(policy: SkipPolicy, shape: ModelShape) -> tuple[LayerPlan, ...]:
-    """One `LayerPlan` a layer; routed cells count as running."""
+def resolve_layers(
+    policy: SkipPolicy, shape: ModelShape
+) -> tuple[tuple[LayerPlan, ...], tuple[RoutedCell, ...]]:
+    """One `LayerPlan` a layer, in which routed cells count as running, and the routed cells.
+
+    Each sublayer of a cell has one rule or one router at most.
+    """
     skips = _skips(policy, shape)
     layers: list[LayerPlan] = []
     for index in range(shape.depth):
         column = {c: skips.get((index, c), _Skip()) for c in shape.classes}
         holds_kv = any(Sublayer.ATTENTION not in skip.sublayers for skip in column.values())
-        cells = {c: _cell(c, skip, holds_kv, layers) for c, skip in column.items()}
+        cells = {c: _cell(c, skip, holds_kv, []) for c, skip in column.items()}
         layers.append(LayerPlan(index, cells))
-    return _arrange(policy, layers)
+    layers = _arrange(policy, layers)
+    routers = _routers(policy, shape, layers)
+    resolved: list[LayerPlan] = []
+    routed: list[RoutedCell] = []
+    leaving: dict[TokenClass, set[SkippedKV]] = {c: set() for c in shape.classes}
+    for plan in layers:
+        cells, hollow = {}, set()
+        for token_class in shape.classes:
+            skip = skips.get((plan.index, token_class), _Skip())
+            cell = cells[token_class] = _cell(token_class, skip, plan.holds_kv, resolved)
+            possible = [cell] if cell.kv is SkippedKV.REUSE else []
+            for number in routers.get((plan.index, token_class), ()):
+                rule = policy.routers[number]
+                kv = rule.kv or SkippedKV.PROJECT if Sublayer.ATTENTION in rule.skip else skip.kv
+                both = _Skip(skip.sublayers | rule.skip, kv)
+                skipped = _cell(token_class, both, plan.holds_kv, resolved)
+                routed.append(RoutedCell(plan.index, token_class, number, rule, skipped))
+                possible += [skipped] if Sublayer.ATTENTION in rule.skip else []
+            for kv in leaving[token_class]:
+                gone = _Skip(frozenset(Sublayer), kv)
+                possible.append(_cell(token_class, gone, plan.holds_kv, resolved))
+            if plan.holds_kv and any(_may_lack(each, token_class, resolved) for each in possible):
+                hollow.add(token_class)
+        # A class that never holds an entry is not hollow: it is not looked for.
+        resolved.append(replace(plan, cells=cells, hollow=frozenset(hollow)))
+        for (layer, token_class), numbers in routers.items():
+            for number in numbers if layer == plan.index else ():
+                rule = policy.routers[number]
+                if rule.is_plug_in:  # it may send rows past all later layers
+                    leaving[token_class].add(rule.kv or SkippedKV.PROJECT)
+    return tuple(resolved), tuple(routed)
 
 
-def resolve_routers(
-    policy: SkipPolicy, shape: ModelShape, layers: tuple[LayerPlan, ...]
-) -> tuple[RoutedCell, ...]:
-    """The cells that routers decide; each sublayer of a cell has one rule or one router at most."""
-    routed: dict[Place, list[RoutedCell]] = {}
+def _routers(
+    policy: SkipPolicy, shape: ModelShape, layers: Sequence[LayerPlan]
+) -> dict[Place, list[int]]:
+    """Which routers, by number, each cell has."""
+    found: dict[Place, list[int]] = {}
     for number, rule in enumerate(policy.routers):
         name = f"routers[{number}]"
         for layer, token_class in _places(rule.layers, rule.tokens, shape, name):
@@ -69,13 +115,22 @@ def resolve_routers(
             cell = plan.cells[token_class]
             running = {Sublayer.ATTENTION: cell.attention, Sublayer.FFN: cell.ffn}
             taken = {s for s, runs in running.items() if not runs}
-            for other in routed.setdefault((layer, token_class), []):
-                taken |= other.skip
+            for other in found.setdefault((layer, token_class), []):
+                taken |= policy.routers[other].skip
             if taken & rule.skip:
                 problem = f"{where}: {_list(taken & rule.skip)} already has a rule or router"
                 raise PolicyError(f"{name}.skip", _list(rule.skip), _ONE_DECISION, problem)
-            routed[layer, token_class].append(RoutedCell(layer, token_class, rule.skip, rule))
-    return tuple(cell for cells in routed.values() for cell in cells)
+            found[layer, token_class].append(number)
+    return found
+
+
+def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -> bool:
+    """Whether a row that does this may be without an entry, in a layer that has some."""
+    if cell.kv is SkippedKV.REUSE:
+        sources = (cell.kv_source, *cell.kv_fallbacks)
+        last = below[sources[-1]]  # type: ignore[index]
+        return token_class in last.hollow
+    return cell.kv is SkippedKV.OMIT
 
 
 _NO_PAIR = "layers outside pairs"
@@ -100,20 +155,25 @@ def _skips(policy: SkipPolicy, shape: ModelShape) -> dict[Place, _Skip]:
     return skips
 
 
-def _cell(token_class: TokenClass, skip: _Skip, holds_kv: bool, below: list[LayerPlan]) -> Cell:
+def _cell(token_class: TokenClass, skip: _Skip, holds_kv: bool, below: Sequence[LayerPlan]) -> Cell:
     attention, ffn = Sublayer.ATTENTION not in skip.sublayers, Sublayer.FFN not in skip.sublayers
     if attention:
         return Cell(attention, ffn)
     if holds_kv and skip.kv is SkippedKV.PROJECT:
         return Cell(attention, ffn, SkippedKV.PROJECT)
     if holds_kv and skip.kv is SkippedKV.REUSE:
+        sources = []
         for plan in reversed(below):
             if token_class in plan.holding:
-                return Cell(attention, ffn, SkippedKV.REUSE, plan.index)
+                sources.append(plan.index)
+                if token_class not in plan.hollow:
+                    break
+        if sources:
+            return Cell(attention, ffn, SkippedKV.REUSE, sources[0], tuple(sources[1:]))
     return Cell(attention, ffn, SkippedKV.OMIT)
 
 
-def _arrange(policy: SkipPolicy, layers: list[LayerPlan]) -> tuple[LayerPlan, ...]:
+def _arrange(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
     depth = len(layers)
     taken: dict[int, str] = {}
     for number, rule in enumerate(policy.arrangements):
@@ -140,7 +200,7 @@ def _arrange(policy: SkipPolicy, layers: list[LayerPlan]) -> tuple[LayerPlan, ..
                 combine=rule.combine or Combine.SUM,
                 partner=partner,
             )
-    return tuple(layers)
+    return layers
 
 
 def _places(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,18 @@ from fastskip.policy_fields import (
     select_layers,
     select_pairs,
     sequence,
-)
-from fastskip.policy_file import SUFFIXES, read_document, write_document
-from fastskip.policy_rules import (
-    ROUTER_KINDS,
-    AnyRule,
-    ArrangementRule,
-    RouterRule,
-    SkipRule,
-    build_rule,
-    check_fields,
     set_fields,
 )
+from fastskip.policy_file import SUFFIXES, read_document, write_document
+from fastskip.policy_routers import ROUTER_KINDS, RouterRule
+from fastskip.policy_rules import AnyRule, ArrangementRule, SkipRule, build_rule, check_fields
 from fastskip.presets import PRESETS, build_preset
 from fastskip.vocabulary import (
+    Agreement,
     Arrangement,
     Combine,
+    Group,
+    Measure,
     Norm,
     PolicyError,
     SkippedKV,
@@ -47,9 +43,12 @@ from fastskip.vocabulary import (
 __all__ = [
     "ROUTER_KINDS",
     "SCHEMA_VERSION",
+    "Agreement",
     "Arrangement",
     "ArrangementRule",
     "Combine",
+    "Group",
+    "Measure",
     "Norm",
     "PolicyError",
     "RouterRule",
@@ -69,8 +68,9 @@ SCHEMA_VERSION = 1
 class SkipPolicy:
     """Rules, arrangements and routers; the empty policy is the dense model.
 
-    Equality compares what is skipped, as written; `name` and `provenance` do not take part.
-    Every malformed field raises `PolicyError`.
+    Equality compares what is skipped, as written; `name`, `provenance` and `folder` (where relative
+    paths of router weights start; the policy file's own) do not take part. Every malformed field
+    raises `PolicyError`.
     """
 
     rules: tuple[SkipRule, ...] = ()
@@ -81,6 +81,7 @@ class SkipPolicy:
     semantics: str = "clean"
     name: str = field(default="", compare=False)
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    folder: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         set_fields(
@@ -105,7 +106,7 @@ class SkipPolicy:
         """Build a policy from the plain data of a policy file (schema version 1)."""
         if not isinstance(document, Mapping):
             raise PolicyError("policy", document, "an object with schema_version and rules")
-        known = ("schema_version", *(f.name for f in fields(cls)))
+        known = ("schema_version", *(f.name for f in fields(cls) if f.name != "folder"))
         check_fields(document, known, ("schema_version",))
         version = document["schema_version"]
         if type(version) is not int or version != SCHEMA_VERSION:
@@ -134,12 +135,24 @@ class SkipPolicy:
             raise PolicyError(os.fspath(path), None, allowed, str(error)) from error
         if not isinstance(document, dict):
             raise PolicyError(os.fspath(path), document, "an object with schema_version and rules")
-        return cls.from_dict(document)
+        return replace(cls.from_dict(document), folder=str(Path(path).resolve().parent))
+
+    def path_of(self, weights: str) -> Path:
+        """Where a router's weights lie: relative paths start at the policy file's folder."""
+        return Path(self.folder or ".") / weights
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy as JSON or YAML, by the suffix of `path`."""
+        """Write the policy as JSON or YAML, by the suffix of `path`.
+
+        Router weights stay where they are; relative paths to them are written as seen from there.
+        """
+        document = self.to_dict()
+        for router in document["routers"]:
+            if "weights" in router and not os.path.isabs(router["weights"]):
+                here = self.path_of(router["weights"]).resolve()
+                router["weights"] = os.path.relpath(here, Path(path).resolve().parent)
         try:
-            write_document(Path(path), self.to_dict())
+            write_document(Path(path), document)
         except ValueError as error:
             raise PolicyError("path", os.fspath(path), names(SUFFIXES), str(error)) from error
 

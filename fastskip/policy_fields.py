@@ -174,3 +174,9 @@ def plain(value: object) -> Any:
 def names(values: Iterable[str]) -> str:
     """Values in quotes, for messages."""
     return ", ".join(f'"{value}"' for value in values)
+
+
+def set_fields(instance: object, **values: object) -> None:
+    """Give a frozen instance its fields, while it is being made."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)

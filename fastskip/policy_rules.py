@@ -1,11 +1,10 @@
-"""The three kinds of statement in a policy: skip rules, arrangements and routers.
+"""The statements of a policy: skip rules and arrangements here, routers in `policy_routers`.
 
 Each takes strings, lists or enums, checks what needs no model, and holds one immutable form.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -19,9 +18,11 @@ from fastskip.policy_fields import (
     names,
     pair_selection,
     plain,
+    set_fields,
     sublayer_set,
     token_set,
 )
+from fastskip.policy_routers import RouterRule
 from fastskip.vocabulary import (
     Arrangement,
     Combine,
@@ -31,8 +32,6 @@ from fastskip.vocabulary import (
     Sublayer,
     TokenClass,
 )
-
-ROUTER_KINDS = ("similarity",)
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -113,51 +112,7 @@ class ArrangementRule:
         return result
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class RouterRule:
-    """Let a router decide, row by row, whether `tokens` skip `skip` in `layers`.
-
-    `threshold`: cosine similarity in [-1, 1] at and above which a row skips.
-    """
-
-    layers: Layers
-    tokens: TokenSet
-    skip: frozenset[Sublayer]
-    kind: str
-    threshold: float
-    required: ClassVar[tuple[str, ...]] = ("layers", "skip", "kind", "threshold")
-    reserved: ClassVar[tuple[str, ...]] = ("group", "kv", "rate", "capacity", "seed", "weights")
-
-    def __init__(
-        self,
-        layers: str | Iterable[int],
-        tokens: str | Iterable[TokenClass | str] = "all",
-        skip: str | Iterable[Sublayer | str] = (),
-        kind: str = "similarity",
-        threshold: float = math.nan,
-    ) -> None:
-        if not isinstance(kind, str) or kind not in ROUTER_KINDS:
-            raise PolicyError("kind", kind, names(ROUTER_KINDS))
-        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if not number or not -1 <= threshold <= 1:
-            raise PolicyError("threshold", threshold, "a number in [-1, 1]")
-        set_fields(
-            self, layers=layer_selection(layers), tokens=token_set(tokens), skip=sublayer_set(skip)
-        )
-        set_fields(self, kind=kind, threshold=float(threshold))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data as in the policy file."""
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
-
-
 AnyRule = SkipRule | ArrangementRule | RouterRule
-
-
-def set_fields(instance: object, **values: object) -> None:
-    """Give a frozen instance its fields, while it is being made."""
-    for name, value in values.items():
-        object.__setattr__(instance, name, value)
 
 
 def check_fields(
@@ -175,9 +130,6 @@ def build_rule(rule: type[AnyRule], item: object, path: str) -> AnyRule:
     known = [f.name for f in fields(rule)]
     if not isinstance(item, Mapping):
         raise PolicyError(path, item, f"an object with {names(known)}")
-    for key in getattr(rule, "reserved", ()):
-        if key in item:
-            raise PolicyError(f"{path}.{key}", item[key], names(known), "not available yet")
     check_fields(item, known, rule.required, f"{path}.")
     try:
         return rule(**item)

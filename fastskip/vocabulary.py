@@ -55,6 +55,29 @@ class Combine(StrEnum):
     MEAN = "mean"
 
 
+class Measure(StrEnum):
+    """What a similarity router looks at: how alike a layer's input and output were, or how far the
+    output had moved, ||out - in|| / ||in||."""
+
+    COSINE = "cosine"
+    CHANGE = "change"
+
+
+class Group(StrEnum):
+    """Which rows of a forward decide together: none, those of a sequence, or all of the batch."""
+
+    ROW = "row"
+    SEQUENCE = "sequence"
+    BATCH = "batch"
+
+
+class Agreement(StrEnum):
+    """How a group decides: by the mean of its scores, or it runs if any of its rows would."""
+
+    MEAN = "mean"
+    ANY = "any"
+
+
 class PolicyError(ValueError):
     """A policy that cannot be used; names the field, its value and what is allowed."""
 

@@ -93,49 +93,62 @@ def _move(h: Tensor, taken: Route) -> None:
     trace.snapshot.copy_(h)
 
 
+def settle(
+    scores: Tensor,
+    sequences: Tensor,
+    positions: Tensor,
+    terms: Terms,
+) -> Tensor:
+    """Which of ``m`` candidates skip: ``[m]`` bool, from their scores, sequences and positions."""
+    if terms.capacity is not None:
+        return _beyond_capacity(scores, sequences, positions, terms.capacity)
+    if terms.group is not Group.ROW:
+        numbers = sequences if terms.group is Group.SEQUENCE else torch.zeros_like(sequences)
+        scores = _of_groups(scores, numbers, positions, terms)
+    bar = torch.tensor(terms.bar, dtype=torch.float32, device=scores.device)
+    return scores >= bar.to(scores.dtype)
+
+
+def score(terms: Terms, h: Tensor, positions: Tensor, found: Tensor | None) -> Tensor:
+    """What rows wish to skip by: ``h [n, D]``, ``positions [n]``, ``found [n, 2]`` of their trace."""
+    if terms.score is Score.RANDOM:
+        return -draw(positions, terms.salt)
+    if terms.score is Score.LINEAR:
+        assert terms.weight is not None
+        return -linear_score(h, terms.weight, terms.bias)
+    assert found is not None
+    cosine, change = found.unbind(-1)
+    return cosine if terms.score is Score.COSINE else -change
+
+
 def _decide(h: Tensor, taken: Route, verdict: Verdict) -> None:
-    scores = _scores(h, taken, verdict)
-    members = verdict.candidates.bool()
-    if verdict.capacity is not None:
-        skips = _beyond_capacity(scores, taken, members, verdict.capacity)
-    else:
-        bar = torch.tensor(verdict.bar, dtype=torch.float32, device=h.device).to(scores.dtype)
-        skips = _of_groups(scores, taken, members, verdict) >= bar
-    verdict.runs.copy_(torch.where(members, (~skips).to(torch.int32), verdict.runs))
+    members = verdict.candidates.nonzero().squeeze(1)
+    found = None if taken.trace is None else taken.trace.found
+    scores = score(verdict, h, taken.positions, found)
+    own = taken.sequences[members], taken.positions[members]
+    verdict.runs[members] = (~settle(scores[members], *own, verdict)).to(verdict.runs.dtype)
 
 
-def _scores(h: Tensor, taken: Route, verdict: Verdict) -> Tensor:
-    if verdict.score is Score.RANDOM:
-        return -draw(taken.positions, verdict.salt)
-    if verdict.score is Score.LINEAR:
-        assert verdict.weight is not None
-        return -linear_score(h, verdict.weight, verdict.bias)
-    assert taken.trace is not None
-    cosine, change = taken.trace.found.unbind(-1)
-    return cosine if verdict.score is Score.COSINE else -change
-
-
-def _of_groups(scores: Tensor, taken: Route, members: Tensor, verdict: Verdict) -> Tensor:
-    """Each row's group's score; of rows that are no candidates: anything."""
-    if verdict.group is Group.ROW:
-        return scores
+def _of_groups(scores: Tensor, numbers: Tensor, positions: Tensor, terms: Terms) -> Tensor:
+    """Each row's group's score."""
     found = scores.clone()
-    sequences = taken.sequences if verdict.group is Group.SEQUENCE else torch.zeros_like(members)
-    for number in sequences[members].unique():
-        rows = (members & (sequences == number)).nonzero().squeeze(1)
+    for number in numbers.unique():
+        rows = (numbers == number).nonzero().squeeze(1)
         own = scores[rows]
-        if verdict.score is Score.RANDOM:
-            found[rows] = own[taken.positions[rows].argmax()]
+        if terms.score is Score.RANDOM:
+            found[rows] = own[positions[rows].argmax()]
         else:
-            found[rows] = own.mean() if verdict.agreement is Agreement.MEAN else own.min()
+            found[rows] = own.mean() if terms.agreement is Agreement.MEAN else own.min()
     return found
 
 
-def _beyond_capacity(scores: Tensor, taken: Route, members: Tensor, capacity: float) -> Tensor:
-    skips = torch.ones_like(members)
-    for number in taken.sequences[members].unique():
-        rows = (members & (taken.sequences == number)).nonzero().squeeze(1)
-        by_position = rows[torch.argsort(taken.positions[rows], stable=True)]
+def _beyond_capacity(
+    scores: Tensor, sequences: Tensor, positions: Tensor, capacity: float
+) -> Tensor:
+    skips = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    for number in sequences.unique():
+        rows = (sequences == number).nonzero().squeeze(1)
+        by_position = rows[torch.argsort(positions[rows], stable=True)]
         order = by_position[torch.argsort(scores[by_position], stable=True)]
         skips[order[: math.ceil(capacity * len(rows))]] = False
     return skips

@@ -85,15 +85,13 @@ class Trace:
     found: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One decision on every candidate.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a decision goes by.
 
     Attributes:
         score: what is compared with ``bar``: a row skips where ``score >= bar``. NaN runs.
         bar: rounded to fp32 for the comparison.
-        runs: ``[n]``, written where ``candidates`` is 1, left as it is elsewhere.
-        candidates: ``[n]`` of 1 and 0.
         weight: ``[D]`` fp32, and ``bias``: of ``LINEAR``.
         salt: 32 bits, of ``RANDOM``.
         group, agreement: who decides together.
@@ -104,14 +102,23 @@ class Verdict:
 
     score: Score
     bar: float
-    runs: Tensor
-    candidates: Tensor
     weight: Tensor | None = None
     bias: float = 0.0
     salt: int = 0
     group: Group = Group.ROW
     agreement: Agreement = Agreement.MEAN
     capacity: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict(Terms):
+    """One decision on every candidate.
+
+    ``runs [n]``: written where ``candidates [n]`` is 1, left as it is elsewhere.
+    """
+
+    runs: Tensor
+    candidates: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,201 @@
+"""Statements of a policy that leave the decision to a router, row by row, at run time.
+
+Which fields a router takes depends on its kind; what can be checked without a model is checked
+here. A kind with a dot in its name is a plug-in: found when a model is prepared, never imported by
+reading a policy.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from fastskip.policy_fields import (
+    Layers,
+    TokenSet,
+    json_object,
+    layer_selection,
+    member,
+    names,
+    plain,
+    set_fields,
+    sublayer_set,
+    token_set,
+)
+from fastskip.vocabulary import (
+    Agreement,
+    Group,
+    Measure,
+    PolicyError,
+    SkippedKV,
+    Sublayer,
+    TokenClass,
+)
+
+ROUTER_KINDS = ("similarity", "linear", "random")
+_PLUG_IN = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)+")
+_FIELDS = {
+    "similarity": ("threshold", "measure", "group", "agree"),
+    "linear": ("weights", "threshold", "capacity", "group", "agree"),
+    "random": ("rate", "seed", "group", "agree"),
+}
+_OPTIONAL = ("threshold", "measure", "weights", "capacity", "rate", "seed", "group", "agree")
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class RouterRule:
+    """Let a router decide, row by row, whether `tokens` skip `skip` in `layers`.
+
+    `None` stands for a field that is not written; what it then means is said in brackets.
+
+    Attributes:
+        kind: "similarity" | "linear" | "random", or the name of a plug-in, which has a dot in it.
+        threshold: of similarity: the cosine in [-1, 1] at and above which a row skips, or the
+            relative change from 0 at and below which it does; of linear: the score at and below
+            which it does.
+        measure: of similarity: COSINE (if not written) or CHANGE.
+        weights: of linear: safetensors file, relative to the policy file.
+        capacity: of linear, instead of a threshold: the share in (0, 1] of a sequence's candidates
+            in one forward that runs; for prompt rows only.
+        rate, seed: of random: the share in [0, 1] that skips, and where draws start (0).
+        group, agree: who decides together (each row for itself), and how (by the mean).
+        kv: what a row that skips attention leaves, as in a `SkipRule` (PROJECT).
+        options: of a plug-in: an object that it is made with.
+    """
+
+    layers: Layers
+    tokens: TokenSet
+    skip: frozenset[Sublayer]
+    kind: str
+    threshold: float | None
+    measure: Measure | None
+    weights: str | None
+    capacity: float | None
+    rate: float | None
+    seed: int | None
+    group: Group | None
+    agree: Agreement | None
+    kv: SkippedKV | None
+    options: Mapping[str, Any] | None = field(hash=False)
+    required: ClassVar[tuple[str, ...]] = ("layers", "skip", "kind")
+
+    def __init__(
+        self,
+        layers: str | Iterable[int],
+        tokens: str | Iterable[TokenClass | str] = "all",
+        skip: str | Iterable[Sublayer | str] = (),
+        kind: str = "similarity",
+        threshold: float | None = None,
+        *,
+        measure: Measure | str | None = None,
+        weights: str | None = None,
+        capacity: float | None = None,
+        rate: float | None = None,
+        seed: int | None = None,
+        group: Group | str | None = None,
+        agree: Agreement | str | None = None,
+        kv: SkippedKV | str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        set_fields(
+            self,
+            layers=layer_selection(layers),
+            tokens=token_set(tokens),
+            skip=sublayer_set(skip),
+            kind=_kind(kind),
+            threshold=threshold,
+            measure=None if measure is None else member(Measure, measure, "measure"),
+            weights=weights,
+            capacity=capacity,
+            rate=rate,
+            seed=seed,
+            group=None if group is None else member(Group, group, "group"),
+            agree=None if agree is None else member(Agreement, agree, "agree"),
+            kv=None if kv is None else member(SkippedKV, kv, "kv"),
+            options=None if options is None else json_object(options, "options"),
+        )
+        if self.kv is not None and Sublayer.ATTENTION not in self.skip:
+            raise PolicyError("kv", self.kv.value, 'no kv, or "attention" in skip')
+        self._refuse_foreign_fields()
+        if not self.is_plug_in:
+            _CHECKS[self.kind](self)
+        if self.agree is not None and self.group in (None, Group.ROW):
+            others = names(group for group in Group if group is not Group.ROW)
+            raise PolicyError("agree", self.agree.value, f"no agree, or group {others}")
+
+    @property
+    def is_plug_in(self) -> bool:
+        """Whether the router is the user's own."""
+        return self.kind not in ROUTER_KINDS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as in the policy file."""
+        written = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        if self.options is not None:
+            written["options"] = json_object(self.options, "options")
+        return {name: value for name, value in written.items() if value is not None}
+
+    def _refuse_foreign_fields(self) -> None:
+        known = () if self.is_plug_in else _FIELDS[self.kind]
+        for name in _OPTIONAL:
+            value = getattr(self, name)
+            if value is not None and name not in known:
+                own = names((*known, "kv", *(("options",) if self.is_plug_in else ())))
+                raise PolicyError(name, plain(value), f'for kind "{self.kind}": {own}')
+        if self.options is not None and not self.is_plug_in:
+            raise PolicyError("options", self.options, "options of a plug-in only")
+
+
+def _kind(kind: object) -> str:
+    if isinstance(kind, str) and (kind in ROUTER_KINDS or _PLUG_IN.fullmatch(kind)):
+        return kind
+    raise PolicyError("kind", kind, f'{names(ROUTER_KINDS)}, or a plug-in such as "acme.router"')
+
+
+def _number(value: object, field: str, low: float, high: float, *, open_low: bool = False) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value):  # type: ignore[arg-type]
+        found = float(value)  # type: ignore[arg-type]
+        if low <= found <= high and not (open_low and found == low):
+            return found
+    if math.isinf(low):
+        raise PolicyError(field, value, "a finite number")
+    bounds = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
+    raise PolicyError(field, value, f"a number in {bounds}")
+
+
+def _check_similarity(rule: RouterRule) -> None:
+    low, high = (0.0, math.inf) if rule.measure is Measure.CHANGE else (-1.0, 1.0)
+    set_fields(rule, threshold=_number(rule.threshold, "threshold", low, high))
+
+
+def _check_linear(rule: RouterRule) -> None:
+    if not isinstance(rule.weights, str) or not rule.weights:
+        raise PolicyError("weights", rule.weights, "the path of a safetensors file")
+    if (rule.threshold is None) == (rule.capacity is None):
+        both = {"threshold": rule.threshold, "capacity": rule.capacity}
+        raise PolicyError("threshold", both, "a threshold or a capacity, one of them")
+    if rule.threshold is not None:
+        found = _number(rule.threshold, "threshold", -math.inf, math.inf)
+        set_fields(rule, threshold=found)
+        return
+    set_fields(rule, capacity=_number(rule.capacity, "capacity", 0, 1, open_low=True))
+    if rule.group not in (None, Group.ROW):
+        raise PolicyError("group", rule.group, f'no group beside capacity, or "{Group.ROW}"')
+    if rule.tokens == "all" or TokenClass.GENERATED in rule.tokens:
+        prompt = names(c for c in TokenClass if c is not TokenClass.GENERATED)
+        problem = "a step has one row a sequence, so capacity would let every row run"
+        raise PolicyError("tokens", plain(rule.tokens), f"{prompt} beside capacity", problem)
+
+
+def _check_random(rule: RouterRule) -> None:
+    set_fields(rule, rate=_number(rule.rate, "rate", 0, 1))
+    seed = rule.seed
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 32):
+        raise PolicyError("seed", seed, f"an integer in [0, {1 << 32})")
+
+
+_CHECKS = {"similarity": _check_similarity, "linear": _check_linear, "random": _check_random}
