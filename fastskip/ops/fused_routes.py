@@ -18,6 +18,7 @@ from fastskip.ops.routes import (
     Move,
     Route,
     Score,
+    Terms,
     Verdict,
     draw,
 )
@@ -110,7 +111,8 @@ def settle(
 
 
 def score(terms: Terms, h: Tensor, positions: Tensor, found: Tensor | None) -> Tensor:
-    """What rows wish to skip by: ``h [n, D]``, ``positions [n]``, ``found [n, 2]`` of their trace."""
+    """How much each row wishes to skip: ``h [n, D]``, ``positions [n]``; ``found [n, 2]`` of its
+    trace."""
     if terms.score is Score.RANDOM:
         return -draw(positions, terms.salt)
     if terms.score is Score.LINEAR:
