@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.classes import classify, given_shape
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
@@ -20,7 +21,7 @@ def cache_of(
     text_model: Any, runtime: Runtime, inputs: dict[str, Any], *, wants_gradient: bool
 ) -> tuple[SkipCache, bool]:
     """The cache of this forward, and whether the caller gets it back."""
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE_NAME)
     if cache is not None:
         runtime.check_cache(cache)
         return cache, True
@@ -88,7 +89,7 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
 
 
 def classes_of(config: Any, runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE_NAME)
     if cache is not None:
         runtime.check_cache(cache)
     shape = given_shape(inputs)
@@ -125,7 +126,7 @@ def prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
     present = [inputs, *(kwargs.get(name) for name in names)]
     shapes = [t.shape for t in present if isinstance(t, Tensor) and t.ndim > 1]
     batch, width = max(((shape[0], shape[1]) for shape in shapes), default=(1, 1))
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE_NAME)
     if mask is not None:
         # Hugging Face drops a mask of ones before a forward can see its shape.
         if mask.ndim != 2 or (shapes and mask.shape[0] != batch) or mask.shape[1] < width:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.columns import cache_of, codes_of, positions_of, real_columns
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
@@ -53,8 +54,8 @@ def decode_columns(
         hidden = kept.pick(hidden)
     return BaseModelOutputWithPast(
         last_hidden_state=hidden,
-        past_key_values=cache if is_returned else None,
         hidden_states=states,
+        **{CACHE_NAME: cache if is_returned else None},
     )
 
 

@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.families import text_model_of
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
 from fastskip.policy import TokenClass
@@ -61,7 +62,7 @@ def sample(
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
     )
-    cache: SkipCache = outputs.past_key_values
+    cache: SkipCache = outputs[CACHE_NAME]
     # A copy in fp32, as in Hugging Face: processors may write to it.
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
@@ -75,7 +76,7 @@ def sample(
             streamer.end()
         if not keeps:
             return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_NAME: cache})
     step: _DecodeStep | StepLogits | None = None
     while True:
         next_scores = logits_processor(input_ids, logits)
@@ -109,7 +110,7 @@ def sample(
         sequences=input_ids,
         scores=None if scores is None else tuple(scores),
         logits=None if raw is None else tuple(raw),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastskip.families import MULTIMODAL, text_model_of
+from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
@@ -46,6 +47,7 @@ def prepared_class(base: Any, mixin: type) -> type:
     signature = inspect.signature(base.forward)
 
     # generate() reads the signature of forward to learn what a model accepts.
+    @takes_old_name
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self._fastskip is None:
@@ -128,6 +130,7 @@ class PreparedModel(_Prepared):
             inputs["kept_columns"] = kept_columns(runtime, inputs)
             return self._fastskip_origin[0].forward(self, **inputs)
 
+    @takes_old_name
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's ``generate``; a second thread waits for the first."""
         base: Any = self._fastskip_origin[0]
@@ -162,12 +165,12 @@ class PreparedModel(_Prepared):
                 f"cache_implementation: {generation_config.cache_implementation!r}; allowed: None "
                 "(a prepared model brings a compact cache of its own)"
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             if generation_config.use_cache is False:
                 _check_guidance(runtime, generation_config)
                 return
-            cache = model_kwargs["past_key_values"] = runtime.decoder.new_cache()
+            cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
             # Hugging Face asks this of caches that users hand in.

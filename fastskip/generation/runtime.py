@@ -11,6 +11,7 @@ from typing import Any
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_step import DeviceSteps
 from fastskip.ops import Operations
 from fastskip.ops.flash import load_flash
@@ -104,12 +105,12 @@ class Runtime:
         """Raises for a cache that this model's plan did not fill."""
         if not isinstance(cache, SkipCache):
             raise TypeError(
-                f"past_key_values: got {type(cache).__name__}; a prepared model needs the cache "
+                f"{CACHE_NAME}: got {type(cache).__name__}; a prepared model needs the cache "
                 "that it returned itself (or none, and it makes one)"
             )
         if cache.plan.fingerprint != self.plan.fingerprint:
             raise ValueError(
-                "past_key_values: this cache was filled under another policy; "
+                f"{CACHE_NAME}: this cache was filled under another policy; "
                 "start from the whole prompt after set_policy"
             )
 
