@@ -22,7 +22,8 @@ class Launch:
     """One launch: the kernel, its grid, its arguments, and the compiler's options.
 
     ``kernel`` is ``None`` for a product that the vendor's library computes; its programs are not
-    known.
+    known. ``is_guarded``: programs read on the device whether they have anything to do, so some may
+    leave at once.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Launch:
     kernel: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, int] = field(default_factory=dict)
+    is_guarded: bool = False
 
     @property
     def programs(self) -> int:
@@ -47,6 +49,11 @@ class Account:
     @property
     def programs(self) -> int:
         return sum(launch.programs for launch in self.launches)
+
+    @property
+    def guarded_programs(self) -> int:
+        """Those among all programs that may leave at once."""
+        return sum(launch.programs for launch in self.launches if launch.is_guarded)
 
     def by_kernel(self) -> dict[str, tuple[int, int]]:
         """Name -> (launches, programs)."""
@@ -69,19 +76,24 @@ def recording(*, is_dry: bool = False) -> Iterator[Account]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], options: Mapping[str, int], **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    options: Mapping[str, int],
+    *,
+    is_guarded: bool = False,
+    **arguments: Any,
 ) -> None:
     """``kernel[grid](**arguments)``; an empty grid launches nothing.
 
-    ``options``: ``num_warps``, ``num_stages`` and the like; ``arguments``: everything the kernel's
-    signature names.
+    ``options``: ``num_warps``, ``num_stages`` and the like; ``is_guarded``: as in ``Launch``;
+    ``arguments``: everything the kernel's signature names.
     """
     if not prod(grid):
         return
     account = _account.get()
     if account is not None:
         name = kernel.__name__.strip("_").removesuffix("_kernel")
-        account.launches.append(Launch(name, grid, kernel, arguments, options))
+        account.launches.append(Launch(name, grid, kernel, arguments, options, is_guarded))
         if account.is_dry:
             return
     kernel[grid](**arguments, **options)

@@ -11,6 +11,10 @@ Grid of ``add_terms``: ``(n / BLOCK_N, M / BLOCK_M)``; the programs that share w
 neighbours, so that all but one find them in the L2 cache. A program alone reads and writes its
 tile of ``h``, so nothing needs a copy. ``apply_terms`` has the terms as a third axis. The loops are
 those of ``products``. Tables: shape ``(M, E)``, where ``E`` is that of the longer term.
+
+With flags (``guards``) a term is added to the rows that run it, and its weights are read only where
+there are any; a row that runs none keeps its bits. Grid then ``(n / BLOCK_N, PROGRAMS)``, tile
+after tile.
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, products
+from fastskip.kernels import guards, numerics, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import blocks_for, distance, product_candidates
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Term
+from fastskip.ops.routes import Chosen
 
 
 @triton.jit
@@ -69,7 +74,47 @@ def _term(
 
 
 @triton.jit
-def _add_terms_kernel(
+def _chosen_term(
+    does,
+    does_any,
+    x_ptr,
+    weight_ptr,
+    stride_xn,
+    stride_wm,
+    m,
+    start,
+    rows,
+    E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``_term`` of the rows ``does [BLOCK_N]``, 0 of the others; without any, nothing is streamed.
+
+    ``does_any``: whether there is one. A single row comes without its axis: ``[BLOCK_M]``.
+    """
+    if BLOCK_N == 1:
+        total = tl.zeros([m.shape[0]], tl.float32)
+    else:
+        total = tl.zeros([m.shape[0], BLOCK_N], tl.float32)
+    if does_any:
+        found = _term(
+            x_ptr, weight_ptr, stride_xn, stride_wm, m, start, rows, E, BLOCK_N, BLOCK_E, STAGES
+        )
+        total = tl.sum(found, axis=1) if BLOCK_N == 1 else tl.where(does[None], found, 0.0)
+    return total
+
+
+@triton.jit
+def _add_tile(
+    tile,
+    n,
+    gets,
+    does,
+    does_any,
+    second_does,
+    second_any,
+    start,
     h_ptr,
     index_ptr,
     x_ptr,
@@ -97,10 +142,13 @@ def _add_terms_kernel(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    start = tl.program_id(0) * BLOCK_N
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = start + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (n < rows)[None]
+    """Adds to columns ``tile * BLOCK_M`` onwards of the rows of ``n`` that ``gets``.
+
+    ``does``, ``second_does``, and whether any does: which rows each of two terms is for, or
+    ``None`` where all terms are for all rows that get anything.
+    """
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (m < M)[:, None] & gets[None]
     owned = tl.minimum(m, M - 1)
     row = n.to(tl.int64)
     if index_ptr is not None:
@@ -109,11 +157,49 @@ def _add_terms_kernel(
     # Asked for ahead of the products, and not touched before their end.
     h = tl.load(place_ptr, mask=inside, other=0.0)
 
-    total = _term(
-        x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
-    )
-    if second_weight_ptr is not None:
-        other = _term(
+    if does is None:
+        total = _term(
+            x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
+        )
+        if second_weight_ptr is not None:
+            other = _term(
+                second_x_ptr,
+                second_weight_ptr,
+                second_stride_xn,
+                second_stride_wm,
+                owned,
+                start,
+                rows,
+                SECOND_E,
+                BLOCK_N,
+                BLOCK_E,
+                STAGES,
+            )
+            if BLOCK_N == 1:
+                # Added before they become tiles: else Triton 3.6 spreads the layout of the weights
+                # to what follows, where every thread would then repeat each access up to 64 times.
+                total = (tl.sum(total, axis=1) + tl.sum(other, axis=1))[:, None]
+            else:
+                total += other
+    else:
+        total = _chosen_term(
+            does,
+            does_any,
+            x_ptr,
+            weight_ptr,
+            stride_xn,
+            stride_wm,
+            owned,
+            start,
+            rows,
+            E,
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
+        total += _chosen_term(
+            second_does,
+            second_any,
             second_x_ptr,
             second_weight_ptr,
             second_stride_xn,
@@ -127,15 +213,11 @@ def _add_terms_kernel(
             STAGES,
         )
         if BLOCK_N == 1:
-            # Added before they become tiles: else Triton 3.6 spreads the layout of the weights to
-            # what follows, where every thread would then repeat each access up to 64 times.
-            total = (tl.sum(total, axis=1) + tl.sum(other, axis=1))[:, None]
-        else:
-            total += other
+            total = total[:, None]
     if bias_ptr is not None:
-        total += numerics.load(bias_ptr + owned)[:, None]
+        total += _bias(bias_ptr, owned, does)
     if second_bias_ptr is not None:
-        total += numerics.load(second_bias_ptr + owned)[:, None]
+        total += _bias(second_bias_ptr, owned, second_does)
     if change_ptr is not None:
         at = n.to(tl.int64)[None] * stride_cn + m[:, None]
         total += numerics.load(change_ptr + at, inside)
@@ -143,6 +225,142 @@ def _add_terms_kernel(
         at = n.to(tl.int64)[None] * second_stride_cn + m[:, None]
         total += numerics.load(second_change_ptr + at, inside)
     numerics.store(place_ptr, h.to(tl.float32) + factor * total, inside)
+
+
+@triton.jit
+def _bias(bias_ptr, m, does):
+    """``[BLOCK_M, 1]``, or of the rows ``does [BLOCK_N]`` alone: ``[BLOCK_M, BLOCK_N]``."""
+    bias = numerics.load(bias_ptr + m)[:, None]
+    if does is None:
+        return bias
+    else:
+        return tl.where(does[None], bias, 0.0)
+
+
+@triton.jit
+def _add_terms_kernel(
+    h_ptr,
+    index_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    second_x_ptr,
+    second_weight_ptr,
+    second_bias_ptr,
+    change_ptr,
+    second_change_ptr,
+    stride_hn,
+    stride_xn,
+    stride_wm,
+    second_stride_xn,
+    second_stride_wm,
+    stride_cn,
+    second_stride_cn,
+    rows,
+    factor,
+    runs_ptr,
+    second_runs_ptr,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    SECOND_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_N
+    n = start + tl.arange(0, BLOCK_N)
+    if runs_ptr is None and second_runs_ptr is None:
+        _add_tile(
+            tl.program_id(1),
+            n,
+            n < rows,
+            None,
+            None,
+            None,
+            None,
+            start,
+            h_ptr,
+            index_ptr,
+            x_ptr,
+            weight_ptr,
+            bias_ptr,
+            second_x_ptr,
+            second_weight_ptr,
+            second_bias_ptr,
+            change_ptr,
+            second_change_ptr,
+            stride_hn,
+            stride_xn,
+            stride_wm,
+            second_stride_xn,
+            second_stride_wm,
+            stride_cn,
+            second_stride_cn,
+            rows,
+            factor,
+            M,
+            E,
+            SECOND_E,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
+    else:
+        # What no row gets anything of is an empty range: the end is reached all the same.
+        TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
+        gets = guards.flagged(runs_ptr, n, rows)
+        does = None
+        does_any = None
+        second_does = None
+        second_any = None
+        if second_weight_ptr is not None:
+            does = gets
+            does_any = guards.some(does)
+            second_does = guards.flagged(second_runs_ptr, n, rows)
+            second_any = guards.some(second_does)
+            gets = does | second_does
+        begin = tl.where(guards.some(gets), 0, TILES)
+        for tile in tl.range(
+            begin + tl.program_id(1), TILES, tl.num_programs(1), disable_licm=True
+        ):
+            _add_tile(
+                tile,
+                n,
+                gets,
+                does,
+                does_any,
+                second_does,
+                second_any,
+                start,
+                h_ptr,
+                index_ptr,
+                x_ptr,
+                weight_ptr,
+                bias_ptr,
+                second_x_ptr,
+                second_weight_ptr,
+                second_bias_ptr,
+                change_ptr,
+                second_change_ptr,
+                stride_hn,
+                stride_xn,
+                stride_wm,
+                second_stride_xn,
+                second_stride_wm,
+                stride_cn,
+                second_stride_cn,
+                rows,
+                factor,
+                M,
+                E,
+                SECOND_E,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_E,
+                STAGES,
+            )
 
 
 @triton.jit
@@ -189,25 +407,34 @@ def add_terms_(
     index: Tensor | None = None,
     changes: Sequence[Tensor] = (),
     factor: float = 1.0,
+    chosen: Sequence[Chosen | None] = (),
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
 
     ``h [N, M]``; one or two terms with ``x [n, E]`` each, ``E`` may differ; up to two changes
-    ``[n, M]``. No row occurs twice in ``index [n]``. Returns ``h``.
+    ``[n, M]``. No row occurs twice in ``index [n]``. ``chosen``: which rows each term is for, none
+    of them for all; without ``index`` and ``changes``. Returns ``h``.
     """
     refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     first, second = terms[0], terms[1] if len(terms) == 2 else None
     change, second_change = [*changes, None, None][:2]
     if len(terms) > 2 or len(changes) > 2:
         raise ValueError(f"{len(terms)} terms, {len(changes)} changes: allowed are 1 or 2, 0 to 2")
+    runs = [None if each is None else each.runs for each in chosen]
+    is_guarded = any(each is not None for each in runs)
+    if is_guarded and changes:
+        raise ValueError(f"chosen: given with {len(changes)} changes, which are for all rows")
     rows, size = len(first.x), h.shape[1]
-    longest = max(term.x.shape[1] for term in terms)
-    blocks, options = blocks_for("add_terms", config, h, rows, (size, longest))
+    shape = size, max(term.x.shape[1] for term in terms)
+    blocks, options = blocks_for("add_terms", config, h, rows, shape)
+    tiles = triton.cdiv(size, blocks["BLOCK_M"])
+    width = guards.width_of(blocks, h.device, rows, shape, tiles, is_guarded=is_guarded)
     launch(
         _add_terms_kernel,
-        (triton.cdiv(rows, blocks["BLOCK_N"]), triton.cdiv(size, blocks["BLOCK_M"])),
+        (triton.cdiv(rows, blocks["BLOCK_N"]), width),
         options,
+        is_guarded=is_guarded,
         h_ptr=h,
         index_ptr=index,
         x_ptr=first.x,
@@ -227,6 +454,8 @@ def add_terms_(
         second_stride_cn=0 if second_change is None else second_change.stride(0),
         rows=rows,
         factor=float(factor),
+        runs_ptr=runs[0] if runs else None,
+        second_runs_ptr=runs[1] if len(runs) == 2 else None,
         M=size,
         E=first.x.shape[1],
         SECOND_E=second.x.shape[1] if second else 0,

@@ -165,6 +165,7 @@ def test_nothing_runs_in_a_dry_count() -> None:
     assert account.to_dict() == {
         "launches": 1,
         "programs": 2,
+        "guarded_programs": 0,
         "kernels": {"embed": {"launches": 1, "programs": 2}},
     }
 

@@ -12,10 +12,12 @@ class Account:
     """What one ``counted()`` block launched.
 
     ``by_kernel``: name -> (launches, program instances). A library product counts as one launch of
-    one program, since its grid is not known. Complete when the block has ended.
+    one program, since its grid is not known. ``guarded_programs``: how many of all instances may
+    leave at once, as decided on the device. Complete when the block has ended.
     """
 
     by_kernel: dict[str, tuple[int, int]] = field(default_factory=dict)
+    guarded_programs: int = 0
 
     @property
     def launches(self) -> int:
@@ -31,7 +33,12 @@ class Account:
             name: {"launches": launches, "programs": programs}
             for name, (launches, programs) in sorted(self.by_kernel.items())
         }
-        return {"launches": self.launches, "programs": self.programs, "kernels": kernels}
+        return {
+            "launches": self.launches,
+            "programs": self.programs,
+            "guarded_programs": self.guarded_programs,
+            "kernels": kernels,
+        }
 
 
 @contextmanager
@@ -50,6 +57,7 @@ def counted(*, is_dry: bool = False, table: str | None = None) -> Iterator[Accou
         recorded = stack.enter_context(launch.recording(is_dry=is_dry))
         yield account
         account.by_kernel.update(recorded.by_kernel())
+        account.guarded_programs = recorded.guarded_programs
 
 
 def tables() -> list[str]:

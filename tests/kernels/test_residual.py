@@ -10,6 +10,7 @@ from fastskip.kernels import residual
 from fastskip.kernels.launch import recording
 from fastskip.ops import allocate, fused
 from fastskip.ops.contracts import Linear, Term
+from fastskip.ops.routes import Chosen
 from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
 
@@ -198,6 +199,139 @@ def test_one_launch_and_no_data(rows: int) -> None:
         residual.apply_terms(terms[:1])
     assert [launch.name for launch in account.launches].count("add_terms") <= 1
     assert len(account.launches) == 2
+
+
+BOUNDED = {
+    # More than one tile for a program, and several blocks of rows.
+    "a row": {**SMALL[0], "BLOCK_N": 1, "PROGRAMS": 2},
+    "stream": {**SMALL[0], "PROGRAMS": 4},
+    "tensor": {**SMALL[1], "PROGRAMS": 2},
+}
+Flags = Sequence[Sequence[int] | None]
+FLAGS: dict[str, tuple[int, Flags]] = {
+    "one term": (1, [[1, 0, 1, 0, 0, 1, 0, 1]]),
+    "one term, whole blocks idle": (1, [[0, 0, 0, 0, 1, 1, 0, 0]]),
+    "two terms": (2, [[1, 0, 1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0, 1, 0]]),
+    "first for all": (2, [None, [0, 0, 1, 0, 0, 0, 0, 0]]),
+    "second for all": (2, [[0, 1, 0, 0, 0, 0, 1, 1], None]),
+}
+
+
+def chosen_of(flags: Flags, rows: int, device: torch.device | str = "cpu") -> list[Chosen | None]:
+    return [
+        None
+        if each is None
+        else Chosen(torch.tensor(each[:rows], dtype=torch.int32, device=device))
+        for each in flags
+    ]
+
+
+def poisoned(terms: Sequence[Term], flags: Flags) -> list[Term]:
+    """The terms with NaN in what belongs to nobody: rows that do not run, weights without any."""
+    found = []
+    for term, each in zip(terms, flags, strict=True):
+        x, weight, bias = term.x, term.linear.weight, term.linear.bias
+        if each is not None:
+            runs = torch.tensor(each[: len(x)]).bool()
+            x = torch.where(runs[:, None], x, float("nan"))
+            if not runs.any():
+                weight = torch.full_like(weight, float("nan"))
+                bias = None if bias is None else torch.full_like(bias, float("nan"))
+        found.append(Term(x, Linear(weight, bias)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize(("count", "flags"), FLAGS.values(), ids=FLAGS)
+def test_chosen_rows(
+    count: int,
+    flags: Flags,
+    config: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    for rows in (1, 3 if config["BLOCK_N"] == 1 else 8):
+        terms = poisoned(build_terms(rows, [64, 90][:count], [True, False][:count]), flags)
+        before = exact(rows, WIDTH, seed=5)
+        h = before.to(device, dtype)
+        given = cast(terms, device, dtype)
+        chosen = chosen_of(flags, rows, device)
+        residual.add_terms_(h, given, chosen=chosen, factor=0.5, config=config)
+        eager = fused.add_terms_(
+            before.to(dtype), dense(cast(terms, torch.device("cpu"), dtype)), factor=0.5,
+            chosen=chosen_of(flags, rows),
+        )  # fmt: skip
+        truth = fused.add_terms_(before.clone(), terms, factor=0.5, chosen=chosen_of(flags, rows))
+        changed = torch.zeros(rows, dtype=torch.bool)
+        for each in flags:
+            changed |= torch.tensor([1] * rows if each is None else each[:rows]).bool()
+        assert torch.equal(h.cpu()[~changed], before.to(dtype)[~changed])
+        if changed.any():
+            assert_within_budget("rows", h.cpu()[changed], eager[changed], truth[changed])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize("count", [1, 2])
+def test_all_rows_or_none(
+    count: int, config: Mapping[str, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """All: the bits of a launch without flags. None: nothing is read that could be NaN."""
+    rows = config["BLOCK_N"] + 1
+    terms = build_terms(rows, [64, 90][:count], [True, True][:count])
+    before = exact(rows, WIDTH, seed=5).to(device, dtype)
+    plain, guarded, idle = before.clone(), before.clone(), before.clone()
+    given = cast(terms, device, dtype)
+    residual.add_terms_(plain, given, config=config)
+    everybody, nobody = [[1] * rows] * count, [[0] * rows] * count
+    residual.add_terms_(guarded, given, chosen=chosen_of(everybody, rows, device), config=config)
+    assert not torch.equal(plain, before) and torch.equal(guarded, plain)
+    given = cast(poisoned(terms, nobody), device, dtype)
+    residual.add_terms_(idle, given, chosen=chosen_of(nobody, rows, device), config=config)
+    assert torch.equal(idle, before)
+
+
+@pytest.mark.parametrize("config", BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize("idle", [0, 1])
+def test_a_term_without_rows_is_not_read(
+    idle: int, config: Mapping[str, int], device: torch.device
+) -> None:
+    rows = config["BLOCK_N"]
+    flags: Flags = [[int(number != idle)] * rows for number in range(2)]
+    terms = cast(build_terms(rows, [64, 90], [True, False]), device, torch.float32)
+    plain = exact(rows, WIDTH, seed=5).to(device, torch.float32)
+    guarded = plain.clone()
+    residual.add_terms_(plain, [terms[1 - idle]], config=config)
+    spoiled = cast(poisoned(terms, flags), device, torch.float32)
+    residual.add_terms_(guarded, spoiled, chosen=chosen_of(flags, rows, device), config=config)
+    assert torch.equal(guarded, plain)
+
+
+def test_guarded_launches_are_bounded() -> None:
+    """Programs that may leave at once are few, and counted apart."""
+    meta = torch.device("meta")
+    terms = cast(build_terms(20, [64], [False]), meta, torch.bfloat16)
+    h = torch.empty(20, WIDTH, dtype=torch.bfloat16, device=meta)
+    chosen = chosen_of([[1] * 20], 20, meta)
+    with recording(is_dry=True) as account:
+        for most in (1, 2, 5, 100):
+            residual.add_terms_(h, terms, chosen=chosen, config={**SMALL[1], "PROGRAMS": most})
+        residual.add_terms_(h, terms, config={**SMALL[1], "PROGRAMS": 2})
+        residual.add_terms_(h, terms, chosen=[None], config=SMALL[1])
+        residual.add_terms_(h, terms, chosen=chosen)
+    assert [launch.grid for launch in account.launches[:6]] == [
+        (2, 1), (2, 1), (2, 2), (2, 3), (2, 3), (2, 3)
+    ]  # fmt: skip
+    assert [launch.is_guarded for launch in account.launches] == [True] * 4 + [False] * 2 + [True]
+    assert account.guarded_programs == sum(launch.programs for launch in account.launches) - 12
+
+
+def test_changes_are_for_all_rows() -> None:
+    h = torch.zeros(1, WIDTH)
+    with pytest.raises(ValueError, match="chosen: given with 1 changes"):
+        terms = build_terms(1, [16], [False])
+        residual.add_terms_(h, terms, changes=[h], chosen=chosen_of([[1]], 1))
 
 
 def test_gradients_are_refused(device: torch.device) -> None:
