@@ -12,6 +12,7 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import (
     Arrangement,
     PolicyError,
+    RouterRule,
     SkippedKV,
     SkipPolicy,
     SkipRule,
@@ -21,13 +22,20 @@ from fastskip.policy import (
 
 if TYPE_CHECKING:
     from fastskip.families import UnsupportedModelError
-    from fastskip.loading import apply_, load_model, plan_of, set_policy
+    from fastskip.loading import apply_, load_model, plan_of, record_routing, set_policy
+    from fastskip.routing import Decision, Router, RouterError, RoutingContext, Scope
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Arrangement",
+    "Decision",
     "PolicyError",
+    "Router",
+    "RouterError",
+    "RouterRule",
+    "RoutingContext",
+    "Scope",
     "SkipPlan",
     "SkipPolicy",
     "SkipRule",
@@ -39,6 +47,7 @@ __all__ = [
     "apply_",
     "load_model",
     "plan_of",
+    "record_routing",
     "set_policy",
 ]
 
@@ -47,8 +56,14 @@ _LAZY = {
     "apply_": "fastskip.loading",
     "load_model": "fastskip.loading",
     "plan_of": "fastskip.loading",
+    "record_routing": "fastskip.loading",
     "set_policy": "fastskip.loading",
     "UnsupportedModelError": "fastskip.families",
+    "Decision": "fastskip.routing",
+    "Router": "fastskip.routing",
+    "RouterError": "fastskip.routing",
+    "RoutingContext": "fastskip.routing",
+    "Scope": "fastskip.routing",
 }
 
 

@@ -122,6 +122,11 @@ class LayerPlan:
         """Where the layer's entries are counted: layers of a table hold those of the same rows."""
         return self.index if self.hollow else self.holding
 
+    @property
+    def is_even(self) -> bool:
+        """Whether rows of a class do alike here, but for what routers of this layer decide."""
+        return not self.hollow and not any(cell.kv_fallbacks for cell in self.cells.values())
+
     @cached_property
     def row_sets(self) -> tuple[object, ...]:
         """All that decides which rows enter which part; layers alike in it share their rows."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import POLICY_FILE, policy_of_config
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import SkipPolicy
+from fastskip.routing import Router, RoutingRecord, build_routers
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def load_model(
     device: str | torch.device | None = None,
     impl: str | None = None,
     attention: str | None = None,
+    routers: Mapping[str, Router] | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Any:
     """Loads a checkpoint and prepares it: same class, same ``generate``, faster.
@@ -66,6 +69,7 @@ def load_model(
             choice that cannot run raises.
         attention: ``None``, fastskip's own kernels; ``"flash"``: prompts attend by the flash-attn
             package, where it is installed and the policy allows.
+        routers: the user's own routers, by the names that the policy gives them.
         from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.
@@ -89,7 +93,9 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
     chosen = _choose_policy(policy, path, config, hub)
-    make_plan(chosen, shape_of(config)).require_runnable()
+    shape = shape_of(config)
+    make_plan(chosen, shape)
+    build_routers(chosen, shape.depth, shape.hidden_size, routers)
     model_class = getattr(transformers, model_class_name(config))
     model, found = model_class.from_pretrained(
         path,
@@ -102,7 +108,8 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:  # Hugging Face draws them at random and warns
         raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
-    return apply_(model.to(target).eval(), chosen, impl=impl, attention=attention)
+    model = model.to(target).eval()
+    return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
 
 
 def apply_(
@@ -111,6 +118,7 @@ def apply_(
     *,
     impl: str | None = None,
     attention: str | None = None,
+    routers: Mapping[str, Router] | None = None,
 ) -> Any:
     """Prepares a model that is already in memory, in place, and returns it.
 
@@ -120,14 +128,15 @@ def apply_(
         raise ValueError(f"attention: {attention!r}; allowed: None, 'flash'")
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     if getattr(model, "_fastskip", None) is not None:
-        return set_policy(model, chosen)
+        return set_policy(model, chosen, routers=routers)
     check_config(model.config)
     _check_model(model)
     text_model = text_model_of(model)
     weight = text_model.norm.weight
-    plan = make_plan(chosen, shape_of(model.config, weight.dtype))
-    plan.require_runnable()
-    runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device))
+    shape = shape_of(model.config, weight.dtype)
+    own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
+    plan = make_plan(chosen, shape)
+    runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device), own)
     if attention is not None:
         runtime.use_flash()
     # Merging now, layer by layer, so that no more than one layer is held twice.
@@ -142,15 +151,30 @@ def apply_(
     return model
 
 
-def set_policy(model: Any, policy: PolicyLike) -> Any:
+def set_policy(
+    model: Any, policy: PolicyLike, *, routers: Mapping[str, Router] | None = None
+) -> Any:
     """Swaps the policy of a prepared model without reloading; returns the model.
 
-    Caches that were filled under the old policy are refused afterwards.
+    Caches that were filled under the old policy are refused afterwards. ``routers`` as in
+    ``load_model``.
+    """
+    runtime, chosen = _runtime_of(model), SkipPolicy.coerce(policy)
+    shape = shape_of(model.config, text_model_of(model).norm.weight.dtype)
+    own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
+    runtime.set_plan(make_plan(chosen, shape), own)
+    return model
+
+
+@contextmanager
+def record_routing(model: Any) -> Iterator[RoutingRecord]:
+    """What routers decide in forwards of a prepared model within this block, read back.
+
+    Costs a copy of each step's decisions to the host.
     """
     runtime = _runtime_of(model)
-    dtype = text_model_of(model).norm.weight.dtype
-    runtime.set_plan(make_plan(SkipPolicy.coerce(policy), shape_of(model.config, dtype)))
-    return model
+    with runtime.recording() as record:
+        yield record
 
 
 def plan_of(model: Any) -> SkipPlan:

@@ -102,6 +102,17 @@ class SkipPlan:
             found[cell.layer] = (*found.get(cell.layer, ()), cell)
         return found
 
+    def kv_sources(self, layer: int, token_class: TokenClass) -> tuple[int, ...]:
+        """Where REUSE looks for a row's entry, from the nearest layer below `layer` down to the
+        first that has one for every row of the class."""
+        sources: list[int] = []
+        for plan in reversed(self.layers[:layer]):
+            if token_class in plan.holding:
+                sources.append(plan.index)
+                if token_class not in plan.hollow:
+                    break
+        return tuple(sources)
+
     @cached_property
     def when_skipping(self) -> SkipPlan:
         """The plan that runs where every router lets every row skip."""

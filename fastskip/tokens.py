@@ -53,7 +53,7 @@ def add_(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
     if isinstance(rows.index, slice):
         rows.take(packed).add_(change)
         return packed
-    return packed.index_add_(0, rows.index, change)
+    return packed.index_add_(0, rows.index.to(packed.device), change)
 
 
 def add(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:

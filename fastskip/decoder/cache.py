@@ -11,7 +11,7 @@ whatever a layer holds; ``crop`` and ``reorder_cache`` act on columns and sequen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import add
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastskip.decoder.slots import EntryTable, Segment
+from fastskip.layer_plan import Table
 from fastskip.ops.allocate import empty
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
@@ -67,12 +68,14 @@ class SkipCache(Cache):
         self.prompt_columns: int | None = None
         self.codes = torch.empty(0, 0, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
-        self.tables: dict[frozenset[TokenClass], EntryTable] = {}
+        self.tables: dict[Table, EntryTable] = {}
         self.entries: dict[int, LayerEntries] = {}
-        self._layers_by_holding: dict[frozenset[TokenClass], list[int]] = {}
+        # What routers keep from forward to forward, by the number of their rule.
+        self.routing: dict[int, dict[str, Any]] = {}
+        self._layers_by_table: dict[Table, list[int]] = {}
         for layer in plan.layers:
             if layer.holding:
-                self._layers_by_holding.setdefault(layer.holding, []).append(layer.index)
+                self._layers_by_table.setdefault(layer.table, []).append(layer.index)
 
     # What the decoder uses.
 
@@ -97,48 +100,63 @@ class SkipCache(Cache):
             self.reset()  # what a cropped cache still allocates has another batch size
             self.codes = torch.empty(batch, 0, dtype=torch.int64)
             self.positions = torch.empty(batch, 0, dtype=torch.int64)
-        for holding in self._layers_by_holding:
-            if holding not in self.tables:
-                self.tables[holding] = EntryTable(batch)
-            needed = list(map(add, self.tables[holding].counts, layout.counts(holding)))
-            if like is not None:
-                self._make_room(holding, needed, layout, like)
+        for table in self._layers_by_table:
+            if table not in self.tables:
+                self.tables[table] = EntryTable(batch, is_hollow=isinstance(table, int))
+            if like is not None and not isinstance(table, int):
+                needed = list(map(add, self.tables[table].counts, layout.counts(table)))
+                self._make_room(table, needed, layout, like)
+
+    def make_room(
+        self, layer: int, needed: Sequence[int], layout: TokenLayout, like: Tensor
+    ) -> None:
+        """Room for ``needed[b]`` entries of each sequence in a hollow layer, once known."""
+        self._make_room(layer, needed, layout, like)
 
     def _make_room(
-        self,
-        holding: frozenset[TokenClass],
-        needed: Sequence[int],
-        layout: TokenLayout,
-        like: Tensor,
+        self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
         """Room for ``needed[b]`` entries of each sequence in the layers of one table."""
-        table, slots = self.tables[holding], max(needed, default=0)
+        table, slots = self.tables[key], max(needed, default=0)
         if slots <= table.capacity:
             return
-        table.reserve(slots + self._later_slots(layout, holding, like.dtype))
+        table.reserve(slots + self._later_slots(layout, key, like.dtype))
         shape = (layout.batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
-        for layer in self._layers_by_holding[holding]:
+        for layer in self._layers_by_table[key]:
             entries = self.entries.setdefault(layer, LayerEntries())
             entries.extend(table.segments, shape, like)
 
-    def _later_slots(
-        self, layout: TokenLayout, holding: frozenset[TokenClass], dtype: torch.dtype
-    ) -> int:
+    def _later_slots(self, layout: TokenLayout, key: Table, dtype: torch.dtype) -> int:
         """Slots that a first segment gets for the columns expected later.
 
         Batched bf16 products copy operands that are not dense in memory, so there the prompt's
         segment is exactly full and only the short last segment is ever copied.
         """
         is_dense = dtype in (torch.float32, torch.float64)
+        holding = self.plan.layers[self._layers_by_table[key][0]].holding
         expected = self.reserve - layout.first_column - layout.width
         return max(0, expected) if is_dense and TokenClass.GENERATED in holding else 0
 
-    def commit(self, layout: TokenLayout) -> None:
-        """Counts the columns of the forward that just wrote its entries."""
+    def held(self, key: Table) -> Tensor:
+        """``[B, C]``: which columns have entries in the layers of a table, host."""
+        table = self.tables[key]
+        return member(self.codes, key) if table.held is None else table.held  # type: ignore[arg-type]
+
+    def commit(self, layout: TokenLayout, held: Mapping[Table, Tensor] | None = None) -> None:
+        """Counts the columns of the forward that just wrote its entries.
+
+        ``held [B, T]``: which of them have entries in each hollow layer.
+        """
         self.codes = torch.cat((self.codes, layout.source), dim=1)
         self.positions = torch.cat((self.positions, layout.source_positions), dim=1)
-        for holding, table in self.tables.items():
-            table.counts = list(map(add, table.counts, layout.counts(holding)))
+        for key, table in self.tables.items():
+            if table.held is None:
+                new = layout.counts(key)  # type: ignore[arg-type]
+            else:
+                columns = (held or {})[key]
+                table.held = torch.cat((table.held, columns), dim=1)
+                new = columns.sum(1).tolist()
+            table.counts = list(map(add, table.counts, new))
 
     def last_positions(self) -> Tensor:
         """``[B]`` position of each sequence's last real column; -1 for a sequence without one."""
@@ -152,7 +170,7 @@ class SkipCache(Cache):
         for layer in self.plan.layers:
             if layer.index in self.entries and layer.holding:
                 buffers = self.entries[layer.index].keys
-                slots = sum(self.tables[layer.holding].counts)
+                slots = sum(self.tables[layer.table].counts)
                 if buffers:
                     width = buffers[0].shape[1] * buffers[0].shape[3] * buffers[0].element_size()
                     total += 2 * slots * width
@@ -193,8 +211,9 @@ class SkipCache(Cache):
         keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
         keep = min(max(keep, 0), self.columns)
         self.codes, self.positions = self.codes[:, :keep], self.positions[:, :keep]
-        for holding, table in self.tables.items():
-            table.counts = member(self.codes, holding).sum(1).tolist()
+        for key, table in self.tables.items():
+            table.held = None if table.held is None else table.held[:, :keep]
+            table.counts = self.held(key).sum(1).tolist()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -205,6 +224,7 @@ class SkipCache(Cache):
         self.codes, self.positions = self.codes[host], self.positions[host]
         for table in self.tables.values():
             table.counts = [table.counts[sequence] for sequence in host.tolist()]
+            table.held = None if table.held is None else table.held[host]
         for entries in self.entries.values():
             entries.select(indices)
 
@@ -218,6 +238,7 @@ class SkipCache(Cache):
         self.positions = torch.empty(0, 0, dtype=torch.int64)
         self.tables.clear()
         self.entries.clear()
+        self.routing.clear()
 
     @property
     def is_compileable(self) -> bool:

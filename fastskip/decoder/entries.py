@@ -7,6 +7,7 @@ one, gets detached copies).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import add
 from typing import Protocol
 
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import Placement
+from fastskip.layer_plan import Table
 from fastskip.plan import SkipPlan
-from fastskip.policy import TokenClass
 from fastskip.tokens import Rows, TokenLayout, member
 
 
 class Entries(Protocol):
     """The store of one forward."""
+
+    def hold(self, layer: int, held: Tensor) -> None:
+        """Says which packed rows ``[N]`` bool (host) will have entries in ``layer``, before any is
+        stored: for a layer with a table of its own, where the plan cannot know."""
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         """Stores K and V ``[n, G, K]`` of packed rows in ``layer``."""
@@ -38,48 +43,68 @@ class Entries(Protocol):
     def counts(self, layer: int) -> list[int]:
         """Entries of each sequence, new ones included."""
 
+    @property
+    def held(self) -> Mapping[Table, Tensor]:
+        """What ``hold`` was told, for the cache: ``[B, T]`` by table."""
+
 
 class _SlotMap:
-    """Slots of a forward's rows, per set of holding classes; shared by all layers of the set."""
+    """Slots of a forward's rows, per entry table; shared by all layers of the table."""
 
     def __init__(self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout) -> None:
         self._plan, self._cache, self._layout = plan, cache, layout
-        self._counts: dict[frozenset[TokenClass], list[int]] = {}
-        self._placements: dict[tuple[frozenset[TokenClass], int], tuple[Rows, Placement]] = {}
-        self._columns: dict[tuple[frozenset[TokenClass], int], Tensor] = {}
+        self.held: dict[Table, Tensor] = {}
+        self._counts: dict[Table, list[int]] = {}
+        self._placements: dict[tuple[Table, int], tuple[Rows, Placement]] = {}
+        self._columns: dict[tuple[Table, int], Tensor] = {}
+
+    def hold(self, layer: int, held: Tensor) -> list[int]:
+        """Notes whose entries a hollow layer will hold; entries of each sequence by then."""
+        self.held[layer] = self._layout.unpack(held)
+        return self.counts(layer)
 
     def counts(self, layer: int) -> list[int]:
-        holding = self._plan.layers[layer].holding
-        found = self._counts.get(holding)
+        table = self._plan.layers[layer].table
+        found = self._counts.get(table)
         if found is None:
-            have, new = self._cache.tables[holding].counts, self._layout.counts(holding)
-            found = self._counts[holding] = list(map(add, have, new))
+            have, new = self._cache.tables[table].counts, self._new(table)
+            found = self._counts[table] = list(map(add, have, new))
         return found
 
     def placement(self, layer: int, rows: Rows) -> Placement:
         """Where packed ``rows`` go in ``layer``."""
-        holding = self._plan.layers[layer].holding
+        table = self._plan.layers[layer].table
         # The rows are kept beside their placement, so an id is not reused while it is a key.
-        found = self._placements.get((holding, id(rows)))
+        found = self._placements.get((table, id(rows)))
         if found is None:
-            found = self._placements[holding, id(rows)] = (rows, self._place(holding, rows))
+            found = self._placements[table, id(rows)] = (rows, self._place(table, rows))
         return found[1]
 
     def columns(self, layer: int, sequence: int) -> Tensor:
-        holding = self._plan.layers[layer].holding
-        found = self._columns.get((holding, sequence))
+        table = self._plan.layers[layer].table
+        found = self._columns.get((table, sequence))
         if found is None:
-            codes = torch.cat((self._cache.codes[sequence], self._layout.source[sequence]))
-            found = member(codes, holding).nonzero().squeeze(1)
-            self._columns[holding, sequence] = found
+            before = self._cache.held(table)[sequence]
+            found = torch.cat((before, self._mask(table)[sequence])).nonzero().squeeze(1)
+            self._columns[table, sequence] = found
         return found
 
-    def _place(self, holding: frozenset[TokenClass], rows: Rows) -> Placement:
-        layout, counts = self._layout, self._cache.tables[holding].counts
+    def _new(self, table: Table) -> list[int]:
+        """New entries of each sequence."""
+        if isinstance(table, int):
+            return self.held[table].sum(1).tolist()
+        return self._layout.counts(table)
+
+    def _mask(self, table: Table) -> Tensor:
+        """Which of the new columns have entries: ``[B, T]``."""
+        return self.held[table] if isinstance(table, int) else member(self._layout.source, table)
+
+    def _place(self, table: Table, rows: Rows) -> Placement:
+        layout, counts = self._layout, self._cache.tables[table].counts
         if layout.is_step and rows.count == layout.batch and len(set(counts)) == 1:
             return Placement.level(rows.count, counts[0])
         sequences = rows.take(layout.sequences)
-        rank = member(layout.source, holding).cumsum(1) - 1
+        rank = self._mask(table).cumsum(1) - 1
         new = rank[sequences, rows.take(layout.columns) - layout.first_column]
         return Placement(sequences, torch.tensor(counts)[sequences] + new)
 
@@ -92,14 +117,25 @@ class CachedEntries:
     ) -> None:
         cache.grow(layout, like)
         self._plan, self._cache, self._batch = plan, cache, layout.batch
+        self._layout, self._like = layout, like
         self._map = _SlotMap(plan, cache, layout)
         self.counts, self.columns = self._map.counts, self._map.columns
+
+    @property
+    def held(self) -> Mapping[Table, Tensor]:
+        """``[B, T]``: new columns that have entries in each layer that was told of by ``hold``."""
+        return self._map.held
+
+    def hold(self, layer: int, held: Tensor) -> None:
+        needed = self._map.hold(layer, held)
+        if self._like is not None:
+            self._cache.make_room(layer, needed, self._layout, self._like)
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         self._write(layer, self._map.placement(layer, rows), keys, values)
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        segments = self._cache.tables[self._plan.layers[source].holding].segments
+        segments = self._cache.tables[self._plan.layers[source].table].segments
         origin = self._map.placement(source, rows)
         entries = self._cache.entries[source]
         keys = origin.read(segments, entries.keys)
@@ -107,13 +143,13 @@ class CachedEntries:
         self._write(layer, self._map.placement(layer, rows), keys, values)
 
     def _write(self, layer: int, placement: Placement, keys: Tensor, values: Tensor) -> None:
-        segments = self._cache.tables[self._plan.layers[layer].holding].segments
+        segments = self._cache.tables[self._plan.layers[layer].table].segments
         entries = self._cache.entries[layer]
         placement.write(segments, entries.keys, keys)
         placement.write(segments, entries.values, values)
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
-        segments = self._cache.tables[self._plan.layers[layer].holding].segments
+        segments = self._cache.tables[self._plan.layers[layer].table].segments
         entries = self._cache.entries[layer]
         is_all = sequences == slice(0, self._batch)
         keys: list[Tensor] = []
@@ -140,6 +176,11 @@ class GradientEntries:
         self._plan, self._cache, self._layout = plan, cache, layout
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.counts, self.columns = self._stored.counts, self._stored.columns
+        self.hold = self._stored.hold
+
+    @property
+    def held(self) -> Mapping[Table, Tensor]:
+        return self._stored.held
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         if self._is_kept:
@@ -155,12 +196,12 @@ class GradientEntries:
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         ids, new_keys, new_values = self._merged(layer)
-        holding = self._plan.layers[layer].holding
+        table = self._plan.layers[layer].table
         keys, values = [], []
         for sequence in range(*sequences.indices(self._layout.batch)):
             mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
             mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
-            past = self._cache.tables[holding].counts[sequence]
+            past = self._cache.tables[table].counts[sequence]
             old_keys: list[Tensor] = []
             old_values: list[Tensor] = []  # a cache that is not kept has no buffers
             if past:

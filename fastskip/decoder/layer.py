@@ -31,6 +31,8 @@ class BlockRows:
         attending: rows that run attention; those not in ``joint`` project q alone.
         feeding: rows that run the FFN.
         pattern: what the attending rows see; ``None`` without any.
+        decide_feeding: where a router decides on the FFN alone: from what the attention leaves to
+            the rows that run it, instead of ``feeding``.
     """
 
     joint: Rows
@@ -40,6 +42,7 @@ class BlockRows:
     attending: Rows
     feeding: Rows
     pattern: AttentionPattern | None
+    decide_feeding: Callable[[Tensor], Rows] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +78,21 @@ class Block:
         if self.plan.arrangement is Arrangement.PARALLEL:
             norm = self.products.attention_norm
             norm = norm if self.plan.norm is Norm.SHARED else self.products.ffn_norm
-            ffn = self._ffn(narrow.take(h), rows, norm)
+            ffn = self._ffn(narrow.take(h), rows.feeding, norm)
             attention = self._attention(h, rows, rotation, entries)
             return self._add(
                 self._add(narrow.take(h), rows.attending, attention, add), rows.feeding, ffn, add
             )
         attention = self._attention(h, rows, rotation, entries)
         h = self._add(narrow.take(h), rows.attending, attention, add)
-        return self._add(h, rows.feeding, self._ffn(h, rows, self.products.ffn_norm), add)
+        feeding = rows.feeding if rows.decide_feeding is None else rows.decide_feeding(h)
+        return self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm), add)
 
     def change(self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries) -> Tensor:
-        """``d``: what the dense layer adds to its (narrowed) input; both blocks of a pair read it
-        from the same ``h``."""
+        """``d``: what the dense layer adds to the attending rows of its (narrowed) input; both
+        blocks of a pair read it from the same ``h``."""
         attention = self._attention(h, rows, rotation, entries)
-        h = (rows.narrow or _all(h)).take(h)
+        h = rows.attending.take((rows.narrow or _all(h)).take(h))
         if attention is None:  # the rows that go on are none: every one wanted is a pad
             return h
         return attention + self.products.ffn(self.products.ffn_norm(h + attention))
@@ -129,11 +133,9 @@ class Block:
         at = rotation.take(narrow).take(rows.attending)
         return self.ops.rotate(self.products.queries(x), at.cosine, at.sine)
 
-    def _ffn(self, h: Tensor, rows: BlockRows, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """``F(norm h)`` of the feeding rows."""
-        if not rows.feeding.count:
-            return None
-        return self.products.ffn(norm(rows.feeding.take(h)))
+    def _ffn(self, h: Tensor, rows: Rows, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """``F(norm h)`` of the rows that run the FFN."""
+        return self.products.ffn(norm(rows.take(h))) if rows.count else None
 
     @staticmethod
     def _add(h: Tensor, rows: Rows, change: Tensor | None, add: Add) -> Tensor:

@@ -40,7 +40,7 @@ class PagedCache(SkipCache):
     @property
     def sets(self) -> list[frozenset[TokenClass]]:
         """The sets of classes that some layer holds, in the order of the layers."""
-        return list(self._layers_by_holding)
+        return list(self._layers_by_table)
 
     def pages_of(self, layer: int) -> Pages:
         return self.pools[self.plan.layers[layer].holding].pages_of(layer)
@@ -57,7 +57,7 @@ class PagedCache(SkipCache):
             self.pools[holding] = PagePool(
                 self.anchor,
                 layout.batch,
-                self._layers_by_holding[holding],
+                self._layers_by_table[holding],
                 shape.num_kv_heads,
                 shape.head_dim,
             )

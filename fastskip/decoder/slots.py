@@ -21,14 +21,16 @@ class Segment:
 
 
 class EntryTable:
-    """The slots of all layers that hold the same set of classes.
+    """The slots of all layers that hold entries of the same rows.
 
     A sequence's entries lie in column order in slots ``0 .. counts[b]``. The table also says which
-    segments exist; each layer has one K and one V buffer a segment.
+    segments exist; each layer has one K and one V buffer a segment. Which columns have entries
+    follows from their classes, but for the table of a hollow layer, where ``held [B, C]`` says it.
     """
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, *, is_hollow: bool = False) -> None:
         self.counts = [0] * batch
+        self.held = torch.zeros(batch, 0, dtype=torch.bool) if is_hollow else None
         self.segments: list[Segment] = []
 
     def reserve(self, slots: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 
 from fastskip.decoder.attention import AttentionPattern
 from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.candidates import Attended
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Block, BlockRows, Rotation
 from fastskip.decoder.rope import RotaryTable
+from fastskip.decoder.routed_rows import RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights, has_hooks
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine, TokenClass
+from fastskip.routing import Router, RoutingRecord
 from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
 
 Watch = Callable[[int, Tensor], None]
@@ -36,11 +39,15 @@ class Decoder:
             for layer in text_model.layers[: plan.shape.depth]
         ]
         self.rotary = RotaryTable(text_model.rotary_emb)
+        self.routers: Sequence[Router] = ()
+        # Who reads decisions back, and how rows become logits, where a router asks.
+        self.record: RoutingRecord | None = None
+        self.lens: Callable[[Tensor], Tensor] | None = None
         self._blocks: list[Block] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Blocks hold views of merged storages; a copy makes its own when it is first used.
-        return {**self.__dict__, "_blocks": []}
+        return {**self.__dict__, "_blocks": [], "record": None}
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Once per forward or ``generate``: which layers may use merged projections.
@@ -107,11 +114,19 @@ class Decoder:
         cosine, sine = self.rotary.at(layout.positions, packed)
         rotation = Rotation(cosine, sine)
         narrow = None if wanted is None else layout.locate(wanted)
-        rows = _StepRows(self.plan, layout, entries, narrow)
+        late = narrow if narrows_after(self.plan) else None
+        narrow = None if late is not None else narrow
+        static = _StepRows(self.plan, layout, entries, narrow)
+        routed = None
+        if self.plan.routed:
+            routed = self._route(layout, cache, entries, narrow, static.of, rotation)
         combine = add if wants_gradient else add_
         for step in self.plan.steps:
             blocks = [self._blocks[index] for index in step]
-            inputs = [rows.of(block.plan, is_last=step is self.plan.steps[-1]) for block in blocks]
+            if routed is not None:
+                routed.enter(step, packed)
+            rows_of = static.of if routed is None else routed.of
+            inputs = [rows_of(block.plan, step is self.plan.steps[-1]) for block in blocks]
             if watch is not None:
                 for index in step:
                     watch(index, packed)
@@ -125,9 +140,35 @@ class Decoder:
             change = changes[0] + changes[1]
             change = change / 2 if blocks[0].plan.combine is Combine.MEAN else change
             packed = packed if inputs[0].narrow is None else inputs[0].narrow.take(packed)
-            packed = packed + change
-        cache.commit(layout)
-        return packed
+            packed = combine(packed, inputs[0].attending, change)
+        cache.commit(layout, entries.held)
+        if routed is not None and self.record is not None:
+            self.record.forwards.append(routed.decisions())
+        return packed if late is None else late.take(packed)
+
+    def _route(
+        self,
+        layout: TokenLayout,
+        cache: SkipCache,
+        entries: Entries,
+        narrow: Rows | None,
+        static: Callable[[LayerPlan, bool], BlockRows],
+        rotation: Rotation,
+    ) -> RoutedRows:
+        attended = None
+        if any(getattr(router, "uses_attention", False) for router in self.routers):
+            attended = Attended(dict(enumerate(self._blocks)), {}, rotation, entries)
+        return RoutedRows(
+            self.plan,
+            self.routers,
+            layout,
+            cache,
+            entries,
+            narrow,
+            static,
+            lens=self.lens,
+            attended=attended,
+        )
 
     def _block(self, index: int) -> Block:
         weights = self.weights[index]
@@ -147,7 +188,7 @@ class _StepRows:
         self._plan, self._layout, self._entries, self._narrow = plan, layout, entries, narrow
         self._made: dict[tuple[object, ...], BlockRows] = {}
 
-    def of(self, layer: LayerPlan, *, is_last: bool) -> BlockRows:
+    def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         narrow = self._narrow if is_last else None
         key = (layer.row_sets, narrow is not None)
         found = self._made.get(key)

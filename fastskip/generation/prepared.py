@@ -29,10 +29,17 @@ from fastskip.policy import TokenClass
 def prepare(model: Any, runtime: Runtime) -> None:
     """Makes ``model`` (and its inner models) prepared, in place."""
     text_model = text_model_of(model)
+    runtime.decoder.lens = functools.partial(_logits_of, model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
     _adopt(text_model, PreparedDecoder, runtime)
     _adopt(model, PreparedModel, runtime)
+
+
+def _logits_of(model: Any, rows: Tensor) -> Tensor:
+    """Final norm and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
+    logits: Tensor = model.get_output_embeddings()(text_model_of(model).norm(rows))
+    return logits
 
 
 def _adopt(module: Any, mixin: type, runtime: Runtime) -> None:

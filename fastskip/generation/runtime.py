@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import RLock
@@ -16,6 +16,7 @@ from fastskip.generation.device_step import DeviceSteps
 from fastskip.ops import Operations
 from fastskip.ops.flash import load_flash
 from fastskip.plan import SkipPlan
+from fastskip.routing import Router, RoutingRecord
 
 
 @dataclass(slots=True)
@@ -28,10 +29,13 @@ class Session:
 class Runtime:
     """The state that the prepared classes share; one a model."""
 
-    def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
+    def __init__(
+        self, text_model: Any, plan: SkipPlan, ops: Operations, routers: Sequence[Router] = ()
+    ) -> None:
         self.plan = plan
         kind = Decoder if ops.fused is None else FusedDecoder
         self.decoder = kind(text_model, plan, ops)
+        self.decoder.routers = routers
         self.steps = DeviceSteps()
         self.session: Session | None = None
         self.lock = RLock()
@@ -65,13 +69,23 @@ class Runtime:
         _require_causal(self.plan)
         decoder.flash = load_flash(weight.dtype, weight.device)
 
-    def set_plan(self, plan: SkipPlan) -> None:
+    def set_plan(self, plan: SkipPlan, routers: Sequence[Router] = ()) -> None:
         """Swaps the plan; weights stay where they are."""
-        plan.require_runnable()
         if isinstance(self.decoder, FusedDecoder) and self.decoder.flash is not None:
             _require_causal(plan)
         with self.lock:
             self.plan = self.decoder.plan = plan
+            self.decoder.routers = routers
+
+    @contextmanager
+    def recording(self) -> Iterator[RoutingRecord]:
+        """Within this block what routers decide is written down."""
+        before, record = self.decoder.record, RoutingRecord()
+        self.decoder.record = record
+        try:
+            yield record
+        finally:
+            self.decoder.record = before
 
     @contextmanager
     def generating(self, prompt_columns: int) -> Iterator[None]:

@@ -76,12 +76,12 @@ def is_member(classes: Tensor, wanted: Iterable[int]) -> Tensor:
 def read_policy(
     policy: Mapping[str, Any], depth: int, classes: frozenset[int]
 ) -> tuple[LayerCells, ...]:
-    """Resolve the plain data of a policy for a model of `depth` layers.
+    """Resolve the rules and arrangements in the plain data of a policy for `depth` layers.
 
-    The policy is taken to be valid. What has no masked dense form is refused: routers decide from
-    data, and the reserved fields have no meaning yet.
+    The policy is taken to be valid. The reserved fields have no meaning yet and are refused. What
+    routers decide is not said here: see `read_routed_kv`.
     """
-    for field in ("routers", "removals", "masks"):
+    for field in ("removals", "masks"):
         if policy.get(field):
             raise ValueError(f"{field}: the masked dense computation has no form for it")
     without: dict[str, list[set[int]]] = {
@@ -105,6 +105,23 @@ def read_policy(
             zip(without["attention"], without["ffn"], sources, strict=True)
         )
     )
+
+
+def read_routed_kv(policy: Mapping[str, Any], depth: int) -> tuple[tuple[str, ...], ...]:
+    """What a row that skips attention by a decision leaves, by layer and class.
+
+    In layers that no router guards only rows skip that a plug-in sent past them: by its rule.
+    """
+    kept = [["project"] * len(CLASS_NAMES) for _ in range(depth)]
+    for rule in sorted(policy.get("routers", ()), key=lambda rule: "." not in rule["kind"]):
+        guards_attention = bool({"attention", "block"} & set(rule["skip"]))
+        layers = _indices(rule["layers"], depth)
+        if "." in rule["kind"]:
+            layers = list(range(min(layers), depth))
+        for layer in layers if guards_attention else ():
+            for token_class in _classes(rule["tokens"]):
+                kept[layer][token_class] = rule.get("kv") or "project"
+    return tuple(map(tuple, kept))
 
 
 def _indices(layers: str | Sequence[int], depth: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Hooks that make one plain decoder layer obey its row of a policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from fastskip.verification.cells import LayerCells, is_member
 class HookedLayer:
     """One decoder layer of a Hugging Face model, with what its hooks saw in the current run.
 
-    Keys and values are not this class's matter. `token_classes` is set before each run; `output`
-    is the residual stream that the layer hands on.
+    Keys and values are not this class's matter. `token_classes` and `decided`, the rows that skip
+    each sublayer by a router's decision, are set before each run; `output` is the residual stream
+    that the layer hands on.
     """
 
     token_classes: Tensor
+    decided: Mapping[str, Tensor]
     output: Tensor
     _before: "HookedLayer"
     _input: Tensor
@@ -46,7 +48,7 @@ class HookedLayer:
         self._input, self._normed = args[0], normed
 
     def _mask_attention(self, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
-        self._attention = self._without(output[0], self._cells.without_attention)
+        self._attention = self._without(output[0], self._cells.without_attention, "attention")
         return (self._attention, *output[1:])
 
     def _choose_ffn_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
@@ -58,7 +60,7 @@ class HookedLayer:
         return self._normed.reshape(normed.shape) if self._cells.parallel == "shared" else normed
 
     def _mask_ffn(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        self._ffn = self._without(output, self._cells.without_ffn)
+        self._ffn = self._without(output, self._cells.without_ffn, "ffn")
         return self._ffn
 
     def _combine(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -75,10 +77,12 @@ class HookedLayer:
     def _change(self) -> Tensor:
         return self._attention + self._ffn.reshape(self._attention.shape)
 
-    def _without(self, rows: Tensor, classes: frozenset[int]) -> Tensor:
+    def _without(self, rows: Tensor, classes: frozenset[int], sublayer: str) -> Tensor:
+        skipped = is_member(self.token_classes, classes)
+        if sublayer in self.decided:
+            skipped = skipped | self.decided[sublayer]
         # OPT flattens batch and columns before its FFN.
-        skipped = is_member(self.token_classes, classes).reshape(rows.shape[:-1])
-        return rows.masked_fill(skipped[..., None], 0)
+        return rows.masked_fill(skipped.reshape(rows.shape[:-1])[..., None], 0)
 
 
 def _first(module: nn.Module, *names: str) -> nn.Module:

@@ -14,9 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from fastskip.verification.cells import GENERATED, classes_of, classify, is_member, read_policy
+from fastskip.verification.cells import (
+    GENERATED,
+    classes_of,
+    classify,
+    read_policy,
+    read_routed_kv,
+)
 from fastskip.verification.exact import compute_in_double
 from fastskip.verification.hooks import HookedLayer
+
+
+NOTHING = -1
+"""In place of a layer: a row shows no key and value."""
 
 
 class Continuation(NamedTuple):
@@ -44,9 +54,19 @@ class MaskedOracle:
 
         with MaskedOracle(model, policy.to_dict()) as oracle:
             logits = oracle.forward(**processor(images=image, text=text, return_tensors="pt"))
+
+    `decisions` says what routers let rows skip, by (layer, "attention" or "ffn"): boolean,
+    [batch, columns], for the columns of `forward`. A policy with routers needs them.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Mapping[str, Any],
+        decisions: Mapping[tuple[int, str], Tensor] | None = None,
+    ) -> None:
+        if policy.get("routers") and decisions is None:
+            raise ValueError("decisions: needed for a policy with routers; what they decided")
         self.model = model
         decoder = model.get_decoder()
         self._decoder = decoder if hasattr(decoder, "layers") else decoder.get_decoder()
@@ -57,12 +77,8 @@ class MaskedOracle:
         for module, cells in zip(self._decoder.layers, self.cells, strict=True):
             before = self._layers[-1] if self._layers else None
             self._layers.append(HookedLayer(module, cells, before))
-        self._reused = {
-            source
-            for layer, cells in enumerate(self.cells)
-            for source in cells.sources
-            if source not in (None, layer)
-        }
+        self._decisions = decisions or {}
+        self._routed_kv = read_routed_kv(policy, depth)
         self._undo: ExitStack | None = None
         self._run: _Run | None = None
         self._prompt_embeddings: Tensor | None = None
@@ -233,13 +249,40 @@ class MaskedOracle:
         mask = torch.ones_like(token_classes) if attention_mask is None else attention_mask
         if position_ids is None:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-        self._run = _Run(token_classes, mask.bool(), {})
-        for layer in self._layers:
+        self._run = _Run(token_classes, mask.bool(), {}, self._sources(token_classes))
+        for number, layer in enumerate(self._layers):
             layer.token_classes = token_classes
+            layer.decided = {
+                sublayer: mask
+                for (index, sublayer), mask in self._decisions.items()
+                if index == number
+            }
         try:
             return module(attention_mask=mask, position_ids=position_ids, use_cache=False, **inputs)
         finally:
             self._run = None
+
+    def _sources(self, token_classes: Tensor) -> list[Tensor]:
+        """By layer, whose key and value each row shows there: [batch, columns]."""
+        found: list[Tensor] = []
+        for layer, cells in enumerate(self.cells):
+            by_class = torch.tensor([NOTHING if s is None else s for s in cells.sources])
+            sources = by_class.to(token_classes.device)[token_classes]
+            # Of a class that reuses: what the row itself shows below, if a router was there.
+            reused = torch.full_like(sources, NOTHING)
+            for below in reversed(found):
+                reused = torch.where(reused == NOTHING, below, reused)
+            copies = torch.tensor([s not in (None, layer) for s in cells.sources])
+            sources = torch.where(copies.to(sources.device)[token_classes], reused, sources)
+            skipped = self._decisions.get((layer, "attention"))
+            if skipped is not None and any(s is not None for s in cells.sources):
+                for token_class, kv in enumerate(self._routed_kv[layer]):
+                    rows = skipped & (token_classes == token_class)
+                    left = {"project": torch.full_like(sources, layer), "reuse": reused}
+                    nothing = torch.full_like(sources, NOTHING)
+                    sources = torch.where(rows, left.get(kv, nothing), sources)
+            found.append(sources)
+        return found
 
     def _attend(
         self,
@@ -259,17 +302,14 @@ class MaskedOracle:
         window = kwargs.get("sliding_window")
         if window is not None and window < columns:
             raise ValueError(f"sliding_window: {window} is shorter than the {columns} columns")
-        if layer in self._reused:
-            run.entries[layer] = (key, value)
-        sources = self.cells[layer].sources
-        for source in set(sources) - {None, layer}:
-            assert source is not None
-            rows = is_member(run.token_classes, [c for c, s in enumerate(sources) if s == source])
+        run.entries[layer] = (key, value)
+        sources = run.sources[layer]
+        for source in set(sources[run.real].tolist()) - {NOTHING, layer}:
+            rows = sources == source
             other_key, other_value = run.entries[source]
             key = torch.where(rows[:, None, :, None], other_key, key)
             value = torch.where(rows[:, None, :, None], other_value, value)
-        holding = [c for c, source in enumerate(sources) if source is not None]
-        shown = run.real & is_member(run.token_classes, holding)
+        shown = run.real & (sources != NOTHING)
         causal = torch.ones(columns, columns, dtype=torch.bool, device=key.device).tril()
         visible = (causal & shown[:, None, :])[:, None]
 
@@ -289,3 +329,4 @@ class _Run(NamedTuple):
     token_classes: Tensor
     real: Tensor
     entries: dict[int, tuple[Tensor, Tensor]]
+    sources: list[Tensor]

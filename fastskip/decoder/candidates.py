@@ -1,0 +1,118 @@
+"""What a router sees of the rows that it decides on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.entries import Entries
+from fastskip.decoder.layer import Block, Rotation
+from fastskip.decoder.trace import RowTrace
+from fastskip.policy import Sublayer
+from fastskip.routing import AttentionWeights, RouterError
+from fastskip.tokens import Rows, TokenLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Where rows of a forward have attended so far: by layer, its input, and who (``[N]`` bool)."""
+
+    blocks: Mapping[int, Block]
+    inputs: dict[int, tuple[Tensor, Tensor]]
+    rotation: Rotation
+    entries: Entries
+
+
+class Candidates:
+    """The ``RoutingContext`` of one decision.
+
+    ``rows``: the candidates among the ``N`` packed rows; ``within``: the candidates among the rows
+    of ``h``, which are fewer after a narrowing.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        skip: frozenset[Sublayer],
+        h: Tensor,
+        within: Rows,
+        rows: Tensor,
+        layout: TokenLayout,
+        trace: RowTrace | None,
+        states: tuple[dict[str, Any], dict[str, Any]],
+        lens: Callable[[Tensor], Tensor] | None,
+        attended: Attended | None,
+    ) -> None:
+        self.layer, self.skip = layer, skip
+        self.forward_state, self.generation_state = states
+        self._h, self._within, self._rows, self._layout = h, within, rows, layout
+        self._trace, self._lens, self._attended = trace, lens, attended
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        return self._within.take(self._h.detach())
+
+    @cached_property
+    def codes(self) -> Tensor:
+        return self._layout.codes[self._rows]
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        return self._layout.sequences[self._rows]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        return self._layout.columns[self._rows]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self._layout.positions[self._rows]
+
+    @cached_property
+    def last_layer(self) -> Tensor:
+        assert self._trace is not None
+        return self._trace.found[self._rows.to(self._h.device)]
+
+    @torch.no_grad()
+    def logits(self, rows: Tensor | None = None) -> Tensor:
+        hidden = self.hidden if rows is None else self.hidden[rows.to(self._h.device)]
+        if self._lens is None:
+            raise RouterError(
+                f"layer {self.layer}: logits are asked for and the model has no head; allowed: "
+                "models prepared with their head"
+            )
+        return self._lens(hidden)
+
+    @torch.no_grad()
+    def attention_of(self, row: int) -> AttentionWeights:
+        if self._attended is None:
+            raise RouterError(
+                f"layer {self.layer}: attention_of needs a router that says uses_attention = True"
+            )
+        packed = int(self._rows[row])
+        for layer, (inputs, who) in reversed(self._attended.inputs.items()):
+            if bool(who[packed]):
+                return self._weights(layer, inputs[packed : packed + 1], packed)
+        raise RouterError(
+            f"layer {self.layer}: candidate {row} has attended in no layer of this forward yet"
+        )
+
+    def _weights(self, layer: int, h: Tensor, packed: int) -> AttentionWeights:
+        seen = self._attended
+        assert seen is not None
+        block, sequence = seen.blocks[layer], int(self._layout.sequences[packed])
+        at = seen.rotation.take(Rows(slice(packed, packed + 1), 1))
+        queries = block.products.queries(block.products.attention_norm(h))
+        queries = block.ops.rotate(queries, at.cosine, at.sine)[0]
+        columns = seen.entries.columns(layer, sequence)
+        columns = columns[columns <= self._layout.columns[packed]]
+        keys, _ = seen.entries.read(layer, slice(sequence, sequence + 1), len(columns))
+        key = torch.cat(keys, dim=2)[0].float()
+        heads = queries.float().view(key.shape[0], -1, key.shape[-1])
+        scores = (heads @ key.transpose(-1, -2) * block.scale).flatten(0, 1)
+        return AttentionWeights(layer, columns, scores.softmax(-1))

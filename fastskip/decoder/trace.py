@@ -1,0 +1,67 @@
+"""What the last layer did to each row: kept from layer to layer for routers that ask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastskip.ops.fused_routes import measure
+from fastskip.plan import SkipPlan
+from fastskip.policy import TokenClass
+from fastskip.routing import Router, ScoreRouter
+
+
+def trace_start(plan: SkipPlan, routers: Sequence[Router]) -> int | None:
+    """The first layer whose input the routers of a plan need; ``None`` if none looks back.
+
+    A similarity router looks at the last layer that a row ran whole, so from the nearest layer
+    below in which it certainly does. What a plug-in asks for is not known.
+    """
+    starts = []
+    for cell in plan.routed:
+        router = routers[cell.number]
+        if not isinstance(router, ScoreRouter):
+            return 0
+        if router.needs_trace:
+            starts.append(_certain_below(plan, cell.layer, cell.token_class))
+    return min(starts, default=None)
+
+
+def _certain_below(plan: SkipPlan, layer: int, token_class: TokenClass) -> int:
+    """The nearest layer below that rows of a class run whole in any case, else 0."""
+    for below in reversed(plan.layers[:layer]):
+        cell = below.cells[token_class]
+        routed = plan.routed_by_layer.get(below.index, ())
+        is_routed = any(other.token_class is token_class for other in routed)
+        if (cell.attention or cell.ffn) and not is_routed:
+            # A pair is left as one layer.
+            return below.index if below.partner is None else min(below.index, below.partner)
+    return 0
+
+
+class RowTrace:
+    """Cosine and relative change of the last layer that each of ``N`` rows ran whole.
+
+    ``found [N, 2]``: ``-inf`` and ``+inf`` before the first.
+    """
+
+    def __init__(self, h: Tensor) -> None:
+        """``h [N, D]``: the rows as they enter the first layer that counts."""
+        self.found = torch.empty(len(h), 2, dtype=torch.promote_types(h.dtype, torch.float32))
+        self.found[:, 0], self.found[:, 1] = -math.inf, math.inf
+        self.found = self.found.to(h.device)
+        self._snapshot = h.detach().clone()
+
+    def move(self, h: Tensor, ran: Tensor) -> None:
+        """The layer is left: ``h`` is its output, and what the next one begins with.
+
+        ``ran [N]`` bool, host: rows that ran it whole.
+        """
+        h = h.detach()
+        if bool(ran.any()):
+            found = measure(self._snapshot, h)
+            self.found = torch.where(ran.to(h.device)[:, None], found, self.found)
+        self._snapshot.copy_(h)

@@ -1,0 +1,71 @@
+"""What routers decided, read back: for proofs, plots and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastskip.policy import Sublayer
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """One forward's decisions, on the host.
+
+    Attributes:
+        first_column: the column of the first entry of the masks.
+        codes: ``[B, T]`` token class of each column, -1 for pads.
+        skipped: by layer and sublayer, ``[B, T]`` bool: rows that a router let skip it. Only rows
+            that would have run it otherwise count; layers and sublayers without routers are
+            absent, unless rows exited before them.
+        candidates: of the same keys, ``[B, T]`` bool: rows that a router decided on.
+    """
+
+    first_column: int
+    codes: Tensor
+    skipped: Mapping[tuple[int, Sublayer], Tensor]
+    candidates: Mapping[tuple[int, Sublayer], Tensor]
+
+
+@dataclass(slots=True)
+class RoutingRecord:
+    """The decisions of all forwards while it was open, in order."""
+
+    forwards: list[Decisions] = field(default_factory=list)
+
+    def skipped(self, layer: int, sublayer: Sublayer) -> Tensor:
+        """``[B, C]``: the masks of one cell over the columns of all forwards, one after another.
+
+        The forwards must belong to one generation.
+        """
+        return torch.cat(
+            [
+                each.skipped.get((layer, sublayer), torch.zeros_like(each.codes, dtype=torch.bool))
+                for each in self.forwards
+            ],
+            dim=1,
+        )
+
+    def rates(self) -> dict[tuple[int, Sublayer], float]:
+        """The share of candidates that skipped, by layer and sublayer."""
+        asked: dict[tuple[int, Sublayer], int] = {}
+        skipped: dict[tuple[int, Sublayer], int] = {}
+        for each in self.forwards:
+            for key, mask in each.candidates.items():
+                asked[key] = asked.get(key, 0) + int(mask.sum())
+                skipped[key] = skipped.get(key, 0) + int((each.skipped[key] & mask).sum())
+        return {key: skipped[key] / asked[key] for key in sorted(asked) if asked[key]}
+
+    @property
+    def rate(self) -> float:
+        """The share of all candidates that skipped; 0 without any."""
+        asked = sum(int(mask.sum()) for each in self.forwards for mask in each.candidates.values())
+        skipped = sum(
+            int((each.skipped[key] & mask).sum())
+            for each in self.forwards
+            for key, mask in each.candidates.items()
+        )
+        return skipped / asked if asked else 0.0

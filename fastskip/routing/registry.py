@@ -1,0 +1,84 @@
+"""From the routers that a policy names to objects that decide.
+
+A plug-in is named in a policy by a name with a dot in it. It is an object that was handed in under
+this name, or a factory that an installed package registers as an entry point: called with the
+rule's ``options``, it returns a ``Router``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from fastskip.policy import PolicyError, RouterRule, SkipPolicy, select_layers
+from fastskip.routing.protocol import Router
+from fastskip.routing.routers import ScoreRouter
+from fastskip.routing.weights import read_weights
+
+ENTRY_POINTS = "fastskip.routers"
+"""The group of entry points that plug-ins register in."""
+
+
+def build_routers(
+    policy: SkipPolicy, depth: int, hidden_size: int, given: Mapping[str, Any] | None = None
+) -> tuple[Router, ...]:
+    """One router for each of the policy's router rules, in their order.
+
+    Args:
+        policy: what names them; relative paths of weights start at its folder.
+        depth, hidden_size: of the model, which learned weights must fit.
+        given: plug-ins by name: routers, taken before installed ones.
+    Raises:
+        PolicyError: a plug-in is unknown or no router, or weights do not fit.
+    """
+    plug_ins = dict(given or {})
+    names = {rule.kind for rule in policy.routers if rule.is_plug_in}
+    if unused := sorted(plug_ins.keys() - names):
+        raise PolicyError("routers", unused, f"the plug-ins that the policy names: {sorted(names)}")
+    return tuple(
+        _build(policy, rule, f"routers[{number}]", depth, hidden_size, plug_ins)
+        for number, rule in enumerate(policy.routers)
+    )
+
+
+def _build(
+    policy: SkipPolicy,
+    rule: RouterRule,
+    field: str,
+    depth: int,
+    hidden_size: int,
+    given: Mapping[str, Any],
+) -> Router:
+    if rule.is_plug_in:
+        return _plug_in(rule, field, given)
+    if rule.kind != "linear":
+        return ScoreRouter(rule)
+    assert rule.weights is not None
+    layers = select_layers(rule.layers, depth, f"{field}.layers")
+    path = policy.path_of(rule.weights)
+    return ScoreRouter(rule, read_weights(path, layers, hidden_size, f"{field}.weights"))
+
+
+def _plug_in(rule: RouterRule, field: str, given: Mapping[str, Any]) -> Router:
+    if rule.kind in given:
+        if rule.options is not None:
+            problem = "a router that is handed in takes no options"
+            raise PolicyError(f"{field}.options", dict(rule.options), "none", problem)
+        return _checked(given[rule.kind], rule, field)
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if rule.kind not in installed:
+        names = sorted({*given, *installed})
+        problem = f"no plug-in {rule.kind!r} is given or installed"
+        allowed = f"one of {names}, or routers={{{rule.kind!r}: ...}}"
+        raise PolicyError(f"{field}.kind", rule.kind, allowed, problem)
+    factory = installed[rule.kind].load()
+    return _checked(factory(dict(rule.options or {})), rule, field)
+
+
+def _checked(router: Any, rule: RouterRule, field: str) -> Router:
+    if not callable(getattr(router, "decide", None)):
+        problem = f"{rule.kind!r} is a {type(router).__name__} without decide(context)"
+        raise PolicyError(f"{field}.kind", rule.kind, "a fastskip.Router", problem)
+    found: Router = router
+    return found

@@ -1,0 +1,93 @@
+"""The built-in routers: each row has a score and skips where it reaches a bar.
+
+What scores are and how groups decide is said, and computed, in one place for all implementations:
+``ops.routes`` and ``ops.fused_routes``. Within the rounding of a score at its bar implementations
+may differ; what each decided is what it did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from fastskip.ops import routes
+from fastskip.ops.fused_routes import score, settle
+from fastskip.ops.routes import Score, Terms, mixed
+from fastskip.policy import Measure, RouterRule, Sublayer
+from fastskip.routing.protocol import Decision, RouterError, RoutingContext
+from fastskip.routing.weights import LayerScore
+
+
+class ScoreRouter:
+    """A router of kind similarity, linear or random."""
+
+    def __init__(self, rule: RouterRule, scores: Mapping[int, LayerScore] | None = None) -> None:
+        """``scores``: of linear, by layer."""
+        self.rule, self._scores = rule, scores or {}
+        self._terms: dict[int, Terms] = {}
+
+    @property
+    def needs_trace(self) -> bool:
+        """Whether it looks at what the last layer did to a row."""
+        return self.rule.kind == "similarity"
+
+    def terms(self, layer: int) -> Terms:
+        """What the decision in ``layer`` goes by; tensors on the host."""
+        found = self._terms.get(layer)
+        if found is None:
+            found = self._terms[layer] = self._make_terms(layer)
+        return found
+
+    def decide(self, context: RoutingContext) -> Decision:
+        """As ``Router``: skips where the score, or that of the row's group, reaches the bar."""
+        terms = self.terms(context.layer)
+        is_linear = terms.score is Score.LINEAR
+        hidden = context.hidden if is_linear else torch.empty(0)
+        if terms.weight is not None and terms.weight.device != hidden.device:
+            terms = replace(terms, weight=terms.weight.to(hidden.device))
+        positions = context.positions if not is_linear else context.positions.to(hidden.device)
+        found = context.last_layer if self.needs_trace else None
+        scores = score(terms, hidden, positions, found)
+        if bool(scores.isnan().any()):
+            raise RouterError(
+                f"{self.rule.kind} router in layer {context.layer}: a score is not a number, so "
+                "the hidden states are not finite; allowed: finite ones"
+            )
+        sequences = context.sequences.to(scores.device)
+        return Decision(settle(scores, sequences, context.positions.to(scores.device), terms))
+
+    def _make_terms(self, layer: int) -> Terms:
+        rule = self.rule
+        group = routes.Group.ROW if rule.group is None else routes.Group(rule.group.value)
+        mean = routes.Agreement.MEAN
+        agreement = mean if rule.agree is None else routes.Agreement(rule.agree.value)
+        if rule.kind == "random":
+            assert rule.rate is not None
+            # Routers of one seed and layer draw apart if they guard other sublayers.
+            guarded = (Sublayer.ATTENTION in rule.skip) + 2 * (Sublayer.FFN in rule.skip)
+            salt = mixed(mixed(rule.seed or 0) ^ mixed(4 * layer + guarded + 1))
+            return Terms(
+                score=Score.RANDOM, bar=-rule.rate, salt=salt, group=group, agreement=agreement
+            )
+        if rule.kind == "linear":
+            own = self._scores[layer]
+            bar = 0.0 if rule.threshold is None else -rule.threshold
+            return Terms(
+                score=Score.LINEAR,
+                bar=bar,
+                weight=own.weight,
+                bias=own.bias,
+                group=group,
+                agreement=agreement,
+                capacity=rule.capacity,
+            )
+        assert rule.threshold is not None
+        is_change = rule.measure is Measure.CHANGE
+        return Terms(
+            score=Score.CHANGE if is_change else Score.COSINE,
+            bar=-rule.threshold if is_change else rule.threshold,
+            group=group,
+            agreement=agreement,
+        )
