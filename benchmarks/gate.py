@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastskip
 from benchmarks.shapes import Models
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.tokens import CODES
 from fastskip.verification.budget import measure
@@ -52,7 +53,7 @@ def _fault(models: Models, truth: Any, prompt: Prompt, policy: SkipPolicy) -> st
     budget = measure("scores", logits, eager, exact)
     if not budget.holds:
         return str(budget)
-    held = out.past_key_values.live_bytes()
+    held = out[CACHE_NAME].live_bytes()
     claimed = fastskip.plan_of(ours).kv_bytes(IMAGE_ROWS, TEXT_BEFORE + TEXT_AFTER, NEW - 1)
     return None if held == claimed else f"cache: {held} bytes are held, the plan says {claimed}"
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.generation.cache_name import CACHE_NAME
 from tests.agreement import Trio
 from tests.batches import Batch
 from tests.budget import assert_within_budget
@@ -55,8 +56,9 @@ class Continued:
     def fill(self) -> SkipCache:
         """The cache of the prompts."""
         outputs = self.model(**self.batch.inputs(), use_cache=True, logits_to_keep=1)
-        assert isinstance(outputs.past_key_values, SkipCache)
-        return outputs.past_key_values
+        cache = outputs[CACHE_NAME]
+        assert isinstance(cache, SkipCache)
+        return cache
 
     @torch.no_grad()
     def proceed(
@@ -71,7 +73,7 @@ class Continued:
         logits: Tensor = self.model(
             input_ids=tokens,
             attention_mask=self.mask(new)[sequences],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             token_classes=torch.zeros_like(tokens) + codes,
         ).logits
         return logits

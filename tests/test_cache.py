@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import fastskip
 from fastskip.decoder.cache import SkipCache
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
 from tests.batches import random_batch
@@ -98,7 +99,7 @@ def test_an_emptied_cache_takes_another_batch(trio: Trio, way: str) -> None:
         cache.crop(-cache.get_seq_length())
     assert cache.get_seq_length() == 0 and cache.live_bytes() == 0
     with torch.no_grad():
-        logits = case.model(**other.inputs(), past_key_values=cache).logits
+        logits = case.model(**other.inputs(), **{CACHE_NAME: cache}).logits
     eager, truth = trio.expected(case.policy, **other.inputs())
     assert_within_budget("logits", logits, eager, truth, rows=other.real)
     assert cache.batch_size == 5
@@ -125,16 +126,16 @@ def test_caches_of_others_are_refused(trio: Trio) -> None:
     for kind in ("static", "offloaded"):
         with pytest.raises(ValueError, match="cache_implementation"):
             model.generate(**inputs, **options, cache_implementation=kind)
-    with pytest.raises(TypeError, match="past_key_values: got DynamicCache"):
-        model.generate(**inputs, **options, past_key_values=DynamicCache())
-    with pytest.raises(TypeError, match="past_key_values: got DynamicCache"):
-        model(**inputs, past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=f"{CACHE_NAME}: got DynamicCache"):
+        model.generate(**inputs, **options, **{CACHE_NAME: DynamicCache()})
+    with pytest.raises(TypeError, match=f"{CACHE_NAME}: got DynamicCache"):
+        model(**inputs, **{CACHE_NAME: DynamicCache()})
 
 
 def test_a_cache_remembers_its_plan(trio: Trio) -> None:
     case = named(trio, "reuse")
     cache, tokens = case.fill(), some_tokens(case.batch, 1)
-    new: dict[str, Any] = {"input_ids": tokens, "past_key_values": cache}
+    new: dict[str, Any] = {"input_ids": tokens, CACHE_NAME: cache}
     new["attention_mask"] = case.mask(1)
     with pytest.raises(TypeError, match="filled by the prepared model"):
         trio.plain(**new)
@@ -142,7 +143,7 @@ def test_a_cache_remembers_its_plan(trio: Trio) -> None:
     for call in (model, lambda **inputs: model.generate(**inputs, max_new_tokens=2)):
         with pytest.raises(ValueError, match="filled under another policy"):
             call(**new)
-    with pytest.raises(ValueError, match="past_key_values"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}: .*another policy"):
         fastskip.apply_(tiny_llava(depth=2))(**new)
     # None of this has changed the cache, and the same policy read again is the same plan.
     again = Continued(trio, copy.deepcopy(case.policy), case.batch)
@@ -153,11 +154,11 @@ def test_inputs_that_do_not_fit_a_cache(trio: Trio) -> None:
     case = named(trio, "mixed")
     cache, tokens = case.fill(), some_tokens(case.batch, 1)
     with torch.no_grad(), pytest.raises(ValueError, match="holds 3 sequences, the input has 2"):
-        case.model(input_ids=tokens[:2], past_key_values=cache)
+        case.model(input_ids=tokens[:2], **{CACHE_NAME: cache})
     hides = case.mask(1)
     hides[1, case.batch.columns - 1] = 0
     with pytest.raises(ValueError, match="attention_mask: hides or shows columns"):
-        case.model(input_ids=tokens, attention_mask=hides, past_key_values=cache)
+        case.model(input_ids=tokens, attention_mask=hides, **{CACHE_NAME: cache})
     case.check(case.proceed(cache, tokens, TEXT), tokens, TEXT)
 
 
@@ -165,12 +166,12 @@ def test_nothing_is_kept_unless_asked_for(trio: Trio) -> None:
     case = named(trio, "mixed")
     inputs = case.batch.inputs()
     with torch.no_grad():
-        assert case.model(**inputs, use_cache=False).past_key_values is None
-        assert isinstance(case.model(**inputs).past_key_values, SkipCache)
+        assert getattr(case.model(**inputs, use_cache=False), CACHE_NAME) is None
+        assert isinstance(case.model(**inputs)[CACHE_NAME], SkipCache)
     out = case.model.generate(
         **inputs, max_new_tokens=2, use_cache=False, return_dict_in_generate=True
     )
-    assert out.past_key_values is None
+    assert getattr(out, CACHE_NAME) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

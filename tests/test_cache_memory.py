@@ -6,6 +6,7 @@ import torch
 import fastskip
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import SEGMENT_SLOTS
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.ops.allocate import empty
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
@@ -55,7 +56,7 @@ def test_live_bytes_are_what_the_plan_predicts(
     plan = fastskip.plan_of(model)
     cache: SkipCache = model.generate(
         **batch.inputs(), max_new_tokens=new, do_sample=False, return_dict_in_generate=True
-    ).past_key_values
+    )[CACHE_NAME]
     # The last token is never fed back, so it has no entry.
     classes = [row[real] for row, real in zip(batch.token_classes, batch.real, strict=True)]
     counts = [[int((row == c).sum()) for c in (IMAGE, TEXT)] for row in classes]
@@ -74,7 +75,7 @@ def test_allocation_is_bounded(dtype: torch.dtype) -> None:
     for new in (1, 20, 140):
         cache: SkipCache = model.generate(
             **batch.inputs(), max_new_tokens=new, do_sample=False, return_dict_in_generate=True
-        ).past_key_values
+        )[CACHE_NAME]
         spare = cache.allocated_bytes() - cache.live_bytes()
         assert 0 <= spare < SEGMENT_SLOTS * ENTRY * dtype.itemsize // 4 * batch.size * DEPTH
 

@@ -22,6 +22,7 @@ from fastskip.costs import (
     ideal_speedup,
     prefill_cost,
 )
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import ArrangementRule, SkipPolicy, SkipRule, TokenClass
 from tests.test_plan import simulate, skip_plans
@@ -303,7 +304,7 @@ def test_prefill_in_two_turns_adds_up(
 
 def test_kv_bytes_are_those_of_a_real_cache() -> None:
     model, shape = llama()
-    cache = model(input_ids=torch.zeros(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    cache = model(input_ids=torch.zeros(3, 7, dtype=torch.long), use_cache=True)[CACHE_NAME]
     nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert make_plan(SkipPolicy(), shape).kv_bytes(2, 4, 1, batch=3) == nbytes
 

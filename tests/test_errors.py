@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import fastskip
+from fastskip.generation.cache_name import CACHE_NAME
 from tests.batches import Batch, random_batch
 from tests.checkpoints import VOCAB
 from tests.models import tiny_llama, tiny_llava
@@ -45,7 +46,7 @@ def options(name: str, model: Any, batch: Batch) -> dict[str, Any]:
             "pixel_values": None,
             "inputs_embeds": embedded,
         },
-        "past_key_values": {"past_key_values": DynamicCache()},
+        f"{CACHE_NAME}: Hugging Face's": {CACHE_NAME: DynamicCache()},
         "cache_implementation": {"cache_implementation": "static"},
         "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
         "max_new_tokenz": {"max_new_tokenz": 3},
@@ -61,7 +62,7 @@ CASES = {
     "token_classes of other sequences": ValueError,
     "token_classes by a wrong name": ValueError,
     "token_classes missing": TypeError,
-    "past_key_values": TypeError,
+    f"{CACHE_NAME}: Hugging Face's": TypeError,
     "cache_implementation": ValueError,
     "output_attentions": ValueError,
     "max_new_tokenz": ValueError,
@@ -87,7 +88,7 @@ def test_second_turn_that_hides_what_the_cache_holds(model: Any, batch: Batch) -
         model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=first.past_key_values,
+            **{CACHE_NAME: first[CACHE_NAME]},
             max_new_tokens=2,
         )
 
@@ -97,18 +98,16 @@ def test_second_turn_after_another_policy(model: Any, batch: Batch) -> None:
     first = model.generate(**batch.inputs(), max_new_tokens=3, return_dict_in_generate=True)
     fastskip.set_policy(model, "dense")
     mask = torch.ones(2, batch.columns + 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="past_key_values.*another policy"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}: .*another policy"):
         model.generate(
-            input_ids=first.sequences, attention_mask=mask, past_key_values=first.past_key_values
+            input_ids=first.sequences, attention_mask=mask, **{CACHE_NAME: first[CACHE_NAME]}
         )
 
 
 def test_a_stock_model_refuses_our_cache(model: Any, batch: Batch) -> None:
-    cache = model.generate(
-        **batch.inputs(), max_new_tokens=2, return_dict_in_generate=True
-    ).past_key_values
+    out = model.generate(**batch.inputs(), max_new_tokens=2, return_dict_in_generate=True)
     with pytest.raises(TypeError, match="past_key_values"):
-        tiny_llava(vocab=VOCAB)(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        tiny_llava(vocab=VOCAB)(input_ids=torch.tensor([[5], [6]]), **{CACHE_NAME: out[CACHE_NAME]})
 
 
 @pytest.mark.parametrize("verb", ["set_policy", "plan_of"])

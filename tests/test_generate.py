@@ -16,6 +16,7 @@ from transformers import (
 )
 
 import fastskip
+from fastskip.generation.cache_name import CACHE_NAME
 from tests.batches import random_batch
 from tests.checkpoints import IMAGE_ID, VOCAB, build_processor, build_tokenizer
 from tests.generating import NEW, Twins, twins
@@ -89,13 +90,13 @@ def test_second_turn_on_a_kept_cache(models: Twins, given: str) -> None:
     mask = torch.cat((models.inputs["attention_mask"], torch.ones(3, NEW + 3, dtype=torch.long)), 1)
     answers = []
     for model in (models.ours, models.stock):
-        cache = model.generate(**models.inputs, **KEPT).past_key_values
+        cache = model.generate(**models.inputs, **KEPT)[CACHE_NAME]
         new = ids if given == "all ids" else ids[:, cache.get_seq_length() :]
         answers.append(
             model.generate(
                 input_ids=new,
                 attention_mask=mask,
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
                 output_logits=True,
                 **KEPT,
             )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import fastskip
 from fastskip.families import text_model_of
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.verification.cells import GENERATED
 from fastskip.verification.exact import compute_in_double
 from fastskip.verification.oracle import MaskedOracle
@@ -109,10 +110,10 @@ def test_through_a_past(prepared: Any, plain: PreTrainedModel, batch: Batch, nam
 
     model = fastskip.set_policy(prepared, policy)
     with torch.no_grad():
-        cache = model(**inputs_of(batch), use_cache=True).past_key_values
+        cache = model(**inputs_of(batch), use_cache=True)[CACHE_NAME]
     new = new.detach().requires_grad_()
     logits = model(
-        inputs_embeds=new, attention_mask=mask, token_classes=classes, past_key_values=cache
+        inputs_embeds=new, attention_mask=mask, token_classes=classes, **{CACHE_NAME: cache}
     ).logits
     actual = torch.autograd.grad(cross_entropy(logits[:, :-1].mT, tokens[:, 1:]), new)
     assert_close(actual, truth)
@@ -128,13 +129,13 @@ def test_a_cache_from_a_training_forward_goes_on(
 ) -> None:
     policy = MIXED["each class its own rule"]
     model = fastskip.set_policy(prepared, policy)
-    cache = model(**inputs_of(batch), use_cache=True).past_key_values
+    cache = model(**inputs_of(batch), use_cache=True)[CACHE_NAME]
     token = torch.randint(1, 60, (batch.size, 1))
     mask = torch.cat([batch.attention_mask, torch.ones_like(token)], dim=1)
     classes = torch.full_like(token, GENERATED)
     with torch.no_grad():
         logits = model(
-            input_ids=token, attention_mask=mask, token_classes=classes, past_key_values=cache
+            input_ids=token, attention_mask=mask, token_classes=classes, **{CACHE_NAME: cache}
         ).logits
         with MaskedOracle(plain, policy) as oracle:
             prompt = oracle.prompt(**batch.inputs() | inputs_of(batch))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastskip
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.verification.cells import GENERATED, TEXT
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio, generate, greedy
@@ -179,7 +180,7 @@ def test_second_turn(case: Case, new: int) -> None:
             inputs = (
                 second.inputs()
                 | {name: inputs[name] for name in ("input_ids", "attention_mask")}
-                | {"past_key_values": out.past_key_values}
+                | {CACHE_NAME: out[CACHE_NAME]}
             )
         again = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         assert torch.equal(again[:, whole.columns :], tokens), f"kept cache: {kept}"

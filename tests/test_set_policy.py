@@ -13,6 +13,7 @@ import transformers
 from transformers import LlavaForConditionalGeneration
 
 import fastskip
+from fastskip.generation.cache_name import CACHE_NAME
 from tests.checkpoints import VOCAB, answer, save_checkpoint
 from tests.models import tiny_llava
 
@@ -80,12 +81,12 @@ def test_swapping_and_swapping_back(checkpoint: Path, expected: list[list[int]])
 def test_a_cache_of_another_policy_is_refused(checkpoint: Path) -> None:
     model = fastskip.load_model(checkpoint)
     ids = torch.tensor([[4, 5, 6]])
-    cache = model(input_ids=ids).past_key_values
+    cache = model(input_ids=ids)[CACHE_NAME]
     fastskip.set_policy(model, SKIP_IMAGE_FFN)
-    with pytest.raises(ValueError, match="past_key_values.*another policy"):
-        model(input_ids=ids, past_key_values=cache)
-    with pytest.raises(TypeError, match="past_key_values.*DynamicCache"):
-        model(input_ids=ids, past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}: .*another policy"):
+        model(input_ids=ids, **{CACHE_NAME: cache})
+    with pytest.raises(TypeError, match=f"{CACHE_NAME}: .*DynamicCache"):
+        model(input_ids=ids, **{CACHE_NAME: transformers.DynamicCache()})
 
 
 def test_a_bad_policy_leaves_the_old_one(checkpoint: Path) -> None:

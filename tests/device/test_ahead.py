@@ -16,6 +16,7 @@ from transformers import (
 
 import fastskip
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import AHEAD
 from fastskip.generation.device_step import DeviceStep
 from fastskip.policy import TokenClass
@@ -103,9 +104,9 @@ def test_streams_what_hugging_face_streams(
 
 def assert_cache_is_as_theirs(models: Twins, ours: Any, theirs: Any) -> None:
     """Columns, classes and bytes of the tokens that were fed, though more steps have run."""
-    cache, fed = ours.past_key_values, ours.sequences.shape[1] - 1
+    cache, fed = ours[CACHE_NAME], ours.sequences.shape[1] - 1
     assert isinstance(cache, PagedCache)
-    assert cache.get_seq_length() == theirs.past_key_values.get_seq_length() == fed
+    assert cache.get_seq_length() == theirs[CACHE_NAME].get_seq_length() == fed
     generated = cache.codes[:, models.columns :]
     assert (generated == CODES[TokenClass.GENERATED]).all()
     first = cache.positions[:, models.columns - 1 : models.columns] + 1
@@ -150,7 +151,7 @@ def test_second_turn(models: Twins) -> None:
             model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=first.past_key_values,
+                **{CACHE_NAME: first[CACHE_NAME]},
                 max_new_tokens=NEW,
                 return_dict_in_generate=True,
             )
@@ -257,19 +258,19 @@ def test_a_streamer_that_raises(llava: Twins, bad: int, do_sample: bool) -> None
     lengths, answers = [], []
     for model in (llava.ours, llava.stock):
         first = model.generate(**llava.inputs, max_new_tokens=1, return_dict_in_generate=True)
-        cache = first.past_key_values
+        cache = first[CACHE_NAME]
         torch.manual_seed(0)
         with pytest.raises(ConnectionError):
             model.generate(
                 **second,
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
                 max_new_tokens=NEW,
                 streamer=Breaks(),
                 do_sample=do_sample,
             )
         lengths.append(cache.get_seq_length())
         cache.crop(-bad)
-        answers.append(model.generate(**second, past_key_values=cache, max_new_tokens=NEW))
+        answers.append(model.generate(**second, **{CACHE_NAME: cache}, max_new_tokens=NEW))
     assert lengths == [llava.columns + bad] * 2
     assert torch.equal(*answers)
     assert torch.equal(
@@ -299,5 +300,5 @@ def test_under_a_policy(batch: Batch, name: str, launches: list[DeviceStep]) -> 
         ends = [step for step, token in enumerate(expected) if token in stops]
         length = ends[0] + 1 if ends else NEW
         assert row == (expected[:length] + [0] * NEW)[: len(row)]
-    assert out.past_key_values.columns == batch.columns + tokens.shape[1] - 1
+    assert out[CACHE_NAME].columns == batch.columns + tokens.shape[1] - 1
     assert len(launches) <= tokens.shape[1] - 1 + AHEAD

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastskip
 from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.verification.cells import GENERATED
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio, generate, greedy
@@ -203,16 +204,16 @@ def second_turn(model: Any, batch: Batch, given: str) -> tuple[Tensor, Tensor, A
     more = torch.randint(1, 60, (batch.size, 3), generator=torch.Generator().manual_seed(1))
     ids = torch.cat((first.sequences, more), dim=1)
     ones = torch.ones(batch.size, 7, dtype=torch.long)
-    cache = first.past_key_values
+    cache = first[CACHE_NAME]
     out = model.generate(
         input_ids=ids if given == "all ids" else ids[:, cache.get_seq_length() :],
         attention_mask=torch.cat((batch.attention_mask, ones), dim=1),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=4,
         do_sample=False,
         return_dict_in_generate=True,
     )
-    return first.sequences, out.sequences[:, -4:], out.past_key_values
+    return first.sequences, out.sequences[:, -4:], out[CACHE_NAME]
 
 
 @pytest.mark.parametrize("given", ["all ids", "new ids"])

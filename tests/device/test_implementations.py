@@ -13,6 +13,7 @@ import fastskip
 from fastskip import ops
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.ops import Implementation, Operations, fused
 from tests.agreement import answer_labels, generate
 from tests.batches import Batch, random_batch
@@ -153,7 +154,7 @@ def test_gradients_are_the_plain_runtimes(model: Any, batch: Batch) -> None:
         assert (ours is None and theirs is None) or torch.equal(ours, theirs)
     assert not is_fused(model)
     with torch.no_grad():
-        cache = model(**batch.inputs()).past_key_values
+        cache = model(**batch.inputs())[CACHE_NAME]
     assert is_fused(model) and isinstance(cache, PagedCache)
 
 
@@ -171,16 +172,16 @@ def test_a_training_step_is_seen(model: Any, batch: Batch) -> None:
 
 def test_the_prompts_cache_of_a_training_forward(model: Any, batch: Batch) -> None:
     """It is the plain runtime's, and the plain runtime goes on with it."""
-    cache = model(**batch.inputs()).past_key_values
+    cache = model(**batch.inputs())[CACHE_NAME]
     assert isinstance(cache, SkipCache) and not isinstance(cache, PagedCache)
     ids = torch.cat((batch.input_ids, torch.full((3, 1), 5)), dim=1)
     mask = torch.cat((batch.attention_mask, torch.ones(3, 1, dtype=torch.long)), dim=1)
     given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 4}
     other = reference_of(model)
     with torch.no_grad():
-        theirs = other(**batch.inputs()).past_key_values
-    expected = other.generate(**given, past_key_values=theirs)
-    assert torch.equal(model.generate(**given, past_key_values=cache), expected)
+        theirs = other(**batch.inputs())[CACHE_NAME]
+    expected = other.generate(**given, **{CACHE_NAME: theirs})
+    assert torch.equal(model.generate(**given, **{CACHE_NAME: cache}), expected)
     assert is_fused(model)
 
 
@@ -210,11 +211,11 @@ def test_hooks_on_projections(model: Any, batch: Batch, name: str) -> None:
 
 def test_a_cache_from_before_a_hook(model: Any, batch: Batch) -> None:
     with torch.no_grad():
-        cache = model(**batch.inputs()).past_key_values
+        cache = model(**batch.inputs())[CACHE_NAME]
     ids = torch.cat((batch.input_ids, torch.full((3, 1), 5)), dim=1)
-    given = {"input_ids": ids, "past_key_values": cache, "max_new_tokens": 3}
+    given = {"input_ids": ids, CACHE_NAME: cache, "max_new_tokens": 3}
     given["attention_mask"] = torch.cat((batch.attention_mask, torch.ones(3, 1).long()), dim=1)
-    expected = model.generate(**{**given, "past_key_values": copy.deepcopy(cache)})
+    expected = model.generate(**{**given, CACHE_NAME: copy.deepcopy(cache)})
     handle = model.get_decoder().layers[2].mlp.down_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="projections were merged.*start from the whole prompt"):
         model.generate(**given)
@@ -227,16 +228,16 @@ def test_a_cache_from_under_a_hook(model: Any, batch: Batch) -> None:
     """The plain runtime's cache goes on in the plain runtime."""
     handle = model.get_decoder().layers[2].mlp.down_proj.register_forward_hook(lambda *_: None)
     with torch.no_grad():
-        cache = model(**batch.inputs()).past_key_values
+        cache = model(**batch.inputs())[CACHE_NAME]
     handle.remove()
     assert not isinstance(cache, PagedCache)
     ids = torch.cat((batch.input_ids, torch.full((3, 1), 5)), dim=1)
     mask = torch.cat((batch.attention_mask, torch.ones(3, 1).long()), dim=1)
     given = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3}
     with torch.no_grad():
-        own = model(**batch.inputs()).past_key_values
+        own = model(**batch.inputs())[CACHE_NAME]
     assert isinstance(own, PagedCache)
-    said = [model.generate(**given, past_key_values=each) for each in (cache, own)]
+    said = [model.generate(**given, **{CACHE_NAME: each}) for each in (cache, own)]
     assert torch.equal(*said)
 
 

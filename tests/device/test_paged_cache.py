@@ -11,6 +11,7 @@ import fastskip
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import GROWTH_PAGES
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.ops.contracts import PAGE
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
@@ -65,7 +66,7 @@ def test_bytes(trio: Trio, batch: Batch, name: str, new: int) -> None:
     """Live ones are the plan's; allocated are those reserved and less than a page a sequence."""
     model = trio.under(CACHE_POLICIES[name])
     plan = fastskip.plan_of(model)
-    cache: PagedCache = generate(model, batch, new).past_key_values
+    cache: PagedCache = generate(model, batch, new)[CACHE_NAME]
     counts = classes(batch)
     live = sum(plan.kv_bytes(image, text, new - 1) for image, text in counts)
     assert cache.live_bytes() == live
@@ -173,9 +174,9 @@ def test_out_of_memory(case: Continued, monkeypatch: pytest.MonkeyPatch) -> None
     ids = torch.cat((case.batch.input_ids, tokens[:, :1]), dim=1)
     second = {"input_ids": ids, "attention_mask": case.mask(1), "do_sample": False}
     for new in (2, 300):  # steps allocate as well, but not for this cache
-        model.generate(**second, past_key_values=copy.deepcopy(cache), max_new_tokens=new)
-    second["past_key_values"] = cache
-    many = {"input_ids": tokens, "attention_mask": case.mask(80), "past_key_values": cache}
+        model.generate(**second, **{CACHE_NAME: copy.deepcopy(cache)}, max_new_tokens=new)
+    second[CACHE_NAME] = cache
+    many = {"input_ids": tokens, "attention_mask": case.mask(80), CACHE_NAME: cache}
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr("fastskip.decoder.pages.empty", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError, match="lower the batch size, max_new_tokens"):
@@ -196,13 +197,13 @@ def test_other_models_caches_are_refused(trio: Trio, batch: Batch) -> None:
     """Also after this one was moved: pages are of one dtype and device."""
     case = Continued(trio, CACHE_POLICIES["dense"], batch)
     cache, tokens = fill(case), some_tokens(batch, 1)
-    given = {"input_ids": tokens, "past_key_values": cache}
+    given = {"input_ids": tokens, CACHE_NAME: cache}
     other = copy.deepcopy(case.model)
     moved = copy.deepcopy(case.model)
     with torch.no_grad():
-        old = moved(**batch.inputs()).past_key_values
+        old = moved(**batch.inputs())[CACHE_NAME]
         moved.to(torch.bfloat16)
-        for model, inputs in ((other, given), (moved, {**given, "past_key_values": old})):
+        for model, inputs in ((other, given), (moved, {**given, CACHE_NAME: old})):
             with pytest.raises(ValueError, match="filled by another model, or before this one"):
                 model(**inputs)
     case.check(case.proceed(cache, tokens, TEXT), tokens, TEXT)
@@ -211,7 +212,7 @@ def test_other_models_caches_are_refused(trio: Trio, batch: Batch) -> None:
 def test_gradients_through_a_filled_cache_are_refused(case: Continued) -> None:
     cache, tokens = fill(case), some_tokens(case.batch, 1)
     with pytest.raises(ValueError, match="filled without gradients.*torch.no_grad"):
-        case.model(input_ids=tokens, past_key_values=cache)
+        case.model(input_ids=tokens, **{CACHE_NAME: cache})
     case.check(case.proceed(cache, tokens, TEXT), tokens, TEXT)
 
 

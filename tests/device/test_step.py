@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import fastskip
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepState
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.device_step import KEPT, DeviceStep, bucket
 from fastskip.generation.runtime import Runtime
@@ -56,7 +57,7 @@ def runtime_of(model: Any) -> Runtime:
 
 def fill(model: Any, batch: Batch) -> PagedCache:
     with torch.no_grad():
-        cache = model(**batch.inputs(), use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(**batch.inputs(), use_cache=True, logits_to_keep=1)[CACHE_NAME]
     assert isinstance(cache, PagedCache)
     return cache
 
@@ -162,7 +163,7 @@ def test_growth_while_decoding_ahead(trio: Trio, name: str) -> None:
     model = trio.under(policy)
     with torch.no_grad():
         outputs = model(**small.inputs(), use_cache=True, logits_to_keep=1)
-        cache = outputs.past_key_values
+        cache = outputs[CACHE_NAME]
         slabs = [list(pool.slabs) for pool in cache.pools.values()]
         ids = decode_greedily(
             model,
@@ -202,11 +203,11 @@ def test_two_caches_take_turns_on_one_step(trio: Trio, batch: Batch) -> None:
             inputs = one.inputs() if caches[number] is None else {}
             out = model.generate(
                 **{**inputs, "input_ids": ids[number], "attention_mask": masks[number]},
-                past_key_values=caches[number],
+                **{CACHE_NAME: caches[number]},
                 max_new_tokens=3,
                 return_dict_in_generate=True,
             )
-            caches[number] = out.past_key_values
+            caches[number] = out[CACHE_NAME]
             said[number].append(out.sequences[:, ids[number].shape[1] :])
             more = out.sequences.shape[1] - masks[number].shape[1]
             ones = torch.ones(3, more, dtype=torch.long)
@@ -223,13 +224,13 @@ def assert_goes_on(plain: Any, batch: Batch, turns: list[Tensor]) -> None:
     for turn in turns:
         out = plain.generate(
             **{**inputs, "input_ids": ids, "attention_mask": mask},
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             max_new_tokens=3,
             return_dict_in_generate=True,
         )
         assert torch.equal(out.sequences[:, ids.shape[1] :], turn)
         mask = torch.cat((mask, torch.ones(3, 3, dtype=torch.long)), dim=1)
-        ids, cache, inputs = out.sequences, out.past_key_values, {}
+        ids, cache, inputs = out.sequences, out[CACHE_NAME], {}
 
 
 def tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
@@ -425,7 +426,7 @@ def test_steps_let_go_of_a_cache(trio: Trio, batch: Batch, do_sample: bool) -> N
     out = model.generate(
         **batch.inputs(), max_new_tokens=3, do_sample=do_sample, return_dict_in_generate=True
     )
-    pools = out.past_key_values.pools.values()
+    pools = out[CACHE_NAME].pools.values()
     slabs = [weakref.ref(slab) for pool in pools for slab in pool.slabs]
     assert slabs and all(ref() is not None for ref in slabs)
     del out, pools
