@@ -10,9 +10,6 @@ A row's flag is 1 if the row runs, else 0. Tables: ``guarded``, with rows and sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +36,7 @@ def some(does):
 
 
 def width_of(
-    blocks: dict[str, Any],
+    blocks: dict[str, int],
     device: torch.device,
     rows: int,
     shape: tuple[int, int],
@@ -51,17 +48,13 @@ def width_of(
 
     Blocks of rows share what is allowed. ``PROGRAMS`` is taken out of ``blocks``.
     """
-    named: int | None = blocks.pop("PROGRAMS", None)
+    named = blocks.pop("PROGRAMS", None)
     if not is_guarded:
         return tiles
-    most = named or _config(device, rows, shape)["PROGRAMS"]
-    return min(tiles, max(1, most // triton.cdiv(max(rows, 1), blocks["BLOCK_N"])))
+    most: int = named or tuning.config_for("guarded", device, rows, shape)["PROGRAMS"]
+    return min(tiles, max(1, most // -(-max(rows, 1) // blocks["BLOCK_N"])))
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Numbers of programs worth timing: 1 to 8 for each of 132 multiprocessors."""
     return [{"PROGRAMS": 132 * each} for each in (1, 2, 4, 8)]
-
-
-def _config(device: torch.device, rows: int, shape: tuple[int, int]) -> Mapping[str, Any]:
-    return tuning.config_for("guarded", device, rows, shape)

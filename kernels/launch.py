@@ -79,8 +79,8 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     options: Mapping[str, int],
-    *,
     is_guarded: bool = False,
+    /,
     **arguments: Any,
 ) -> None:
     """``kernel[grid](**arguments)``; an empty grid launches nothing.

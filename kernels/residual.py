@@ -434,7 +434,7 @@ def add_terms_(
         _add_terms_kernel,
         (triton.cdiv(rows, blocks["BLOCK_N"]), width),
         options,
-        is_guarded=is_guarded,
+        is_guarded,
         h_ptr=h,
         index_ptr=index,
         x_ptr=first.x,

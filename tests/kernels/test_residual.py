@@ -8,11 +8,13 @@ from torch import Tensor
 
 from fastskip.kernels import residual
 from fastskip.kernels.launch import recording
+from fastskip.kernels.numerics import INTERPRETED
 from fastskip.ops import allocate, fused
 from fastskip.ops.contracts import Linear, Term
 from fastskip.ops.routes import Chosen
 from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
+from tests.kernels.reads import watched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTH = 40
@@ -277,7 +279,7 @@ def test_chosen_rows(
 def test_all_rows_or_none(
     count: int, config: Mapping[str, int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """All: the bits of a launch without flags. None: nothing is read that could be NaN."""
+    """All: the bits of a launch without flags. None: no weight is read, nor the stream."""
     rows = config["BLOCK_N"] + 1
     terms = build_terms(rows, [64, 90][:count], [True, True][:count])
     before = exact(rows, WIDTH, seed=5).to(device, dtype)
@@ -288,8 +290,9 @@ def test_all_rows_or_none(
     residual.add_terms_(guarded, given, chosen=chosen_of(everybody, rows, device), config=config)
     assert not torch.equal(plain, before) and torch.equal(guarded, plain)
     given = cast(poisoned(terms, nobody), device, dtype)
-    residual.add_terms_(idle, given, chosen=chosen_of(nobody, rows, device), config=config)
-    assert torch.equal(idle, before)
+    with watched(idle, *(term.linear.weight for term in given)) as reads:
+        residual.add_terms_(idle, given, chosen=chosen_of(nobody, rows, device), config=config)
+    assert torch.equal(idle, before) and not any(reads)
 
 
 @pytest.mark.parametrize("config", BOUNDED.values(), ids=BOUNDED)
@@ -304,8 +307,10 @@ def test_a_term_without_rows_is_not_read(
     guarded = plain.clone()
     residual.add_terms_(plain, [terms[1 - idle]], config=config)
     spoiled = cast(poisoned(terms, flags), device, torch.float32)
-    residual.add_terms_(guarded, spoiled, chosen=chosen_of(flags, rows, device), config=config)
+    with watched(*(term.linear.weight for term in spoiled)) as reads:
+        residual.add_terms_(guarded, spoiled, chosen=chosen_of(flags, rows, device), config=config)
     assert torch.equal(guarded, plain)
+    assert not reads[idle] and (reads[1 - idle] or not INTERPRETED.value)
 
 
 def test_guarded_launches_are_bounded() -> None:
