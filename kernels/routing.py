@@ -1,0 +1,369 @@
+"""Decisions on many rows: the trace moved on, verdicts taken, and room made for what they keep.
+
+    route           a row decides from its own numbers: h [n, D], snapshot [n, D], found [n, 2]
+    decide          rows decide together, from scores [n]
+    place_entries   slots and limits of rows whose flag ``held [n]`` is 1, by sequence
+
+``ops.routes`` says what is decided, ``ops.fused_routes`` how. Flags are int32, 1 or 0. A launch of
+``route`` (grid ``(n,)``: a program holds one row in registers) moves the trace and takes every
+verdict of rows that decide alone; of the others it leaves the scores, and each takes a launch of
+``decide``. There (grid ``(n / BLOCK_R,)``) every row looks at all rows, block by block, and counts,
+adds or ranks those of its group: how rows are grouped is known on the device alone, and so no
+program has to wait for another. Sums are taken in the same order for all rows of a group, which
+therefore decide alike. ``place_entries``: grid ``(B,)``.
+
+Tables: kernels ``route``, shape ``(D,)``; ``decide`` and ``place_entries``, shape ``()``.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import numerics, tuning, verdicts
+from fastskip.kernels.blocks import split
+from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
+from fastskip.ops.routes import Group, Move, Route, Score, Verdict
+
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit(do_not_specialize=["salts"])
+def _route_kernel(
+    h_ptr,
+    snapshot_ptr,
+    found_ptr,
+    ran_ptrs,
+    positions_ptr,
+    weight_ptrs,
+    candidates_ptrs,
+    runs_ptrs,
+    scores_ptr,
+    stride_hn,
+    stride_sn,
+    bars,
+    biases,
+    salts,
+    rows,
+    D: tl.constexpr,
+    MOVE: tl.constexpr,
+    SCORES: tl.constexpr,
+    IS_GROUPED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    is_real = column < D
+    # Loads and sums that nothing below asks for are not compiled.
+    h = numerics.load(h_ptr + row * stride_hn + column, is_real)
+    square = tl.sum(h * h)
+    cosine = tl.full([], float("-inf"), tl.float32)
+    change = tl.full([], float("inf"), tl.float32)
+    if found_ptr is not None and MOVE != "start":
+        cosine, change = tl.load(found_ptr + row * 2), tl.load(found_ptr + row * 2 + 1)
+    if MOVE != "none":
+        snapshot_ptr += row * stride_sn + column
+        if MOVE == "next":
+            before = numerics.load(snapshot_ptr, is_real)
+            did = row >= 0
+            for number in tl.static_range(len(ran_ptrs)):
+                did = did & (tl.load(ran_ptrs[number] + row) != 0)
+            other = h - before
+            new_cosine, new_change = verdicts.measure(
+                tl.sum(before * before), square, tl.sum(before * h), tl.sum(other * other)
+            )
+            cosine = tl.where(did, new_cosine, cosine)
+            change = tl.where(did, new_change, change)
+        numerics.store(snapshot_ptr, h, is_real)
+        tl.store(found_ptr + row * 2, cosine)
+        tl.store(found_ptr + row * 2 + 1, change)
+
+    position = tl.load(positions_ptr + row)
+    for number in tl.static_range(len(SCORES)):
+        product = square
+        if SCORES[number] == "linear":
+            product = tl.sum(h * tl.load(weight_ptrs[number] + column, mask=is_real, other=0.0))
+        wish = verdicts.score(
+            tl.constexpr(SCORES[number]),
+            cosine,
+            change,
+            square,
+            product,
+            biases[number],
+            position,
+            salts[number],
+            D,
+        )
+        if IS_GROUPED[number]:
+            tl.store(scores_ptr + number * rows + row, wish)
+        else:
+            if number > 0:
+                # Candidates may be those whom the verdict before lets run.
+                tl.debug_barrier()
+            is_candidate = tl.load(candidates_ptrs[number] + row) != 0
+            tl.store(runs_ptrs[number] + row, verdicts.answer(wish, bars[number]), is_candidate)
+
+
+@triton.jit(do_not_specialize=["salt", "capacity"])
+def _decide_kernel(
+    scores_ptr,
+    positions_ptr,
+    sequences_ptr,
+    candidates_ptr,
+    runs_ptr,
+    bar,
+    salt,
+    capacity,
+    rows,
+    RULE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    is_own = tl.load(candidates_ptr + row, mask=row < rows, other=0) != 0
+    position = tl.load(positions_ptr + row, mask=is_own, other=0)
+    if sequences_ptr is not None:
+        sequence = tl.load(sequences_ptr + row, mask=is_own, other=0)
+    if RULE == "capacity":
+        wish = _rankable(tl.load(scores_ptr + row, mask=is_own, other=0.0))
+
+    members = tl.zeros([BLOCK_R], tl.int32)
+    counted = tl.zeros([BLOCK_R], tl.int32)
+    latest = tl.full([BLOCK_R], -1, tl.int32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, rows, BLOCK):
+        other = first + tl.arange(0, BLOCK)
+        is_candidate = tl.load(candidates_ptr + other, mask=other < rows, other=0) != 0
+        is_member = is_own[:, None] & is_candidate[None]
+        if sequences_ptr is not None:
+            theirs = tl.load(sequences_ptr + other, mask=is_candidate, other=0)
+            is_member = is_member & (sequence[:, None] == theirs[None])
+        members += tl.sum(is_member.to(tl.int32), 1)
+        if RULE == "latest" or RULE == "capacity":
+            their_position = tl.load(positions_ptr + other, mask=is_candidate, other=0)[None]
+        if RULE != "latest":
+            their_wish = tl.load(scores_ptr + other, mask=is_candidate, other=0.0)[None]
+        if RULE == "latest":
+            latest = tl.maximum(latest, tl.max(tl.where(is_member, their_position, -1), 1))
+        elif RULE == "mean":
+            total += tl.sum(tl.where(is_member, their_wish, 0.0), 1)
+        elif RULE == "any":
+            counted += tl.sum(tl.where(is_member, verdicts.answer(their_wish, bar), 0), 1)
+        else:
+            tl.static_assert(RULE == "capacity")
+            their_wish = _rankable(their_wish)
+            is_earlier = (their_position < position[:, None]) | (
+                (their_position == position[:, None]) & (other[None] < row[:, None])
+            )
+            is_before = (their_wish < wish[:, None]) | ((their_wish == wish[:, None]) & is_earlier)
+            counted += tl.sum((is_member & is_before).to(tl.int32), 1)
+
+    if RULE == "latest":
+        runs = verdicts.answer(-verdicts.draw(latest, salt), bar)
+    elif RULE == "mean":
+        runs = verdicts.answer(total / tl.maximum(members, 1), bar)
+    elif RULE == "any":
+        runs = tl.where(counted > 0, 1, 0)
+    else:
+        # The product of Python's numbers, whose bits came as an integer.
+        share = capacity.to(tl.int64).to(tl.float64, bitcast=True)
+        runs = tl.where(counted < tl.ceil(share * members.to(tl.float64)), 1, 0)
+    tl.store(runs_ptr + row, runs, mask=is_own)
+
+
+@triton.jit
+def _rankable(wish):
+    """Scores in an order of all of them: NaN comes last, as in torch."""
+    return tl.where(wish == wish, tl.minimum(wish, LARGEST), float("inf"))
+
+
+@triton.jit
+def _place_entries_kernel(
+    held_ptr, order_ptr, bounds_ptr, counts_ptr, slots_ptr, limits_ptr, BLOCK: tl.constexpr
+):
+    sequence = tl.program_id(0)
+    bounds_ptr += sequence
+    first, last = tl.load(bounds_ptr), tl.load(bounds_ptr + 1)
+    seen = tl.load(counts_ptr + sequence)
+    for start in range(first, last, BLOCK):
+        number = start + tl.arange(0, BLOCK)
+        row = tl.load(order_ptr + number, mask=number < last, other=0)
+        is_held = tl.load(held_ptr + row, mask=number < last, other=0) != 0
+        limit = seen + tl.cumsum(is_held.to(tl.int32))
+        tl.store(slots_ptr + row, tl.where(is_held, limit - 1, -1), mask=number < last)
+        tl.store(limits_ptr + row, limit, mask=number < last)
+        seen += tl.sum(is_held.to(tl.int32))
+    tl.store(counts_ptr + sequence, seen)
+
+
+def route(h: Tensor, taken: Route, *, config: Mapping[str, Any] | None = None) -> None:
+    """Moves the trace on, then decides: ``h [n, D]`` is the residual stream as it stands.
+
+    ``config`` is for both kernels; without it each asks its table.
+    Verdicts of groups or with a capacity have ``runs`` apart from their ``candidates``.
+    """
+    refuse_gradients(h=h)
+    move = taken.move
+    for batch in _batches(taken.verdicts):
+        scores: Sequence[Tensor | None] = [None] * len(batch)
+        # Who decides with the latest row needs no more than positions.
+        if move is not Move.NONE or any(_rule_of(verdict) != "latest" for verdict in batch):
+            scores = _route(h, taken, move, batch, config)
+            move = Move.NONE
+        for verdict, known in zip(batch, scores, strict=True):
+            if _rule_of(verdict) is not None:
+                _decide(h, taken, verdict, known, config)
+
+
+def place_entries(
+    held: Tensor,
+    order: Tensor,
+    bounds: tuple[int, ...],
+    counts: Tensor,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Slots ``[n]`` of rows that leave entries, -1 for the others, and limits ``[n]`` of all.
+
+    ``held [n]``; ``order [n]``: all rows, sequence by sequence; ``counts [B]`` is brought up to
+    date. The first call with some ``bounds`` sends them to the device, so a call that is to be
+    captured needs one before it.
+    """
+    assert len(held) == len(order) == bounds[-1] and counts.is_contiguous()
+    blocks, options = split(config or tuning.config_for("place_entries", held.device, len(held)))
+    slots, limits = (empty((len(held),), torch.int32, held.device) for _ in range(2))
+    launch(
+        _place_entries_kernel,
+        (len(bounds) - 1,),
+        options,
+        held_ptr=held,
+        order_ptr=order,
+        bounds_ptr=_bounds_on(bounds, held.device),
+        counts_ptr=counts,
+        slots_ptr=slots,
+        limits_ptr=limits,
+        **blocks,
+    )
+    return slots, limits
+
+
+def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Configurations worth timing, of ``route`` if there is a shape, else of the other two.
+
+    Never 2 warps: Triton 3.6 miscompiles some reductions there.
+    """
+    if shape:
+        return [{"num_warps": warps} for warps in (1, 4, 8, 16) if shape[0] <= 64 * 32 * warps]
+    tiles = [(8, 128), (16, 128), (16, 256), (32, 128), (64, 64)]
+    return [{"BLOCK_R": r, "BLOCK": block, "num_warps": 4} for r, block in tiles] + [
+        {"BLOCK": block, "num_warps": 4} for block in (256, 512, 1024, 2048)
+    ]
+
+
+def _batches(found: Sequence[Verdict]) -> Iterator[list[Verdict]]:
+    """Verdicts that share a launch: one that a row takes alone may ask who a group chose."""
+    batch: list[Verdict] = []
+    for verdict in found:
+        if _rule_of(verdict) is None and any(map(_rule_of, batch)):
+            yield batch
+            batch = []
+        batch.append(verdict)
+    yield batch
+
+
+def _rule_of(verdict: Verdict) -> str | None:
+    """How a group decides; ``None``: each row by itself."""
+    if verdict.capacity is not None:
+        return "capacity"
+    if verdict.group is Group.ROW:
+        return None
+    return "latest" if verdict.score is Score.RANDOM else verdict.agreement.value
+
+
+def _route(
+    h: Tensor,
+    taken: Route,
+    move: Move,
+    found: Sequence[Verdict],
+    config: Mapping[str, Any] | None,
+) -> Sequence[Tensor | None]:
+    """The launch of a batch; scores ``[n]`` of each verdict if any of them is of a group."""
+    (rows, size), trace = h.shape, taken.trace
+    assert h.stride(1) == 1 and (trace is None or trace.found.is_contiguous())
+    is_grouped = tuple(_rule_of(verdict) is not None for verdict in found)
+    scores = empty((len(found), rows), torch.float32, h.device) if any(is_grouped) else None
+    options = config or tuning.config_for("route", h.device, rows, (size,))
+    launch(
+        _route_kernel,
+        (rows,),
+        {"num_warps": options["num_warps"]},
+        h_ptr=h,
+        snapshot_ptr=None if trace is None else trace.snapshot,
+        found_ptr=None if trace is None else trace.found,
+        ran_ptrs=tuple(taken.ran) if move is Move.NEXT else (),
+        positions_ptr=taken.positions,
+        weight_ptrs=tuple(verdict.weight for verdict in found),
+        candidates_ptrs=tuple(verdict.candidates for verdict in found),
+        runs_ptrs=tuple(verdict.runs for verdict in found),
+        scores_ptr=scores,
+        stride_hn=h.stride(0),
+        stride_sn=0 if trace is None else trace.snapshot.stride(0),
+        bars=tuple(float(verdict.bar) for verdict in found),
+        biases=tuple(float(verdict.bias) for verdict in found),
+        salts=tuple(signed(verdict.salt) for verdict in found),
+        rows=rows,
+        D=size,
+        MOVE=move.value,
+        SCORES=tuple(verdict.score.value for verdict in found),
+        IS_GROUPED=is_grouped,
+        BLOCK_D=triton.next_power_of_2(size),
+    )
+    return [None] * len(found) if scores is None else list(scores)
+
+
+def _decide(
+    h: Tensor,
+    taken: Route,
+    verdict: Verdict,
+    scores: Tensor | None,
+    config: Mapping[str, Any] | None,
+) -> None:
+    """The launch of one verdict of groups."""
+    rule = _rule_of(verdict)
+    is_of_all = verdict.group is Group.BATCH and rule != "capacity"
+    blocks, options = split(config or tuning.config_for("decide", h.device, len(h)))
+    launch(
+        _decide_kernel,
+        (triton.cdiv(len(h), blocks["BLOCK_R"]),),
+        options,
+        scores_ptr=scores,
+        positions_ptr=taken.positions,
+        sequences_ptr=None if is_of_all else taken.sequences,
+        candidates_ptr=verdict.candidates,
+        runs_ptr=verdict.runs,
+        bar=float(verdict.bar),
+        salt=signed(verdict.salt),
+        capacity=struct.unpack("<q", struct.pack("<d", verdict.capacity or 0.0))[0],
+        rows=len(h),
+        RULE=rule,
+        **blocks,
+    )
+
+
+def signed(salt: int) -> int:
+    """The number whose 32 bits are those of ``salt``: what a launch passes as int32."""
+    return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+
+
+@functools.lru_cache(maxsize=256)
+def _bounds_on(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
