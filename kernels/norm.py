@@ -5,7 +5,8 @@
     LayerNorm:  (x - mean(x)) * rsqrt(var(x) + epsilon) * weight + bias
 
 ``h [N, D]``, ``change [n, D]``, ``weight [D]``, ``bias [D]``; the output ``[n, D]`` is dense. Grid
-``(n,)``: a program holds one row in registers. Tables: kernel ``normalize``, shape ``(D,)``.
+``(n,)``: a program holds one row in registers; where ``count [1]`` says on the device that there
+are fewer rows, those beyond it leave at once. Tables: kernel ``normalize``, shape ``(D,)``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastskip.ops.contracts import Norm
 def _normalize_kernel(
     h_ptr,
     index_ptr,
+    count_ptr,
     change_ptr,
     weight_ptr,
     bias_ptr,
@@ -40,6 +42,10 @@ def _normalize_kernel(
     BLOCK_D: tl.constexpr,
 ):
     out_row = tl.program_id(0).to(tl.int64)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+        if out_row >= count:
+            return
     row = out_row
     if index_ptr is not None:
         row = tl.load(index_ptr + out_row).to(tl.int64)
@@ -63,10 +69,14 @@ def normalize(
     norm: Norm,
     *,
     index: Tensor | None = None,
+    count: Tensor | None = None,
     change: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """``norm(h[index] + change)``: ``h [N, D] -> [n, D]``; ``h`` is not written."""
+    """``norm(h[index] + change)``: ``h [N, D] -> [n, D]``; ``h`` is not written.
+
+    ``count [1]`` int32: how many of the ``n`` rows are computed, all without it.
+    """
     refuse_gradients(h=h, change=change)
     assert h.stride(1) == 1 and (change is None or change.stride(1) == 1)
     rows, size = len(h) if index is None else len(index), h.shape[1]
@@ -76,8 +86,10 @@ def normalize(
         _normalize_kernel,
         (rows,),
         options,
+        is_guarded=count is not None,
         h_ptr=h,
         index_ptr=index,
+        count_ptr=count,
         change_ptr=change,
         weight_ptr=norm.weight,
         bias_ptr=norm.bias,

@@ -6,7 +6,8 @@
 ``heads [n, H + 2G, K]``: queries, keys, values; ``cosine``, ``sine [positions, K / 2]``. Queries
 are rotated where they are; rotated keys and plain values go to their slots, head ``e`` of the
 ``2G`` at ``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. Grid
-``(n, heads / BLOCK_H)``. Tables: kernel ``rotate_append``, shape ``(H, G, K)``.
+``(n, heads / BLOCK_H)``; rows whose flag in ``runs [n]`` is 0 are left alone. Tables: kernel
+``rotate_append``, shape ``(H, G, K)``.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def _rotate_append_kernel(
     table_ptr,
     sequences_ptr,
     slots_ptr,
+    runs_ptr,
     stride_xn,
     stride_xh,
     stride_tb,
@@ -54,6 +56,10 @@ def _rotate_append_kernel(
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
+    if runs_ptr is not None:
+        does_run = tl.load(runs_ptr + row)
+        if does_run == 0:
+            return
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     if cosine_ptr is None:
         # Queries that do not turn stay as they are.
@@ -95,12 +101,16 @@ def _rotate_append_kernel(
 
 
 def rotate_append(
-    heads: Tensor, projection: Projection, *, config: Mapping[str, Any] | None = None
+    heads: Tensor,
+    projection: Projection,
+    *,
+    runs: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Rotates the queries of ``heads [n, H + 2G, K]`` in place and stores keys and values.
 
     ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
-    negative slot leaves no entry.
+    negative slot leaves no entry; one whose flag in ``runs [n]`` is 0 is not touched at all.
     """
     refuse_gradients(heads=heads)
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
@@ -116,6 +126,7 @@ def rotate_append(
         _rotate_append_kernel,
         (rows, triton.cdiv(touched, block)),
         options,
+        is_guarded=runs is not None,
         heads_ptr=heads,
         cosine_ptr=None if rotation is None else rotation.cosine,
         sine_ptr=None if rotation is None else rotation.sine,
@@ -124,6 +135,7 @@ def rotate_append(
         table_ptr=None if pages is None else pages.table,
         sequences_ptr=None if pages is None else targets.sequences,
         slots_ptr=None if pages is None else targets.slots,
+        runs_ptr=runs,
         stride_xn=heads.stride(0),
         stride_xh=heads.stride(1),
         stride_tb=0 if pages is None else pages.table.stride(0),

@@ -7,7 +7,8 @@ with ``s`` below ``limits[r]``; ``b`` is the sequence of row ``r``, and a row wi
 out ``[n, H * K]``, both in query order. Grid ``(tiles, H)``: a tile is up to ``BLOCK_Q`` rows of
 one sequence, as ``order`` lists them, so that packed sequences need no padding, whatever rows of a
 sequence there are. Limits ascend in a tile: up to the least of them no score is masked, and past
-the largest nothing is read.
+the largest nothing is read. Where flags ``runs [n]`` say which rows attend, the others count for
+neither, and a tile that has no row left leaves at once.
 
 Tables: kernel ``attend_rows``, rows are ``n``, shape ``(H, G, K)``.
 """
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import guards, numerics, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -39,6 +40,7 @@ def _attend_rows_kernel(
     tiles_ptr,
     order_ptr,
     limits_ptr,
+    runs_ptr,
     anchor_ptr,
     table_ptr,
     out_ptr,
@@ -62,6 +64,10 @@ def _attend_rows_kernel(
     number = tl.load(tiles_ptr + 1) + tl.arange(0, BLOCK_Q)
     is_row = number < tl.load(tiles_ptr + 2)
     row = tl.load(order_ptr + number, mask=is_row, other=0).to(tl.int64)
+    if runs_ptr is not None:
+        is_row = tl.load(runs_ptr + row, mask=is_row, other=0) != 0
+        if not guards.some(is_row):
+            return
     limit = tl.load(limits_ptr + row, mask=is_row, other=0)
     most = tl.max(limit, 0)
     least = tl.min(tl.where(is_row, limit, most), 0)
@@ -113,8 +119,9 @@ def attend_rows(
 ) -> Tensor:
     """Softmax attention of ``queries [n, H, K]``, each over the entries it reaches.
 
-    Returns ``[n, H * K]`` in query order. The first call with some ``reach.bounds`` sends a list of
-    tiles to the device, so a call that is to be captured needs one before it.
+    Returns ``[n, H * K]`` in query order; rows that ``reach.runs`` leaves out are not written. The
+    first call with some ``reach.bounds`` sends a list of tiles to the device, so a call that is to
+    be captured needs one before it.
     """
     refuse_gradients(queries=queries)
     assert queries.stride(2) == 1 and pages.table.stride(1) == 1
@@ -132,10 +139,12 @@ def attend_rows(
         _attend_rows_kernel,
         (len(tiles), heads),
         options,
+        is_guarded=reach.runs is not None,
         q_ptr=queries,
         tiles_ptr=tiles,
         order_ptr=reach.order,
         limits_ptr=reach.limits,
+        runs_ptr=reach.runs,
         anchor_ptr=pages.anchor,
         table_ptr=pages.table,
         out_ptr=out,

@@ -160,6 +160,7 @@ def linear_rows(
         _linear_rows_kernel,
         (tiles,),
         options,
+        is_guarded=count is not None,
         x_ptr=x,
         index_ptr=index,
         weight_ptr=weights.weight,

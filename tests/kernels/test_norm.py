@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastskip.kernels.norm import candidates, normalize
 from fastskip.ops import fused
+from fastskip.ops.allocate import poisoned
 from fastskip.ops.contracts import Norm
 from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
@@ -67,6 +68,20 @@ def test_rows_and_change(is_centred: bool, dtype: torch.dtype, device: torch.dev
     check(h, norm, dtype, device, index=index, change=change)
     check(h[:3], norm, dtype, device, change=change)
     check(h, norm, dtype, device, index=index[:1])
+
+
+@pytest.mark.parametrize("count", [0, 2, 3])
+def test_count_on_the_device_ends_the_rows(count: int, device: torch.device) -> None:
+    norm = in_dtype(build_norm(24, is_centred=True, has_bias=True), torch.float32, device)
+    h = exact(6, 24, seed=4).float().to(device)
+    change = exact(3, 24, seed=5).float().to(device)
+    index = torch.tensor([5, 0, 2], dtype=torch.int32, device=device)
+    number = torch.tensor([count], dtype=torch.int32, device=device)
+    with poisoned():
+        found = normalize(h, norm, index=index, count=number, change=change)
+    wanted = fused.normalize(h, norm, index=index, change=change)
+    torch.testing.assert_close(found[:count], wanted[:count])
+    assert found.shape == (3, 24) and found[count:].isnan().all()
 
 
 def test_change_is_added_before_rounding(device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """The RoPE and append kernel against its torch form and fp64: all of the cache's memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -118,6 +118,23 @@ def test_no_rows(name: str, device: torch.device) -> None:
     ).projection(torch.float32, device)
     heads = case.heads()[:0].float().to(device)
     assert rotate_append(heads, projection).shape == (0, case.queries, case.head_dim)
+
+
+@pytest.mark.parametrize("name", ["grouped", "entries only", "queries only", "no rotation"])
+def test_rows_that_do_not_run_are_left_alone(name: str, device: torch.device) -> None:
+    case = CASES[name]
+    runs = torch.tensor([1, 0, 1, 0, 1], dtype=torch.int32, device=device)
+    ours, theirs = (case.projection(torch.float32, device) for _ in range(2))
+    heads = case.heads().float().to(device)
+    slots = torch.where(runs.bool(), theirs.targets.slots, -1)
+    theirs = replace(theirs, targets=replace(theirs.targets, slots=slots))
+    expected = fused.rotate_append(heads.clone(), theirs)
+    before = heads.clone()
+    found = rotate_append(heads, ours, runs=runs, config={"BLOCK_H": 4, "num_warps": 4})
+    torch.testing.assert_close(found[::2], expected[::2])
+    assert torch.equal(heads[1::2], before[1::2])
+    if case.has_pages:
+        torch.testing.assert_close(memory(ours.pages), memory(theirs.pages), equal_nan=True)
 
 
 def test_values_do_not_turn(device: torch.device) -> None:

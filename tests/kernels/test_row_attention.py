@@ -1,7 +1,7 @@
 """Attention of prompts against its torch form and fp64."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastskip.kernels.launch import recording
 from fastskip.kernels.row_attention import attend_rows, candidates, tiles_of
 from fastskip.ops import fused
+from fastskip.ops.allocate import poisoned
 from fastskip.ops.contracts import PAGE, Pages, Reach
 from tests.budget import assert_within_budget
 from tests.kernels.paging import build_pages, exact, fill_pages
@@ -105,6 +106,59 @@ def test_rows_without_entries_give_zero(limits: list[int], device: torch.device)
     # The torch form divides zero by zero where another row of the sequence has entries.
     torch.testing.assert_close(found, expected.nan_to_num())
     assert not found[reach.limits == 0].any()
+
+
+RUNNING: dict[str, Callable[[int], Tensor]] = {
+    "every third": lambda rows: torch.arange(rows) % 3 == 1,
+    "some tiles": lambda rows: torch.arange(rows) % 40 < 5,
+    "last": lambda rows: torch.arange(rows) == rows - 1,
+    "all": lambda rows: torch.ones(rows, dtype=torch.bool),
+    "none": lambda rows: torch.zeros(rows, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("running", RUNNING)
+@pytest.mark.parametrize("name", ["causal", "text over image", "several sequences", "grouped, odd"])
+def test_rows_that_do_not_run(
+    name: str, running: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Whatever their limits: in the order of a tile they need not ascend."""
+    case = CASES[name]
+    by_order = RUNNING[running](case.rows)
+
+    def given(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Reach, Pages]:
+        reach = case.reach(device)
+        runs = torch.zeros(case.rows, dtype=torch.int32, device=device)
+        runs[reach.order.long()] = by_order.to(device, torch.int32)
+        idle = ~runs.bool()
+        limits = torch.where(idle & (torch.arange(case.rows, device=device) % 2 > 0), 0, 10**6)
+        limits = torch.where(idle, limits, reach.limits).to(torch.int32)
+        queries, pages = case.queries(dtype, device).clone(), case.pages(dtype, device)
+        queries[idle] = float("nan")
+        return queries, replace(reach, limits=limits, runs=runs), pages
+
+    scale = case.head_dim**-0.5
+    ours, truth = given(dtype, device), given(torch.float64, CPU)
+    with poisoned():
+        found = attend_rows(*ours, scale, config=case.config)
+    rows = truth[1].runs
+    assert rows is not None
+    does = rows.bool().to(device)
+    assert found[~does].isnan().all(), "not written"
+    if does.any():
+        eager, true = fused.attend_rows(*ours, scale), fused.attend_rows(*truth, scale)
+        assert_within_budget("out", found[does], eager[does], true[does.cpu()])
+
+
+def test_rows_that_run_without_entries_give_zero(device: torch.device) -> None:
+    case = Case(2, 1, 16, [[0, 0, 0]])
+    runs = torch.tensor([1, 0, 1], dtype=torch.int32, device=device)
+    reach = replace(case.reach(device), runs=runs)
+    queries, pages = case.queries(torch.float32, device), case.pages(torch.float32, device)
+    with poisoned():
+        found = attend_rows(queries, reach, pages, 1.0, config=CONFIG)
+    assert not found[::2].any() and found[1].isnan().all()
 
 
 def test_large_scores(device: torch.device) -> None:
