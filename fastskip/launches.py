@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import FusedBlock, Store
+from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.fused_stack import run_steps
+from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import LayerWeights
@@ -91,7 +92,7 @@ def _rotation(shape: ModelShape) -> Rotation:
     return Rotation(table, table)
 
 
-def _blocks(plan: SkipPlan, ops: FusedOperations) -> list[FusedBlock]:
+def _blocks(plan: SkipPlan, ops: FusedOperations) -> list[GuardedBlock]:
     shape = plan.shape
     hidden, heads, groups = shape.hidden_size, shape.num_heads, shape.num_kv_heads
     bias = shape.attention_bias
@@ -109,4 +110,4 @@ def _blocks(plan: SkipPlan, ops: FusedOperations) -> list[FusedBlock]:
         down=_linear(shape, hidden, shape.ffn_size, has_bias=shape.ffn_bias),
     )
     scale = shape.head_dim**-0.5
-    return [FusedBlock(weights, layer, ops, scale, shape.head_dim) for layer in plan.layers]
+    return [GuardedBlock(weights, layer, ops, scale, shape.head_dim) for layer in plan.layers]

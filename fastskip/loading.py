@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -143,10 +143,7 @@ def apply_(
     runtime.decoder.refresh(wants_gradient=False)
     unsupported = runtime.decoder.unsupported()
     if unsupported is not None:
-        chosen_impl = runtime.decoder.ops.implementation.value
-        raise UnsupportedModelError(
-            "impl", chosen_impl, f"impl='reference' for this model: it has {unsupported}"
-        )
+        _refuse(runtime, unsupported)
     prepare(model, runtime)
     return model
 
@@ -162,7 +159,11 @@ def set_policy(
     runtime, chosen = _runtime_of(model), SkipPolicy.coerce(policy)
     shape = shape_of(model.config, text_model_of(model).norm.weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
-    runtime.set_plan(make_plan(chosen, shape), own)
+    plan = make_plan(chosen, shape)
+    reason = runtime.unsupported_routing(plan)
+    if reason is not None:
+        _refuse(runtime, reason)
+    runtime.set_plan(plan, own)
     return model
 
 
@@ -186,6 +187,14 @@ def plan_of(model: Any) -> SkipPlan:
         if not weights.can_merge
     }
     return replace(runtime.plan, notes=apart) if apart else runtime.plan
+
+
+def _refuse(runtime: Runtime, reason: str) -> NoReturn:
+    raise UnsupportedModelError(
+        "impl",
+        runtime.decoder.ops.implementation.value,
+        f"impl='reference' for this model: it has {reason}",
+    )
 
 
 def _runtime_of(model: Any) -> Runtime:

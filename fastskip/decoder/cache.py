@@ -155,8 +155,13 @@ class SkipCache(Cache):
             else:
                 columns = (held or {})[key]
                 table.held = torch.cat((table.held, columns), dim=1)
-                new = columns.sum(1).tolist()
+                new = self._count_held(key, layout, columns)
             table.counts = list(map(add, table.counts, new))
+
+    def _count_held(self, key: Table, layout: TokenLayout, columns: Tensor) -> list[int]:
+        """New entries of each sequence in a hollow layer, or what may be at most."""
+        counts: list[int] = columns.sum(1).tolist()
+        return counts
 
     def last_positions(self) -> Tensor:
         """``[B]`` position of each sequence's last real column; -1 for a sequence without one."""

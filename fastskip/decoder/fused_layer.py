@@ -11,85 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from fastskip.decoder.fused_parts import Copies, FusedRows, Selection, Store
 from fastskip.decoder.weights import LayerWeights
-from fastskip.ops.contracts import (
-    Feed,
-    Linear,
-    Norm,
-    Pages,
-    Projection,
-    Reach,
-    Rotation,
-    StepReach,
-    Targets,
-    Term,
-)
+from fastskip.ops.contracts import Feed, Linear, Norm, Projection, StepReach, Targets, Term
 from fastskip.ops.flash import attend_packed
 from fastskip.ops.operations import FusedOperations
 from fastskip.ops.ranges import span
+from fastskip.ops.routes import Route
 from fastskip.plan import LayerPlan
 from fastskip.policy import Arrangement, Combine
 from fastskip.policy import Norm as NormKind
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Rows of ``[N, D]``: a span, or, where ``index`` is given, any rows of the whole."""
-
-    span: slice
-    count: int
-    index: Tensor | None = None
-
-    def view(self, h: Tensor) -> Tensor:
-        return h if self.index is not None or self.count == len(h) else h[self.span]
-
-    def take(self, h: Tensor) -> Tensor:
-        """The rows, in memory of their own."""
-        return h[self.span].clone() if self.index is None else h[self.index.long()]
-
-    def is_same(self, other: Selection) -> bool:
-        return self is other or (
-            self.index is None and other.index is None and self.span == other.span
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Copies:
-    """Entries that a layer takes over from a lower one: ``[n]`` sequences and slots."""
-
-    source: int
-    sequences: Tensor
-    from_slots: Tensor
-    to_slots: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class FusedRows:
-    """What enters each part of one layer; see ``layer.BlockRows``.
-
-    ``joint_targets``, ``stored_targets``: where entries go; ``query_targets``: positions of queries
-    that are projected alone (the last layer's). ``reach``: what the attending rows see; ``None``
-    without any.
-    """
-
-    joint: Selection
-    joint_targets: Targets
-    stored: Selection
-    stored_targets: Targets
-    copies: tuple[Copies, ...]
-    narrow: Selection | None
-    attending: Selection
-    query_targets: Targets
-    feeding: Selection
-    reach: Reach | StepReach | None
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """What all layers of a forward share: RoPE tables, and where each layer's entries lie."""
-
-    rotation: Rotation | None
-    pages: Callable[[int], Pages]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +36,33 @@ class FusedBlock:
 
     def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         """The layer's cell of the semantics table, in place on ``h [N, D]`` (or narrowed)."""
+        if rows.before is not None:
+            self.ops.route(h, rows.before)
         if self.plan.arrangement is Arrangement.PARALLEL:
-            return self._run_parallel(h, rows, store)
+            return self.run_parallel(h, rows, store)
         with span("attention"):
-            queries = self._project(h, rows, store)
-            h = _narrowed(h, rows)
-            if rows.reach is not None:
-                mixed = self.attend(h, queries, rows, store)
-                self._add(h, rows.attending, [Term(mixed, self.weights.output)])
+            h = self.run_attention(h, rows, store)
         with span("ffn"):
-            if rows.feeding.count:
-                fed = self._feed(h, rows.feeding)
-                self._add(h, rows.feeding, [Term(fed, self.weights.down)])
+            self.run_ffn(h, rows)
         return h
 
-    def _run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+        """Entries, narrowing, and the attention's update of the rows that go on."""
+        queries = self._project(h, rows, store)
+        h = narrowed(h, rows)
+        if rows.reach is not None:
+            mixed = self.attend(h, queries, rows, store)
+            terms = [Term(mixed, self.weights.output)]
+            self._add(h, rows.attending, terms, rows.then_attention)
+        return h
+
+    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
+        """The FFN's update."""
+        if rows.feeding.count:
+            terms = [Term(self._feed(h, rows.feeding), self.weights.down)]
+            self._add(h, rows.feeding, terms, rows.then_ffn)
+
+    def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         """Both sublayers read ``h``; where they have the same rows, each half is one launch."""
         is_shared = rows.joint.count > 0 and rows.joint.is_same(rows.feeding)
         if is_shared:
@@ -130,10 +73,10 @@ class FusedBlock:
             self.leave_entries(h, rows, store)
             mixed = self.attend(h, queries, rows, store)
             terms = [Term(mixed, self.weights.output), Term(fed, self.weights.down)]
-            self._add(h, rows.joint, terms)
+            self._add(h, rows.joint, terms, rows.then_ffn)
             return h
         queries_alone = self._project(h, rows, store)
-        h = _narrowed(h, rows)
+        h = narrowed(h, rows)
         terms = []
         if rows.feeding.count:
             terms = [Term(self._feed(h, rows.feeding), self.weights.down)]
@@ -143,9 +86,9 @@ class FusedBlock:
             if terms and rows.attending.is_same(rows.feeding):
                 terms.insert(0, own)
             else:
-                self._add(h, rows.attending, [own])
+                self._add(h, rows.attending, [own], None if terms else rows.then_ffn)
         if terms:
-            self._add(h, rows.feeding, terms)
+            self._add(h, rows.feeding, terms, rows.then_ffn)
         return h
 
     def _project(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor | None:
@@ -166,13 +109,18 @@ class FusedBlock:
             projection = self.projection(rows.stored_targets, store, linear=keys_values)
             self.ops.project_append(rows.stored.view(h), [projection], index=rows.stored.index)
         for copies in rows.copies:
-            self.ops.copy_entries(
-                store.pages(copies.source),
-                store.pages(self.plan.index),
-                copies.sequences,
-                copies.from_slots,
-                copies.to_slots,
-            )
+            self.copy(copies, store)
+
+    def copy(self, copies: Copies, store: Store) -> None:
+        """Takes entries over from a lower layer."""
+        self.ops.copy_entries(
+            store.pages(copies.source),
+            store.pages(self.plan.index),
+            copies.sequences,
+            copies.from_slots,
+            copies.to_slots,
+            copies.runs,
+        )
 
     def attend(self, h: Tensor, queries: Tensor | None, rows: FusedRows, store: Store) -> Tensor:
         """``[n, H * K]`` of the attending rows of ``h``, which is what goes on."""
@@ -194,8 +142,8 @@ class FusedBlock:
     def _feed(self, h: Tensor, rows: Selection) -> Tensor:
         return self.ops.feed(rows.view(h), [self.part()], index=rows.index)[0]
 
-    def _add(self, h: Tensor, rows: Selection, terms: list[Term]) -> None:
-        self.ops.add_terms_(rows.view(h), terms, index=rows.index)
+    def _add(self, h: Tensor, rows: Selection, terms: list[Term], then: Route | None) -> None:
+        self.ops.add_terms_(rows.view(h), terms, index=rows.index, then=then)
 
     def part(self) -> Feed:
         """The first half of the FFN."""
@@ -230,6 +178,8 @@ def run_pair(
     ``out = h + d_l + d_{l+1}``, or their mean, where ``d`` is all that a dense block adds.
     """
     ops, (first, second) = blocks[0].ops, rows
+    if first.before is not None:
+        ops.route(h, first.before)
     entries = [store.pages(block.plan.index) for block in blocks]
     queries: list[Tensor] | None = None
     if first.joint.count:
@@ -241,7 +191,7 @@ def run_pair(
     if first.stored.count:
         for block, own in zip(blocks, rows, strict=True):
             block.leave_entries(h, own, store)
-    h = _narrowed(h, first)
+    h = narrowed(h, first)
     if first.reach is None:  # every row that goes on is a pad
         return h
     if isinstance(first.reach, StepReach) and isinstance(second.reach, StepReach):
@@ -258,8 +208,9 @@ def run_pair(
     fed = ops.feed(h, [block.part() for block in blocks], changes=changes)
     downs = [Term(own, block.weights.down) for own, block in zip(fed, blocks, strict=True)]
     factor = 0.5 if blocks[0].plan.combine is Combine.MEAN else 1.0
-    return ops.add_terms_(h, downs, changes=changes, factor=factor)
+    return ops.add_terms_(h, downs, changes=changes, factor=factor, then=first.then_ffn)
 
 
-def _narrowed(h: Tensor, rows: FusedRows) -> Tensor:
+def narrowed(h: Tensor, rows: FusedRows) -> Tensor:
+    """The rows that go on after the entries."""
     return h if rows.narrow is None else rows.narrow.take(h)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import Copies, FusedRows, Selection
+from fastskip.decoder.device_routes import DeviceRoutes
+from fastskip.decoder.fused_parts import (
+    Copies,
+    FusedRows,
+    GuardedAttention,
+    GuardedFeed,
+    Placing,
+    Selection,
+)
+from fastskip.decoder.guards import Point
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.ops.contracts import Reach, Targets
 from fastskip.plan import LayerPlan, SkipPlan
-from fastskip.policy import TokenClass
+from fastskip.policy import SkippedKV, Sublayer, TokenClass
+from fastskip.routing import Router
 from fastskip.tokens import CODES, Rows, TokenLayout, member
 
 Classes = frozenset[TokenClass]
@@ -23,9 +37,14 @@ class ForwardRows:
     """
 
     def __init__(
-        self, plan: SkipPlan, layout: TokenLayout, cache: PagedCache, narrow: Rows | None
+        self,
+        plan: SkipPlan,
+        layout: TokenLayout,
+        cache: PagedCache,
+        narrow: Rows | None,
+        routers: Sequence[Router] = (),
     ) -> None:
-        self._plan, self._layout = plan, layout
+        self._plan, self._layout, self._cache = plan, layout, cache
         self._device = cache.anchor.device
         self._codes = torch.cat((cache.codes, layout.source), dim=1)
         self._narrow = narrow
@@ -34,8 +53,107 @@ class ForwardRows:
         self._targets: dict[tuple[Classes, Classes], Targets] = {}
         self._nothing = self._send_targets(*[torch.empty(0, dtype=torch.int64)] * 3)
         self._selections: dict[Classes, Selection] = {}
+        self._flags: dict[Classes, Tensor] = {}
+        self.held: dict[int, Tensor] = {}
+        self.routes: DeviceRoutes | None = None
+        if plan.routed:
+            self._every = Rows(slice(0, len(layout)), len(layout))
+            self.routes = DeviceRoutes(
+                plan,
+                routers,
+                frozenset(plan.classes),
+                self._flags_of,
+                self._to_device(layout.positions),
+                self._to_device(layout.sequences),
+                cache.anchor,
+            )
 
     def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
+        rows = self._static(layer, is_last)
+        return rows if self.routes is None else self._guarded(layer, rows, self.routes)
+
+    def _guarded(self, layer: LayerPlan, rows: FusedRows, routes: DeviceRoutes) -> FusedRows:
+        """The rows with what is decided on the way."""
+        step = next(step for step in self._plan.steps if layer.index in step)
+        before = routes.route(step, Point.START) if layer.index == step[0] else None
+        attends = routes.runs(layer.index, Sublayer.ATTENTION)
+        feeds = routes.runs(layer.index, Sublayer.FFN)
+        return replace(
+            rows,
+            before=before,
+            attention=None if attends is None else self._attention(layer, rows, attends),
+            ffn=None if feeds is None else GuardedFeed(feeds, routes.route(step, Point.MIDDLE)),
+        )
+
+    def _attention(self, layer: LayerPlan, rows: FusedRows, runs: Tensor) -> GuardedAttention:
+        layout, every = self._layout, self._every
+        leaves = _kv_by_class(self._plan, layer)
+        reused = frozenset(c for c, kv in leaves.items() if kv is SkippedKV.REUSE)
+        projected = (layer.attending | layer.projecting) if not layer.hollow else frozenset()
+        slots = self._masked_slots(layer.holding, projected)
+        targets = self._send_targets(layout.positions, layout.sequences, slots)
+        copies = tuple(
+            Copies(
+                source,
+                targets.sequences,
+                self._to_device(
+                    self._masked_slots(self._plan.layers[source].holding, frozenset(classes))
+                ),
+                self._to_device(self._masked_slots(layer.holding, frozenset(classes))),
+                runs,
+            )
+            for source, classes in _sources(self._plan, layer, reused).items()
+        )
+        going_on = every
+        if rows.narrow is not None:
+            assert self._narrow is not None
+            going_on = self._narrow
+        return GuardedAttention(
+            runs,
+            targets,
+            SkippedKV.PROJECT in leaves.values(),
+            self._guarded_reach(layer, going_on),
+            copies,
+            self._placing(layer) if layer.hollow else None,
+        )
+
+    def _guarded_reach(self, layer: LayerPlan, going_on: Rows) -> Reach:
+        """What rows that may attend see; queries lie in the order of the rows that go on."""
+        layout, holding = self._layout, layer.holding
+        sequences, columns = (going_on.take(t) for t in (layout.sequences, layout.columns))
+        may = member(going_on.take(layout.codes), layer.attending).nonzero().squeeze(1)
+        order = may[torch.argsort(sequences[may] * self._codes.shape[1] + columns[may])]
+        counts = torch.bincount(sequences[may], minlength=layout.batch)
+        limits = self._limits(holding, going_on)
+        bounds = (0, *counts.cumsum(0).tolist())
+        return Reach(self._to_device(limits), self._to_device(order), bounds)
+
+    def _placing(self, layer: LayerPlan) -> Placing:
+        layout, index = self._layout, layer.index
+        order = torch.argsort(layout.sequences * self._codes.shape[1] + layout.columns)
+        counts = torch.bincount(layout.sequences, minlength=layout.batch)
+        stored = layer.holding - layer.hollow
+        return Placing(
+            self._flags_of(stored) if stored else None,
+            self._to_device(order),
+            (0, *counts.cumsum(0).tolist()),
+            self._cache.device_counts[index],
+            partial(self.held.__setitem__, index),
+        )
+
+    def _masked_slots(self, holding: Classes, classes: Classes) -> Tensor:
+        """Slots ``[N]`` of rows of some classes; -1 for the others."""
+        slots = self._slots(holding, self._every)
+        return slots.masked_fill(~member(self._layout.codes, classes), -1)
+
+    def _flags_of(self, classes: Classes) -> Tensor:
+        found = self._flags.get(classes)
+        if found is None:
+            flags = member(self._layout.codes, classes)
+            found = self._flags[classes] = self._to_device(flags)
+        return found
+
+    def _static(self, layer: LayerPlan, is_last: bool) -> FusedRows:
         narrow = self._narrow if is_last else None
         key = (layer.row_sets, narrow is not None)
         found = self._made.get(key)
@@ -146,6 +264,26 @@ class ForwardRows:
 
     def _to_device(self, numbers: Tensor) -> Tensor:
         return numbers.to(torch.int32).to(self._device)
+
+
+def _kv_by_class(plan: SkipPlan, layer: LayerPlan) -> dict[TokenClass, SkippedKV]:
+    """What a row of each class leaves if it skips a layer's attention, where it may."""
+    found = {c: cell.kv for c, cell in layer.cells.items() if cell.kv is not None}
+    for cell in plan.routed_by_layer.get(layer.index, ()):
+        if Sublayer.ATTENTION in cell.skip and cell.skipped.kv is not None:
+            found[cell.token_class] = cell.skipped.kv
+    return found
+
+
+def _sources(
+    plan: SkipPlan, layer: LayerPlan, classes: Classes
+) -> dict[int, frozenset[TokenClass]]:
+    """Which lower layer each of some classes copies its entries from."""
+    found: dict[int, frozenset[TokenClass]] = {}
+    for token_class in sorted(classes):
+        source = plan.kv_sources(layer.index, token_class)[0]
+        found[source] = found.get(source, frozenset()) | {token_class}
+    return found
 
 
 def _within(outer: Rows, inner: Rows) -> Rows:

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.fused_layer import FusedBlock, FusedRows, Store, run_pair
+from fastskip.decoder.device_routes import decisions_of, unsupported_routing
+from fastskip.decoder.fused_layer import FusedBlock, run_pair
+from fastskip.decoder.fused_parts import FusedRows, Store
 from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.stack import Decoder, Watch
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm, Rotation
@@ -77,6 +81,9 @@ class FusedDecoder(Decoder):
             if shape.hidden_size % 8 or shape.ffn_size % 8:
                 sizes = f"{shape.hidden_size}, {shape.ffn_size}"
                 return f"hidden and FFN size {sizes}; supported: multiples of 8"
+        routing = unsupported_routing(self.plan)
+        if routing is not None:
+            return routing
         merged = [weights.merged for weights in self.weights]
         if any(own is not None and not own.is_fusable for own in merged):
             return "activation of the FFN; supported: SiLU, gated"
@@ -115,7 +122,7 @@ class FusedDecoder(Decoder):
         head_dim = self.plan.shape.head_dim
         if len(tensors) == len(merged):
             self._fused_blocks = [
-                FusedBlock(own, block.plan, self.fused, block.scale, head_dim, self.flash)
+                GuardedBlock(own, block.plan, self.fused, block.scale, head_dim, self.flash)
                 for own, block in zip(tensors, self._blocks, strict=True)
             ]
 
@@ -150,13 +157,17 @@ class FusedDecoder(Decoder):
         packed = layout.pack(h)
         cache.grow(layout, packed)
         narrow = None if wanted is None else layout.locate(wanted)
-        rows = ForwardRows(self.plan, layout, cache, narrow)
+        late = narrow if narrows_after(self.plan) else None
+        narrow = None if late is not None else narrow
+        rows = ForwardRows(self.plan, layout, cache, narrow, self.routers)
         last = int(layout.positions.max()) + 1 if len(layout) else 1
         store = Store(self.rotation(last, packed), cache.pages_of)
         with span("decoder"):
             packed = self.run_steps(packed, rows.of, store, watch)
-        cache.commit(layout)
-        return packed
+        cache.commit(layout, {key: layout.unpack(held.bool()) for key, held in rows.held.items()})
+        if self.record is not None and rows.routes is not None:
+            self.record.forwards.append(decisions_of(rows.routes, layout))
+        return packed if late is None else late.take(packed)
 
     def run_steps(
         self, h: Tensor, rows_of: RowsOf, store: Store, watch: Watch | None = None

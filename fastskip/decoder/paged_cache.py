@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from operator import add
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.pages import PagePool
+from fastskip.layer_plan import Table
 from fastskip.ops.contracts import Pages
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
@@ -21,14 +22,17 @@ from fastskip.tokens import CODES, TokenLayout, member
 class PagedCache(SkipCache):
     """A ``SkipCache`` whose entries lie in pages.
 
-    ``pools`` has one pool of pages for every set of classes that some layer holds.
+    ``pools`` has one pool of pages an entry table. Who has entries in a hollow layer is known on
+    the device only: there ``device_counts [B]`` and the table's ``held [B, C]`` lie, and the
+    table's own counts are what there may be at most.
     """
 
     def __init__(self, plan: SkipPlan, anchor: Tensor, *, reserve: int = 0) -> None:
         """``anchor``: a tensor that outlives the cache; gives dtype and device."""
         super().__init__(plan, reserve=reserve)
         self.anchor = anchor
-        self.pools: dict[frozenset[TokenClass], PagePool] = {}
+        self.pools: dict[Table, PagePool] = {}
+        self.device_counts: dict[Table, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         copied = PagedCache(self.plan, self.anchor, reserve=self.reserve)
@@ -37,63 +41,89 @@ class PagedCache(SkipCache):
                 setattr(copied, name, deepcopy(value, memo))
         return copied
 
-    @property
-    def sets(self) -> list[frozenset[TokenClass]]:
-        """The sets of classes that some layer holds, in the order of the layers."""
-        return list(self._layers_by_table)
-
     def pages_of(self, layer: int) -> Pages:
-        return self.pools[self.plan.layers[layer].holding].pages_of(layer)
+        return self.pools[self.plan.layers[layer].table].pages_of(layer)
+
+    def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
+        super().grow(layout, like)
+        for key, table in self.tables.items():
+            if table.held is None or like is None:
+                continue
+            if key not in self.device_counts:
+                batch, device = layout.batch, self.anchor.device
+                self.device_counts[key] = torch.zeros(batch, dtype=torch.int32, device=device)
+                table.held = table.held.to(device)
+            needed = list(map(add, table.counts, layout.counts(self._holding(key))))
+            self._make_room(key, needed, layout, like)
+
+    def _holding(self, key: Table) -> frozenset[TokenClass]:
+        """The classes that have entries, or may have, in the layers of a table."""
+        return self.plan.layers[self._layers_by_table[key][0]].holding
 
     def _make_room(
-        self,
-        holding: frozenset[TokenClass],
-        needed: Sequence[int],
-        layout: TokenLayout,
-        like: Tensor,
+        self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
-        if holding not in self.pools:
+        if key not in self.pools:
             shape = self.plan.shape
-            self.pools[holding] = PagePool(
+            self.pools[key] = PagePool(
                 self.anchor,
                 layout.batch,
-                self._layers_by_table[holding],
+                self._layers_by_table[key],
                 shape.num_kv_heads,
                 shape.head_dim,
             )
         later = max(0, self.reserve - layout.first_column - layout.width)
-        self.pools[holding].reserve(needed, later if TokenClass.GENERATED in holding else 0)
+        grows = TokenClass.GENERATED in self._holding(key)
+        self.pools[key].reserve(needed, later if grows else 0)
+
+    def _count_held(self, key: Table, layout: TokenLayout, columns: Tensor) -> list[int]:
+        return layout.counts(self._holding(key))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As ``SkipCache.crop``; waits for the device where a layer is hollow."""
+        super().crop(tokens_to_remove)
+        for key, counts in self.device_counts.items():
+            counts.copy_(torch.tensor(self.tables[key].counts, dtype=torch.int32))
 
     def make_room_for_steps(self, done: int, steps: int) -> bool:
         """Room for ``steps`` generated rows a sequence after ``done`` uncommitted ones; says
         whether pages were added."""
         later = max(0, self.reserve - self.columns - done - steps)
         added = False
-        for holding, pool in self.pools.items():
-            if TokenClass.GENERATED in holding:
-                needed = [count + done + steps for count in self.tables[holding].counts]
+        for key, pool in self.pools.items():
+            if TokenClass.GENERATED in self._holding(key):
+                needed = [count + done + steps for count in self.tables[key].counts]
                 added = pool.reserve(needed, later) or added
         return added
 
-    def commit_steps(self, steps: int) -> None:
-        """Counts ``steps`` columns of generated rows, whose entries decode steps have written."""
+    def commit_steps(self, steps: int, held: Mapping[Table, Tensor] | None = None) -> None:
+        """Counts ``steps`` columns of generated rows, whose entries decode steps have written.
+
+        ``held [B, steps]``: which of them have entries in each hollow layer, on the device.
+        """
         batch = self.codes.shape[0]
         new = torch.full((batch, steps), CODES[TokenClass.GENERATED])
         positions = self.last_positions()[:, None] + 1 + torch.arange(steps)
         self.codes = torch.cat((self.codes, new), dim=1)
         self.positions = torch.cat((self.positions, positions), dim=1)
-        for holding, table in self.tables.items():
-            grown = member(new, holding).sum(1).tolist()
+        for key, table in self.tables.items():
+            if table.held is not None:
+                columns = (held or {})[key]
+                table.held = torch.cat((table.held, columns), dim=1)
+                self.device_counts[key] += columns.sum(1, dtype=torch.int32)
+            grown = member(new, self._holding(key)).sum(1).tolist()
             table.counts = list(map(add, table.counts, grown))
 
     def live_bytes(self) -> int:
         """Bytes of live entries; ``plan.kv_bytes`` predicts them."""
         entry = self.plan.shape.num_kv_heads * self.plan.shape.head_dim * 2
         entry *= self.anchor.element_size()
-        return sum(
-            sum(self.tables[holding].counts) * len(pool.layers) * entry
-            for holding, pool in self.pools.items()
-        )
+        total = 0
+        for key, pool in self.pools.items():
+            counts = self.device_counts.get(key)
+            slots = sum(self.tables[key].counts) if counts is None else int(counts.sum())
+            total += slots * len(pool.layers) * entry
+        return total
 
     def allocated_bytes(self) -> int:
         """Bytes of all pages: the live entries, the columns reserved for ``generate``, and less
@@ -106,8 +136,11 @@ class PagedCache(SkipCache):
         chosen = indices.tolist()
         for pool in self.pools.values():
             pool.select(chosen)
+        for key, counts in self.device_counts.items():
+            self.device_counts[key] = counts[indices.to(counts.device)]
 
     def reset(self) -> None:
         """Forgets every column; pages are given back."""
         super().reset()
         self.pools.clear()
+        self.device_counts.clear()

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import Copies, FusedRows, Selection, Store
+from fastskip.decoder.device_routes import DeviceRoutes
+from fastskip.decoder.fused_parts import (
+    Copies,
+    FusedRows,
+    GuardedAttention,
+    GuardedFeed,
+    Selection,
+    Store,
+)
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import PagePool
+from fastskip.decoder.riding import Part, riding
+from fastskip.layer_plan import Cell, Table
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE, Choice, Pages, Rotation, StepReach, Targets
+from fastskip.ops.routes import Route
 from fastskip.plan import LayerPlan, SkipPlan
-from fastskip.policy import TokenClass
+from fastskip.policy import SkippedKV, Sublayer, TokenClass
+from fastskip.routing import Router
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +53,29 @@ class StepState:
     """
 
     def __init__(
-        self, plan: SkipPlan, anchor: Tensor, rotation: Rotation | None, shape: StepShape
+        self,
+        plan: SkipPlan,
+        anchor: Tensor,
+        rotation: Rotation | None,
+        shape: StepShape,
+        routers: Sequence[Router] = (),
     ) -> None:
         self.plan, self.shape, self.anchor = plan, shape, anchor
         device, batch = anchor.device, shape.batch
-        self._layers: dict[frozenset[TokenClass], list[int]] = {}
+        self._layers: dict[Table, list[int]] = {}
         for layer in plan.layers:
             if layer.holding:
-                self._layers.setdefault(layer.holding, []).append(layer.index)
+                self._layers.setdefault(layer.table, []).append(layer.index)
         self._sets = list(self._layers)
-        self._idle = {holding: self._idle_pool(holding) for holding in self._sets}
-        self._slabs: dict[frozenset[TokenClass], list[Tensor]] = {}
-        self._tables: dict[frozenset[TokenClass], Tensor] = {}
+        self._idle = {key: self._idle_pool(key) for key in self._sets}
+        self._slabs: dict[Table, list[Tensor]] = {}
+        self._tables: dict[Table, Tensor] = {}
 
         def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        grows = [int(TokenClass.GENERATED in holding) for holding in self._sets]
+        new = TokenClass.GENERATED
+        grows = [int(new in plan.layers[layers[0]].holding) for layers in self._layers.values()]
         self.choice = Choice(
             tokens=zeros(batch, dtype=torch.int64),
             history=zeros(shape.slots, batch, dtype=torch.int64),
@@ -76,18 +94,40 @@ class StepState:
         heads = plan.shape.num_heads
         # Two, since the blocks of a pair count their arrivals in one launch.
         self._arrivals = [zeros(batch * heads) for _ in range(2)]
-        for holding in self._sets:
-            self._slabs[holding] = []
+        for key in self._sets:
+            self._slabs[key] = []
             width = -(-shape.slots // PAGE) + 1
-            self._tables[holding] = torch.zeros((batch, width), dtype=torch.int64, device=device)
+            self._tables[key] = torch.zeros((batch, width), dtype=torch.int64, device=device)
         self._pages = {layer.index: self._pages_of(layer) for layer in plan.layers if layer.holding}
         self.store = Store(rotation, self._pages.__getitem__)
         self._rows: dict[tuple[object, ...], FusedRows] = {}
+        # Rows of sequences that there are: idle ones run nothing that a router guards.
+        self._live, self._nobody = zeros(batch), zeros(batch)
+        # In hollow layers an entry is made where the row attends: one number for both.
+        self._hollow = {
+            key: self.choice.grows[number]
+            for number, key in enumerate(self._sets)
+            if isinstance(key, int) and new in plan.layers[key].hollow
+        }
+        self.routes: DeviceRoutes | None = None
+        self._riding: dict[tuple[int, Part], Route | None] = {}
+        if plan.routed:
+            self.routes = DeviceRoutes(
+                plan,
+                routers,
+                frozenset({new}),
+                lambda classes: self._live if new in classes else self._nobody,
+                self.choice.positions,
+                self._sequences,
+                self.h,
+                self._hollow,
+            )
+            self._riding = riding(plan, self.routes, new)
         self.unload()
 
     def rows_of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
         """What the one row of each sequence enters; the same in every step."""
-        key = (layer.row_sets, layer.index % 2)
+        key = layer.row_sets, layer.index % 2, layer.index if self.routes else None
         found = self._rows.get(key)
         if found is None:
             found = self._rows[key] = self._make_rows(layer)
@@ -102,6 +142,9 @@ class StepState:
         self.choice.positions.zero_()
         self.choice.tokens.zero_()
         self.choice.step.zero_()
+        self._live.zero_()
+        if self.routes is not None:
+            self.routes.reset()
 
     def load(self, cache: PagedCache, tokens: Tensor, stops: Sequence[int]) -> None:
         """Takes over a cache whose newest tokens ``[B]`` are to be fed next."""
@@ -111,37 +154,50 @@ class StepState:
         counts = torch.zeros(choice.counts.shape, dtype=torch.int32)
         for number, holding in enumerate(self._sets):
             counts[number, :batch] = torch.tensor(cache.tables[holding].counts)
+        # Of hollow layers these are too many; the device knows.
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
         positions[:batch] = cache.last_positions() + 1
         choice.counts.copy_(counts)
+        for number, key in enumerate(self._sets):
+            if key in cache.device_counts:
+                choice.counts[number, :batch] = cache.device_counts[key]
         choice.positions.copy_(positions)
         padded = [*stops, *[-1] * (self.shape.stops - len(stops))]
         choice.stops.copy_(torch.tensor(padded, dtype=torch.int64))
         choice.tokens[:batch] = tokens
         choice.unfinished.zero_()
         choice.unfinished[:batch] = ~torch.isin(tokens, choice.stops)
+        self._live[:batch] = 1
+        if self.routes is not None:
+            self.routes.reset()
         self.load_pages(cache)
+
+    def held(self, batch: int) -> dict[Table, Tensor]:
+        """``[B, 1]`` bool: who left an entry in each hollow layer in the step just run."""
+        found: dict[Table, Tensor] = {}
+        for number, key in enumerate(self._sets):
+            if isinstance(key, int):
+                found[key] = self.choice.grows[number, :batch, None].bool()
+        return found
 
     def load_pages(self, cache: PagedCache) -> None:
         """Takes over a cache's page tables: at first, and after it has grown."""
-        for holding in self._sets:
-            pool = cache.pools[holding]
-            self._fill(holding, pool.slabs, pool.offsets())
+        for key in self._sets:
+            pool = cache.pools[key]
+            self._fill(key, pool.slabs, pool.offsets())
 
-    def _fill(
-        self, holding: frozenset[TokenClass], slabs: Sequence[Tensor], rows: list[list[int]]
-    ) -> None:
-        idle, table = self._idle[holding], self._tables[holding]
-        self._slabs[holding][:] = [*slabs, *idle.slabs]
+    def _fill(self, key: Table, slabs: Sequence[Tensor], rows: list[list[int]]) -> None:
+        idle, table = self._idle[key], self._tables[key]
+        self._slabs[key][:] = [*slabs, *idle.slabs]
         spare = idle.offsets()[0][0]
         host = torch.full(table.shape, spare, dtype=torch.int64)
         for sequence, row in enumerate(rows):
             host[sequence, : len(row)] = torch.tensor(row[: table.shape[1]])
         table.copy_(host)
 
-    def _idle_pool(self, holding: frozenset[TokenClass]) -> PagePool:
+    def _idle_pool(self, key: Table) -> PagePool:
         shape = self.plan.shape
-        layers = self._layers[holding]
+        layers = self._layers[key]
         pool = PagePool(self.anchor, 1, layers, shape.num_kv_heads, shape.head_dim)
         pool.reserve([1], 0)
         # Idle sequences attend here; zeros keep their numbers finite.
@@ -149,18 +205,18 @@ class StepState:
         return pool
 
     def _pages_of(self, layer: LayerPlan) -> Pages:
-        idle = self._idle[layer.holding]
+        idle = self._idle[layer.table]
         return Pages(
             self.anchor,
-            self._tables[layer.holding],
+            self._tables[layer.table],
             idle.offset_of(layer.index),
             idle.groups,
             idle.head_dim,
-            self._slabs[layer.holding],
+            self._slabs[layer.table],
         )
 
     def _counts(self, layer: LayerPlan) -> Tensor:
-        return self.choice.counts[self._sets.index(layer.holding)]
+        return self.choice.counts[self._sets.index(layer.table)]
 
     def _make_rows(self, layer: LayerPlan) -> FusedRows:
         new, batch = TokenClass.GENERATED, self.shape.batch
@@ -176,7 +232,7 @@ class StepState:
             reach = StepReach(
                 self._counts(layer), 1, batch * self.shape.slots, self._arrivals[layer.index % 2]
             )
-        return FusedRows(
+        rows = FusedRows(
             joint=every if attends else none,
             joint_targets=targets if attends else nowhere,
             stored=every if projects else none,
@@ -196,4 +252,38 @@ class StepState:
             query_targets=nowhere,
             feeding=every if new in layer.feeding else none,
             reach=reach,
+        )
+        return rows if self.routes is None else self._guarded(layer, rows, targets, self.routes)
+
+    def _guarded(
+        self, layer: LayerPlan, rows: FusedRows, targets: Targets, routes: DeviceRoutes
+    ) -> FusedRows:
+        """The rows with what is decided on the way; decisions ride in updates where they can."""
+        attends = routes.runs(layer.index, Sublayer.ATTENTION)
+        feeds = routes.runs(layer.index, Sublayer.FFN)
+        attention = None
+        if attends is not None:
+            assert rows.reach is not None
+            kv, copies = self._left_by_skipping(layer), []
+            if kv.kv is SkippedKV.REUSE and kv.kv_source is not None:
+                counts = self._counts(self.plan.layers[kv.kv_source]), self._counts(layer)
+                copies = [Copies(kv.kv_source, self._sequences, *counts, attends)]
+            is_projected = kv.kv is SkippedKV.PROJECT
+            attention = GuardedAttention(attends, targets, is_projected, rows.reach, tuple(copies))
+        at = {part: self._riding.get((layer.index, part)) for part in Part}
+        return replace(
+            rows,
+            before=at[Part.BEFORE],
+            then_attention=at[Part.ATTENTION],
+            then_ffn=at[Part.FFN],
+            attention=attention,
+            ffn=None if feeds is None else GuardedFeed(feeds, at[Part.BETWEEN]),
+        )
+
+    def _left_by_skipping(self, layer: LayerPlan) -> Cell:
+        """What a generated row that skips the layer's attention by a decision does there."""
+        return next(
+            cell.skipped
+            for cell in self.plan.routed_by_layer[layer.index]
+            if cell.token_class is TokenClass.GENERATED and Sublayer.ATTENTION in cell.skip
         )

@@ -18,6 +18,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.generation.device_step import DeviceStep
 from fastskip.generation.runtime import Runtime
+from fastskip.layer_plan import Table
+from fastskip.policy import Sublayer
+from fastskip.routing import Decisions, RoutingRecord
 
 # Steps launched before the host looks at the tokens of the first of them.
 AHEAD = 2
@@ -61,7 +64,9 @@ class StepLogits:
             step.state.load_pages(cache)
         step.state.choice.tokens[:batch] = tokens
         step.run()
-        cache.commit_steps(1)
+        answers = Answers(self._runtime.decoder.record, step, cache)
+        answers.note()
+        answers.commit(1)
         assert step.logits is not None
         # A copy, since the next step writes to the same memory.
         return step.logits[:batch].to(torch.float32, copy=True)
@@ -86,6 +91,50 @@ class _Mail:
             self._event.synchronize()
         tokens, unfinished = self._parts
         return tokens, bool(unfinished.any())
+
+
+class Answers:
+    """What routers decided in steps, until the steps count: in a cache, and for a record.
+
+    Flags are copied on the device step by step, since the next step writes to the same memory, and
+    only where somebody needs them.
+    """
+
+    def __init__(self, record: RoutingRecord | None, step: DeviceStep, cache: PagedCache) -> None:
+        self._record, self._state, self._cache = record, step.state, cache
+        self._batch = cache.codes.shape[0]
+        self._held: list[dict[Table, Tensor]] = []
+        self._answers: list[dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]] = []
+
+    def note(self) -> None:
+        """A step was launched."""
+        self._held.append(self._state.held(self._batch))
+        if self._record is not None and self._state.routes is not None:
+            self._answers.append(self._state.routes.answers())
+
+    def commit(self, steps: int) -> None:
+        """The first ``steps`` of them count."""
+        cache, batch = self._cache, self._batch
+        tables = self._held[0] if self._held else {}
+        held = {
+            key: torch.cat([each[key] for each in self._held[:steps]], dim=1)
+            if steps
+            else torch.zeros(batch, 0, dtype=torch.bool, device=cache.anchor.device)
+            for key in tables
+        }
+        first = cache.columns
+        cache.commit_steps(steps, held)
+        codes = cache.codes[:, first:]
+        for number, answers in enumerate(self._answers[:steps]):
+            assert self._record is not None
+            skipped, asked = (
+                {key: pair[part][:batch, None].cpu() for key, pair in sorted(answers.items())}
+                for part in range(2)
+            )
+            column = slice(number, number + 1)
+            self._record.forwards.append(
+                Decisions(first + number, codes[:, column], skipped, asked)
+            )
 
 
 def decode_greedily(
@@ -122,6 +171,7 @@ def decode_greedily(
     )
     step.state.load(cache, first, end.stops)
     choice = step.state.choice
+    answers = Answers(runtime.decoder.record, step, cache)
     mails: deque[_Mail] = deque()
     launched = arrived = 0
     try:
@@ -130,6 +180,7 @@ def decode_greedily(
                 if cache.make_room_for_steps(launched, 1):
                     step.state.load_pages(cache)
                 step.run()
+                answers.note()
                 launched += 1
                 mails.append(_Mail(choice.tokens[:batch], choice.unfinished[:batch]))
                 continue
@@ -138,6 +189,6 @@ def decode_greedily(
             if streamer is not None:
                 streamer.put(tokens)
     finally:  # a streamer may raise, as in Hugging Face's loop
-        cache.commit_steps(arrived)
+        answers.commit(arrived)
     chosen = choice.history[:arrived, :batch].T
     return torch.cat((input_ids, first[:, None], chosen), dim=1)

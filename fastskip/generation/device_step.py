@@ -47,7 +47,7 @@ class DeviceStep:
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = text_model_of(model).norm
         anchor = decoder.anchor
-        self.state = StepState(decoder.plan, anchor, rotation, shape)
+        self.state = StepState(decoder.plan, anchor, rotation, shape, decoder.routers)
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
         # The torch form reads counts on the host.

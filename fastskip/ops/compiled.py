@@ -2,7 +2,8 @@
 
 Imported only when Triton is asked for. Each product asks ``kernels.choice`` who computes it: with
 few rows one kernel does all that an operation names; with many, norm, product and what follows are
-launches of their own. Shapes and meanings are those of ``ops.fused``.
+launches of their own. Rows chosen on the device go by their flags if they are few, else by an index
+and a count, which products of many rows read. Shapes and meanings are those of ``ops.fused``.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from fastskip.kernels import head as heads
 from fastskip.kernels import launch, numerics, parallel, projection, residual
 from fastskip.kernels.activation import activate
 from fastskip.kernels.addition import add_rows_
-from fastskip.kernels.choice import FEW_ROWS, ROW_GEMM, choose_product
+from fastskip.kernels.choice import FEW_ROWS, LIBRARY, ROW_GEMM, choose_product
 from fastskip.kernels.compaction import compact
 from fastskip.kernels.copies import copy_entries, read_entries
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.norm import normalize
 from fastskip.kernels.rotary import rotate_append
+from fastskip.kernels.routing import place_entries, route
 from fastskip.kernels.row_attention import attend_rows
 from fastskip.kernels.row_gemm import linear_rows
 from fastskip.kernels.sampler import advance, choose, embed
 from fastskip.kernels.step_attention import attend_step
+from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, Feed, Linear, Norm, Projection, Term
+from fastskip.ops.routes import Chosen, Route
 
 __all__ = [
     "activate",
@@ -38,6 +42,7 @@ __all__ = [
     "attend_rows",
     "attend_step",
     "choose",
+    "choose_rows",
     "compact",
     "copy_entries",
     "embed",
@@ -45,20 +50,31 @@ __all__ = [
     "head_choose",
     "head_logits",
     "normalize",
+    "place_entries",
     "project_append",
     "project_append_feed",
     "read_entries",
     "rotate_append",
+    "route",
 ]
+
+FEW_CHOSEN = 64
+"""Up to so many rows, kernels of few rows compute what is chosen, and read flags."""
 
 
 def project_append(
-    h: Tensor, projections: Sequence[Projection], *, index: Tensor | None = None
+    h: Tensor,
+    projections: Sequence[Projection],
+    *,
+    index: Tensor | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append; rotated queries ``[n, H, K]`` of each block."""
-    by = _choice(h, index, [projections[0].linear])
+    by = _choice(h, index, [projections[0].linear], chosen)
     if by == FEW_ROWS:
-        return projection.project_append(h, projections, index=index)
+        return projection.project_append(h, projections, index=index, chosen=chosen)
+    if chosen is not None:
+        return [_project_chosen(h, each, chosen) for each in projections]
     return [_project(normalize(h, each.norm, index=index), each, by) for each in projections]
 
 
@@ -68,25 +84,37 @@ def feed(
     *,
     index: Tensor | None = None,
     changes: Sequence[Tensor] | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN; ``[n, F]`` of each block."""
-    by = _choice(h, index, [feeds[0].linear])
+    by = _choice(h, index, [feeds[0].linear], chosen)
     if by == FEW_ROWS:
-        return feeding.feed(h, feeds, index=index, changes=changes)
+        return feeding.feed(h, feeds, index=index, changes=changes, chosen=chosen)
     added = [None] * len(feeds) if changes is None else changes
+    pairs = zip(feeds, added, strict=True)
+    if chosen is not None:
+        return [_feed_chosen(h, part, change, chosen) for part, change in pairs]
     return [
         _activated(normalize(h, part.norm, index=index, change=change), part, by)
-        for part, change in zip(feeds, added, strict=True)
+        for part, change in pairs
     ]
 
 
 def project_append_feed(
-    h: Tensor, own: Projection, part: Feed, *, index: Tensor | None = None
+    h: Tensor,
+    own: Projection,
+    part: Feed,
+    *,
+    index: Tensor | None = None,
+    chosen: tuple[Chosen | None, Chosen | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """Both first halves of a parallel block: queries ``[n, H, K]`` and ``[n, F]``."""
-    by = _choice(h, index, [own.linear, part.linear])
+    by = _choice(h, index, [own.linear, part.linear], *chosen)
     if by == FEW_ROWS:
-        return parallel.project_append_feed(h, own, part, index=index)
+        return parallel.project_append_feed(h, own, part, index=index, chosen=chosen)
+    if any(each is not None for each in chosen):
+        queries = project_append(h, [own], chosen=chosen[0])[0]
+        return queries, feed(h, [part], chosen=chosen[1])[0]
     x = normalize(h, own.norm, index=index)
     is_shared = own.norm.weight is part.norm.weight and own.norm.bias is part.norm.bias
     other = x if is_shared else normalize(h, part.norm, index=index)
@@ -100,26 +128,21 @@ def add_terms_(
     index: Tensor | None = None,
     changes: Sequence[Tensor] = (),
     factor: float = 1.0,
+    chosen: Sequence[Chosen | None] = (),
+    then: Route | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place."""
-    shape = len(terms[0].linear.weight), max(term.x.shape[1] for term in terms)
-    by = choose_product(h.device, len(terms[0].x), shape, is_scattered=index is not None)
+    longest = max(terms, key=lambda term: term.x.shape[1])
+    by = _choice(terms[0].x, None, [longest.linear], *chosen, is_scattered=index is not None)
     if by == FEW_ROWS:
-        return residual.add_terms_(h, terms, index=index, changes=changes, factor=factor)
-    refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
-    with torch.no_grad():
+        residual.add_terms_(h, terms, index=index, changes=changes, factor=factor, chosen=chosen)
+    else:
         for change in changes:
             add_rows_(h, change, index=index, factor=factor)
-        for term in terms:
-            if by == ROW_GEMM:
-                linear_rows(term.x, term.linear, out=h, out_index=index, onto=True, factor=factor)
-            elif index is None:
-                launch.note("library_product")
-                torch.addmm(h, _known(term.x), term.linear.weight.t(), alpha=factor, out=h)
-                if term.linear.bias is not None:
-                    add_rows_(h, term.linear.bias.expand(len(h), -1), factor=factor)
-            else:
-                add_rows_(h, _product(term.x, term.linear, by), index=index, factor=factor)
+        for term, own in zip(terms, chosen or [None] * len(terms), strict=True):
+            _add_term(h, term, index, factor, own, by)
+    if then is not None:
+        route(h, then)
     return h
 
 
@@ -147,17 +170,52 @@ def head_choose(h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> N
         choose(head_logits(h, norm, head), choice)
 
 
-def _choice(x: Tensor, index: Tensor | None, linears: Sequence[Linear]) -> str:
-    """Who computes a product that reads rows of ``x``."""
+def choose_rows(runs: Tensor) -> Chosen:
+    """The rows with a flag of 1; few of them by their flags alone, many also by an index."""
+    if len(runs) <= FEW_CHOSEN:
+        return Chosen(runs)
+    return Chosen(runs, *compact(runs))
+
+
+def _choice(
+    x: Tensor,
+    index: Tensor | None,
+    linears: Sequence[Linear],
+    *chosen: Chosen | None,
+    is_scattered: bool = False,
+) -> str:
+    """Who computes a product that reads rows of ``x``; with chosen rows by index, all of its rows.
+
+    Kernels of few rows read flags, and they alone do.
+    """
+    given = [each for each in chosen if each is not None]
+    if given and given[0].index is None:
+        return FEW_ROWS
     rows = len(x) if index is None else len(index)
     shape = sum(len(linear.weight) for linear in linears), linears[0].weight.shape[1]
-    return choose_product(x.device, rows, shape)
+    by = choose_product(x.device, rows, shape, is_scattered=is_scattered)
+    return LIBRARY if given and by == FEW_ROWS else by
 
 
 def _project(x: Tensor, own: Projection, by: str) -> Tensor:
     """From normalized rows to rotated queries; keys and values go to the cache."""
     found = _product(x, own.linear, by)
     return rotate_append(found.unflatten(1, (-1, own.head_dim)), own)
+
+
+def _project_chosen(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
+    """Rotated queries of chosen rows; keys and values of these, or of all, go to the cache."""
+    index, count = chosen.index, chosen.count
+    heads = empty((len(h), len(own.linear.weight)), h.dtype, h.device)
+    if own.pages is None or not own.leaves_all:
+        x = normalize(h, own.norm, index=index, count=count)
+        linear_rows(x, own.linear, out=heads, out_index=index, count=count)
+    else:
+        x, width = normalize(h, own.norm), own.heads * own.head_dim
+        queries, entries = _rows(own.linear, 0, width), _rows(own.linear, width, None)
+        _product(x, entries, _choice(x, None, [entries], chosen), out=heads[:, width:])
+        linear_rows(x, queries, index=index, out=heads[:, :width], out_index=index, count=count)
+    return rotate_append(heads.unflatten(1, (-1, own.head_dim)), own, runs=chosen.runs)
 
 
 def _activated(x: Tensor, part: Feed, by: str) -> Tensor:
@@ -167,13 +225,76 @@ def _activated(x: Tensor, part: Feed, by: str) -> Tensor:
     return activate(_product(x, part.linear, by), part.activation)
 
 
-def _product(x: Tensor, linear: Linear, by: str) -> Tensor:
+def _feed_chosen(h: Tensor, part: Feed, change: Tensor | None, chosen: Chosen) -> Tensor:
+    """Norm, first product and activation of chosen rows: ``[n, F]`` in the order of ``h``."""
+    index = chosen.index
+    if change is None:
+        x, index = normalize(h, part.norm, index=index, count=chosen.count), None
+    else:
+        # In the order of h, not of the index.
+        x = normalize(h, part.norm, change=change)
+    return linear_rows(
+        x,
+        part.linear,
+        index=index,
+        out=empty((len(h), part.width), h.dtype, h.device),
+        out_index=chosen.index,
+        count=chosen.count,
+        activation=part.activation,
+    )
+
+
+def _add_term(
+    h: Tensor,
+    term: Term,
+    index: Tensor | None,
+    factor: float,
+    chosen: Chosen | None,
+    by: str,
+) -> None:
+    """``h[index] += factor * (x @ weight.T + bias)``, of all rows of ``x`` or of chosen ones."""
+    if chosen is not None:
+        linear_rows(
+            term.x,
+            term.linear,
+            index=chosen.index,
+            out=h,
+            out_index=chosen.index,
+            count=chosen.count,
+            onto=True,
+            factor=factor,
+        )
+    elif by == ROW_GEMM:
+        linear_rows(term.x, term.linear, out=h, out_index=index, onto=True, factor=factor)
+    elif index is not None:
+        add_rows_(h, _product(term.x, term.linear, by), index=index, factor=factor)
+    else:
+        refuse_gradients(h=h, x=term.x)
+        launch.note("library_product")
+        with torch.no_grad():
+            torch.addmm(h, _known(term.x), term.linear.weight.t(), alpha=factor, out=h)
+        if term.linear.bias is not None:
+            add_rows_(h, term.linear.bias.expand(len(h), -1), factor=factor)
+
+
+def _rows(linear: Linear, first: int, last: int | None) -> Linear:
+    """Some of the rows of a product's weight."""
+    bias = linear.bias
+    return Linear(linear.weight[first:last], None if bias is None else bias[first:last])
+
+
+def _product(x: Tensor, linear: Linear, by: str, out: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``, into ``out`` if that is given."""
     if by == ROW_GEMM:
-        return linear_rows(x, linear)
+        return linear_rows(x, linear, out=out)
     refuse_gradients(x=x)
     launch.note("library_product")
     with torch.no_grad():
-        return F.linear(_known(x), linear.weight, linear.bias)
+        if out is None:
+            return F.linear(_known(x), linear.weight, linear.bias)
+        if linear.bias is None:
+            return torch.mm(_known(x), linear.weight.t(), out=out)
+        return torch.addmm(linear.bias, _known(x), linear.weight.t(), out=out)
 
 
 def _known(x: Tensor) -> Tensor:

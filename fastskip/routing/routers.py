@@ -40,13 +40,18 @@ class ScoreRouter:
             found = self._terms[layer] = self._make_terms(layer)
         return found
 
+    def terms_on(self, layer: int, device: torch.device) -> Terms:
+        """``terms``, their tensors on a device."""
+        terms = self.terms(layer)
+        if terms.weight is None or terms.weight.device == device:
+            return terms
+        return replace(terms, weight=terms.weight.to(device))
+
     def decide(self, context: RoutingContext) -> Decision:
         """As ``Router``: skips where the score, or that of the row's group, reaches the bar."""
-        terms = self.terms(context.layer)
-        is_linear = terms.score is Score.LINEAR
+        is_linear = self.rule.kind == "linear"
         hidden = context.hidden if is_linear else torch.empty(0)
-        if terms.weight is not None and terms.weight.device != hidden.device:
-            terms = replace(terms, weight=terms.weight.to(hidden.device))
+        terms = self.terms_on(context.layer, hidden.device)
         positions = context.positions if not is_linear else context.positions.to(hidden.device)
         found = context.last_layer if self.needs_trace else None
         scores = score(terms, hidden, positions, found)

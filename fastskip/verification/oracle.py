@@ -24,7 +24,6 @@ from fastskip.verification.cells import (
 from fastskip.verification.exact import compute_in_double
 from fastskip.verification.hooks import HookedLayer
 
-
 NOTHING = -1
 """In place of a layer: a row shows no key and value."""
 

@@ -74,7 +74,7 @@ def test_bytes(trio: Trio, batch: Batch, name: str, new: int) -> None:
     # The last token's entry may be reserved and is never written.
     spare = batch.size * len(layers) * (PAGE + 1) * ENTRY
     assert live <= cache.allocated_bytes() < live + spare
-    assert set(cache.sets) == {layer.holding for layer in layers}
+    assert set(cache.pools) == {layer.holding for layer in layers}
     assert {number for pool in cache.pools.values() for number in pool.layers} == {
         layer.index for layer in layers
     }

@@ -33,26 +33,37 @@ MIXED = {
     ),
     "parallel, shared, apart": routed(
         random(":", "all", "ffn", seed=2),
-        random(":", ["text", "image"], "attention", kv="reuse", seed=3),
+        random("1:", ["text", "image"], "attention", kv="reuse", seed=3),
         arrangements=(parallel(":", "shared"),),
     ),
     "around a pair": routed(random([0, 3]), arrangements=(pair([[1, 2]]),)),
-    "copies over holes": routed(
-        random([1], "all", "attention", kv="omit"),
-        random([2, 3], "all", "attention", kv="reuse", seed=5),
-        rules=[],
+    "copies beside holes": routed(
+        random([1], ["text"], "attention", kv="omit"),
+        random([1, 3], ["image"], "attention", kv="reuse", seed=5),
+        rules=[skip([1], ["generated"], "attention", kv="reuse")],
     ),
-    "a rule that copies over holes": routed(
-        random([1], "all", "attention", kv="omit"),
-        rules=[skip([2], ["image"], "block", kv="reuse")],
-    ),
-    "holes from the bottom": routed(random(":", "all", "block", kv="reuse", rate=0.6)),
     "similarity": routed(similarity("1:4", "all", "block", threshold=0.9)),
     "change, FFN": routed(similarity("1:", "all", "ffn", threshold=0.8, measure="change")),
     "similarity over a static skip": routed(
         similarity([3], "all", "block", threshold=0.5), rules=[skip([2], ["text"], "block")]
     ),
 }
+HOLES = {
+    "routers": routed(
+        random([1], "all", "attention", kv="omit"),
+        random([2, 3], "all", "attention", kv="reuse", seed=5),
+    ),
+    "a rule": routed(
+        random([1], "all", "attention", kv="omit"),
+        rules=[skip([2], ["image"], "block", kv="reuse")],
+    ),
+    "a layer with holes of another class": routed(
+        random([1], ["text"], "attention", kv="omit"),
+        random([1, 2], ["image"], "attention", kv="reuse", seed=5),
+    ),
+    "from the bottom": routed(random(":", "all", "block", kv="reuse", rate=0.6)),
+}
+"""Rows that copy an entry find none in the nearest layer below, and look further."""
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +80,20 @@ def batch(trio: Trio) -> Batch:
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("sublayers", ("attention", "block"))
 def test_random(trio: Trio, batch: Batch, sublayers: str, kv: str, group: str) -> None:
-    policy = routed(random("0:4", "all", sublayers, kv=kv, **GROUPS[group]))
+    # Layer 0 has nothing below it to copy from: see the cases with holes.
+    layers = "1:4" if kv == "reuse" else "0:4"
+    policy = routed(random(layers, "all", sublayers, kv=kv, **GROUPS[group]))
     masks = check_forward(trio, policy, batch)
     assert any(bool(mask[batch.real].any()) for mask in masks.values())
     assert not all(bool(mask[batch.real].all()) for mask in masks.values())
     check_generate(trio, policy, batch)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", HOLES)
+def test_copies_over_holes(trio: Trio, batch: Batch, name: str) -> None:
+    check_forward(trio, HOLES[name], batch)
+    check_generate(trio, HOLES[name], batch)
 
 
 @pytest.mark.parametrize("name", MIXED)

@@ -1,0 +1,211 @@
+"""Decisions of a forward, or of a decode step, on the device: their flags, and when they fall."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.guards import Classes, Guard, Point, Ruling, doing, guards_of
+from fastskip.decoder.trace import trace_start
+from fastskip.ops.allocate import empty
+from fastskip.ops.routes import Move, Route, Terms, Trace, Verdict
+from fastskip.plan import SkipPlan
+from fastskip.policy import ROUTER_KINDS, SkippedKV, Sublayer
+from fastskip.routing import Decisions, Router, ScoreRouter
+from fastskip.tokens import TokenLayout
+
+
+class DeviceRoutes:
+    """The flags ``[G, n]`` of ``n`` rows, and the routes that write them.
+
+    Flags of rows that nobody decides on say what the plan does with their class.
+    """
+
+    def __init__(
+        self,
+        plan: SkipPlan,
+        routers: Sequence[Router],
+        present: Classes,
+        flags_of: Callable[[Classes], Tensor],
+        positions: Tensor,
+        sequences: Tensor,
+        like: Tensor,
+        homes: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """``present``: classes that the rows may have; ``flags_of``: ``[n]`` int32, 1 for rows of
+        some classes; ``positions``, ``sequences [n]``; ``like``: gives dtype and device of rows;
+        ``homes``: where the flags ``[n]`` of a layer's attention are to lie, if not here."""
+        self._plan, self._routers, self._present = plan, routers, present
+        self._flags_of, self._positions, self._sequences = flags_of, positions, sequences
+        device, count = like.device, len(positions)
+        self.guards = guards_of(plan, present)
+        self._start = trace_start(plan, routers)
+        looking = [cell.layer for cell in plan.routed if self._looks_back(cell.number)]
+        self._end = max(looking, default=-1)
+        self._ran = self._ran_guards() if looking else {}
+        rows = [*self.guards, *(guard for own in self._ran.values() for guard in own)]
+        self.flags = torch.zeros(len(rows), count, dtype=torch.int32, device=device)
+        self._home: dict[int, Tensor] = {
+            id(guard): row for guard, row in zip(rows, self.flags, strict=True)
+        }
+        homes = homes or {}
+        for guard in self.guards:
+            if Sublayer.ATTENTION in guard.sublayers and guard.layer in homes:
+                self._home[id(guard)] = homes[guard.layer]
+        self.trace = None
+        if looking:
+            width = plan.shape.hidden_size
+            found = empty((count, 2), torch.float32, device)
+            self.trace = Trace(empty((count, width), like.dtype, device), found)
+        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self._terms: dict[tuple[int, int], Terms] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Every flag as the plan has it."""
+        for guard in self._rows():
+            self._row(guard).copy_(self._flags_of(guard.running))
+
+    def runs(self, layer: int, sublayer: Sublayer) -> Tensor | None:
+        """``[n]``: who runs a sublayer; ``None`` where nobody decides."""
+        for guard in self.guards:
+            if guard.layer == layer and sublayer in guard.sublayers:
+                return self._row(guard)
+        return None
+
+    def answers(self) -> dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]:
+        """By layer and sublayer: who skips by a decision, and who was decided on, ``[n]`` bool."""
+        found: dict[tuple[int, Sublayer], tuple[Tensor, Tensor]] = {}
+        for guard in self.guards:
+            asked = self._flags_of(
+                frozenset().union(*(ruling.classes for ruling in guard.rulings))
+            ).bool()
+            skipped = asked & ~self._row(guard).bool()
+            found |= {(guard.layer, sublayer): (skipped, asked) for sublayer in guard.sublayers}
+        return found
+
+    def route(self, step: tuple[int, ...], point: Point) -> Route | None:
+        """What is decided before a step of the plan, or in its middle; ``None`` for nothing."""
+        move, ran = Move.NONE, list[Tensor]()
+        if point is Point.START:
+            move, ran = self._move(step)
+        verdicts = [
+            self._verdict(guard, ruling)
+            for guard in self._rows()
+            if guard.layer in step
+            for ruling in guard.rulings
+            if ruling.point is point
+        ]
+        if move is Move.NONE and not verdicts:
+            return None
+        return Route(
+            verdicts, self._positions, self._sequences, self.trace, move, ran, self._arrivals
+        )
+
+    def _move(self, step: tuple[int, ...]) -> tuple[Move, list[Tensor]]:
+        if self.trace is None or self._start is None:
+            return Move.NONE, []
+        if not self._start <= step[0] <= self._end:
+            return Move.NONE, []
+        number = self._plan.steps.index(step)
+        if step[0] == self._start:
+            return Move.START, []
+        before = self._plan.layers[self._plan.steps[number - 1][0]]
+        changed = doing(before) & self._present
+        if not changed:  # nobody was moved, so nothing was found
+            return Move.NONE, []
+        ran = [self._row(guard) for guard in self._ran.get(before.index, ())]
+        ran += [
+            self._row(guard)
+            for guard in self.guards
+            if guard.layer == before.index and changed <= guard.running
+        ]
+        return Move.NEXT, ran
+
+    def _ran_guards(self) -> dict[int, list[Guard]]:
+        """Flags that say who ran a layer whole, where those of its guards do not: rows that the
+        plan leaves out of a guarded sublayer have 0 there and may have run all that they had."""
+        found: dict[int, list[Guard]] = {}
+        for layer in self._plan.layers:
+            changed = doing(layer) & self._present
+            own = [
+                Guard(layer.index, frozenset(), changed, guard.rulings)
+                for guard in self.guards
+                if guard.layer == layer.index and not changed <= guard.running
+            ]
+            if changed != self._present and not own:
+                own = [Guard(layer.index, frozenset(), changed, ())]
+            if own:
+                found[layer.index] = own
+        return found
+
+    def _verdict(self, guard: Guard, ruling: Ruling) -> Verdict:
+        terms = self._terms_of(ruling.number, guard.layer)
+        given = {field.name: getattr(terms, field.name) for field in fields(Terms)}
+        return Verdict(**given, runs=self._row(guard), candidates=self._flags_of(ruling.classes))
+
+    def _terms_of(self, number: int, layer: int) -> Terms:
+        found = self._terms.get((number, layer))
+        if found is None:
+            router = self._routers[number]
+            assert isinstance(router, ScoreRouter)
+            found = self._terms[number, layer] = router.terms_on(layer, self.flags.device)
+        return found
+
+    def _looks_back(self, number: int) -> bool:
+        router = self._routers[number]
+        return isinstance(router, ScoreRouter) and router.needs_trace
+
+    def _rows(self) -> list[Guard]:
+        return [*self.guards, *(guard for own in self._ran.values() for guard in own)]
+
+    def _row(self, guard: Guard) -> Tensor:
+        return self._home[id(guard)]
+
+
+def merged(routes: Sequence[Route | None]) -> Route | None:
+    """Routes that fall at the same moment as one."""
+    some = [route for route in routes if route is not None]
+    if not some:
+        return None
+    moving = next((route for route in some if route.move is not Move.NONE), some[0])
+    verdicts = [verdict for route in some for verdict in route.verdicts]
+    return Route(
+        verdicts,
+        moving.positions,
+        moving.sequences,
+        moving.trace,
+        moving.move,
+        moving.ran,
+        moving.arrivals,
+    )
+
+
+def decisions_of(routes: DeviceRoutes, layout: TokenLayout) -> Decisions:
+    """What was decided in a forward over the columns of a layout; waits for the device."""
+    skipped, asked = {}, {}
+    for key, (skips, rows) in sorted(routes.answers().items()):
+        skipped[key], asked[key] = layout.unpack(skips.cpu()), layout.unpack(rows.cpu())
+    return Decisions(layout.first_column, layout.source, skipped, asked)
+
+
+def unsupported_routing(plan: SkipPlan) -> str | None:
+    """What of a plan's routers the device executor cannot run; ``None`` if it can all of it."""
+    plug_ins = sorted({cell.rule.kind for cell in plan.routed if cell.rule.is_plug_in})
+    if plug_ins:
+        return f"routers {', '.join(plug_ins)} of its own; supported: {', '.join(ROUTER_KINDS)}"
+    for layer in plan.layers:
+        kinds = {c: {cell.kv} for c, cell in layer.cells.items()}
+        for routed in plan.routed_by_layer.get(layer.index, ()):
+            kinds[routed.token_class].add(routed.skipped.kv)
+        for token_class, own in kinds.items():
+            sources = plan.kv_sources(layer.index, token_class)
+            if SkippedKV.REUSE in own and plan.layers[sources[0]].hollow:
+                return (
+                    f"kv reuse in layer {layer.index} over layer {sources[0]}, where a router may "
+                    "leave rows without an entry; supported: kv project or omit there"
+                )
+    return None

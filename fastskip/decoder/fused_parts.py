@@ -1,0 +1,136 @@
+"""What the layers of the device executor work on: which rows, and where their entries lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastskip.ops.contracts import Pages, Reach, Rotation, StepReach, Targets
+from fastskip.ops.routes import Route
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows of ``[N, D]``: a span, or, where ``index`` is given, any rows of the whole."""
+
+    span: slice
+    count: int
+    index: Tensor | None = None
+
+    def view(self, h: Tensor) -> Tensor:
+        return h if self.index is not None or self.count == len(h) else h[self.span]
+
+    def take(self, h: Tensor) -> Tensor:
+        """The rows, in memory of their own."""
+        return h[self.span].clone() if self.index is None else h[self.index.long()]
+
+    def put(self, h: Tensor, rows: Tensor) -> None:
+        """Writes the rows back."""
+        if self.index is None:
+            h[self.span] = rows
+        else:
+            h[self.index.long()] = rows
+
+    def is_same(self, other: Selection) -> bool:
+        return self is other or (
+            self.index is None and other.index is None and self.span == other.span
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Entries that a layer takes over from a lower one: ``[n]`` sequences and slots.
+
+    ``runs [n]``: rows with 1, as decided on the device, have entries of their own instead.
+    """
+
+    source: int
+    sequences: Tensor
+    from_slots: Tensor
+    to_slots: Tensor
+    runs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """How a hollow layer finds the slots of a prompt's rows.
+
+    ``stored [N]``: rows that leave an entry without attending, ``None`` for nobody; the others as
+    in ``ops.fused_routes.place_entries``. ``note`` is told who holds an entry, ``[N]``.
+    """
+
+    stored: Tensor | None
+    order: Tensor
+    bounds: tuple[int, ...]
+    counts: Tensor
+    note: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedAttention:
+    """What enters an attention whose rows are chosen on the device.
+
+    Attributes:
+        runs: ``[N]`` flags of who attends.
+        targets: positions and slots of all ``N`` rows, -1 where none is left; with ``placing``,
+            slots are found only when the flags are known.
+        leaves_all: whether rows that do not attend may leave entries that are projected.
+        reach: what the rows see; of those that go on, where rows are narrowed.
+        copies: entries of rows that do not attend, taken over from lower layers.
+        placing: of a hollow layer, in a prompt.
+    """
+
+    runs: Tensor
+    targets: Targets
+    leaves_all: bool
+    reach: Reach | StepReach
+    copies: tuple[Copies, ...] = ()
+    placing: Placing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GuardedFeed:
+    """What enters an FFN whose rows are chosen on the device: ``runs [N]`` flags, and what is
+    decided right before it."""
+
+    runs: Tensor
+    between: Route | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FusedRows:
+    """What enters each part of one layer; see ``layer.BlockRows``.
+
+    ``joint_targets``, ``stored_targets``: where entries go; ``query_targets``: positions of queries
+    that are projected alone (the last layer's). ``reach``: what the attending rows see; ``None``
+    without any.
+
+    Decisions: ``before`` falls before the layer, ``then_attention`` and ``then_ffn`` ride in its
+    updates. A sublayer that is guarded goes by ``attention`` or ``ffn``, not by the fields above.
+    """
+
+    joint: Selection
+    joint_targets: Targets
+    stored: Selection
+    stored_targets: Targets
+    copies: tuple[Copies, ...]
+    narrow: Selection | None
+    attending: Selection
+    query_targets: Targets
+    feeding: Selection
+    reach: Reach | StepReach | None
+    before: Route | None = None
+    then_attention: Route | None = None
+    then_ffn: Route | None = None
+    attention: GuardedAttention | None = None
+    ffn: GuardedFeed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What all layers of a forward share: RoPE tables, and where each layer's entries lie."""
+
+    rotation: Rotation | None
+    pages: Callable[[int], Pages]

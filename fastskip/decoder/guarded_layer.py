@@ -1,0 +1,181 @@
+"""A decoder layer whose rows are chosen on the device: the fused operations, guarded by flags.
+
+The host knows how many rows there may be and where each lies, never how many run. Tensors of rows
+are therefore in the order of ``h``, and what they hold for rows that do not run is unspecified.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.fused_layer import FusedBlock, narrowed
+from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, GuardedFeed, Selection, Store
+from fastskip.ops.contracts import Reach, StepReach, Targets, Term
+from fastskip.ops.routes import Chosen, Route
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """Rotated queries ``[N, H, K]``, who has one, and what they see."""
+
+    rows: Tensor
+    chosen: Chosen
+    reach: Reach | StepReach
+
+
+class GuardedBlock(FusedBlock):
+    """A ``FusedBlock`` that goes by the guarded parts of its rows where there are some."""
+
+    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+        own = rows.attention
+        if own is None:
+            return super().run_attention(h, rows, store)
+        queries = self._project_guarded(h, rows, own, store)
+        h = narrowed(h, rows)
+        terms = [Term(self._attend_guarded(queries, store), self.weights.output)]
+        return self.ops.add_terms_(h, terms, chosen=[queries.chosen], then=rows.then_attention)
+
+    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
+        own = rows.ffn
+        if own is None:
+            return super().run_ffn(h, rows)
+        fed, chosen = self._feed_guarded(h, rows, own)
+        terms = [Term(fed, self.weights.down)]
+        self.ops.add_terms_(h, terms, chosen=[chosen], then=rows.then_ffn)
+        return None
+
+    def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+        """Both sublayers read ``h``, so neither updates it before the other has read."""
+        attention, ffn = rows.attention, rows.ffn
+        if attention is None and ffn is None:
+            return super().run_parallel(h, rows, store)
+        if attention is not None and ffn is not None and rows.narrow is None:
+            return self._run_merged(h, rows, attention, ffn, store)
+        queries, static = None, None
+        if attention is not None:
+            queries = self._project_guarded(h, rows, attention, store)
+        else:
+            static = self._project(h, rows, store)
+        h = narrowed(h, rows)
+        fed, feeds = None, None
+        if ffn is not None:
+            fed, feeds = self._feed_guarded(h, rows, ffn)
+        elif rows.feeding.count:
+            fed = self._feed(h, rows.feeding)
+        if queries is not None:
+            own = Term(self._attend_guarded(queries, store), self.weights.output)
+            self.ops.add_terms_(h, [own], chosen=[queries.chosen])
+        elif rows.reach is not None:
+            own = Term(self.attend(h, static, rows, store), self.weights.output)
+            self._add(h, rows.attending, [own], None)
+        if fed is not None and feeds is not None:
+            self.ops.add_terms_(
+                h, [Term(fed, self.weights.down)], chosen=[feeds], then=rows.then_ffn
+            )
+        elif fed is not None:
+            self._add(h, rows.feeding, [Term(fed, self.weights.down)], rows.then_ffn)
+        elif rows.then_ffn is not None:
+            self.ops.route(h, rows.then_ffn)
+        return h
+
+    def _run_merged(
+        self,
+        h: Tensor,
+        rows: FusedRows,
+        attention: GuardedAttention,
+        ffn: GuardedFeed,
+        store: Store,
+    ) -> Tensor:
+        """Both halves guarded: each takes one launch, as in a layer without guards."""
+        targets, reach = self._placed(attention, rows)
+        attends = self.ops.choose_rows(attention.runs)
+        feeds = attends if ffn.runs is attention.runs else self.ops.choose_rows(ffn.runs)
+        own = replace(self.projection(targets, store), leaves_all=attention.leaves_all)
+        found, fed = self.ops.project_append_feed(h, own, self.part(), chosen=(attends, feeds))
+        self._copy(attention, targets, store)
+        mixed = self._attend_guarded(_Queries(found, attends, reach), store)
+        terms = [Term(mixed, self.weights.output), Term(fed, self.weights.down)]
+        return self.ops.add_terms_(h, terms, chosen=[attends, feeds], then=rows.then_ffn)
+
+    def _project_guarded(
+        self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store
+    ) -> _Queries:
+        """Stores the layer's entries; the queries of the rows that go on and attend."""
+        targets, reach = self._placed(own, rows)
+        narrow = rows.narrow
+        if narrow is None:
+            chosen = self.ops.choose_rows(own.runs)
+            projection = replace(self.projection(targets, store), leaves_all=own.leaves_all)
+            queries = self.ops.project_append(h, [projection], chosen=chosen)[0]
+            self._copy(own, targets, store)
+            return _Queries(queries, chosen, reach)
+        keys_values = self.projection(targets, store, linear=self.weights.keys_values)
+        self.ops.project_append(h, [keys_values])
+        self._copy(own, targets, store)
+        runs = narrow.take(own.runs)
+        chosen = self.ops.choose_rows(runs)
+        parts = (narrow.take(t) for t in (targets.positions, targets.sequences, targets.slots))
+        alone = self.projection(Targets(*parts), store, linear=self.weights.queries, leaves=False)
+        queries = self.ops.project_append(narrow.take(h), [alone], chosen=chosen)[0]
+        return _Queries(queries, chosen, replace(reach, runs=runs))
+
+    def _placed(self, own: GuardedAttention, rows: FusedRows) -> tuple[Targets, Reach | StepReach]:
+        """Where entries go and what rows see; of a hollow layer's prompt as the flags say."""
+        targets, reach, placing = own.targets, replace(own.reach, runs=own.runs), own.placing
+        if placing is None:
+            return targets, reach
+        held = own.runs
+        if placing.stored is not None:
+            held = torch.maximum(held, placing.stored)
+        placing.note(held)
+        slots, limits = self.ops.place_entries(held, placing.order, placing.bounds, placing.counts)
+        assert isinstance(reach, Reach)
+        limits = limits if rows.narrow is None else rows.narrow.take(limits)
+        return replace(targets, slots=slots), replace(reach, limits=limits)
+
+    def _copy(self, own: GuardedAttention, targets: Targets, store: Store) -> None:
+        for copies in own.copies:
+            is_hollow = own.placing is not None
+            self.copy(replace(copies, to_slots=targets.slots) if is_hollow else copies, store)
+
+    def _attend_guarded(self, queries: _Queries, store: Store) -> Tensor:
+        """``[N, H * K]`` of the rows that attend."""
+        pages = store.pages(self.plan.index)
+        if isinstance(queries.reach, StepReach):
+            return self.ops.attend_step([queries.rows], [queries.reach], [pages], self.scale)[0]
+        return self.ops.attend_rows(queries.rows, queries.reach, pages, self.scale)
+
+    def _feed_guarded(self, h: Tensor, rows: FusedRows, own: GuardedFeed) -> tuple[Tensor, Chosen]:
+        """``[N, F]`` of the rows of ``h``, which is what goes on, that run the FFN."""
+        runs = own.runs if rows.narrow is None else rows.narrow.take(own.runs)
+        if own.between is not None:
+            between = own.between
+            if rows.narrow is not None:
+                between = _narrowed_route(between, rows.narrow, {id(own.runs): runs})
+            self.ops.route(h, between)
+            if rows.narrow is not None:
+                rows.narrow.put(own.runs, runs)
+        chosen = self.ops.choose_rows(runs)
+        return self.ops.feed(h, [self.part()], chosen=chosen)[0], chosen
+
+
+def _narrowed_route(route: Route, narrow: Selection, runs: dict[int, Tensor]) -> Route:
+    """The same decisions on the rows that go on; ``runs``: their flags, by those of all rows."""
+    trace = route.trace
+    return replace(
+        route,
+        verdicts=[
+            replace(
+                verdict,
+                runs=runs.get(id(verdict.runs), narrow.take(verdict.runs)),
+                candidates=narrow.take(verdict.candidates),
+            )
+            for verdict in route.verdicts
+        ],
+        positions=narrow.take(route.positions),
+        sequences=narrow.take(route.sequences),
+        trace=trace and replace(trace, found=narrow.take(trace.found)),
+    )

@@ -1,0 +1,50 @@
+"""Where the decisions of a decode step ride: in the updates after which they fall, without launches
+of their own."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from fastskip.decoder.device_routes import DeviceRoutes, merged
+from fastskip.decoder.guards import Point
+from fastskip.ops.routes import Route
+from fastskip.plan import SkipPlan
+from fastskip.policy import Arrangement, TokenClass
+
+
+class Part(Enum):
+    """A moment of a layer: before it, between its sublayers, or in one of their updates."""
+
+    BEFORE = "before"
+    ATTENTION = "attention"
+    BETWEEN = "between"
+    FFN = "ffn"
+
+
+def riding(
+    plan: SkipPlan, routes: DeviceRoutes, new: TokenClass
+) -> dict[tuple[int, Part], Route | None]:
+    """By layer and part, what is decided there for rows of one class.
+
+    A decision falls on the residual stream as the last update before it left it. Only what falls
+    before the first update of a step takes a launch of its own. Two parallel sublayers, and the
+    blocks of a pair, have one update, that of the FFN; of a pair the first layer stands for both.
+    """
+    found: dict[tuple[int, Part], Route | None] = {}
+    last: tuple[int, Part] | None = None
+
+    def place(route: Route | None, otherwise: tuple[int, Part]) -> None:
+        if route is not None:
+            at = last or otherwise
+            found[at] = merged([found.get(at), route])
+
+    for step in plan.steps:
+        layer = plan.layers[step[0]]
+        place(routes.route(step, Point.START), (layer.index, Part.BEFORE))
+        has_one_update = len(step) == 2 or layer.arrangement is Arrangement.PARALLEL
+        if new in layer.attending and not has_one_update:
+            last = layer.index, Part.ATTENTION
+        place(routes.route(step, Point.MIDDLE), (layer.index, Part.BETWEEN))
+        if new in layer.feeding or (has_one_update and new in layer.attending):
+            last = layer.index, Part.FFN
+    return found
