@@ -94,20 +94,21 @@ def _move(h: Tensor, taken: Route) -> None:
     trace.snapshot.copy_(h)
 
 
-def settle(
-    scores: Tensor,
-    sequences: Tensor,
-    positions: Tensor,
-    terms: Terms,
-) -> Tensor:
+def settle(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -> Tensor:
     """Which of ``m`` candidates skip: ``[m]`` bool, from their scores, sequences and positions."""
     if terms.capacity is not None:
         return _beyond_capacity(scores, sequences, positions, terms.capacity)
-    if terms.group is not Group.ROW:
-        numbers = sequences if terms.group is Group.SEQUENCE else torch.zeros_like(sequences)
-        scores = _of_groups(scores, numbers, positions, terms)
+    scores = agreed(scores, sequences, positions, terms)
     bar = torch.tensor(terms.bar, dtype=torch.float32, device=scores.device)
     return scores >= bar.to(scores.dtype)
+
+
+def agreed(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -> Tensor:
+    """The score of each candidate's group: ``[m]``."""
+    if terms.group is Group.ROW:
+        return scores
+    numbers = sequences if terms.group is Group.SEQUENCE else torch.zeros_like(sequences)
+    return _of_groups(scores, numbers, positions, terms)
 
 
 def score(terms: Terms, h: Tensor, positions: Tensor, found: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fastskip.ops import routes
 from fastskip.ops.fused_routes import score, settle
@@ -49,19 +50,29 @@ class ScoreRouter:
 
     def decide(self, context: RoutingContext) -> Decision:
         """As ``Router``: skips where the score, or that of the row's group, reaches the bar."""
+        scores = self.scores(context)
+        sequences, positions = (
+            rows.to(scores.device) for rows in (context.sequences, context.positions)
+        )
+        return Decision(settle(scores, sequences, positions, self.terms(context.layer)))
+
+    def scores(self, context: RoutingContext) -> Tensor:
+        """``[n]``, at least fp32: how much each candidate wishes to skip.
+
+        Raises:
+            RouterError: a score is not a number, so the hidden states are not finite.
+        """
         is_linear = self.rule.kind == "linear"
         hidden = context.hidden if is_linear else torch.empty(0)
         terms = self.terms_on(context.layer, hidden.device)
-        positions = context.positions if not is_linear else context.positions.to(hidden.device)
         found = context.last_layer if self.needs_trace else None
-        scores = score(terms, hidden, positions, found)
+        scores = score(terms, hidden, context.positions.to(hidden.device), found)
         if bool(scores.isnan().any()):
             raise RouterError(
                 f"{self.rule.kind} router in layer {context.layer}: a score is not a number, so "
                 "the hidden states are not finite; allowed: finite ones"
             )
-        sequences = context.sequences.to(scores.device)
-        return Decision(settle(scores, sequences, context.positions.to(scores.device), terms))
+        return scores
 
     def _make_terms(self, layer: int) -> Terms:
         rule = self.rule
