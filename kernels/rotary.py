@@ -6,8 +6,8 @@
 ``heads [n, H + 2G, K]``: queries, keys, values; ``cosine``, ``sine [positions, K / 2]``. Queries
 are rotated where they are; rotated keys and plain values go to their slots, head ``e`` of the
 ``2G`` at ``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. Grid
-``(n, heads / BLOCK_H)``; rows whose flag in ``runs [n]`` is 0 are left alone. Tables: kernel
-``rotate_append``, shape ``(H, G, K)``.
+``(n, heads / BLOCK_H)``. Of rows whose flag in ``runs [n]`` is 0 the queries are left alone, and
+all of them unless all leave entries. Tables: kernel ``rotate_append``, shape ``(H, G, K)``.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ def _rotate_append_kernel(
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    LEAVES_ALL: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
     if runs_ptr is not None:
-        does_run = tl.load(runs_ptr + row)
-        if does_run == 0:
+        does_run = tl.load(runs_ptr + row) != 0
+        if not (does_run | LEAVES_ALL):
             return
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     if cosine_ptr is None:
@@ -67,6 +68,8 @@ def _rotate_append_kernel(
     element = tl.arange(0, BLOCK_K)
     is_real = element < HALF
     is_query = head < QUERIES
+    if runs_ptr is not None:
+        is_query = is_query & does_run
     is_entry = (head >= QUERIES) & (head < QUERIES + 2 * GROUPS)
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + row)
@@ -110,7 +113,8 @@ def rotate_append(
     """Rotates the queries of ``heads [n, H + 2G, K]`` in place and stores keys and values.
 
     ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
-    negative slot leaves no entry; one whose flag in ``runs [n]`` is 0 is not touched at all.
+    negative slot leaves no entry, nor does one whose flag in ``runs [n]`` is 0, unless
+    ``projection.leaves_all``; the queries of the latter are not touched.
     """
     refuse_gradients(heads=heads)
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
@@ -144,6 +148,7 @@ def rotate_append(
         GROUPS=groups,
         HEAD_DIM=size,
         PAGE=PAGE_SLOTS,
+        LEAVES_ALL=pages is not None and projection.leaves_all,
         BLOCK_H=block,
         BLOCK_K=triton.next_power_of_2(size // 2),
     )

@@ -1,6 +1,7 @@
 """Every compiled operation against its torch form, whoever computes the products."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 from fastskip.kernels import choice, tuning
 from fastskip.kernels.choice import FEW_ROWS, LIBRARY, ROW_GEMM
 from fastskip.kernels.launch import recording
-from fastskip.ops import compiled, fused
+from fastskip.ops import allocate, compiled, fused
 from fastskip.ops.contracts import Activation, Linear, Norm, Term
 from fastskip.ops.operations import FusedOperations
+from fastskip.ops.routes import Chosen, Move, Route, Score, Trace, Verdict
 from tests.budget import assert_within_budget
 from tests.kernels.sublayers import (
     TRUTH,
@@ -20,6 +22,7 @@ from tests.kernels.sublayers import (
     Place,
     ProjectionCase,
     assert_same_entries,
+    memory,
 )
 from tests.kernels.test_sampler import assert_same, build_choice
 
@@ -179,6 +182,240 @@ def test_head_choose(by: str, device: torch.device) -> None:
     OURS.head_choose(h, norm, head, ours)
     THEIRS.head_choose(h, norm, head, theirs)
     assert_same(ours, theirs)
+
+
+RUNS = {"some": (1, 0, 1, 1, 0), "one": (0, 0, 0, 1, 0), "none": (0,) * 5, "all": (1,) * 5}
+OTHERS = (0, 0, 1, 0, 1)
+FLAGS = "flags"
+"""Chosen rows that are few: kernels of few rows read flags, whatever the tables say."""
+
+
+@pytest.fixture(params=(FLAGS, LIBRARY, ROW_GEMM))
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How chosen rows are computed, and by whom what all rows need."""
+    asked: str = request.param
+    if asked != FLAGS:
+        monkeypatch.setattr(compiled, "FEW_CHOSEN", 0)
+    monkeypatch.setattr(compiled, "choose_product", lambda *_, **__: asked)
+    with recording() as account, allocate.poisoned():
+        yield asked
+    names = set(account.by_kernel())
+    few = {"project_append", "feed", "project_append_feed", "add_terms"}
+    assert names & few if asked == FLAGS else "linear_rows" in names
+    assert not names & ({"linear_rows", "library_product"} if asked == FLAGS else few)
+
+
+def chosen_of(ops: FusedOperations, place: Place, runs: Sequence[int] | None) -> Chosen | None:
+    return None if runs is None else ops.choose_rows(place.integers(*runs))
+
+
+def rows_that(runs: Sequence[int] | None) -> list[int]:
+    return [row for row in range(ROWS) if runs is None or runs[row]]
+
+
+def check_some(name: str, made: Made, dtype: torch.dtype, device: torch.device) -> None:
+    """As ``check``, of results that may have no rows."""
+    actual = made(OURS, Place(dtype, device))
+    eager, truth = (made(THEIRS, Place(each, torch.device("cpu"))) for each in (dtype, TRUTH))
+    for ours, theirs, true in zip(actual, eager, truth, strict=True):
+        assert ours.shape == theirs.shape
+        if len(ours):
+            assert_within_budget(name, ours.cpu(), theirs, true)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("leaves_all", (True, False))
+@pytest.mark.parametrize("runs", ("some", "none"))
+@pytest.mark.parametrize(
+    ("case", "blocks"),
+    [
+        (ProjectionCase(4, 2, 16, WIDTH, has_bias=True), 1),
+        (ProjectionCase(4, 2, 16, WIDTH, is_centred=True), 2),
+        (ProjectionCase(4, 2, 16, WIDTH, has_pages=False), 1),
+    ],
+    ids=("one", "pair", "queries"),
+)
+def test_project_append_of_chosen_rows(
+    way: str,
+    case: ProjectionCase,
+    blocks: int,
+    runs: str,
+    leaves_all: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    made_pages: list[Any] = []
+
+    def made(ops: FusedOperations, place: Place) -> list[Tensor]:
+        h, _ = rows_of(place, False)
+        projections = [
+            replace(case.build(ROWS, place, seed=7 * number), leaves_all=leaves_all)
+            for number in range(blocks)
+        ]
+        made_pages.append([each.pages for each in projections if each.pages is not None])
+        found = ops.project_append(h, projections, chosen=chosen_of(ops, place, RUNS[runs]))
+        assert all(each.shape == (ROWS, 4, 16) for each in found)
+        return [each[rows_that(RUNS[runs])] for each in found]
+
+    check_some("queries", made, dtype, device)
+    for pages in zip(*made_pages, strict=True):
+        if leaves_all or runs != "none":
+            assert_same_entries(*pages)
+        else:
+            assert memory(pages[0]).isnan().all()
+
+
+def test_only_entries_of_chosen_rows(way: str, device: torch.device) -> None:
+    """A block whose queries nobody asks for."""
+    made_pages: list[Any] = []
+
+    def made(ops: FusedOperations, place: Place) -> list[Tensor]:
+        own = replace(ProjectionCase(0, 2, 16, WIDTH).build(ROWS, place), leaves_all=False)
+        made_pages.append(own.pages)
+        chosen = chosen_of(ops, place, RUNS["some"])
+        (found,) = ops.project_append(rows_of(place, False)[0], [own], chosen=chosen)
+        return [found[:0]]
+
+    check_some("queries", made, torch.float32, device)
+    assert_same_entries(*made_pages)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("activation", "is_pair"), [(Activation.GATED_SILU, False), (Activation.RELU, True)]
+)
+@pytest.mark.parametrize("runs", RUNS)
+def test_feed_of_chosen_rows(
+    way: str,
+    runs: str,
+    activation: Activation,
+    is_pair: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    case = FeedCase(24, WIDTH, activation, has_bias=activation is Activation.RELU)
+
+    def made(ops: FusedOperations, place: Place) -> list[Tensor]:
+        h, _ = rows_of(place, False)
+        parts = [case.build(place, seed=7 * number) for number in range(1 + is_pair)]
+        changes = [place.numbers(ROWS, WIDTH, seed=30 + number) for number in range(2)]
+        chosen = chosen_of(ops, place, RUNS[runs])
+        found = ops.feed(h, parts, changes=changes if is_pair else None, chosen=chosen)
+        assert all(each.shape == (ROWS, 24) for each in found)
+        return [each[rows_that(RUNS[runs])] for each in found]
+
+    check_some("feed", made, dtype, device)
+
+
+PAIRS = {
+    "attention": (RUNS["some"], None),
+    "ffn": (None, RUNS["some"]),
+    "both": (RUNS["some"], OTHERS),
+    "nothing": (RUNS["none"], RUNS["none"]),
+}
+
+
+@pytest.mark.parametrize("leaves_all", (True, False))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_project_append_feed_of_chosen_rows(
+    way: str, pair: str, leaves_all: bool, device: torch.device
+) -> None:
+    heads, ffn = ProjectionCase(4, 2, 16, WIDTH), FeedCase(24, WIDTH)
+    attends, feeds = PAIRS[pair]
+    made_pages: list[Any] = []
+
+    def made(ops: FusedOperations, place: Place) -> list[Tensor]:
+        h, _ = rows_of(place, False)
+        own = replace(heads.build(ROWS, place), leaves_all=leaves_all)
+        part = replace(ffn.build(place, seed=7), norm=own.norm)
+        made_pages.append(own.pages)
+        chosen = chosen_of(ops, place, attends), chosen_of(ops, place, feeds)
+        queries, found = ops.project_append_feed(h, own, part, chosen=chosen)
+        return [queries[rows_that(attends)], found[rows_that(feeds)]]
+
+    check_some("parallel", made, torch.bfloat16, device)
+    if leaves_all or pair != "nothing":
+        assert_same_entries(*made_pages)
+    else:
+        assert memory(made_pages[0]).isnan().all()
+
+
+TERMS = {
+    "one": (RUNS["some"],),
+    "of nobody": (RUNS["none"],),
+    "of all": (RUNS["all"],),
+    "second": (None, RUNS["some"]),
+    "first": (RUNS["some"], None),
+    "both": (RUNS["some"], OTHERS),
+    "neither": (RUNS["none"], RUNS["none"]),
+}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize(
+    ("factor", "has_bias", "dtype"), [(1.0, False, torch.float32), (0.5, True, torch.bfloat16)]
+)
+def test_add_terms_of_chosen_rows(
+    way: str, terms: str, factor: float, has_bias: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    given = TERMS[terms]
+
+    def made(ops: FusedOperations, place: Place) -> list[Tensor]:
+        h, _ = rows_of(place, False)
+        before = h.clone()
+        own = terms_of(place, (24, 40)[: len(given)], has_bias)
+        for runs, term in zip(given, own, strict=True):
+            idle = [row for row in range(ROWS) if runs is not None and not runs[row]]
+            term.x[idle] = float("nan")
+        chosen = [chosen_of(ops, place, runs) for runs in given]
+        assert ops.add_terms_(h, own, factor=factor, chosen=chosen) is h
+        idle = [row for row in range(ROWS) if not any(x is None or x[row] for x in given)]
+        assert torch.equal(h[idle], before[idle])
+        return [h]
+
+    check("h", made, dtype, device)
+
+
+@pytest.mark.parametrize("is_chosen", (False, True))
+def test_decisions_follow_an_update(way: str, is_chosen: bool, device: torch.device) -> None:
+    def made(ops: FusedOperations, place: Place) -> list[Tensor]:
+        h, _ = rows_of(place, False)
+        runs = RUNS["some"] if is_chosen or way == FLAGS else RUNS["all"]
+        verdicts = [
+            Verdict(
+                score=score,
+                bar=bar,
+                runs=place.integers(*(7,) * ROWS),
+                candidates=place.integers(1, 1, 0, 1, 1),
+                weight=place.numbers(WIDTH, seed=5).float(),
+            )
+            for score, bar in ((Score.COSINE, 0.8), (Score.LINEAR, 0.3))
+        ]
+        trace = Trace(h.clone(), torch.zeros(ROWS, 2, dtype=h.dtype, device=h.device))
+        numbers = place.integers(*range(ROWS))
+        ran = [place.integers(*runs)]
+        then = Route(verdicts, numbers, numbers, trace, Move.NEXT, ran, place.integers(0))
+        ops.add_terms_(
+            h, terms_of(place, (24,), False), chosen=[chosen_of(ops, place, runs)], then=then
+        )
+        flags = torch.stack([each.runs for each in verdicts]).to(h.dtype)
+        assert 0 < flags[:, [0, 1, 3, 4]].sum() < 8, "no bar between the scores"
+        return [h, trace.found, trace.snapshot, flags]
+
+    check("then", made, torch.float32, device)
+
+
+@pytest.mark.parametrize("rows", (0, 1, 64, 65))
+def test_many_rows_are_chosen_by_an_index_too(rows: int, device: torch.device) -> None:
+    runs = (torch.arange(rows, device=device) % 3 == 1).to(torch.int32)
+    found = OURS.choose_rows(runs)
+    assert found.runs is runs
+    if rows <= compiled.FEW_CHOSEN:
+        assert found.index is None and found.count is None
+    else:
+        assert found.index is not None and found.count is not None
+        assert found.count.tolist() == [int(runs.sum())]
+        assert found.index[: int(runs.sum())].tolist() == runs.nonzero().flatten().tolist()
 
 
 def test_no_rows(by: str, device: torch.device) -> None:

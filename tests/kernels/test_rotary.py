@@ -120,14 +120,17 @@ def test_no_rows(name: str, device: torch.device) -> None:
     assert rotate_append(heads, projection).shape == (0, case.queries, case.head_dim)
 
 
+@pytest.mark.parametrize("leaves_all", [False, True])
 @pytest.mark.parametrize("name", ["grouped", "entries only", "queries only", "no rotation"])
-def test_rows_that_do_not_run_are_left_alone(name: str, device: torch.device) -> None:
+def test_rows_that_do_not_run(name: str, leaves_all: bool, device: torch.device) -> None:
     case = CASES[name]
     runs = torch.tensor([1, 0, 1, 0, 1], dtype=torch.int32, device=device)
     ours, theirs = (case.projection(torch.float32, device) for _ in range(2))
+    ours = replace(ours, leaves_all=leaves_all)
     heads = case.heads().float().to(device)
-    slots = torch.where(runs.bool(), theirs.targets.slots, -1)
-    theirs = replace(theirs, targets=replace(theirs.targets, slots=slots))
+    if not leaves_all:
+        slots = torch.where(runs.bool(), theirs.targets.slots, -1)
+        theirs = replace(theirs, targets=replace(theirs.targets, slots=slots))
     expected = fused.rotate_append(heads.clone(), theirs)
     before = heads.clone()
     found = rotate_append(heads, ours, runs=runs, config={"BLOCK_H": 4, "num_warps": 4})
