@@ -12,7 +12,7 @@ from fastskip.kernels import choice, tuning
 from fastskip.kernels.choice import FEW_ROWS, LIBRARY, ROW_GEMM
 from fastskip.kernels.launch import recording
 from fastskip.ops import allocate, compiled, fused
-from fastskip.ops.contracts import Activation, Linear, Norm, Term
+from fastskip.ops.contracts import Activation, Linear, Norm, Pages, Term
 from fastskip.ops.operations import FusedOperations
 from fastskip.ops.routes import Chosen, Move, Route, Score, Trace, Verdict
 from tests.budget import assert_within_budget
@@ -213,6 +213,22 @@ def rows_that(runs: Sequence[int] | None) -> list[int]:
     return [row for row in range(ROWS) if runs is None or runs[row]]
 
 
+FILLING = 1234.0
+
+
+def fill(pages: Pages) -> None:
+    """Numbers in all slots: what rows that do not run would store there may be NaN."""
+    for slab in pages.slabs:
+        slab.fill_(FILLING)
+
+
+def unfill(pages: Pages) -> None:
+    """NaN in the slots that nobody wrote."""
+    assert not memory(pages).isnan().any()
+    for slab in pages.slabs:
+        slab[slab == slab.new_tensor(FILLING)] = float("nan")
+
+
 def check_some(name: str, made: Made, dtype: torch.dtype, device: torch.device) -> None:
     """As ``check``, of results that may have no rows."""
     actual = made(OURS, Place(dtype, device))
@@ -253,7 +269,11 @@ def test_project_append_of_chosen_rows(
             for number in range(blocks)
         ]
         made_pages.append([each.pages for each in projections if each.pages is not None])
+        for pages in made_pages[-1]:
+            fill(pages)
         found = ops.project_append(h, projections, chosen=chosen_of(ops, place, RUNS[runs]))
+        for pages in made_pages[-1]:
+            unfill(pages)
         assert all(each.shape == (ROWS, 4, 16) for each in found)
         return [each[rows_that(RUNS[runs])] for each in found]
 
@@ -272,8 +292,10 @@ def test_only_entries_of_chosen_rows(way: str, device: torch.device) -> None:
     def made(ops: FusedOperations, place: Place) -> list[Tensor]:
         own = replace(ProjectionCase(0, 2, 16, WIDTH).build(ROWS, place), leaves_all=False)
         made_pages.append(own.pages)
+        fill(made_pages[-1])
         chosen = chosen_of(ops, place, RUNS["some"])
         (found,) = ops.project_append(rows_of(place, False)[0], [own], chosen=chosen)
+        unfill(made_pages[-1])
         return [found[:0]]
 
     check_some("queries", made, torch.float32, device)
@@ -329,8 +351,10 @@ def test_project_append_feed_of_chosen_rows(
         own = replace(heads.build(ROWS, place), leaves_all=leaves_all)
         part = replace(ffn.build(place, seed=7), norm=own.norm)
         made_pages.append(own.pages)
+        fill(made_pages[-1])
         chosen = chosen_of(ops, place, attends), chosen_of(ops, place, feeds)
         queries, found = ops.project_append_feed(h, own, part, chosen=chosen)
+        unfill(made_pages[-1])
         return [queries[rows_that(attends)], found[rows_that(feeds)]]
 
     check_some("parallel", made, torch.bfloat16, device)
