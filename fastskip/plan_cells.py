@@ -85,7 +85,7 @@ def resolve_layers(
                 skipped = _cell(token_class, both, plan.holds_kv, resolved)
                 routed.append(RoutedCell(plan.index, token_class, number, rule, skipped))
                 possible += [skipped] if Sublayer.ATTENTION in rule.skip else []
-            for kv in leaving[token_class]:
+            for kv in leaving[token_class] if cell.attention else ():
                 gone = _Skip(frozenset(Sublayer), kv)
                 possible.append(_cell(token_class, gone, plan.holds_kv, resolved))
             if plan.holds_kv and any(_may_lack(each, token_class, resolved) for each in possible):

@@ -144,17 +144,18 @@ class RoutedRows:
         """Rows that do not attend and leave entries: projected, and copied by source layer."""
         if not layer.holds_kv:
             return self._nobody, []
-        leaves: dict[SkippedKV, Tensor] = dict.fromkeys(SkippedKV, self._nobody)
+        leaves: dict[SkippedKV, Tensor] = {kv: self._nobody for kv in SkippedKV}
         for token_class, cell in layer.cells.items():
             if cell.kv is not None:
-                leaves[cell.kv] = leaves[cell.kv] | (self._of(frozenset({token_class})))
-        skipped = self._skips.get((layer.index, Sublayer.ATTENTION), self._nobody)
+                leaves[cell.kv] = leaves[cell.kv] | self._of(frozenset({token_class}))
+        skipped = self._skips.get((layer.index, Sublayer.ATTENTION), self._nobody) & ~self._gone
         for routed in self._plan.routed_by_layer.get(layer.index, ()):
             if Sublayer.ATTENTION in routed.skip:
                 kv = routed.rule.kv or SkippedKV.PROJECT
                 leaves[kv] = leaves[kv] | self._of(frozenset({routed.token_class})) & skipped
-        for kv in SkippedKV:
-            leaves[kv] = leaves[kv] & ~self._gone | self._exited.get(kv, self._nobody)
+        # Where a rule leaves attention out for a class, its K and V go by that rule in any case.
+        for kv, rows in self._exited.items():
+            leaves[kv] = leaves[kv] | rows & self._of(layer.attending)
         copied: list[tuple[int, Tensor]] = []
         for token_class in layer.cells:
             mine = leaves[SkippedKV.REUSE] & self._of(frozenset({token_class}))
