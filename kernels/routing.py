@@ -32,9 +32,7 @@ from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
-from fastskip.ops.routes import Group, Move, Route, Score, Verdict
-
-LARGEST = tl.constexpr(3.4028234663852886e38)
+from fastskip.ops.routes import Group, Move, Route, Verdict
 
 
 @triton.jit(do_not_specialize=["salts"])
@@ -66,30 +64,22 @@ def _route_kernel(
     # Loads and sums that nothing below asks for are not compiled.
     h = numerics.load(h_ptr + row * stride_hn + column, is_real)
     square = tl.sum(h * h)
-    cosine = tl.full([], float("-inf"), tl.float32)
-    change = tl.full([], float("inf"), tl.float32)
-    if found_ptr is not None and MOVE != "start":
-        cosine, change = tl.load(found_ptr + row * 2), tl.load(found_ptr + row * 2 + 1)
+    before = square
+    product = square
+    difference = square
     if MOVE != "none":
         snapshot_ptr += row * stride_sn + column
         if MOVE == "next":
-            before = numerics.load(snapshot_ptr, is_real)
-            did = row >= 0
-            for number in tl.static_range(len(ran_ptrs)):
-                did = did & (tl.load(ran_ptrs[number] + row) != 0)
-            other = h - before
-            new_cosine, new_change = verdicts.measure(
-                tl.sum(before * before), square, tl.sum(before * h), tl.sum(other * other)
-            )
-            cosine = tl.where(did, new_cosine, cosine)
-            change = tl.where(did, new_change, change)
+            snapshot = numerics.load(snapshot_ptr, is_real)
+            before, product = tl.sum(snapshot * snapshot), tl.sum(snapshot * h)
+            difference = tl.sum((h - snapshot) * (h - snapshot))
         numerics.store(snapshot_ptr, h, is_real)
-        tl.store(found_ptr + row * 2, cosine)
-        tl.store(found_ptr + row * 2 + 1, change)
+    cosine, change = verdicts.moved(
+        MOVE, found_ptr, ran_ptrs, row, row >= 0, square, before, product, difference
+    )
 
     position = tl.load(positions_ptr + row)
     for number in tl.static_range(len(SCORES)):
-        product = square
         if SCORES[number] == "linear":
             product = tl.sum(h * tl.load(weight_ptrs[number] + column, mask=is_real, other=0.0))
         wish = verdicts.score(
@@ -133,13 +123,15 @@ def _decide_kernel(
     position = tl.load(positions_ptr + row, mask=is_own, other=0)
     if sequences_ptr is not None:
         sequence = tl.load(sequences_ptr + row, mask=is_own, other=0)
-    if RULE == "capacity":
-        wish = _rankable(tl.load(scores_ptr + row, mask=is_own, other=0.0))
+    wish = None
+    if scores_ptr is not None:
+        wish = tl.load(scores_ptr + row, mask=is_own, other=0.0)
 
     members = tl.zeros([BLOCK_R], tl.int32)
     counted = tl.zeros([BLOCK_R], tl.int32)
     latest = tl.full([BLOCK_R], -1, tl.int32)
     total = tl.zeros([BLOCK_R], tl.float32)
+    # Loads that the rule does not ask for are not compiled.
     for first in range(0, rows, BLOCK):
         other = first + tl.arange(0, BLOCK)
         is_candidate = tl.load(candidates_ptr + other, mask=other < rows, other=0) != 0
@@ -147,43 +139,26 @@ def _decide_kernel(
         if sequences_ptr is not None:
             theirs = tl.load(sequences_ptr + other, mask=is_candidate, other=0)
             is_member = is_member & (sequence[:, None] == theirs[None])
-        members += tl.sum(is_member.to(tl.int32), 1)
-        if RULE == "latest" or RULE == "capacity":
-            their_position = tl.load(positions_ptr + other, mask=is_candidate, other=0)[None]
-        if RULE != "latest":
-            their_wish = tl.load(scores_ptr + other, mask=is_candidate, other=0.0)[None]
-        if RULE == "latest":
-            latest = tl.maximum(latest, tl.max(tl.where(is_member, their_position, -1), 1))
-        elif RULE == "mean":
-            total += tl.sum(tl.where(is_member, their_wish, 0.0), 1)
-        elif RULE == "any":
-            counted += tl.sum(tl.where(is_member, verdicts.answer(their_wish, bar), 0), 1)
-        else:
-            tl.static_assert(RULE == "capacity")
-            their_wish = _rankable(their_wish)
-            is_earlier = (their_position < position[:, None]) | (
-                (their_position == position[:, None]) & (other[None] < row[:, None])
-            )
-            is_before = (their_wish < wish[:, None]) | ((their_wish == wish[:, None]) & is_earlier)
-            counted += tl.sum((is_member & is_before).to(tl.int32), 1)
-
-    if RULE == "latest":
-        runs = verdicts.answer(-verdicts.draw(latest, salt), bar)
-    elif RULE == "mean":
-        runs = verdicts.answer(total / tl.maximum(members, 1), bar)
-    elif RULE == "any":
-        runs = tl.where(counted > 0, 1, 0)
-    else:
-        # The product of Python's numbers, whose bits came as an integer.
-        share = capacity.to(tl.int64).to(tl.float64, bitcast=True)
-        runs = tl.where(counted < tl.ceil(share * members.to(tl.float64)), 1, 0)
+        their_wish = wish
+        if scores_ptr is not None:
+            their_wish = tl.load(scores_ptr + other, mask=is_candidate, other=0.0)
+        members, counted, latest, total = verdicts.tally(
+            RULE,
+            is_member,
+            row,
+            position,
+            wish,
+            other,
+            tl.load(positions_ptr + other, mask=is_candidate, other=0),
+            their_wish,
+            bar,
+            members,
+            counted,
+            latest,
+            total,
+        )
+    runs = verdicts.ruling(RULE, members, counted, latest, total, bar, salt, capacity)
     tl.store(runs_ptr + row, runs, mask=is_own)
-
-
-@triton.jit
-def _rankable(wish):
-    """Scores in an order of all of them: NaN comes last, as in torch."""
-    return tl.where(wish == wish, tl.minimum(wish, LARGEST), float("inf"))
 
 
 @triton.jit
@@ -216,11 +191,11 @@ def route(h: Tensor, taken: Route, *, config: Mapping[str, Any] | None = None) -
     for batch in _batches(taken.verdicts):
         scores: Sequence[Tensor | None] = [None] * len(batch)
         # Who decides with the latest row needs no more than positions.
-        if move is not Move.NONE or any(_rule_of(verdict) != "latest" for verdict in batch):
+        if move is not Move.NONE or any(verdicts.rule_of(verdict) != "latest" for verdict in batch):
             scores = _route(h, taken, move, batch, config)
             move = Move.NONE
         for verdict, known in zip(batch, scores, strict=True):
-            if _rule_of(verdict) is not None:
+            if verdicts.rule_of(verdict) is not None:
                 _decide(h, taken, verdict, known, config)
 
 
@@ -273,20 +248,11 @@ def _batches(found: Sequence[Verdict]) -> Iterator[list[Verdict]]:
     """Verdicts that share a launch: one that a row takes alone may ask who a group chose."""
     batch: list[Verdict] = []
     for verdict in found:
-        if _rule_of(verdict) is None and any(map(_rule_of, batch)):
+        if verdicts.rule_of(verdict) is None and any(map(verdicts.rule_of, batch)):
             yield batch
             batch = []
         batch.append(verdict)
     yield batch
-
-
-def _rule_of(verdict: Verdict) -> str | None:
-    """How a group decides; ``None``: each row by itself."""
-    if verdict.capacity is not None:
-        return "capacity"
-    if verdict.group is Group.ROW:
-        return None
-    return "latest" if verdict.score is Score.RANDOM else verdict.agreement.value
 
 
 def _route(
@@ -299,7 +265,7 @@ def _route(
     """The launch of a batch; scores ``[n]`` of each verdict if any of them is of a group."""
     (rows, size), trace = h.shape, taken.trace
     assert h.stride(1) == 1 and (trace is None or trace.found.is_contiguous())
-    is_grouped = tuple(_rule_of(verdict) is not None for verdict in found)
+    is_grouped = tuple(verdicts.rule_of(verdict) is not None for verdict in found)
     scores = empty((len(found), rows), torch.float32, h.device) if any(is_grouped) else None
     options = config or tuning.config_for("route", h.device, rows, (size,))
     launch(
@@ -319,7 +285,7 @@ def _route(
         stride_sn=0 if trace is None else trace.snapshot.stride(0),
         bars=tuple(float(verdict.bar) for verdict in found),
         biases=tuple(float(verdict.bias) for verdict in found),
-        salts=tuple(signed(verdict.salt) for verdict in found),
+        salts=tuple(verdicts.signed(verdict.salt) for verdict in found),
         rows=rows,
         D=size,
         MOVE=move.value,
@@ -338,7 +304,7 @@ def _decide(
     config: Mapping[str, Any] | None,
 ) -> None:
     """The launch of one verdict of groups."""
-    rule = _rule_of(verdict)
+    rule = verdicts.rule_of(verdict)
     is_of_all = verdict.group is Group.BATCH and rule != "capacity"
     blocks, options = split(config or tuning.config_for("decide", h.device, len(h)))
     launch(
@@ -351,17 +317,12 @@ def _decide(
         candidates_ptr=verdict.candidates,
         runs_ptr=verdict.runs,
         bar=float(verdict.bar),
-        salt=signed(verdict.salt),
+        salt=verdicts.signed(verdict.salt),
         capacity=struct.unpack("<q", struct.pack("<d", verdict.capacity or 0.0))[0],
         rows=len(h),
         RULE=rule,
         **blocks,
     )
-
-
-def signed(salt: int) -> int:
-    """The number whose 32 bits are those of ``salt``: what a launch passes as int32."""
-    return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,17 +1,26 @@
 """What verdicts are made of: measures, draws, scores and answers, of one row or of a tile of rows.
 
-Shared by ``routing`` (any number of rows) and ``residual`` (few rows, at the end of an update), so
+Shared by ``routing`` (any number of rows) and ``riding`` (few rows, at the end of an update), so
 that both decide alike. Formulas are those of ``ops.fused_routes``; scores, agreements and moves go
 by the names that ``ops.routes`` gives them. All in fp32.
+
+Rows decide alone, or together by one of four rules: ``mean`` and ``any`` as in ``Agreement``,
+``latest`` by the draw of the largest position, ``capacity`` by rank. Together means that each row
+looks at all members of its group (``tally``), in the same order as every other: so they all decide
+alike, and none waits for another.
 """
+
+from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from fastskip.ops.routes import EPSILON as ROW_EPSILON
+from fastskip.ops.routes import Group, Score, Verdict
 
 TINY = tl.constexpr(1e-30)
 EPSILON = tl.constexpr(ROW_EPSILON)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -25,11 +34,38 @@ def draw(position, salt):
 
 
 @triton.jit
-def measure(before, after, product, difference):
-    """Cosine and relative change of rows, of sums over each: ``in^2``, ``out^2``, ``in * out``,
-    ``(out - in)^2``."""
-    cosine = product / tl.maximum(tl.sqrt(before * after), TINY)
-    change = tl.sqrt(difference) / tl.maximum(tl.sqrt(before), TINY)
+def moved(
+    MOVE: tl.constexpr,
+    found_ptr,
+    ran_ptrs,
+    row,
+    is_row,
+    square,
+    before,
+    product,
+    difference,
+):
+    """Cosine and relative change of rows once their trace has moved on; both are written down.
+
+    The sums over each row, which only ``next`` reads: ``out^2``, ``in^2``, ``in * out``,
+    ``(out - in)^2``. ``row``, of any shape, and all else of the same.
+    """
+    cosine = tl.full(row.shape, float("-inf"), tl.float32)
+    change = tl.full(row.shape, float("inf"), tl.float32)
+    if found_ptr is not None and MOVE != "start":
+        cosine = tl.load(found_ptr + row * 2, mask=is_row, other=0.0)
+        change = tl.load(found_ptr + row * 2 + 1, mask=is_row, other=0.0)
+    if MOVE == "next":
+        did = is_row
+        for number in tl.static_range(len(ran_ptrs)):
+            did = did & (tl.load(ran_ptrs[number] + row, mask=is_row, other=0) != 0)
+        new_cosine = product / tl.maximum(tl.sqrt(before * square), TINY)
+        new_change = tl.sqrt(difference) / tl.maximum(tl.sqrt(before), TINY)
+        cosine = tl.where(did, new_cosine, cosine)
+        change = tl.where(did, new_change, change)
+    if MOVE != "none":
+        tl.store(found_ptr + row * 2, cosine, mask=is_row)
+        tl.store(found_ptr + row * 2 + 1, change, mask=is_row)
     return cosine, change
 
 
@@ -48,6 +84,81 @@ def score(SCORE: tl.constexpr, cosine, change, square, product, bias, position, 
 
 
 @triton.jit
-def answer(score, bar):
+def answer(wish, bar):
     """1 where a row runs, else 0. NaN is not at the bar, so it runs."""
-    return tl.where(score >= bar, 0, 1)
+    return tl.where(wish >= bar, 0, 1)
+
+
+@triton.jit
+def tally(
+    RULE: tl.constexpr,
+    is_member,
+    row,
+    position,
+    wish,
+    their_row,
+    their_position,
+    their_wish,
+    bar,
+    members,
+    counted,
+    latest,
+    total,
+):
+    """What rows ``row [R]`` know of their groups, after a look at rows ``their_row [J]`` too.
+
+    ``is_member [R, J]``: of whose group who is. Scores and positions of both; what a rule does not
+    read may be ``None``. Returns ``[R]`` each: members, those of them who would run or who come
+    first, the largest position, the sum of scores.
+    """
+    members += tl.sum(is_member.to(tl.int32), 1)
+    if RULE == "latest":
+        latest = tl.maximum(latest, tl.max(tl.where(is_member, their_position[None], -1), 1))
+    elif RULE == "mean":
+        total += tl.sum(tl.where(is_member, their_wish[None], 0.0), 1)
+    elif RULE == "any":
+        counted += tl.sum(tl.where(is_member, answer(their_wish, bar)[None], 0), 1)
+    else:
+        tl.static_assert(RULE == "capacity")
+        own, other = _rankable(wish)[:, None], _rankable(their_wish)[None]
+        is_earlier = (their_position[None] < position[:, None]) | (
+            (their_position[None] == position[:, None]) & (their_row[None] < row[:, None])
+        )
+        is_first = (other < own) | ((other == own) & is_earlier)
+        counted += tl.sum((is_member & is_first).to(tl.int32), 1)
+    return members, counted, latest, total
+
+
+@triton.jit
+def ruling(RULE: tl.constexpr, members, counted, latest, total, bar, salt, capacity):
+    """1 where a row runs, else 0, by what it knows of its group."""
+    if RULE == "latest":
+        return answer(-draw(latest, salt), bar)
+    elif RULE == "mean":
+        return answer(total / tl.maximum(members, 1), bar)
+    elif RULE == "any":
+        return tl.where(counted > 0, 1, 0)
+    else:
+        # The product of Python's numbers, whose bits came as an integer.
+        share = capacity.to(tl.int64).to(tl.float64, bitcast=True)
+        return tl.where(counted < tl.ceil(share * members.to(tl.float64)), 1, 0)
+
+
+@triton.jit
+def _rankable(wish):
+    """Scores in an order of all of them: NaN comes last, as in torch."""
+    return tl.where(wish == wish, tl.minimum(wish, LARGEST), float("inf"))
+
+
+def rule_of(verdict: Verdict) -> str | None:
+    """How rows decide together; ``None``: each by itself."""
+    if verdict.capacity is not None:
+        return "capacity"
+    if verdict.group is Group.ROW:
+        return None
+    return "latest" if verdict.score is Score.RANDOM else verdict.agreement.value
+
+
+def signed(salt: int) -> int:
+    """The number whose 32 bits are those of ``salt``: what a launch passes as int32."""
+    return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000

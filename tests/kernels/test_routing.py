@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastskip.kernels import routing, verdicts
+from fastskip.kernels import verdicts
 from fastskip.kernels.launch import recording
 from fastskip.kernels.routing import candidates, place_entries, route
 from fastskip.ops import fused, fused_routes
@@ -329,7 +329,7 @@ def test_draws_are_the_same_bits(salt: int, device: torch.device) -> None:
 
 def test_salts_keep_their_bits() -> None:
     for salt in (0, 1, 0x7FFFFFFF, 0x80000000, SALT, 0xFFFFFFFF):
-        number = routing.signed(salt)
+        number = verdicts.signed(salt)
         assert -(2**31) <= number < 2**31 and number & 0xFFFFFFFF == salt
 
 
