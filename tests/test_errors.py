@@ -134,15 +134,29 @@ def test_image_rules_on_a_text_only_model() -> None:
         fastskip.apply_(tiny_llama(), IMAGES_DIFFER)
 
 
-def test_routers_are_not_available_yet() -> None:
-    router = {"layers": [1], "tokens": ["text"], "skip": ["ffn"], "kind": "similarity"}
-    policy = {"schema_version": 1, "routers": [router | {"threshold": 0.9}]}
-    model: Any = tiny_llama()
-    with pytest.raises(fastskip.PolicyError, match="not available yet"):
-        fastskip.apply_(model, policy)
-    prepared = fastskip.apply_(model)
-    with pytest.raises(fastskip.PolicyError, match="not available yet"):
-        fastskip.set_policy(prepared, policy)
+def test_routers_that_the_device_executor_lacks() -> None:
+    router = {"layers": [1], "tokens": ["text"], "skip": ["block"]}
+    copies = {"layers": [2], "tokens": ["text"], "skip": ["attention"], "kv": "reuse"}
+    holes = router | {"kind": "random", "rate": 0.5, "kv": "omit"}
+    own = router | {"kind": "acme.own"}
+
+    class Own:
+        def decide(self, context: fastskip.RoutingContext) -> fastskip.Decision:
+            raise AssertionError("is not called")
+
+    given: dict[str, Any] = {"acme.own": Own()}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"routers": [own]}, {"routers": given}, "acme.own.*supported: similarity"),
+        ({"routers": [holes], "rules": [copies]}, {}, "kv reuse in layer 2 over layer 1"),
+    ]
+    for policy, options, message in cases:
+        policy["schema_version"] = 1
+        with pytest.raises(fastskip.UnsupportedModelError, match=f"impl='reference'.*{message}"):
+            fastskip.apply_(tiny_llama(), policy, impl="torch", **options)
+        prepared = fastskip.apply_(tiny_llama(), impl="torch")
+        with pytest.raises(fastskip.UnsupportedModelError, match=f"impl='reference'.*{message}"):
+            fastskip.set_policy(prepared, policy, **options)
+        fastskip.apply_(tiny_llama(), policy, impl="reference", **options)
 
 
 def test_error_types() -> None:

@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastskip.policy import (
+    Agreement,
     Arrangement,
     ArrangementRule,
     Combine,
+    Group,
+    Measure,
     Norm,
     PolicyError,
     RouterRule,
@@ -102,6 +105,14 @@ def changed(path: str, value: object) -> dict[str, Any]:
     return document
 
 
+THRESHOLD = "routers[0].threshold"
+
+
+def router(kind: str, tokens: Any = ("text",), **fields: Any) -> dict[str, Any]:
+    """A router rule; not a valid one by itself."""
+    return {"layers": ":", "tokens": tokens, "skip": ["ffn"], "kind": kind} | fields
+
+
 MALFORMED: list[tuple[str, object, str, str]] = [
     # path, value, field named by the error, part of what it says is allowed
     ("schema_version", 2, "schema_version", "1"),
@@ -175,11 +186,45 @@ MALFORMED: list[tuple[str, object, str, str]] = [
     ("routers/0/threshold", 1.5, "routers[0].threshold", "[-1, 1]"),
     ("routers/0/threshold", True, "routers[0].threshold", "number"),
     ("routers/0/threshold", "0.9", "routers[0].threshold", "number"),
+    ("routers/0/threshold", None, "routers[0].threshold", "[-1, 1]"),
     ("routers/0/top_k", 1, "routers[0].top_k", '"threshold"'),
+    ("routers/0/group", "all", "routers[0].group", '"sequence"'),
+    ("routers/0/group", 1, "routers[0].group", '"batch"'),
+    ("routers/0/agree", "most", "routers[0].agree", '"any"'),
+    ("routers/0/agree", "any", "routers[0].agree", 'group "sequence"'),
+    ("routers/0/measure", "angle", "routers[0].measure", '"change"'),
+    ("routers/0/kv", "reuse", "routers[0].kv", '"attention"'),
     *(
-        (f"routers/0/{name}", 1, f"routers[0].{name}", "threshold")
-        for name in ("group", "kv", "rate", "capacity", "seed", "weights")
+        (f"routers/0/{name}", value, f"routers[0].{name}", 'for kind "similarity"')
+        for name, value in (("rate", 0.5), ("capacity", 0.5), ("seed", 1), ("weights", "w"))
     ),
+    ("routers/0/options", {}, "routers[0].options", "plug-in"),
+    ("routers", [router("similarity", threshold=-0.1, measure="change")], THRESHOLD, "[0, inf)"),
+    ("routers", [router("random")], "routers[0].rate", "[0, 1]"),
+    ("routers", [router("random", rate=1.01)], "routers[0].rate", "[0, 1]"),
+    ("routers", [router("random", rate=0.5, seed=-1)], "routers[0].seed", "integer"),
+    ("routers", [router("random", rate=0.5, seed=1.0)], "routers[0].seed", "integer"),
+    ("routers", [router("random", rate=0.5, threshold=1)], THRESHOLD, '"rate"'),
+    ("routers", [router("linear", threshold=0)], "routers[0].weights", "safetensors"),
+    ("routers", [router("linear", weights="w")], THRESHOLD, "or a capacity"),
+    ("routers", [router("linear", weights="w", threshold=0, capacity=1)], THRESHOLD, "one of"),
+    ("routers", [router("linear", weights="w", threshold=math.inf)], THRESHOLD, "finite"),
+    ("routers", [router("linear", weights="w", capacity=0)], "routers[0].capacity", "(0, 1]"),
+    ("routers", [router("linear", weights="w", capacity=1.1)], "routers[0].capacity", "(0, 1]"),
+    (
+        "routers",
+        [router("linear", weights="w", capacity=0.5, group="batch")],
+        "routers[0].group",
+        "no group",
+    ),
+    (
+        "routers",
+        [router("linear", weights="w", capacity=0.5, tokens="all")],
+        "routers[0].tokens",
+        '"image", "text"',
+    ),
+    ("routers", [router("acme.own", group="batch")], "routers[0].group", "options"),
+    ("routers", [router("acme.")], "routers[0].kind", "plug-in"),
     (
         "routers",
         [{"layers": ":", "skip": ["ffn"], "kind": "similarity"}],
@@ -208,7 +253,7 @@ def test_malformed(path: str, value: object, field: str, allowed: str) -> None:
 
 def test_reserved_and_newer_and_missing_say_so() -> None:
     with pytest.raises(PolicyError, match="not available yet"):
-        SkipPolicy.from_dict(changed("routers/0/seed", 1))
+        SkipPolicy.from_dict(changed("semantics", "reference"))
     with pytest.raises(PolicyError, match="newer"):
         SkipPolicy.from_dict(changed("schema_version", 7))
     with pytest.raises(PolicyError, match="schema_version: is missing"):
@@ -341,9 +386,36 @@ parallels = st.builds(
     st.just("parallel"),
     norm=st.none() | st.sampled_from(Norm),
 )
-routers = st.builds(
-    RouterRule, layer_lists | slices, tokens, skips, threshold=st.floats(-1, 1, allow_nan=False)
+similarity = st.builds(
+    RouterRule,
+    layer_lists | slices,
+    tokens,
+    skips,
+    threshold=st.floats(0, 1, allow_nan=False),
+    measure=st.none() | st.sampled_from(Measure),
+    group=st.none() | st.sampled_from(Group),
 )
+draws = st.builds(
+    RouterRule,
+    layer_lists | slices,
+    tokens,
+    skips,
+    st.just("random"),
+    rate=st.floats(0, 1),
+    seed=st.none() | st.integers(0, 9),
+    group=st.sampled_from([Group.SEQUENCE, Group.BATCH]),
+    agree=st.none() | st.sampled_from(Agreement),
+)
+plug_ins = st.builds(
+    RouterRule,
+    layer_lists | slices,
+    tokens,
+    st.just("block"),
+    st.just("acme.own"),
+    kv=st.none() | st.sampled_from(SkippedKV),
+    options=st.none() | st.dictionaries(st.text(max_size=3), st.integers()),
+)
+routers = similarity | draws | plug_ins
 policies = st.builds(
     SkipPolicy,
     rules=st.lists(rules(), max_size=3),

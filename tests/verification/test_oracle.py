@@ -216,7 +216,7 @@ def test_refuses_what_it_cannot_do() -> None:
         model.config.text_config.sliding_window = 4
         with pytest.raises(ValueError, match="sliding_window: 4"):
             oracle.forward(**batch.inputs())
-    with pytest.raises(ValueError, match="routers"):
+    with pytest.raises(ValueError, match="decisions: needed"):
         MaskedOracle(model, {"routers": [{}]})
     with pytest.raises(ValueError, match="training mode"), MaskedOracle(model.train(), {}):
         pass

@@ -185,6 +185,33 @@ def test_every_case_differs_from_dense(model: Any, case: str) -> None:
     assert (plain - changed)[-1].abs().max() > 1e-2
 
 
+def test_decisions_are_those_of_the_matrices(model: Any) -> None:
+    """Rows of one class that differ: each router's rows leave what its rule says."""
+    head = {"kind": "random", "rate": 0.5, "layers": [1]}
+    policy = {
+        "routers": [
+            head | {"tokens": ["image"], "skip": ["attention"], "kv": "omit"},
+            head | {"tokens": ["text"], "skip": ["block"], "kv": "reuse"},
+            head | {"tokens": ["generated"], "skip": ["ffn"]},
+            head | {"tokens": ["image"], "skip": ["attention"], "kv": "reuse", "layers": [2]},
+        ]
+    }
+    decisions = {
+        (1, "attention"): torch.tensor([[1, 1, 0, 0, 0, 0]]).bool(),
+        (1, "ffn"): torch.tensor([[1, 0, 0, 0, 0, 1]]).bool(),
+        (2, "attention"): torch.tensor([[0, 1, 1, 0, 0, 0]]).bool(),
+    }
+    layers = [
+        dense(0),
+        Layer((2, 3, 4, 5), (1, 2, 3, 4), entries(1, (2, 3, 4, 5)) | {0: 0}),
+        # Row 1 left nothing in layer 1, so it copies from layer 0.
+        Layer((0, 3, 4, 5), ALL, entries(2, (0, 3, 4, 5)) | {1: 0, 2: 1}),
+    ]
+    with MaskedOracle(model, policy, decisions) as oracle, torch.no_grad():
+        logits = oracle.forward(torch.tensor([IDS]), token_classes=torch.tensor([CLASSES]))
+    assert_same(logits[0], logits_by_hand(model, IDS, layers))
+
+
 def test_text_only_model_has_two_classes() -> None:
     """In a text-only model a layer that text and generated tokens leave out holds nothing."""
     model = truth_copy(tiny_llama(depth=2))
