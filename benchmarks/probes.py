@@ -148,7 +148,7 @@ class Model:
             stops=numbers(1, dtype=wide),
             pad=0,
             counts=numbers(SETS, n),
-            grows=numbers(SETS),
+            grows=numbers(SETS, n),
             positions=numbers(n),
         )
 

@@ -3,9 +3,9 @@
     target[sequence, to_slot] = source[sequence, from_slot]        keys and values, [2G, K] a row
     keys[n], values[n] = source[sequence, slot]                    [G, K] each
 
-``sequences``, ``from_slots``, ``to_slots [n]``; a row with a negative slot copies nothing. Heads of
-an entry lie ``PAGE * K`` apart. Grid ``(n, 2G / BLOCK_H)``. Tables: kernel ``copy_entries``, shape
-``(G, K)``, for both.
+``sequences``, ``from_slots``, ``to_slots [n]``; a row with a negative slot copies nothing, nor does
+one with a flag of 1 in ``runs [n]``. Heads of an entry lie ``PAGE * K`` apart. Grid
+``(n, 2G / BLOCK_H)``. Tables: kernel ``copy_entries``, shape ``(G, K)``, for both.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def _copy_entries_kernel(
     sequences_ptr,
     from_slots_ptr,
     to_slots_ptr,
+    runs_ptr,
     stride_sb,
     stride_tb,
     source_offset,
@@ -47,6 +48,8 @@ def _copy_entries_kernel(
     from_slot = tl.load(from_slots_ptr + row)
     to_slot = tl.load(to_slots_ptr + row)
     if (from_slot < 0) | (to_slot < 0):
+        return
+    if runs_ptr is not None and tl.load(runs_ptr + row) != 0:
         return
     sequence = tl.load(sequences_ptr + row).to(tl.int64)
     source_start = tl.load(source_table_ptr + sequence * stride_sb + from_slot // PAGE)
@@ -69,12 +72,14 @@ def copy_entries(
     sequences: Tensor,
     from_slots: Tensor,
     to_slots: Tensor,
+    runs: Tensor | None = None,
     *,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out.
 
-    Rows are copied in no order: no slot is both read and written, none written twice.
+    So are rows with a flag of 1 in ``runs [n]``, which have entries of their own. Rows are copied
+    in no order: no slot is both read and written, none written twice.
     """
     rows, groups, size = len(sequences), source.groups, source.head_dim
     shape = (groups, size)
@@ -84,6 +89,7 @@ def copy_entries(
         _copy_entries_kernel,
         (rows, triton.cdiv(2 * groups, block)),
         options,
+        is_guarded=runs is not None,
         source_ptr=source.anchor,
         source_table_ptr=source.table,
         target_ptr=target.anchor,
@@ -91,6 +97,7 @@ def copy_entries(
         sequences_ptr=sequences,
         from_slots_ptr=from_slots,
         to_slots_ptr=to_slots,
+        runs_ptr=runs,
         stride_sb=source.table.stride(0),
         stride_tb=target.table.stride(0),
         source_offset=source.offset,

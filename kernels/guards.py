@@ -5,10 +5,14 @@ no weights. Programs that only leave cost time too, so a guarded launch has a bo
 (``width_of``), and each goes through tiles: its own, then every ``tl.num_programs(1)``-th.
 
 A row's flag is 1 if the row runs, else 0. Tables: ``guarded``, with rows and shape of the product;
-``PROGRAMS`` is how many there are at most. A configuration of the kernel may name it as well.
+``PROGRAMS`` is how many there are at most. A loop over tiles takes registers, so what else such an
+entry names replaces the kernel's own: more warps, where it would spill.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +21,7 @@ import triton.language as tl
 from fastskip.kernels import tuning
 
 TABLES = ("guarded",)
+Shape = tuple[int, int]
 
 
 @triton.jit
@@ -35,23 +40,24 @@ def some(does):
     return tl.max(does.to(tl.int32), 0) > 0
 
 
-def width_of(
-    blocks: dict[str, int],
-    device: torch.device,
-    rows: int,
-    shape: tuple[int, int],
-    tiles: int,
-    *,
-    is_guarded: bool,
-) -> int:
-    """Programs for ``tiles`` of a product: all, or what the table allows a guarded launch.
+def config_of(
+    name: str, config: Mapping[str, Any] | None, device: torch.device, rows: int, shape: Shape
+) -> Mapping[str, Any]:
+    """The configuration of a guarded launch of the kernel ``name``."""
+    if config is not None:
+        return config
+    own = tuning.config_for(name, device, rows, shape)
+    return {**own, **tuning.config_for("guarded", device, rows, shape)}
+
+
+def width_of(blocks: dict[str, int], rows: int, tiles: int, *, is_guarded: bool) -> int:
+    """Programs for ``tiles`` of a product: all, or as many as a guarded launch may have.
 
     Blocks of rows share what is allowed. ``PROGRAMS`` is taken out of ``blocks``.
     """
-    named = blocks.pop("PROGRAMS", None)
-    if not is_guarded:
+    most = blocks.pop("PROGRAMS", None)
+    if not is_guarded or most is None:
         return tiles
-    most: int = named or tuning.config_for("guarded", device, rows, shape)["PROGRAMS"]
     return min(tiles, max(1, most // -(-max(rows, 1) // blocks["BLOCK_N"])))
 
 

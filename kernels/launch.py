@@ -79,8 +79,8 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     options: Mapping[str, int],
-    is_guarded: bool = False,
-    /,
+    *,
+    is_guarded: int = False,
     **arguments: Any,
 ) -> None:
     """``kernel[grid](**arguments)``; an empty grid launches nothing.
@@ -93,7 +93,7 @@ def launch(
     account = _account.get()
     if account is not None:
         name = kernel.__name__.strip("_").removesuffix("_kernel")
-        account.launches.append(Launch(name, grid, kernel, arguments, options, is_guarded))
+        account.launches.append(Launch(name, grid, kernel, arguments, options, bool(is_guarded)))
         if account.is_dry:
             return
     kernel[grid](**arguments, **options)

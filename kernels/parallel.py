@@ -7,6 +7,9 @@ Both read the same rows, so that one program does either: the first programs of 
 ``(n / BLOCK_N, tiles of heads + tiles of the FFN)`` own rows of the QKV weight, the rest rows of
 the FFN's. Layouts as in those two files. Tables: kernel ``project_append_feed``, shape ``(rows of
 both weights, D)``.
+
+With flags (``guards``) each half has its own; tiles that no row needs are left out. Grid then
+``(n / BLOCK_N, PROGRAMS)``, tile after tile.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, products
-from fastskip.kernels.feed import feed, rows_of, store_activated
+from fastskip.kernels import guards, numerics, products
+from fastskip.kernels.feed import feed, rows_of, store_activated, tiles_of
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -31,6 +34,7 @@ from fastskip.kernels.operands import (
 )
 from fastskip.kernels.projection import (
     angles_of,
+    chosen_tiles,
     entries_of,
     head_arguments,
     project_append,
@@ -39,10 +43,17 @@ from fastskip.kernels.projection import (
 )
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Feed, Projection
+from fastskip.ops.routes import Chosen
 
 
 @triton.jit
-def _project_append_feed_kernel(
+def _tile(
+    number,
+    start,
+    n,
+    asks,
+    leaves,
+    feeds,
     x_ptr,
     index_ptr,
     change_ptr,
@@ -86,15 +97,16 @@ def _project_append_feed_kernel(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of the rows ``leaves``,
+    in so far as they have a slot; or one of the FFN, of the rows ``feeds``."""
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
     # Held through the product only if they are few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
-    start = tl.program_id(0) * BLOCK_N
     head_tiles = tl.cdiv(PAIRS, BLOCK_M // 2)
-    is_feed = tl.program_id(1) >= head_tiles
-    tile = tl.program_id(1) - tl.where(is_feed, head_tiles, 0)
+    is_feed = number >= head_tiles
+    tile = number - tl.where(is_feed, head_tiles, 0)
     part = is_feed.to(tl.int64)
     x_ptr += part * x_distance
     weight_ptr += part * weight_distance
@@ -108,18 +120,16 @@ def _project_append_feed_kernel(
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
     head_m = products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
     m = tl.where(is_feed, rows_of(tile, F, IS_GATED, BLOCK_M), head_m)
-    n = start + tl.arange(0, BLOCK_N)
     # What the heads need is asked for before the product, so that the latencies overlap; programs
     # of the FFN ask for none of it.
-    asking = tl.where(is_feed, 0, rows)
+    inside = n < tl.where(is_feed, 0, rows)
     if cosine_ptr is not None:
-        position = tl.load(positions_ptr + n, mask=n < asking, other=0).to(tl.int64)
+        position = tl.load(positions_ptr + n, mask=inside, other=0).to(tl.int64)
         if ANGLES_FIRST:
             cosine, sine = angles_of(
                 pair,
                 position,
-                n,
-                asking,
+                inside,
                 cosine_ptr,
                 sine_ptr,
                 stride_p,
@@ -131,7 +141,7 @@ def _project_append_feed_kernel(
     if GROUPS > 0:
         entry_ptr, is_kept = entries_of(
             n,
-            asking,
+            leaves & inside,
             anchor_ptr,
             table_ptr,
             sequences_ptr,
@@ -166,7 +176,7 @@ def _project_append_feed_kernel(
     if is_feed:
         if feed_bias_ptr is not None:
             y += numerics.load(feed_bias_ptr + m)[:, None]
-        store_activated(y, tile, n, rows, out_ptr, F, IS_GATED)
+        store_activated(y, tile, n, feeds, out_ptr, F, IS_GATED)
     else:
         if head_bias_ptr is not None:
             y += numerics.load(head_bias_ptr + m)[:, None]
@@ -176,8 +186,7 @@ def _project_append_feed_kernel(
                 cosine, sine = angles_of(
                     pair,
                     position,
-                    n,
-                    asking,
+                    inside,
                     cosine_ptr,
                     sine_ptr,
                     stride_p,
@@ -190,7 +199,7 @@ def _project_append_feed_kernel(
             second,
             pair,
             n,
-            rows,
+            asks,
             queries_ptr,
             entry_ptr,
             is_kept,
@@ -201,40 +210,213 @@ def _project_append_feed_kernel(
         )
 
 
+@triton.jit
+def _project_append_feed_kernel(
+    x_ptr,
+    index_ptr,
+    change_ptr,
+    gain_ptr,
+    shift_ptr,
+    weight_ptr,
+    head_bias_ptr,
+    feed_bias_ptr,
+    cosine_ptr,
+    sine_ptr,
+    positions_ptr,
+    anchor_ptr,
+    table_ptr,
+    sequences_ptr,
+    slots_ptr,
+    runs_ptr,
+    feed_runs_ptr,
+    queries_ptr,
+    out_ptr,
+    stride_xn,
+    stride_cn,
+    stride_wm,
+    stride_p,
+    stride_tb,
+    offset,
+    x_distance,
+    change_distance,
+    gain_distance,
+    shift_distance,
+    weight_distance,
+    epsilon,
+    rows,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    LEAVES_ALL: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_N
+    n = start + tl.arange(0, BLOCK_N)
+    if runs_ptr is None and feed_runs_ptr is None:
+        _tile(
+            tl.program_id(1),
+            start,
+            n,
+            n < rows,
+            n < rows,
+            n < rows,
+            x_ptr,
+            index_ptr,
+            change_ptr,
+            gain_ptr,
+            shift_ptr,
+            weight_ptr,
+            head_bias_ptr,
+            feed_bias_ptr,
+            cosine_ptr,
+            sine_ptr,
+            positions_ptr,
+            anchor_ptr,
+            table_ptr,
+            sequences_ptr,
+            slots_ptr,
+            queries_ptr,
+            out_ptr,
+            stride_xn,
+            stride_cn,
+            stride_wm,
+            stride_p,
+            stride_tb,
+            offset,
+            x_distance,
+            change_distance,
+            gain_distance,
+            shift_distance,
+            weight_distance,
+            epsilon,
+            rows,
+            D,
+            F,
+            QUERIES,
+            GROUPS,
+            HEAD_DIM,
+            PAGE,
+            IS_GATED,
+            NORM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
+    else:
+        # Tiles of heads end where those of the FFN begin, so what is needed is a range.
+        begin, middle, asks, leaves = chosen_tiles(
+            runs_ptr, n, rows, QUERIES, GROUPS, HEAD_DIM, LEAVES_ALL, BLOCK_M
+        )
+        feeds = guards.flagged(feed_runs_ptr, n, rows)
+        end = middle + tl.where(guards.some(feeds), tiles_of(F, IS_GATED, BLOCK_M), 0)
+        for number in tl.range(
+            begin + tl.program_id(1), end, tl.num_programs(1), disable_licm=True
+        ):
+            _tile(
+                number,
+                start,
+                n,
+                asks,
+                leaves,
+                feeds,
+                x_ptr,
+                index_ptr,
+                change_ptr,
+                gain_ptr,
+                shift_ptr,
+                weight_ptr,
+                head_bias_ptr,
+                feed_bias_ptr,
+                cosine_ptr,
+                sine_ptr,
+                positions_ptr,
+                anchor_ptr,
+                table_ptr,
+                sequences_ptr,
+                slots_ptr,
+                queries_ptr,
+                out_ptr,
+                stride_xn,
+                stride_cn,
+                stride_wm,
+                stride_p,
+                stride_tb,
+                offset,
+                x_distance,
+                change_distance,
+                gain_distance,
+                shift_distance,
+                weight_distance,
+                epsilon,
+                rows,
+                D,
+                F,
+                QUERIES,
+                GROUPS,
+                HEAD_DIM,
+                PAGE,
+                IS_GATED,
+                NORM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_E,
+                STAGES,
+            )
+
+
 def project_append_feed(
     h: Tensor,
     projection: Projection,
     part: Feed,
     *,
     index: Tensor | None = None,
+    chosen: tuple[Chosen | None, Chosen | None] = (None, None),
     config: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both first halves of a parallel block: queries ``[n, H, K]`` and ``[n, F]``.
 
-    One launch if both norms are of one kind, as they are where a block shares its norm.
+    ``chosen``: the rows that attend, and those that run the FFN; without ``index``. One launch if
+    both norms are of one kind, as they are where a block shares its norm.
     """
     refuse_gradients(h=h)
+    runs, feed_runs = (None if each is None else each.runs for each in chosen)
     if kind_of(projection.norm, projection.linear) != kind_of(part.norm, part.linear):
-        queries = project_append(h, [projection], index=index, config=config)[0]
-        return queries, feed(h, [part], index=index, config=config)[0]
+        queries = project_append(h, [projection], index=index, chosen=chosen[0], config=config)[0]
+        return queries, feed(h, [part], index=index, chosen=chosen[1], config=config)[0]
     weights = [projection.linear.weight, part.linear.weight]
     rows, width = len(h) if index is None else len(index), part.width
     shape = (sum(len(weight) for weight in weights), weights[0].shape[1])
+    is_guarded = runs is not None or feed_runs is not None
+    if is_guarded:
+        config = guards.config_of("project_append_feed", config, h.device, rows, shape)
     blocks, options = blocks_for("project_append_feed", config, h, rows, shape)
     is_apart = bool(blocks.pop("NORM_APART", False))
     queries = empty((rows, projection.heads, projection.head_dim), h.dtype, h.device)
     out = empty((rows, width), h.dtype, h.device)
     tiles = sum(triton.cdiv(len(weight), blocks["BLOCK_M"]) for weight in weights)
+    programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     x = rows_read(h, [projection.norm, part.norm], index=index, is_apart=is_apart)
     launch(
         _project_append_feed_kernel,
-        (triton.cdiv(rows, blocks["BLOCK_N"]), tiles),
+        (triton.cdiv(rows, blocks["BLOCK_N"]), programs),
         options,
+        is_guarded=is_guarded,
         **x.arguments,
         **head_arguments(projection),
         weight_ptr=weights[0],
         head_bias_ptr=projection.linear.bias,
         feed_bias_ptr=part.linear.bias,
+        runs_ptr=runs,
+        feed_runs_ptr=feed_runs,
         queries_ptr=queries,
         out_ptr=out,
         stride_wm=weights[0].stride(0),
@@ -243,6 +425,7 @@ def project_append_feed(
         D=shape[1],
         F=width,
         IS_GATED=part.activation is Activation.GATED_SILU,
+        LEAVES_ALL=runs is None or projection.leaves_all,
         **blocks,
     )
     return queries, out

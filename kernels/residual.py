@@ -427,14 +427,16 @@ def add_terms_(
         raise ValueError(f"chosen: given with {len(changes)} changes, which are for all rows")
     rows, size = len(first.x), h.shape[1]
     shape = size, max(term.x.shape[1] for term in terms)
+    if is_guarded:
+        config = guards.config_of("add_terms", config, h.device, rows, shape)
     blocks, options = blocks_for("add_terms", config, h, rows, shape)
     tiles = triton.cdiv(size, blocks["BLOCK_M"])
-    width = guards.width_of(blocks, h.device, rows, shape, tiles, is_guarded=is_guarded)
+    width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     launch(
         _add_terms_kernel,
         (triton.cdiv(rows, blocks["BLOCK_N"]), width),
         options,
-        is_guarded,
+        is_guarded=is_guarded,
         h_ptr=h,
         index_ptr=index,
         x_ptr=first.x,

@@ -72,6 +72,7 @@ def _advance_rows(
     grows_ptr,
     positions_ptr,
     stride_cs,
+    stride_gs,
     row,
     inside,
     SETS: tl.constexpr,
@@ -81,11 +82,12 @@ def _advance_rows(
     position = tl.load(positions_ptr + row, mask=inside, other=0)
     tl.store(positions_ptr + row, position + 1, mask=inside)
     number = tl.arange(0, BLOCK_S)
-    grows = tl.load(grows_ptr + number, mask=number < SETS, other=0)
-    count_ptr = counts_ptr + number[:, None].to(tl.int64) * stride_cs + row[None]
     both = (number < SETS)[:, None] & inside[None]
+    number = number[:, None].to(tl.int64)
+    grows = tl.load(grows_ptr + number * stride_gs + row[None], mask=both, other=0)
+    count_ptr = counts_ptr + number * stride_cs + row[None]
     count = tl.load(count_ptr, mask=both, other=0)
-    tl.store(count_ptr, count + grows[:, None], mask=both)
+    tl.store(count_ptr, count + grows, mask=both)
 
 
 @triton.jit
@@ -102,6 +104,7 @@ def _finish_kernel(
     stride_pb,
     stride_hs,
     stride_cs,
+    stride_gs,
     steps,
     pad,
     ROWS: tl.constexpr,
@@ -133,7 +136,9 @@ def _finish_kernel(
         # A step beyond the history is a caller's mistake that must not reach foreign memory.
         written = inside & (step < steps)
         tl.store(history_ptr + step.to(tl.int64) * stride_hs + row, token, mask=written)
-        _advance_rows(counts_ptr, grows_ptr, positions_ptr, stride_cs, row, inside, SETS, BLOCK_S)
+        _advance_rows(
+            counts_ptr, grows_ptr, positions_ptr, stride_cs, stride_gs, row, inside, SETS, BLOCK_S
+        )
     tl.store(step_ptr, step + 1)
 
 
@@ -143,6 +148,7 @@ def _advance_kernel(
     grows_ptr,
     positions_ptr,
     stride_cs,
+    stride_gs,
     rows,
     SETS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -150,7 +156,9 @@ def _advance_kernel(
 ):
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = row < rows
-    _advance_rows(counts_ptr, grows_ptr, positions_ptr, stride_cs, row, inside, SETS, BLOCK_S)
+    _advance_rows(
+        counts_ptr, grows_ptr, positions_ptr, stride_cs, stride_gs, row, inside, SETS, BLOCK_S
+    )
 
 
 @triton.jit
@@ -218,6 +226,7 @@ def finish(partials: Tensor, choice: Choice, *, config: Mapping[str, Any] | None
         stride_pb=partials.stride(0),
         stride_hs=choice.history.stride(0),
         stride_cs=choice.counts.stride(0),
+        stride_gs=choice.grows.stride(0),
         steps=len(choice.history),
         pad=choice.pad,
         ROWS=rows,
@@ -242,6 +251,7 @@ def advance(choice: Choice, *, config: Mapping[str, Any] | None = None) -> None:
         grows_ptr=choice.grows,
         positions_ptr=choice.positions,
         stride_cs=choice.counts.stride(0),
+        stride_gs=choice.grows.stride(0),
         rows=rows,
         SETS=sets,
         BLOCK_S=triton.next_power_of_2(max(sets, 1)),

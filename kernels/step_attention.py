@@ -6,6 +6,7 @@ with ``s`` below ``counts[b] + extra``, a number on the device. Queries ``[B, H,
 ``[B, H * K]``; no entries give 0. Grid ``(B * G * CHUNKS, SPLITS, parts)``: a program takes every
 ``SPLITS``-th block of ``BLOCK_S`` slots for the (up to ``BLOCK_H``) query heads that share one head
 of the entries. Launch width is thus fixed on the host, and work follows the counts on the device.
+Programs of a sequence whose flag in ``runs [B]`` is 0 leave at once, and its output is not written.
 
 What a split found is its normalised output and ``log2(sum of exp2(scores))``, in fp32. They are
 combined in the order of the splits, so results do not depend on who is first: by the program of a
@@ -82,6 +83,7 @@ def _attend_step_kernel(
     anchor_ptr,
     table_ptr,
     counts_ptr,
+    runs_ptr,
     arrivals_ptr,
     found_ptr,
     sums_ptr,
@@ -114,6 +116,9 @@ def _attend_step_kernel(
 ):
     lane, part, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     sequence = (lane // (GROUPS * CHUNKS)).to(tl.int64)
+    # All programs of a sequence read the same, so either all of its splits arrive or none.
+    if runs_ptr is not None and tl.load(runs_ptr + sequence) == 0:
+        return
     group = lane // CHUNKS % GROUPS
     first = lane % CHUNKS * BLOCK_H
     count = tl.load(counts_ptr + problem * counts_distance + sequence)
@@ -194,13 +199,17 @@ def _attend_step_kernel(
 
 @triton.jit
 def _attend_step_combine_kernel(
+    runs_ptr,
     found_ptr,
     sums_ptr,
     out_ptr,
+    HEADS: tl.constexpr,
     SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if runs_ptr is not None and tl.load(runs_ptr + tl.program_id(0) // HEADS) == 0:
+        return
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     _combine(found_ptr, sums_ptr, out_ptr, row, row >= 0, SPLITS, HEAD_DIM, 1, BLOCK_K)
 
@@ -216,11 +225,12 @@ def attend_step(
     """One query a sequence over all of its entries, of one block or of the two of a pair.
 
     ``[B, H, K]`` each -> ``[B, H * K]`` each. Two blocks have ``arrivals`` of their own. Blocks
-    that differ in their sizes take a launch each.
+    that differ in their sizes, or run for chosen sequences, take a launch each.
     """
     refuse_gradients(**{f"queries[{number}]": each for number, each in enumerate(queries)})
     kinds = {_kind_of(*each) for each in zip(queries, pages, strict=True)}
-    if len(kinds) > 1:
+    is_guarded = any(each.runs is not None for each in reach)
+    if len(kinds) > 1 or (len(queries) > 1 and is_guarded):
         each = zip(queries, reach, pages, strict=True)
         return [attend_step([q], [r], [p], scale, config=config)[0] for q, r, p in each]
     q, own, entries = queries[0], reach[0], pages[0]
@@ -240,7 +250,7 @@ def attend_step(
     if splits > 1:
         found = empty((parts * rows * heads, splits, width), torch.float32, q.device)
         sums = empty((parts * rows * heads, splits), torch.float32, q.device)
-    written = {"found_ptr": found, "sums_ptr": sums, "out_ptr": out}
+    written: dict[str, Any] = {"found_ptr": found, "sums_ptr": sums, "out_ptr": out}
     sizes = {
         "SPLITS": splits,
         "HEAD_DIM": width,
@@ -250,10 +260,12 @@ def attend_step(
         _attend_step_kernel,
         (lanes, splits, parts),
         options,
+        is_guarded=is_guarded,
         q_ptr=q,
         anchor_ptr=entries.anchor,
         table_ptr=entries.table,
         counts_ptr=own.counts,
+        runs_ptr=own.runs,
         arrivals_ptr=own.arrivals,
         **written,
         stride_qb=q.stride(0),
@@ -279,8 +291,16 @@ def attend_step(
         **blocks,
     )
     if splits > 1 and not blocks["FUSED_COMBINE"]:
-        heads_in_all = parts * rows * heads
-        launch(_attend_step_combine_kernel, (heads_in_all,), {"num_warps": 4}, **written, **sizes)
+        launch(
+            _attend_step_combine_kernel,
+            (parts * rows * heads,),
+            {"num_warps": 4},
+            is_guarded=is_guarded,
+            runs_ptr=own.runs,
+            **written,
+            HEADS=heads,
+            **sizes,
+        )
     return list(out.unbind())
 
 

@@ -140,6 +140,6 @@ class Maker:
             stops=whole(0).long(),
             pad=0,
             counts=whole(1, rows),
-            grows=whole(1, value=1),
+            grows=whole(1, rows, value=1),
             positions=whole(rows),
         )

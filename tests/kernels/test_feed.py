@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -200,7 +201,7 @@ def test_parallel(
         ):
             # Norms of other weights: each half of the launch must find its own.
             projection, part = heads.build(3, place), inner.build(place, seed=7)
-            given = {"config": config} if run is project_append_feed else {}
+            given: Any = {"config": config} if run is project_append_feed else {}
             x = h.to(place.device, place.dtype)
             found = run(x, projection, part, index=index.to(place.device), **given)
             results.append((projection.pages, *(each.cpu() for each in found)))

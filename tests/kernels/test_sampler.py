@@ -29,7 +29,8 @@ def build_choice(rows: int, device: torch.device, *, stops: tuple[int, ...] = ()
         stops=torch.tensor(stops, dtype=torch.int64, device=device),
         pad=7,
         counts=torch.arange(3 * (rows + 2), dtype=torch.int32, device=device).view(3, -1)[:, :rows],
-        grows=integers(1, 0, 1),
+        # Each row of its own, beside what no row of this batch may read.
+        grows=torch.arange(3 * (rows + 1), device=device).view(3, -1).remainder(2).int()[:, :rows],
         positions=torch.arange(rows, dtype=torch.int32, device=device) * 5,
     )
 
