@@ -4,6 +4,9 @@ Counted: the decoder's linears, attention and the lm_head, 2 FLOPs a multiply-ad
 the vision tower, activations, norms and other elementwise work. Bytes are weights and biases (once
 for the whole batch), K and V read and K and V written. Attention counts visible pairs only. The
 last-layer rule holds: in the last step only rows whose logits are wanted go past K and V.
+
+Where routers decide, counts are what is to be expected at their rates (`fastskip.chances`), rounded
+to whole numbers, operation by operation.
 """
 
 from __future__ import annotations
@@ -11,22 +14,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Protocol
 
-from fastskip.layer_plan import LayerPlan, ModelShape
+from fastskip.chances import LayerChance
+from fastskip.layer_plan import ModelShape
+from fastskip.layer_work import LayerWork, held, work_of
 from fastskip.policy import TokenClass
 
 KINDS = ("qkv", "scores", "output", "ffn", "lm_head")
 
 
 class Planned(Protocol):
-    """What a cost count reads of a `SkipPlan`."""
+    """What a cost count reads of a `SkipPlan`, or of what is expected of it."""
 
     @property
     def shape(self) -> ModelShape: ...
     @property
-    def layers(self) -> tuple[LayerPlan, ...]: ...
+    def chances(self) -> tuple[LayerChance, ...]: ...
     @property
     def steps(self) -> tuple[tuple[int, ...], ...]: ...
 
@@ -145,11 +149,11 @@ def prefill_cost(
     _checked(plan, dict.fromkeys(classes, 0))
     wanted = min(wanted, len(classes))
     ops: list[Operation] = []
-    known: dict[object, _Work] = {}  # most layers repeat the class sets of another
-    for layer in plan.layers:
+    known: dict[object, LayerWork] = {}  # most layers repeat another
+    for layer in plan.chances:
         first = len(classes) - wanted if layer.index in plan.steps[-1] else 0
-        sets = (layer.attending, layer.projecting, layer.holding, layer.feeding, first)
-        work = known.get(sets) or known.setdefault(sets, _work(layer, classes, past, first))
+        key = (layer.key, first)
+        work = known.get(key) or known.setdefault(key, work_of(layer, classes, past, first, batch))
         ops += _linears(plan.shape, layer.index, work, batch)
         ops.append(_attention(plan.shape, layer.index, work, batch))
     ops.append(_lm_head(plan.shape, wanted * batch))
@@ -165,12 +169,14 @@ def decode_cost(
     """
     context = _checked(plan, context)
     ops: list[Operation] = []
-    for layer in plan.layers:
-        work = _work(layer, (TokenClass.GENERATED,), context, 0)
+    for layer in plan.chances:
+        work = work_of(layer, (TokenClass.GENERATED,), context, 0, batch)
         ops += (replace(op, times=steps) for op in _linears(plan.shape, layer.index, work, batch))
-        for grown in range(steps if work.attending else 0):  # each step adds one entry
-            more = replace(work, pairs=work.pairs + grown, visible=work.visible + grown)
-            ops.append(_attention(plan.shape, layer.index, more, batch))
+        more = work.attending * layer.cells[TokenClass.GENERATED].holds
+        for step in range(steps if work.attending else 0):  # each step may add one entry
+            grown = step * more
+            seeing = replace(work, pairs=work.pairs + grown, visible=work.visible + grown)
+            ops.append(_attention(plan.shape, layer.index, seeing, batch))
     ops.append(replace(_lm_head(plan.shape, batch), times=steps))
     return Cost(tuple(op for op in ops if op.times and (op.flops or op.bytes)), steps)
 
@@ -205,8 +211,8 @@ def prompt_counts(n_image: int, n_text: int, n_generated: int = 0) -> dict[Token
 def cache_bytes(plan: Planned, context: Mapping[TokenClass, int], batch: int = 1) -> int:
     """Bytes of live cache entries of `batch` sequences with these rows a class."""
     context = _checked(plan, context)
-    entries = sum(_held(layer, context) for layer in plan.layers)
-    return entries * plan.shape.kv_entry_bytes * batch
+    entries = sum(held(layer, context) for layer in plan.chances)
+    return round(entries * plan.shape.kv_entry_bytes * batch)
 
 
 def floor_seconds(cost: Cost, ceilings: Ceilings) -> float:
@@ -240,63 +246,39 @@ def ideal_speedup(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Row counts of one sequence in one layer; `visible` is how many entries its queries read."""
-
-    attending: int
-    projecting: int
-    copied: int
-    feeding: int
-    pairs: int
-    visible: int
-
-
-def _work(
-    layer: LayerPlan, classes: Sequence[TokenClass], past: Mapping[TokenClass, int], first: int
-) -> _Work:
-    """Rows before `first` only leave their cache entries."""
-    entries = accumulate((c in layer.holding for c in classes), initial=_held(layer, past))
-    seen = list(entries)[1:]
-    queries = [seen[i] for i in range(first, len(classes)) if classes[i] in layer.attending]
-    return _Work(
-        attending=len(queries),
-        projecting=sum(c in layer.projecting for c in classes),
-        copied=sum(c in layer.holding - layer.projecting for c in classes),
-        feeding=sum(c in layer.feeding for c in classes[first:]),
-        pairs=sum(queries),
-        visible=queries[-1] if queries else 0,
-    )
-
-
-def _linears(shape: ModelShape, layer: int, work: _Work, batch: int) -> list[Operation]:
+def _linears(shape: ModelShape, layer: int, work: LayerWork, batch: int) -> list[Operation]:
     hidden, ffn, entry = shape.hidden_size, shape.ffn_size, shape.kv_entry_bytes * batch
     q, kv = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
 
-    def linear(kind: str, rows: int, n_in: int, n_out: int, bias: bool, stored: int = 0) -> None:
+    def linear(
+        kind: str, rows: float, reading: float, n_in: int, n_out: int, bias: bool, stored: float = 0
+    ) -> None:
         if rows:
-            weights = (n_in + bias) * n_out * shape.dtype_bytes
-            flops = 2 * rows * batch * n_in * n_out
-            ops.append(Operation(kind, layer, flops, weights, kv_written_bytes=stored * entry))
+            weights = round(reading * (n_in + bias) * n_out * shape.dtype_bytes)
+            flops = round(2 * rows * batch * n_in * n_out)
+            written = round(stored * entry)
+            ops.append(Operation(kind, layer, flops, weights, kv_written_bytes=written))
 
     ops: list[Operation] = []
-    if work.attending == work.projecting:
-        linear("qkv", work.attending, hidden, q + kv, shape.attention_bias, work.projecting)
+    a, p = work.attending, work.projecting
+    if a == p:
+        linear("qkv", a, work.reading_q, hidden, q + kv, shape.attention_bias, p)
     else:
-        linear("qkv", work.attending, hidden, q, shape.attention_bias)
-        linear("qkv", work.projecting, hidden, kv, shape.attention_bias, work.projecting)
+        linear("qkv", a, work.reading_q, hidden, q, shape.attention_bias)
+        linear("qkv", p, work.reading_kv, hidden, kv, shape.attention_bias, p)
     if work.copied:
-        copied = work.copied * entry
+        copied = round(work.copied * entry)
         ops.append(Operation("copy", layer, kv_read_bytes=copied, kv_written_bytes=copied))
-    linear("output", work.attending, q, hidden, shape.attention_output_bias)
-    linear("ffn", work.feeding, hidden, (2 if shape.gated_ffn else 1) * ffn, shape.ffn_bias)
-    linear("ffn", work.feeding, ffn, hidden, shape.ffn_bias)
+    linear("output", a, work.reading_q, q, hidden, shape.attention_output_bias)
+    wide = (2 if shape.gated_ffn else 1) * ffn
+    linear("ffn", work.feeding, work.reading_ffn, hidden, wide, shape.ffn_bias)
+    linear("ffn", work.feeding, work.reading_ffn, ffn, hidden, shape.ffn_bias)
     return ops
 
 
-def _attention(shape: ModelShape, layer: int, work: _Work, batch: int) -> Operation:
-    flops = 4 * work.pairs * shape.num_heads * shape.head_dim * batch  # scores, weighted sum
-    read = work.visible * shape.kv_entry_bytes * batch
+def _attention(shape: ModelShape, layer: int, work: LayerWork, batch: int) -> Operation:
+    flops = round(4 * work.pairs * shape.num_heads * shape.head_dim * batch)  # scores, weighted sum
+    read = round(work.visible * shape.kv_entry_bytes * batch)
     return Operation("scores", layer, flops, kv_read_bytes=read)
 
 
@@ -304,10 +286,6 @@ def _lm_head(shape: ModelShape, rows: int) -> Operation:
     size = shape.hidden_size * shape.vocab_size
     weights = size * shape.dtype_bytes if rows else 0
     return Operation("lm_head", None, 2 * rows * size, weights)
-
-
-def _held(layer: LayerPlan, rows: Mapping[TokenClass, int]) -> int:
-    return sum(n for c, n in rows.items() if c in layer.holding)
 
 
 def _checked(plan: Planned, rows: Mapping[TokenClass, int]) -> Mapping[TokenClass, int]:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import groupby
 
 from fastskip import costs
+from fastskip.chances import ExpectedPlan, LayerChance, Rate, certain, expected, rates_of
 from fastskip.layer_plan import Cell, LayerPlan, ModelShape
 from fastskip.plan_cells import RoutedCell, resolve_layers
 from fastskip.policy import (
@@ -127,6 +128,40 @@ class SkipPlan:
             )
             layers[cell.layer] = replace(layer, cells={**layer.cells, cell.token_class: both})
         return SkipPlan(self.policy, self.shape, tuple(layers))
+
+    @cached_property
+    def chances(self) -> tuple[LayerChance, ...]:
+        """What runs in each layer, for costs; routed cells count as running."""
+        return tuple(certain(layer) for layer in self.layers)
+
+    def expected(self, rate: Rate | None = None) -> ExpectedPlan:
+        """What to expect where each router lets this share of its candidates skip.
+
+        `rate`: one share for all routers, or shares by a router's number; `None`, and routers that
+        are not named, skip at the rate that they state themselves. Costs take the result as a plan.
+        At 0 they are those of this plan, at 1 those of `when_skipping`.
+
+        Raises:
+            PolicyError: a rate is no share, or is needed (similarity, linear with a threshold).
+        """
+        rates, skipping = rates_of(self.policy.routers, rate), self.when_skipping
+        layers = zip(self.layers, skipping.layers, strict=True)
+        chances = (expected(a, b, self.routed_by_layer.get(a.index, ()), rates) for a, b in layers)
+        return ExpectedPlan(self.shape, self.steps, tuple(chances))
+
+    def expected_cost(
+        self,
+        n_image: int,
+        n_text: int,
+        n_new: int,
+        batch: int = 1,
+        *,
+        rate: Rate | None = None,
+        text_before: int = 0,
+    ) -> costs.GenerationCost:
+        """`cost` as it is to be expected at a rate of skipping; `rate` as in `expected`."""
+        plan = self.expected(rate)
+        return costs.generation_cost(plan, n_image, n_text, n_new, batch, text_before=text_before)
 
     def cost(
         self, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from fastskip.chances import weights_read, weights_read_table
 from fastskip.costs import (
     Ceilings,
     Cost,
     Operation,
+    cache_bytes,
     decode_cost,
     floor_seconds,
     ideal_speedup,
@@ -24,7 +27,15 @@ from fastskip.costs import (
 )
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.plan import ModelShape, SkipPlan, make_plan
-from fastskip.policy import ArrangementRule, SkipPolicy, SkipRule, TokenClass
+from fastskip.policy import (
+    ArrangementRule,
+    Group,
+    PolicyError,
+    RouterRule,
+    SkipPolicy,
+    SkipRule,
+    TokenClass,
+)
 from tests.test_plan import simulate, skip_plans
 
 IMAGE, TEXT, GENERATED = TokenClass
@@ -391,3 +402,154 @@ def test_llava_7b_by_hand() -> None:
     assert ideal.decode == pytest.approx(1.96, rel=0.005)
     same = ideal_speedup(dense, dense, machine, n_image=576, n_text=64, n_new=1)
     assert (same.prefill, same.decode) == (1.0, 1.0)
+
+
+def routed_plan(*routers: RouterRule, rules: tuple[SkipRule, ...] = ()) -> SkipPlan:
+    return make_plan(SkipPolicy(rules, routers=routers), llama()[1])
+
+
+def random(layers: Any, tokens: Any, skip: str, rate: float = 0.5, **fields: Any) -> RouterRule:
+    return RouterRule(layers, tokens, skip, "random", rate=rate, **fields)
+
+
+ROUTED = {
+    "block": routed_plan(random("1:", "all", "block")),
+    "omitted": routed_plan(random("1:4", "all", "attention", kv="omit")),
+    "reused by the batch": routed_plan(
+        random([2, 3], ["text", "generated"], "block", kv="reuse", group="batch")
+    ),
+    "by the sequence, beside a rule": routed_plan(
+        random("1:", "all", "ffn", group="sequence"),
+        random([2, 4], ["image"], "attention", kv="omit"),
+        rules=(SkipRule([1, 3], "image", "attention"),),
+    ),
+    "similarity": routed_plan(RouterRule("2:", "all", "block", threshold=0.9, group="sequence")),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("load", [(3, 4, 5, 1), (0, 4, 1, 2), (3, 2, 6, 3)])
+def test_expected_cost_at_its_ends(name: str, load: tuple[int, int, int, int]) -> None:
+    """Every operation is that of the plan itself, or of the one in which all skip."""
+    plan = ROUTED[name]
+    assert plan.expected_cost(*load, rate=0) == plan.cost(*load)
+    assert plan.expected_cost(*load, rate=1) == plan.when_skipping.cost(*load)
+    assert plan.expected_cost(*load, rate=0.0) == plan.cost(*load)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_expected_cost_falls_with_the_rate(name: str) -> None:
+    found = [ROUTED[name].expected_cost(3, 4, 5, 2, rate=tenth / 10) for tenth in range(11)]
+    for less, more in zip(found, found[1:], strict=False):
+        assert less.flops > more.flops
+        assert less.prefill.weight_bytes >= more.prefill.weight_bytes
+        assert less.decode.weight_bytes > more.decode.weight_bytes
+
+
+Run = tuple[bool, ...]
+
+
+def draws(group: Group, rows: int, batch: int, rate: float) -> Iterator[tuple[float, list[Run]]]:
+    """All that a router can decide about the rows of a batch: its chance, and who runs."""
+    count = {Group.ROW: rows * batch, Group.SEQUENCE: batch, Group.BATCH: 1}[group]
+    for runs in product((True, False), repeat=count):
+        chance = (1 - rate) ** sum(runs) * rate ** (count - sum(runs))
+        if group is Group.ROW:
+            yield chance, [runs[s * rows : (s + 1) * rows] for s in range(batch)]
+        else:
+            yield chance, [(runs[s % count],) * rows for s in range(batch)]
+
+
+@pytest.mark.parametrize("kv", ["project", "reuse", "omit"])
+@pytest.mark.parametrize("group", Group)
+def test_expected_prefill_is_the_mean_over_all_decisions(group: Group, kv: str) -> None:
+    """One routed layer, three rows, two sequences: every outcome is counted by hand."""
+    rows, batch, rate = 3, 2, 0.3
+    plan = routed_plan(random([2], "all", "block", kv=kv, group=group))
+    shape = plan.shape
+    q, one_kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    d, f = shape.hidden_size, shape.ffn_size
+    flops, weights, written = 0.0, 0.0, 0.0
+    for chance, decided in draws(group, rows, batch, rate):
+        ran = [row for runs in decided for row in runs]
+        kept = [[row or kv != "omit" for row in runs] for runs in decided]
+        projected = rows * batch if kv == "project" else sum(ran)
+        pairs = sum(
+            sum(entries[: i + 1])
+            for runs, entries in zip(decided, kept, strict=True)
+            for i, row in enumerate(runs)
+            if row
+        )
+        products = sum(ran) * (2 * d * q + 3 * d * f) + projected * 2 * d * one_kv
+        flops += chance * (2 * products + 4 * pairs * q)
+        any_ran, any_projected = float(any(ran)), float(projected > 0)
+        read = any_ran * (2 * d * q + 3 * d * f) + any_projected * 2 * d * one_kv
+        weights += chance * read * shape.dtype_bytes
+        written += chance * sum(map(sum, kept)) * shape.kv_entry_bytes
+    cost = prefill_cost(plan.expected(rate), [TEXT] * rows, batch, wanted=rows)
+    mine = Cost(tuple(op for op in cost.ops if op.layer == 2))
+    assert mine.flops == pytest.approx(flops, abs=5)
+    assert mine.weight_bytes == pytest.approx(weights, abs=5)
+    assert mine.kv_written_bytes == pytest.approx(written, abs=5)
+
+
+@pytest.mark.parametrize(("group", "power"), [("row", 4), ("sequence", 4), ("batch", 1)])
+def test_a_decode_step_reads_weights_unless_the_whole_batch_skips(group: str, power: int) -> None:
+    plan = routed_plan(random("1:4", "all", "ffn", group=group))
+    dense, skipping = (decode_cost(p, {TEXT: 4}, 4) for p in (plan, plan.when_skipping))
+    step = decode_cost(plan.expected(0.7), {TEXT: 4}, 4)
+    guarded = dense.weight_bytes - skipping.weight_bytes
+    read = skipping.weight_bytes + guarded * (1 - 0.7**power)
+    assert step.weight_bytes == pytest.approx(read, abs=6)
+    work = skipping.flops + 0.3 * (dense.flops - skipping.flops)
+    assert step.flops == pytest.approx(work, abs=6)
+    assert weights_read(0.7, 4, Group(group)) == 1 - 0.7**power
+
+
+def test_a_prompt_reads_all_weights_unless_everybody_skips() -> None:
+    plan = routed_plan(random("1:", "all", "ffn"))
+    prompt = [TEXT] * 40
+    full, expected = (prefill_cost(p, prompt, wanted=40) for p in (plan, plan.expected(0.5)))
+    assert expected.weight_bytes == full.weight_bytes
+    assert prefill_cost(plan.expected(1), prompt, wanted=40).weight_bytes < full.weight_bytes
+
+
+def test_capacity_lets_somebody_run() -> None:
+    capped = RouterRule("1:", ["text"], "ffn", "linear", weights="w", capacity=0.25)
+    plan = routed_plan(capped)
+    full, expected = (prefill_cost(p, [TEXT] * 4) for p in (plan, plan.expected()))
+    assert expected.weight_bytes == full.weight_bytes
+    assert plan.expected() == plan.expected(0.75)
+
+
+def test_rates_come_from_the_routers_unless_given() -> None:
+    plan = routed_plan(random([1], "all", "ffn", 0.25), RouterRule([2], "all", "ffn", threshold=1))
+    with pytest.raises(PolicyError, match=r"rate: routers\[1\] of kind 'similarity' does not say"):
+        plan.expected_cost(3, 4, 5)
+    assert plan.expected({1: 0.5}) == plan.expected({0: 0.25, 1: 0.5})
+    assert plan.expected(0.5) == plan.expected({0: 0.5, 1: 0.5})
+    for wrong in (-0.1, 1.1, True, "half", {2: 0.5}):
+        with pytest.raises(PolicyError, match="^rate: "):
+            plan.expected(wrong)  # type: ignore[arg-type]
+
+
+def test_expected_plans_serve_wherever_costs_take_a_plan() -> None:
+    plan = ROUTED["block"]
+    machine = Ceilings(1e9, 1e10)
+    gains = [
+        ideal_speedup(plan, other, machine, n_image=3, n_text=4, n_new=5).decode
+        for other in (plan, plan.expected(0.5), plan.when_skipping)
+    ]
+    assert gains == sorted(set(gains)) and gains[0] == 1
+    half = cache_bytes(ROUTED["omitted"].expected(0.5), {TEXT: 4})
+    ends = [cache_bytes(ROUTED["omitted"].expected(rate), {TEXT: 4}) for rate in (0, 1)]
+    assert half == sum(ends) / 2
+
+
+def test_table_of_weights_read() -> None:
+    assert weights_read_table((0.5, 0.9), (1, 4)).splitlines() == [
+        '| rows that skip | batch 1 | batch 4 | any, group "batch" |',
+        "| ---: | ---: | ---: | ---: |",
+        "| 50% | 50% | 94% | 50% |",
+        "| 90% | 10% | 34% | 10% |",
+    ]

@@ -34,7 +34,9 @@ FLOORS = {
         + ("policy_file", "presets"),
         outside=("yaml",),
     ),
-    "plan": Floor(("layer_plan", "plan_cells", "plan", "costs"), ("policy",)),
+    "plan": Floor(
+        ("layer_plan", "plan_cells", "chances", "layer_work", "costs", "plan"), ("policy",)
+    ),
     "tokens": Floor(("tokens",), ("policy",), ("torch",)),
     "reference": Floor(
         ("ops.reference", "ops.fused", "ops.fused_routes", "ops.contracts", "ops.routes")
