@@ -94,6 +94,11 @@ class FusedDecoder(Decoder):
         """Whether forwards without gradients run on the fused operations at present."""
         return bool(self._fused_blocks)
 
+    @property
+    def blocks(self) -> Sequence[FusedBlock]:
+        """The layers as the fused operations run them; of no use after the next ``refresh``."""
+        return self._fused_blocks
+
     def addresses(self) -> tuple[int, ...]:
         """Where the weights lie that the fused blocks read: parameters may get other data."""
         own = [block.weights for block in self._fused_blocks]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
+from fastskip.decoder.fused_layer import FusedBlock
+from fastskip.decoder.fused_stack import FusedDecoder, run_steps
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import has_hooks
 from fastskip.families import text_model_of
+from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
 from fastskip.generation.graphs import capture, new_pool
 from fastskip.ops import Implementation
 from fastskip.ops.contracts import Linear, Norm, Rotation
@@ -41,9 +44,14 @@ class DeviceStep:
         pool: Any,
         *,
         chooses: bool,
+        bodies: Bodies | None = None,
     ) -> None:
-        """``chooses``: the greedy token is taken on the device; else logits are left to read."""
+        """``chooses``: the greedy token is taken on the device; else logits are left to read.
+        ``bodies``: leave out guarded sublayers that no row runs; without, their kernels do."""
         self._decoder, self._chooses = decoder, chooses
+        self._blocks: Sequence[FusedBlock] = decoder.blocks
+        if bodies is not None:
+            self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = text_model_of(model).norm
         anchor = decoder.anchor
@@ -73,7 +81,7 @@ class DeviceStep:
             ops.embed(state.choice.tokens, self._embedding.weight.detach(), state.h)
         else:
             state.h.copy_(self._embedding(state.choice.tokens))
-        h = self._decoder.run_steps(state.h, state.rows_of, state.store)
+        h = run_steps(self._decoder.plan, self._blocks, state.h, state.rows_of, state.store)
         norm = _norm_of(self._norm)
         if norm is None or not _is_plain(self._head, nn.Linear):
             self.logits = self._head(self._norm(h))
@@ -90,9 +98,14 @@ class DeviceStep:
 
 
 class DeviceSteps:
-    """The steps of one model that are ready to run; the least recently used one goes first."""
+    """The steps of one model that are ready to run; the least recently used one goes first.
+
+    ``guarding`` may be set at any time: how steps pass by what routers let every row skip.
+    """
 
     def __init__(self) -> None:
+        self.guarding = Guarding.EARLY_EXIT
+        self._bodies: Bodies | None = None
         self._steps: OrderedDict[tuple[object, ...], DeviceStep] = OrderedDict()
         self._version: object = None
         self._pool: Any = None
@@ -134,6 +147,7 @@ class DeviceSteps:
         if version != self._version:
             self._steps.clear()
             self._version, self._pool = version, new_pool(decoder.anchor.device)
+            self._bodies = None
         # Rounded up far, since every size is a capture of its own.
         slots = max(SLOTS, _power_of_two(columns))
         shape = StepShape(
@@ -145,7 +159,8 @@ class DeviceSteps:
         # Positions that a caller gave may run ahead of columns.
         ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
         positions = _power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
-        key = (shape, positions, chooses, self._depth)
+        bodies = self._bodies_for(decoder, shape)
+        key = (shape, positions, chooses, bodies is not None, self._depth)
         step = self._steps.get(key)
         if step is None:
             if len(self._steps) >= KEPT:
@@ -153,13 +168,24 @@ class DeviceSteps:
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.
             with torch.inference_mode(False), torch.no_grad():
                 rotation = decoder.rotation(positions, decoder.anchor)
-                step = DeviceStep(model, decoder, shape, rotation, self._pool, chooses=chooses)
+                step = DeviceStep(
+                    model, decoder, shape, rotation, self._pool, chooses=chooses, bodies=bodies
+                )
             self._steps[key] = step
         self._steps.move_to_end(key)
         return step
 
+    def _bodies_for(self, decoder: FusedDecoder, shape: StepShape) -> Bodies | None:
+        is_wanted = self.guarding is Guarding.CONDITIONAL and bool(decoder.plan.routed)
+        if not is_wanted or shape.batch > MOST_ROWS:
+            return None
+        if self._bodies is None:
+            self._bodies = bodies_on(decoder.anchor.device)
+        return self._bodies
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"_steps": OrderedDict(), "_version": None, "_pool": None, "_depth": 0}
+        nothing = dict.fromkeys(("_version", "_pool", "_bodies"))
+        return {"_steps": OrderedDict(), "_depth": 0, "guarding": self.guarding, **nothing}
 
 
 def bucket(count: int) -> int:

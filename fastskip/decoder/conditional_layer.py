@@ -1,0 +1,110 @@
+"""A guarded decoder layer whose sublayers are left out whole where no row of a step runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from fastskip.decoder.fused_layer import FusedBlock
+from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
+from fastskip.decoder.guarded_layer import GuardedBlock
+from fastskip.ops.contracts import Term
+from fastskip.ops.routes import Route
+from fastskip.policy import Arrangement
+
+Body = Callable[[], object]
+
+
+class Bodies(Protocol):
+    """Does what is to be left out where no row runs, or arranges for it."""
+
+    def run_if(self, runs: Tensor, body: Body) -> None:
+        """``body()`` if any of the flags ``runs [n]`` is not 0 by the time it is reached."""
+
+
+@dataclass(frozen=True)
+class ConditionalBlock(GuardedBlock):
+    """A ``GuardedBlock`` of decode steps that goes by ``bodies``.
+
+    Its launches are those of a ``GuardedBlock``, since some rows may run and others not. What
+    rows that skip need is never in a body: the entries that they leave, and decisions, which
+    therefore take launches of their own where they would ride in an update. One flag for the whole
+    block makes one body; the two sublayers of a parallel block share launches, so they have one
+    only if they share the flag too and leave nothing.
+    """
+
+    bodies: Bodies = field(kw_only=True)
+
+    @classmethod
+    def of(cls, block: FusedBlock, bodies: Bodies) -> Self:
+        """The same layer."""
+        own = {each.name: getattr(block, each.name) for each in fields(FusedBlock)}
+        return cls(**own, bodies=bodies)
+
+    def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+        own = rows.attention
+        if own is None or not _is_one_decision(rows):
+            return super().run(h, rows, store)
+        is_parallel = self.plan.arrangement is Arrangement.PARALLEL
+        if is_parallel and _leaves_entries(own):
+            return super().run(h, rows, store)
+        self._route(h, rows.before)
+        alone = replace(rows, before=None, then_attention=None, then_ffn=None)
+        if is_parallel:
+            self.bodies.run_if(own.runs, lambda: self.run_parallel(h, alone, store))
+        else:
+            attend = self._attention(h, alone, own, store)
+            feed = super().run_ffn
+            self.bodies.run_if(own.runs, lambda: (attend(), feed(h, alone)))
+        self._route(h, rows.then_ffn)
+        return h
+
+    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+        own = rows.attention
+        if own is None:
+            return super().run_attention(h, rows, store)
+        self.bodies.run_if(own.runs, self._attention(h, rows, own, store))
+        self._route(h, rows.then_attention)
+        return h
+
+    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
+        own = rows.ffn
+        if own is None:
+            return super().run_ffn(h, rows)
+        self._route(h, own.between)
+        alone = replace(rows, ffn=replace(own, between=None), then_ffn=None)
+        feed = super().run_ffn
+        self.bodies.run_if(own.runs, lambda: feed(h, alone))
+        self._route(h, rows.then_ffn)
+        return None
+
+    def _attention(self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store) -> Body:
+        """The attention's body; what its rows leave is stored here, if those that skip leave it."""
+        made = self._project_guarded(h, rows, own, store) if _leaves_entries(own) else None
+
+        def body() -> None:
+            queries = made or self._project_guarded(h, rows, own, store)
+            terms = [Term(self._attend_guarded(queries, store), self.weights.output)]
+            self.ops.add_terms_(h, terms, chosen=[queries.chosen])
+
+        return body
+
+    def _route(self, h: Tensor, taken: Route | None) -> None:
+        if taken is not None:
+            self.ops.route(h, taken)
+
+
+def _is_one_decision(rows: FusedRows) -> bool:
+    """Whether one flag decides on the whole block, before it begins."""
+    attention, ffn = rows.attention, rows.ffn
+    if attention is None or ffn is None or attention.runs is not ffn.runs:
+        return False
+    return rows.then_attention is None and ffn.between is None
+
+
+def _leaves_entries(own: GuardedAttention) -> bool:
+    """Whether rows that do not attend leave entries."""
+    return own.leaves_all or bool(own.copies)

@@ -1,0 +1,49 @@
+"""The condition of an IF node of a CUDA graph: whether any row runs.
+
+    condition of ``handle`` = any(runs[n] != 0)                        ``runs [n]`` int32
+
+One program of one warp, all of whose threads set the same value. ``cudaGraphSetConditional`` is a
+function that the driver provides to every kernel: the assembler knows it, and loading resolves it.
+It returns nothing; that it is declared with an int, which nobody reads, changes no instruction.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language import core
+
+from fastskip.kernels.launch import launch
+
+
+@core.extern
+def _set_conditional(handle, value, _semantic=None):
+    kinds = core.dtype("int64"), core.dtype("int32")
+    symbol = "cudaGraphSetConditional", core.dtype("int32")
+    return core.extern_elementwise(
+        "", "", [handle, value], {kinds: symbol}, is_pure=False, _semantic=_semantic
+    )
+
+
+@triton.jit(do_not_specialize=["handle", "rows"])
+def _set_condition_kernel(runs_ptr, handle: tl.int64, rows, BLOCK: tl.constexpr):
+    n = tl.arange(0, BLOCK)
+    runs = tl.load(runs_ptr + n, mask=n < rows, other=0)
+    some = tl.max((runs != 0).to(tl.int32), 0)
+    if handle != 0:
+        _set_conditional(handle, some)
+
+
+def set_condition(runs: Tensor, handle: int) -> None:
+    """Sets the condition of a node; with handle 0 of none, which compiles and loads the kernel."""
+    signed = (handle + (1 << 63)) % (1 << 64) - (1 << 63)
+    launch(
+        _set_condition_kernel,
+        (1,),
+        {"num_warps": 1},
+        runs_ptr=runs,
+        handle=signed,
+        rows=len(runs),
+        BLOCK=triton.next_power_of_2(max(32, len(runs))),
+    )
