@@ -1,34 +1,45 @@
 """The rows of a forward in which routers decide: worked out layer by layer, as it runs.
 
-Decisions are masks over the ``N`` packed rows, on the host. A row that skips is treated as the
+Decisions are masks over the ``N`` packed rows, on the host, in NumPy, whose calls on a few numbers
+cost a fraction of torch's. A row that skips is treated as the
 static cell of a policy would treat it; only which rows those are is not known sooner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskip.decoder.attention import AttentionPattern
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Candidates
 from fastskip.decoder.entries import Entries
+from fastskip.decoder.guards import Classes, Point, point_of
 from fastskip.decoder.layer import BlockRows
 from fastskip.decoder.trace import RowTrace, trace_start
 from fastskip.plan import LayerPlan, RoutedCell, SkipPlan
-from fastskip.policy import Arrangement, Group, SkippedKV, Sublayer, TokenClass
+from fastskip.policy import Group, SkippedKV, Sublayer
 from fastskip.routing import Decision, Decisions, Router, RouterError, Scope
-from fastskip.tokens import Rows, TokenLayout, member
+from fastskip.tokens import CODES, Rows, TokenLayout
 
+HOST = torch.device("cpu")
+Mask = NDArray[np.bool_]
 StaticRows = Callable[[LayerPlan, bool], BlockRows]
 
 
 class RoutedRows:
-    """Makes the ``BlockRows`` of one forward; layers that nothing decides on have static ones."""
+    """Makes the ``BlockRows`` of one forward.
+
+    Where all rows of a rule did the same, as in a step of one sequence, the rows are those of a
+    static plan that says so, which layers share.
+    """
 
     def __init__(
         self,
@@ -49,18 +60,20 @@ class RoutedRows:
         self._start = trace_start(plan, routers)
         self._trace: RowTrace | None = None
         self._states: dict[int, dict[str, Any]] = {}
-        nobody = torch.zeros(len(layout), dtype=torch.bool)
-        self._nobody = nobody
+        self._nobody = np.zeros(len(layout), dtype=np.bool_)
         # Rows that have exited, by what they leave in the caches of later layers.
-        self._exited: dict[SkippedKV, Tensor] = {}
-        self._exiting: dict[SkippedKV, Tensor] = {}
-        self._gone = nobody
-        self._ran = nobody
+        self._exited: dict[SkippedKV, Mask] = {}
+        self._exiting: dict[SkippedKV, Mask] = {}
+        self._gone: Mask | None = None
+        self._ran = self._nobody
         self._h: Tensor | None = None
-        self._members: dict[frozenset[TokenClass], Tensor] = {}
-        self._held: dict[int, Tensor] = {}
-        self._skips: dict[tuple[int, Sublayer], Tensor] = {}
-        self._asked: dict[tuple[int, Sublayer], Tensor] = {}
+        self._codes = layout.codes.numpy()
+        self._members: dict[Classes, Mask] = {}
+        self._held: dict[int, Mask] = {}
+        self._skips: dict[tuple[int, Sublayer], Mask] = {}
+        self._asked: dict[tuple[int, Sublayer], Mask] = {}
+        # Rules of the layer at hand whose candidates all skip; ``None`` if some rule is divided.
+        self._whole: set[int] | None = set()
 
     def enter(self, step: tuple[int, ...], h: Tensor) -> None:
         """Rows stand before a layer, or a pair of them: what is decided there is decided."""
@@ -68,87 +81,110 @@ class RoutedRows:
             if self._trace is None:
                 self._trace = RowTrace(h)
             else:
-                self._trace.move(h, self._ran)
-        self._h = h
-        for kv, rows in self._exiting.items():
-            self._exited[kv] = self._exited.get(kv, self._nobody) | rows
-            self._gone = self._gone | rows
-        self._exiting = {}
-        if bool(self._gone.any()):
-            self._note_exits(step)
+                self._trace.move(h, torch.from_numpy(self._ran))
+        self._h, self._whole = h, set()
+        if self._exiting:
+            self._let_go()
+        if self._gone is not None:
+            self._note_exits(step, self._gone)
         layer = self._plan.layers[step[0]]
-        # Who runs the layer whole: what its class has to do there, unless a router takes some.
-        self._ran = self._of(layer.attending | layer.feeding) & ~self._gone
-        for number, cells in self._rules(layer, is_late=False).items():
-            self._decide(layer, number, cells, h, None)
+        if self._start is not None:
+            # Who runs the layer whole: what its class has to do there, unless a router takes some.
+            self._ran = self._staying(self._of(layer.attending | layer.feeding))
+        for number, cells in _rules(self._plan, layer.index, Point.START).items():
+            self._decide(number, cells, h, None)
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         """What enters each part of a layer; to be called once a layer, after ``enter``."""
         if self._attended is not None:
             assert self._h is not None
-            self._attended.inputs[layer.index] = self._h.detach().clone(), self._attending(layer)
-        is_routed = layer.index in self._plan.routed_by_layer
-        if layer.is_even and not is_routed and not bool(self._gone.any()):
-            return self._static(layer, is_last)
-        return self._make(layer, self._narrow if is_last else None)
+            attending = torch.from_numpy(self._attending(layer))
+            self._attended.inputs[layer.index] = self._h.detach().clone(), attending
+        late = _rules(self._plan, layer.index, Point.MIDDLE)
+        narrow = self._narrow if is_last else None
+        decide = partial(self._feed, layer, late, narrow) if late else None
+        static = self._static_form(layer)
+        if static is None:
+            return self._make(layer, narrow, decide)
+        if layer.hollow:
+            self._hold(layer, self._of(static.holding))
+        rows = self._static(static, is_last)
+        return rows if decide is None else replace(rows, decide_feeding=decide)
 
     def decisions(self) -> Decisions:
         """What was decided in this forward, by column."""
         layout = self._layout
         masks, asked = (
-            {key: layout.unpack(rows) for key, rows in sorted(found.items())}
+            {key: layout.unpack(torch.from_numpy(rows)) for key, rows in sorted(found.items())}
             for found in (self._skips, self._asked)
         )
         return Decisions(layout.first_column, layout.source, masks, asked)
 
-    def _make(self, layer: LayerPlan, narrow: Rows | None) -> BlockRows:
+    def _static_form(self, layer: LayerPlan) -> LayerPlan | None:
+        """The layer as a static plan would have it; ``None`` where rows of a class differ."""
+        if self._gone is not None or self._whole is None:
+            return None
+        found = layer
+        if self._whole:
+            found = self._plan.layer_when(layer.index, frozenset(self._whole))
+        copies = (cell for cell in found.cells.values() if cell.kv_source is not None)
+        is_even = all(not self._plan.layers[cell.kv_source or 0].hollow for cell in copies)
+        return found if is_even else None
+
+    def _make(
+        self, layer: LayerPlan, narrow: Rows | None, decide: Callable[[Tensor], Rows] | None
+    ) -> BlockRows:
         attending = self._attending(layer)
         stored, copied = self._leaving(layer)
         if layer.hollow:
             held = attending | stored
             for _, mask in copied:
                 held = held | mask
-            self._held[layer.index] = held
-            self._entries.hold(layer.index, held)
-        going_on = _rows(attending) if narrow is None else _rows(narrow.take(attending))
-        late = self._rules(layer, is_late=True)
-        feeding = self._feeding(layer)
-        pattern = None
+            self._hold(layer, held)
+        going_on, pattern = _rows(_taken(attending, narrow)), None
         if going_on.count:
-            queries = (
-                going_on
-                if narrow is None
-                else Rows(going_on.take(narrow.ids(torch.device("cpu"))), going_on.count)
-            )
+            queries = going_on
+            if narrow is not None:
+                queries = Rows(going_on.take(narrow.ids(HOST)), going_on.count)
             pattern = self._pattern(layer, queries)
         return BlockRows(
             joint=_rows(attending if narrow is None else self._nobody),
             stored=_rows(stored if narrow is None else stored | attending),
-            reused=tuple((source, _rows(mask)) for source, mask in copied if bool(mask.any())),
+            reused=tuple((source, _rows(mask)) for source, mask in copied if mask.any()),
             narrow=narrow,
             attending=going_on,
-            feeding=_rows(feeding if narrow is None else narrow.take(feeding)),
+            feeding=_rows(_taken(self._feeding(layer), narrow)),
             pattern=pattern,
-            decide_feeding=partial(self._feed, layer, late, narrow) if late else None,
+            decide_feeding=decide,
         )
 
-    def _attending(self, layer: LayerPlan) -> Tensor:
-        skipped = self._skips.get((layer.index, Sublayer.ATTENTION), self._nobody)
-        return self._of(layer.attending) & ~skipped & ~self._gone
+    def _hold(self, layer: LayerPlan, held: Mask) -> None:
+        self._held[layer.index] = held
+        self._entries.hold(layer.index, torch.from_numpy(held))
 
-    def _feeding(self, layer: LayerPlan) -> Tensor:
-        skipped = self._skips.get((layer.index, Sublayer.FFN), self._nobody)
-        return self._of(layer.feeding) & ~skipped & ~self._gone
+    def _attending(self, layer: LayerPlan) -> Mask:
+        return self._running(layer, Sublayer.ATTENTION, layer.attending)
 
-    def _leaving(self, layer: LayerPlan) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    def _feeding(self, layer: LayerPlan) -> Mask:
+        return self._running(layer, Sublayer.FFN, layer.feeding)
+
+    def _running(self, layer: LayerPlan, sublayer: Sublayer, classes: Classes) -> Mask:
+        skipped = self._skips.get((layer.index, sublayer))
+        rows = self._staying(self._of(classes))
+        return rows if skipped is None else rows & ~skipped
+
+    def _staying(self, rows: Mask) -> Mask:
+        return rows if self._gone is None else rows & ~self._gone
+
+    def _leaving(self, layer: LayerPlan) -> tuple[Mask, list[tuple[int, Mask]]]:
         """Rows that do not attend and leave entries: projected, and copied by source layer."""
         if not layer.holds_kv:
             return self._nobody, []
-        leaves: dict[SkippedKV, Tensor] = {kv: self._nobody for kv in SkippedKV}
+        leaves: dict[SkippedKV, Mask] = dict.fromkeys(SkippedKV, self._nobody)
         for token_class, cell in layer.cells.items():
             if cell.kv is not None:
                 leaves[cell.kv] = leaves[cell.kv] | self._of(frozenset({token_class}))
-        skipped = self._skips.get((layer.index, Sublayer.ATTENTION), self._nobody) & ~self._gone
+        skipped = self._staying(self._skips.get((layer.index, Sublayer.ATTENTION), self._nobody))
         for routed in self._plan.routed_by_layer.get(layer.index, ()):
             if Sublayer.ATTENTION in routed.skip:
                 kv = routed.rule.kv or SkippedKV.PROJECT
@@ -156,11 +192,11 @@ class RoutedRows:
         # Where a rule leaves attention out for a class, its K and V go by that rule in any case.
         for kv, rows in self._exited.items():
             leaves[kv] = leaves[kv] | rows & self._of(layer.attending)
-        copied: list[tuple[int, Tensor]] = []
+        copied: list[tuple[int, Mask]] = []
         for token_class in layer.cells:
             mine = leaves[SkippedKV.REUSE] & self._of(frozenset({token_class}))
             for source in self._plan.kv_sources(layer.index, token_class):
-                if not bool(mine.any()):
+                if not mine.any():
                     break
                 lower = self._plan.layers[source]
                 has = self._held[source] if lower.hollow else self._of(lower.holding)
@@ -175,45 +211,26 @@ class RoutedRows:
         at = queries.take(layout.sequences), queries.take(layout.columns)
         return AttentionPattern.of(*at, layout.batch, layer.index, self._entries)
 
-    def _rules(self, layer: LayerPlan, *, is_late: bool) -> dict[int, list[RoutedCell]]:
-        """The routed cells of a layer by rule: those decided before it, or (late) between its
-        sublayers, where the FFN alone is guarded."""
-        found: dict[int, list[RoutedCell]] = {}
-        is_parallel = layer.arrangement is Arrangement.PARALLEL
-        for cell in self._plan.routed_by_layer.get(layer.index, ()):
-            waits = cell.skip == {Sublayer.FFN} and not is_parallel
-            if waits == is_late:
-                found.setdefault(cell.number, []).append(cell)
-        return found
-
     def _feed(
         self, layer: LayerPlan, rules: dict[int, list[RoutedCell]], narrow: Rows | None, h: Tensor
     ) -> Rows:
         """The rows that run the FFN, decided on ``h`` as the attention leaves it."""
         for number, cells in rules.items():
-            self._decide(layer, number, cells, h, narrow)
-        feeding = self._feeding(layer)
-        return _rows(feeding if narrow is None else narrow.take(feeding))
+            self._decide(number, cells, h, narrow)
+        return _rows(_taken(self._feeding(layer), narrow))
 
     def _decide(
-        self,
-        layer: LayerPlan,
-        number: int,
-        cells: Sequence[RoutedCell],
-        h: Tensor,
-        narrow: Rows | None,
+        self, number: int, cells: Sequence[RoutedCell], h: Tensor, narrow: Rows | None
     ) -> None:
         """Asks one rule's router about its candidates among the rows of ``h``."""
-        classes = frozenset(cell.token_class for cell in cells)
-        mask = self._of(classes) & ~self._gone
-        within = _rows(mask if narrow is None else narrow.take(mask))
+        layer, skip, router = cells[0].layer, cells[0].skip, self._routers[number]
+        asked = self._staying(self._of(frozenset(cell.token_class for cell in cells)))
+        within = _rows(_taken(asked, narrow))
         if not within.count:
             return
-        host = torch.device("cpu")
-        rows = within.ids(host) if narrow is None else within.take(narrow.ids(host))
-        skip, router = cells[0].skip, self._routers[number]
+        rows = within.ids(HOST) if narrow is None else within.take(narrow.ids(HOST))
         context = Candidates(
-            layer.index,
+            layer,
             skip,
             h,
             within,
@@ -225,20 +242,31 @@ class RoutedRows:
             self._attended,
         )
         decision = _checked(router.decide(context), within.count, cells[0])
-        skipped = self._nobody.clone()
-        skipped[rows] = decision.skip.detach().to(host)
-        asked = self._nobody.clone()
-        asked[rows] = True
+        skips = decision.skip.detach().to(HOST).numpy()
+        count = int(np.count_nonzero(skips))
+        if count not in (0, len(skips)):
+            self._whole = None
+        elif count and self._whole is not None:
+            self._whole.add(number)
+        skipped, among = self._nobody.copy(), self._nobody.copy()
+        skipped[rows.numpy()], among[rows.numpy()] = skips, True
         for sublayer in skip:
-            key = layer.index, sublayer
+            key = layer, sublayer
             self._skips[key] = self._skips.get(key, self._nobody) | skipped
-            self._asked[key] = self._asked.get(key, self._nobody) | asked
+            self._asked[key] = self._asked.get(key, self._nobody) | among
         self._ran = self._ran & ~skipped
-        if decision.scope is Scope.REST:
+        if decision.scope is Scope.REST and count:
             kv = cells[0].rule.kv or SkippedKV.PROJECT
             self._exiting[kv] = self._exiting.get(kv, self._nobody) | skipped
 
-    def _note_exits(self, step: tuple[int, ...]) -> None:
+    def _let_go(self) -> None:
+        """Rows that exited in the layer before are gone from here on."""
+        for kv, rows in self._exiting.items():
+            self._exited[kv] = self._exited.get(kv, self._nobody) | rows
+            self._gone = rows if self._gone is None else self._gone | rows
+        self._exiting = {}
+
+    def _note_exits(self, step: tuple[int, ...], gone: Mask) -> None:
         """What rows leave out of a layer because they exited before it."""
         for index in step:
             layer = self._plan.layers[index]
@@ -246,13 +274,23 @@ class RoutedRows:
                 (Sublayer.ATTENTION, layer.attending),
                 (Sublayer.FFN, layer.feeding),
             ):
-                self._skips[index, sublayer] = self._gone & self._of(classes)
+                self._skips[index, sublayer] = gone & self._of(classes)
 
-    def _of(self, classes: frozenset[TokenClass]) -> Tensor:
+    def _of(self, classes: Classes) -> Mask:
         found = self._members.get(classes)
         if found is None:
-            found = self._members[classes] = member(self._layout.codes, classes)
+            codes = [CODES[token_class] for token_class in classes]
+            found = self._members[classes] = np.isin(self._codes, codes)
         return found
+
+
+def _rules(plan: SkipPlan, layer: int, point: Point) -> dict[int, list[RoutedCell]]:
+    """The routed cells of a layer that are decided at a point, by rule."""
+    found: dict[int, list[RoutedCell]] = {}
+    for cell in plan.routed_by_layer.get(layer, ()):
+        if point_of(plan.layers[layer], cell) is point:
+            found.setdefault(cell.number, []).append(cell)
+    return found
 
 
 def narrows_after(plan: SkipPlan) -> bool:
@@ -262,8 +300,7 @@ def narrows_after(plan: SkipPlan) -> bool:
     """
     last = plan.layers[plan.steps[-1][0]]
     return any(
-        cell.skip == {Sublayer.FFN}
-        and last.arrangement is not Arrangement.PARALLEL
+        point_of(last, cell) is Point.MIDDLE
         and (
             cell.rule.is_plug_in
             or cell.rule.capacity is not None
@@ -273,14 +310,20 @@ def narrows_after(plan: SkipPlan) -> bool:
     )
 
 
-def _rows(mask: Tensor) -> Rows:
-    """The rows where ``mask [N]`` (host) is true: a slice where they are neighbours."""
-    index = mask.nonzero().squeeze(1)
+def _taken(mask: Mask, narrow: Rows | None) -> Mask:
+    """``mask`` of the rows that go on."""
+    return mask if narrow is None else mask[narrow.ids(HOST).numpy()]
+
+
+def _rows(mask: Mask) -> Rows:
+    """The rows where ``mask [N]`` is true: a slice where they are neighbours."""
+    index = np.flatnonzero(mask)
     count = len(index)
     if not count:
         return Rows(slice(0, 0), 0)
     first, last = int(index[0]), int(index[-1])
-    return Rows(slice(first, last + 1) if last - first + 1 == count else index, count)
+    is_slice = last - first + 1 == count
+    return Rows(slice(first, last + 1) if is_slice else torch.from_numpy(index), count)
 
 
 def _checked(decision: Any, count: int, cell: RoutedCell) -> Decision:

@@ -190,7 +190,8 @@ class _StepRows:
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         narrow = self._narrow if is_last else None
-        key = (layer.row_sets, narrow is not None)
+        # A hollow layer has slots of its own.
+        key = (layer.row_sets, layer.table if layer.hollow else None, narrow is not None)
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = self._make(layer, narrow)

@@ -5,6 +5,7 @@ Part of ``ops.fused``, apart for its subject. Letters as in ``ops.routes``.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -98,9 +99,13 @@ def settle(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -
     """Which of ``m`` candidates skip: ``[m]`` bool, from their scores, sequences and positions."""
     if terms.capacity is not None:
         return _beyond_capacity(scores, sequences, positions, terms.capacity)
-    scores = agreed(scores, sequences, positions, terms)
-    bar = torch.tensor(terms.bar, dtype=torch.float32, device=scores.device)
-    return scores >= bar.to(scores.dtype)
+    return agreed(scores, sequences, positions, terms) >= _rounded(terms.bar)
+
+
+@functools.cache
+def _rounded(bar: float) -> float:
+    """The bar in fp32."""
+    return torch.tensor(bar, dtype=torch.float32).item()
 
 
 def agreed(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -> Tensor:
