@@ -216,6 +216,59 @@ def test_plan_as_json_is_what_the_model_would_run(checkpoint: Path) -> None:
     assert found["ideal_speedup"]["prefill"] == pytest.approx(gain)
 
 
+ROUTERS = (
+    {"layers": [1], "tokens": "all", "skip": ["ffn"], "kind": "similarity", "threshold": 0.9},
+    {"layers": [2], "tokens": ["text"], "skip": ["attention"], "kind": "random", "rate": 0.3},
+)
+
+
+def routed(folder: Path, *routers: Any) -> Path:
+    file = folder / "routed.json"
+    file.write_text(json.dumps({"schema_version": 1, "name": "mine", "routers": routers}))
+    return file
+
+
+def test_plan_of_routers_shows_what_to_expect(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("plan", "-m", checkpoint, "-p", routed(tmp_path, *ROUTERS), *MACHINE)
+    text = succeed(*arguments).stdout
+    assert "attention + ffn?" in text and "attention? + ffn" in text
+    assert re.search(r"dense +all run +all skip +dense / all skip", text)
+    assert "Say --rate SHARE" in text
+    text = succeed(*arguments, "--rate", 0.5, "--batch", 4).stdout
+    assert re.search(r"dense +all run +expected +all skip +dense / expected", text)
+    assert re.search(r"ideal gain in decode +- +1\.00x +1\.\d\dx +1\.\d\dx", text)
+    assert "where 50% of rows skip. A decode step of batch 4 then reads 94% of" in " ".join(
+        text.split()
+    )
+
+
+def test_plan_of_routers_that_state_their_rate(checkpoint: Path, tmp_path: Path) -> None:
+    text = succeed("plan", "-m", checkpoint, "-p", routed(tmp_path, ROUTERS[1]), *MACHINE).stdout
+    assert "where 30% of rows skip" in text
+
+
+def test_plan_of_routers_as_json(checkpoint: Path, tmp_path: Path) -> None:
+    policy = routed(tmp_path, *ROUTERS)
+    arguments = ("plan", "-m", checkpoint, "-p", policy, *MACHINE, "--json")
+    arguments += ("--image-tokens", 8, "--text-tokens", 5, "--new-tokens", 3)
+    found = json.loads(succeed(*arguments).stdout)["routed"]
+    assert found["rates"] is None and found["expected"] is None
+    found = json.loads(succeed(*arguments, "--rate", 0.25).stdout)
+    plan = fastskip.plan_of(fastskip.load_model(checkpoint, policy))
+    assert found["routed"]["rates"] == [0.25, 0.25]
+    for key, cost in (
+        ("expected", plan.expected_cost(8, 5, 3, rate=0.25)),
+        ("all_skip", plan.when_skipping.cost(8, 5, 3)),
+    ):
+        assert found["routed"][key]["prefill_flops"] == cost.prefill.flops
+        assert found["routed"][key]["decode_bytes"] == cost.decode.bytes / 2
+    gain = found["dense"]["decode_floor_s"] / found["routed"]["expected"]["decode_floor_s"]
+    assert found["routed"]["expected"]["ideal_speedup"]["decode"] == pytest.approx(gain)
+    assert "routed" not in json.loads(
+        succeed("plan", "-m", checkpoint, "-p", "image_ffn", *MACHINE, "--json").stdout
+    )
+
+
 def test_plan_measures_the_machine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastskip import machine
     from fastskip.costs import Ceilings
@@ -307,6 +360,10 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("plan -m {model} --new-tokens 999 " + " ".join(MACHINE), "allowed: at most 256"),
         ("plan -m {model} --tflops 1", "--tflops 1.0: allowed: both, as positive"),
         ("plan -m {model} --tflops 1 --bandwidth -2", "allowed: both, as positive"),
+        (
+            "plan -m {model} -p image_ffn --rate 0.5 " + " ".join(MACHINE),
+            "--rate 0.5: allowed: none, the policy has no routers",
+        ),
         ("policies nothing", "preset: got 'nothing'; allowed: dense"),
         ("policies image_ffn -s size=3", "image_ffn.size: unknown option; allowed: start, end"),
         ("policies image_ffn -s start=a", "image_ffn.start: got 'a'; allowed: an integer"),

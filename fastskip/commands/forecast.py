@@ -5,12 +5,22 @@ from typing import Any
 
 import torch
 
+from fastskip.chances import rates_of
 from fastskip.commands.common import CommandError
-from fastskip.costs import Ceilings, Speedup, floor_seconds, ideal_speedup
+from fastskip.costs import (
+    Ceilings,
+    Planned,
+    Speedup,
+    cache_bytes,
+    floor_seconds,
+    generation_cost,
+    ideal_speedup,
+    prompt_counts,
+)
 from fastskip.families import shape_of
 from fastskip.launches import Account, decode_launches, prefill_launches
 from fastskip.plan import SkipPlan, make_plan
-from fastskip.policy import SkipPolicy
+from fastskip.policy import PolicyError, SkipPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +61,41 @@ class Launches:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlook:
+    """Totals under one plan, and its ideal gain over the dense one."""
+
+    totals: Totals
+    ideal: Speedup
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self.totals) | {"ideal_speedup": asdict(self.ideal)}
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What routers can save: where all rows skip, and at `rates` by the router's number.
+
+    Both `rates` and `expected` are missing where a router states no rate and none was asked for.
+    """
+
+    all_skip: Outlook
+    rates: dict[int, float] | None = None
+    expected: Outlook | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rates": None if self.rates is None else list(self.rates.values()),
+            "expected": None if self.expected is None else self.expected.to_dict(),
+            "all_skip": self.all_skip.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
-    """A plan, its totals beside those of the dense model, and the ideal gain."""
+    """A plan, its totals beside those of the dense model, and the ideal gain.
+
+    What routers decide counts as running, but in `routed`.
+    """
 
     plan: SkipPlan
     workload: Workload
@@ -60,11 +103,12 @@ class Forecast:
     dense: Totals
     skipping: Totals
     ideal: Speedup
+    routed: Routed | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         columns = [str(each) for each in self.plan.classes]
-        return {
+        found = {
             "policy": self.plan.policy.to_dict(),
             "workload": asdict(self.workload),
             "ceilings": asdict(self.ceilings),
@@ -80,12 +124,21 @@ class Forecast:
             "with_policy": asdict(self.skipping),
             "ideal_speedup": asdict(self.ideal),
         }
+        return found if self.routed is None else found | {"routed": self.routed.to_dict()}
 
 
 def forecast(
-    config: Any, policy: SkipPolicy, load: Workload, dtype: torch.dtype, ceilings: Ceilings
+    config: Any,
+    policy: SkipPolicy,
+    load: Workload,
+    dtype: torch.dtype,
+    ceilings: Ceilings,
+    rate: float | None = None,
 ) -> Forecast:
-    """Plan `policy` for the model of `config` and count what `load` costs."""
+    """Plan `policy` for the model of `config` and count what `load` costs.
+
+    `rate`: the share of their candidates that routers let skip; `None`: what they state themselves.
+    """
     shape = shape_of(config, dtype)
     if load.image_tokens and not shape.has_images:
         raise CommandError(
@@ -97,29 +150,55 @@ def forecast(
             f"--image-tokens, --text-tokens and --new-tokens make {positions} positions; allowed: "
             f"at most {shape.max_positions}"
         )
+    if rate is not None and not policy.routers:
+        raise CommandError(f"--rate {rate}: allowed: none, the policy has no routers")
     dense, skipping = make_plan(SkipPolicy(), shape), make_plan(policy, shape)
-    ideal = ideal_speedup(
-        dense,
-        skipping,
-        ceilings,
-        n_image=load.image_tokens,
-        n_text=load.text_tokens,
-        n_new=load.new_tokens,
-        batch=load.batch,
-    )
+
+    def outlook(plan: Planned) -> Outlook:
+        ideal = ideal_speedup(
+            dense,
+            plan,
+            ceilings,
+            n_image=load.image_tokens,
+            n_text=load.text_tokens,
+            n_new=load.new_tokens,
+            batch=load.batch,
+        )
+        return Outlook(_totals(plan, load, ceilings), ideal)
+
+    routed = None
+    if skipping.routed:
+        routed = Routed(outlook(skipping.when_skipping))
+        rates = _rates(policy, rate)
+        if rates is not None:
+            routed = Routed(routed.all_skip, rates, outlook(skipping.expected(rates)))
+    found = outlook(skipping)
     return Forecast(
         skipping,
         load,
         ceilings,
         _totals(dense, load, ceilings),
-        _totals(skipping, load, ceilings),
-        ideal,
+        found.totals,
+        found.ideal,
+        routed,
     )
 
 
-def _totals(plan: SkipPlan, load: Workload, ceilings: Ceilings) -> Totals:
-    cost = plan.cost(load.image_tokens, load.text_tokens, load.new_tokens, load.batch)
+def _rates(policy: SkipPolicy, rate: float | None) -> dict[int, float] | None:
+    """By router; `None` where one states no rate and none is asked for."""
+    try:
+        return rates_of(policy.routers, rate)
+    except PolicyError:
+        if rate is not None:
+            raise
+        return None
+
+
+def _totals(plan: Planned, load: Workload, ceilings: Ceilings) -> Totals:
+    cost = generation_cost(plan, load.image_tokens, load.text_tokens, load.new_tokens, load.batch)
     steps = max(1, load.new_tokens - 1)
+    # the last token is returned, not fed back
+    context = prompt_counts(load.image_tokens, load.text_tokens, load.new_tokens - 1)
     return Totals(
         prefill_flops=cost.prefill.flops,
         prefill_bytes=cost.prefill.bytes,
@@ -127,10 +206,7 @@ def _totals(plan: SkipPlan, load: Workload, ceilings: Ceilings) -> Totals:
         decode_flops=cost.decode.flops / steps,
         decode_bytes=cost.decode.bytes / steps,
         decode_floor_s=floor_seconds(cost.decode, ceilings) / steps,
-        # the last token is returned, not fed back
-        kv_bytes=plan.kv_bytes(
-            load.image_tokens, load.text_tokens, load.new_tokens - 1, load.batch
-        ),
+        kv_bytes=cache_bytes(plan, context, load.batch),
     )
 
 

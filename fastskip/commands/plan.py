@@ -25,6 +25,7 @@ from fastskip.commands.common import (
 if TYPE_CHECKING:
     from fastskip.commands import forecast
     from fastskip.commands.forecast import Forecast
+    from fastskip.costs import Speedup
 
 
 def plan(
@@ -39,6 +40,17 @@ def plan(
     text_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Other positions.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Generated tokens.")] = 128,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Share of rows that routers let skip, to expect costs for. Default: what the "
+            "routers state, if they do.",
+            show_default=False,
+        ),
+    ] = None,
     bandwidth: Annotated[
         float | None,
         typer.Option(
@@ -72,6 +84,11 @@ def plan(
     Reads the checkpoint's config only. Floors are the least times that memory and arithmetic allow;
     decoder and lm_head are counted, the vision tower is not.
 
+    With routers, whose decisions fall at run time, three plans are shown: all rows run, all skip,
+    and the mean to expect at [cyan]--rate[/]. Arithmetic falls with the rate p; the weights of a
+    guarded sublayer are read unless a whole batch of B skips, so a decode step still reads 1 - p^B
+    of them, and a prompt nearly all.
+
     [bold]Examples[/]
 
     [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p image_ffn --dtype bfloat16[/]
@@ -79,6 +96,8 @@ def plan(
     [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p mine.json --bandwidth 3350 --tflops 800[/]
 
     [cyan]fastskip plan -m llava-hf/llava-1.5-7b-hf -p every_nth_block --launches nvidia-h200[/]
+
+    [cyan]fastskip plan -p router.json --rate 0.5 --batch 4[/]
     """
     prepare(threads)
     path = checkpoint(model)
@@ -95,7 +114,7 @@ def plan(
     )
     number = forecast.dtype_of(config, dtype.value)
     machine = _ceilings(bandwidth, tflops, number, device)
-    result = forecast.forecast(config, chosen, load, number, machine)
+    result = forecast.forecast(config, chosen, load, number, machine, rate)
     counted = _launches(result, launches)
     if as_json:
         found = {"model": path} | result.to_dict()
@@ -192,22 +211,70 @@ def _show(model: str, result: "Forecast") -> None:
         f"{load.batch} x ({load.image_tokens} image + {load.text_tokens} text positions, "
         f"{load.new_tokens} new tokens):"
     )
-    costs = Table("", "dense", name, "dense / policy", box=box.SIMPLE_HEAD)
+    columns = [("dense", result.dense, None), *_columns(result, name)]
+    compared = next((c for c in columns if c[0] == "expected"), columns[-1])
+    ratio = "dense / policy" if result.routed is None else f"dense / {compared[0]}"
+    costs = Table("", *(title for title, *_ in columns), ratio, box=box.SIMPLE_HEAD)
     for column in costs.columns[1:]:
         column.justify = "right"
     for label, field, unit in _LINES:
-        dense, skipping = getattr(result.dense, field), getattr(result.skipping, field)
-        ratio = f"{dense / skipping:.2f}" if skipping else "-"
-        costs.add_row(label, _si(dense, unit), _si(skipping, unit), ratio)
+        values = [getattr(totals, field) for _, totals, _ in columns]
+        dense, own = (getattr(totals, field) for totals in (result.dense, compared[1]))
+        costs.add_row(label, *(_si(each, unit) for each in values), _times(dense, own))
+    if result.routed is not None:
+        for phase in ("prefill", "decode"):
+            gains = [
+                "-" if gain is None else f"{getattr(gain, phase):.2f}x" for *_, gain in columns
+            ]
+            costs.add_row(f"ideal gain in {phase}", *gains, style="bold")
     console.print(costs)
-    ceilings, ideal = result.ceilings, result.ideal
+    ceilings, ideal = result.ceilings, compared[2] or result.ideal
     console.print(
         f"Ideal gain: prefill [bold]{ideal.prefill:.2f}x[/], decode [bold]{ideal.decode:.2f}x[/], "
         f"where memory gives {_si(ceilings.bandwidth_bytes_per_s, 'B/s')} and arithmetic "
-        f"{_si(ceilings.flops_per_s, 'FLOP/s')}."
+        f"{_si(ceilings.flops_per_s, 'FLOP/s')}"
+        f"{'' if result.routed is None else f' ({compared[0]})'}."
     )
-    if result.plan.routed:
-        console.print("Cells with ? are decided by a router and count as running.")
+    if result.routed is not None:
+        console.print(_about_routers(result, result.routed))
+
+
+def _columns(
+    result: "Forecast", name: str
+) -> list[tuple[str, "forecast.Totals", "Speedup | None"]]:
+    """Title, totals and ideal gain of the plan; with routers, of what it can come to."""
+    routed = result.routed
+    if routed is None:
+        return [(name, result.skipping, result.ideal)]
+    found = [("all run", result.skipping, result.ideal)]
+    if routed.expected is not None:
+        found.append(("expected", routed.expected.totals, routed.expected.ideal))
+    return [*found, ("all skip", routed.all_skip.totals, routed.all_skip.ideal)]
+
+
+def _about_routers(result: "Forecast", routed: "forecast.Routed") -> str:
+    from fastskip.chances import weights_read
+    from fastskip.policy import Group
+
+    about = "Cells with ? are decided by routers at run time. "
+    if routed.rates is None:
+        return about + "Say --rate SHARE to see what to expect where that share of rows skips."
+    shares = {
+        rate: weights_read(rate, result.workload.batch, rule.group or Group.ROW)
+        for rate, rule in zip(routed.rates.values(), result.plan.policy.routers, strict=True)
+    }
+    skipping, read = (
+        ", ".join(f"{each:.0%}" for each in side) for side in (shares, shares.values())
+    )
+    return (
+        f"{about}Expected: the mean where {skipping} of rows skip. A decode step of batch "
+        f"{result.workload.batch} then reads {read} of a guarded sublayer's weights, as one row "
+        "that runs is enough to read all."
+    )
+
+
+def _times(before: float, after: float) -> str:
+    return f"{before / after:.2f}" if after else "-"
 
 
 _LINES = (
