@@ -8,7 +8,7 @@ from itertools import product
 import torch
 
 from benchmarks.harness import Case
-from benchmarks.peers import DEFAULT, MORE
+from benchmarks.peers import DEFAULT, MORE, ROUTED, ROUTED_BATCH
 from benchmarks.shapes import DEMO, HALF_BILLION, Shape
 
 _ROUNDS = {DEMO.name: 9, HALF_BILLION.name: 3}  # a short call needs more of them
@@ -24,7 +24,14 @@ def _case(shape: Shape, dtype: torch.dtype, batch: int) -> Case:
 def default_cases() -> list[Case]:
     """Both shapes at batch 1 in fp32 and bf16, and at batch 4 in bf16."""
     settings = ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 4))
-    return [_case(shape, *setting) for shape in (DEMO, HALF_BILLION) for setting in settings]
+    cases = [_case(shape, *setting) for shape in (DEMO, HALF_BILLION) for setting in settings]
+    return cases + routing_cases()
+
+
+def routing_cases() -> list[Case]:
+    """Rows that decide by themselves against static skips of the same rate."""
+    case = Case(HALF_BILLION, torch.bfloat16, 1, peers=ROUTED, subject="routing")
+    return [case, replace(case, batch=4, peers=ROUTED_BATCH)]
 
 
 def full_cases() -> list[Case]:

@@ -16,6 +16,7 @@ from benchmarks.shapes import Builder, Models, Shape, models, prompts
 from fastskip.demo.timing import threads_set
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
+from fastskip.routing import RoutingRecord
 
 # The default first: what a first call does once must not count against fewer threads.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
@@ -36,23 +37,30 @@ class Case:
     rounds: int = 3
     peers: tuple[Peer, ...] = DEFAULT
     device: str = "cpu"
+    subject: str = ""
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         length = f"{self.shape.n_text}+{self.n_new}"
-        return f"{self.shape.name}-{dtype}-b{self.batch}-{length}"
+        subject = f"-{self.subject}" if self.subject else ""
+        return f"{self.shape.name}-{dtype}-b{self.batch}-{length}{subject}"
 
 
 @dataclass
 class Measurement:
-    """The runs of every (peer, threads) of a case, and what is wrong with peers that failed."""
+    """The runs of every (peer, threads) of a case, and what is wrong with peers that failed.
+
+    ``rates``: of peers with routers, the shares of candidates that skipped in the prompt and in
+    the steps; draws are the same in every run.
+    """
 
     case: Case
     n_visual: int
     plans: dict[str, SkipPlan] = field(default_factory=dict)
     runs: dict[tuple[str, int], list[Run]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    rates: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def best(self, peer: str, group: str) -> tuple[int, list[Run]]:
         """The number of threads with the lower median, and the runs made with it."""
@@ -110,6 +118,12 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
         with threads_set(threads):
             return run_once(model, inputs, n_new, case.device, peer.hf_cache)
 
+    for peer in peers:
+        if result.plans[peer.name].routed and peer.name not in result.failures:
+            with fastskip.record_routing(_under(both, policies[peer.name])) as seen:
+                run(peer, THREADS[0])
+            steps = RoutingRecord(seen.forwards[1:])
+            result.rates[peer.name] = RoutingRecord(seen.forwards[:1]).rate, steps.rate
     counts = THREADS if case.device == "cpu" else [torch.get_num_threads()]
     kept: dict[bool, list[int]] = {}
     contenders = []

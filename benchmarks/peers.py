@@ -53,3 +53,43 @@ MORE = (
         lambda depth: SkipPolicy.preset("visual_withdrawal", after=depth // 2 - 1),
     ),
 )
+
+
+def _evenly(share: float) -> Callable[[int], SkipPolicy]:
+    """Whole blocks skipped for every row: this share of all layers but the last."""
+
+    def make(depth: int) -> SkipPolicy:
+        count = round(share * (depth - 1))
+        layers = [round((number + 0.5) * (depth - 1) / count - 0.5) for number in range(count)]
+        rule = {"layers": layers, "skip": ["block"], "kv": "omit"}
+        return SkipPolicy.from_dict({"schema_version": 1, "rules": [rule]})
+
+    return make
+
+
+def _drawn(share: float, group: str) -> Callable[[int], SkipPolicy]:
+    """Whole blocks skipped at this rate, row by row, in all layers but the last."""
+    router = {"layers": ":-1", "skip": ["block"], "kind": "random", "rate": share, "kv": "omit"}
+    document = {"schema_version": 1, "routers": [router | {"group": group}]}
+    return lambda depth: SkipPolicy.from_dict(document)
+
+
+ROUTED = (
+    HF,
+    DENSE,
+    *(
+        peer
+        for percent in (25, 50, 75)
+        for peer in (
+            Peer(f"static_{percent}", f"static, {percent} % of blocks", _evenly(percent / 100)),
+            Peer(f"row_{percent}", f"routed by row, {percent} %", _drawn(percent / 100, "row")),
+        )
+    ),
+)
+"""Routed against static at the same rate. Draws stand for a learned router, which costs a product
+of one row and one vector a layer more."""
+ROUTED_BATCH = (
+    *ROUTED,
+    Peer("sequence_50", "routed by sequence, 50 %", _drawn(0.5, "sequence")),
+    Peer("batch_50", "routed by batch, 50 %", _drawn(0.5, "batch")),
+)

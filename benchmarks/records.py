@@ -19,7 +19,6 @@ from benchmarks.shapes import models
 from fastskip import machine
 from fastskip.costs import Ceilings, floor_seconds
 from fastskip.demo.timing import threads_set
-from fastskip.plan import SkipPlan
 
 Record = dict[str, Any]
 
@@ -33,8 +32,8 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     threads, runs = measured.best(peer, group)
     seconds = median(runs, group)
     found = ceilings(case.dtype, case.device, threads)
-    flops, floor = _work(plan, measured, found)[group]
-    _, dense_floor = _work(measured.plans[DENSE.name], measured, found)[group]
+    flops, floor = _work(peer, measured, found)[group]
+    _, dense_floor = _work(DENSE.name, measured, found)[group]
     vs_dense = measured.seconds(DENSE.name, group) / seconds
     # Arrangements save launches, which no floor counts; vision has no floor.
     has_ideal = is_ours and group != "e2e" and not plan.policy.arrangements
@@ -44,6 +43,8 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "group": group,
         "peer": peer,
         "label": own.label,
+        "subject": case.subject,
+        "skip_rates": measured.rates.get(peer),
         "model": shape.name,
         "weights": "trained" if hf.name_or_path else "random",
         "policy_id": plan.policy.name if is_ours else None,
@@ -74,18 +75,30 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     }
 
 
-def _work(plan: SkipPlan, measured: Measurement, found: Ceilings) -> dict[str, tuple[float, float]]:
-    """FLOPs and least seconds of each group; of decode, those of a mean step."""
-    case, shape = measured.case, measured.case.shape
-    cost = plan.cost(
-        measured.n_visual, shape.n_text, case.n_new, case.batch, text_before=shape.text_before
-    )
-    prefill, decode = (floor_seconds(part, found) for part in (cost.prefill, cost.decode))
-    steps = cost.decode.steps
+def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, tuple[float, float]]:
+    """FLOPs and least seconds of each group; of decode, those of a mean step.
+
+    Of a peer with routers: what is to be expected at the rates at which its rows did skip.
+    """
+    case, shape, plan = measured.case, measured.case.shape, measured.plans[peer]
+    rates = measured.rates.get(peer, (None, None))
+    costs = [
+        plan.expected_cost(
+            measured.n_visual,
+            shape.n_text,
+            case.n_new,
+            case.batch,
+            rate=rate,
+            text_before=shape.text_before,
+        )
+        for rate in rates
+    ]
+    prompt, steps = costs[0].prefill, costs[1].decode
+    prefill, decode = (floor_seconds(part, found) for part in (prompt, steps))
     return {
-        "prefill": (cost.prefill.flops, prefill),
-        "decode": (cost.decode.flops / steps, decode / steps),
-        "e2e": (cost.flops, prefill + decode),
+        "prefill": (prompt.flops, prefill),
+        "decode": (steps.flops / steps.steps, decode / steps.steps),
+        "e2e": (prompt.flops + steps.flops, prefill + decode),
     }
 
 

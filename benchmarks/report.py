@@ -119,8 +119,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 def _title(record: Record) -> str:
+    subject = f"{record['subject']}, " if record.get("subject") else ""
     return (
-        f"{record['model']} ({record['weights']} weights), {record['dtype']}, batch "
+        f"{subject}{record['model']} ({record['weights']} weights), {record['dtype']}, batch "
         f"{record['batch']}: {record['n_visual']} image and {record['n_text']} text rows, "
         f"{record['n_new']} new tokens"
     )

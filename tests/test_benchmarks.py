@@ -15,7 +15,7 @@ import fastskip
 from benchmarks import harness, records
 from benchmarks.gate import faults
 from benchmarks.harness import Case, Measurement, ReplayClock, measure
-from benchmarks.peers import DEFAULT, MORE
+from benchmarks.peers import DEFAULT, MORE, ROUTED_BATCH
 from benchmarks.records import Record, record
 from benchmarks.report import Results, main, markdown, tables
 from benchmarks.runs import GROUPS
@@ -59,7 +59,8 @@ SHAPE = Shape("tiny", tiny, text_before=2, text_after=6)
 
 @pytest.fixture(scope="module")
 def measured() -> Measurement:
-    return measure(Case(SHAPE, torch.float32, batch=2, n_new=5, rounds=2, peers=(*DEFAULT, *MORE)))
+    peers = tuple(dict.fromkeys((*DEFAULT, *MORE, *ROUTED_BATCH)))
+    return measure(Case(SHAPE, torch.float32, batch=2, n_new=5, rounds=2, peers=peers))
 
 
 @pytest.fixture

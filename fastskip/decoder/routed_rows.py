@@ -279,8 +279,9 @@ class RoutedRows:
     def _of(self, classes: Classes) -> Mask:
         found = self._members.get(classes)
         if found is None:
-            codes = [CODES[token_class] for token_class in classes]
-            found = self._members[classes] = np.isin(self._codes, codes)
+            is_member = np.zeros(len(CODES), dtype=np.bool_)
+            is_member[[CODES[token_class] for token_class in classes]] = True
+            found = self._members[classes] = is_member[self._codes]
         return found
 
 

@@ -67,7 +67,7 @@ class ScoreRouter:
         terms = self.terms_on(context.layer, hidden.device)
         found = context.last_layer if self.needs_trace else None
         scores = score(terms, hidden, context.positions.to(hidden.device), found)
-        if bool(scores.isnan().any()):
+        if terms.score is not Score.RANDOM and bool(scores.isnan().any()):
             raise RouterError(
                 f"{self.rule.kind} router in layer {context.layer}: a score is not a number, so "
                 "the hidden states are not finite; allowed: finite ones"
