@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +25,7 @@ from fastskip.generation.prepared import prepare
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import POLICY_FILE, policy_of_config
 from fastskip.plan import SkipPlan, make_plan
-from fastskip.policy import SkipPolicy
+from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.routing import Router, RoutingRecord, build_routers
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,10 @@ def _choose_policy(
     found = _policy_file(path, hub)
     if found is not None:
         logger.info("policy: %s", found)
-        return SkipPolicy.from_file(found)
+        chosen = SkipPolicy.from_file(found)
+        if not Path(path).is_dir():
+            _fetch_weights(chosen, path, hub)
+        return chosen
     from_config = policy_of_config(config)
     if from_config is not None:
         logger.info("policy: per_layer_config of the checkpoint")
@@ -238,6 +241,18 @@ def _policy_file(path: str, hub: dict[str, Any]) -> Path | None:
         **hub,
     )
     return Path(found) if found else None
+
+
+def _fetch_weights(policy: SkipPolicy, path: str, hub: dict[str, Any]) -> None:
+    """Weights of routers come into the cache beside the policy, as the hub has them beside it."""
+    for number, rule in enumerate(policy.routers):
+        if rule.weights is None:
+            continue
+        inside = PurePosixPath(rule.weights)
+        if inside.is_absolute() or ".." in inside.parts:
+            allowed = "a file in the policy's own folder"
+            raise PolicyError(f"routers[{number}].weights", rule.weights, allowed)
+        transformers.utils.cached_file(path, rule.weights, **hub)
 
 
 def _dtype_of(dtype: str | torch.dtype) -> Any:

@@ -249,8 +249,8 @@ def test_plan_of_routers_that_state_their_rate(checkpoint: Path, tmp_path: Path)
 
 def test_plan_of_routers_as_json(checkpoint: Path, tmp_path: Path) -> None:
     policy = routed(tmp_path, *ROUTERS)
-    arguments = ("plan", "-m", checkpoint, "-p", policy, *MACHINE, "--json")
-    arguments += ("--image-tokens", 8, "--text-tokens", 5, "--new-tokens", 3)
+    load = ("--image-tokens", 8, "--text-tokens", 5, "--new-tokens", 3)
+    arguments = ("plan", "-m", checkpoint, "-p", policy, *MACHINE, *load, "--json")
     found = json.loads(succeed(*arguments).stdout)["routed"]
     assert found["rates"] is None and found["expected"] is None
     found = json.loads(succeed(*arguments, "--rate", 0.25).stdout)

@@ -1,7 +1,9 @@
 """A prepared model on disk: an ordinary checkpoint, and its policy beside it."""
 
 import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import fastskip
+from fastskip import loading
+from fastskip.policy import PolicyError
+from fastskip.routing.weights import LayerScore, write_weights
 from tests.batches import Batch, random_batch
 from tests.checkpoints import VOCAB
 from tests.models import tiny_llava
@@ -151,3 +156,93 @@ def test_unknown_skips_in_a_config_raise(model: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(fastskip.PolicyError, match="convolution"):
         fastskip.load_model(tmp_path)
+
+
+def routed(folder: Path, *files: str, depth: int = 4, hidden: int = 0) -> Path:
+    """A policy file with one linear router a file of weights."""
+    routers = []
+    for number, name in enumerate(files):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(len(name))
+        write_weights(path, {n: LayerScore(torch.randn(hidden), 0.1) for n in range(depth)})
+        at = {"layers": [number], "skip": ["ffn"], "kind": "linear"}
+        routers.append(at | {"weights": name, "threshold": 0.0})
+    file = folder / "policy.json"
+    file.write_text(json.dumps({"schema_version": 1, "routers": routers}))
+    return file
+
+
+def hidden_of(stock: Any) -> int:
+    size: int = stock.config.text_config.hidden_size
+    return size
+
+
+def test_router_weights_travel_with_the_checkpoint(
+    stock: Any, model: Any, batch: Batch, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    files = ("model.safetensors", "deep/scores.safetensors", "model.safetensors")
+    fastskip.set_policy(model, routed(home, *files, hidden=hidden_of(stock)))
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(home)
+    moved = (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    saved = json.loads((moved / POLICY_FILE).read_text())
+    names = [router["weights"] for router in saved["routers"]]
+    assert names == [f"fastskip_router_{number}.safetensors" for number in (0, 1, 0)]
+    again = fastskip.load_model(moved)
+    assert torch.equal(logits(again, batch), expected)
+    assert not torch.equal(logits(fastskip.set_policy(again, "dense"), batch), expected)
+
+
+def test_router_weights_saved_where_they_came_from(
+    stock: Any, model: Any, batch: Batch, tmp_path: Path
+) -> None:
+    """Names are given anew, so one file may take the name of another that is still needed."""
+    files = ("a.safetensors", "bb.safetensors")
+    fastskip.set_policy(model, routed(tmp_path / "home", *files, hidden=hidden_of(stock)))
+    model.save_pretrained(tmp_path / "saved")
+    again = fastskip.load_model(tmp_path / "saved")
+    policy = fastskip.plan_of(again).policy
+    fastskip.set_policy(again, dataclasses.replace(policy, routers=policy.routers[::-1]))
+    expected = logits(again, batch)
+    again.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(fastskip.load_model(tmp_path / "saved"), batch), expected)
+
+
+def test_router_weights_that_are_gone_stop_saving(stock: Any, model: Any, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    fastskip.set_policy(model, routed(home, "a.safetensors", hidden=hidden_of(stock)))
+    shutil.rmtree(home)
+    with pytest.raises(PolicyError, match=r"routers\[0\].weights: .*No such file"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_router_weights_from_the_hub_come_with_the_policy(
+    stock: Any, model: Any, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub whose files arrive one by one, when asked for, in a cache folder."""
+    fastskip.set_policy(model, routed(tmp_path / "home", "a.st", hidden=hidden_of(stock)))
+    model.save_pretrained(tmp_path / "hub")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def cached_file(path: str, name: str, **options: Any) -> str:
+        assert path == "someone/model"
+        return str(shutil.copy(tmp_path / "hub" / name, cache / name))
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    found = loading._choose_policy(None, "someone/model", stock.config, {})
+    assert sorted(file.name for file in cache.iterdir()) == [
+        POLICY_FILE,
+        "fastskip_router_0.safetensors",
+    ]
+    expected = logits(model, batch)
+    assert torch.equal(logits(fastskip.set_policy(model, found), batch), expected)
+    document = json.loads((tmp_path / "hub" / POLICY_FILE).read_text())
+    document["routers"][0]["weights"] = "../../secret"
+    (tmp_path / "hub" / POLICY_FILE).write_text(json.dumps(document))
+    with pytest.raises(PolicyError, match="allowed: a file in the policy's own folder"):
+        loading._choose_policy(None, "someone/model", stock.config, {})

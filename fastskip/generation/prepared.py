@@ -195,7 +195,7 @@ class PreparedModel(_Prepared):
         return sample(self, self._runtime, base._sample, *args, **kwargs)
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's, plus ``fastskip_policy.json``.
+        """As Hugging Face's, plus ``fastskip_policy.json`` and the weights of its routers.
 
         ``export_per_layer_config=True`` also writes the policy as transformers'
         ``per_layer_config`` (skips of all tokens only). Stock transformers loads that and runs

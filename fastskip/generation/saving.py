@@ -1,8 +1,9 @@
-"""A prepared model on disk: an ordinary checkpoint and its policy beside it."""
+"""A prepared model on disk: an ordinary checkpoint, its policy and router weights beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import PolicyError, SkipPolicy, Sublayer
 
 POLICY_FILE = "fastskip_policy.json"
+ROUTER_FILE = "fastskip_router_{}.safetensors"
 # transformers' names for what a layer skips (heterogeneous configurations).
 _SKIP_NAMES = {Sublayer.ATTENTION: "attention", Sublayer.FFN: "mlp"}
 
@@ -17,11 +19,12 @@ _SKIP_NAMES = {Sublayer.ATTENTION: "attention", Sublayer.FFN: "mlp"}
 def save(
     config: Any, plan: SkipPlan, folder: Any, write: Callable[[], Any], *, export: bool
 ) -> Any:
-    """Writes the checkpoint by ``write`` and the policy beside it.
+    """Writes the checkpoint by ``write``, and beside it the policy and its routers' weights.
 
     With ``export`` the text config also gets ``per_layer_config``; only skips of all tokens can be
     said that way, so any other policy raises ``PolicyError``.
     """
+    policy, weights = portable(plan.policy)  # before anything is written: files may be missing
     text = config.get_text_config(decoder=True)
     before = _overrides_of(text)
     text.per_layer_config = per_layer_config(plan) if export else None
@@ -29,9 +32,37 @@ def save(
         result = write()
     finally:
         text.per_layer_config = before
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    plan.policy.save(Path(folder) / POLICY_FILE)
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    for name, data in weights.items():
+        (home / name).write_bytes(data)
+    replace(policy, folder=str(home)).save(home / POLICY_FILE)
     return result
+
+
+def portable(policy: SkipPolicy) -> tuple[SkipPolicy, dict[str, bytes]]:
+    """The policy with router weights in its own folder, and these files by name.
+
+    Rules that share a file still do. Raises ``PolicyError`` where one cannot be read.
+    """
+    routers, names, files = [], dict[Path, str](), dict[str, bytes]()
+    for number, rule in enumerate(policy.routers):
+        if rule.weights is not None:
+            path = policy.path_of(rule.weights).resolve()
+            if path not in names:
+                # The name is new, so that it cannot be that of a file of the checkpoint.
+                names[path] = ROUTER_FILE.format(len(names))
+                files[names[path]] = _read(path, f"routers[{number}].weights")
+            rule = replace(rule, weights=names[path])
+        routers.append(rule)
+    return replace(policy, routers=tuple(routers)), files
+
+
+def _read(path: Path, field: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PolicyError(field, str(path), "a readable file", str(error)) from error
 
 
 def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
