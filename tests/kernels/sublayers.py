@@ -1,7 +1,9 @@
 """Norms, products, projections and feeds for kernel tests: the same numbers in every dtype."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from fastskip.ops.contracts import (
     Rotation,
     Targets,
 )
+from fastskip.ops.routes import Chosen
 from tests.budget import assert_within_budget
 from tests.kernels.paging import build_pages, exact
 
@@ -35,6 +38,25 @@ CONFIGS = {
 }
 
 
+WIDE = {"BLOCK_M": 64, "BLOCK_E": 128}
+GUARDED = {
+    # Programs have more than one tile each.
+    "a row": {**STREAM, **WIDE, "PROGRAMS": 5},
+    "stream": {**STREAM_2, **WIDE, "PROGRAMS": 3},
+    "tensor": {**TENSOR, **WIDE, "PROGRAMS": 1},
+    "norm apart": {**APART, **WIDE, "PROGRAMS": 1},
+}
+GUARDED_FORMS = [
+    pytest.param(config, dtype, id=f"{name}-{dtype}")
+    for name, config in GUARDED.items()
+    for dtype in DTYPES
+    # fp32 is streamed in any case.
+    if dtype != torch.float32 or config["BLOCK_N"] <= 4
+]
+SOME, ALL, NONE = (1, 0, 1, 1, 0), (1,) * 5, (0,) * 5
+"""Flags of five rows; in blocks of two some are busy, partly busy, idle."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the tensors of a problem live."""
@@ -47,6 +69,9 @@ class Place:
 
     def integers(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def chosen(self, flags: Sequence[int] | None) -> Chosen | None:
+        return None if flags is None else Chosen(self.integers(*flags))
 
     def norm(self, width: int, *, seed: int, is_centred: bool = False) -> Norm:
         # Far from 1 and from each other, so that a weight at a wrong element shows.
@@ -71,6 +96,7 @@ class ProjectionCase:
     has_pages: bool = True
     has_bias: bool = False
     is_centred: bool = False
+    leaves_all: bool = True
 
     def build(self, rows: int, place: Place, *, seed: int = 0) -> Projection:
         half = self.head_dim // 2
@@ -100,6 +126,7 @@ class ProjectionCase:
             targets,
             pages if self.has_pages else None,
             self.head_dim,
+            self.leaves_all,
         )
 
 

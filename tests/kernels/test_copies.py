@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastskip.kernels.copies import candidates, copy_entries, read_entries
+from fastskip.kernels.launch import recording
 from fastskip.ops import fused
 from fastskip.ops.contracts import Pages
 from tests.kernels.paging import build_pages, fill_pages
@@ -40,6 +41,24 @@ def test_copy_entries(groups: int, head_dim: int, dtype: torch.dtype, device: to
     assert not torch.equal(bits(actual), bits(build(0)))
     assert torch.equal(bits(actual), bits(expected))
     assert torch.equal(bits(source), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [(0,) * 7, (1,) * 7, (0, 1, 0, 0, 1, 0, 1)])
+def test_rows_with_entries_of_their_own_copy_nothing(
+    flags: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    def build(layer: int) -> Pages:
+        return build_pages(CAPACITY, groups=2, head_dim=16, dtype=dtype, device=device, layer=layer)
+
+    source, actual, expected = fill_pages(build(1), (70, 131)), build(0), build(0)
+    runs = torch.tensor(flags, dtype=torch.int32, device=device)
+    with recording() as account:
+        copy_entries(source, actual, *columns(ROWS, device), runs=runs)
+    fused.copy_entries(source, expected, *columns(ROWS, device), runs=runs)
+    assert torch.equal(bits(actual), bits(expected))
+    assert torch.equal(bits(actual), bits(build(0))) == all(flags)
+    assert account.guarded_programs == account.programs > 0
 
 
 def test_no_rows_and_rows_without_a_slot(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Attention of a decode step against its torch form and fp64."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from fastskip.ops import fused
 from fastskip.ops.contracts import PAGE, Pages, StepReach
 from tests.budget import assert_within_budget
 from tests.kernels.paging import build_pages, exact, fill_pages
+from tests.kernels.reads import watched
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -137,6 +138,66 @@ def test_every_run_and_both_combines_give_the_same_bits(name: str, device: torch
     ]
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+CHOSEN = {
+    "multi-head": Case(2, 2, 16, [[70, 40, 65]], splits=2),
+    "multi-head, second launch": Case(2, 2, 16, [[70, 40, 65]], splits=2, is_fused=0),
+    "grouped": Case(6, 2, 16, [[70, 40, 65]], splits=2),
+    "grouped, second launch": Case(6, 2, 16, [[70, 40, 65]], splits=2, is_fused=0),
+    "one split": Case(2, 2, 16, [[65, 40, 65]], splits=1, block=64),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_sequences(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Who runs finds what it finds without flags; of the others nothing is read or written."""
+    case = CHOSEN[name]
+    (queries,), (pages,), (whole,) = (
+        case.queries(dtype, device),
+        case.pages(dtype, device),
+        case.reach(device),
+    )
+    (right,) = attend_step([queries], [whole], [pages], 0.25, config=case.config)
+    for flags in ((0, 0, 0), (1, 1, 1), (1, 0, 1)):
+        runs = torch.tensor(flags, dtype=torch.int32, device=device)
+        # A count that shows if it is read.
+        counts = torch.where(runs.bool(), whole.counts, 10**6)
+        reach = replace(whole, counts=counts, runs=runs)
+        with watched(queries[1], counts) as reads, recording() as account:
+            (found,) = attend_step([queries], [reach], [pages], 0.25, config=case.config)
+        rows = runs.bool()
+        assert torch.equal(found[rows], right[rows]) and found[~rows].isnan().all()
+        assert not reach.arrivals.any()
+        assert not reads[0] or flags[1]
+        assert not reads[1] or any(flags)
+        assert all(launch.is_guarded for launch in account.launches)
+
+
+def test_arrivals_of_idle_sequences_stay(device: torch.device) -> None:
+    case = CHOSEN["multi-head"]
+    (queries,), (pages,), (whole,) = (
+        case.queries(torch.float32, device),
+        case.pages(torch.float32, device),
+        case.reach(device),
+    )
+    reach = replace(whole, runs=torch.zeros(3, dtype=torch.int32, device=device))
+    reach.arrivals.fill_(5)
+    attend_step([queries], [reach], [pages], 0.25, config=case.config)
+    assert (reach.arrivals == 5).all()
+
+
+def test_chosen_sequences_of_a_pair_take_a_launch_each(device: torch.device) -> None:
+    case = CASES["pair"]
+    queries, pages = case.queries(torch.float32, device), case.pages(torch.float32, device)
+    runs = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    reach = [replace(each, runs=runs) for each in case.reach(device)]
+    with recording() as account:
+        found = attend_step(queries, reach, pages, 1.0, config=case.config)
+    assert [launch.is_guarded for launch in account.launches] == [True, True]
+    for actual, expected in zip(found, fused.attend_step(queries, reach, pages, 1.0), strict=True):
+        torch.testing.assert_close(actual[1], expected[1])
 
 
 def test_counts_change_between_launches(device: torch.device) -> None:
