@@ -53,9 +53,10 @@ def test_rows_with_entries_of_their_own_copy_nothing(
 
     source, actual, expected = fill_pages(build(1), (70, 131)), build(0), build(0)
     runs = torch.tensor(flags, dtype=torch.int32, device=device)
+    sequences, from_slots, to_slots = columns(ROWS, device)
     with recording() as account:
-        copy_entries(source, actual, *columns(ROWS, device), runs=runs)
-    fused.copy_entries(source, expected, *columns(ROWS, device), runs=runs)
+        copy_entries(source, actual, sequences, from_slots, to_slots, runs)
+    fused.copy_entries(source, expected, sequences, from_slots, to_slots, runs)
     assert torch.equal(bits(actual), bits(expected))
     assert torch.equal(bits(actual), bits(build(0))) == all(flags)
     assert account.guarded_programs == account.programs > 0

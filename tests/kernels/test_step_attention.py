@@ -162,8 +162,8 @@ def test_chosen_sequences(name: str, dtype: torch.dtype, device: torch.device) -
     (right,) = attend_step([queries], [whole], [pages], 0.25, config=case.config)
     for flags in ((0, 0, 0), (1, 1, 1), (1, 0, 1)):
         runs = torch.tensor(flags, dtype=torch.int32, device=device)
-        # A count that shows if it is read.
-        counts = torch.where(runs.bool(), whole.counts, 10**6)
+        # A count of entries that were never written shows if it is read.
+        counts = torch.where(runs.bool(), whole.counts, 127)
         reach = replace(whole, counts=counts, runs=runs)
         with watched(queries[1], counts) as reads, recording() as account:
             (found,) = attend_step([queries], [reach], [pages], 0.25, config=case.config)
