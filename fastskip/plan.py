@@ -114,19 +114,32 @@ class SkipPlan:
                     break
         return tuple(sources)
 
+    def layer_when(self, index: int, skipping: frozenset[int]) -> LayerPlan:
+        """A layer as it runs where routers of these numbers let all of their rows skip."""
+        found = self._layers_when.get((index, skipping))
+        if found is None:
+            found = self.layers[index]
+            for routed in self.routed_by_layer.get(index, ()):
+                if routed.number in skipping:
+                    before, skipped = found.cells[routed.token_class], routed.skipped
+                    both = replace(
+                        before if Sublayer.ATTENTION not in routed.skip else skipped,
+                        attention=before.attention and skipped.attention,
+                        ffn=before.ffn and skipped.ffn,
+                    )
+                    found = replace(found, cells={**found.cells, routed.token_class: both})
+            self._layers_when[index, skipping] = found
+        return found
+
+    @cached_property
+    def _layers_when(self) -> dict[tuple[int, frozenset[int]], LayerPlan]:
+        return {}
+
     @cached_property
     def when_skipping(self) -> SkipPlan:
         """The plan that runs where every router lets every row skip."""
-        layers = list(self.layers)
-        for cell in self.routed:
-            layer = layers[cell.layer]
-            before, skipped = layer.cells[cell.token_class], cell.skipped
-            both = replace(
-                before if Sublayer.ATTENTION not in cell.skip else skipped,
-                attention=before.attention and skipped.attention,
-                ffn=before.ffn and skipped.ffn,
-            )
-            layers[cell.layer] = replace(layer, cells={**layer.cells, cell.token_class: both})
+        everyone = frozenset(range(len(self.policy.routers)))
+        layers = (self.layer_when(layer.index, everyone) for layer in self.layers)
         return SkipPlan(self.policy, self.shape, tuple(layers))
 
     @cached_property

@@ -19,9 +19,10 @@ class RotaryTable:
         self.rotary = rotary
         self._cosine: Tensor | None = None
         self._sine: Tensor | None = None
+        self._halves: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rotary": self.rotary, "_cosine": None, "_sine": None}
+        return {"rotary": self.rotary, "_cosine": None, "_sine": None, "_halves": None}
 
     def at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tables ``[N, 1, K]`` for ``positions [N]`` in the dtype and on the device of ``like``.
@@ -36,10 +37,13 @@ class RotaryTable:
         return cosine[index], sine[index]
 
     def halves(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[P, K / 2]`` of the positions below ``needed`` (and of some more)."""
+        """Cosines and sines ``[P, K / 2]`` of the positions below ``needed`` (and of some more),
+        dense, as kernels read them."""
         cosine, sine = self._tables(needed, like)
-        half = cosine.shape[-1] // 2
-        return cosine[:, 0, :half], sine[:, 0, half:]
+        if self._halves is None:
+            half = cosine.shape[-1] // 2
+            self._halves = cosine[:, 0, :half].contiguous(), sine[:, 0, half:].contiguous()
+        return self._halves
 
     def _tables(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tables ``[P, 1, K]`` that reach to ``needed``; made again only where they do not."""
@@ -62,4 +66,5 @@ class RotaryTable:
             half = sine.shape[-1] // 2
             signed = torch.cat((-sine[..., :half], sine[..., half:]), dim=-1)
         self._cosine, self._sine = cosine[0, :, None], signed[0, :, None]
+        self._halves = None
         return self._cosine, self._sine

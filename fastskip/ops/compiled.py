@@ -274,7 +274,8 @@ def _add_term(
         with torch.no_grad():
             torch.addmm(h, _known(term.x), term.linear.weight.t(), alpha=factor, out=h)
         if term.linear.bias is not None:
-            add_rows_(h, term.linear.bias.expand(len(h), -1), factor=factor)
+            # A weight: that it may be trained elsewhere is no matter here.
+            add_rows_(h, term.linear.bias.detach().expand(len(h), -1), factor=factor)
 
 
 def _rows(linear: Linear, first: int, last: int | None) -> Linear:
