@@ -143,12 +143,20 @@ def run(arch: int) -> tuple[list[Compiled], list[str]]:
 
 def unreached(slug: str, found: Sequence[Any]) -> Iterator[str]:
     """Entries of table ``slug`` whose numbers no launch of their kernel has."""
-    from fastskip.kernels import choice, tuning
+    from fastskip.kernels import choice, guards, tuning
 
     for kernel, entries in tuning.read_table(slug).entries.items():
         if kernel in choice.TABLES:
             continue  # not a kernel's
-        launches = [probed.launch for probed in found if probed.launch.name == kernel]
+        launches = [
+            probed.launch
+            for probed in found
+            if (
+                probed.launch.is_guarded
+                if kernel in guards.TABLES
+                else probed.launch.name == kernel
+            )
+        ]
         for entry in entries:
             wanted = entry.config.items()
             if not any(_agrees(wanted, launch) for launch in launches):

@@ -47,6 +47,7 @@ from fastskip.ops.contracts import (
     Targets,
     Term,
 )
+from fastskip.ops.routes import Chosen
 
 MANY = 640
 """Rows of a bucket without bound: a prompt of one image."""
@@ -63,6 +64,10 @@ def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
     return blank(*shape, dtype=dtype)
+
+
+def chosen(n: int) -> Chosen:
+    return Chosen(numbers(n))
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,13 @@ PROBES = (
         ),
     ),
     Probe(
+        "copy_entries of rows without their own",
+        ("copy_entries",),
+        lambda m, n: copies.copy_entries(
+            m.pages(4), m.pages(4), numbers(n), numbers(n), numbers(n), numbers(n)
+        ),
+    ),
+    Probe(
         "read_entries",
         ("copy_entries",),
         lambda m, n: copies.read_entries(m.pages(4), numbers(n), numbers(n)),
@@ -249,6 +261,18 @@ PROBES = (
         most=64,
         also=(1, 16),
     ),
+    Probe(
+        "attend_step of chosen sequences",
+        ("attend_step",),
+        lambda m, n: step_attention.attend_step(
+            [m.queries(n)],
+            [replace(m.step_reach(n), runs=numbers(n))],
+            [m.pages(n)],
+            m.scale,
+        ),
+        most=64,
+        also=(1, 4, 16),
+    ),
     Probe("compact", ("compact",), lambda m, n: compaction.compact(numbers(n, dtype=torch.bool))),
     Probe(
         "project_append",
@@ -264,6 +288,22 @@ PROBES = (
         ),
         most=64,
     ),
+    Probe(
+        "project_append of chosen rows",
+        ("project_append", "guarded"),
+        lambda m, n: projection.project_append(m.h(n), [m.project(n)], chosen=chosen(n)),
+        most=64,
+        also=(4,),
+    ),
+    Probe(
+        "project_append of chosen rows, which alone leave entries",
+        ("project_append", "guarded"),
+        lambda m, n: projection.project_append(
+            m.h(n), [replace(m.project(n), leaves_all=False)], chosen=chosen(n)
+        ),
+        most=64,
+        also=(4,),
+    ),
     Probe("feed", ("feed",), lambda m, n: feed.feed(m.h(n), [m.up()]), most=64),
     Probe(
         "feed of a pair with changes",
@@ -272,10 +312,26 @@ PROBES = (
         most=64,
     ),
     Probe(
+        "feed of chosen rows",
+        ("feed", "guarded"),
+        lambda m, n: feed.feed(m.h(n), [m.up()], chosen=chosen(n)),
+        most=64,
+        also=(4,),
+    ),
+    Probe(
         "project_append_feed",
         ("project_append_feed",),
         lambda m, n: parallel.project_append_feed(m.h(n), m.project(n), m.up()),
         most=64,
+    ),
+    Probe(
+        "project_append_feed of chosen rows",
+        ("project_append_feed", "guarded"),
+        lambda m, n: parallel.project_append_feed(
+            m.h(n), m.project(n), m.up(), chosen=(chosen(n), chosen(n))
+        ),
+        most=64,
+        also=(4,),
     ),
     Probe(
         "add_terms",
@@ -293,6 +349,22 @@ PROBES = (
         "add_terms of a pair",
         ("add_terms",),
         lambda m, n: residual.add_terms_(m.h(n), [m.down(n), m.down(n)], changes=[m.h(n), m.h(n)]),
+    ),
+    Probe(
+        "add_terms to chosen rows",
+        ("add_terms", "guarded"),
+        lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], chosen=[chosen(n)]),
+        most=64,
+        also=(4,),
+    ),
+    Probe(
+        "add_terms of both sublayers to chosen rows",
+        ("add_terms", "guarded"),
+        lambda m, n: residual.add_terms_(
+            m.h(n), [m.output(n), m.down(n)], chosen=[chosen(n), chosen(n)]
+        ),
+        most=64,
+        also=(4,),
     ),
     Probe(
         "apply_terms of a pair",

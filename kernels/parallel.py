@@ -97,8 +97,8 @@ def _tile(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of the rows ``leaves``,
-    in so far as they have a slot; or one of the FFN, of the rows ``feeds``."""
+    """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of the rows ``leaves``
+    (``None``: of all), in so far as they have a slot; or one of the FFN, of the rows ``feeds``."""
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
@@ -141,7 +141,7 @@ def _tile(
     if GROUPS > 0:
         entry_ptr, is_kept = entries_of(
             n,
-            leaves & inside,
+            inside if leaves is None else leaves & inside,
             anchor_ptr,
             table_ptr,
             sequences_ptr,
@@ -266,7 +266,7 @@ def _project_append_feed_kernel(
             start,
             n,
             n < rows,
-            n < rows,
+            None,
             n < rows,
             x_ptr,
             index_ptr,
