@@ -42,19 +42,22 @@ class DeviceRoutes:
         self._flags_of, self._positions, self._sequences = flags_of, positions, sequences
         device, count = like.device, len(positions)
         self.guards = guards_of(plan, present)
-        self._start = trace_start(plan, routers)
-        looking = [cell.layer for cell in plan.routed if self._looks_back(cell.number)]
+        self._start = trace_start(plan, routers, present)
+        looking = [
+            cell.layer
+            for cell in plan.routed
+            if cell.token_class in present and self._looks_back(cell.number)
+        ]
         self._end = max(looking, default=-1)
         self._ran = self._ran_guards() if looking else {}
         rows = [*self.guards, *(guard for own in self._ran.values() for guard in own)]
         self.flags = torch.zeros(len(rows), count, dtype=torch.int32, device=device)
-        self._home: dict[int, Tensor] = {
-            id(guard): row for guard, row in zip(rows, self.flags, strict=True)
+        self._apart = {
+            id(guard): homes[guard.layer]
+            for guard in self.guards
+            if homes and Sublayer.ATTENTION in guard.sublayers and guard.layer in homes
         }
-        homes = homes or {}
-        for guard in self.guards:
-            if Sublayer.ATTENTION in guard.sublayers and guard.layer in homes:
-                self._home[id(guard)] = homes[guard.layer]
+        self._home = dict(zip(map(id, rows), self.flags.unbind(), strict=True)) | self._apart
         self.trace = None
         if looking:
             width = plan.shape.hidden_size
@@ -66,8 +69,12 @@ class DeviceRoutes:
 
     def reset(self) -> None:
         """Every flag as the plan has it."""
-        for guard in self._rows():
-            self._row(guard).copy_(self._flags_of(guard.running))
+        rows = [self._flags_of(guard.running) for guard in self._rows()]
+        if rows:
+            torch.stack(rows, out=self.flags)
+        for guard in self.guards:
+            if id(guard) in self._apart:
+                self._row(guard).copy_(self._flags_of(guard.running))
 
     def runs(self, layer: int, sublayer: Sublayer) -> Tensor | None:
         """``[n]``: who runs a sublayer; ``None`` where nobody decides."""

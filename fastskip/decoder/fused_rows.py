@@ -58,13 +58,19 @@ class ForwardRows:
         self.routes: DeviceRoutes | None = None
         if plan.routed:
             self._every = Rows(slice(0, len(layout)), len(layout))
+            # Sent once: each of these is a copy that waits for the device.
+            self._routes_positions = self._to_device(layout.positions)
+            self._routes_sequences = self._to_device(layout.sequences)
+            self._all_slots: dict[tuple[Classes, Classes], Tensor] = {}
+            self._reaches: dict[tuple[Classes, Classes, bool], Reach] = {}
+            self._order: tuple[Tensor, tuple[int, ...]] | None = None
             self.routes = DeviceRoutes(
                 plan,
                 routers,
                 frozenset(plan.classes),
                 self._flags_of,
-                self._to_device(layout.positions),
-                self._to_device(layout.sequences),
+                self._routes_positions,
+                self._routes_sequences,
                 cache.anchor,
             )
 
@@ -86,39 +92,43 @@ class ForwardRows:
         )
 
     def _attention(self, layer: LayerPlan, rows: FusedRows, runs: Tensor) -> GuardedAttention:
-        layout, every = self._layout, self._every
         leaves = _kv_by_class(self._plan, layer)
         reused = frozenset(c for c, kv in leaves.items() if kv is SkippedKV.REUSE)
         projected = (layer.attending | layer.projecting) if not layer.hollow else frozenset()
         slots = self._masked_slots(layer.holding, projected)
-        targets = self._send_targets(layout.positions, layout.sequences, slots)
+        targets = Targets(self._routes_positions, self._routes_sequences, slots)
         copies = tuple(
             Copies(
                 source,
                 targets.sequences,
-                self._to_device(
-                    self._masked_slots(self._plan.layers[source].holding, frozenset(classes))
-                ),
-                self._to_device(self._masked_slots(layer.holding, frozenset(classes))),
+                self._masked_slots(self._plan.layers[source].holding, classes),
+                self._masked_slots(layer.holding, classes),
                 runs,
             )
             for source, classes in _sources(self._plan, layer, reused).items()
         )
-        going_on = every
-        if rows.narrow is not None:
-            assert self._narrow is not None
-            going_on = self._narrow
         return GuardedAttention(
             runs,
             targets,
             SkippedKV.PROJECT in leaves.values(),
-            self._guarded_reach(layer, going_on),
+            self._guarded_reach(layer, is_narrow=rows.narrow is not None),
             copies,
             self._placing(layer) if layer.hollow else None,
         )
 
-    def _guarded_reach(self, layer: LayerPlan, going_on: Rows) -> Reach:
+    def _guarded_reach(self, layer: LayerPlan, *, is_narrow: bool) -> Reach:
         """What rows that may attend see; queries lie in the order of the rows that go on."""
+        key = layer.holding, layer.attending, is_narrow
+        found = self._reaches.get(key)
+        if found is None:
+            found = self._reaches[key] = self._make_guarded_reach(layer, is_narrow)
+        return found
+
+    def _make_guarded_reach(self, layer: LayerPlan, is_narrow: bool) -> Reach:
+        going_on = self._every
+        if is_narrow:
+            assert self._narrow is not None
+            going_on = self._narrow
         layout, holding = self._layout, layer.holding
         sequences, columns = (going_on.take(t) for t in (layout.sequences, layout.columns))
         may = member(going_on.take(layout.codes), layer.attending).nonzero().squeeze(1)
@@ -130,21 +140,26 @@ class ForwardRows:
 
     def _placing(self, layer: LayerPlan) -> Placing:
         layout, index = self._layout, layer.index
-        order = torch.argsort(layout.sequences * self._codes.shape[1] + layout.columns)
-        counts = torch.bincount(layout.sequences, minlength=layout.batch)
+        if self._order is None:
+            order = torch.argsort(layout.sequences * self._codes.shape[1] + layout.columns)
+            counts = torch.bincount(layout.sequences, minlength=layout.batch)
+            self._order = self._to_device(order), (0, *counts.cumsum(0).tolist())
         stored = layer.holding - layer.hollow
         return Placing(
             self._flags_of(stored) if stored else None,
-            self._to_device(order),
-            (0, *counts.cumsum(0).tolist()),
+            *self._order,
             self._cache.device_counts[index],
             partial(self.held.__setitem__, index),
         )
 
     def _masked_slots(self, holding: Classes, classes: Classes) -> Tensor:
-        """Slots ``[N]`` of rows of some classes; -1 for the others."""
-        slots = self._slots(holding, self._every)
-        return slots.masked_fill(~member(self._layout.codes, classes), -1)
+        """Slots ``[N]`` of rows of some classes on the device; -1 for the others."""
+        found = self._all_slots.get((holding, classes))
+        if found is None:
+            slots = self._slots(holding, self._every)
+            slots = slots.masked_fill(~member(self._layout.codes, classes), -1)
+            found = self._all_slots[holding, classes] = self._to_device(slots)
+        return found
 
     def _flags_of(self, classes: Classes) -> Tensor:
         found = self._flags.get(classes)

@@ -14,14 +14,20 @@ from fastskip.policy import TokenClass
 from fastskip.routing import Router, ScoreRouter
 
 
-def trace_start(plan: SkipPlan, routers: Sequence[Router]) -> int | None:
+def trace_start(
+    plan: SkipPlan, routers: Sequence[Router], present: frozenset[TokenClass] | None = None
+) -> int | None:
     """The first layer whose input the routers of a plan need; ``None`` if none looks back.
+
+    ``present``: the classes that there are rows of; all, if not given.
 
     A similarity router looks at the last layer that a row ran whole, so from the nearest layer
     below in which it certainly does. What a plug-in asks for is not known.
     """
     starts = []
     for cell in plan.routed:
+        if present is not None and cell.token_class not in present:
+            continue
         router = routers[cell.number]
         if not isinstance(router, ScoreRouter):
             return 0

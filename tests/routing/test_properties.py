@@ -127,3 +127,11 @@ def test_a_group_decides_together(trio: Trio, batches: list[Batch]) -> None:
             rows = real if grouping.startswith("sequence") else [torch.cat(real)]
             if grouping != "row":
                 assert all(each.all() or not each.any() for each in rows), grouping
+
+
+def test_steps_without_routers_decide_nothing(trio: Trio, batches: list[Batch]) -> None:
+    policy = routed(
+        similarity("1:", ["image"], "block", threshold=0.8), random([0], ["text"], "ffn")
+    )
+    _, masks = check_generate(trio, policy, batches[2])
+    assert not any(mask[:, batches[2].columns :].any() for mask in masks.values())
