@@ -262,6 +262,11 @@ class SkipCache(Cache):
         return [False] * self.plan.shape.depth
 
     @property
+    def is_linear(self) -> list[bool]:
+        """Not those of linear attention, whose ids are fed but once (asked from 5.24 on)."""
+        return [False] * self.plan.shape.depth
+
+    @property
     def batch_size(self) -> int:
         return self.codes.shape[0] if self.columns else -1
 
