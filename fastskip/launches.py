@@ -1,7 +1,8 @@
 """How many launches a plan takes, counted by running the executor on tensors without data.
 
 Nothing is predicted: the layers, rows and steps are the ones that run, only the kernels do not. So
-a sublayer that a policy leaves out shows as launches that are not there.
+a sublayer that a policy leaves out shows as launches that are not there; one that a router lets
+rows skip shows as programs that may leave at once (``Account.guarded_programs``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastskip.decoder.device_routes import unsupported_routing
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.fused_stack import run_steps
@@ -21,7 +23,9 @@ from fastskip.ops.account import Account, counted, tables
 from fastskip.ops.contracts import Activation, Linear, Norm, Rotation
 from fastskip.ops.operations import FusedOperations
 from fastskip.plan import ModelShape, SkipPlan
-from fastskip.policy import TokenClass
+from fastskip.policy import RouterRule, TokenClass, select_layers
+from fastskip.routing import ScoreRouter
+from fastskip.routing.weights import LayerScore
 from fastskip.tokens import CODES, TokenLayout
 
 __all__ = ["Account", "decode_launches", "prefill_launches", "tables"]
@@ -46,7 +50,7 @@ def prefill_launches(
     with counted(is_dry=True, table=table) as account:
         cache.grow(layout, h)
         wanted = torch.arange(1, batch + 1) * (n_image + n_text) - 1
-        rows = ForwardRows(plan, layout, cache, layout.locate(wanted))
+        rows = ForwardRows(plan, layout, cache, layout.locate(wanted), _routers(plan))
         store = Store(_rotation(plan.shape), cache.pages_of)
         out = run_steps(plan, _blocks(plan, ops), h, rows.of, store)
         ops.head_logits(out, _norm(plan.shape), _head(plan.shape))
@@ -56,13 +60,34 @@ def prefill_launches(
 def decode_launches(plan: SkipPlan, batch: int, context: int, table: str | None = None) -> Account:
     """Launches of one greedy decode step: embedding, decoder, head, choice."""
     ops, anchor, shape = _triton(), _empty(plan.shape, 16), plan.shape
-    state = StepState(plan, anchor, _rotation(shape), StepShape(batch, context, 1, 0))
+    step = StepShape(batch, context, 1, 0)
+    state = StepState(plan, anchor, _rotation(shape), step, _routers(plan))
     with counted(is_dry=True, table=table) as account:
         embedding = _empty(shape, shape.vocab_size, shape.hidden_size)
         ops.embed(state.choice.tokens, embedding, state.h)
         h = run_steps(plan, _blocks(plan, ops), state.h, state.rows_of, state.store)
         ops.head_choose(h, _norm(shape), _head(shape), state.choice)
     return account
+
+
+def _routers(plan: SkipPlan) -> list[ScoreRouter]:
+    """The plan's routers; learned weights without data.
+
+    Raises:
+        ValueError: the device executor cannot run the plan's routers.
+    """
+    reason = unsupported_routing(plan)
+    if reason is not None:
+        raise ValueError(f"launches: this policy needs the plain executor; it has {reason}")
+    return [_router(plan.shape, rule) for rule in plan.policy.routers]
+
+
+def _router(shape: ModelShape, rule: RouterRule) -> ScoreRouter:
+    if rule.kind != "linear":
+        return ScoreRouter(rule)
+    score = LayerScore(torch.empty(shape.hidden_size, device="meta"), 0.0)
+    layers = select_layers(rule.layers, shape.depth, "layers")
+    return ScoreRouter(rule, dict.fromkeys(layers, score))
 
 
 def _triton() -> FusedOperations:

@@ -54,7 +54,9 @@ FLOORS = {
         ("torch", "transformers.cache_utils"),
     ),
     "launches": Floor(
-        ("launches",), (*PURE, "tokens", "reference", "ops", "decoder", "cache"), ("torch",)
+        ("launches",),
+        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache"),
+        ("torch",),
     ),
     "families": Floor(("families",), PURE, ("torch",)),
     "generation": Floor(
