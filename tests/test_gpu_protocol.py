@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import protocol, running, table
+from benchmarks.gpu import protocol, routing, running, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
@@ -21,10 +21,12 @@ from benchmarks.gpu.inputs import TINY
 from benchmarks.gpu.nodes import reader
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Line, Results, Values
+from benchmarks.gpu.routed_stack import programs_at_most
+from benchmarks.gpu.routed_works import DECODE_ROUTED
 from benchmarks.gpu.running import run, supervise
 from benchmarks.gpu.tables import Question, write_tables
 from fastskip.kernels import tuning
-from fastskip.ops import fused
+from fastskip.ops import compiled, fused
 
 
 @pytest.fixture
@@ -55,15 +57,22 @@ def test_every_cell_in_small(results: Results, capsys: pytest.CaptureFixture[str
     assert lines["tune.7b.b1"].values["failures"] == {}
     assert lines["tune.7b.b1"].values["kernels"]
     assert lines["e2e.7b.b1"].values["failures"] == {}
+    assert all(lines[f"routing.7b.{b}.omit"].values["failures"] == {} for b in ("b1", "b4"))
+    assert lines["routing.blocks"].values["notes"] == {}
+    found = lines["routing.decisions"].values["found"]
+    assert [own for own in found.values() if own == "ok"] == ["ok", "ok"]
     for own in lines["kernels.7b.b1"].values["works"].values():
         assert "error" not in own and own["us"] > 0
 
     capsys.readouterr()
     text = table.text_tables(results)
-    for title in ("Ceilings", "Correctness", "tune.7b.b1", "decode: kernel"):
+    for title in ("Ceilings", "Correctness", "tune.7b.b1", "decode: kernel", "a block of a step"):
         assert title in text
     readme = table.markdown(results)
-    assert "| Hugging Face |" in readme and table.NOT_MEASURED not in readme
+    assert "| Hugging Face |" in readme
+    # Of routers one rate is run in small.
+    missing = [row for row in readme.splitlines() if table.NOT_MEASURED in row]
+    assert len(missing) == 6 and "| routed, 50% | " in readme
     # Nothing is left to do.
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("done already") == len(lines)
@@ -160,9 +169,9 @@ def test_the_budget_leaves_cells_for_the_next_run(results: Results, tmp_path: Pa
 
 def test_the_default_budget_holds_the_default_cells() -> None:
     default = chosen(protocol.CELLS, [])
-    assert sum(cell.minutes for cell in default) <= 20
+    assert sum(cell.minutes for cell in default) <= 23
     order = list(dict.fromkeys(cell.group for cell in default))
-    assert order == ["ceilings", "correctness", "tune", "e2e", "profile"]
+    assert order == ["ceilings", "correctness", "tune", "e2e", "routing", "profile"]
     names = [cell.name for cell in protocol.CELLS]
     assert len(set(names)) == len(names)
     assert all(cell.minutes <= 5 for cell in protocol.CELLS)
@@ -202,6 +211,75 @@ def test_goals_are_judged(results: Results) -> None:
     assert rows[">= 1.25x compiled Hugging Face"] == ("1.20", "missed")
     assert rows["half of the blocks: >= 1.87x dense"] == ("1.90", "met")
     assert len(rows) == 4
+
+
+def test_goals_of_routers_are_judged() -> None:
+    def way(rate: float, tpot: float, static: float = 0.0, dense: float = 0.0) -> dict[str, Any]:
+        shares = {"tpot_over_static_percent": static, "prefill_over_static_percent": 2 * static}
+        over = {"tpot_over_dense_percent": dense, "prefill_over_dense_percent": dense}
+        return {"rate": rate, "tpot_ms": tpot, **shares, **over}
+
+    ways = {"row_0.0": way(0.0, 3.5, dense=2.1), "if_0.0": way(0.0, 9.0)}
+    ways |= {"row_0.5": way(0.5, 2.0, static=5.0), "row_0.75": way(0.75, 1.0, static=5.5)}
+    ways |= {"if_0.5": way(0.5, 1.9), "if_0.75": way(0.75, 0.98)}
+    judged = table.routing_goals({"widths": "7b", "ways": ways})
+    assert [row[1:] for row in judged] == [
+        ("5.5 %", "met"),
+        ("11.0 %", "missed"),
+        ("2.1 %", "missed"),
+        ("2.1 %", "missed"),
+        ("-2.0 %", "missed"),  # at 0.75; 5 % at 0.5
+    ]
+    assert table.routing_goals({"widths": "tiny", "ways": ways}) == table.routing_goals(None) == []
+
+
+def test_routers_not_measured_yet(results: Results) -> None:
+    peer = {"label": "dense", "peak_bytes": None}
+    keys = "ttft_ms prefill_ms prefill_vs_dense tpot_ms tpot_share_of_floor tpot_vs_hf"
+    keys += " tpot_vs_hf_static tpot_vs_dense tokens_per_s"
+    about = {"widths": "7b", "batch": 1, "n_image": 1, "n_text": 1, "n_new": 1}
+    values = {**about, "peers": {"dense": peer | dict.fromkeys(keys.split())}}
+    results.append(Line("e2e.7b.b1", 1.0, values))
+    rows = [row for row in table.markdown(results).splitlines() if table.NOT_MEASURED in row]
+    assert [row.split(" | ")[0] for row in rows] == [
+        f"| routed, {way}{rate}%" for way in ("", "IF nodes, ") for rate in (0, 25, 50, 75)
+    ]
+
+
+@pytest.mark.parametrize("rate", routing.RATES)
+def test_static_plans_skip_at_the_rate(rate: float) -> None:
+    (rule,) = routing.static(rate, "omit", 32).rules
+    assert len(rule.layers) == 32 * rate and set(rule.layers) <= set(range(32))
+
+
+def test_static_times_between_those_measured() -> None:
+    points = [(0.0, 4.0), (0.5, 2.0), (1.0, 1.0)]
+    found = [routing.between(points, x) for x in (0.0, 0.25, 0.5, 0.75, 1.25)]
+    assert found == [4.0, 3.0, 2.0, 1.5, 0.5]
+
+
+def test_prompts_of_a_batch_lie_at_positions_of_their_own() -> None:
+    ids = torch.arange(10, 25).view(3, 5)
+    inputs = routing.ragged({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert inputs["attention_mask"].sum(1).tolist() == [5, 4, 3]
+    assert inputs["input_ids"].tolist()[2] == [0, 0, 20, 21, 22]
+
+
+def test_guarded_programs_are_bounded_from_outside() -> None:
+    cpu = torch.device("cpu")
+    with programs_at_most(7, cpu):
+        assert tuning.config_for("guarded", cpu, 1, (8, 8)) == {"PROGRAMS": 7}
+        assert tuning.config_for("route", cpu, 1, (8,))["num_warps"]
+    assert tuning.config_for("guarded", cpu, 1, (8, 8)) != {"PROGRAMS": 7}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", DECODE_ROUTED)
+def test_works_on_chosen_rows(name: str, rows: int) -> None:
+    """As the kernels must: what rows that do not run hold is not looked at."""
+    maker = DECODE_ROUTED[name]
+    worst = worst_output(compiled, maker, TINY, rows, torch.bfloat16, torch.device("cpu"))
+    assert worst["share_of_allowed"] <= 1
 
 
 def test_the_readme_keeps_what_is_around_the_table(results: Results, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The GPU protocol: everything that has to be measured on a card, in one run of 20 minutes.
+"""The GPU protocol: everything that has to be measured on a card, in one run of 23 minutes.
 
     python -m benchmarks.gpu                     # the default cells, in order, then a table
     python -m benchmarks.gpu --budget 9          # in pieces: goes on where the last one stopped
@@ -15,7 +15,8 @@ line, the next one runs, and the next run tries it again.
 hangs or leaves the device unusable that process is ended, the line says so, and the rest goes on
 in a new one.
 
-**Order.** ceilings, correctness, tune, e2e, profile: later cells use what earlier ones leave.
+**Order.** ceilings, correctness, tune, e2e, routing, profile: later cells use what earlier ones
+leave.
 Shares of floors refer to the measured ceilings, and end to end runs on the tuned tables. What an
 earlier cell would have left and did not is measured on the spot, or done without.
 

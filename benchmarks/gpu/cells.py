@@ -39,7 +39,7 @@ class Cell:
     """One measurement.
 
     ``minutes`` is what it may take; after twice that it is ended. ``is_default``: in the run of
-    20 minutes.
+    23 minutes.
     """
 
     name: str

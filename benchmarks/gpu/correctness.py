@@ -25,6 +25,7 @@ from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
 from benchmarks.gpu.models import policies, tiny_model
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Values
+from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_works
 from benchmarks.shapes import Shape, models, prompts
 from fastskip.ops import fused
@@ -152,9 +153,9 @@ def _cases(widths: Widths) -> Iterator[tuple[str, WorkMaker, int]]:
         for name, maker in DECODE.items():
             yield name, maker, rows
     for rows in (1, 16):
-        for name, maker in DECODE_ARRANGED.items():
+        for name, maker in (DECODE_ARRANGED | DECODE_ROUTED).items():
             yield name, maker, rows
-    for name, maker in PREFILL.items():
+    for name, maker in (PREFILL | PREFILL_ROUTED).items():
         yield name, maker, widths.context
 
 

@@ -60,18 +60,18 @@ def measure(setting: Setting, widths: Widths, batch: int) -> Values:
     for peer in PEERS:
         contender = _contender(peer, both)
         try:
-            _first_call(contender, inputs, n_new, device)
+            first_call(contender, inputs, n_new, device)
             contenders.append(contender)
         except Exception:
             if is_lost(setting.device):
                 raise
             failures[peer.name] = traceback.format_exc(limit=-6)
             torch.compiler.reset()
-    rounds = _rounds(contenders, inputs, n_new, setting)
+    count = rounds(contenders, inputs, n_new, setting)
     if not contenders:
         raise RuntimeError("\n".join(failures.values()))
     about = {"widths": widths.name, "batch": len(inputs["input_ids"]), "n_new": n_new}
-    about |= {"n_image": widths.n_image, "n_text": widths.n_text, "rounds": rounds}
+    about |= {"n_image": widths.n_image, "n_text": widths.n_text, "rounds": count}
     peers = _summary(contenders, about, setting)
     return {**about, "peers": peers, "failures": failures}
 
@@ -84,7 +84,7 @@ def _contender(peer: Peer, both: Models) -> Contender:
     return Contender(peer, plan, lambda: fastskip.set_policy(both.ours, policy))
 
 
-def _first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
+def first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
     """Compiles and captures. Its peak: what it needs beyond what others hold, and the weights."""
     model = contender.select()
     reset_peak(device)
@@ -97,7 +97,7 @@ def _first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, dev
     contender.peak_bytes = peak
 
 
-def _rounds(
+def rounds(
     contenders: Sequence[Contender], inputs: dict[str, Tensor], n_new: int, setting: Setting
 ) -> int:
     """Times all in turn, each round from another one on; returns how many rounds there were."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import captured, synchronize
+from fastskip.generation.conditional import GraphBodies, add_if, checked, load_driver, new_handle
+from fastskip.generation.graphs import capture
 from fastskip.kernels import numerics
 
 PROGRAMS = (132, 264, 1376)
@@ -75,7 +77,7 @@ def cost(setting: Setting) -> Values:
     try:
         found |= _conditional(setting)
         note = None
-    except (ImportError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         note = f"conditional nodes are not available: {error}"
     return {"us_per_node": found, "note": note}
 
@@ -86,14 +88,15 @@ def _microseconds(setting: Setting, launch: Callable[[], object]) -> float:
     if setting.device.type != "cuda":
         return 0.0
 
-    def replay_seconds(count: int) -> float:
-        return _replay_seconds(captured(lambda: [launch() for _ in range(count)]).replay)
+    def taken(count: int) -> float:
+        return replay_seconds(captured(lambda: [launch() for _ in range(count)]).replay)
 
-    few, many = map(replay_seconds, (FEW, MANY))
+    few, many = map(taken, (FEW, MANY))
     return 1e6 * (many - few) / (MANY - FEW)
 
 
-def _replay_seconds(replay: Callable[[], object]) -> float:
+def replay_seconds(replay: Callable[[], object]) -> float:
+    """Median seconds of one replay."""
     times = []
     for _ in range(3 + REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -108,12 +111,11 @@ def _replay_seconds(replay: Callable[[], object]) -> float:
 def _conditional(setting: Setting) -> dict[str, float]:
     """IF nodes in a row, each with one memset in its body; and plain memsets to compare with.
 
-    torch makes no such nodes before 2.13; CUDA's own bindings do.
+    Then as a step has them: a kernel sets the condition of a body that was captured.
     """
     if setting.device.type != "cuda":
         raise RuntimeError("no CUDA device")
-    from cuda.bindings import driver  # type: ignore[import-not-found]
-
+    driver = load_driver()
     found = {}
     word = torch.zeros(1, dtype=torch.int32, device=setting.device)
     ways: dict[str, Callable[[Any, list[Any]], Any]] = {
@@ -124,17 +126,42 @@ def _conditional(setting: Setting) -> dict[str, float]:
     for name, add in ways.items():
         few, many = (_chain_seconds(driver, add, count) for count in (FEW, MANY))
         found[name] = 1e6 * (many - few) / (MANY - FEW)
+    return found | _captured_bodies(setting.device)
+
+
+def _captured_bodies(device: torch.device) -> dict[str, float]:
+    """An IF node whose condition a kernel sets, and that kernel, around a kernel of one program.
+
+    Raises:
+        RuntimeError: a body has run that was not to, or the other way round.
+    """
+    bodies, found = GraphBodies(device), {}
+    runs, one, out = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(3))
+    one.fill_(1)
+
+    def work(count: int) -> None:
+        for _ in range(count):
+            bodies.run_if(runs, lambda: _early_exit_kernel[(1,)](one, out))
+
+    graphs = [capture(partial(work, count), device) for count in (FEW, MANY)]
+    for name, flag in (("false", 0), ("true", 1)):
+        runs.fill_(flag)
+        out.zero_()
+        few, many = map(replay_seconds, graphs)
+        found[f"IF and the kernel that sets it, {name}"] = 1e6 * (many - few) / (MANY - FEW)
+        if int(out) != flag:
+            raise RuntimeError(f"a body whose flag is {flag} has written {int(out)}")
     return found
 
 
 def _chain_seconds(driver: Any, add: Callable[[Any, list[Any]], Any], count: int) -> float:
-    graph = _checked(driver, driver.cuGraphCreate(0))
+    graph = checked(driver, driver.cuGraphCreate(0))
     after: list[Any] = []
     for _ in range(count):
         after = [add(graph, after)]
-    runnable = _checked(driver, driver.cuGraphInstantiate(graph, 0))
+    runnable = checked(driver, driver.cuGraphInstantiate(graph, 0))
     stream = torch.cuda.current_stream().cuda_stream
-    seconds = _replay_seconds(lambda: _checked(driver, driver.cuGraphLaunch(runnable, stream)))
+    seconds = replay_seconds(lambda: checked(driver, driver.cuGraphLaunch(runnable, stream)))
     synchronize(torch.device("cuda"))
     driver.cuGraphExecDestroy(runnable)
     driver.cuGraphDestroy(graph)
@@ -144,29 +171,12 @@ def _chain_seconds(driver: Any, add: Callable[[Any, list[Any]], Any], count: int
 def _add_memset(driver: Any, graph: Any, after: list[Any], word: Tensor) -> Any:
     what = driver.CUDA_MEMSET_NODE_PARAMS()
     what.dst, what.value, what.elementSize, what.width, what.height = word.data_ptr(), 7, 4, 1, 1
-    context = _checked(driver, driver.cuCtxGetCurrent())
-    return _checked(driver, driver.cuGraphAddMemsetNode(graph, after, len(after), what, context))
+    context = checked(driver, driver.cuCtxGetCurrent())
+    return checked(driver, driver.cuGraphAddMemsetNode(graph, after, len(after), what, context))
 
 
 def _add_if(driver: Any, graph: Any, after: list[Any], word: Tensor, is_run: int) -> Any:
-    context = _checked(driver, driver.cuCtxGetCurrent())
-    default = driver.CU_GRAPH_COND_ASSIGN_DEFAULT  # every launch of the graph starts from it
-    made = driver.cuGraphConditionalHandleCreate(graph, context, is_run, default)
-    what = driver.CUgraphNodeParams()
-    what.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-    what.conditional.handle = _checked(driver, made)
-    what.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
-    what.conditional.size = 1
-    what.conditional.ctx = context
-    # CUDA 13 has one argument more.
-    edges = () if int(driver.CUDA_VERSION) < 13000 else (None,)
-    node = _checked(driver, driver.cuGraphAddNode(graph, after, *edges, len(after), what))
-    _add_memset(driver, what.conditional.phGraph_out[0], [], word)
+    """Every launch of the graph starts with the condition ``is_run``."""
+    node, inside = add_if(driver, graph, after, new_handle(driver, graph, is_run))
+    _add_memset(driver, inside, [], word)
     return node
-
-
-def _checked(driver: Any, answer: tuple[Any, ...]) -> Any:
-    status, *values = answer
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(str(status))
-    return values[0] if values else None

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker
 from benchmarks.gpu.prefill_works import PREFILL
+from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED
 
 SIZES = {widths.name: widths for widths in (TINY, SEVEN, THIRTEEN)}
@@ -31,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     widths = SIZES[options.size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    works = {(name, options.rows): make for name, make in (DECODE | DECODE_ARRANGED).items()}
+    decode = DECODE | DECODE_ARRANGED | DECODE_ROUTED
+    works = {(name, options.rows): make for name, make in decode.items()}
     if options.rows == 1:
-        works |= {(name, widths.context): make for name, make in PREFILL.items()}
+        works |= {(name, widths.context): make for name, make in (PREFILL | PREFILL_ROUTED).items()}
     for (name, rows), make in works.items():
         if options.names and name not in options.names:
             continue

@@ -196,7 +196,7 @@ def _cell(widths: Widths, batch: int, policy: str, is_default: bool = False) -> 
 
 CELLS = [
     _cell(SEVEN, 1, "dense", True),
-    _cell(SEVEN, 16, "dense", True),
+    _cell(SEVEN, 16, "dense"),
     _cell(SEVEN, 1, "half_blocks"),
     _cell(SEVEN, 1, "parallel_blocks"),
     _cell(SEVEN, 1, "block_pairs"),

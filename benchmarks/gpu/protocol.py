@@ -11,7 +11,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import ceilings, comparison, correctness, end_to_end, graphs, profiling, tune
+from benchmarks.gpu import (
+    ceilings,
+    comparison,
+    correctness,
+    end_to_end,
+    graphs,
+    profiling,
+    routing,
+    tune,
+)
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.results import Results
 from benchmarks.gpu.running import UNUSABLE, run, supervise
@@ -24,11 +33,12 @@ CELLS: list[Cell] = [
     *correctness.CELLS,
     *tune.CELLS,
     *end_to_end.CELLS,
+    *routing.CELLS,
     *profiling.CELLS,
     *comparison.CELLS,
     *graphs.CELLS,
 ]
-SAME_IN_SMALL = re.compile(r"\.(13b|b4|b16|b64|half_blocks|parallel_blocks|float16)(\.|$)")
+SAME_IN_SMALL = re.compile(r"\.(13b|b4$|b16|b64|half_blocks|parallel_blocks|float16|project)(\.|$)")
 """Cells that would run in small what others run already."""
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -29,6 +29,23 @@ HEAD = (
     "tokens/s",
     "peak, GB",
 )
+ROUTING_HEAD = (
+    "",
+    "skipped rows of the prompt",
+    "prefill, ms",
+    "over static",
+    "skipped blocks of steps",
+    "ms/token",
+    "over static",
+    "vs dense",
+    "of ideal",
+)
+ROUTING_ROWS = tuple(
+    (f"{kind}_{rate}", f"routed, {way}{rate:.0%}")
+    for kind, way in (("row", ""), ("if", "IF nodes, "))
+    for rate in (0.0, 0.25, 0.5, 0.75)
+)
+"""What the README shows of routers, measured or not: batch 1, skipped rows leave no entries."""
 Row = tuple[str, ...]
 
 
@@ -36,7 +53,9 @@ def text_tables(results: Results) -> str:
     """Everything that is there, the end-to-end tables and the goals last."""
     parts = [*_ceilings(results), *_correctness(results), *_kernels(results), *_profiles(results)]
     parts += [f"{title}\n{_aligned([HEAD, *rows])}" for title, rows in _end_to_end(results)]
+    parts += _routing(results)
     judged = goals(*(results.values(f"e2e.7b.b{batch}") for batch in (1, 16)))
+    judged += routing_goals(results.values("routing.7b.b1.omit"))
     if judged:
         parts.append("Goals\n" + _aligned(judged))
     failed = [line for line in results.lines().values() if not line.is_done]
@@ -45,14 +64,17 @@ def text_tables(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The README's GPU table; ``not measured yet`` while there is no end-to-end line."""
-    parts = []
-    for title, rows in _end_to_end(results):
-        lines = [f"| {' | '.join(row)} |" for row in (HEAD, *rows)]
-        lines.insert(1, "|---|" + "---:|" * (len(HEAD) - 1))
-        parts.append(f"**{title}**\n\n" + "\n".join(lines))
+    """The README's GPU tables; ``not measured yet`` while there is no end-to-end line."""
+    parts = [_markdown_table(title, HEAD, rows) for title, rows in _end_to_end(results)]
     if not parts:
         return NOT_MEASURED
+    ways = (results.values("routing.7b.b1.omit") or {}).get("ways", {})
+    routed = [
+        _routing_row(ways[name]) if name in ways else (label, *[NOT_MEASURED] * 8)
+        for name, label in ROUTING_ROWS
+    ]
+    title = "LLaVA-1.5-7B shapes with routers, batch 1: blocks skipped at random, row by row"
+    parts.append(_markdown_table(title, ROUTING_HEAD, routed))
     about = next(line for line in results.lines().values() if line.cell.startswith("e2e."))
     where = about.environment
     parts.append(
@@ -61,6 +83,12 @@ def markdown(results: Results) -> str:
         "`python -m benchmarks.gpu`"
     )
     return "\n\n".join(parts)
+
+
+def _markdown_table(title: str, head: Row, rows: Sequence[Row]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
+    return f"**{title}**\n\n" + "\n".join(lines)
 
 
 def write_readme(readme: Path, results: Results) -> None:
@@ -159,6 +187,72 @@ def _end_to_end(results: Results) -> list[tuple[str, list[Row]]]:
     return found
 
 
+def _routing(results: Results) -> list[str]:
+    parts = []
+    for name, line in results.lines().items():
+        if not (name.startswith("routing.") and line.is_done):
+            continue
+        values = line.values
+        if "us_per_block" in values:
+            rows: list[Row] = [("a block of a step", "us")]
+            rows += [(what, _short(us)) for what, us in values["us_per_block"].items()]
+            rows += [(f"{kv}, IF nodes: {why}", "") for kv, why in values["notes"].items()]
+            parts.append(f"{name}\n{_aligned(rows)}")
+        if "ways" in values:
+            rows = [ROUTING_HEAD, *map(_routing_row, values["ways"].values())]
+            parts.append(f"{name}\n{_aligned(rows)}")
+        if "found" in values:
+            rows = [(what, str(fault)) for what, fault in values["found"].items()]
+            parts.append(f"{name}\n{_aligned(rows)}")
+    return parts
+
+
+def _routing_row(own: dict[str, Any]) -> Row:
+    return (
+        own["label"],
+        _percent(100 * own["rate_prompt"]) if own["is_routed"] else "",
+        _short(own["prefill_ms"]),
+        _percent(own.get("prefill_over_static_percent")),
+        _percent(100 * own["idle_steps"]) if own["is_routed"] else "",
+        _short(own["tpot_ms"]),
+        _percent(own.get("tpot_over_static_percent")),
+        _times(own.get("tpot_vs_dense")),
+        _short(own.get("tpot_share_of_ideal")),
+    )
+
+
+def routing_goals(one: Values | None) -> list[Row]:
+    """What was aimed at for routers on an H200 in bf16, and what came of it: 7B at batch 1."""
+    if not one or one["widths"] != SEVEN.name:
+        return []
+    rows: list[Row] = []
+
+    def goal(text: str, found: Sequence[float | None], limit: float) -> None:
+        known = [each for each in found if each is not None]
+        if known:
+            worst = max(known)
+            rows.append((text, _percent(worst), "met" if worst <= limit else "missed"))
+
+    ways = one["ways"]
+    early = [own for name, own in ways.items() if name.startswith("row_") and own["rate"]]
+    over = "over_static_percent"
+    goal("routed, steps: <= 6 % over static", [own.get(f"tpot_{over}") for own in early], 6)
+    goal("routed, prefill: <= 10 % over static", [own.get(f"prefill_{over}") for own in early], 10)
+    idle = [own for name, own in ways.items() if name.startswith("row_") and not own["rate"]]
+    for quantity in ("tpot", "prefill"):
+        found = [own.get(f"{quantity}_over_dense_percent") for own in idle]
+        goal(f"routed at rate 0, {quantity}: <= 2 % over dense", found, 2)
+    # Adopted where it pays at every rate that skips.
+    pairs = [(own, ways.get(f"if_{own['rate']}")) for own in early]
+    gains = [
+        100 * (nodes["tpot_ms"] / own["tpot_ms"] - 1)
+        for own, nodes in pairs
+        if nodes and own["tpot_ms"] and nodes["tpot_ms"]
+    ]
+    goal("IF nodes: <= -3 % of early exits' steps, else not adopted", gains, -3)
+    return rows
+
+
 def _row(own: dict[str, Any]) -> Row:
     peak = own["peak_bytes"]
     return (
@@ -210,6 +304,10 @@ def _with_floor(own: dict[str, Any], quantity: str) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} %"
 
 
 def _short(value: float | None) -> str:

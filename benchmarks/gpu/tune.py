@@ -21,6 +21,7 @@ from benchmarks.gpu.compiling import compile_ahead
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Values
+from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
 from benchmarks.gpu.tables import Config, Question, write_tables
 from benchmarks.gpu.timing import seconds
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, Work, on_own_memory
@@ -39,7 +40,8 @@ REPLAYS = 5
 def tune(setting: Setting, widths: Widths, rows: int) -> Values:
     """Times the candidates of all kernels; ``rows`` 0 stands for the rows of a prompt."""
     widths = TINY if setting.is_tiny else widths
-    works = DECODE | DECODE_ARRANGED if rows else PREFILL
+    decode = DECODE | DECODE_ARRANGED | DECODE_ROUTED
+    works = decode if rows else PREFILL | PREFILL_ROUTED
     rows = rows or widths.context
     found: dict[str, Any] = {}
     answered: dict[Question, Answer] = {}
@@ -227,7 +229,7 @@ def _cell(widths: Widths, rows: int, is_default: bool) -> Cell:
     name = f"tune.{widths.name}.{f'b{rows}' if rows else 'prefill'}"
     what = f"decode at batch {rows}" if rows else "prefill of one prompt"
     about = f"fastest configurations for {what}, {widths.name.upper()} shapes"
-    minutes = 1.75 if rows else 1.5
+    minutes = 1.9 if rows else 1.6
     return Cell(name, about, minutes, partial(tune, widths=widths, rows=rows), is_default)
 
 

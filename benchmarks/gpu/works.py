@@ -73,14 +73,14 @@ def compile_works(
 
 
 def project_append(make: Maker, rows: int) -> Work:
-    projection = _projection(make, rows)
+    projection = projection_of(make, rows)
     h = make.noise(rows, make.widths.hidden)
     return of_products(
         rows,
         [projection.linear],
         lambda ops: ops.project_append(h, [projection]),
         rival=lambda: F.linear(h, projection.linear.weight),
-        entries=lambda: _written(projection),
+        entries=lambda: written(projection),
     )
 
 
@@ -131,26 +131,26 @@ def feed(make: Maker, rows: int) -> Work:
 
 def project_feed(make: Maker, rows: int) -> Work:
     """Both first halves of a parallel block."""
-    projection, part = _projection(make, rows), make.feed()
+    projection, part = projection_of(make, rows), make.feed()
     h = make.noise(rows, make.widths.hidden)
     return of_products(
         rows,
         [projection.linear, part.linear],
         lambda ops: list(ops.project_append_feed(h, projection, part)),
         rival=lambda: [F.linear(h, x.linear.weight) for x in (projection, part)],
-        entries=lambda: _written(projection),
+        entries=lambda: written(projection),
     )
 
 
 def pair_project(make: Maker, rows: int) -> Work:
-    both = [_projection(make, rows) for _ in range(2)]
+    both = [projection_of(make, rows) for _ in range(2)]
     h = make.noise(rows, make.widths.hidden)
     return of_products(
         rows,
         [projection.linear for projection in both],
         lambda ops: ops.project_append(h, both),
         rival=lambda: [F.linear(h, projection.linear.weight) for projection in both],
-        entries=lambda: [entry for projection in both for entry in _written(projection)],
+        entries=lambda: [entry for projection in both for entry in written(projection)],
     )
 
 
@@ -229,7 +229,7 @@ DECODE_ARRANGED: dict[str, WorkMaker] = {
 }
 
 
-def _projection(make: Maker, rows: int) -> Projection:
+def projection_of(make: Maker, rows: int) -> Projection:
     """Of a decode step, or of a prompt where there are as many rows as one has."""
     if rows == make.widths.context:
         return make.projection(make.prompt_targets(), make.pages(1))
@@ -264,7 +264,7 @@ def add(
     )
 
 
-def _written(projection: Projection) -> Outcome:
+def written(projection: Projection) -> Outcome:
     """The entries that the projection's rows have left."""
     pages: Pages | None = projection.pages
     assert pages is not None

@@ -1,0 +1,411 @@
+"""Skips that routers decide on the device, against static plans that skip as much.
+
+``decisions``: is it right? What routers decide on the device is what the torch form decides, and
+scores are those of the masked dense computation. ``blocks``: what a guarded block costs that runs,
+and one that is passed by, by early exits and by IF nodes. ``7b``: whole models.
+
+Decisions are drawn at random at a given rate: a draw takes no product, and no weights need to be
+learned for it. A linear router reads one vector a layer more; it, and one that looks at what the
+last layer did, are timed as far as they need no calibration.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastskip
+from benchmarks.gate import faults
+from benchmarks.gpu.ceilings import ceilings_of
+from benchmarks.gpu.cells import Cell, Setting, is_lost
+from benchmarks.gpu.correctness import Wrong
+from benchmarks.gpu.end_to_end import Contender, first_call, rounds
+from benchmarks.gpu.inputs import SEVEN, TINY, Widths
+from benchmarks.gpu.models import load, shape, tiny_model
+from benchmarks.gpu.results import Values
+from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
+from benchmarks.peers import Peer
+from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
+from fastskip.costs import Ceilings, floor_seconds
+from fastskip.generation.conditional import Guarding
+from fastskip.policy import SkipPolicy, Sublayer
+from fastskip.routing import RoutingRecord
+from fastskip.routing.weights import LayerScore, write_weights
+
+RATES = (0.25, 0.5, 0.75)
+GROUPS = ("row", "sequence", "batch")
+PROGRAMS = (132, 264, 528, 1056)
+N_NEW = 128
+KIND_OF = {Guarding.EARLY_EXIT: "early exits", Guarding.CONDITIONAL: "IF nodes"}
+
+
+def router(rate: float, kv: str, group: str = "row", layers: object = ":") -> dict[str, Any]:
+    """Whole blocks of all rows, at random."""
+    head = {"layers": layers, "tokens": "all", "skip": ["block"], "kind": "random"}
+    return head | {"rate": rate, "kv": kv, "group": group}
+
+
+def policy_of(*routers: dict[str, Any], rules: Sequence[dict[str, Any]] = ()) -> SkipPolicy:
+    document = {"schema_version": 1, "rules": list(rules), "routers": list(routers)}
+    return SkipPolicy.from_dict(document)
+
+
+def static(rate: float, kv: str, depth: int) -> SkipPolicy:
+    """Whole blocks of all rows, evenly spread; as many as come nearest to the rate."""
+    count = round(rate * depth)
+    layers = [math.floor((number + 0.5) * depth / count) for number in range(count)]
+    return policy_of(rules=[{"layers": layers, "tokens": "all", "skip": ["block"], "kv": kv}])
+
+
+# Is it right?
+
+
+def decisions(setting: Setting) -> Values:
+    """A small model under routers, by early exits and by IF nodes."""
+    build = partial(tiny_model, device=setting.device.type)
+    found: dict[str, Any] = {}
+    wrong: list[str] = []
+    dtypes = (torch.float32,) if setting.is_tiny else (setting.dtype, torch.float32)
+    for dtype in dtypes:
+        both = models(build, dtype, setting.device.type, "torch" if setting.is_tiny else None)
+        policies = _policies(both, setting)
+        for guarding in Guarding:
+            both.ours._fastskip.steps.guarding = guarding
+            name = f"{str(dtype).removeprefix('torch.')}, {KIND_OF[guarding]}"
+            try:
+                own = faults(both, policies)
+            except ValueError as error:  # no bindings: early exits are measured all the same
+                found[name] = str(error)
+                continue
+            finally:
+                both.ours._fastskip.steps.guarding = Guarding.EARLY_EXIT
+            found[name] = own or "ok"
+            wrong += [f"{name}, {policy}: {fault}" for policy, fault in own.items()]
+        wrong += _other_decisions(both, build, policies, setting, found)
+    if wrong:
+        raise Wrong("\n".join(wrong))
+    return {"policies": list(policies), "found": found}
+
+
+def _policies(both: Models, setting: Setting) -> dict[str, SkipPolicy]:
+    half = {f"{kv}, {group}": policy_of(router(0.5, kv, group)) for kv, group in _KV_GROUPS}
+    ffn = router(0.5, "omit") | {"skip": ["ffn"]}
+    attention = router(0.5, "project") | {"skip": ["attention"]}
+    similarity = {"layers": "1:", "skip": ["ffn"], "kind": "similarity", "threshold": 0.9}
+    del ffn["kv"]
+    width = both.hf.config.text_config.hidden_size
+    chosen: dict[str, SkipPolicy] = {
+        **half,
+        "reuse": policy_of(router(0.5, "reuse", layers="1:")),
+        "ffn": policy_of(ffn),
+        "attention": policy_of(attention),
+        "similarity": policy_of(similarity),
+        "linear": policy_of(linear(0.0, both.depth, width, setting.folder)),
+    }
+    names = ("omit, row", "similarity") if setting.is_tiny else tuple(chosen)
+    return {name: chosen[name] for name in names}
+
+
+_KV_GROUPS = [("project", "row"), *(("omit", group) for group in GROUPS)]
+
+
+def linear(threshold: float, depth: int, width: int, folder: Path) -> dict[str, Any]:
+    """Of random weights: where the threshold is 0, about half of the layers are skipped."""
+    generator = torch.Generator().manual_seed(0)
+    path = folder.absolute() / f"router-{depth}-{width}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        vectors = torch.randn(depth, width, generator=generator) * width**-0.5
+        write_weights(path, {layer: LayerScore(own, 0.0) for layer, own in enumerate(vectors)})
+    head = {"layers": ":", "tokens": "all", "skip": ["block"], "kind": "linear", "kv": "omit"}
+    return head | {"weights": str(path), "threshold": threshold}
+
+
+NEAR = 0.01
+"""The share of decisions of scores that may fall differently: those within rounding of the bar."""
+
+
+def _other_decisions(
+    both: Models,
+    build: Callable[[torch.dtype], Any],
+    policies: dict[str, SkipPolicy],
+    setting: Setting,
+    found: dict[str, Any],
+) -> list[str]:
+    """Where the device's decisions are not those of its torch form, on the same prompt."""
+    wrong = []
+    form = models(build, both.hf.dtype, setting.device.type, "torch").ours
+    inputs = ragged(prompts(both.hf, Shape("tiny", build, 2, 6), 2))
+    for name, policy in policies.items():
+        records = []
+        for model in (both.ours, form):
+            fastskip.set_policy(model, policy)
+            with fastskip.record_routing(model) as record, torch.no_grad():
+                model(**inputs)
+            records.append(record.forwards[0])
+        ours, theirs = (each.skipped for each in records)
+        asked = sum(int(mask.sum()) for mask in records[1].candidates.values())
+        differing = sum(int((ours[key] != theirs[key]).sum()) for key in theirs)
+        is_drawn = all(rule.kind == "random" for rule in policy.routers)
+        found[f"{both.hf.dtype}, {name}: other than torch's form"] = f"{differing} of {asked}"
+        if ours.keys() != theirs.keys() or differing > (0 if is_drawn else NEAR * asked):
+            wrong.append(f"{name}: {differing} of {asked} decisions differ from the torch form's")
+    return wrong
+
+
+# What a block costs
+
+
+def blocks(setting: Setting, widths: Widths) -> Values:
+    """Microseconds a block of a step at batch 1, in a graph of many."""
+    widths = TINY if setting.is_tiny else widths
+    depth = 2 if setting.is_tiny else 8
+    stack = Stack(setting, widths, depth)
+    found: dict[str, float] = {"dense": microseconds(setting, stack.step(policy_of()), depth)}
+    notes: dict[str, str] = {}
+    for kv in ("omit", "project"):
+        for programs in (None,) if setting.is_tiny else (None, *PROGRAMS):
+            for rate, does in ((0.0, "runs"), (1.0, "is passed by")):
+                own = f"{kv}: {does}, early exits"
+                own += "" if programs is None else f", at most {programs} programs"
+                with programs_at_most(programs, setting.device):
+                    step = stack.step(policy_of(router(rate, kv)))
+                    found[own] = microseconds(setting, step, depth)
+        for rate, does in ((0.0, "runs"), (1.0, "is passed by")):
+            try:
+                step = stack.step(policy_of(router(rate, kv)), is_conditional=True)
+                found[f"{kv}: {does}, IF nodes"] = microseconds(setting, step, depth)
+            except (ValueError, RuntimeError) as error:
+                if is_lost(setting.device):
+                    raise
+                notes[kv] = f"{type(error).__name__}: {error}"
+    skipped = {"layers": ":", "tokens": "all", "skip": ["block"], "kv": "project"}
+    step = stack.step(policy_of(rules=[skipped]))
+    found["project: skipped by plan"] = microseconds(setting, step, depth)
+    return {"widths": widths.name, "us_per_block": found, "notes": notes}
+
+
+# Whole models
+
+
+@dataclass(frozen=True)
+class Way:
+    """One policy, and how steps pass by what is skipped; ``rate`` 0 to 1 is what was asked for."""
+
+    name: str
+    label: str
+    policy: SkipPolicy
+    rate: float
+    is_routed: bool = True
+    guarding: Guarding = Guarding.EARLY_EXIT
+
+
+@dataclass
+class Seen:
+    """What a way did: the share of candidates that skipped in the prompt and in steps, and of
+    blocks that no row of a step ran."""
+
+    contender: Contender
+    prompt: float = 0.0
+    steps: float = 0.0
+    idle: float = 0.0
+
+
+def measure(setting: Setting, widths: Widths, batch: int, kv: str) -> Values:
+    """Dense, static plans and routed ones in turn; one that fails is left out."""
+    widths, n_new = (TINY, 4) if setting.is_tiny else (widths, N_NEW)
+    device = setting.device.type
+    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    batch = min(batch, 2) if setting.is_tiny else batch
+    inputs = ragged(prompts(both.hf, shape(widths, device), batch))
+    failures: dict[str, str] = {}
+    ways = list(_ways(both, batch, kv, setting))
+    seen: dict[str, Seen] = {}
+    for way in ways:
+        try:
+            seen[way.name] = _first(way, both, inputs, n_new, device)
+        except Exception:
+            if is_lost(setting.device):
+                raise
+            failures[way.name] = traceback.format_exc(limit=-6)
+    if not seen:
+        raise RuntimeError("\n".join(failures.values()))
+    contenders = [each.contender for each in seen.values()]
+    try:
+        count = rounds(contenders, inputs, n_new, setting)
+    finally:
+        both.ours._fastskip.steps.guarding = Guarding.EARLY_EXIT
+    about = {"widths": widths.name, "batch": batch, "n_new": n_new, "kv": kv, "rounds": count}
+    about |= {"n_image": widths.n_image, "n_text": widths.n_text}
+    found = _summary([way for way in ways if way.name in seen], seen, about, ceilings_of(setting))
+    return {**about, "ways": found, "failures": failures}
+
+
+def _ways(both: Models, batch: int, kv: str, setting: Setting) -> Iterator[Way]:
+    depth = both.depth
+    yield Way("dense", "dense", policy_of(), 0.0, is_routed=False)
+    rates = (0.5,) if setting.is_tiny else RATES
+    for rate in rates:
+        label = f"static, {rate:.0%} of the blocks"
+        yield Way(f"static_{rate}", label, static(rate, kv, depth), rate, is_routed=False)
+    for group in GROUPS if batch > 1 else GROUPS[:1]:
+        for rate in rates if setting.is_tiny else (0.0, *rates):
+            policy = policy_of(router(rate, kv, group))
+            by = f" by {group}" if batch > 1 else ""
+            yield Way(f"{group}_{rate}", f"routed{by}, {rate:.0%}", policy, rate)
+    # Where a decision is one for the whole step, IF nodes have the most to gain.
+    group = "row" if batch == 1 else "batch"
+    for rate in rates if setting.is_tiny else (0.0, *rates):
+        policy, label = policy_of(router(rate, kv, group)), f"routed, IF nodes, {rate:.0%}"
+        yield Way(f"if_{rate}", label, policy, rate, guarding=Guarding.CONDITIONAL)
+    if batch == 1 and kv == "omit":
+        width = both.hf.config.text_config.hidden_size
+        for threshold, label in ((-1e30, "0%"), (0.0, "some")):
+            own = linear(threshold, depth, width, setting.folder)
+            yield Way(f"linear_{label}", f"routed, linear, {label}", policy_of(own), 0.0)
+        # No row that a layer has changed skips.
+        own = {"layers": ":", "tokens": "all", "skip": ["block"], "kind": "similarity"}
+        own |= {"measure": "change", "threshold": 0.0, "kv": kv}
+        yield Way("similarity_0%", "routed, similarity, 0%", policy_of(own), 0.0)
+
+
+def ragged(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The prompts, each one token shorter than the one before, at its end; pads on the left: else
+    sequences at equal positions would all draw the same."""
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    for number in range(1, len(ids)):
+        ids[number] = ids[number].roll(number)
+        ids[number, :number], mask[number, :number] = PAD_ID, 0
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def _first(way: Way, both: Models, inputs: dict[str, Tensor], n_new: int, device: str) -> Seen:
+    """Compiles, captures, and reads back what is decided: draws are the same in every call."""
+    plan = fastskip.plan_of(fastskip.set_policy(both.ours, way.policy))
+
+    def select() -> Any:
+        both.ours._fastskip.steps.guarding = way.guarding
+        return fastskip.set_policy(both.ours, way.policy)
+
+    own = Contender(Peer(way.name, way.label, lambda depth: way.policy), plan, select)
+    with fastskip.record_routing(both.ours) as record:
+        first_call(own, inputs, n_new, device)
+    if not record.forwards:
+        return Seen(own)
+    prompt, *steps = record.forwards
+    idle = [
+        bool(each.skipped[layer, Sublayer.ATTENTION].all())
+        for each in steps
+        for layer in range(both.depth)
+    ]
+    at_first, later = (RoutingRecord(part).rate for part in ([prompt], steps))
+    return Seen(own, at_first, later, statistics.mean(idle))
+
+
+def _summary(
+    ways: Sequence[Way], seen: dict[str, Seen], about: dict[str, Any], ceilings: Ceilings
+) -> dict[str, Any]:
+    """Milliseconds, and percent over a static plan that skips as much.
+
+    In a prompt that is as many rows, in steps as many whole blocks: a block is streamed for one
+    row as for all.
+    """
+    found = {}
+    for way in ways:
+        did = seen[way.name]
+        own: dict[str, Any] = {"label": way.label, "is_routed": way.is_routed, "rate": way.rate}
+        own |= {"guarding": way.guarding.value, "rate_prompt": did.prompt}
+        own |= {"rate_steps": did.steps, "idle_steps": did.idle}
+        floors = _floors(did, about, ceilings)
+        for quantity, skipped in (
+            ("ttft", did.prompt),
+            ("prefill", did.prompt),
+            ("tpot", did.idle),
+        ):
+            seconds = _seconds(did, quantity)
+            own[f"{quantity}_ms"] = None if seconds is None else 1e3 * seconds
+            dense = _seconds(seen["dense"], quantity) if "dense" in seen else None
+            if seconds is None or dense is None:
+                continue
+            own[f"{quantity}_vs_dense"] = dense / seconds
+            own[f"{quantity}_over_dense_percent"] = 100 * (seconds / dense - 1)
+            if quantity in floors:
+                ideal = _floors(seen["dense"], about, ceilings)[quantity] / floors[quantity]
+                own[f"{quantity}_share_of_ideal"] = dense / seconds / ideal
+            points = _static_points(ways, seen, quantity)
+            if way.is_routed and len(points) > 1:
+                own[f"{quantity}_over_static_percent"] = 100 * (
+                    seconds / between(points, skipped) - 1
+                )
+        found[way.name] = own
+    return found
+
+
+def _static_points(
+    ways: Sequence[Way], seen: dict[str, Seen], quantity: str
+) -> list[tuple[float, float]]:
+    """The share of blocks that static plans skip, and their seconds."""
+    points = []
+    for way in ways:
+        contender, seconds = seen[way.name].contender, _seconds(seen[way.name], quantity)
+        if not way.is_routed and seconds is not None:
+            layers = contender.plan.layers
+            skipped = sum(not layer.attending for layer in layers) / len(layers)
+            points.append((skipped, seconds))
+    return sorted(points)
+
+
+def between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """What lies at ``x`` on the line through the points, whose ends go on straight."""
+    pairs = list(pairwise(points))
+    inside = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
+    (a, low), (b, high) = inside
+    return low + (high - low) * (x - a) / (b - a)
+
+
+def _seconds(seen: Seen, quantity: str) -> float | None:
+    """Steps differ in what they skip, so of them the mean counts."""
+    return seen.contender.median("tpot_mean" if quantity == "tpot" else quantity)
+
+
+def _floors(seen: Seen, about: dict[str, Any], ceilings: Ceilings) -> dict[str, float]:
+    """Least seconds of the prefill and of a mean step, as is to be expected at these rates."""
+    plan = seen.contender.plan
+    sizes = about["n_image"], about["n_text"], about["n_new"], about["batch"]
+    before = min(4, about["n_text"] // 2)
+    rates = (seen.prompt, seen.steps) if plan.routed else (None, None)
+    prompt, steps = (plan.expected_cost(*sizes, rate=r, text_before=before) for r in rates)
+    return {
+        "prefill": floor_seconds(prompt.prefill, ceilings),
+        "tpot": floor_seconds(steps.decode, ceilings) / steps.decode.steps,
+    }
+
+
+def _model_cell(batch: int, kv: str) -> Cell:
+    about = f"7B with routers at batch {batch}, rows that skip {kv} entries, against static plans"
+    minutes = 1.2 if batch == 1 else 4.0
+    run = partial(measure, widths=SEVEN, batch=batch, kv=kv)
+    return Cell(f"routing.7b.b{batch}.{kv}", about, minutes, run, batch == 1)
+
+
+CELLS = [
+    Cell("routing.decisions", "are routed runs right? (small models)", 0.5, decisions, True),
+    Cell(
+        "routing.blocks",
+        "a guarded block that runs or is passed by",
+        0.6,
+        partial(blocks, widths=SEVEN),
+        True,
+    ),
+    *(_model_cell(batch, kv) for batch in (1, 4, 16) for kv in ("omit", "project")),
+]
