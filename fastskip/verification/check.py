@@ -18,11 +18,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from fastskip.families import text_model_of
-from fastskip.loading import PolicyLike, apply_
+from fastskip.loading import PolicyLike, apply_, record_routing
 from fastskip.policy import SkipPolicy
+from fastskip.routing import RoutingRecord
 from fastskip.verification.budget import Budget, measure
 from fastskip.verification.cells import CLASS_NAMES, GENERATED
 from fastskip.verification.oracle import MaskedOracle, Prompt
+
+Decisions = Mapping[tuple[int, str], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,26 +145,38 @@ def verify(
     product: Any = apply_(copy.deepcopy(model), chosen)
     # The checkpoint's own may end sequences early, or sample.
     product.generation_config = GenerationConfig(pad_token_id=0)
-    logits = product(**inputs).logits
-    generated = product.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    with record_routing(product) as forward:
+        logits = product(**inputs).logits
+    with record_routing(product) as steps:
+        generated = product.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     tokens = generated.sequences[:, real.shape[1] :]
     scores = torch.stack(generated.logits, dim=1).to(logits.dtype)
 
-    eager = _expect(model, chosen, inputs, tokens)
+    # Each run is held against what it decided itself.
+    decided = (
+        _decisions(forward, real.device),
+        _padded_left(_decisions(steps, real.device), real, tokens),
+    )
+    eager = _expect(model, chosen, inputs, tokens, *decided)
     exact = copy.deepcopy(model).to(_truth_dtype(model))
-    truth = _expect(exact, chosen, inputs, tokens)
+    truth = _expect(exact, chosen, inputs, tokens, *decided)
     prompt = measure("prompt logits", logits[real], eager.logits[real], truth.logits[real])
     decoding = measure("logits of new tokens", scores, eager.scores, truth.scores)
     wrong = _wrong_tokens(tokens, truth.scores, decoding.allowed)
     first = None
     if wrong or not (prompt.holds and decoding.holds):
-        states = _states(product, eager.prompt, tokens)
+        with record_routing(product) as whole:
+            states = _states(product, eager.prompt, tokens)
+        if chosen.routers:
+            again = decided[0], _decisions(whole, real.device)
+            eager = _expect(model, chosen, inputs, tokens, *again)
+            truth = _expect(exact, chosen, inputs, tokens, *again)
         first = _first_difference(states, eager, truth, real)
     return Report(
         policy=chosen.name or "without a name",
@@ -189,14 +204,42 @@ class _Expected(NamedTuple):
 
 
 def _expect(
-    model: PreTrainedModel, policy: SkipPolicy, inputs: Mapping[str, Any], tokens: Tensor
+    model: PreTrainedModel,
+    policy: SkipPolicy,
+    inputs: Mapping[str, Any],
+    tokens: Tensor,
+    prompt_decisions: Decisions,
+    decisions: Decisions,
 ) -> _Expected:
-    with MaskedOracle(model, policy.to_dict()) as oracle:
+    """`decisions`: of the prompt, padded on the left, and the new tokens; `prompt_decisions`: of a
+    forward over the prompt as it is."""
+    with MaskedOracle(model, policy.to_dict(), prompt_decisions) as oracle:
         logits = oracle.forward(**inputs)
         prompt = oracle.prompt(**inputs)
+    with MaskedOracle(model, policy.to_dict(), decisions) as oracle:
         scores = oracle.continuation(prompt, tokens)[:, :-1]
         *states, last = oracle.stream
         return _Expected(logits, scores, [*states, text_model_of(model).norm(last)], prompt)
+
+
+def _decisions(record: RoutingRecord, device: torch.device) -> Decisions:
+    """What routers let rows skip, as the oracle takes it."""
+    keys = {key for each in record.forwards for key in each.skipped}
+    return {
+        (layer, sublayer.value): record.skipped(layer, sublayer).to(device)
+        for layer, sublayer in sorted(keys)
+    }
+
+
+def _padded_left(decisions: Decisions, real: Tensor, tokens: Tensor) -> Decisions:
+    """With the prompt's pads moved to the left, and a column for the last token, never fed."""
+    order = real.long().argsort(dim=1, stable=True)
+    width = real.shape[1]
+    found = {}
+    for key, mask in decisions.items():
+        last = mask.new_zeros(len(mask), width + tokens.shape[1] - mask.shape[1])
+        found[key] = torch.cat((mask[:, :width].gather(1, order), mask[:, width:], last), dim=1)
+    return found
 
 
 def _states(product: Any, prompt: Prompt, tokens: Tensor) -> list[Tensor]:

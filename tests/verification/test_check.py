@@ -28,8 +28,18 @@ def report(policy: Policy | None = POLICY, seed: int = 1, **options: Any) -> Rep
     return verify(model, policy, batch.inputs(), max_new_tokens=5)
 
 
+ROUTED = policy_of(skip([3], ["image"], "ffn")) | {
+    "routers": [
+        {"layers": [0, 2], "tokens": "all", "skip": ["block"], "kind": "random", "rate": 0.5}
+        | {"kv": "omit", "group": "sequence"},
+        {"layers": [1], "tokens": ["text"], "skip": ["ffn"], "kind": "similarity"}
+        | {"threshold": 0.5},
+    ]
+}
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("policy", [None, POLICY])
+@pytest.mark.parametrize("policy", [None, POLICY, ROUTED])
 def test_it_holds(policy: Policy | None, padding: str) -> None:
     found = report(policy, padding=padding)
     assert found.holds
@@ -38,6 +48,21 @@ def test_it_holds(policy: Policy | None, padding: str) -> None:
     assert found.tokens_checked == 15
     assert "holds (float32, truth in float64)" in str(found)
     assert "15 of 15" in str(found)
+
+
+def test_a_fault_under_routers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Block._ffn
+
+    def wrong(self: Block, h: Any, rows: Any, norm: Any) -> Any:
+        found = right(self, h, rows, norm)
+        return found if self.plan.index != 2 or found is None else 1.01 * found
+
+    monkeypatch.setattr(Block, "_ffn", wrong)
+    # Row by row, so that some run the layer in every forward.
+    draws = {"layers": [0, 2], "skip": ["block"], "kind": "random", "rate": 0.5, "kv": "omit"}
+    found = report(policy_of() | {"routers": [draws]})
+    assert not found.holds
+    assert found.first_difference is not None and found.first_difference.layer == 2
 
 
 def test_it_holds_in_bfloat16_and_leaves_the_model_alone() -> None:
