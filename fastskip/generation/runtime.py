@@ -17,6 +17,7 @@ from fastskip.generation.device_step import DeviceSteps
 from fastskip.ops import Operations
 from fastskip.ops.flash import load_flash
 from fastskip.plan import SkipPlan
+from fastskip.policy import Sublayer
 from fastskip.routing import Router, RoutingRecord
 
 
@@ -142,4 +143,10 @@ def _require_causal(plan: SkipPlan) -> None:
         raise ValueError(
             f"attention: 'flash' with entries of rows that do not attend, in layers {layers}; "
             "allowed under this policy: None (fastskip's own kernels), or kv='omit'"
+        )
+    routed = sorted({cell.layer for cell in plan.routed if Sublayer.ATTENTION in cell.skip})
+    if routed:
+        raise ValueError(
+            f"attention: 'flash' with attention that a router decides on, in layers {routed}; "
+            "allowed under this policy: None (fastskip's own kernels)"
         )

@@ -103,6 +103,9 @@ def test_policies_that_it_cannot_compute(stand_in: None) -> None:
     model = fastskip.apply_(tiny_llava(), impl="torch", attention="flash")
     with pytest.raises(ValueError, match="attention: 'flash' with entries"):
         fastskip.set_policy(model, kept)
+    routed = {"layers": [2], "skip": ["block"], "kind": "random", "rate": 0.5, "kv": "omit"}
+    with pytest.raises(ValueError, match=r"a router decides on, in layers \[2\]"):
+        fastskip.set_policy(model, policy_of() | {"routers": [routed]})
     assert fastskip.plan_of(model).is_dense
 
 
