@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fastskip import __version__
+from fastskip.commands.calibrate import calibrate
 from fastskip.commands.demo import demo
 from fastskip.commands.generate import generate
 from fastskip.commands.plan import plan
@@ -50,7 +51,7 @@ def _help(function: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (generate, plan, verify, demo, policies):
+for command in (generate, plan, verify, calibrate, demo, policies):
     app.command(help=_help(command))(command)
 
 
@@ -72,7 +73,8 @@ def main(
 
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
-    promises, [bold]generate[/] answers a question about an image.
+    promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
+    so that a wanted share of rows skips.
     """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -176,6 +176,24 @@ def record_routing(model: Any) -> Iterator[RoutingRecord]:
     runtime = _runtime_of(model)
     with runtime.recording() as record:
         yield record
+
+
+@contextmanager
+def watching_routers(model: Any, wrap: Callable[[int, Router], Router]) -> Iterator[None]:
+    """Within this block each router is what ``wrap`` makes of it and its number in the policy.
+
+    Only plain torch asks routers themselves; on the device their terms decide, unseen.
+    """
+    runtime = _runtime_of(model)
+    if runtime.decoder.ops.fused is not None:
+        name = runtime.decoder.ops.implementation.value
+        raise UnsupportedModelError("impl", name, "impl='reference' to watch routers")
+    before = runtime.decoder.routers
+    runtime.decoder.routers = [wrap(number, router) for number, router in enumerate(before)]
+    try:
+        yield
+    finally:
+        runtime.decoder.routers = before
 
 
 def plan_of(model: Any) -> SkipPlan:

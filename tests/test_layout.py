@@ -47,7 +47,9 @@ FLOORS = {
     "ops": Floor(("ops",), ("reference", "kernels"), ("torch",)),
     # What a decision is, is computed by the operations alone; routers bring its terms.
     "routing": Floor(("routing",), ("policy", "reference"), ("torch", "safetensors")),
-    "decoder": Floor(("decoder",), (*PURE, "tokens", "reference", "ops", "routing"), ("torch",)),
+    "decoder": Floor(
+        ("decoder",), (*PURE, "tokens", "reference", "ops", "routing"), ("torch", "numpy")
+    ),
     "cache": Floor(
         ("decoder.cache",),
         (*PURE, "tokens", "reference", "ops", "routing", "decoder"),
@@ -75,7 +77,7 @@ FLOORS = {
     "oracle": Floor(("verification",), (), ("torch", "transformers")),
     "check": Floor(
         ("verification.check",),
-        (*PURE, "families", "loading", "public", "oracle"),
+        (*PURE, "routing", "families", "loading", "public", "oracle"),
         ("torch", "transformers"),
     ),
     "prompts": Floor(("images", "prompts"), (), ("PIL", "numpy", "transformers")),
@@ -86,11 +88,17 @@ FLOORS = {
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
+    # Policies found and judged, by what users have: the definition of a score is all it shares.
+    "study": Floor(
+        ("study",),
+        (*PURE, "tokens", "reference", "routing", "loading", "public", "prompts"),
+        ("torch",),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("demo",),
-        ("rich", "safetensors", "torch", "transformers", "typer"),
+        + ("demo", "study"),
+        ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
 # The cache is a file of the decoder, apart only for what it may import of Hugging Face.

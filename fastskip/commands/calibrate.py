@@ -1,0 +1,238 @@
+"""`fastskip calibrate`: thresholds at which a wanted share of rows skips."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    PolicyOption,
+    ThreadsOption,
+    checkpoint,
+    config_of,
+    device_of,
+    prepare,
+    reading,
+    resolve_policy,
+)
+
+if TYPE_CHECKING:
+    from fastskip.study.calibration import Calibration
+
+
+class Per(StrEnum):
+    """What gets a threshold of its own."""
+
+    LAYER = "layer"
+    OVERALL = "overall"
+
+
+def calibrate(
+    rate: Annotated[
+        float,
+        typer.Option(min=0, max=1, metavar="SHARE", help="The share of rows that should skip."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="FILE", help="The policy file (.json, .yaml) to write."
+        ),
+    ],
+    model: ModelOption = None,
+    policy: PolicyOption = None,
+    per: Annotated[
+        Per,
+        typer.Option(
+            help="layer: every layer lets this share skip, by a threshold of its own. overall: one "
+            "threshold a router, so layers share the work as their scores fall."
+        ),
+    ] = Per.LAYER,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}; the image may be '
+            "left out, its path is seen from the file. Default, with the demo's model: its own "
+            "training pictures.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Use the first N samples at the most.")
+    ] = 32,
+    new_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Tokens to generate a sample, so that their rows count too."
+        ),
+    ] = 16,
+    sweeps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Runs over all samples at the most.")
+    ] = 8,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="How far off counts as reached.")
+    ] = 0.02,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Set a policy's routers so that a wanted share of rows skips, from a few samples.
+
+    Runs the samples, sees what each router's rows score, and puts its threshold where the wanted
+    share reaches it; then again, since layers change what later ones see. A linear router with a
+    capacity gets 1 - rate, a random one the rate itself. The thresholds found, and how near they
+    came on these samples, are written into the policy. Rows of equal scores skip together, so
+    exact rates are rare. Other inputs than the samples may skip more or less.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip calibrate -p routers.json --rate 0.5 -o half.json[/]
+
+    [cyan]fastskip calibrate -m llava-hf/llava-1.5-7b-hf -p routers.json --rate 0.3 --per overall
+    --samples mine.jsonl --new-tokens 64 -o third.json[/]
+    """
+    prepare(threads)
+    path = checkpoint(model)
+    config = config_of(path)
+    chosen = resolve_policy(policy, path, config)
+    _check_output(out)
+    inputs, source = _inputs(model, path, config, samples, count, new_tokens)
+
+    import fastskip
+    from fastskip.study.calibration import calibrate as find
+
+    place = device_of(device)
+    with reading(path):
+        # Only plain torch asks routers in the open; what it finds holds for the kernels too.
+        loaded = fastskip.load_model(
+            path, policy=chosen, dtype=dtype.value, device=place, impl="reference"
+        )
+    from tqdm import tqdm
+
+    with tqdm(total=sweeps * len(inputs), desc="samples, all sweeps", disable=None) as bar:
+        found = find(
+            loaded,
+            inputs,
+            rate,
+            per=per.value,
+            new_tokens=new_tokens,
+            sweeps=sweeps,
+            tolerance=tolerance,
+            about={"source": source},
+            on_sample=bar.update,
+        )
+    try:
+        found.policy.save(out)
+    except OSError as error:
+        raise CommandError(f"--out {out}: {error}; allowed: a writable file") from error
+    if as_json:
+        typer.echo(json.dumps({"model": path, "policy": str(out)} | found.to_dict(), indent=2))
+        return
+    _show(found)
+    typer.echo(f"wrote {out}", err=True)
+
+
+def _check_output(out: Path) -> None:
+    """Before the work: a name that cannot be written is found at once."""
+    from fastskip.policy_file import SUFFIXES
+
+    if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
+        allowed = f"a file ({', '.join(SUFFIXES)}) in an existing folder"
+        raise CommandError(f"--out {out}: allowed: {allowed}")
+
+
+def _inputs(
+    model: str | None, path: str, config: Any, samples: Path | None, count: int, new_tokens: int
+) -> tuple[list[Any], str]:
+    """What to run, and where it is from."""
+    from fastskip.prompts import processor_for
+    from fastskip.study.samples import inputs_of, read_samples
+
+    processor = processor_for(path)
+    if samples is not None:
+        chosen = read_samples(samples)[:count]
+        return inputs_of(chosen, processor, config, new_tokens), str(samples)
+    from fastskip.demo import checkpoint_path
+
+    if Path(path).resolve() != checkpoint_path().resolve():
+        raise CommandError(f"--samples: needed with --model {model}; allowed: a JSON lines file")
+    from fastskip.demo.evaluation import held_out
+    from fastskip.demo.scenes import Split, draw
+    from fastskip.prompts import build_inputs
+
+    items = held_out(count, split=Split.TRAIN)
+    made = [
+        build_inputs(
+            processor, question.text, [draw(scene)], config=config, max_new_tokens=new_tokens
+        )
+        for scene, question in items
+    ]
+    return made, "demo, training pictures"
+
+
+def _show(found: "Calibration") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    titles = ("router", "kind", "layer", "tokens", "skips", "set to", "rows", "wanted", "achieved")
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    for column in (table.columns[2], *table.columns[5:]):
+        column.justify = "right"
+    for share in found.shares:
+        written = share.rule.to_dict()
+        name = next(name for name in ("threshold", "capacity", "rate") if name in written)
+        tokens = written["tokens"]
+        table.add_row(
+            str(share.router),
+            written["kind"],
+            str(share.layer),
+            tokens if tokens == "all" else ", ".join(tokens),
+            ", ".join(written["skip"]),
+            f"{name} {written[name]:g}",
+            str(share.candidates),
+            f"{found.wanted:.1%}",
+            f"{share.achieved:.1%}",
+        )
+    console.print(table)
+    runs = "1 sweep" if found.sweeps == 1 else f"{found.sweeps} sweeps"
+    console.print(
+        f"Overall [bold]{found.achieved:.1%}[/] of rows skip after {runs} (wanted "
+        f"{found.wanted:.1%}); the worst threshold is off by {found.gap:.1%}."
+    )
+    for line in _reasons(found):
+        console.print(line)
+    if any(share.rule.kind == "random" for share in found.shares):
+        console.print("Random routers draw by position: few positions may be far from their rate.")
+
+
+def _reasons(found: "Calibration") -> list[str]:
+    """Why the wanted share was not reached, if it was not."""
+    if found.is_reached:
+        return []
+    lines = [f"[yellow]Not reached within {found.tolerance:.1%}.[/]"]
+    bound = sorted(
+        {
+            share.layer
+            for share in found.shares
+            if share.possible is not None and abs(share.possible - found.wanted) > found.tolerance
+        }
+    )
+    if bound:
+        layers = ", ".join(map(str, bound))
+        lines.append(
+            f"In layer {layers} no threshold comes nearer: rows of equal scores skip together, and "
+            "similarity has no score before the first layer that ran."
+        )
+    else:
+        lines.append("More --sweeps or --samples may come nearer.")
+    return lines

@@ -1,0 +1,339 @@
+"""Thresholds of routers, set so that a wanted share of rows skips.
+
+Each sweep runs the samples under the thresholds at hand, counts who skipped, and puts every
+threshold where the wanted share of the scores seen reaches it. What a layer decides changes the
+scores of the layers above it, so sweeps repeat: the lowest layer is right after one of them, the
+next one after two. The result is the best sweep that was measured, not a promise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip import __version__
+from fastskip.loading import plan_of, record_routing, set_policy, watching_routers
+from fastskip.policy import PolicyError, RouterRule, SkipPolicy, TokenClass, select_layers
+from fastskip.routing import Decisions, Router
+from fastskip.study.observation import Observer, Scores
+from fastskip.study.shares import Share, by_threshold, pooled
+from fastskip.study.thresholds import bar_for, bounds_of, threshold_of
+from fastskip.tokens import member
+
+
+class CalibrationError(ValueError):
+    """What cannot be calibrated; says why and what is needed."""
+
+
+class Per(StrEnum):
+    """What gets a threshold of its own: each layer of a rule, or the rule."""
+
+    LAYER = "layer"
+    OVERALL = "overall"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A policy with its thresholds set, and how near it came on the samples.
+
+    `shares`: by router and layer, measured under this very policy.
+    """
+
+    policy: SkipPolicy
+    wanted: float
+    per: Per
+    tolerance: float
+    sweeps: int
+    shares: tuple[Share, ...]
+
+    @property
+    def achieved(self) -> float:
+        """The share of all candidates that skipped."""
+        return pooled(self.shares)
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether every threshold gives the wanted share, within the tolerance."""
+        return self.gap <= self.tolerance
+
+    @property
+    def gap(self) -> float:
+        """How far the share of the worst threshold is off."""
+        groups = by_threshold(self.shares)
+        return max((abs(pooled(group) - self.wanted) for group in groups), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "wanted": self.wanted,
+            "achieved": round(self.achieved, 6),
+            "per": self.per.value,
+            "tolerance": self.tolerance,
+            "is_reached": self.is_reached,
+            "sweeps": self.sweeps,
+            "cells": [share.to_dict() for share in self.shares],
+        }
+
+
+@dataclass(slots=True)
+class _Sweep:
+    """What was seen under one policy: shares, and scores by router and layer."""
+
+    policy: SkipPolicy
+    shares: tuple[Share, ...] = ()
+    scores: Scores = field(default_factory=dict)
+
+    def scores_of(self, number: int) -> Tensor:
+        """What the candidates of a router scored, in all of its layers."""
+        return torch.cat([x for (n, _), own in self.scores.items() if n == number for x in own])
+
+    def is_near(self, wanted: float, tolerance: float) -> bool:
+        """Whether every share is as near as it can be, within the tolerance."""
+        return max(self.excess(wanted), default=0) <= tolerance
+
+    def excess(self, wanted: float) -> list[float]:
+        """How much further off than need be the share of each threshold is."""
+        return [
+            abs(pooled(group) - wanted) - abs(group[0].possible - wanted)
+            for group in by_threshold(self.shares)
+            if group[0].possible is not None
+        ]
+
+
+def calibrate(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    rate: float,
+    *,
+    per: Per | str = Per.LAYER,
+    new_tokens: int = 16,
+    sweeps: int = 8,
+    tolerance: float = 0.02,
+    about: Mapping[str, Any] | None = None,
+    on_sample: Callable[[], object] = lambda: None,
+) -> Calibration:
+    """Set the routers of a prepared model so that `rate` of their candidates skip on `samples`.
+
+    Thresholds of similarity and linear routers are found; a linear router's capacity becomes
+    `1 - rate`, a random router's rate becomes `rate`. The model is left under the policy found; if
+    anything fails, under its old one.
+
+    Args:
+        model: prepared by `fastskip.load_model(..., impl="reference")`; its policy has routers.
+        samples: inputs of `generate`, each as `processor(...)` gives them. Rows that decide by
+            the batch do so by the batches that these are.
+        rate: the share in [0, 1] that should skip.
+        per: "layer": a threshold a layer, so the policy gets a rule a layer; "overall": a
+            threshold a rule, the same in all of its layers.
+        new_tokens: how many tokens each sample generates; at 1 there are only prompt rows.
+        sweeps: how often the samples are run at the most.
+        tolerance: how far off a share may be to count as reached; ends the sweeps.
+        about: what else the policy's provenance should say, such as where samples came from.
+        on_sample: called after each sample of each sweep.
+    Raises:
+        PolicyError: the policy has no routers, one of a kind that cannot be calibrated, or `rate`
+            is none that they can have.
+        CalibrationError: there are no samples, or none has a row that some router decides on.
+        UnsupportedModelError: the model does not run on plain torch.
+    """
+    per = _checked(per, rate, samples, new_tokens, sweeps)
+    plan = plan_of(model)
+    policy = _start(plan.policy, rate, per, plan.shape.depth)
+    seen: list[_Sweep] = []
+    try:
+        while len(seen) < sweeps:
+            seen.append(_run(model, policy, rate, samples, new_tokens, on_sample))
+            following = _moved(seen, rate, per)
+            if seen[-1].is_near(rate, tolerance) or following == policy:
+                break
+            if any(following == earlier.policy for earlier in seen):
+                following = _halfway(policy, following)  # answers change too, and led in a circle
+            policy = following
+        best = min(seen, key=lambda s: (not s.is_near(rate, tolerance), sum(s.excess(rate))))
+        found = Calibration(best.policy, rate, per, tolerance, len(seen), best.shares)
+        written = {
+            **found.to_dict(),
+            "samples": len(samples),
+            "new_tokens": new_tokens,
+            **_circumstances(model),
+            **(about or {}),
+        }
+        provenance = {**best.policy.provenance, "calibration": written}
+        found = replace(found, policy=replace(best.policy, provenance=provenance))
+        set_policy(model, found.policy)
+    except BaseException:
+        set_policy(model, plan.policy)
+        raise
+    return found
+
+
+def _checked(
+    per: Per | str, rate: float, samples: Sequence[Any], new_tokens: int, sweeps: int
+) -> Per:
+    if per not in tuple(Per):
+        raise CalibrationError(f"per: {per!r}; allowed: {', '.join(Per)}")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        raise CalibrationError(f"rate: {rate!r}; allowed: a share in [0, 1]")
+    for name, value in (("samples", len(samples)), ("new_tokens", new_tokens), ("sweeps", sweeps)):
+        if value < 1:
+            raise CalibrationError(f"{name}: {value}; allowed: 1 or more")
+    return Per(per)
+
+
+def _start(policy: SkipPolicy, rate: float, per: Per, depth: int) -> SkipPolicy:
+    """The policy with what needs no samples set, and a rule for each threshold to be found."""
+    if not policy.routers:
+        raise PolicyError("routers", [], "a policy with routers", "nothing to calibrate")
+    rules: list[RouterRule] = []
+    for number, rule in enumerate(policy.routers):
+        name = f"routers[{number}]"
+        if rule.is_plug_in:
+            allowed = "similarity, linear, random: how a plug-in decides is its own affair"
+            raise PolicyError(f"{name}.kind", rule.kind, allowed)
+        if rule.rate is not None:
+            rules.append(replace(rule, rate=rate))
+        elif rule.capacity is not None:
+            if rate == 1:
+                problem = f"capacity is 1 - rate, of a rate of {rate}"
+                raise PolicyError(f"{name}.capacity", 0, "a rate below 1 beside it", problem)
+            rules.append(replace(rule, capacity=1 - rate))
+        elif per is Per.LAYER:
+            layers = select_layers(rule.layers, depth, f"{name}.layers")
+            rules += (replace(rule, layers=(layer,)) for layer in layers)
+        else:
+            rules.append(rule)
+    return replace(policy, routers=tuple(rules))
+
+
+def _run(
+    model: Any,
+    policy: SkipPolicy,
+    rate: float,
+    samples: Sequence[Mapping[str, Any]],
+    new_tokens: int,
+    on_sample: Callable[[], object],
+) -> _Sweep:
+    """All samples under a policy."""
+    sweep, plan = _Sweep(policy), plan_of(set_policy(model, policy))
+    cells = sorted({(routed.number, routed.layer) for routed in plan.routed})
+    counts = dict.fromkeys(cells, (0, 0))
+
+    def observed(number: int, router: Router) -> Router:
+        return Observer(router, number, sweep.scores)
+
+    for inputs in samples:
+        given = {name: _placed(value, model) for name, value in inputs.items()}
+        with watching_routers(model, observed), record_routing(model) as record:
+            model.generate(**given, do_sample=False, max_new_tokens=new_tokens)
+        for decisions in record.forwards:
+            for number, layer in cells:
+                asked, skipped = _count(decisions, layer, policy.routers[number])
+                before = counts[number, layer]
+                counts[number, layer] = before[0] + asked, before[1] + skipped
+        on_sample()
+    shares = [Share(n, layer, policy.routers[n], *counts[n, layer]) for n, layer in cells]
+    _check_candidates(shares)
+    sweep.shares = tuple(
+        replace(share, possible=_possible(sweep, share.router, rate)) for share in shares
+    )
+    return sweep
+
+
+def _count(decisions: Decisions, layer: int, rule: RouterRule) -> tuple[int, int]:
+    """Candidates of a rule in one layer and one forward, and how many of them skipped."""
+    # What a rule guards is decided as one, so that any of its sublayers tells.
+    key = layer, min(rule.skip)
+    if key not in decisions.candidates:
+        return 0, 0
+    classes = frozenset(TokenClass) if rule.tokens == "all" else rule.tokens
+    asked = decisions.candidates[key] & member(decisions.codes, classes)
+    return int(asked.sum()), int((asked & decisions.skipped[key]).sum())
+
+
+def _possible(sweep: _Sweep, number: int, rate: float) -> float | None:
+    rule = sweep.policy.routers[number]
+    if rule.threshold is None:
+        return None
+    found = bar_for(sweep.scores_of(number), rate, *bounds_of(rule))
+    return 0.0 if found is None else found[1]
+
+
+def _check_candidates(shares: Sequence[Share]) -> None:
+    for share in shares:
+        if not share.candidates and share.rule.threshold is not None:
+            tokens = share.rule.to_dict()["tokens"]
+            raise CalibrationError(
+                f"samples: none has a row that routers[{share.router}] decides on in layer "
+                f"{share.layer} (tokens: {tokens}); allowed: samples with such rows (generated "
+                "ones need new_tokens of 2 or more, and answers of 2 tokens)"
+            )
+
+
+def _moved(seen: Sequence[_Sweep], rate: float, per: Per) -> SkipPolicy:
+    """The policy with every threshold where the scores of the last sweep want it."""
+    sweep = seen[-1]
+    rules = list(sweep.policy.routers)
+    for number, rule in enumerate(rules):
+        if rule.threshold is None:
+            continue
+        found = bar_for(sweep.scores_of(number), rate, *bounds_of(rule))
+        if found is not None:
+            bar = found[0] if per is Per.LAYER else _between(seen, number, found[0], rate)
+            rules[number] = replace(rule, threshold=threshold_of(rule, bar))
+    return replace(sweep.policy, routers=tuple(rules))
+
+
+def _halfway(policy: SkipPolicy, further: SkipPolicy) -> SkipPolicy:
+    """The policy with every threshold moved half as far."""
+    rules = tuple(
+        a
+        if a.threshold is None or b.threshold is None
+        else replace(a, threshold=(a.threshold + b.threshold) / 2)
+        for a, b in zip(policy.routers, further.routers, strict=True)
+    )
+    return replace(policy, routers=rules)
+
+
+def _between(seen: Sequence[_Sweep], number: int, bar: float, rate: float) -> float:
+    """A bar for several layers at once, whose decisions change one another's scores: between the
+    bars that let too many and too few skip so far, halfway if `bar` is not."""
+    too_low, too_high = -math.inf, math.inf
+    for sweep in seen:
+        tried = threshold_of(sweep.policy.routers[number], sweep.policy.routers[number].threshold)
+        share = pooled([share for share in sweep.shares if share.router == number])
+        if share > rate:
+            too_low = max(too_low, tried)
+        elif share < rate:
+            too_high = min(too_high, tried)
+    if too_low < bar < too_high or not math.isfinite(too_high - too_low) or too_low >= too_high:
+        return bar
+    return (too_low + too_high) / 2
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """An input where the model is; floating ones (pixels) in its dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    dtype = model.dtype if value.is_floating_point() else value.dtype
+    return value.to(model.device, dtype)
+
+
+def _circumstances(model: Any) -> dict[str, Any]:
+    return {
+        "model": str(model.name_or_path),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "versions": {
+            "fastskip": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,88 @@
+"""Samples to study a model on: a file of prompts, most of them with an image."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastskip.images import ImageError, load_image
+from fastskip.prompts import PromptError, build_inputs
+
+_ALLOWED = (
+    'one JSON object a line, {"prompt": "...", "image": "a.jpg"}, of which image may be left out'
+)
+
+
+class SampleError(ValueError):
+    """A file of samples that cannot be used; names the line, what is wrong and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt, and its image where it has one; `where`: how errors name it."""
+
+    prompt: str
+    image: Path | None = None
+    where: str = "sample"
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
+    """The samples of a file of JSON lines; image paths are seen from the file's folder.
+
+    Raises:
+        SampleError: the file or a line of it cannot be used.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SampleError(f"{file}: {error}; allowed: a readable file, {_ALLOWED}") from error
+    found = [
+        _sample(line, file.parent, f"{file}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if not found:
+        raise SampleError(f"{file}: no samples; allowed: {_ALLOWED}")
+    return found
+
+
+def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens: int) -> list[Any]:
+    """The model's inputs for each sample.
+
+    Raises:
+        SampleError: an image or a prompt cannot be used; names the sample.
+    """
+    found = []
+    for sample in samples:
+        try:
+            images = [] if sample.image is None else [load_image(sample.image)]
+            inputs = build_inputs(
+                processor, sample.prompt, images, config=config, max_new_tokens=new_tokens
+            )
+        except (ImageError, PromptError) as error:
+            raise SampleError(f"{sample.where}: {error}") from error
+        found.append(inputs)
+    return found
+
+
+def _sample(line: str, folder: Path, where: str) -> Sample:
+    try:
+        document = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SampleError(f"{where}: not JSON ({error}); allowed: {_ALLOWED}") from error
+    if not isinstance(document, dict):
+        raise SampleError(f"{where}: got {document!r}; allowed: {_ALLOWED}")
+    unknown = sorted(document.keys() - {"prompt", "image"})
+    if unknown:
+        raise SampleError(f"{where}: unknown field {unknown[0]!r}; allowed: {_ALLOWED}")
+    prompt, image = document.get("prompt"), document.get("image")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a text that is not empty")
+    if image is not None and not isinstance(image, str):
+        raise SampleError(f"{where}: image is {image!r}; allowed: the path of an image file")
+    return Sample(prompt, None if image is None else folder / image, where)
