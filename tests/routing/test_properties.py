@@ -57,7 +57,8 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
         tokens = draw(
             st.sampled_from(["all", ["image"], ["text", "generated"], ["image", "generated"]])
         )
-        if draw(st.booleans()):
+        is_drawn: bool = draw(st.booleans())
+        if is_drawn:
             rate, seed = draw(st.floats(0, 1)), draw(st.integers(0, 5))
             routers.append(random(layers, tokens, sublayer, rate=rate, seed=seed, **fields))
         else:
@@ -65,7 +66,8 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
             routers.append(similarity(layers, tokens, sublayer, threshold=threshold, **fields))
     free = [layer for layer in range(DEPTH) if layer not in layers]
     rules = []
-    if free and draw(st.booleans()):
+    has_rule: bool = draw(st.booleans())
+    if free and has_rule:
         kv = draw(st.sampled_from(["project", "omit"]))
         rules.append(skip(free[:1], draw(st.sampled_from([["image"], ["text"]])), "block", kv=kv))
     return routed(*routers, rules=rules)
