@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -553,3 +554,8 @@ def test_table_of_weights_read() -> None:
         "| 50% | 50% | 94% | 50% |",
         "| 90% | 10% | 34% | 10% |",
     ]
+
+
+def test_readme_tells_what_groups_cost() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert weights_read_table() in readme
