@@ -26,12 +26,33 @@ from fastskip.decoder.layer import BlockRows
 from fastskip.decoder.trace import RowTrace, trace_start
 from fastskip.plan import LayerPlan, RoutedCell, SkipPlan
 from fastskip.policy import Group, SkippedKV, Sublayer
-from fastskip.routing import Decision, Decisions, Router, RouterError, Scope
+from fastskip.routing import Decision, Decisions, Router, RouterError, Scope, ScoreRouter
 from fastskip.tokens import CODES, Rows, TokenLayout
 
 HOST = torch.device("cpu")
 Mask = NDArray[np.bool_]
+FEW = 16
+"""Rows for whom plain numbers are quicker than tensors."""
 StaticRows = Callable[[LayerPlan, bool], BlockRows]
+
+
+class RoutedPlan:
+    """What all forwards under a plan with routers ask of it: worked out once.
+
+    ``start``: the first layer whose input some router looks back to. ``rules``: the routed cells by
+    layer and point, and there by rule.
+    """
+
+    def __init__(self, plan: SkipPlan, routers: Sequence[Router]) -> None:
+        self.plan, self.routers = plan, routers
+        self.start = trace_start(plan, routers)
+        self.rules: dict[tuple[int, Point], dict[int, list[RoutedCell]]] = {}
+        for cell in plan.routed:
+            key = cell.layer, point_of(plan.layers[cell.layer], cell)
+            self.rules.setdefault(key, {}).setdefault(cell.number, []).append(cell)
+
+    def is_of(self, plan: SkipPlan, routers: Sequence[Router]) -> bool:
+        return self.plan is plan and self.routers is routers
 
 
 class RoutedRows:
@@ -43,8 +64,7 @@ class RoutedRows:
 
     def __init__(
         self,
-        plan: SkipPlan,
-        routers: Sequence[Router],
+        routed: RoutedPlan,
         layout: TokenLayout,
         cache: SkipCache,
         entries: Entries,
@@ -54,10 +74,10 @@ class RoutedRows:
         lens: Callable[[Tensor], Tensor] | None = None,
         attended: Attended | None = None,
     ) -> None:
-        self._plan, self._routers, self._layout = plan, routers, layout
+        self._plan, self._routers, self._layout = routed.plan, routed.routers, layout
+        self._rules, self._start = routed.rules, routed.start
         self._cache, self._entries, self._narrow, self._static = cache, entries, narrow, static
         self._lens, self._attended = lens, attended
-        self._start = trace_start(plan, routers)
         self._trace: RowTrace | None = None
         self._states: dict[int, dict[str, Any]] = {}
         self._nobody = np.zeros(len(layout), dtype=np.bool_)
@@ -68,6 +88,7 @@ class RoutedRows:
         self._ran = self._nobody
         self._h: Tensor | None = None
         self._codes = layout.codes.numpy()
+        self._positions = layout.positions.tolist() if len(layout) <= FEW else []
         self._members: dict[Classes, Mask] = {}
         self._held: dict[int, Mask] = {}
         self._skips: dict[tuple[int, Sublayer], Mask] = {}
@@ -91,7 +112,7 @@ class RoutedRows:
         if self._start is not None:
             # Who runs the layer whole: what its class has to do there, unless a router takes some.
             self._ran = self._staying(self._of(layer.attending | layer.feeding))
-        for number, cells in _rules(self._plan, layer.index, Point.START).items():
+        for number, cells in self._rules.get((layer.index, Point.START), {}).items():
             self._decide(number, cells, h, None)
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
@@ -100,7 +121,7 @@ class RoutedRows:
             assert self._h is not None
             attending = torch.from_numpy(self._attending(layer))
             self._attended.inputs[layer.index] = self._h.detach().clone(), attending
-        late = _rules(self._plan, layer.index, Point.MIDDLE)
+        late = self._rules.get((layer.index, Point.MIDDLE))
         narrow = self._narrow if is_last else None
         decide = partial(self._feed, layer, late, narrow) if late else None
         static = self._static_form(layer)
@@ -225,6 +246,12 @@ class RoutedRows:
         """Asks one rule's router about its candidates among the rows of ``h``."""
         layer, skip, router = cells[0].layer, cells[0].skip, self._routers[number]
         asked = self._staying(self._of(frozenset(cell.token_class for cell in cells)))
+        if narrow is None and len(asked) <= FEW and isinstance(router, ScoreRouter):
+            trace = None if self._trace is None else self._trace.listed
+            answers = router.decide_few(layer, self._positions, trace)
+            if answers is not None:
+                self._take(number, cells, asked & np.array(answers), asked, Scope.SUBLAYER)
+                return
         within = _rows(_taken(asked, narrow))
         if not within.count:
             return
@@ -242,20 +269,32 @@ class RoutedRows:
             self._attended,
         )
         decision = _checked(router.decide(context), within.count, cells[0])
-        skips = decision.skip.detach().to(HOST).numpy()
-        count = int(np.count_nonzero(skips))
-        if count not in (0, len(skips)):
+        skipped, among = self._nobody.copy(), self._nobody.copy()
+        skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
+        among[rows.numpy()] = True
+        self._take(number, cells, skipped, among, decision.scope)
+
+    def _take(
+        self,
+        number: int,
+        cells: Sequence[RoutedCell],
+        skipped: Mask,
+        asked: Mask,
+        scope: Scope,
+    ) -> None:
+        """Notes an answer: who skips, among whom."""
+        count = int(np.count_nonzero(skipped))
+        if count not in (0, int(np.count_nonzero(asked))):
             self._whole = None
         elif count and self._whole is not None:
             self._whole.add(number)
-        skipped, among = self._nobody.copy(), self._nobody.copy()
-        skipped[rows.numpy()], among[rows.numpy()] = skips, True
-        for sublayer in skip:
-            key = layer, sublayer
-            self._skips[key] = self._skips.get(key, self._nobody) | skipped
-            self._asked[key] = self._asked.get(key, self._nobody) | among
-        self._ran = self._ran & ~skipped
-        if decision.scope is Scope.REST and count:
+        for sublayer in cells[0].skip:
+            key = cells[0].layer, sublayer
+            self._skips[key] = self._skips[key] | skipped if key in self._skips else skipped
+            self._asked[key] = self._asked[key] | asked if key in self._asked else asked
+        if self._start is not None:
+            self._ran = self._ran & ~skipped
+        if scope is Scope.REST and count:
             kv = cells[0].rule.kv or SkippedKV.PROJECT
             self._exiting[kv] = self._exiting.get(kv, self._nobody) | skipped
 
@@ -283,15 +322,6 @@ class RoutedRows:
             is_member[[CODES[token_class] for token_class in classes]] = True
             found = self._members[classes] = is_member[self._codes]
         return found
-
-
-def _rules(plan: SkipPlan, layer: int, point: Point) -> dict[int, list[RoutedCell]]:
-    """The routed cells of a layer that are decided at a point, by rule."""
-    found: dict[int, list[RoutedCell]] = {}
-    for cell in plan.routed_by_layer.get(layer, ()):
-        if point_of(plan.layers[layer], cell) is point:
-            found.setdefault(cell.number, []).append(cell)
-    return found
 
 
 def narrows_after(plan: SkipPlan) -> bool:

@@ -14,7 +14,7 @@ from fastskip.decoder.candidates import Attended
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Block, BlockRows, Rotation
 from fastskip.decoder.rope import RotaryTable
-from fastskip.decoder.routed_rows import RoutedRows, narrows_after
+from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights, has_hooks
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
@@ -43,11 +43,12 @@ class Decoder:
         # Who reads decisions back, and how rows become logits, where a router asks.
         self.record: RoutingRecord | None = None
         self.lens: Callable[[Tensor], Tensor] | None = None
+        self._routed: RoutedPlan | None = None
         self._blocks: list[Block] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Blocks hold views of merged storages; a copy makes its own when it is first used.
-        return {**self.__dict__, "_blocks": [], "record": None}
+        return {**self.__dict__, "_blocks": [], "record": None, "_routed": None}
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Once per forward or ``generate``: which layers may use merged projections.
@@ -158,9 +159,10 @@ class Decoder:
         attended = None
         if any(getattr(router, "uses_attention", False) for router in self.routers):
             attended = Attended(dict(enumerate(self._blocks)), {}, rotation, entries)
+        if self._routed is None or not self._routed.is_of(self.plan, self.routers):
+            self._routed = RoutedPlan(self.plan, self.routers)
         return RoutedRows(
-            self.plan,
-            self.routers,
+            self._routed,
             layout,
             cache,
             entries,

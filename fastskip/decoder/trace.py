@@ -56,18 +56,30 @@ class RowTrace:
 
     def __init__(self, h: Tensor) -> None:
         """``h [N, D]``: the rows as they enter the first layer that counts."""
-        self.found = torch.empty(len(h), 2, dtype=torch.promote_types(h.dtype, torch.float32))
-        self.found[:, 0], self.found[:, 1] = -math.inf, math.inf
+        wide = torch.promote_types(h.dtype, torch.float32)
+        self.found = torch.tensor([[-math.inf, math.inf]], dtype=wide).repeat(len(h), 1)
         self.found = self.found.to(h.device)
+        self._listed: list[list[float]] | None = None
         self._snapshot = h.detach().clone()
+
+    @property
+    def listed(self) -> list[list[float]]:
+        """``found`` as plain numbers."""
+        if self._listed is None:
+            self._listed = self.found.tolist()
+        return self._listed
 
     def move(self, h: Tensor, ran: Tensor) -> None:
         """The layer is left: ``h`` is its output, and what the next one begins with.
 
         ``ran [N]`` bool, host: rows that ran it whole.
         """
-        h = h.detach()
-        if bool(ran.any()):
+        h, count = h.detach(), int(ran.count_nonzero())
+        if count:
             found = measure(self._snapshot, h)
-            self.found = torch.where(ran.to(h.device)[:, None], found, self.found)
+            is_all = count == len(h)
+            self.found = (
+                found if is_all else torch.where(ran.to(h.device)[:, None], found, self.found)
+            )
+            self._listed = None
         self._snapshot.copy_(h)

@@ -42,9 +42,12 @@ def measure(before: Tensor, after: Tensor) -> Tensor:
     """
     wide = torch.promote_types(before.dtype, torch.float32)
     before, after = before.to(wide), after.to(wide)
-    norms = before.square().sum(-1), after.square().sum(-1)
-    cosine = (before * after).sum(-1) / (norms[0] * norms[1]).sqrt().clamp_min(_TINY)
-    change = (after - before).square().sum(-1).sqrt() / norms[0].sqrt().clamp_min(_TINY)
+    parts = torch.stack((before, after, after - before), dim=1)
+    products = parts @ parts.mT  # all sums of two in one operation
+    squares = products.diagonal(dim1=1, dim2=2)
+    first, second, moved = squares.unbind(1)
+    cosine = products[:, 0, 1] / (first * second).sqrt().clamp_min(_TINY)
+    change = moved.sqrt() / first.sqrt().clamp_min(_TINY)
     return torch.stack((cosine, change), dim=-1)
 
 
@@ -99,11 +102,11 @@ def settle(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -
     """Which of ``m`` candidates skip: ``[m]`` bool, from their scores, sequences and positions."""
     if terms.capacity is not None:
         return _beyond_capacity(scores, sequences, positions, terms.capacity)
-    return agreed(scores, sequences, positions, terms) >= _rounded(terms.bar)
+    return agreed(scores, sequences, positions, terms) >= rounded(terms.bar)
 
 
 @functools.cache
-def _rounded(bar: float) -> float:
+def rounded(bar: float) -> float:
     """The bar in fp32."""
     return torch.tensor(bar, dtype=torch.float32).item()
 

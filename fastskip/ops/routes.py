@@ -143,9 +143,6 @@ class Route:
     arrivals: Tensor
 
 
-_FEW = 16
-
-
 def mixed(value: int) -> int:
     """A 32-bit number whose bits depend on all bits of ``value`` (the end of MurmurHash3)."""
     value &= 0xFFFFFFFF
@@ -157,11 +154,13 @@ def mixed(value: int) -> int:
 def draw(positions: Tensor, salt: int) -> Tensor:
     """``u`` in (0, 1] of each position, fp32: ``(mixed(position * 0x9E3779B1 ^ salt) >> 8) + 1``
     in units of ``2 ** -24``, so that 0 never and 1 always reaches it."""
-    if positions.device.type == "cpu" and len(positions) <= _FEW:  # arithmetic without tensors
-        found = [(mixed(p * 0x9E3779B1 ^ salt) >> 8) + 1 for p in positions.tolist()]
-        return torch.tensor(found, dtype=torch.float32) / (1 << 24)
     value = positions.to(torch.int64) * 0x9E3779B1 & 0xFFFFFFFF ^ salt
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         value = (value ^ value >> shift) * factor & 0xFFFFFFFF
     value = value ^ value >> 16
     return ((value >> 8) + 1).to(torch.float32) / (1 << 24)
+
+
+def draw_one(position: int, salt: int) -> float:
+    """``draw`` of one position."""
+    return ((mixed(position * 0x9E3779B1 ^ salt) >> 8) + 1) / (1 << 24)

@@ -7,15 +7,15 @@ may differ; what each decided is what it did.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastskip.ops import routes
-from fastskip.ops.fused_routes import score, settle
-from fastskip.ops.routes import Score, Terms, mixed
+from fastskip.ops.fused_routes import rounded, score, settle
+from fastskip.ops.routes import Score, Terms, draw_one, mixed
 from fastskip.policy import Measure, RouterRule, Sublayer
 from fastskip.routing.protocol import Decision, RouterError, RoutingContext
 from fastskip.routing.weights import LayerScore
@@ -55,6 +55,26 @@ class ScoreRouter:
             rows.to(scores.device) for rows in (context.sequences, context.positions)
         )
         return Decision(settle(scores, sequences, positions, self.terms(context.layer)))
+
+    def decide_few(
+        self, layer: int, positions: Sequence[int], found: Sequence[Sequence[float]] | None
+    ) -> list[bool] | None:
+        """``decide`` on a few rows that decide for themselves, in plain numbers: who skips.
+
+        ``found``: cosine and change of each row's last layer. ``None``: ask ``decide``.
+        """
+        terms = self.terms(layer)
+        if terms.group is not routes.Group.ROW or terms.score is Score.LINEAR:
+            return None
+        bar = rounded(terms.bar)
+        if terms.score is Score.RANDOM:
+            return [-draw_one(position, terms.salt) >= bar for position in positions]
+        assert found is not None
+        is_cosine = terms.score is Score.COSINE
+        scores = [row[0] if is_cosine else -row[1] for row in found]
+        if any(score != score for score in scores):
+            return None  # which says so
+        return [score >= bar for score in scores]
 
     def scores(self, context: RoutingContext) -> Tensor:
         """``[n]``, at least fp32: how much each candidate wishes to skip.
