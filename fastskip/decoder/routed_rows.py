@@ -246,7 +246,8 @@ class RoutedRows:
         """Asks one rule's router about its candidates among the rows of ``h``."""
         layer, skip, router = cells[0].layer, cells[0].skip, self._routers[number]
         asked = self._staying(self._of(frozenset(cell.token_class for cell in cells)))
-        if narrow is None and len(asked) <= FEW and isinstance(router, ScoreRouter):
+        # Not of those who put something around it.
+        if narrow is None and len(asked) <= FEW and type(router) is ScoreRouter:
             trace = None if self._trace is None else self._trace.listed
             answers = router.decide_few(layer, self._positions, trace)
             if answers is not None:
