@@ -293,7 +293,6 @@ PROBES = (
         ("project_append", "guarded"),
         lambda m, n: projection.project_append(m.h(n), [m.project(n)], chosen=chosen(n)),
         most=64,
-        also=(4,),
     ),
     Probe(
         "project_append of chosen rows, which alone leave entries",
@@ -301,8 +300,7 @@ PROBES = (
         lambda m, n: projection.project_append(
             m.h(n), [replace(m.project(n), leaves_all=False)], chosen=chosen(n)
         ),
-        most=64,
-        also=(4,),
+        most=16,
     ),
     Probe("feed", ("feed",), lambda m, n: feed.feed(m.h(n), [m.up()]), most=64),
     Probe(
@@ -316,7 +314,6 @@ PROBES = (
         ("feed", "guarded"),
         lambda m, n: feed.feed(m.h(n), [m.up()], chosen=chosen(n)),
         most=64,
-        also=(4,),
     ),
     Probe(
         "project_append_feed",
@@ -331,7 +328,6 @@ PROBES = (
             m.h(n), m.project(n), m.up(), chosen=(chosen(n), chosen(n))
         ),
         most=64,
-        also=(4,),
     ),
     Probe(
         "add_terms",
@@ -355,7 +351,6 @@ PROBES = (
         ("add_terms", "guarded"),
         lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], chosen=[chosen(n)]),
         most=64,
-        also=(4,),
     ),
     Probe(
         "add_terms of both sublayers to chosen rows",
@@ -364,7 +359,6 @@ PROBES = (
             m.h(n), [m.output(n), m.down(n)], chosen=[chosen(n), chosen(n)]
         ),
         most=64,
-        also=(4,),
     ),
     Probe(
         "apply_terms of a pair",
