@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.batches import random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, pair, parallel, policy_of, skip
+from tests.routing.routed import random, routed, similarity
 
 # LLaVA-1.5-7B.
 SHAPE = ModelShape(
@@ -114,9 +116,115 @@ def test_a_prompt() -> None:
     assert set(nothing.by_kernel) == {"head"}
 
 
-@pytest.mark.parametrize("name", ["dense", "each class its own rule", "parallel, skipped branches"])
+ODD = [*range(1, 32, 2)]
+
+
+def linear(**fields: object) -> dict[str, object]:
+    head = {"layers": ODD, "tokens": "all", "skip": ["block"], "kind": "linear"}
+    return head | {"weights": "nowhere.safetensors", "threshold": 0.0} | fields
+
+
+@pytest.mark.parametrize("batch", [1, 16, 64])
+@pytest.mark.parametrize(
+    "router",
+    [
+        random(ODD),
+        random(ODD, "all", "block", kv="omit", group="sequence"),
+        random(ODD, "all", "block", group="batch", agree="any"),
+        random(ODD, "all", "attention"),
+        random(ODD, "all", "ffn"),
+        similarity(ODD, "all", "block", threshold=0.9),
+        similarity([*range(2, 32, 3)], "all", "ffn", threshold=0.1, measure="change"),
+        linear(),
+    ],
+    ids=lambda router: f"{router['kind']} {router['skip'][0]} {router.get('group', 'row')}",
+)
+def test_a_router_adds_nothing_to_a_step(router: dict[str, object], batch: int) -> None:
+    """Decisions ride in residual updates; what rows may skip is launched as in a dense step."""
+    dense, own = decode(DENSE, batch), decode(routed(router), batch)
+    extra = difference(own, dense)
+    # The trace of similarity begins before the layer below the first decision.
+    begins_at_the_bottom = router["kind"] == "similarity" and router["layers"] == ODD
+    assert extra == ({"route": 1} if begins_at_the_bottom else {})
+    # No more programs, each for more tiles where there were many: those that leave cost time too.
+    _, alone = own.by_kernel.get("route", (0, 0))
+    assert 0 < own.guarded_programs < own.programs - alone <= dense.programs
+    assert dense.guarded_programs == 0
+
+
+def test_what_a_router_does_add_to_a_step() -> None:
+    dense = decode(DENSE)
+    # Before the first layer no update has run that could carry the decision.
+    assert difference(decode(routed(random(EVEN))), dense) == {"route": 1}
+    # The attention's update carries what is decided in the middle of layer 0.
+    assert difference(decode(routed(random(EVEN, "all", "ffn"))), dense) == {}
+    # Entries of rows that skip come from the layer below.
+    reuse = decode(routed(random(ODD, "all", "block", kv="reuse")))
+    assert difference(reuse, dense) == {"copy_entries": 16}
+    # Classes of which a step has no rows add nothing.
+    image = decode(routed(random(ODD, ["image", "text"], "block")))
+    assert difference(image, dense) == {} and image.guarded_programs == 0
+
+
+def test_beside_rules_a_router_costs_its_layers_alone() -> None:
+    rules = [skip(EVEN, "all", "block")]
+    static = decode(policy_of(*rules))
+    own = decode(routed(random(ODD), rules=rules))
+    # All that runs is decided on, and the first decision has no update below it.
+    assert difference(own, static) == {"route": 1}
+
+
+def test_what_routers_add_to_a_prompt() -> None:
+    """By kernel and routed sublayer; products of chosen rows leave the library for ``linear_rows``,
+    which activates on the way."""
+    dense, count = prefill(DENSE), len(EVEN)
+
+    def added(*skipped: str, **fields: Any) -> dict[str, int]:
+        found = difference(prefill(routed(random(EVEN, "all", *skipped, **fields))), dense)
+        assert all(launches % count == 0 for launches in found.values())
+        return {name: launches // count for name, launches in found.items()}
+
+    products = {"linear_rows": 2, "library_product": -2}
+    assert added("ffn") == {"route": 1, "compact": 1, "activate": -1, **products}
+    # K and V of all rows, and queries of those that attend, are two products.
+    projected = {"route": 1, "compact": 1, "linear_rows": 2, "library_product": -1}
+    assert added("attention", kv="project") == projected
+    placed = {"route": 1, "compact": 1, "place_entries": 1, **products}
+    assert added("attention", kv="omit") == placed
+    both = added("block", kv="omit")
+    # One flag for the whole block is compacted at most twice.
+    assert 1 <= both.pop("compact") <= 2
+    assert both == {
+        "route": 1,
+        "place_entries": 1,
+        "activate": -1,
+        "linear_rows": 4,
+        "library_product": -4,
+    }
+    grouped = added("ffn", group="sequence", agree="any")
+    assert grouped.pop("decide") == 1
+
+
+def test_the_device_must_know_the_router() -> None:
+    plug_in = {"layers": ODD, "tokens": "all", "skip": ["block"], "kind": "acme.router"}
+    with pytest.raises(ValueError, match="plain executor.*acme.router"):
+        decode(routed(plug_in))
+
+
+ROUTED = {
+    "random, entries omitted": routed(random("1:", "all", "block", kv="omit", rate=0.5)),
+    "similarity in the middle": routed(similarity(":", "all", "ffn", threshold=0.5)),
+    "random, entries copied, groups": routed(
+        random([1, 3], "all", "attention", kv="reuse", group="sequence")
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "each class its own rule", "parallel, skipped branches", *ROUTED]
+)
 def test_what_is_counted_is_what_runs(name: str) -> None:
-    policy = policy_of() if name == "dense" else MIXED[name]
+    policy = policy_of() if name == "dense" else (MIXED | ROUTED)[name]
     model = tiny_llava(depth=4, hidden=64, head_dim=16, heads=2, kv_heads=1)
     # Counted prompts end in text.
     batches = (random_batch(model, seed, images=(1, 1), text=(5, 5)) for seed in range(99))
@@ -140,7 +248,7 @@ def test_what_is_counted_is_what_runs(name: str) -> None:
         assert twice.by_kernel[kernel] == (before[0] + launches, before[1] + programs), kernel
 
 
-def test_on_the_command_line() -> None:
+def test_on_the_command_line(tmp_path: Path) -> None:
     call = ["plan", "-p", "every_nth_block", "--bandwidth", "4300", "--tflops", "790"]
     found = CliRunner().invoke(app, [*call, "--launches", TABLE])
     assert found.exit_code == 0, found.output
@@ -149,6 +257,14 @@ def test_on_the_command_line() -> None:
     counts = json.loads(found.output)["launches"]
     assert counts["dense"]["decode_step"]["launches"] == 5 * 8 + 3
     assert counts["with_policy"]["decode_step"]["launches"] < 5 * 8 + 3
+    assert counts["with_policy"]["decode_step"]["guarded_programs"] == 0
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps(routed(random("2:", rate=0.5), linear(layers=[1]))))
+    call[2] = str(policy)
+    found = CliRunner().invoke(app, [*call, "--launches", TABLE, "--json"])
+    assert found.exit_code == 0, found.output
+    step = json.loads(found.output)["launches"]["with_policy"]["decode_step"]
+    assert step["launches"] == 5 * 8 + 3 and step["guarded_programs"] > 0
     found = CliRunner().invoke(app, [*call, "--launches", "abacus"])
     assert found.exit_code != 0 and "allowed: default, nvidia-h200" in found.output
 
