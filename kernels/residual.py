@@ -14,7 +14,7 @@ those of ``products``. Tables: shape ``(M, E)``, where ``E`` is that of the long
 
 With flags (``guards``) a term is added to the rows that run it, and its weights are read only where
 there are any; a row that runs none keeps its bits. Grid then ``(n / BLOCK_N, PROGRAMS)``, tile
-after tile.
+after tile. Decisions on the ``h`` that is left may ride in a launch (``riding``).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, products
+from fastskip.kernels import guards, numerics, products, riding
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import blocks_for, distance, product_candidates
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Term
-from fastskip.ops.routes import Chosen
+from fastskip.ops.routes import Chosen, Route
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def _bias(bias_ptr, m, does):
         return tl.where(does[None], bias, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["salts"])
 def _add_terms_kernel(
     h_ptr,
     index_ptr,
@@ -260,6 +260,8 @@ def _add_terms_kernel(
     factor,
     runs_ptr,
     second_runs_ptr,
+    then,
+    salts,
     M: tl.constexpr,
     E: tl.constexpr,
     SECOND_E: tl.constexpr,
@@ -267,6 +269,12 @@ def _add_terms_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    MOVE: tl.constexpr,
+    SCORES: tl.constexpr,
+    RULES: tl.constexpr,
+    IS_OF_ALL: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
@@ -361,6 +369,24 @@ def _add_terms_kernel(
                 BLOCK_E,
                 STAGES,
             )
+    if MOVE is not None:
+        riding.ride(
+            then,
+            salts,
+            h_ptr,
+            stride_hn,
+            start,
+            rows,
+            M,
+            BLOCK_M,
+            BLOCK_N,
+            MOVE,
+            SCORES,
+            RULES,
+            IS_OF_ALL,
+            HAS_SUMS,
+            ROWS,
+        )
 
 
 @triton.jit
@@ -408,13 +434,15 @@ def add_terms_(
     changes: Sequence[Tensor] = (),
     factor: float = 1.0,
     chosen: Sequence[Chosen | None] = (),
+    then: Route | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
 
     ``h [N, M]``; one or two terms with ``x [n, E]`` each, ``E`` may differ; up to two changes
     ``[n, M]``. No row occurs twice in ``index [n]``. ``chosen``: which rows each term is for, none
-    of them for all; without ``index`` and ``changes``. Returns ``h``.
+    of them for all; without ``index`` and ``changes``. ``then``: decisions on the ``h`` that is
+    left, if they ``riding.can_ride``; without ``index``. Returns ``h``.
     """
     refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     first, second = terms[0], terms[1] if len(terms) == 2 else None
@@ -425,6 +453,8 @@ def add_terms_(
     is_guarded = any(each is not None for each in runs)
     if is_guarded and changes:
         raise ValueError(f"chosen: given with {len(changes)} changes, which are for all rows")
+    if then is not None and index is not None:
+        raise ValueError("then: given with an index; decisions are on all rows of h")
     rows, size = len(first.x), h.shape[1]
     shape = size, max(term.x.shape[1] for term in terms)
     if is_guarded:
@@ -461,6 +491,7 @@ def add_terms_(
         M=size,
         E=first.x.shape[1],
         SECOND_E=second.x.shape[1] if second else 0,
+        **riding.carried(then, h, tiles),
         **blocks,
     )
     return h

@@ -42,20 +42,16 @@ def _route_kernel(
     found_ptr,
     ran_ptrs,
     positions_ptr,
-    weight_ptrs,
-    candidates_ptrs,
-    runs_ptrs,
+    asked,
+    salts,
     scores_ptr,
     stride_hn,
     stride_sn,
-    bars,
-    biases,
-    salts,
     rows,
     D: tl.constexpr,
     MOVE: tl.constexpr,
     SCORES: tl.constexpr,
-    IS_GROUPED: tl.constexpr,
+    RULES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -81,26 +77,28 @@ def _route_kernel(
     position = tl.load(positions_ptr + row)
     for number in tl.static_range(len(SCORES)):
         if SCORES[number] == "linear":
-            product = tl.sum(h * tl.load(weight_ptrs[number] + column, mask=is_real, other=0.0))
+            product = tl.sum(h * tl.load(asked.weights[number] + column, mask=is_real, other=0.0))
         wish = verdicts.score(
             tl.constexpr(SCORES[number]),
             cosine,
             change,
             square,
             product,
-            biases[number],
+            asked.biases[number],
             position,
             salts[number],
             D,
         )
-        if IS_GROUPED[number]:
+        if RULES[number] != verdicts.ALONE:
             tl.store(scores_ptr + number * rows + row, wish)
         else:
             if number > 0:
                 # Candidates may be those whom the verdict before lets run.
                 tl.debug_barrier()
-            is_candidate = tl.load(candidates_ptrs[number] + row) != 0
-            tl.store(runs_ptrs[number] + row, verdicts.answer(wish, bars[number]), is_candidate)
+            is_candidate = tl.load(asked.candidates[number] + row) != 0
+            tl.store(
+                asked.runs[number] + row, verdicts.answer(wish, asked.bars[number]), is_candidate
+            )
 
 
 @triton.jit(do_not_specialize=["salt", "capacity"])
@@ -195,7 +193,7 @@ def route(h: Tensor, taken: Route, *, config: Mapping[str, Any] | None = None) -
             scores = _route(h, taken, move, batch, config)
             move = Move.NONE
         for verdict, known in zip(batch, scores, strict=True):
-            if verdicts.rule_of(verdict) is not None:
+            if _is_grouped(verdict):
                 _decide(h, taken, verdict, known, config)
 
 
@@ -244,11 +242,15 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     ]
 
 
+def _is_grouped(verdict: Verdict) -> bool:
+    return verdicts.rule_of(verdict) != str(verdicts.ALONE.value)
+
+
 def _batches(found: Sequence[Verdict]) -> Iterator[list[Verdict]]:
     """Verdicts that share a launch: one that a row takes alone may ask who a group chose."""
     batch: list[Verdict] = []
     for verdict in found:
-        if verdicts.rule_of(verdict) is None and any(map(verdicts.rule_of, batch)):
+        if not _is_grouped(verdict) and any(map(_is_grouped, batch)):
             yield batch
             batch = []
         batch.append(verdict)
@@ -265,8 +267,9 @@ def _route(
     """The launch of a batch; scores ``[n]`` of each verdict if any of them is of a group."""
     (rows, size), trace = h.shape, taken.trace
     assert h.stride(1) == 1 and (trace is None or trace.found.is_contiguous())
-    is_grouped = tuple(verdicts.rule_of(verdict) is not None for verdict in found)
-    scores = empty((len(found), rows), torch.float32, h.device) if any(is_grouped) else None
+    scores = None
+    if any(map(_is_grouped, found)):
+        scores = empty((len(found), rows), torch.float32, h.device)
     options = config or tuning.config_for("route", h.device, rows, (size,))
     launch(
         _route_kernel,
@@ -277,20 +280,13 @@ def _route(
         found_ptr=None if trace is None else trace.found,
         ran_ptrs=tuple(taken.ran) if move is Move.NEXT else (),
         positions_ptr=taken.positions,
-        weight_ptrs=tuple(verdict.weight for verdict in found),
-        candidates_ptrs=tuple(verdict.candidates for verdict in found),
-        runs_ptrs=tuple(verdict.runs for verdict in found),
+        **verdicts.told(found),
         scores_ptr=scores,
         stride_hn=h.stride(0),
         stride_sn=0 if trace is None else trace.snapshot.stride(0),
-        bars=tuple(float(verdict.bar) for verdict in found),
-        biases=tuple(float(verdict.bias) for verdict in found),
-        salts=tuple(verdicts.signed(verdict.salt) for verdict in found),
         rows=rows,
         D=size,
         MOVE=move.value,
-        SCORES=tuple(verdict.score.value for verdict in found),
-        IS_GROUPED=is_grouped,
         BLOCK_D=triton.next_power_of_2(size),
     )
     return [None] * len(found) if scores is None else list(scores)

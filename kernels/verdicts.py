@@ -12,14 +12,19 @@ alike, and none waits for another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastskip.ops.routes import EPSILON as ROW_EPSILON
 from fastskip.ops.routes import Group, Score, Verdict
 
 TINY = tl.constexpr(1e-30)
 EPSILON = tl.constexpr(ROW_EPSILON)
+ALONE = tl.constexpr("alone")
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
@@ -150,12 +155,38 @@ def _rankable(wish):
     return tl.where(wish == wish, tl.minimum(wish, LARGEST), float("inf"))
 
 
-def rule_of(verdict: Verdict) -> str | None:
-    """How rows decide together; ``None``: each by itself."""
+class Asked(NamedTuple):
+    """Verdicts as a kernel reads them: an element each."""
+
+    weights: tuple[Tensor | None, ...]
+    candidates: tuple[Tensor, ...]
+    runs: tuple[Tensor, ...]
+    bars: tuple[float, ...]
+    biases: tuple[float, ...]
+
+
+def told(found: Sequence[Verdict]) -> dict[str, Any]:
+    """What a kernel is told of verdicts; ``salts`` apart, since no code is compiled for a salt."""
+    return {
+        "asked": Asked(
+            weights=tuple(verdict.weight for verdict in found),
+            candidates=tuple(verdict.candidates for verdict in found),
+            runs=tuple(verdict.runs for verdict in found),
+            bars=tuple(float(verdict.bar) for verdict in found),
+            biases=tuple(float(verdict.bias) for verdict in found),
+        ),
+        "salts": tuple(signed(verdict.salt) for verdict in found),
+        "SCORES": tuple(verdict.score.value for verdict in found),
+        "RULES": tuple(rule_of(verdict) for verdict in found),
+    }
+
+
+def rule_of(verdict: Verdict) -> str:
+    """How rows decide together, or that each decides alone."""
     if verdict.capacity is not None:
         return "capacity"
     if verdict.group is Group.ROW:
-        return None
+        return str(ALONE.value)
     return "latest" if verdict.score is Score.RANDOM else verdict.agreement.value
 
 

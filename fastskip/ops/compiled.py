@@ -24,6 +24,7 @@ from fastskip.kernels.compaction import compact
 from fastskip.kernels.copies import copy_entries, read_entries
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.norm import normalize
+from fastskip.kernels.riding import can_ride
 from fastskip.kernels.rotary import rotate_append
 from fastskip.kernels.routing import place_entries, route
 from fastskip.kernels.row_attention import attend_rows
@@ -134,14 +135,18 @@ def add_terms_(
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place."""
     longest = max(terms, key=lambda term: term.x.shape[1])
     by = _choice(terms[0].x, None, [longest.linear], *chosen, is_scattered=index is not None)
+    rides = by == FEW_ROWS and then is not None and can_ride(then, len(h))
     if by == FEW_ROWS:
-        residual.add_terms_(h, terms, index=index, changes=changes, factor=factor, chosen=chosen)
+        carried = then if rides else None
+        residual.add_terms_(
+            h, terms, index=index, changes=changes, factor=factor, chosen=chosen, then=carried
+        )
     else:
         for change in changes:
             add_rows_(h, change, index=index, factor=factor)
         for term, own in zip(terms, chosen or [None] * len(terms), strict=True):
             _add_term(h, term, index, factor, own, by)
-    if then is not None:
+    if then is not None and not rides:
         route(h, then)
     return h
 

@@ -429,6 +429,33 @@ def test_decisions_follow_an_update(way: str, is_chosen: bool, device: torch.dev
     check("then", made, torch.float32, device)
 
 
+@pytest.mark.parametrize(
+    ("rows", "capacity", "names"),
+    [
+        (1, None, ["add_terms"]),
+        (64, None, ["add_terms"]),
+        (64, 0.5, ["add_terms", "route", "decide"]),
+        (640, None, ["library_product", "route"]),
+    ],
+)
+def test_decisions_of_few_rows_need_no_launch(
+    rows: int, capacity: float | None, names: list[str]
+) -> None:
+    numbers = blank(rows, dtype=torch.int32)
+    verdict = Verdict(
+        score=Score.LINEAR,
+        bar=0.0,
+        weight=blank(4096, dtype=torch.float32),
+        capacity=capacity,
+        runs=numbers,
+        candidates=numbers,
+    )
+    then = Route([verdict], numbers, numbers, None, Move.NONE, [], blank(1, dtype=torch.int32))
+    terms = [Term(blank(rows, 11008), Linear(blank(4096, 11008)))]
+    with tuning.table("default"):
+        assert launched(OURS.add_terms_, blank(rows, 4096), terms, then=then) == names
+
+
 @pytest.mark.parametrize("rows", (0, 1, 64, 65))
 def test_many_rows_are_chosen_by_an_index_too(rows: int, device: torch.device) -> None:
     runs = (torch.arange(rows, device=device) % 3 == 1).to(torch.int32)
