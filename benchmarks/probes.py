@@ -25,6 +25,7 @@ from fastskip.kernels import (
     projection,
     residual,
     rotary,
+    routing,
     row_attention,
     row_gemm,
     sampler,
@@ -47,7 +48,7 @@ from fastskip.ops.contracts import (
     Targets,
     Term,
 )
-from fastskip.ops.routes import Chosen
+from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Trace, Verdict
 
 MANY = 640
 """Rows of a bucket without bound: a prompt of one image."""
@@ -68,6 +69,19 @@ def numbers(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def chosen(n: int) -> Chosen:
     return Chosen(numbers(n))
+
+
+def routed(
+    model: Model, n: int, score: Score, move: Move = Move.NONE, group: Group = Group.ROW
+) -> Route:
+    """One decision on ``n`` rows."""
+    weight = blank(model.hidden, dtype=torch.float32) if score is Score.LINEAR else None
+    verdict = Verdict(
+        score=score, bar=0.5, weight=weight, group=group, runs=numbers(n), candidates=numbers(n)
+    )
+    trace = Trace(model.h(n), blank(n, 2, dtype=torch.float32))
+    ran = [numbers(n)] if move is Move.NEXT else []
+    return Route([verdict], numbers(n), numbers(n), trace, move, ran, numbers(1))
 
 
 @dataclass(frozen=True)
@@ -407,6 +421,38 @@ PROBES = (
         ("maxima", "finish"),
         lambda m, n: sampler.choose(blank(n, m.vocabulary), m.choice(n)),
         most=64,
+    ),
+    Probe(
+        "add_terms to chosen rows, with a decision on what similarity finds",
+        ("add_terms", "guarded"),
+        lambda m, n: residual.add_terms_(
+            m.h(n),
+            [m.down(n)],
+            chosen=[chosen(n)],
+            then=routed(m, n, Score.COSINE, Move.NEXT, Group.BATCH),
+        ),
+        most=64,
+    ),
+    Probe(
+        "add_terms with a decision by learned scores",
+        ("add_terms",),
+        lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], then=routed(m, n, Score.LINEAR)),
+        most=64,
+    ),
+    Probe(
+        "route on what similarity finds",
+        ("route",),
+        lambda m, n: routing.route(m.h(n), routed(m, n, Score.COSINE, Move.NEXT)),
+    ),
+    Probe(
+        "route of sequences by learned scores",
+        ("route", "decide"),
+        lambda m, n: routing.route(m.h(n), routed(m, n, Score.LINEAR, Move.START, Group.SEQUENCE)),
+    ),
+    Probe(
+        "place_entries",
+        ("place_entries",),
+        lambda m, n: routing.place_entries(numbers(n), numbers(n), (0, n), numbers(1)),
     ),
     Probe("advance", ("advance",), lambda m, n: sampler.advance(m.choice(n))),
     Probe(
