@@ -84,6 +84,12 @@ def routed(
     return Route([verdict], numbers(n), numbers(n), trace, move, ran, numbers(1))
 
 
+def within(route: Route, capacity: float) -> Route:
+    """The same decisions, of a share of each sequence instead of by a bar."""
+    found = [replace(verdict, capacity=capacity) for verdict in route.verdicts]
+    return replace(route, verdicts=found)
+
+
 @dataclass(frozen=True)
 class Model:
     """Sizes of a decoder, and the operands of its operations."""
@@ -219,9 +225,19 @@ PROBES = (
         lambda m, n: norm.normalize(m.h(2 * n), m.norm, index=numbers(n), change=m.h(n)),
     ),
     Probe(
+        "normalize of indexed rows, counted on the device",
+        ("normalize",),
+        lambda m, n: norm.normalize(m.h(n), m.norm, index=numbers(n), count=numbers(1)),
+    ),
+    Probe(
         "rotate_append",
         ("rotate_append",),
         lambda m, n: rotary.rotate_append(m.entries(n), m.project(n)),
+    ),
+    Probe(
+        "rotate_append of chosen rows",
+        ("rotate_append",),
+        lambda m, n: rotary.rotate_append(m.entries(n), m.project(n), runs=numbers(n)),
     ),
     Probe(
         "activate",
@@ -256,6 +272,13 @@ PROBES = (
         "attend_rows",
         ("attend_rows",),
         lambda m, n: row_attention.attend_rows(m.queries(n), m.reach(n), m.pages(1), m.scale),
+    ),
+    Probe(
+        "attend_rows of chosen rows",
+        ("attend_rows",),
+        lambda m, n: row_attention.attend_rows(
+            m.queries(n), replace(m.reach(n), runs=numbers(n)), m.pages(1), m.scale
+        ),
     ),
     Probe(
         "attend_step",
@@ -434,6 +457,17 @@ PROBES = (
         most=64,
     ),
     Probe(
+        "add_terms of both sublayers to chosen rows, with a decision by learned scores",
+        ("add_terms", "guarded"),
+        lambda m, n: residual.add_terms_(
+            m.h(n),
+            [m.output(n), m.down(n)],
+            chosen=[chosen(n), chosen(n)],
+            then=routed(m, n, Score.LINEAR, Move.START),
+        ),
+        most=64,
+    ),
+    Probe(
         "add_terms with a decision by learned scores",
         ("add_terms",),
         lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], then=routed(m, n, Score.LINEAR)),
@@ -448,6 +482,11 @@ PROBES = (
         "route of sequences by learned scores",
         ("route", "decide"),
         lambda m, n: routing.route(m.h(n), routed(m, n, Score.LINEAR, Move.START, Group.SEQUENCE)),
+    ),
+    Probe(
+        "route within a capacity",
+        ("route", "decide"),
+        lambda m, n: routing.route(m.h(n), within(routed(m, n, Score.LINEAR), 0.5)),
     ),
     Probe(
         "place_entries",
