@@ -160,7 +160,7 @@ def set_policy(
     shape = shape_of(model.config, text_model_of(model).norm.weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
-    reason = runtime.unsupported_routing(plan)
+    reason = runtime.unsupported_plan(plan)
     if reason is not None:
         _refuse(runtime, reason)
     runtime.set_plan(plan, own)

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.decoder.attention import IMAGE
 from fastskip.decoder.entries import Entries
 from fastskip.decoder.layer import Block, Rotation
 from fastskip.decoder.trace import RowTrace
 from fastskip.policy import Sublayer
 from fastskip.routing import AttentionWeights, RouterError
 from fastskip.tokens import Rows, TokenLayout
+
+Lens = Callable[[Tensor, bool], Tensor]
+"""Rows of the residual stream to logits, ``[m, D] -> [m, V]``; and whether by the final norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Candidates:
         layout: TokenLayout,
         trace: RowTrace | None,
         states: tuple[dict[str, Any], dict[str, Any]],
-        lens: Callable[[Tensor], Tensor] | None,
+        lens: Lens | None,
         attended: Attended | None,
     ) -> None:
         self.layer, self.skip = layer, skip
@@ -79,14 +83,14 @@ class Candidates:
         return self._trace.found[self._rows.to(self._h.device)]
 
     @torch.no_grad()
-    def logits(self, rows: Tensor | None = None) -> Tensor:
+    def logits(self, rows: Tensor | None = None, *, normed: bool = True) -> Tensor:
         hidden = self.hidden if rows is None else self.hidden[rows.to(self._h.device)]
         if self._lens is None:
             raise RouterError(
                 f"layer {self.layer}: logits are asked for and the model has no head; allowed: "
                 "models prepared with their head"
             )
-        return self._lens(hidden)
+        return self._lens(hidden, normed)
 
     @torch.no_grad()
     def attention_of(self, row: int) -> AttentionWeights:
@@ -113,6 +117,10 @@ class Candidates:
         columns = columns[columns <= self._layout.columns[packed]]
         keys, _ = seen.entries.read(layer, slice(sequence, sequence + 1), len(columns))
         key = torch.cat(keys, dim=2)[0].float()
+        if block.plan.unimodal:
+            codes = seen.entries.codes(layer, sequence)[: len(columns)]
+            alike = (codes == IMAGE) == (self._layout.codes[packed] == IMAGE)
+            columns, key = columns[alike], key[:, alike.to(key.device)]
         heads = queries.float().view(key.shape[0], -1, key.shape[-1])
         scores = (heads @ key.transpose(-1, -2) * block.scale).flatten(0, 1)
         return AttentionWeights(layer, columns, scores.softmax(-1))

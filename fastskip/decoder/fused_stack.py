@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.device_routes import decisions_of, unsupported_routing
+from fastskip.decoder.device_routes import decisions_of
+from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_layer import FusedBlock, run_pair
 from fastskip.decoder.fused_parts import FusedRows, Store
 from fastskip.decoder.fused_rows import ForwardRows
@@ -81,7 +82,7 @@ class FusedDecoder(Decoder):
             if shape.hidden_size % 8 or shape.ffn_size % 8:
                 sizes = f"{shape.hidden_size}, {shape.ffn_size}"
                 return f"hidden and FFN size {sizes}; supported: multiples of 8"
-        routing = unsupported_routing(self.plan)
+        routing = unsupported_plan(self.plan)
         if routing is not None:
             return routing
         merged = [weights.merged for weights in self.weights]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.decoder.attention import AttentionPattern
+from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.candidates import Attended
+from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
-from fastskip.decoder.layer import Block, BlockRows, Rotation
+from fastskip.decoder.layer import Add, Block, BlockRows, Rotation
 from fastskip.decoder.rope import RotaryTable
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights, has_hooks
@@ -22,6 +22,7 @@ from fastskip.policy import Combine, TokenClass
 from fastskip.routing import Router, RoutingRecord
 from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
 
+HOST = torch.device("cpu")
 Watch = Callable[[int, Tensor], None]
 
 
@@ -42,7 +43,7 @@ class Decoder:
         self.routers: Sequence[Router] = ()
         # Who reads decisions back, and how rows become logits, where a router asks.
         self.record: RoutingRecord | None = None
-        self.lens: Callable[[Tensor], Tensor] | None = None
+        self.lens: Lens | None = None
         self._routed: RoutedPlan | None = None
         self._blocks: list[Block] = []
 
@@ -131,17 +132,8 @@ class Decoder:
             if watch is not None:
                 for index in step:
                     watch(index, packed)
-            if len(blocks) == 1:
-                packed = blocks[0].run(packed, inputs[0], rotation, entries, combine)
-                continue
-            changes = [
-                block.change(packed, own, rotation, entries)
-                for block, own in zip(blocks, inputs, strict=True)
-            ]
-            change = changes[0] + changes[1]
-            change = change / 2 if blocks[0].plan.combine is Combine.MEAN else change
-            packed = packed if inputs[0].narrow is None else inputs[0].narrow.take(packed)
-            packed = combine(packed, inputs[0].attending, change)
+            run = _run_pair if len(blocks) == 2 else _run_block
+            packed = run(packed, blocks, inputs, rotation, entries, combine)
         cache.commit(layout, entries.held)
         if routed is not None and self.record is not None:
             self.record.forwards.append(routed.decisions())
@@ -177,8 +169,52 @@ class Decoder:
         attention = weights.layer.self_attn
         dropout = float(attention.attention_dropout) if weights.layer.training else 0.0
         return Block(
-            weights.products, self.plan.layers[index], self.ops, attention.scaling, dropout
+            weights.products,
+            self.plan.layers[index],
+            self.ops,
+            attention.scaling,
+            dropout,
+            self.plan.shape.head_dim,
         )
+
+
+def _run_block(
+    h: Tensor,
+    blocks: Sequence[Block],
+    inputs: Sequence[BlockRows],
+    rotation: Rotation,
+    entries: Entries,
+    combine: Add,
+) -> Tensor:
+    return blocks[0].run(h, inputs[0], rotation, entries, combine)
+
+
+def _run_pair(
+    h: Tensor,
+    blocks: Sequence[Block],
+    inputs: Sequence[BlockRows],
+    rotation: Rotation,
+    entries: Entries,
+    combine: Add,
+) -> Tensor:
+    """Two layers: paired rows read the same ``h`` in both, others run one after the other.
+
+    Paired: ``out = h + d1 + d2``, or the mean of the two changes.
+    """
+    paired, alone = inputs[0].paired, inputs[0].alone
+    plan = blocks[0].plan
+    first = blocks[0].change(h, inputs[0], rotation, entries)
+    if alone.count:
+        h = combine(h, alone, alone.take(first))
+    second = blocks[1].change(h, inputs[1], rotation, entries)
+    if plan.merges_kv:
+        entries.average(plan.index, blocks[1].plan.index, inputs[0].merged)
+    h = h if inputs[0].narrow is None else inputs[0].narrow.take(h)
+    if alone.count:
+        h = combine(h, alone, alone.take(second))
+    change = paired.take(first) + paired.take(second)
+    change = change / 2 if plan.combine is Combine.MEAN else change
+    return combine(h, paired, change)
 
 
 class _StepRows:
@@ -205,14 +241,27 @@ class _StepRows:
         stored = rows(layer.projecting - layer.attending if narrow is None else layer.projecting)
         reused = tuple((source, rows(classes)) for source, classes in layer.reusing.items())
         attending = self._going_on(layer.attending, narrow)
-        pattern = self._pattern(layer, attending, narrow) if attending.count else None
+        pattern = None
+        if attending.count:
+            queries = attending
+            if narrow is not None:
+                queries = Rows(attending.take(narrow.ids(HOST)), attending.count)
+            pattern = pattern_of(layer, self._layout, queries, self._entries)
+        is_pair = layer.partner is not None
+        paired = layer.arranged if is_pair else frozenset()
         return BlockRows(
             joint=joint,
             stored=stored,
+            raw=rows(layer.leaving_hidden),
             reused=tuple((source, copied) for source, copied in reused if copied.count),
             narrow=narrow,
             attending=attending,
-            feeding=self._going_on(layer.feeding, narrow),
+            replaced=self._going_on(layer.replaced, narrow),
+            feeding=self._going_on(layer.feeding - layer.beside, narrow),
+            beside=self._going_on(layer.beside, narrow),
+            paired=self._going_on(paired, narrow),
+            alone=self._going_on(layer.attending - paired if is_pair else frozenset(), narrow),
+            merged=rows(paired),
             pattern=pattern,
         )
 
@@ -226,14 +275,3 @@ class _StepRows:
         if len(index) == len(codes):
             return Rows(slice(0, len(codes)), len(codes))
         return Rows(index, len(index))
-
-    def _pattern(self, layer: LayerPlan, attending: Rows, narrow: Rows | None) -> AttentionPattern:
-        layout = self._layout
-        batch = layout.batch
-        if layout.is_step and attending.count == batch:
-            return AttentionPattern.newest(batch, layer.index, self._entries)
-        sequences, columns = layout.sequences, layout.columns
-        if narrow is not None:
-            sequences, columns = narrow.take(sequences), narrow.take(columns)
-        sequences, columns = attending.take(sequences), attending.take(columns)
-        return AttentionPattern.of(sequences, columns, batch, layer.index, self._entries)

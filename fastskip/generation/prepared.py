@@ -36,9 +36,10 @@ def prepare(model: Any, runtime: Runtime) -> None:
     _adopt(model, PreparedModel, runtime)
 
 
-def _logits_of(model: Any, rows: Tensor) -> Tensor:
-    """Final norm and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
-    logits: Tensor = model.get_output_embeddings()(text_model_of(model).norm(rows))
+def _logits_of(model: Any, rows: Tensor, normed: bool) -> Tensor:
+    """Final norm (if ``normed``) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
+    rows = text_model_of(model).norm(rows) if normed else rows
+    logits: Tensor = model.get_output_embeddings()(rows)
     return logits
 
 
