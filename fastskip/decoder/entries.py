@@ -49,6 +49,9 @@ class Entries(Protocol):
     def average(self, first: int, second: int, rows: Rows) -> None:
         """Makes the rows' new entries in both layers the mean of the two."""
 
+    def adopt(self, layer: int, source: int) -> None:
+        """Makes the entries of earlier forwards those of ``source``, a layer of the same table."""
+
     @property
     def held(self) -> Mapping[Table, Tensor]:
         """What ``hold`` was told, for the cache: ``[B, T]`` by table."""
@@ -154,6 +157,14 @@ class CachedEntries:
         for layer in (first, second):
             self._write(layer, self._map.placement(layer, rows), keys, values)
 
+    def adopt(self, layer: int, source: int) -> None:
+        if source not in self._cache.entries:  # nothing was kept so far
+            return
+        mine, others = self._cache.entries[layer], self._cache.entries[source]
+        for kept, taken in ((mine.keys, others.keys), (mine.values, others.values)):
+            for own, other in zip(kept, taken, strict=True):
+                own.copy_(other)
+
     def _read(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
         """K and V ``[n, G, K]`` of new entries."""
         segments = self._cache.tables[self._plan.layers[layer].table].segments
@@ -195,6 +206,7 @@ class GradientEntries:
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.counts, self.columns = self._stored.counts, self._stored.columns
         self.codes, self.hold = self._stored.codes, self._stored.hold
+        self.adopt = self._stored.adopt
 
     @property
     def held(self) -> Mapping[Table, Tensor]:

@@ -199,10 +199,13 @@ def _run_pair(
 ) -> Tensor:
     """Two layers: paired rows read the same ``h`` in both, others run one after the other.
 
-    Paired: ``out = h + d1 + d2``, or the mean of the two changes.
+    Paired: ``out = h + d1 + d2``, or the mean of the two changes. Where they keep the mean of their
+    K and V, paired rows read the first layer's cache in both.
     """
     paired, alone = inputs[0].paired, inputs[0].alone
     plan = blocks[0].plan
+    if plan.merges_kv and paired.count and not plan.is_arranged_whole:
+        entries.adopt(blocks[1].plan.index, plan.index)
     first = blocks[0].change(h, inputs[0], rotation, entries)
     if alone.count:
         h = combine(h, alone, alone.take(first))
