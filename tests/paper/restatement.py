@@ -44,7 +44,7 @@ class Reference:
     cache: dict[int, Entries] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.weights = dict(self.model.named_parameters())
+        self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
         self.is_opt = any(name.endswith("fc1.weight") for name in self.weights)
         config = self.model.config.get_text_config()
         self.heads, self.depth = config.num_attention_heads, config.num_hidden_layers
