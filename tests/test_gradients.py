@@ -24,9 +24,9 @@ from tests.policies import CELLS, MIXED, Policy, cell_policy, policy_of
 Gradients = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def plain() -> PreTrainedModel:
-    return tiny_llava(attention_bias=True, dtype=torch.float64)
+@pytest.fixture(scope="module", params=["llava", "llava_opt"])
+def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_llava(request.param, attention_bias=True, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastskip.decoder.attention import IMAGE
 from fastskip.decoder.entries import Entries
-from fastskip.decoder.layer import Block, Rotation
+from fastskip.decoder.layer import Block
+from fastskip.decoder.positions import Turns
 from fastskip.decoder.trace import RowTrace
 from fastskip.policy import Sublayer
 from fastskip.routing import AttentionWeights, RouterError
@@ -28,7 +29,7 @@ class Attended:
 
     blocks: Mapping[int, Block]
     inputs: dict[int, tuple[Tensor, Tensor]]
-    rotation: Rotation
+    rotation: Turns
     entries: Entries
 
 
@@ -112,7 +113,7 @@ class Candidates:
         block, sequence = seen.blocks[layer], int(self._layout.sequences[packed])
         at = seen.rotation.take(Rows(slice(packed, packed + 1), 1))
         queries = block.products.queries(block.products.attention_norm(h))
-        queries = block.ops.rotate(queries, at.cosine, at.sine)[0]
+        queries = at.turn(queries)[0]
         columns = seen.entries.columns(layer, sequence)
         columns = columns[columns <= self._layout.columns[packed]]
         keys, _ = seen.entries.read(layer, slice(sequence, sequence + 1), len(columns))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastskip.decoder.attention import AttentionPattern
 from fastskip.decoder.entries import Entries
+from fastskip.decoder.positions import Turns
 from fastskip.decoder.weights import Products
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan
@@ -57,17 +58,6 @@ class BlockRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
-    """Rotary tables ``[N, 1, K]`` of all packed rows."""
-
-    cosine: Tensor
-    sine: Tensor
-
-    def take(self, rows: Rows) -> Rotation:
-        return Rotation(rows.take(self.cosine), rows.take(self.sine))
-
-
-@dataclass(frozen=True, slots=True)
 class Block:
     """A decoder layer as the runtime sees it: products, plan, and the numbers of its attention."""
 
@@ -79,7 +69,7 @@ class Block:
     head_dim: int
 
     def run(
-        self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries, add: Add
+        self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries, add: Add
     ) -> Tensor:
         """The layer's cell of the semantics table: ``[N, D]`` in, ``[N, D]`` (or narrowed) out.
 
@@ -96,7 +86,7 @@ class Block:
         h = self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm), add)
         return self._add(h, rows.beside, beside, add)
 
-    def change(self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries) -> Tensor:
+    def change(self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries) -> Tensor:
         """``d``: what the dense layer adds to each row of its (narrowed) input; zero for rows that
         do not attend. Both blocks of a pair read it from the same ``h``."""
         attention = self._attention(h, rows, rotation, entries)
@@ -111,7 +101,7 @@ class Block:
         return replace(h.new_zeros(h.shape), rows.attending, change)
 
     def _attention(
-        self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries
+        self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries
     ) -> Tensor | None:
         """``A(N1 h)`` of the attending rows; stores the layer's new entries on the way."""
         products, layer = self.products, self.plan.index
@@ -120,21 +110,19 @@ class Block:
             heads, values = products.queries_keys_values(
                 products.attention_norm(rows.joint.take(h))
             )
-            at = rotation.take(rows.joint)
-            heads = self.ops.rotate(heads, at.cosine, at.sine)
+            heads = rotation.take(rows.joint).turn(heads)
             groups = values.shape[1]
             queries, keys = heads[:, :-groups], heads[:, -groups:]
             entries.append(layer, rows.joint, keys, values)
         if rows.stored.count:
             x = products.attention_norm(rows.stored.take(h))
             keys, values = products.keys_values(x)
-            at = rotation.take(rows.stored)
-            entries.append(layer, rows.stored, self.ops.rotate(keys, at.cosine, at.sine), values)
+            keys = rotation.take(rows.stored).turn(keys)
+            entries.append(layer, rows.stored, keys, values)
         if rows.raw.count:
             x = products.attention_norm(rows.raw.take(h))
-            keys = values = x.view(len(x), -1, self.head_dim)
-            at = rotation.take(rows.raw)
-            entries.append(layer, rows.raw, self.ops.rotate(keys, at.cosine, at.sine), values)
+            values = x.view(len(x), -1, self.head_dim)
+            entries.append(layer, rows.raw, rotation.take(rows.raw).turn(values), values)
         for source, copied in rows.reused:
             entries.reuse(layer, source, copied)
         if rows.pattern is None:
@@ -144,12 +132,11 @@ class Block:
         mixed = rows.pattern.attend(queries, layer, entries, self.ops, self.scale, self.dropout)
         return products.attention_output(mixed)
 
-    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Rotation) -> Tensor:
+    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Turns) -> Tensor:
         """Queries of the last layer, whose K and V were projected for more rows than go on."""
         narrow = rows.narrow or _all(h)
         x = self.products.attention_norm(rows.attending.take(narrow.take(h)))
-        at = rotation.take(narrow).take(rows.attending)
-        return self.ops.rotate(self.products.queries(x), at.cosine, at.sine)
+        return rotation.take(narrow).take(rows.attending).turn(self.products.queries(x))
 
     def _beside_norm(self, h: Tensor) -> Tensor:
         """What the FFN of a parallel row reads: ``N2 h``, ``N1 h`` or ``N2 N1 h``."""

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.decoder.anatomy import has_hooks
 from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
-from fastskip.decoder.layer import Add, Block, BlockRows, Rotation
-from fastskip.decoder.rope import RotaryTable
+from fastskip.decoder.layer import Add, Block, BlockRows
+from fastskip.decoder.positions import Turns, positions_of
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
-from fastskip.decoder.weights import BlockWeights, has_hooks
+from fastskip.decoder.weights import BlockWeights
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine, TokenClass
@@ -39,7 +40,7 @@ class Decoder:
             BlockWeights(layer, plan.shape.head_dim, ops)
             for layer in text_model.layers[: plan.shape.depth]
         ]
-        self.rotary = RotaryTable(text_model.rotary_emb)
+        self.positions = positions_of(text_model, ops.rotate)
         self.routers: Sequence[Router] = ()
         # Who reads decisions back, and how rows become logits, where a router asks.
         self.record: RoutingRecord | None = None
@@ -50,6 +51,12 @@ class Decoder:
     def __getstate__(self) -> dict[str, Any]:
         # Blocks hold views of merged storages; a copy makes its own when it is first used.
         return {**self.__dict__, "_blocks": [], "record": None, "_routed": None}
+
+    @property
+    def like(self) -> Tensor:
+        """A weight in the dtype and on the device of the residual stream."""
+        weight: Tensor = self.weights[0].parts.attention_norm.weight
+        return weight
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Once per forward or ``generate``: which layers may use merged projections.
@@ -94,7 +101,7 @@ class Decoder:
         """Runs every layer on the real columns of ``h``.
 
         Args:
-            h: ``[B, T, D]`` embeddings; not written.
+            h: ``[B, T, D]`` embeddings, without positions; not written.
             layout: the rows, from ``lay_out``.
             cache: gets the new entries; may hold earlier columns.
             wanted: ``[n]`` flat indices into ``B * T`` of the only rows whose output is read (the
@@ -106,15 +113,15 @@ class Decoder:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
             wanted.
         """
-        packed = layout.pack(h)
+        self.positions.check(layout.positions)
+        packed = self.positions.embed(layout.pack(h), layout.positions)
         entries: Entries
         if wants_gradient:
             like = packed.detach() if keeps_cache else None
             entries = GradientEntries(self.plan, cache, layout, like)
         else:
             entries = CachedEntries(self.plan, cache, layout, packed)
-        cosine, sine = self.rotary.at(layout.positions, packed)
-        rotation = Rotation(cosine, sine)
+        rotation = self.positions.turns(layout.positions, packed)
         narrow = None if wanted is None else layout.locate(wanted)
         late = narrow if narrows_after(self.plan) else None
         narrow = None if late is not None else narrow
@@ -146,7 +153,7 @@ class Decoder:
         entries: Entries,
         narrow: Rows | None,
         static: Callable[[LayerPlan, bool], BlockRows],
-        rotation: Rotation,
+        rotation: Turns,
     ) -> RoutedRows:
         attended = None
         if any(getattr(router, "uses_attention", False) for router in self.routers):
@@ -166,14 +173,13 @@ class Decoder:
 
     def _block(self, index: int) -> Block:
         weights = self.weights[index]
-        attention = weights.layer.self_attn
-        dropout = float(attention.attention_dropout) if weights.layer.training else 0.0
+        parts = weights.parts
         return Block(
             weights.products,
             self.plan.layers[index],
             self.ops,
-            attention.scaling,
-            dropout,
+            parts.attention.scaling,
+            parts.attention_dropout,
             self.plan.shape.head_dim,
         )
 
@@ -182,7 +188,7 @@ def _run_block(
     h: Tensor,
     blocks: Sequence[Block],
     inputs: Sequence[BlockRows],
-    rotation: Rotation,
+    rotation: Turns,
     entries: Entries,
     combine: Add,
 ) -> Tensor:
@@ -193,7 +199,7 @@ def _run_pair(
     h: Tensor,
     blocks: Sequence[Block],
     inputs: Sequence[BlockRows],
-    rotation: Rotation,
+    rotation: Turns,
     entries: Entries,
     combine: Add,
 ) -> Tensor:

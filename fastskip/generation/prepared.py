@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.families import MULTIMODAL, text_model_of
+from fastskip.families import MULTIMODAL, final_norm_of, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
@@ -38,7 +38,7 @@ def prepare(model: Any, runtime: Runtime) -> None:
 
 def _logits_of(model: Any, rows: Tensor, normed: bool) -> Tensor:
     """Final norm (if ``normed``) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
-    rows = text_model_of(model).norm(rows) if normed else rows
+    rows = final_norm_of(text_model_of(model))(rows) if normed else rows
     logits: Tensor = model.get_output_embeddings()(rows)
     return logits
 

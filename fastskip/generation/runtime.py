@@ -65,11 +65,10 @@ class Runtime:
                 need; says what does.
         """
         decoder = self.decoder
-        weight = decoder.text_model.norm.weight
         if not isinstance(decoder, FusedDecoder):
             raise ValueError("attention: 'flash' needs impl='triton'; allowed here: None")
         _require_causal(self.plan)
-        decoder.flash = load_flash(weight.dtype, weight.device)
+        decoder.flash = load_flash(decoder.like.dtype, decoder.like.device)
 
     def set_plan(self, plan: SkipPlan, routers: Sequence[Router] = ()) -> None:
         """Swaps the plan; weights stay where they are."""

@@ -33,11 +33,18 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-@pytest.fixture(scope="module")
-def plain() -> PreTrainedModel:
-    """Grouped queries, biases, and sizes that are no multiples of a block."""
+@pytest.fixture(scope="module", params=["llava", "llava_opt"])
+def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Grouped queries (of Llama), biases, and sizes that are no multiples of a block."""
     return tiny_llava(
-        hidden=48, ffn=72, heads=4, kv_heads=2, head_dim=16, attention_bias=True, mlp_bias=True
+        request.param,
+        hidden=48,
+        ffn=72,
+        heads=3 if request.param == "llava_opt" else 4,
+        kv_heads=2,
+        head_dim=16,
+        attention_bias=True,
+        mlp_bias=True,
     )
 
 

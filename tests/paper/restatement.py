@@ -159,7 +159,8 @@ class Reference:
         weight = self.weights[path + ".weight"]
         if not self.is_opt:
             scale = (h.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
-            return h / scale * weight
+            normed: Tensor = h / scale * weight
+            return normed
         centred = h - h.mean(-1, keepdim=True)
         scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         return centred / scale * weight + self.weights[path + ".bias"]

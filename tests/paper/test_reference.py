@@ -10,7 +10,7 @@ import fastskip
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import SkipPolicy
 from tests.budget import assert_within_budget, truth_copy
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_opt
 from tests.paper.restatement import Reference
 
 pytestmark = pytest.mark.reference
@@ -30,10 +30,10 @@ CASES = list(product(PRESETS, SCOPES))
 
 def build(family: str, seed: int) -> Any:
     sizes: dict[str, Any] = {"depth": 6, "hidden": 32, "heads": 4, "seed": seed}
-    return tiny_llama(kv_heads=4, head_dim=8, **sizes)
+    return tiny_opt(**sizes) if family == "opt" else tiny_llama(kv_heads=4, head_dim=8, **sizes)
 
 
-@pytest.mark.parametrize("family", ["llama"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(("mode", "scope"), CASES)
 @torch.no_grad()
 def test_prompt_and_steps(family: str, mode: str, scope: str) -> None:
