@@ -1,8 +1,9 @@
 """Training while skipping: projector, language model, adapters or routers, under a policy."""
 
+from fastskip.study.training.events import Masks
 from fastskip.study.training.examples import DataError, Example, JsonLines, Turn
 from fastskip.study.training.learner import TrainingError
-from fastskip.study.training.loop import Masks, Trained, train
+from fastskip.study.training.loop import train
 from fastskip.study.training.settings import (
     Lora,
     Padding,
@@ -12,6 +13,7 @@ from fastskip.study.training.settings import (
     Settings,
     SettingsError,
 )
+from fastskip.study.training.trained import Trained
 
 __all__ = [
     "DataError",

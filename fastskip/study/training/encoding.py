@@ -100,7 +100,7 @@ class Encoder:
         return text[: spans[-1][1]], spans
 
     def _content(self, question: str, unplaced: int) -> Any:
-        """A user's turn for the template; leading and trailing images stand first, as in prompts."""
+        """A user's turn for the template; images at its begin or end stand first, as in prompts."""
         if not self._reads_images:
             return question.strip()
         question, count = question.strip(), unplaced
@@ -175,17 +175,15 @@ class Encoder:
 
     def _labels(self, example: Example, ids: Tensor, plain: Tensor, learned: Tensor) -> Tensor:
         """Labels of ``ids [T]``, where each placeholder of ``plain [t]`` has become several."""
-        labels = torch.full_like(ids, IGNORED)
-        token = None if self._image is None else self.tokenizer.convert_tokens_to_ids(self._image)
+        token = -1 if self._image is None else self.tokenizer.convert_tokens_to_ids(self._image)
         words, own = ids != token, plain != token
-        if token is None:
-            words, own = torch.ones_like(ids, dtype=torch.bool), torch.ones_like(learned)
         if not torch.equal(ids[words], plain[own]):
             raise DataError(
                 f"{example.where}: the processor's tokens are not those of its tokenizer; allowed: "
                 "a processor that only repeats placeholders"
             )
-        labels[words] = torch.where(learned[own], plain[own], IGNORED)
+        labels = torch.full_like(ids, IGNORED)
+        labels[words] = plain.masked_fill(~learned, IGNORED)[own]
         return labels
 
 

@@ -47,7 +47,7 @@ class Learner(nn.Module):
         """The parameters that learn, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Copies of what learns: parameters may be views of larger storages."""
         return {name: p.detach().clone() for name, p in self.learned().items()}
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,76 +15,18 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastskip.loading import plan_of, set_policy, watching_routers
-from fastskip.policy import SkipPolicy
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import Encoder
+from fastskip.study.training.events import Events, Masks
 from fastskip.study.training.examples import Example
 from fastskip.study.training.gates import Gates
 from fastskip.study.training.learner import Learner, TrainingError
 from fastskip.study.training.parts import adapted, learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings, SettingsError
 from fastskip.study.training.sources import source_of
+from fastskip.study.training.trained import Trained
 
 CHECKPOINTS = "checkpoints"
-
-
-class Masks(Protocol):
-    """Weights that were pruned and stay so."""
-
-    def apply_(self, model: Any) -> object:
-        """Sets them to zero, in place."""
-
-
-@dataclass(slots=True)
-class Trained:
-    """A trained model and how it went.
-
-    Attributes:
-        model: the model that was handed in, trained in place and in evaluation mode; of
-            `Parts.LORA` the ``peft.PeftModel`` around it.
-        policy: what it was trained under; of `Parts.ROUTERS` with the trained routers.
-        losses: of every optimiser step, those before a resumption included.
-        step_seconds: of the steps of this run: forward, backward and update, without the data.
-        rows: real rows of all forwards of this run.
-        examples: how many examples these forwards saw.
-        broken: what is wrong with the examples that were left out.
-    """
-
-    model: Any
-    settings: Settings
-    policy: SkipPolicy
-    losses: tuple[float, ...]
-    step_seconds: tuple[float, ...]
-    rows: int
-    examples: int
-    broken: tuple[str, ...]
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The median; not a number where no step was left to do."""
-        return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
-
-    @property
-    def rows_per_second(self) -> float:
-        """Real rows (tokens and image features) by the time of the steps."""
-        return self.rows / sum(self.step_seconds) if self.step_seconds else float("nan")
-
-    def save(self, folder: str | Path, processor: Any = None, *, merge: bool = False) -> None:
-        """Writes an ordinary checkpoint with its policy; of LORA the adapters and the policy.
-
-        ``merge``: of LORA, add the adapters to the weights (for good) and write the whole model.
-        ``processor``: is written beside it.
-        """
-        folder = Path(folder)
-        if self.settings.parts is Parts.LORA:
-            if merge:
-                self.model = self.model.merge_and_unload()
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.policy.save(folder / "fastskip_policy.json")
-        self.model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
 
 
 def train(
@@ -131,7 +70,7 @@ def train(
     if tokenizer.pad_token_id is None:
         raise SettingsError("processor", "no padding token", "a tokenizer with a pad_token")
     source = source_of(data, Encoder(processor, plan.shape.max_positions), settings)
-    events = _Events(masks, model, on_step)
+    events = Events(masks, model, on_step)
     was_training = model.training
     with ExitStack() as stack:
         stack.enter_context(_seeds_kept())
@@ -163,26 +102,23 @@ def train(
         trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step < trainer.state.max_steps:
             raise TrainingError(
-                f"data: ended after {trainer.state.global_step} of {trainer.state.max_steps} steps; "
-                "allowed: more examples, or fewer steps"
+                f"data: ended after {trainer.state.global_step} steps; allowed: enough examples for "
+                f"{trainer.state.max_steps} steps"
             )
     policy = plan.policy
     if gates is not None and out is not None:
         about = {"rate": settings.rate, "steps": trainer.state.global_step, "seed": settings.seed}
         policy = gates.save(Path(out), about)
         set_policy(model, policy)
-    done = len(events.seconds) * settings.batch * settings.accumulation
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    broken = (*getattr(data, "broken", ()), *source.broken.values())
     return Trained(
-        whole,
-        settings,
-        policy,
-        tuple(losses),
-        tuple(events.seconds),
-        int(learner.rows),
-        done,
-        broken,
+        model=whole,
+        settings=settings,
+        policy=policy,
+        losses=tuple(e["loss"] for e in trainer.state.log_history if "loss" in e),
+        step_seconds=tuple(events.seconds),
+        rows=int(learner.rows),
+        examples=len(events.seconds) * settings.batch * settings.accumulation,
+        broken=(*getattr(data, "broken", ()), *source.broken.values()),
     )
 
 
@@ -223,43 +159,6 @@ def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
     )
-
-
-@dataclass
-class _Events(transformers.TrainerCallback):  # type: ignore[misc]
-    """What happens beside the steps: clocks, masks, and whoever watches."""
-
-    masks: Masks | None
-    model: Any
-    on_step: Callable[[int, int, float], object]
-    seconds: list[float] = field(default_factory=list)
-    _began: float = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._mask()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = self._now()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._mask()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds.append(self._now() - self._began)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs:
-            self.on_step(state.global_step, state.max_steps, logs["loss"])
-
-    def _mask(self) -> None:
-        if self.masks is not None:
-            with torch.no_grad():
-                self.masks.apply_(self.model)
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
 
 
 @contextmanager
