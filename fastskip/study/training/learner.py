@@ -41,7 +41,11 @@ class Learner(nn.Module):
         self.rows = self.rows + inputs["attention_mask"].sum()
         loss = self.model(**inputs, use_cache=False).loss
         penalty = None if self.gates is None else self.gates.penalty()
-        return {"loss": loss if penalty is None else loss + self._pressure * penalty}
+        if penalty is not None:
+            loss = loss + self._pressure * penalty
+        if not loss.requires_grad:  # say, of a projector, where no example has an image
+            loss = loss + 0 * torch.stack([p.sum() for p in self.learned().values()]).sum()
+        return {"loss": loss}
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""

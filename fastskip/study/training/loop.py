@@ -155,6 +155,7 @@ def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
+        accelerator_config={"dispatch_batches": False},  # batches are no rows: they hold images too
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
