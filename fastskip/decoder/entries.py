@@ -201,9 +201,11 @@ class GradientEntries:
     ) -> None:
         """``like=None``: the cache is not kept, so nothing is copied into it."""
         self._stored = CachedEntries(plan, cache, layout, like)
-        self._is_kept = like is not None
+        self.is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        # A layer may run once more after the cache has taken in this forward.
+        self._past = {name: list(table.counts) for name, table in cache.tables.items()}
         self.counts, self.columns = self._stored.counts, self._stored.columns
         self.codes, self.hold = self._stored.codes, self._stored.hold
         self.adopt = self._stored.adopt
@@ -212,8 +214,12 @@ class GradientEntries:
     def held(self) -> Mapping[Table, Tensor]:
         return self._stored.held
 
+    def forget(self, layer: int) -> None:
+        """Before a layer runs once more, for its activations: it stores its entries anew."""
+        self._new.pop(layer, None)
+
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
-        if self._is_kept:
+        if self.is_kept:
             self._stored.append(layer, rows, keys.detach(), values.detach())
         self._new.setdefault(layer, []).append((rows.ids(torch.device("cpu")), keys, values))
 
@@ -231,7 +237,7 @@ class GradientEntries:
             apart = others.to(keys.device)
             kept = ids[others], old_keys[apart], old_values[apart]
             self._new[layer] = [kept, (own, keys, values)]
-        if self._is_kept:
+        if self.is_kept:
             self._stored.average(first, second, rows)
 
     def _of(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -249,7 +255,7 @@ class GradientEntries:
         for sequence in range(*sequences.indices(self._layout.batch)):
             mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
             mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
-            past = self._cache.tables[table].counts[sequence]
+            past = self._past[table][sequence]
             old_keys: list[Tensor] = []
             old_values: list[Tensor] = []  # a cache that is not kept has no buffers
             if past:

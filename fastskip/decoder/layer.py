@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastskip.decoder.positions import Turns
 from fastskip.decoder.weights import Products
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan
-from fastskip.policy import Norm
+from fastskip.policy import Norm, Sublayer
 from fastskip.tokens import Rows, replace
 
 Add = Callable[[Tensor, Rows, Tensor], Tensor]
@@ -39,6 +39,8 @@ class BlockRows:
         pattern: what the attending rows see; ``None`` without any.
         decide_feeding: where a router decides on the FFN alone: from what the attention leaves to
             the rows that run it, instead of ``feeding``.
+        factors: by layer and sublayer, ``[N]``: what the changes of all packed rows are multiplied
+            by, where a router is trained; complete once it has decided.
     """
 
     joint: Rows
@@ -55,6 +57,7 @@ class BlockRows:
     merged: Rows
     pattern: AttentionPattern | None
     decide_feeding: Callable[[Tensor], Rows] | None = None
+    factors: Mapping[tuple[int, Sublayer], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +80,13 @@ class Block:
         that skip a part, or run it in the other form, are not in its rows.
         """
         narrow = rows.narrow or _all(h)
-        beside = self._ffn(narrow.take(h), rows.beside, self._beside_norm)
+        beside = self._ffn(narrow.take(h), rows.beside, self._beside_norm, rows)
         attention = self._attention(h, rows, rotation, entries)
         h = self._add(narrow.take(h), rows.attending, attention, add)
         if rows.replaced.count:
             h = replace(h, rows.replaced, self.products.attention_norm(rows.replaced.take(h)))
         feeding = rows.feeding if rows.decide_feeding is None else rows.decide_feeding(h)
-        h = self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm), add)
+        h = self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm, rows), add)
         return self._add(h, rows.beside, beside, add)
 
     def change(self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries) -> Tensor:
@@ -130,7 +133,8 @@ class Block:
         if queries is None:
             queries = self._narrow_queries(h, rows, rotation)
         mixed = rows.pattern.attend(queries, layer, entries, self.ops, self.scale, self.dropout)
-        return products.attention_output(mixed)
+        change = products.attention_output(mixed)
+        return self._scaled(change, Sublayer.ATTENTION, rows.attending, rows)
 
     def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Turns) -> Tensor:
         """Queries of the last layer, whose K and V were projected for more rows than go on."""
@@ -145,9 +149,20 @@ class Block:
         shared = self.products.attention_norm(h)
         return shared if self.plan.norm is Norm.SHARED else self.products.ffn_norm(shared)
 
-    def _ffn(self, h: Tensor, rows: Rows, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def _ffn(
+        self, h: Tensor, feeding: Rows, norm: Callable[[Tensor], Tensor], rows: BlockRows
+    ) -> Tensor | None:
         """``F(norm h)`` of the rows that run the FFN."""
-        return self.products.ffn(norm(rows.take(h))) if rows.count else None
+        if not feeding.count:
+            return None
+        change = self.products.ffn(norm(feeding.take(h)))
+        return self._scaled(change, Sublayer.FFN, feeding, rows)
+
+    def _scaled(self, change: Tensor, sublayer: Sublayer, own: Rows, rows: BlockRows) -> Tensor:
+        factors = None if rows.factors is None else rows.factors.get((self.plan.index, sublayer))
+        if factors is None:
+            return change
+        return change * own.take((rows.narrow or _all(factors)).take(factors))[:, None]
 
     @staticmethod
     def _add(h: Tensor, rows: Rows, change: Tensor | None, add: Add) -> Tensor:

@@ -15,6 +15,7 @@ from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.positions import Turns, positions_of
+from fastskip.decoder.recomputing import maybe_recomputed
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights
 from fastskip.ops import Operations
@@ -139,8 +140,20 @@ class Decoder:
             if watch is not None:
                 for index in step:
                     watch(index, packed)
-            run = _run_pair if len(blocks) == 2 else _run_block
-            packed = run(packed, blocks, inputs, rotation, entries, combine)
+            runs = [
+                maybe_recomputed(
+                    block.run if len(step) == 1 else block.change,
+                    self.weights[index].layer,
+                    index,
+                    entries,
+                )
+                for index, block in zip(step, blocks, strict=True)
+            ]
+            if len(step) == 1:
+                packed = runs[0](packed, inputs[0], rotation, entries, combine)
+            else:
+                plans = [block.plan for block in blocks]
+                packed = _run_pair(packed, plans, runs, inputs, rotation, entries, combine)
         cache.commit(layout, entries.held)
         if routed is not None and self.record is not None:
             self.record.forwards.append(routed.decisions())
@@ -184,20 +197,10 @@ class Decoder:
         )
 
 
-def _run_block(
-    h: Tensor,
-    blocks: Sequence[Block],
-    inputs: Sequence[BlockRows],
-    rotation: Turns,
-    entries: Entries,
-    combine: Add,
-) -> Tensor:
-    return blocks[0].run(h, inputs[0], rotation, entries, combine)
-
-
 def _run_pair(
     h: Tensor,
-    blocks: Sequence[Block],
+    plans: Sequence[LayerPlan],
+    changes: Sequence[Callable[..., Tensor]],
     inputs: Sequence[BlockRows],
     rotation: Turns,
     entries: Entries,
@@ -209,15 +212,15 @@ def _run_pair(
     K and V, paired rows read the first layer's cache in both.
     """
     paired, alone = inputs[0].paired, inputs[0].alone
-    plan = blocks[0].plan
+    plan, other = plans
     if plan.merges_kv and paired.count and not plan.is_arranged_whole:
-        entries.adopt(blocks[1].plan.index, plan.index)
-    first = blocks[0].change(h, inputs[0], rotation, entries)
+        entries.adopt(other.index, plan.index)
+    first = changes[0](h, inputs[0], rotation, entries)
     if alone.count:
         h = combine(h, alone, alone.take(first))
-    second = blocks[1].change(h, inputs[1], rotation, entries)
+    second = changes[1](h, inputs[1], rotation, entries)
     if plan.merges_kv:
-        entries.average(plan.index, blocks[1].plan.index, inputs[0].merged)
+        entries.average(plan.index, other.index, inputs[0].merged)
     h = h if inputs[0].narrow is None else inputs[0].narrow.take(h)
     if alone.count:
         h = combine(h, alone, alone.take(second))
