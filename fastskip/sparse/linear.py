@@ -38,6 +38,8 @@ class SparseLinear(nn.Module):
     (``ops.bitmaps``) and ``bias``, whatever the form.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -62,7 +64,7 @@ class SparseLinear(nn.Module):
         """The same product as a plain linear, bit by bit the weight that was packed."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         made.weight = nn.Parameter(bitmaps.expand(self.packed), False)
-        made.bias = self.bias
+        made.register_parameter("bias", self.bias)
         return made.train(self.training)
 
     def extra_repr(self) -> str:
@@ -160,7 +162,7 @@ class CsrLinear(SparseLinear):
         mask = torch.zeros(
             self.out_features, self.in_features, dtype=torch.bool, device=self.values.device
         )
-        counts = self.starts.diff().long()
+        counts = (self.starts[1:] - self.starts[:-1]).long()
         rows = torch.arange(self.out_features, device=counts.device).repeat_interleave(counts)
         mask[rows, self.places.long()] = True
         return Packed(bitmaps.pack_bits(mask), self.values, self.starts, self.in_features)

@@ -146,9 +146,9 @@ class WeightMasks:
         result = {}
         for name, own in self.kept.items():
             mask = own.mask.cpu()
-            common = (mask & other.kept[name].mask.cpu()).flatten().nonzero()[:, 0]
+            common = (mask & other.kept[name].mask.cpu()).nonzero()
             order = torch.randperm(len(common), generator=generator_for(name, seed))
-            mask.view(-1)[common[order[: round(share * len(common))]]] = False
+            mask[common[order[: round(share * len(common))]].unbind(1)] = False
             result[name] = KeptSet.of(mask.to(own.bitmap.device))
         of = [dict(self.provenance), dict(other.provenance)]
         return self._with(result, operation="exclusion", share=share, seed=seed, of=of)
