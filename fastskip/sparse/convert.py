@@ -27,8 +27,8 @@ class Compression:
 def compress_(model: Any, form: Weights | str = Weights.BITMAP) -> Compression:
     """Holds every pruned projection without its zeros, in place.
 
-    Pruned: bitmap and values take fewer bytes than the dense weight. Layers with such projections
-    compute them one by one, on plain torch (``impl="reference"``); training them is over.
+    Pruned: bitmap and values take fewer bytes than the dense weight. A prepared model then calls
+    its modules one by one, without the fused operations of a GPU; training these weights is over.
     ``expand_`` undoes it. A model that is sparse already gets the form asked for.
 
     Args:
@@ -88,9 +88,10 @@ def sparse_matrices(model: Any) -> list[Matrix]:
 def _compress(found: Sequence[Matrix]) -> list[Matrix]:
     """Makes pruned linears bitmaps; returns what was there before."""
     for matrix in found:  # before anything is replaced
-        if not isinstance(matrix.module, SparseLinear) and type(matrix.module) is not nn.Linear:
+        kind = type(matrix.module)
+        if not issubclass(kind, SparseLinear) and kind is not nn.Linear:
             allowed = "plain linears: merge adapters into them first"
-            raise SparseError(matrix.name, f"a {type(matrix.module).__name__}", allowed)
+            raise SparseError(matrix.name, f"a {kind.__module__}.{kind.__name__}", allowed)
     replaced = []
     for matrix in found:
         if not isinstance(matrix.module, SparseLinear) and _pays(matrix.weight):

@@ -160,7 +160,7 @@ def test_masks_of_another_model() -> None:
     with pytest.raises(PruningError, match=r"layers\.0\.mlp\.gate_proj: the mask has shape \[48"):
         found.apply_(tiny_llama(ffn=64))
     with pytest.raises(PruningError, match=r"layers\.0\.self_attn\.o_proj: the model has no such"):
-        found.apply_(tiny_opt())
+        find_masks(tiny_llama(kv_heads=4), Recipe("magnitude", 0.5)).apply_(tiny_opt())
     with pytest.raises(PruningError, match="masks: made for another model"):
         found.apply_(tiny_llama(depth=5))
     found.check(tiny_llama(seed=3))  # shapes make a model, not values
@@ -190,6 +190,7 @@ def test_training_under_masks(build: Any) -> None:
     assert any((m.weight[~found.kept[m.name].mask] != 0).any() for m in matrices(model))
 
 
+@torch.no_grad()
 def test_merged_weights_are_written_where_they_lie() -> None:
     stock = tiny_llava()
     found = find_masks(stock, Recipe("magnitude", 0.5))
@@ -203,7 +204,7 @@ def test_merged_weights_are_written_where_they_lie() -> None:
     assert [matrix.weight.data_ptr() for matrix in matrices(model)] == places
     merged = model(**inputs).logits
     assert all(weights.is_merged for weights in model._fastskip.decoder.weights)
-    torch.testing.assert_close(merged, fastskip.apply_(stock, impl="reference")(**inputs).logits)
+    assert torch.equal(merged, fastskip.apply_(stock, impl="reference")(**inputs).logits)
 
 
 def test_weights_under_lora() -> None:
