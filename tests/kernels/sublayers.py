@@ -1,7 +1,6 @@
 """Norms, products, projections and feeds for kernel tests: the same numbers in every dtype."""
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -58,22 +57,6 @@ SOME, ALL, NONE = (1, 0, 1, 1, 0), (1,) * 5, (0,) * 5
 """Flags of five rows; in blocks of two some are busy, partly busy, idle."""
 
 
-GUARDED = {
-    # More than one tile for a program, and several blocks of rows.
-    "a row": {**STREAM, "PROGRAMS": 3},
-    "stream": {**STREAM_2, "PROGRAMS": 4},
-    "tensor": {**TENSOR, "PROGRAMS": 2},
-    "norm apart": {**APART, "PROGRAMS": 1},
-}
-FLAGS = {
-    "none": (0, 0, 0, 0, 0),
-    "one": (0, 0, 0, 1, 0),
-    "some": (1, 0, 1, 1, 0),
-    "all": (1, 1, 1, 1, 1),
-}
-"""Flags of five rows: whole blocks of two idle, partly idle, and busy."""
-
-
 @dataclass(frozen=True)
 class Place:
     """Where the tensors of a problem live."""
@@ -86,9 +69,6 @@ class Place:
 
     def integers(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def chosen(self, flags: Sequence[int] | None) -> Chosen | None:
-        return None if flags is None else Chosen(self.integers(*flags))
 
     def chosen(self, flags: Sequence[int] | None) -> Chosen | None:
         return None if flags is None else Chosen(self.integers(*flags))

@@ -12,13 +12,11 @@ from fastskip.kernels import parallel
 from fastskip.kernels.feed import candidates, feed
 from fastskip.kernels.launch import recording
 from fastskip.kernels.numerics import INTERPRETED
-from fastskip.kernels.numerics import INTERPRETED
 from fastskip.kernels.parallel import project_append_feed
 from fastskip.ops import fused
 from fastskip.ops.contracts import Activation
 from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
-from tests.kernels.reads import watched
 from tests.kernels.reads import watched
 from tests.kernels.sublayers import (
     ALL,
@@ -206,72 +204,6 @@ def test_guarded_launches_are_bounded() -> None:
     assert account.guarded_programs == 90
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", GUARDED.values(), ids=GUARDED)
-@pytest.mark.parametrize("case", [GATED, RELU], ids=["gated", "ReLU"])
-def test_chosen_rows(
-    case: FeedCase, config: Mapping[str, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    for flags in (FLAGS["one"], FLAGS["some"]):
-        found = []
-        for place in (Place(dtype, device), Place(dtype, CPU), Place(TRUTH, CPU)):
-            part, h = case.build(place), place.numbers(5, case.width, seed=20)
-            changes, chosen = [place.numbers(5, case.width, seed=30)], place.chosen(flags)
-            if found:
-                out = fused.feed(h, [part], changes=changes, chosen=chosen)[0]
-            else:
-                out = feed(h, [part], changes=changes, chosen=chosen, config=config)[0]
-            found.append(out.cpu())
-        rows = torch.tensor(flags).bool()
-        assert_within_budget("feed", *(out[rows] for out in found))
-        # Nothing is stored for a row that does not run.
-        assert found[0][~rows].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", GUARDED.values(), ids=GUARDED)
-def test_all_rows_or_none(
-    config: Mapping[str, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """All: the bits of a launch without flags. None: no weight is read, nothing is written."""
-    place = Place(dtype, device)
-    part, h = GATED.build(place), place.numbers(5, 96, seed=20)
-    (right,) = feed(h, [part], config=config)
-    (out,) = feed(h, [part], chosen=place.chosen(FLAGS["all"]), config=config)
-    assert torch.equal(out, right)
-    with watched(part.linear.weight) as reads:
-        (out,) = feed(h, [part], chosen=place.chosen(FLAGS["none"]), config=config)
-    assert out.isnan().all() and reads == [0]
-
-
-def test_chosen_rows_of_a_pair(device: torch.device) -> None:
-    place = Place(torch.float32, device)
-    pair = [GATED.build(place), GATED.build(place, seed=7)]
-    h, chosen = place.numbers(5, 96, seed=0), place.chosen(FLAGS["some"])
-    rows = torch.tensor(FLAGS["some"]).bool()
-    changes = [place.numbers(5, 96, seed=30 + number) for number in range(2)]
-    actual = feed(h, pair, changes=changes, chosen=chosen)
-    expected = fused.feed(h, pair, changes=changes, chosen=chosen)
-    for found, right in zip(actual, expected, strict=True):
-        torch.testing.assert_close(found[rows], right[rows])
-
-
-def test_guarded_launches_are_bounded() -> None:
-    place = Place(torch.bfloat16, torch.device("meta"))
-    h, chosen = place.numbers(6, 96, seed=0), place.chosen((1,) * 6)
-    part, heads = FeedCase(11008, 96).build(place), HEADS.build(6, place)
-    bounded = {**STREAM_2, "PROGRAMS": 30}
-    with recording(is_dry=True) as account:
-        feed(h, [part], chosen=chosen, config=bounded)
-        project_append_feed(h, heads, part, chosen=(None, chosen), config=bounded)
-        project_append_feed(h, heads, part, chosen=(chosen, None), config=bounded)
-        feed(h, [part], config=bounded)
-        project_append_feed(h, heads, part, config=bounded)
-    grids = [launch.grid for launch in account.launches]
-    assert grids == [(3, 10)] * 3 + [(3, 688), (3, 692)]
-    assert account.guarded_programs == 90
-
-
 def test_launches(device: torch.device) -> None:
     """A pair is one launch; only norms apart, one for each that differs, add some."""
     place = Place(torch.bfloat16, device)
@@ -406,73 +338,6 @@ def test_parallel_of_all_rows_or_none(config: Mapping[str, int], device: torch.d
     plain, guarded = HEADS.build(5, place), HEADS.build(5, place)
     right = project_append_feed(h, plain, part, config=config)
     everybody, nobody = place.chosen(ALL), place.chosen(NONE)
-    found = project_append_feed(h, guarded, part, chosen=(everybody, everybody), config=config)
-    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
-    assert plain.pages is not None and guarded.pages is not None
-    first, second = memory(plain.pages), memory(guarded.pages)
-    assert torch.equal(first.nan_to_num(7.0), second.nan_to_num(7.0))
-    own = replace(HEADS, leaves_all=False).build(5, place)
-    for flags, is_read in (
-        ((nobody, nobody), (False, False)),
-        ((nobody, None), (False, True)),
-        ((None, nobody), (True, False)),
-    ):
-        with watched(own.linear.weight, part.linear.weight) as reads:
-            project_append_feed(h, own, part, chosen=flags, config=config)
-        assert [count > 0 for count in reads] == [each and INTERPRETED.value for each in is_read]
-
-
-HALVES: dict[str, tuple[Sequence[int] | None, Sequence[int] | None]] = {
-    "both": ((1, 0, 1, 0, 0), (0, 0, 1, 1, 0)),
-    "few attend": ((0, 0, 0, 1, 0), None),
-    "nobody attends": ((0, 0, 0, 0, 0), (1, 0, 0, 1, 0)),
-    "nobody feeds": ((1, 0, 0, 1, 0), (0, 0, 0, 0, 0)),
-    "few feed": (None, (0, 1, 0, 0, 0)),
-}
-
-
-@pytest.mark.parametrize("config", GUARDED.values(), ids=GUARDED)
-@pytest.mark.parametrize("flags", HALVES.values(), ids=HALVES)
-@pytest.mark.parametrize("leaves_all", [True, False])
-def test_parallel_of_chosen_rows(
-    leaves_all: bool,
-    flags: tuple[Sequence[int] | None, Sequence[int] | None],
-    config: Mapping[str, int],
-    device: torch.device,
-) -> None:
-    heads = replace(HEADS, leaves_all=leaves_all)
-    for dtype in DTYPES:
-        results = []
-        for place, run in (
-            (Place(dtype, device), project_append_feed),
-            (Place(dtype, CPU), fused.project_append_feed),
-            (Place(TRUTH, CPU), fused.project_append_feed),
-        ):
-            own, part = heads.build(5, place), GATED.build(place, seed=7)
-            given: Any = {"config": config} if run is project_append_feed else {}
-            chosen = place.chosen(flags[0]), place.chosen(flags[1])
-            found = run(place.numbers(5, 96, seed=20), own, part, chosen=chosen, **given)
-            results.append((own.pages, *(each.cpu() for each in found)))
-        pages, *outputs = zip(*results, strict=True)
-        for name, each, runs in zip(("queries", "feed"), outputs, flags, strict=True):
-            rows = torch.ones(5, dtype=torch.bool) if runs is None else torch.tensor(runs).bool()
-            if rows.any():
-                assert_within_budget(name, *(out[rows] for out in each))
-            assert each[0][~rows].isnan().all()
-        if leaves_all or flags[0] is None or any(flags[0]):
-            assert_same_entries(*pages)
-        else:
-            assert memory(pages[0]).isnan().all()
-
-
-@pytest.mark.parametrize("config", GUARDED.values(), ids=GUARDED)
-def test_parallel_of_all_rows_or_none(config: Mapping[str, int], device: torch.device) -> None:
-    """All: the bits of a launch without flags. None: weights of no half that is idle are read."""
-    place = Place(torch.bfloat16, device)
-    h, part = place.numbers(5, 96, seed=20), GATED.build(place, seed=7)
-    plain, guarded = HEADS.build(5, place), HEADS.build(5, place)
-    right = project_append_feed(h, plain, part, config=config)
-    everybody, nobody = place.chosen(FLAGS["all"]), place.chosen(FLAGS["none"])
     found = project_append_feed(h, guarded, part, chosen=(everybody, everybody), config=config)
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     assert plain.pages is not None and guarded.pages is not None

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from fastskip.kernels.launch import recording
 from fastskip.kernels.numerics import INTERPRETED
-from fastskip.kernels.numerics import INTERPRETED
 from fastskip.kernels.projection import candidates, project_append
 from fastskip.kernels.tuning import config_for
 from fastskip.ops import fused
 from fastskip.ops.contracts import Projection
 from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
-from tests.kernels.reads import watched
 from tests.kernels.reads import watched
 from tests.kernels.sublayers import (
     ALL,
@@ -39,7 +37,6 @@ from tests.kernels.sublayers import (
     memory,
 )
 
-CPU = torch.device("cpu")
 CPU = torch.device("cpu")
 GROUPED = ProjectionCase(4, 2, 16, 96)
 CASES = {
@@ -226,105 +223,6 @@ def test_chosen_rows_of_a_pair(device: torch.device) -> None:
     rows = torch.tensor(SOME).bool()
     with recording() as account:
         actual = project_append(h, pair, chosen=chosen, config=GUARDED["stream"])
-    assert [launch.is_guarded for launch in account.launches] == [True, True]
-    for found, right in zip(actual, fused.project_append(h, pair, chosen=chosen), strict=True):
-        torch.testing.assert_close(found[rows], right[rows])
-
-
-def test_guarded_launches_are_bounded() -> None:
-    place = Place(torch.bfloat16, torch.device("meta"))
-    own = replace(GROUPED.build(6, place), linear=place.linear(12288, 4096, seed=0))
-    h = place.numbers(6, 4096, seed=0)
-    chosen = place.chosen((1,) * 6)
-    with recording(is_dry=True) as account:
-        for config in (STREAM_2, {**STREAM_2, "PROGRAMS": 30}, None):
-            project_append(h, [own], chosen=chosen, config=config)
-        project_append(h, [own], config={**STREAM_2, "PROGRAMS": 30})
-    grids = [launch.grid for launch in account.launches]
-    assert grids[:2] == [(3, 384), (3, 10)] and grids[3] == (3, 384)
-    assert 0 < account.guarded_programs - 3 * 394 <= 264
-
-
-CHOSEN = {
-    # Tiles of queries end within a tile, which keys share.
-    "odd": ProjectionCase(3, 1, 48, 96),
-    "no entries of idle rows": replace(GROUPED, leaves_all=False),
-    "queries only": replace(GROUPED, has_pages=False),
-    "LayerNorm, biases": replace(GROUPED, has_bias=True, is_centred=True, has_rotation=False),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", GUARDED.values(), ids=GUARDED)
-@pytest.mark.parametrize("case", CHOSEN.values(), ids=CHOSEN)
-def test_chosen_rows(
-    case: ProjectionCase, config: Mapping[str, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    h = exact(5, 96, seed=20)
-    for flags in (FLAGS["one"], FLAGS["some"]):
-        found = []
-        for place in (Place(dtype, device), Place(dtype, CPU), Place(TRUTH, CPU)):
-            own, x = case.build(5, place), h.to(place.device, place.dtype)
-            chosen = place.chosen(flags)
-            if found:
-                (queries,) = fused.project_append(x, [own], chosen=chosen)
-            else:
-                (queries,) = project_append(x, [own], chosen=chosen, config=config)
-            found.append((own.pages, queries.cpu()))
-        rows = torch.tensor(flags).bool()
-        assert_within_budget("queries", *(queries[rows] for _, queries in found))
-        # Nothing is stored for a row that does not run.
-        assert found[0][1][~rows].isnan().all()
-        if case.has_pages:
-            assert_same_entries(*(pages for pages, _ in found))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", GUARDED.values(), ids=GUARDED)
-@pytest.mark.parametrize("leaves_all", [True, False])
-def test_all_rows_or_none(
-    leaves_all: bool, config: Mapping[str, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    """All: the bits of a launch without flags. None: entries if all leave some, nothing else."""
-    place = Place(dtype, device)
-    h = place.numbers(5, 96, seed=20)
-    plain, guarded, idle = (replace(GROUPED, leaves_all=leaves_all).build(5, place) for _ in "123")
-    assert plain.pages is not None and guarded.pages is not None and idle.pages is not None
-    (right,) = project_append(h, [plain], config=config)
-    (queries,) = project_append(h, [guarded], chosen=place.chosen(FLAGS["all"]), config=config)
-    assert torch.equal(queries, right)
-    entries = memory(plain.pages).nan_to_num(7.0)
-    assert torch.equal(memory(guarded.pages).nan_to_num(7.0), entries)
-
-    # The weights of what nobody needs: all, or those of the queries.
-    unread = idle.linear.weight[: idle.heads * idle.head_dim] if leaves_all else idle.linear.weight
-    unread.fill_(float("nan"))
-    with watched(unread) as reads:
-        (queries,) = project_append(h, [idle], chosen=place.chosen(FLAGS["none"]), config=config)
-    assert queries.isnan().all() and reads == [0]
-    left = memory(idle.pages)
-    assert torch.equal(left.nan_to_num(7.0), entries) if leaves_all else left.isnan().all()
-
-
-def test_busy_rows_read_weights(device: torch.device) -> None:
-    """What is watched is seen."""
-    place = Place(torch.float32, device)
-    own = GROUPED.build(2, place)
-    with watched(own.linear.weight) as reads:
-        project_append(
-            place.numbers(2, 96, seed=0), [own], chosen=place.chosen((0, 1)), config=STREAM_2
-        )
-    assert reads == [own.linear.weight.numel() * INTERPRETED.value]
-
-
-def test_chosen_rows_of_a_pair_and_of_the_table(device: torch.device) -> None:
-    """Each block of a pair in a launch of its own; as many programs as the table has it."""
-    place = Place(torch.float32, device)
-    pair = [GROUPED.build(5, place), GROUPED.build(5, place, seed=7)]
-    h, chosen = place.numbers(5, 96, seed=0), place.chosen(FLAGS["some"])
-    rows = torch.tensor(FLAGS["some"]).bool()
-    with recording() as account:
-        actual = project_append(h, pair, chosen=chosen)
     assert [launch.is_guarded for launch in account.launches] == [True, True]
     for found, right in zip(actual, fused.project_append(h, pair, chosen=chosen), strict=True):
         torch.testing.assert_close(found[rows], right[rows])
