@@ -11,6 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+
+class UncheckedPolicyError(ValueError):
+    """A policy without a form as a masked dense computation: nothing can be said of it."""
+
+
 IMAGE, TEXT, GENERATED = 0, 1, 2
 """The values of a `token_classes` tensor."""
 
@@ -93,7 +98,10 @@ def read_policy(
         what = (
             "removals" if policy.get("removals") else "arrangements: pairs of semantics reference"
         )
-        raise ValueError(f"{what}: the masked dense computation has no form for it")
+        allowed = 'policies without them, or "semantics": "clean"'
+        raise UncheckedPolicyError(
+            f"{what}: the masked dense computation has no form for it; allowed: {allowed}"
+        )
     without: dict[str, list[set[int]]] = {
         sublayer: [set() for _ in range(depth)] for sublayer in ("attention", "ffn")
     }

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from fastskip.verification.cells import (
     GENERATED,
     IMAGE,
+    UncheckedPolicyError,
     classes_of,
     classify,
     read_policy,
@@ -73,7 +74,9 @@ class MaskedOracle:
         depth = len(self._decoder.layers)
         self._config = model.config
         if policy.get("semantics") == "reference" and hasattr(self._decoder.layers[0], "fc1"):
-            raise ValueError("semantics: reference has no form in a masked OPT; allowed: clean")
+            raise UncheckedPolicyError(
+                "semantics: reference has no form in a masked OPT; allowed: clean"
+            )
         self.cells = read_policy(policy, depth, classes_of(model.config))
         self._layers: list[HookedLayer] = []
         for module, cells in zip(self._decoder.layers, self.cells, strict=True):
