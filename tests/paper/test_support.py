@@ -1,6 +1,7 @@
 """Where the paper's modes run, and that others say so instead of running something else."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import fastskip
 from fastskip.families import UnsupportedModelError
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.policy import SkipPolicy
+from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.verification.cells import UncheckedPolicyError
 from fastskip.verification.oracle import MaskedOracle
 from tests.batches import random_batch
@@ -87,3 +88,27 @@ def test_caches_of_these_modes_crop_and_reorder(name: str) -> None:
     cache.reorder_cache(torch.tensor([1, 0]))
     again = model(ids.flip(0)[:, 4:], use_cache=True, **{CACHE_NAME: cache})
     assert torch.equal(again.logits.flip(0), longer.logits)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", ["skip-attention", "parallel-block", "unimodal-mask", "entropy"])
+@torch.no_grad()
+def test_saved_and_loaded_again(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {} if name == "unimodal-mask" else {"semantics": "reference"}
+    options |= {"scope": "prompt"} if name == "skip-attention" else {}
+    policy = SkipPolicy.preset(f"paper/{name}", **options)
+    model = fastskip.apply_(tiny_llava(**SHAPE), policy)
+    model.save_pretrained(tmp_path)
+    again = fastskip.load_model(tmp_path)
+    assert fastskip.plan_of(again).policy == policy
+    batch = random_batch(model, 4, images=(1, 0), text=(4, 6))
+    assert torch.equal(again(**batch.inputs()).logits, model(**batch.inputs()).logits)
+
+
+@pytest.mark.parametrize("name", ["skip-block", "unimodal-mask", "parallel-block"])
+def test_what_stock_models_cannot_say_is_not_exported(name: str, tmp_path: Path) -> None:
+    options = {} if name == "unimodal-mask" else {"semantics": "reference"}
+    policy = SkipPolicy.preset(f"paper/{name}", **options)
+    model = fastskip.apply_(tiny_llava(**SHAPE), policy)
+    with pytest.raises(PolicyError, match="export_per_layer_config"):
+        model.save_pretrained(tmp_path, export_per_layer_config=True)
