@@ -1,4 +1,4 @@
-"""What Hugging Face's decoder layers are made of; only this file knows what modules are called."""
+"""What Hugging Face's decoder layers are made of: what modules are called, and which are known."""
 
 from __future__ import annotations
 

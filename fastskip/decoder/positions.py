@@ -126,7 +126,9 @@ class LearnedPositions:
 
     @property
     def is_plain(self) -> bool:
-        return not has_hooks(self._text_model.embed_positions)
+        embedding = self._text_model.embed_positions
+        is_own = type(embedding).__name__ == "OPTLearnedPositionalEmbedding"
+        return is_own and not has_hooks(embedding)
 
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
         at = positions.to(rows.device)

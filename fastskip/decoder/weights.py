@@ -176,23 +176,22 @@ class MergedProducts:
 
 
 class BlockWeights:
-    """One decoder layer's products, in the form that is right at the moment."""
+    """One decoder layer's products, in the form that is right at the moment.
+
+    ``parts``: what the layer was made of when ``refresh`` last looked.
+    """
 
     def __init__(self, layer: Any, head_dim: int, ops: Operations) -> None:
         self.layer = layer
         self._head_dim, self._ops = head_dim, ops
         self._merged: MergedProducts | None = None
+        self.parts = parts_of(layer)
         self.products: Products = ModuleProducts(self.parts, head_dim)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters have storages of their own; merged ones are built on its first use.
         modules = ModuleProducts(self.parts, self._head_dim)
         return {**self.__dict__, "_merged": None, "products": modules}
-
-    @property
-    def parts(self) -> LayerParts:
-        """What the layer is made of now."""
-        return parts_of(self.layer)
 
     @property
     def is_merged(self) -> bool:
@@ -206,14 +205,14 @@ class BlockWeights:
     @property
     def can_merge(self) -> bool:
         """Whether the layer's modules are such that the merged form is right."""
-        return _can_merge(self.parts)
+        return _can_merge(parts_of(self.layer))
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Chooses the form, once per forward or ``generate``.
 
         Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
         """
-        parts = self.parts
+        parts = self.parts = parts_of(self.layer)
         if wants_gradient or not _can_merge(parts):
             self.products = ModuleProducts(parts, self._head_dim)
             return

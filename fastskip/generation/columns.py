@@ -36,6 +36,7 @@ def cache_of(
 
 def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
     """Which of the new columns are no pads: ``[B, T]`` bool, host."""
+    cache.check_batch(batch)
     if mask is None:
         return torch.ones(batch, width, dtype=torch.bool)
     total = cache.columns + width

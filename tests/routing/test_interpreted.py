@@ -68,7 +68,7 @@ def test_generates_what_the_masked_model_does(name: str, trio: Trio, batch: Batc
     assert account.by_kernel["head"][0] == 2  # every step ran on kernels
 
 
-@pytest.mark.parametrize("name", ["attention, reuse", "FFN beside a rule", "parallel"])
+@pytest.mark.parametrize("name", ["attention, reuse", "parallel"])
 def test_layer_norms_and_relu(name: str, opt: Trio) -> None:
     batch = random_batch(opt.plain, 3, images=(1, 0))
     with tuning.table(STREAM), counted() as account:
