@@ -169,7 +169,9 @@ def prune(
     import fastskip
     from fastskip.study.pruning import Recipe, WeightMasks, find_masks
 
-    recipe, inputs, source = None, [], None
+    recipe: Recipe | None = None
+    inputs: list[Any] = []
+    source = None
     if masks:
         if ratio is not None or pattern is not None:
             raise CommandError(f"--ratio {ratio}: given with --masks; allowed: one of the two")
