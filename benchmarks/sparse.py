@@ -65,7 +65,8 @@ class Case:
 
     @property
     def forms(self) -> tuple[Weights, ...]:
-        return tuple(Weights) if self.device == "cpu" else (Weights.DENSE, Weights.BITMAP)
+        both = (Weights.DENSE, Weights.BITMAP)
+        return (*both, Weights.CSR) if self.device == "cpu" else both
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def test_too_few_zeros_to_be_worth_it(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "b")
     with pytest.raises(SparseError, match="no projection has enough zeros"):
         fastskip.load_model(tmp_path / "b", weights="bitmap")
-    with pytest.raises(ValueError, match="weights: 'sparse'; allowed: dense, bitmap, csr"):
+    with pytest.raises(ValueError, match="weights: 'sparse'; allowed: dense, bitmap, csr, 2:4"):
         fastskip.load_model(tmp_path / "b", weights="sparse")
 
 
