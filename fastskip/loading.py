@@ -76,8 +76,8 @@ def load_model(
             package, where it is installed and the policy allows.
         routers: the user's own routers, by the names that the policy gives them.
         weights: how pruned projections are held, whichever way they are stored: ``"dense"``,
-            ``"bitmap"`` or ``"csr"`` (``fastskip.sparse.Weights``). With the latter two the whole
-            decoder calls its modules one by one, whatever ``impl``.
+            ``"bitmap"``, ``"csr"`` or ``"2:4"`` (``fastskip.sparse.Weights``). Unless dense, the
+            whole decoder calls its modules one by one, whatever ``impl``.
         from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.

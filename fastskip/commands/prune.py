@@ -68,12 +68,13 @@ class Stored(StrEnum):
 def prune(
     model: ModelOption = None,
     method: Annotated[
-        Method,
+        Method | None,
         typer.Option(
             help="wanda: |weight| times the norm of its input on samples, layer by layer. "
-            "magnitude: |weight|. random: a draw."
+            "magnitude: |weight|. random: a draw. Default: wanda.",
+            show_default=False,
         ),
-    ] = Method.WANDA,
+    ] = None,
     ratio: Annotated[
         float | None,
         typer.Option(metavar="SHARE", help="The share of weights to remove, such as 0.5."),
@@ -86,10 +87,14 @@ def prune(
         Per | None,
         typer.Option(help="What competes. Default: row under wanda, else matrix."),
     ] = None,
-    part: Annotated[Part, typer.Option(help="Which projections of a layer.")] = Part.BLOCK,
+    part: Annotated[
+        Part | None,
+        typer.Option(help="Which projections of a layer. Default: block.", show_default=False),
+    ] = None,
     layers: Annotated[
-        str, typer.Option(metavar="SLICE", help='Which layers: a slice such as "4:-1".')
-    ] = ":",
+        str | None,
+        typer.Option(metavar="SLICE", help='Which layers: a slice such as "4:-1". Default: all.'),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of random draws.")] = 0,
     samples: SamplesOption = None,
     count: Annotated[
@@ -112,8 +117,11 @@ def prune(
         ),
     ] = Combine.INTERSECTION,
     share: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="For --combine exclusion.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="For --combine exclusion; by default all of it."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -169,16 +177,17 @@ def prune(
     import fastskip
     from fastskip.study.pruning import Recipe, WeightMasks, find_masks
 
-    recipe, inputs, source = None, [], None
+    recipe: Recipe | None = None
+    inputs: list[Any] = []
+    source = None
+    ours = {"method": method, "pattern": pattern, "per": per, "part": part, "layers": layers}
+    asked = {name: str(value) for name, value in ours.items() if value is not None}
     if masks:
-        if ratio is not None or pattern is not None:
-            raise CommandError(f"--ratio {ratio}: given with --masks; allowed: one of the two")
-        given = [WeightMasks.load(file) for file in masks]
-        found = _combined(given, combine, share, seed)
+        _check_alone({**asked, "ratio": ratio, "samples": samples})
+        found = _combined([WeightMasks.load(file) for file in masks], combine, share, seed)
     else:
-        options = {"pattern": pattern, "per": per, "part": part, "layers": layers, "seed": seed}
-        recipe = Recipe(method.value, ratio, **options)  # type: ignore[arg-type]
-        if method is Method.WANDA:
+        recipe = Recipe(ratio=ratio, seed=seed, **asked)
+        if recipe.method.value == Method.WANDA:
             inputs, source = calibration_inputs(model, path, config, samples, count, 1)
     place = device_of(device)
     with reading(path):
@@ -209,14 +218,22 @@ def _check_outputs(out: Path | None, save_masks: Path | None) -> None:
         raise CommandError(f"--save-masks {save_masks}: allowed: a file in an existing folder")
 
 
+def _check_alone(others: dict[str, object]) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise CommandError(f"--{name} {value}: given with --masks; allowed: one of the two")
+
+
 def _combined(
-    found: "list[WeightMasks]", combine: Combine, share: float, seed: int
+    found: "list[WeightMasks]", combine: Combine, share: float | None, seed: int
 ) -> "WeightMasks":
+    if share is not None and combine is not Combine.EXCLUSION:
+        raise CommandError(f"--share {share}: allowed: with --combine exclusion")
     if combine is Combine.EXCLUSION:
         if len(found) != 2:
             count = f"{len(found)} files of masks"
             raise CommandError(f"--combine exclusion: {count}; allowed: two --masks")
-        return found[0].exclude(found[1], share, seed=seed)
+        return found[0].exclude(found[1], 1.0 if share is None else share, seed=seed)
     if combine is Combine.UNION:
         return reduce(lambda a, b: a | b, found)
     return reduce(lambda a, b: a & b, found)

@@ -23,12 +23,14 @@ class Weights(StrEnum):
     values, the fewest bytes; read as they are by a kernel for few rows on CUDA, expanded for every
     product elsewhere. CSR: torch's compressed rows, fp32 on a CPU; a column number beside each
     value, so half of the weights take as many bytes as all of them dense, but products of few rows
-    are faster than dense ones.
+    are faster than dense ones. SEMI_STRUCTURED: 2:4 as tensor cores read it, on CUDA (``sparse.
+    structured``).
     """
 
     DENSE = "dense"
     BITMAP = "bitmap"
     CSR = "csr"
+    SEMI_STRUCTURED = "2:4"
 
 
 class SparseLinear(nn.Module):
@@ -103,6 +105,14 @@ class BitmapLinear(SparseLinear):
         bias = None if linear.bias is None else linear.bias.detach()
         sizes = linear.in_features, linear.out_features
         return cls(*sizes, packed.bitmap, packed.values, bias).train(linear.training)
+
+    @classmethod
+    def from_other(cls, other: SparseLinear) -> BitmapLinear:
+        """The same weight from another form; values and bias are shared."""
+        packed = other.packed
+        bias = None if other.bias is None else other.bias.detach()
+        sizes = other.in_features, other.out_features
+        return cls(*sizes, packed.bitmap, packed.values, bias).train(other.training)
 
     @property
     def packed(self) -> Packed:

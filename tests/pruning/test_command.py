@@ -107,10 +107,18 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
         (("-o", "{new}", "--ratio", 2), "ratio: 2.0; allowed: a share in (0, 1)"),
         (("-o", "{new}"), "ratio: None; allowed: a share in (0, 1), such as 0.5, or a pattern"),
         (("-o", "{new}", "--pattern", "4:2"), "pattern: '4:2'; allowed: N:M"),
-        (("-o", "{new}", "--ratio", 0.5, "--layers", "9:"), "layers: '9:'; allowed"),
+        (
+            ("-o", "{new}", "--ratio", 0.5, "--layers", "9:", "--method", "random"),
+            "layers: '9:'; allowed",
+        ),
         (("-o", "{new}", "--ratio", 0.5), "--samples: needed with --model"),
         (("-o", "{new}", "--masks", "{new}"), "allowed: a file of masks as fastskip writes it"),
-        (("-o", "{new}", "--masks", "{masks}", "--ratio", 0.5), "given with --masks"),
+        (("-o", "{new}", "--masks", "{masks}", "--ratio", 0.5), "--ratio 0.5: given with --masks"),
+        (("-o", "{new}", "--masks", "{masks}", "--part", "ffn"), "--part ffn: given with --masks"),
+        (
+            ("-o", "{new}", "--masks", "{masks}", "--share", 0.5),
+            "allowed: with --combine exclusion",
+        ),
         (
             ("-o", "{new}", "--masks", "{masks}", "--combine", "exclusion"),
             "--combine exclusion: 1 files of masks; allowed: two --masks",
@@ -128,8 +136,6 @@ def test_errors_are_one_line(
     model = save_checkpoint(tmp_path / "wide", ffn=64) if "[32, 64]" in message else checkpoint
     places = {name: tmp_path / name for name in ("full", "new", "masks")}
     given = [str(each).format(**places) for each in arguments]
-    if "layers" in message:
-        given += ["--method", "random"]
     result = run("prune", "-m", model, *given)
     assert result.exit_code == 2, result.stdout
     assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 import fastskip
+from fastskip.sparse.matrices import matrices
 from fastskip.study.pruning import PruningError, Recipe, WeightMasks, find_masks, prune_
 from tests.batches import random_batch
 from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava, tiny_opt
@@ -72,6 +74,27 @@ def test_a_prepared_model_gets_the_same_masks(kind: str) -> None:
     expected = find_masks(model, recipe, alone(model))
     ours = fastskip.apply_(copy.deepcopy(model), "every_nth_block", impl="reference")
     assert find_masks(ours, recipe, alone(model)) == expected
+
+
+def test_adapters_that_add_nothing_change_nothing() -> None:
+    model, recipe = build("llama"), Recipe("wanda", 0.5)
+    expected = find_masks(model, recipe, alone(model))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["v_proj", "up_proj"], lora_dropout=0.5)
+    )
+    assert find_masks(wrapped, recipe, alone(model)) == expected
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_patterns_by_activations(pattern: str) -> None:
+    model = build("llava")
+    kept, group = map(int, pattern.split(":"))
+    masks = prune_(model, Recipe("wanda", pattern=pattern), alone(model))
+    for matrix in matrices(model):
+        groups = (matrix.weight != 0).view(-1, group).sum(1)
+        assert (groups == kept).all(), matrix.name
+    by_size = find_masks(build("llava"), Recipe("magnitude", pattern=pattern))
+    assert masks != by_size  # inputs had a say
 
 
 def test_later_layers_see_pruned_inputs() -> None:

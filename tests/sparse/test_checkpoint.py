@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import fastskip
@@ -152,7 +152,7 @@ def test_too_few_zeros_to_be_worth_it(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "b")
     with pytest.raises(SparseError, match="no projection has enough zeros"):
         fastskip.load_model(tmp_path / "b", weights="bitmap")
-    with pytest.raises(ValueError, match="weights: 'sparse'; allowed: dense, bitmap, csr"):
+    with pytest.raises(ValueError, match="weights: 'sparse'; allowed: dense, bitmap, csr, 2:4"):
         fastskip.load_model(tmp_path / "b", weights="sparse")
 
 
@@ -186,6 +186,17 @@ def test_a_layout_that_disagrees_with_the_weights(tmp_path: Path) -> None:
         (tmp_path / "b" / LAYOUT_FILE).write_text(json.dumps(document))
         with pytest.raises((ValueError, RuntimeError), match="up_proj|ignore_mismatched_sizes"):
             fastskip.load_model(tmp_path / "b")
+
+
+@pytest.mark.parametrize("bits", [0, 255])
+def test_a_bitmap_without_its_values(bits: int, tmp_path: Path) -> None:
+    save_sparse(pruned("llama"), tmp_path)
+    file = tmp_path / "model.sparse.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.bitmap"].fill_(bits)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SparseError, match=r"layers\.0\.mlp\.up_proj: a bitmap of (0|1536) entries"):
+        fastskip.load_model(tmp_path)
 
 
 @torch.no_grad()

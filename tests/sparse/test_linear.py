@@ -181,6 +181,9 @@ def test_semi_structured_says_what_it_needs() -> None:
     with pytest.raises(SparseError, match=r"q_proj: on cpu; allowed: a CUDA device, sm_80"):
         semi_structured_(model)
     assert all(type(matrix.weight) is nn.Parameter for matrix in matrices(model))
+    compress_(model)
+    with pytest.raises(SparseError, match=r"q_proj: on cpu"):
+        hold_(model, "2:4")
 
 
 @pytest.mark.gpu
