@@ -101,9 +101,9 @@ def train(
         last = get_last_checkpoint(str(folder)) if settings.resume and folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step < trainer.state.max_steps:
+            done, wanted = trainer.state.global_step, trainer.state.max_steps
             raise TrainingError(
-                f"data: ended after {trainer.state.global_step} steps; allowed: enough examples for "
-                f"{trainer.state.max_steps} steps"
+                f"data: ended after {done} steps; allowed: examples for {wanted} steps"
             )
     policy = plan.policy
     if gates is not None and out is not None:
