@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastskip.study.training.measuring import Comparison
 
 DEMO_POLICY = "every_nth_block"
-DEMO_SCENES = 2000
+DEMO_SCENES, DEMO_HELD_OUT = 1000, 64
 
 
 class Parts(StrEnum):
@@ -349,30 +349,44 @@ def _examples(
     settings: "Settings",
 ) -> tuple[Sequence[Any], Sequence[Any] | None]:
     """What to learn from, and what to measure on."""
-    from fastskip.study.training import Example, JsonLines, Turn
+    from fastskip.study.training import JsonLines
 
     skip = settings.skip_broken
     measured = None if held_out is None else JsonLines(held_out, images, skip_broken=skip)
     if not demo:
         assert data is not None
         return JsonLines(data, images, skip_broken=skip), measured
-    from fastskip.demo import evaluation
-    from fastskip.demo.scenes import Split, draw
+    from fastskip.demo.scenes import Split
 
-    def examples(count: int, split: Split) -> list[Example]:
-        return [
-            Example((Turn(question.text, question.answer),), (draw(scene),), "a generated scene")
-            for scene, question in evaluation.held_out(count, settings.seed, split=split)
-        ]
+    learned = _Scenes(DEMO_SCENES, Split.TRAIN, settings.seed)
+    return learned, measured or _Scenes(DEMO_HELD_OUT, Split.VALIDATION, settings.seed)
 
-    return examples(DEMO_SCENES, Split.TRAIN), measured or examples(64, Split.VALIDATION)
+
+class _Scenes(Sequence[Any]):
+    """Questions about generated pictures, which are drawn when they are asked for."""
+
+    def __init__(self, count: int, split: Any, seed: int) -> None:
+        from fastskip.demo.evaluation import held_out
+
+        self._items = held_out(count, seed, split=split)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        from fastskip.demo.scenes import draw
+        from fastskip.study.training import Example, Turn
+
+        scene, question = self._items[index]
+        where = f"generated scene {index}"
+        return Example((Turn(question.text, question.answer),), (draw(scene),), where)
 
 
 def _masks(mask: Path | None) -> Any:
     if mask is None:
         return None
     try:
-        from fastskip.study.pruning import WeightMasks
+        from fastskip.study.pruning import WeightMasks  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise CommandError("--mask: this version has no pruning; allowed: none") from error
     return WeightMasks.load(mask)
