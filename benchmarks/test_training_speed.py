@@ -22,7 +22,7 @@ measured = cache(measure_training)
 
 
 def _items() -> list[ParameterSet]:
-    cases = [
+    cases: list[tuple[TrainingCase, tuple[pytest.MarkDecorator, ...]]] = [
         (TrainingCase(DEMO, torch.float32, 4, parts, PEERS, rounds=9), ())
         for parts in (Parts.PROJECTOR, Parts.EVERYTHING)
     ]

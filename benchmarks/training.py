@@ -124,7 +124,7 @@ def _masked_gradients(
     classes[labels != IGNORED] = GENERATED
     given["pixel_values"] = given["pixel_values"].to(model.dtype)
     with _Learning(model, parts) as learning:
-        with MaskedOracle(model, policy) as oracle:
+        with MaskedOracle(model, policy.to_dict()) as oracle:
             logits = oracle.forward(**given, token_classes=classes)
         cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:]).backward()
         return learning.gradients()

@@ -23,7 +23,7 @@ from tests.budget import assert_within_budget, truth_copy
 from tests.checkpoints import IMAGE_ID, VOCAB
 from tests.models import LLAVA_KINDS, PAD_ID, Kind, tiny_llama, tiny_llava
 from tests.policies import MIXED
-from tests.training.conversations import POLICY, examples, processor
+from tests.training.conversations import POLICY, examples, processor, recompute
 
 Gradients = dict[str, Tensor]
 ROUTED = {
@@ -128,8 +128,8 @@ def test_activations_that_are_computed_again(name: str, dropout: float) -> None:
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = dropout
     given, found, calls = batches(), [], []
-    for switch in ("enable", "disable"):
-        getattr(model, f"activation_checkpointing_{switch}")()
+    for wanted in (True, False):
+        recompute(model, wanted=wanted)
         torch.manual_seed(0)
         with calls_of(model.model.language_model.layers[0].mlp) as seen:
             found.append(learned(model, given))
@@ -144,7 +144,7 @@ def test_activations_that_are_computed_again(name: str, dropout: float) -> None:
 
 def test_checkpointing_keeps_no_cache_and_none_when_evaluating() -> None:
     model = fastskip.apply_(tiny_llama(vocab=VOCAB))
-    model.activation_checkpointing_enable()
+    recompute(model, wanted=True)
     ids = torch.arange(8, 20)[None]
     mlp = model.model.layers[0].mlp
     for is_training, count in ((True, 2), (False, 1)):

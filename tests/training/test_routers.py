@@ -13,11 +13,12 @@ from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.routing import Decision, RoutingContext
 from fastskip.study.training import Parts, Settings, train
 from fastskip.study.training.gates import Gates, fresh_routers, weights_file
+from fastskip.study.training.learner import Learner
 from fastskip.study.training.measuring import batches_of, skipped_shares
 from fastskip.verification.exact import compute_in_double
 from tests.checkpoints import VOCAB
 from tests.models import tiny_llava
-from tests.training.conversations import examples, processor
+from tests.training.conversations import examples, processor, recompute
 
 LINEAR = {"layers": "1:4", "kind": "linear", "weights": "to come", "threshold": 0.25}
 CAPPED = {
@@ -131,6 +132,22 @@ def test_the_wanted_rate_is_reached_and_loads_back(rate: float, tmp_path: Path) 
     trained.save(tmp_path / "whole", processor())
     loaded = fastskip.load_model(tmp_path / "whole")
     assert skipped_shares(loaded, held_out) == reached
+
+
+@pytest.mark.parametrize("skip", [["ffn"], ["attention"], ["block"]])
+def test_gradients_where_activations_are_computed_again(skip: list[str], tmp_path: Path) -> None:
+    model, found = model_of(policy_of(tmp_path, {**LINEAR, "skip": skip})).train(), []
+    for wanted in (True, False):
+        recompute(model, wanted=wanted)
+        gates = Gates(model, 0.5)
+        with watching_routers(model, gates.gate):
+            loss = Learner(model, gates, 10.0)(**batch())["loss"]
+        loss.backward()
+        found.append({name: p.grad for name, p in gates.named_parameters()})
+    light, whole = found
+    assert len(light) == 2 * 3 and all(gradient.any() for gradient in whole.values())
+    for name, gradient in light.items():
+        assert torch.equal(gradient, whole[name]), name
 
 
 def test_capacities_need_no_rate(tmp_path: Path) -> None:
