@@ -15,6 +15,7 @@ from fastskip.commands.generate import generate
 from fastskip.commands.plan import plan
 from fastskip.commands.policies import policies
 from fastskip.commands.prune import prune
+from fastskip.commands.train import train
 from fastskip.commands.verify import verify
 
 EXIT_ERROR = 2
@@ -52,7 +53,7 @@ def _help(function: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (generate, plan, verify, calibrate, prune, demo, policies):
+for command in (generate, plan, verify, calibrate, prune, train, demo, policies):
     app.command(help=_help(command))(command)
 
 
@@ -75,7 +76,11 @@ def main(
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
+<<<<<<< HEAD
     so that a wanted share of rows skips, [bold]prune[/] sets weights to zero.
+=======
+    so that a wanted share of rows skips, [bold]train[/] mends by training what skipping costs.
+>>>>>>> train
     """
 
 

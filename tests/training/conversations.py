@@ -47,3 +47,10 @@ def processor(kind: Kind = "llava") -> Any:
 
 def prepared(policy: Any = POLICY, **options: Any) -> Any:
     return fastskip.apply_(tiny_llava(vocab=VOCAB, **options), policy)
+
+
+def recompute(model: Any, *, wanted: bool) -> None:
+    """Switches gradient checkpointing, whose name changes within transformers 5."""
+    switch = "enable" if wanted else "disable"
+    names = (f"{kind}_checkpointing_{switch}" for kind in ("activation", "gradient"))
+    getattr(model, next(name for name in names if hasattr(model, name)))()
