@@ -76,11 +76,8 @@ def main(
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
-<<<<<<< HEAD
-    so that a wanted share of rows skips, [bold]prune[/] sets weights to zero.
-=======
-    so that a wanted share of rows skips, [bold]train[/] mends by training what skipping costs.
->>>>>>> train
+    so that a wanted share of rows skips, [bold]prune[/] sets weights to zero, and [bold]train[/]
+    mends by training what skipping costs.
     """
 
 
