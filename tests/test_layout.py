@@ -82,22 +82,40 @@ FLOORS = {
     ),
     "prompts": Floor(("images", "prompts"), (), ("PIL", "numpy", "transformers")),
     "machine": Floor(("machine",), PURE, ("torch",)),
+    "intervals": Floor(("intervals",), (), ("numpy",)),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine"),
+        (*PURE, "loading", "public", "machine", "intervals"),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
     # Policies found and judged, by what users have: the definition of a score is all it shares.
     "study": Floor(
         ("study",),
-        (*PURE, "tokens", "reference", "routing", "loading", "public", "prompts"),
-        ("torch",),
+        (*PURE, "tokens", "reference", "routing", "families", "loading", "public", "prompts")
+        + ("intervals",),
+        ("torch", "numpy", "PIL"),
+    ),
+    # The experiments of the paper are run on the demo's models and scenes.
+    "paper": Floor(
+        ("study.paper", "study.comparison"),
+        (
+            *PURE,
+            "families",
+            "loading",
+            "public",
+            "prompts",
+            "machine",
+            "intervals",
+            "demo",
+            "study",
+        ),
+        ("torch", "numpy", "matplotlib", "transformers", "tqdm"),
     ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("demo", "study"),
+        + ("demo", "study", "paper"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

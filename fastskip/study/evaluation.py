@@ -32,6 +32,11 @@ class Judged:
     answer: str
     score: float
 
+    @property
+    def item(self) -> tuple[str, str, tuple[str, ...]]:
+        """What was asked, without what was answered."""
+        return self.kind, self.question, self.references
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -69,7 +74,9 @@ class Evaluation:
         Raises:
             ValueError: the other one answered other items.
         """
-        ours, theirs = ([(x.kind, x.question, x.references) for x in e.judged] for e in (self, other))
+        ours, theirs = (
+            [(x.kind, x.question, x.references) for x in e.judged] for e in (self, other)
+        )
         if ours != theirs:
             raise ValueError("evaluations: of different items; allowed: two of the same exam")
         return paired_bootstrap(other.scores(*kinds), self.scores(*kinds), seed=seed)

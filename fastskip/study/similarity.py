@@ -87,9 +87,7 @@ def similarities(
     )
 
 
-def _whole(
-    model: Any, inputs: dict[str, Any], new_tokens: int
-) -> tuple[Tensor, dict[str, Any]]:
+def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
     """The class codes of prompt and answer together, `[B, T]` on the host, and their inputs."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
