@@ -100,7 +100,7 @@ class Cell:
 
 
 DENSE = Cell("dense", "dense", Section.DENSE)
-INTERVALS = ((2, 0), (4, 0), (2, 3), (1, 3), (1, 0))
+INTERVALS = ((2, 0), (4, 0), (2, 3), (1, 3))
 """Interval and start of the schedules; an interval of 1 leaves out every layer of the range."""
 QUICK_INTERVALS = ((2, 0), (1, 3))
 HALF = Schedule(Part.BLOCK, Scope.ALL, interval=2, start=0)
@@ -136,7 +136,7 @@ def _skipped(intervals: tuple[tuple[int, int], ...]) -> list[Cell]:
 
 def _parallel(is_quick: bool) -> list[Cell]:
     found = []
-    for start in (2,) if is_quick else (0, 2, 4):
+    for start in (2,) if is_quick else (2, 4):
         for norm in ("own", "shared"):
             policy = SkipPolicy.preset("parallel_blocks", start=start, end=DEPTH, norm=norm)
             label = f"attention and FFN in parallel from layer {start}, {norm} norm"

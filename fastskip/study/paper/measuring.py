@@ -29,10 +29,10 @@ FIRST_SEED = 1000
 class Effort:
     """How much is measured, for each seed: items asked, and steps and rows of each training."""
 
-    questions: int = 120
-    captions: int = 50
-    steps: int = 60
-    sequences: int = 16
+    questions: int = 100
+    captions: int = 36
+    steps: int = 40
+    sequences: int = 12
     similarity_samples: int = 64
     timing_rounds: int = 7
 
