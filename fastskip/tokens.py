@@ -57,7 +57,11 @@ def add_(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
 
 
 def add(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
-    """``packed[rows] + change`` as a new tensor: the form that autograd can follow."""
+    """``packed[rows] + change`` as a new tensor: the form that autograd can follow.
+
+    Under autocast changes come in another dtype than the stream; it keeps its own.
+    """
+    change = change.to(packed.dtype)
     if rows.count == packed.shape[0] and isinstance(rows.index, slice):
         return packed + change
     return packed.index_add(0, rows.ids(packed.device), change)

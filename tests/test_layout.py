@@ -96,6 +96,12 @@ FLOORS = {
         + ("intervals",),
         ("torch", "numpy", "PIL"),
     ),
+    # Learned by transformers' trainer; what routers learn by is the definition of their score.
+    "training": Floor(
+        ("study.training",),
+        (*PURE, "reference", "routing", "families", "loading", "public", "prompts"),
+        ("PIL", "matplotlib", "numpy", "peft", "safetensors", "torch", "transformers"),
+    ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
         ("study.paper", "study.comparison"),
@@ -109,13 +115,14 @@ FLOORS = {
             "intervals",
             "demo",
             "study",
+            "training",
         ),
         ("torch", "numpy", "matplotlib", "transformers", "tqdm"),
     ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("demo", "study", "paper"),
+        + ("demo", "study", "training", "paper"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
@@ -237,7 +244,7 @@ def test_outside_packages() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton"])
+@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton", "peft"])
 def test_imported_only_when_needed(package: str) -> None:
     """A file format, an optional extra, a GPU: not everyone has them or wants to wait for them."""
     wrong = [str(found) for found in imports() if found.on_import and _root(found) == package]

@@ -172,7 +172,7 @@ class GradientEntries:
     ) -> None:
         """``like=None``: the cache is not kept, so nothing is copied into it."""
         self._stored = CachedEntries(plan, cache, layout, like)
-        self._is_kept = like is not None
+        self.is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self.counts, self.columns = self._stored.counts, self._stored.columns
@@ -182,8 +182,12 @@ class GradientEntries:
     def held(self) -> Mapping[Table, Tensor]:
         return self._stored.held
 
+    def forget(self, layer: int) -> None:
+        """Before a layer runs once more, for its activations: it stores its entries anew."""
+        self._new.pop(layer, None)
+
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
-        if self._is_kept:
+        if self.is_kept:
             self._stored.append(layer, rows, keys.detach(), values.detach())
         self._new.setdefault(layer, []).append((rows.ids(torch.device("cpu")), keys, values))
 

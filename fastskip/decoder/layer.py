@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from fastskip.decoder.entries import Entries
 from fastskip.decoder.weights import Products
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan
-from fastskip.policy import Arrangement, Norm
+from fastskip.policy import Arrangement, Norm, Sublayer
 from fastskip.tokens import Rows
 
 Add = Callable[[Tensor, Rows, Tensor], Tensor]
@@ -33,6 +33,8 @@ class BlockRows:
         pattern: what the attending rows see; ``None`` without any.
         decide_feeding: where a router decides on the FFN alone: from what the attention leaves to
             the rows that run it, instead of ``feeding``.
+        factors: by layer and sublayer, ``[N]``: what the changes of all packed rows are multiplied
+            by, where a router is trained; complete once it has decided.
     """
 
     joint: Rows
@@ -43,6 +45,7 @@ class BlockRows:
     feeding: Rows
     pattern: AttentionPattern | None
     decide_feeding: Callable[[Tensor], Rows] | None = None
+    factors: Mapping[tuple[int, Sublayer], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Block:
         if self.plan.arrangement is Arrangement.PARALLEL:
             norm = self.products.attention_norm
             norm = norm if self.plan.norm is Norm.SHARED else self.products.ffn_norm
-            ffn = self._ffn(narrow.take(h), rows.feeding, norm)
+            ffn = self._ffn(narrow.take(h), rows.feeding, norm, rows)
             attention = self._attention(h, rows, rotation, entries)
             return self._add(
                 self._add(narrow.take(h), rows.attending, attention, add), rows.feeding, ffn, add
@@ -86,7 +89,7 @@ class Block:
         attention = self._attention(h, rows, rotation, entries)
         h = self._add(narrow.take(h), rows.attending, attention, add)
         feeding = rows.feeding if rows.decide_feeding is None else rows.decide_feeding(h)
-        return self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm), add)
+        return self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm, rows), add)
 
     def change(self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries) -> Tensor:
         """``d``: what the dense layer adds to the attending rows of its (narrowed) input; both
@@ -124,7 +127,8 @@ class Block:
         if queries is None:
             queries = self._narrow_queries(h, rows, rotation)
         mixed = rows.pattern.attend(queries, layer, entries, self.ops, self.scale, self.dropout)
-        return products.attention_output(mixed)
+        change = products.attention_output(mixed)
+        return self._scaled(change, Sublayer.ATTENTION, rows.attending, rows)
 
     def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Rotation) -> Tensor:
         """Queries of the last layer, whose K and V were projected for more rows than go on."""
@@ -133,9 +137,20 @@ class Block:
         at = rotation.take(narrow).take(rows.attending)
         return self.ops.rotate(self.products.queries(x), at.cosine, at.sine)
 
-    def _ffn(self, h: Tensor, rows: Rows, norm: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def _ffn(
+        self, h: Tensor, feeding: Rows, norm: Callable[[Tensor], Tensor], rows: BlockRows
+    ) -> Tensor | None:
         """``F(norm h)`` of the rows that run the FFN."""
-        return self.products.ffn(norm(rows.take(h))) if rows.count else None
+        if not feeding.count:
+            return None
+        change = self.products.ffn(norm(feeding.take(h)))
+        return self._scaled(change, Sublayer.FFN, feeding, rows)
+
+    def _scaled(self, change: Tensor, sublayer: Sublayer, own: Rows, rows: BlockRows) -> Tensor:
+        factors = None if rows.factors is None else rows.factors.get((self.plan.index, sublayer))
+        if factors is None:
+            return change
+        return change * own.take((rows.narrow or _all(factors)).take(factors))[:, None]
 
     @staticmethod
     def _add(h: Tensor, rows: Rows, change: Tensor | None, add: Add) -> Tensor:

@@ -93,6 +93,7 @@ class RoutedRows:
         self._held: dict[int, Mask] = {}
         self._skips: dict[tuple[int, Sublayer], Mask] = {}
         self._asked: dict[tuple[int, Sublayer], Mask] = {}
+        self._factors: dict[tuple[int, Sublayer], Tensor] = {}
         # Rules of the layer at hand whose candidates all skip; ``None`` if some rule is divided.
         self._whole: set[int] | None = set()
 
@@ -130,7 +131,9 @@ class RoutedRows:
         if layer.hollow:
             self._hold(layer, self._of(static.holding))
         rows = self._static(static, is_last)
-        return rows if decide is None else replace(rows, decide_feeding=decide)
+        if decide is None and not self._factors:
+            return rows
+        return replace(rows, decide_feeding=decide, factors=self._factors)
 
     def decisions(self) -> Decisions:
         """What was decided in this forward, by column."""
@@ -177,6 +180,7 @@ class RoutedRows:
             feeding=_rows(_taken(self._feeding(layer), narrow)),
             pattern=pattern,
             decide_feeding=decide,
+            factors=self._factors,
         )
 
     def _hold(self, layer: LayerPlan, held: Mask) -> None:
@@ -271,9 +275,19 @@ class RoutedRows:
         )
         decision = _checked(router.decide(context), within.count, cells[0])
         skipped, among = self._nobody.copy(), self._nobody.copy()
+        if decision.factor is not None:
+            self._scale(cells[0], rows, decision.factor, h)
         skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
         among[rows.numpy()] = True
         self._take(number, cells, skipped, among, decision.scope)
+
+    def _scale(self, cell: RoutedCell, rows: Tensor, factor: Tensor, h: Tensor) -> None:
+        """Notes what the changes of candidates are multiplied by."""
+        ones = h.new_ones(len(self._layout))
+        for sublayer in cell.skip:
+            key = cell.layer, sublayer
+            found = self._factors.get(key, ones)
+            self._factors[key] = found.index_copy(0, rows.to(h.device), factor.to(h.dtype))
 
     def _take(
         self,
@@ -368,6 +382,9 @@ def _checked(decision: Any, count: int, cell: RoutedCell) -> Decision:
             f"{skip.dtype} {list(skip.shape)}" if isinstance(skip, Tensor) else type(skip).__name__
         )
         raise RouterError(f"{where}: Decision.skip is {got}; allowed: bool [{count}]")
+    factor = decision.factor
+    if factor is not None and factor.shape != skip.shape:
+        raise RouterError(f"{where}: Decision.factor is {list(factor.shape)}; allowed: [{count}]")
     if not isinstance(decision.scope, Scope):
         raise RouterError(f"{where}: Decision.scope is {decision.scope!r}; allowed: a Scope")
     return decision

@@ -13,6 +13,7 @@ from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Block, BlockRows, Rotation
+from fastskip.decoder.recomputing import maybe_recomputed
 from fastskip.decoder.rope import RotaryTable
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights, has_hooks
@@ -132,11 +133,14 @@ class Decoder:
                 for index in step:
                     watch(index, packed)
             if len(blocks) == 1:
-                packed = blocks[0].run(packed, inputs[0], rotation, entries, combine)
+                run = maybe_recomputed(blocks[0].run, self.weights[step[0]].layer, step[0], entries)
+                packed = run(packed, inputs[0], rotation, entries, combine)
                 continue
             changes = [
-                block.change(packed, own, rotation, entries)
-                for block, own in zip(blocks, inputs, strict=True)
+                maybe_recomputed(block.change, self.weights[index].layer, index, entries)(
+                    packed, own, rotation, entries
+                )
+                for index, block, own in zip(step, blocks, inputs, strict=True)
             ]
             change = changes[0] + changes[1]
             change = change / 2 if blocks[0].plan.combine is Combine.MEAN else change

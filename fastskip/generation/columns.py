@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.recomputing import recomputes
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.classes import classify, given_shape
 from fastskip.generation.runtime import Runtime
@@ -28,6 +29,8 @@ def cache_of(
     use_cache = inputs.get("use_cache")
     if use_cache is None:
         use_cache = bool(getattr(text_model.config, "use_cache", True))
+    if wants_gradient and any(recomputes(layer) for layer in text_model.layers):
+        use_cache = False  # as in transformers: what is computed twice would be stored twice
     return runtime.decoder.new_cache(wants_gradient=wants_gradient), use_cache
 
 

@@ -32,10 +32,15 @@ class Scope(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Which candidates skip: ``skip [n]`` bool, on any device; and how far that reaches."""
+    """Which candidates skip: ``skip [n]`` bool, on any device; and how far that reaches.
+
+    ``factor [n]``: while a router is trained, what the changes of its candidates are multiplied by,
+    with its gradient.
+    """
 
     skip: Tensor
     scope: Scope = Scope.SUBLAYER
+    factor: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

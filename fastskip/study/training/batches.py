@@ -1,0 +1,56 @@
+"""Batches of encoded examples: padded sequences, and the images of all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastskip.study.training.encoding import IGNORED, Features
+from fastskip.study.training.settings import Padding
+
+
+class Collator:
+    """Makes one batch of several examples.
+
+    ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; tensors of images follow one another
+    in the order of their placeholders. Where images have different numbers of crops
+    (LLaVA-NeXT, LLaVA-OneVision), crops of zeros fill them up, which the model leaves out.
+    """
+
+    def __init__(self, pad_id: int, side: Padding) -> None:
+        self._pad_id, self._side = pad_id, side
+
+    def __call__(self, examples: Sequence[Features]) -> Features:
+        width = max(len(example["input_ids"]) for example in examples)
+        batch = {
+            "input_ids": self._padded([e["input_ids"] for e in examples], width, self._pad_id),
+            "labels": self._padded([e["labels"] for e in examples], width, IGNORED),
+            "attention_mask": self._padded(
+                [torch.ones_like(e["input_ids"]) for e in examples], width, 0
+            ),
+        }
+        names = {name: None for example in examples for name in example if name not in batch}
+        for name in names:
+            batch[name] = _joined([example[name] for example in examples if name in example])
+        return batch
+
+    def _padded(self, rows: list[Tensor], width: int, fill: int) -> Tensor:
+        is_left = self._side is Padding.LEFT
+        missing = [width - len(row) for row in rows]
+        sides = [(count, 0) if is_left else (0, count) for count in missing]
+        return torch.stack(
+            [pad(row, ends, value=fill) for row, ends in zip(rows, sides, strict=True)]
+        )
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """One after the other; those with fewer crops (``[n, crops, ...]``) get more."""
+    if tensors[0].ndim < 5:
+        return torch.cat(tensors)
+    most = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat(
+        [torch.cat((t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])), 1) for t in tensors]
+    )

@@ -1,0 +1,55 @@
+"""What happens beside the steps of a trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+
+class Masks(Protocol):
+    """Weights that were pruned and stay so."""
+
+    def apply_(self, model: Any) -> object:
+        """Sets them to zero, in place."""
+
+
+@dataclass
+class Events(transformers.TrainerCallback):  # type: ignore[misc]
+    """What happens beside the steps: clocks, masks, and whoever watches."""
+
+    masks: Masks | None
+    model: Any
+    on_step: Callable[[int, int, float], object]
+    seconds: list[float] = field(default_factory=list)
+    _began: float = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._mask()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = self._now()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._mask()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(self._now() - self._began)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.on_step(state.global_step, state.max_steps, logs["loss"])
+
+    def _mask(self) -> None:
+        if self.masks is not None:
+            with torch.no_grad():
+                self.masks.apply_(self.model)
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()

@@ -1,0 +1,168 @@
+"""Linear routers that learn, by the straight-through estimator.
+
+Forward, a candidate's change is multiplied by 1 if it would run and by 0 if it would skip, so the
+model computes what it will compute with the trained router. Backward, that step counts as the
+sigmoid of the score above the threshold (Bengio, Leonard & Courville 2013, arXiv:1308.3432), so a
+router learns from what each row's change is worth to the loss: for this every candidate is
+computed. A penalty draws the share that skips to the wanted one, over all layers together: layers
+whose changes are worth less skip more. The model's own weights are frozen, as in the router tuning
+of SkipGPT (arXiv:2506.04179).
+
+What differs at inference: nothing is computed for rows that skip, and there is no gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastskip.loading import plan_of
+from fastskip.ops.fused_routes import linear_score, settle
+from fastskip.ops.routes import Terms
+from fastskip.policy import PolicyError, RouterRule, SkippedKV, SkipPolicy, select_layers
+from fastskip.routing import Decision, Router, RoutingContext, ScoreRouter, build_routers
+from fastskip.routing.weights import LayerScore, write_weights
+
+
+class Gates(nn.Module):
+    """The routers of a prepared model as parameters: by rule and layer, weight and bias."""
+
+    def __init__(self, model: Any, rate: float | None) -> None:
+        """Starts from the routers that the model has; ``rate``: the share that should skip.
+
+        Raises:
+            PolicyError: the policy has no routers, or others than linear ones that project K and V.
+        """
+        super().__init__()
+        plan = plan_of(model)
+        self.policy, self._rate = plan.policy, rate
+        _check(self.policy, rate)
+        self._depth = plan.shape.depth
+        self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
+        self._shares: list[Tensor] = []
+        routers = build_routers(self.policy, self._depth, plan.shape.hidden_size)
+        for number, router in enumerate(routers):
+            assert isinstance(router, ScoreRouter)
+            for layer in self._layers(number):
+                terms, name = router.terms(layer), _name(number, layer)
+                assert terms.weight is not None
+                weight = terms.weight.clone().to(model.device)
+                self.weights[name] = nn.Parameter(weight)
+                self.biases[name] = nn.Parameter(weight.new_tensor([terms.bias]))
+
+    def gate(self, number: int, router: Router) -> Router:
+        """The router that learns in the place of another one: for ``watching_routers``."""
+        assert isinstance(router, ScoreRouter)
+        return _Gate(router, number, self)
+
+    def decide(self, number: int, terms: Terms, context: RoutingContext) -> Decision:
+        """Nobody skips; each candidate's factor says whether it would have run."""
+        name = _name(number, context.layer)
+        scores = linear_score(context.hidden, self.weights[name], self.biases[name])
+        sequences, positions = (
+            rows.to(scores.device) for rows in (context.sequences, context.positions)
+        )
+        runs = ~settle(-scores.detach(), sequences, positions, terms)
+        soft = torch.sigmoid(scores + terms.bar)  # the bar is minus the threshold
+        factor = runs.to(soft.dtype) + soft - soft.detach()
+        if terms.capacity is None:
+            self._shares.append(factor)
+        return Decision(torch.zeros_like(runs), factor=factor)
+
+    def penalty(self) -> Tensor | None:
+        """The square distance of the last forwards' share of rows that run to the wanted one."""
+        shares, self._shares = self._shares, []
+        if self._rate is None or not shares:
+            return None
+        return (torch.cat(shares).mean() - (1 - self._rate)).square()
+
+    def save(self, folder: Path, about: dict[str, Any]) -> SkipPolicy:
+        """Writes ``policy.json`` and the weights beside it; returns the policy."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rules = []
+        for number, rule in enumerate(self.policy.routers):
+            scores = {
+                layer: LayerScore(
+                    self.weights[_name(number, layer)].detach().cpu(),
+                    float(self.biases[_name(number, layer)]),
+                )
+                for layer in self._layers(number)
+            }
+            write_weights(folder / weights_file(number), scores, about)
+            rules.append(replace(rule, weights=weights_file(number)))
+        provenance = {**self.policy.provenance, "training": about}
+        policy = replace(
+            self.policy, routers=tuple(rules), provenance=provenance, folder=str(folder)
+        )
+        policy.save(folder / "policy.json")
+        return policy
+
+    def _layers(self, number: int) -> tuple[int, ...]:
+        layers = self.policy.routers[number].layers
+        return select_layers(layers, self._depth, f"routers[{number}].layers")
+
+
+class _Gate(ScoreRouter):
+    """One learning router."""
+
+    def __init__(self, router: ScoreRouter, number: int, gates: Gates) -> None:
+        super().__init__(router.rule)
+        self._router, self._number, self._gates = router, number, gates
+
+    def terms(self, layer: int) -> Terms:
+        return self._router.terms(layer)
+
+    def decide(self, context: RoutingContext) -> Decision:
+        return self._gates.decide(self._number, self.terms(context.layer), context)
+
+
+def fresh_routers(
+    policy: SkipPolicy, depth: int, hidden_size: int, folder: Path, seed: int = 0
+) -> SkipPolicy:
+    """The policy with untrained weights for its linear routers, written into ``folder``.
+
+    Scores begin around 1, spread by about 1: most rows run, and no two decide alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rules: list[RouterRule] = []
+    for number, rule in enumerate(policy.routers):
+        if rule.kind == "linear":
+            layers = select_layers(rule.layers, depth, f"routers[{number}].layers")
+            start = 1.0 + (rule.threshold or 0.0)
+            scores = {
+                layer: LayerScore(
+                    torch.randn(hidden_size, generator=generator) / hidden_size**0.5, start
+                )
+                for layer in layers
+            }
+            write_weights(folder / weights_file(number), scores)
+            rule = replace(rule, weights=weights_file(number))
+        rules.append(rule)
+    return replace(policy, routers=tuple(rules), folder=str(folder))
+
+
+def weights_file(number: int) -> str:
+    """What the weights of a policy's router are called."""
+    return f"router_{number}.safetensors"
+
+
+def _name(number: int, layer: int) -> str:
+    return f"{number}_{layer}"
+
+
+def _check(policy: SkipPolicy, rate: float | None) -> None:
+    if not policy.routers:
+        raise PolicyError("routers", [], "a policy with linear routers", "no routers to train")
+    for number, rule in enumerate(policy.routers):
+        if rule.kind != "linear":
+            raise PolicyError(f"routers[{number}].kind", rule.kind, "linear: others learn nothing")
+        if rule.kv not in (None, SkippedKV.PROJECT):
+            # In training every candidate's K and V are there.
+            raise PolicyError(f"routers[{number}].kv", rule.kv.value, "project, while they learn")
+    if rate is None and all(rule.capacity is None for rule in policy.routers):
+        raise PolicyError("rate", None, "a share in [0, 1] for routers with a threshold")

@@ -1,0 +1,197 @@
+"""The run: `transformers.Trainer` over a prepared model, with what skipping adds to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastskip.loading import plan_of, set_policy, watching_routers
+from fastskip.study.training.batches import Collator
+from fastskip.study.training.encoding import Encoder
+from fastskip.study.training.events import Events, Masks
+from fastskip.study.training.examples import Example
+from fastskip.study.training.gates import Gates
+from fastskip.study.training.learner import Learner, TrainingError
+from fastskip.study.training.parts import adapted, learning, names_of
+from fastskip.study.training.settings import Parts, Precision, Settings, SettingsError
+from fastskip.study.training.sources import source_of
+from fastskip.study.training.trained import Trained
+
+CHECKPOINTS = "checkpoints"
+
+
+def train(
+    model: Any,
+    processor: Any,
+    data: Iterable[Example],
+    out: str | Path | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    *,
+    masks: Masks | None = None,
+    on_step: Callable[[int, int, float], object] = lambda step, steps, loss: None,
+) -> Trained:
+    """Trains a prepared model in place under its policy, by teacher forcing.
+
+    What the policy skips is skipped in the forward and in the backward pass. Rows of answers are
+    of class GENERATED, so that training sees what decoding will see. The optimiser is AdamW. On one
+    machine the same seed gives the same weights, and a run that is resumed ends as if it had not
+    been cut off.
+
+    Args:
+        model: from `fastskip.load_model` or `fastskip.apply_`.
+        processor: the checkpoint's processor (`fastskip.prompts.processor_for`); of a text-only
+            model its tokenizer.
+        data: examples. With a length and items they are shuffled; others are taken in their order,
+            once a pass, and need ``settings.steps``.
+        out: folder of the run, with its checkpoints; of `Parts.ROUTERS` also where ``policy.json``
+            and the routers' weights go. May be ``None`` where nothing is to be written.
+        settings: what learns, and how.
+        masks: pruned weights: applied before the first step and after each one, so that they stay
+            zero.
+        on_step: called after each optimiser step with its number, the number of all, and its loss.
+    Raises:
+        SettingsError: a setting does not go with the model, the data or ``out``.
+        DataError: an example cannot be used, and ``settings.skip_broken`` is not set.
+        PolicyError: of `Parts.ROUTERS`, a router that cannot learn.
+        TrainingError: the data end too soon, or a checkpoint is of other settings.
+    """
+    plan = plan_of(model)
+    folder = _folder(out, settings)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token_id is None:
+        raise SettingsError("processor", "no padding token", "a tokenizer with a pad_token")
+    source = source_of(data, Encoder(processor, plan.shape.max_positions), settings)
+    events = Events(masks, model, on_step)
+    was_training = model.training
+    with ExitStack() as stack:
+        stack.enter_context(_seeds_kept())
+        names = names_of(model, settings.parts)
+        stack.enter_context(learning(model, names, settings.precision))
+        stack.callback(model.train, was_training)
+        whole, gates = model, None
+        if settings.parts is Parts.LORA:
+            whole = adapted(model, settings.lora, settings.seed)
+        if settings.parts is Parts.ROUTERS:
+            gates = Gates(model, settings.rate)
+            stack.enter_context(watching_routers(model, gates.gate))
+            stack.enter_context(_input_gradients(model))
+        if settings.gradient_checkpointing:
+            stack.enter_context(_checkpointing(model))
+        learner = Learner(model, gates, settings.pressure / settings.accumulation)
+        trainer = transformers.Trainer(
+            learner,
+            _arguments(settings, folder, model),
+            data_collator=Collator(tokenizer.pad_token_id, settings.padding),
+            train_dataset=source,
+            callbacks=[events],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        if trainer.args.n_gpu > 1:
+            allowed = "one visible device (CUDA_VISIBLE_DEVICES=0)"
+            raise SettingsError("devices", trainer.args.n_gpu, allowed)
+        last = get_last_checkpoint(str(folder)) if settings.resume and folder.is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        if trainer.state.global_step < trainer.state.max_steps:
+            raise TrainingError(
+                f"data: ended after {trainer.state.global_step} steps; allowed: enough examples for "
+                f"{trainer.state.max_steps} steps"
+            )
+    policy = plan.policy
+    if gates is not None and out is not None:
+        about = {"rate": settings.rate, "steps": trainer.state.global_step, "seed": settings.seed}
+        policy = gates.save(Path(out), about)
+        set_policy(model, policy)
+    return Trained(
+        model=whole,
+        settings=settings,
+        policy=policy,
+        losses=tuple(e["loss"] for e in trainer.state.log_history if "loss" in e),
+        step_seconds=tuple(events.seconds),
+        rows=int(learner.rows),
+        examples=len(events.seconds) * settings.batch * settings.accumulation,
+        broken=(*getattr(data, "broken", ()), *source.broken.values()),
+    )
+
+
+def _folder(out: str | Path | None, settings: Settings) -> Path:
+    if out is None:
+        for name in ("save_every", "resume"):
+            if getattr(settings, name):
+                raise SettingsError(name, getattr(settings, name), "none without a folder (out)")
+        if settings.parts is Parts.ROUTERS:
+            raise SettingsError("out", None, "a folder, for the routers' weights")
+        return Path(CHECKPOINTS)
+    return Path(out) / CHECKPOINTS
+
+
+def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=-1 if settings.steps is None else settings.steps,
+        num_train_epochs=1 if settings.epochs is None else settings.epochs,
+        learning_rate=settings.peak,
+        lr_scheduler_type=settings.schedule.value,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_gradient_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=settings.precision is Precision.BFLOAT16,
+        use_cpu=model.device.type == "cpu",
+        save_strategy="no" if settings.save_every is None else "steps",
+        save_steps=settings.save_every or 1,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type == "cuda",
+    )
+
+
+@contextmanager
+def _seeds_kept() -> Iterator[None]:
+    """The trainer seeds everything; afterwards the caller's generators go on where they were."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@contextmanager
+def _input_gradients(model: Any) -> Iterator[None]:
+    """Routers are not in the model, so its embeddings say that gradients are wanted."""
+    table = model.get_input_embeddings()
+    handle = table.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activations are computed again in the backward pass, by transformers' own switch."""
+    # The name of the switch changes within transformers 5.
+    names = ("activation_checkpointing_{}", "gradient_checkpointing_{}")
+    name = next(name for name in names if hasattr(model, name.format("enable")))
+    getattr(model, name.format("enable"))()
+    try:
+        yield
+    finally:
+        getattr(model, name.format("disable"))()

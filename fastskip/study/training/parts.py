@@ -1,0 +1,89 @@
+"""What learns: the parameters of each part of a model, and adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastskip.families import text_model_of
+from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
+
+_PROJECTOR = ("multi_modal_projector", "image_newline")
+_ENCODER = "vision_tower"
+
+
+def names_of(model: Any, parts: Parts) -> frozenset[str]:
+    """The names of the model's own parameters that learn; of LORA and ROUTERS, none.
+
+    Raises:
+        SettingsError: the model has no such part.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    projector = {name for name in names if any(part in name for part in _PROJECTOR)}
+    if parts is Parts.PROJECTOR:
+        if not projector:
+            others = ", ".join(part for part in Parts if part is not Parts.PROJECTOR)
+            raise SettingsError("parts", parts.value, f"{others} (this model has no projector)")
+        return frozenset(projector)
+    if parts is Parts.LANGUAGE:
+        return frozenset(name for name in names if _ENCODER not in name)
+    return frozenset(names) if parts is Parts.EVERYTHING else frozenset()
+
+
+@contextmanager
+def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterator[None]:
+    """Within this block the named parameters want gradients and no others do; in BFLOAT16 they are
+    held in fp32 meanwhile."""
+    before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+            if name in names and precision is Precision.BFLOAT16:
+                parameter.data = parameter.data.float()
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            if name in before:  # adapters are new
+                wanted, dtype = before[name]
+                parameter.requires_grad_(wanted)
+                parameter.data = parameter.data.to(dtype)
+                parameter.grad = None
+
+
+def adapted(model: Any, lora: Lora, seed: int) -> Any:
+    """The model with fresh adapters on the linear layers of its decoder, as a ``peft.PeftModel``.
+
+    The model itself has them from now on; its own parameters are frozen.
+    """
+    peft = _peft()
+    layers = text_model_of(model).layers
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf"{re.escape(prefix)}\.\d+\..*\b({'|'.join(sorted(linear))})",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        allowed = "other parts, or: pip install 'fastskip[train]'"
+        raise SettingsError("parts", "lora", f"{allowed} (peft is missing)") from error
+    return peft

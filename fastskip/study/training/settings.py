@@ -1,0 +1,193 @@
+"""How to train: one frozen object, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+class Parts(StrEnum):
+    """What learns; all else is frozen and does not change by a bit.
+
+    PROJECTOR: what maps image features into the language model (the setting of "Skipping
+    Computations in Multimodal LLMs"). LANGUAGE: projector and language model. EVERYTHING: the
+    vision encoder too. LORA: adapters on the linear layers of the language model. ROUTERS: the
+    linear routers of the model's policy.
+    """
+
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
+    EVERYTHING = "everything"
+    LORA = "lora"
+    ROUTERS = "routers"
+
+
+class Precision(StrEnum):
+    """WEIGHTS: all is computed in the dtype of the model's weights. BFLOAT16: products are computed
+    in bfloat16 (autocast) and what learns is held in fp32."""
+
+    WEIGHTS = "weights"
+    BFLOAT16 = "bfloat16"
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes on after the warm-up: as it is, or down to zero."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class Padding(StrEnum):
+    """On which side the shorter sequences of a batch are filled up."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
+RATES = {
+    Parts.PROJECTOR: 1e-3,
+    Parts.LANGUAGE: 2e-5,
+    Parts.EVERYTHING: 2e-5,
+    Parts.LORA: 2e-4,
+    Parts.ROUTERS: 1e-2,
+}
+"""Learning rates where none is given; the first four are those of LLaVA-1.5's recipes."""
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; names it, its value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(f"{field}: {value!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Adapters ``W + alpha / rank * B A`` (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _whole("lora.rank", self.rank)
+        _number("lora.alpha", self.alpha, 0, math.inf, open_low=True)
+        _number("lora.dropout", self.dropout, 0, 1, open_high=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        parts: what learns.
+        steps, epochs: how long, in optimiser steps or passes over the data; one of them, or
+            neither for one pass.
+        batch, accumulation: examples of one forward, and forwards of one optimiser step.
+        learning_rate: the peak; ``None`` takes that of `RATES`.
+        schedule, warmup: the way down, and the share of the steps in [0, 1) that goes up.
+        weight_decay: AdamW's.
+        max_gradient_norm: longer gradients are shortened to this; 0 leaves all as they are.
+        seed: of the order of the examples, adapters and dropout.
+        precision, gradient_checkpointing: how forwards compute, and whether activations of a layer
+            are dropped and computed again in the backward pass.
+        padding: on which side.
+        save_every: optimiser steps from one checkpoint to the next; ``None`` writes none.
+        resume: go on from the last checkpoint, if there is one.
+        skip_broken: leave out examples that cannot be used and count them, instead of stopping.
+        lora: of `Parts.LORA`.
+        rate, pressure: of `Parts.ROUTERS`: the share of candidates that should skip, and how much
+            its square distance weighs in the loss.
+    """
+
+    parts: Parts = Parts.PROJECTOR
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 8
+    accumulation: int = 1
+    learning_rate: float | None = None
+    schedule: Schedule = Schedule.COSINE
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    seed: int = 0
+    precision: Precision = Precision.WEIGHTS
+    gradient_checkpointing: bool = False
+    padding: Padding = Padding.RIGHT
+    save_every: int | None = None
+    resume: bool = False
+    skip_broken: bool = False
+    lora: Lora = field(default_factory=Lora)
+    rate: float | None = None
+    pressure: float = 10.0
+
+    def __post_init__(self) -> None:
+        _set(self, "parts", _choice(Parts, "parts", self.parts))
+        _set(self, "schedule", _choice(Schedule, "schedule", self.schedule))
+        _set(self, "precision", _choice(Precision, "precision", self.precision))
+        _set(self, "padding", _choice(Padding, "padding", self.padding))
+        if self.steps is not None and self.epochs is not None:
+            raise SettingsError("epochs", self.epochs, "steps or epochs, not both")
+        for name in ("steps", "save_every"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name))
+        if self.epochs is not None:
+            _number("epochs", self.epochs, 0, math.inf, open_low=True)
+        for name in ("batch", "accumulation"):
+            _whole(name, getattr(self, name))
+        _whole("seed", self.seed, 0)
+        if self.learning_rate is not None:
+            _number("learning_rate", self.learning_rate, 0, math.inf, open_low=True)
+        _number("warmup", self.warmup, 0, 1, open_high=True)
+        for name in ("weight_decay", "max_gradient_norm", "pressure"):
+            _number(name, getattr(self, name), 0, math.inf)
+        if self.rate is not None:
+            _number("rate", self.rate, 0, 1)
+            if self.parts is not Parts.ROUTERS:
+                raise SettingsError("rate", self.rate, "none, unless parts is routers")
+
+    @property
+    def peak(self) -> float:
+        """The learning rate after the warm-up."""
+        return RATES[self.parts] if self.learning_rate is None else self.learning_rate
+
+
+def _set(settings: object, name: str, value: object) -> None:
+    object.__setattr__(settings, name, value)
+
+
+def _choice(kind: type[Choice], field: str, value: object) -> Choice:
+    try:
+        return kind(str(value))
+    except ValueError:
+        raise SettingsError(field, value, ", ".join(kind)) from None
+
+
+def _whole(field: str, value: object, low: int = 1) -> None:
+    if type(value) is not int or value < low:
+        raise SettingsError(field, value, f"a whole number from {low}")
+
+
+def _number(
+    field: str,
+    value: object,
+    low: float,
+    high: float,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value):  # type: ignore[arg-type]
+        found = float(value)  # type: ignore[arg-type]
+        is_end = (open_low and found == low) or (open_high and found == high)
+        if low <= found <= high and not is_end:
+            return
+    opening, closing = "(" if open_low else "[", ")" if open_high or math.isinf(high) else "]"
+    raise SettingsError(field, value, f"a number in {opening}{low:g}, {high:g}{closing}")

@@ -1,0 +1,63 @@
+"""What a run leaves: the model, how it went, and how it is written down."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastskip.policy import SkipPolicy
+from fastskip.study.training.settings import Parts, Settings
+
+
+@dataclass(slots=True)
+class Trained:
+    """A trained model and how it went.
+
+    Attributes:
+        model: the model that was handed in, trained in place and in evaluation mode; of
+            `Parts.LORA` the ``peft.PeftModel`` around it.
+        policy: what it was trained under; of `Parts.ROUTERS` with the trained routers.
+        losses: of every optimiser step, those before a resumption included.
+        step_seconds: of the steps of this run: forward, backward and update, without the data.
+        rows: real rows of all forwards of this run.
+        examples: how many examples these forwards saw.
+        broken: what is wrong with the examples that were left out.
+    """
+
+    model: Any
+    settings: Settings
+    policy: SkipPolicy
+    losses: tuple[float, ...]
+    step_seconds: tuple[float, ...]
+    rows: int
+    examples: int
+    broken: tuple[str, ...]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median; not a number where no step was left to do."""
+        return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
+
+    @property
+    def rows_per_second(self) -> float:
+        """Real rows (tokens and image features) by the time of the steps."""
+        return self.rows / sum(self.step_seconds) if self.step_seconds else float("nan")
+
+    def save(self, folder: str | Path, processor: Any = None, *, merge: bool = False) -> None:
+        """Writes an ordinary checkpoint with its policy; of LORA the adapters and the policy.
+
+        ``merge``: of LORA, add the adapters to the weights (for good) and write the whole model.
+        ``processor``: is written beside it.
+        """
+        folder = Path(folder)
+        if self.settings.parts is Parts.LORA:
+            if merge:
+                self.model = self.model.merge_and_unload()
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.policy.save(folder / "fastskip_policy.json")
+        self.model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
