@@ -27,6 +27,9 @@ from fastskip.generation.saving import POLICY_FILE, policy_of_config
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.routing import Router, RoutingRecord, build_routers
+from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed, read_sparse
+from fastskip.sparse.convert import hold_, sparse_matrices
+from fastskip.sparse.linear import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,7 @@ def load_model(
     impl: str | None = None,
     attention: str | None = None,
     routers: Mapping[str, Router] | None = None,
+    weights: str = "dense",
     **from_pretrained_kwargs: Any,
 ) -> Any:
     """Loads a checkpoint and prepares it: same class, same ``generate``, faster.
@@ -70,15 +74,22 @@ def load_model(
         attention: ``None``, fastskip's own kernels; ``"flash"``: prompts attend by the flash-attn
             package, where it is installed and the policy allows.
         routers: the user's own routers, by the names that the policy gives them.
+        weights: how pruned projections are held, whichever way they are stored: ``"dense"``,
+            ``"bitmap"`` or ``"csr"`` (``fastskip.sparse.Weights``). The latter two run on plain
+            torch, which ``impl=None`` then means.
         from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.
     Raises:
         UnsupportedModelError: the model, or an argument, is not supported yet.
         PolicyError: the policy is malformed or does not fit the model.
+        SparseError: the files of a sparse checkpoint do not fit together, or the weights cannot be
+            held as asked.
         ValueError: another argument is malformed, or weights are missing.
     """
     _check_arguments(from_pretrained_kwargs)
+    if weights not in tuple(Weights):
+        raise ValueError(f"weights: {weights!r}; allowed: {', '.join(Weights)}")
     torch_dtype = _dtype_of(dtype)
     target = _device_of(device)
     ops.resolve(impl, target)  # before the weights are read
@@ -97,18 +108,18 @@ def load_model(
     make_plan(chosen, shape)
     build_routers(chosen, shape.depth, shape.hidden_size, routers)
     model_class = getattr(transformers, model_class_name(config))
-    model, found = model_class.from_pretrained(
-        path,
-        config=config,
-        dtype=torch_dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        **from_pretrained_kwargs,
-    )
+    options = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
+    options |= from_pretrained_kwargs
+    layout = _sparse_layout(path, hub)
+    if layout is None:
+        model, found = model_class.from_pretrained(path, output_loading_info=True, **options)
+    else:
+        model, found = read_sparse(model_class, path, layout, **options)
     missing = sorted(found["missing_keys"])
     if missing:  # Hugging Face draws them at random and warns
         raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
     model = model.to(target).eval()
+    hold_(model, weights)
     return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
 
 
@@ -123,6 +134,7 @@ def apply_(
     """Prepares a model that is already in memory, in place, and returns it.
 
     A model that is prepared already gets the new policy and keeps its ``impl`` and ``attention``.
+    One with sparse weights runs on plain torch: for it ``impl=None`` means ``"reference"``.
     """
     if attention not in (None, "flash"):
         raise ValueError(f"attention: {attention!r}; allowed: None, 'flash'")
@@ -136,6 +148,8 @@ def apply_(
     shape = shape_of(model.config, weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
+    if impl is None and sparse_matrices(model):
+        impl = "reference"
     runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device), own)
     if attention is not None:
         runtime.use_flash()
@@ -232,7 +246,7 @@ def _choose_policy(
     """An explicit policy wins; then the checkpoint's own file, then its config, then dense."""
     if policy is not None:
         return SkipPolicy.coerce(policy)
-    found = _policy_file(path, hub)
+    found = _file_of(path, POLICY_FILE, hub)
     if found is not None:
         logger.info("policy: %s", found)
         chosen = SkipPolicy.from_file(found)
@@ -247,13 +261,23 @@ def _choose_policy(
     return SkipPolicy()
 
 
-def _policy_file(path: str, hub: dict[str, Any]) -> Path | None:
+def _sparse_layout(path: str, hub: dict[str, Any]) -> SparseLayout | None:
+    """What a sparse checkpoint says of itself; ``None`` for an ordinary one."""
+    found = _file_of(path, LAYOUT_FILE, hub)
+    if found is None:
+        return None
+    check_unmixed(found.parent)
+    return SparseLayout.read(found)
+
+
+def _file_of(path: str, name: str, hub: dict[str, Any]) -> Path | None:
+    """One of our own files of a checkpoint, if it has it."""
     if Path(path).is_dir():
-        local = Path(path) / hub.get("subfolder", "") / POLICY_FILE
+        local = Path(path) / hub.get("subfolder", "") / name
         return local if local.is_file() else None
     found = transformers.utils.cached_file(
         path,
-        POLICY_FILE,
+        name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         **hub,

@@ -40,7 +40,7 @@ FLOORS = {
     "tokens": Floor(("tokens",), ("policy",), ("torch",)),
     "reference": Floor(
         ("ops.reference", "ops.fused", "ops.fused_routes", "ops.contracts", "ops.routes")
-        + ("ops.allocate",),
+        + ("ops.allocate", "ops.bitmaps"),
         outside=("torch",),
     ),
     "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),
@@ -61,14 +61,16 @@ FLOORS = {
         ("torch",),
     ),
     "families": Floor(("families",), PURE, ("torch",)),
+    # Modules of a model and files of a checkpoint: above what multiplies, below what loads.
+    "sparse": Floor(("sparse",), (*PURE, "reference", "kernels"), ("torch",)),
     "generation": Floor(
         ("generation",),
-        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "families"),
+        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "families", "sparse"),
         ("torch", "transformers"),
     ),
     "loading": Floor(
         ("loading",),
-        (*PURE, "ops", "routing", "families", "generation"),
+        (*PURE, "ops", "routing", "families", "sparse", "generation"),
         ("torch", "transformers"),
     ),
     "profiling": Floor(("profiling",), ("ops",)),
@@ -92,9 +94,9 @@ FLOORS = {
     # Policies found and judged, by what users have: the definition of a score is all it shares.
     "study": Floor(
         ("study",),
-        (*PURE, "tokens", "reference", "routing", "families", "loading", "public", "prompts")
-        + ("intervals",),
-        ("torch", "numpy", "PIL"),
+        (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
+        + ("prompts", "intervals"),
+        ("torch", "numpy", "PIL", "safetensors"),
     ),
     # Learned by transformers' trainer; what routers learn by is the definition of their score.
     "training": Floor(
@@ -122,7 +124,7 @@ FLOORS = {
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("demo", "study", "training", "paper"),
+        + ("sparse", "demo", "study", "training", "paper"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
@@ -320,7 +322,7 @@ def test_public_names() -> None:
         (
             "load_model",
             "model_id_or_path policy=None *dtype=auto *device=None *impl=None *attention=None "
-            "*routers=None **",
+            "*routers=None *weights=dense **",
         ),
         ("apply_", "model policy=None *impl=None *attention=None *routers=None"),
         ("set_policy", "model policy *routers=None"),

@@ -24,6 +24,8 @@ from fastskip.generation.loop import sample
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import save
 from fastskip.policy import TokenClass
+from fastskip.sparse.checkpoint import write_sparse
+from fastskip.sparse.convert import sparse_matrices
 
 
 def prepare(model: Any, runtime: Runtime) -> None:
@@ -199,13 +201,16 @@ class PreparedModel(_Prepared):
 
         ``export_per_layer_config=True`` also writes the policy as transformers'
         ``per_layer_config`` (skips of all tokens only). Stock transformers loads that and runs
-        dense, silently.
+        dense, silently. A model that is sparse in memory becomes a checkpoint as
+        ``fastskip.sparse.save_sparse`` writes it.
         """
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
             return base.save_pretrained(self, save_directory, *args, **kwargs)
         export = kwargs.pop("export_per_layer_config", False)
         write = functools.partial(base.save_pretrained, self, save_directory, *args, **kwargs)
+        if "variant" not in kwargs and sparse_matrices(self):
+            write = functools.partial(write_sparse, self, save_directory, write)
         return save(self.config, self._runtime.plan, save_directory, write, export=export)
 
 

@@ -1,0 +1,104 @@
+"""The weight matrices of a decoder's blocks: what can be pruned, and where it hangs.
+
+Matrices go by names that no wrapper changes, ``layers.3.self_attn.q_proj``: within a LLaVA, alone,
+prepared or under LoRA they are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastskip.policy import Sublayer
+
+# Llama, Mistral and Qwen2 say o_proj, gate_proj, up_proj, down_proj; OPT says out_proj, fc1, fc2.
+PROJECTIONS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), Sublayer.ATTENTION),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2"), Sublayer.FFN),
+}
+
+
+class SparseError(ValueError):
+    """Weights that cannot be held or pruned as asked; names what, and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(f"{field}: {value}; allowed: {allowed}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.allowed)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One projection of one layer.
+
+    ``parent`` holds ``module`` by the last word of the name. An adapter (LoRA) may wrap the linear.
+    """
+
+    layer: int
+    sublayer: Sublayer
+    name: str
+    parent: nn.Module
+    module: Any
+
+    @property
+    def attribute(self) -> str:
+        """What ``parent`` calls the module."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def linear(self) -> Any:
+        """The module that holds the weight, without adapters around it."""
+        found = self.module
+        while hasattr(found, "base_layer"):
+            found = found.base_layer
+        return found
+
+    @property
+    def weight(self) -> Tensor:
+        """``[M, E]``, the very parameter.
+
+        Raises:
+            SparseError: it is held in another form than a plain parameter.
+        """
+        weight = getattr(self.linear, "weight", None)
+        if type(weight) is not nn.Parameter or weight.ndim != 2 or weight.device.type == "meta":
+            kind = type(self.linear).__name__ if weight is None else type(weight).__name__
+            allowed = "plain weights in memory (fastskip.sparse.expand_ makes sparse ones plain)"
+            raise SparseError(self.name, f"held as {kind}", allowed)
+        return weight
+
+    def replace(self, module: nn.Module) -> None:
+        """Puts another module in its place."""
+        setattr(self.parent, self.attribute, module)
+
+
+def stack_of(model: Any) -> Any:
+    """The module that owns the decoder's ``layers``, whatever wraps it.
+
+    Raises:
+        SparseError: there is none.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = base.get_decoder() if hasattr(base, "get_decoder") else base
+    found = getattr(found, "decoder", found)  # OPT has one more floor
+    if not isinstance(getattr(found, "layers", None), nn.ModuleList):
+        kinds = "a Hugging Face model with a Llama, Mistral, Qwen2 or OPT decoder"
+        raise SparseError("model", type(model).__name__, kinds)
+    return found
+
+
+def matrices(model: Any) -> Iterator[Matrix]:
+    """All projections of the decoder, layer after layer."""
+    for number, layer in enumerate(stack_of(model).layers):
+        parents = dict(layer.named_modules())
+        for path, module in parents.items():
+            above, _, last = path.rpartition(".")
+            if last in PROJECTIONS:
+                yield Matrix(
+                    number, PROJECTIONS[last], f"layers.{number}.{path}", parents[above], module
+                )

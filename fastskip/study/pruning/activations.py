@@ -1,0 +1,173 @@
+"""What the projections of each layer read on calibration samples, layer by layer.
+
+Samples become sequences of real rows, each run alone: a pad is in none of them, so it adds nothing
+to a norm and nobody attends to it. (The paper's code pads with rows that are attended to.) Each
+layer runs once to be seen and, after its weights were pruned, once more for the layer above, which
+thus sees pruned inputs. What runs is the plain dense model; a policy that skips is not in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastskip.sparse.matrices import Matrix, stack_of
+from fastskip.study.pruning.recipe import PruningError
+
+
+@dataclass(slots=True)
+class Walk:
+    """One sequence on its way through the layers: what enters the next one, and beside it what.
+
+    ``hidden [1, T, D]``; ``beside``: the layer's other arguments, the same for all layers.
+    """
+
+    hidden: Tensor
+    beside: Mapping[str, Any]
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """What the layer makes of it."""
+        result = layer(self.hidden, **self.beside)
+        found: Tensor = result[0] if isinstance(result, tuple) else result
+        return found
+
+
+class _Called(Exception):
+    """A module was reached: ends the forward that led to it."""
+
+    def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.module, self.arguments = module, arguments
+
+
+def walks(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[Walk]:
+    """The sequences of all samples, at the entry of the first layer.
+
+    Args:
+        samples: inputs of the model, each as ``processor(...)`` gives them, padded or not.
+    Raises:
+        PruningError: a sample has no real row, or cannot be run.
+    """
+    stack = stack_of(model)
+    found = []
+    for number, sample in enumerate(samples):
+        given = {name: _placed(value, model) for name, value in sample.items() if name != "labels"}
+        text_model, arguments = _reached(
+            _above(model, stack), lambda given=given: model(**given, use_cache=False)
+        )
+        sequences = list(_sequences(arguments, f"samples[{number}]"))
+        for sequence in sequences:
+            _, entry = _reached(
+                [stack.layers[0]],
+                lambda text_model=text_model, sequence=sequence: _stock(text_model)(
+                    text_model, **sequence, use_cache=False
+                ),
+            )
+            found.append(Walk(entry.pop("hidden_states"), entry))
+    return found
+
+
+class InputNorms:
+    """Sums of squares of what projections read, feature by feature, over real rows."""
+
+    def __init__(self, watched: Sequence[Matrix]) -> None:
+        self._watched = watched
+        self._squares: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within this block whatever the projections read is counted."""
+        with ExitStack() as hooks:
+            for matrix in self._watched:
+                hook = matrix.module.register_forward_pre_hook(self._counter(matrix.name))
+                hooks.callback(hook.remove)
+            yield
+
+    def of(self, matrix: Matrix) -> Tensor:
+        """The norm of each input feature of a projection, ``[E]`` in fp64.
+
+        Raises:
+            PruningError: what it read was not finite, or it read nothing.
+        """
+        squares = self._squares.get(matrix.name)
+        if squares is None:
+            raise PruningError(matrix.name, "read nothing", "samples that reach every projection")
+        if not bool(squares.isfinite().all()):
+            allowed = "finite activations: another dtype, or samples and weights without NaN"
+            raise PruningError(matrix.name, "its input is not finite", allowed)
+        return squares.sqrt()
+
+    def _counter(self, name: str) -> Any:
+        def count(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0].detach()
+            squares = x.reshape(-1, x.shape[-1]).double().square().sum(0)
+            before = self._squares.get(name)
+            self._squares[name] = squares if before is None else before + squares
+
+        return count
+
+
+def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, Tensor]]:
+    """The rows of each sequence that are no pads, as inputs of the text model."""
+    key = "input_ids" if arguments.get("inputs_embeds") is None else "inputs_embeds"
+    rows, mask = arguments[key], arguments.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        allowed = "an attention_mask [batch, columns], 1 on real rows"
+        raise PruningError(where, f"attention_mask of shape {list(mask.shape)}", allowed)
+    positions = arguments.get("position_ids")
+    for index in range(len(rows)):
+        real = slice(None) if mask is None else mask[index].bool()
+        own = {key: rows[index, real][None]}
+        if not own[key].shape[1]:
+            raise PruningError(where, f"sequence {index} is all padding", "real rows in each")
+        if positions is not None:
+            own["position_ids"] = positions[index % len(positions), real][None]
+        yield own
+
+
+def _reached(targets: Sequence[nn.Module], run: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Runs until the first of the targets is called: which, and its arguments by name."""
+
+    def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        named = dict(zip(("hidden_states",), arguments, strict=False))
+        raise _Called(module, {**named, **keywords})
+
+    with ExitStack() as hooks, torch.no_grad():
+        for target in targets:
+            hook = target.register_forward_pre_hook(stop, with_kwargs=True)
+            hooks.callback(hook.remove)
+        try:
+            run()
+        except _Called as called:
+            return called.module, called.arguments
+    raise PruningError("model", "its decoder was not reached", "a Hugging Face model")
+
+
+def _above(model: Any, stack: nn.Module) -> list[nn.Module]:
+    """The modules that lead to the layers and know of text alone, from the outermost in."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [
+        module
+        for module in base.modules()
+        if module is not base
+        and not hasattr(module, "get_image_features")
+        and any(inner is stack for inner in module.modules())
+    ]
+
+
+def _stock(module: nn.Module) -> Any:
+    """Hugging Face's own forward of a module, which a prepared model replaces."""
+    origin = getattr(type(module), "_fastskip_origin", None)
+    return (type(module) if origin is None else origin[0]).forward
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """An input where the model is; floating ones (pixels) in its dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)

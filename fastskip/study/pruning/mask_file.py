@@ -1,0 +1,73 @@
+"""Masks as a safetensors file: one bitmap a matrix, and what they are in its metadata.
+
+Metadata: ``format`` (``fastskip masks``), ``schema_version``, ``fingerprint``, ``columns`` (JSON:
+the in features of each matrix, as a bitmap is filled up) and ``provenance`` (JSON).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fastskip.ops.bitmaps import bitmap_bytes, unpack_bits
+from fastskip.study.pruning.masks import KeptSet, WeightMasks
+from fastskip.study.pruning.recipe import PruningError
+
+FORMAT = "fastskip masks"
+SCHEMA_VERSION = "1"
+_ALLOWED = "a file of masks as fastskip writes it"
+
+
+def write(masks: WeightMasks, path: str | os.PathLike[str]) -> None:
+    """Writes masks; a device does not matter."""
+    metadata = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": masks.fingerprint,
+        "columns": json.dumps({name: own.columns for name, own in masks.kept.items()}),
+        "provenance": json.dumps(dict(masks.provenance)),
+    }
+    tensors = {name: own.bitmap.cpu().contiguous() for name, own in masks.kept.items()}
+    save_file(tensors, os.fspath(path), metadata=metadata)
+
+
+def read(path: str | os.PathLike[str]) -> WeightMasks:
+    """Reads masks.
+
+    Raises:
+        PruningError: the file is missing, malformed, or something else.
+    """
+    file = Path(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            about = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise PruningError(str(file), error, _ALLOWED) from error
+    if about.get("format") != FORMAT:
+        raise PruningError(str(file), "not a file of masks", _ALLOWED)
+    if about.get("schema_version") != SCHEMA_VERSION:
+        version = repr(about.get("schema_version"))
+        raise PruningError(f"{file}: schema_version", version, SCHEMA_VERSION)
+    try:
+        columns, provenance = json.loads(about["columns"]), json.loads(about["provenance"])
+        kept = {name: _kept(file, name, bitmap, columns[name]) for name, bitmap in tensors.items()}
+        return WeightMasks(kept, about["fingerprint"], provenance)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise PruningError(str(file), f"incomplete ({error})", _ALLOWED) from error
+
+
+def _kept(file: Path, name: str, bitmap: torch.Tensor, columns: int) -> KeptSet:
+    width = bitmap_bytes(1, columns)
+    if bitmap.dtype != torch.uint8 or bitmap.ndim != 2 or bitmap.shape[1] != width:
+        found = f"{bitmap.dtype} {list(bitmap.shape)}"
+        raise PruningError(f"{file}: {name}", found, f"uint8 [rows, {width}]")
+    if bool(unpack_bits(bitmap, 8 * width)[:, columns:].any()):
+        # They would count as kept in what is computed on whole bytes.
+        raise PruningError(f"{file}: {name}", f"bits past column {columns}", _ALLOWED)
+    return KeptSet(bitmap, columns)

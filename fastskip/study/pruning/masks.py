@@ -1,0 +1,247 @@
+"""Which weights of a model are kept: sets that can be applied, held, combined and stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.ops.bitmaps import pack_bits, unpack_bits
+from fastskip.sparse.matrices import Matrix, matrices
+from fastskip.study.pruning.recipe import PruningError
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSet:
+    """The kept weights of one matrix ``[M, E]``: a bitmap as in ``ops.bitmaps``."""
+
+    bitmap: Tensor
+    columns: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> KeptSet:
+        """From a boolean ``[M, E]``, True where a weight is kept."""
+        return cls(pack_bits(mask), mask.shape[1])
+
+    @property
+    def shape(self) -> Shape:
+        return len(self.bitmap), self.columns
+
+    @property
+    def mask(self) -> Tensor:
+        """Boolean ``[M, E]``, True where a weight is kept."""
+        return unpack_bits(self.bitmap, self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMasks:
+    """The weights that a pruned model keeps, matrix by matrix; matrices without a set are whole.
+
+    ``kept``: by the names of ``sparse.matrices``, which are the same within a LLaVA, alone, or
+    under LoRA. ``fingerprint``: of the shapes of the model that they were made for. Sets of one
+    model and the same matrices combine: ``a & b`` (kept by both), ``a | b`` (by either), ``a - b``
+    (by the first alone), ``~a`` (what was removed), ``exclude``, ``shared``. Equal: the same sets.
+    """
+
+    kept: Mapping[str, KeptSet]
+    fingerprint: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    # -- on a model
+
+    def apply_(self, model: Any) -> None:
+        """Sets every removed weight to zero, in place; meant to follow each optimizer step.
+
+        Views of merged storages and weights under LoRA are written where they lie. What it costs
+        is one pass over the weights; ``to`` puts the sets beside them first.
+
+        Raises:
+            PruningError: the masks are of another model.
+        """
+        weights = self._weights(model)
+        with torch.no_grad():
+            for name, weight in weights:
+                # Not a product: what is not finite must go too.
+                weight.masked_fill_(~self.kept[name].mask.to(weight.device), 0)
+
+    @contextmanager
+    def held(self, model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Within this block removed weights are zero after every step of the optimizer."""
+        self.apply_(model)
+        handle = optimizer.register_step_post_hook(lambda *_: self.apply_(model))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sets are."""
+        found = next(iter(self.kept.values()), None)
+        return torch.device("cpu") if found is None else found.bitmap.device
+
+    def to(self, device: torch.device | str) -> WeightMasks:
+        """The same sets on another device."""
+        return self._with({k: replace(s, bitmap=s.bitmap.to(device)) for k, s in self.kept.items()})
+
+    def check(self, model: Any) -> None:
+        """Raises ``PruningError`` unless the masks are of this model."""
+        self._weights(model)
+
+    # -- how much
+
+    def kept_share(self, names: Sequence[str] | None = None) -> float:
+        """The share of weights that is kept, of all matrices with a set or of some of them."""
+        chosen = [self.kept[name] for name in (self.kept if names is None else names)]
+        total = sum(own.shape[0] * own.shape[1] for own in chosen)
+        return sum(int(own.mask.sum()) for own in chosen) / total if total else 1.0
+
+    # -- algebra
+
+    def __and__(self, other: WeightMasks) -> WeightMasks:
+        return self._combined(other, torch.bitwise_and, "intersection")
+
+    def __or__(self, other: WeightMasks) -> WeightMasks:
+        return self._combined(other, torch.bitwise_or, "union")
+
+    def __sub__(self, other: WeightMasks) -> WeightMasks:
+        return self._combined(other, lambda a, b: a & ~b, "difference")
+
+    def __invert__(self) -> WeightMasks:
+        flipped = {name: KeptSet.of(~own.mask) for name, own in self.kept.items()}
+        return self._with(flipped, operation="complement", of=[dict(self.provenance)])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightMasks):
+            return NotImplemented
+        return (
+            self.fingerprint == other.fingerprint
+            and self.kept.keys() == other.kept.keys()
+            and all(torch.equal(s.bitmap, other.kept[k].bitmap) for k, s in self.kept.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def exclude(self, other: WeightMasks, share: float, *, seed: int = 0) -> WeightMasks:
+        """Removes, matrix by matrix, a random ``share`` of what both keep.
+
+        Exactly that share, to the nearest whole number; at 1 it is ``self - other``. The paper's
+        code (arXiv 2410.09454) asks in this way what a shared sub-network is worth.
+        """
+        if isinstance(share, bool) or not 0 <= share <= 1:
+            raise PruningError("share", share, "a share in [0, 1]")
+        self._check_alike(other)
+        result = {}
+        for name, own in self.kept.items():
+            mask = own.mask.cpu()
+            common = (mask & other.kept[name].mask.cpu()).flatten().nonzero()[:, 0]
+            order = torch.randperm(len(common), generator=generator_for(name, seed))
+            mask.view(-1)[common[order[: round(share * len(common))]]] = False
+            result[name] = KeptSet.of(mask.to(own.bitmap.device))
+        of = [dict(self.provenance), dict(other.provenance)]
+        return self._with(result, operation="exclusion", share=share, seed=seed, of=of)
+
+    @classmethod
+    def shared(cls, masks: Sequence[WeightMasks]) -> WeightMasks:
+        """The shared sub-network of several tasks (arXiv 2405.16700): what all of them keep."""
+        if not masks:
+            raise PruningError("masks", "none", "one or more")
+        return reduce(operator.and_, masks)
+
+    def covering(self, other: WeightMasks) -> WeightMasks:
+        """The same masks with a set for every matrix of ``other``: whole where there was none."""
+        whole = {
+            name: KeptSet.of(torch.ones(own.shape, dtype=torch.bool, device=own.bitmap.device))
+            for name, own in other.kept.items()
+            if name not in self.kept
+        }
+        return self._with({**self.kept, **whole})
+
+    # -- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file: a bit a weight, and where they come from as metadata."""
+        from fastskip.study.pruning.mask_file import write
+
+        write(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WeightMasks:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            PruningError: the file cannot be used.
+        """
+        from fastskip.study.pruning.mask_file import read
+
+        return read(path)
+
+    # -- inside
+
+    def _weights(self, model: Any) -> list[tuple[str, Tensor]]:
+        """The model's weights that there are sets for, once it is known to be the right model."""
+        known = {matrix.name: matrix for matrix in matrices(model)}
+        for name, own in self.kept.items():
+            matrix = known.get(name)
+            if matrix is None:
+                raise PruningError(name, "the model has no such matrix", "masks of this very model")
+            if tuple(matrix.weight.shape) != own.shape:
+                found = f"the mask has shape {list(own.shape)}"
+                allowed = f"{list(matrix.weight.shape)}: masks of this very model"
+                raise PruningError(name, found, allowed)
+        if self.fingerprint != fingerprint_of(known.values()):
+            found = f"made for another model ({self.fingerprint[:16]})"
+            raise PruningError("masks", found, fingerprint_of(known.values())[:16])
+        return [(name, known[name].weight) for name in self.kept]
+
+    def _combined(
+        self, other: WeightMasks, combine: Callable[[Tensor, Tensor], Tensor], operation: str
+    ) -> WeightMasks:
+        self._check_alike(other)
+        result = {
+            name: replace(
+                own, bitmap=combine(own.bitmap, other.kept[name].bitmap.to(own.bitmap.device))
+            )
+            for name, own in self.kept.items()
+        }
+        of = [dict(self.provenance), dict(other.provenance)]
+        return self._with(result, operation=operation, of=of)
+
+    def _check_alike(self, other: WeightMasks) -> None:
+        if self.fingerprint != other.fingerprint:
+            raise PruningError("masks", "of two models", "masks of one model")
+        apart = sorted(self.kept.keys() ^ other.kept.keys())
+        if apart:
+            allowed = "masks of the same matrices (`covering` adds those that the other has)"
+            raise PruningError("masks", f"only one of the two has {apart[0]}", allowed)
+
+    def _with(self, kept: Mapping[str, KeptSet], **provenance: Any) -> WeightMasks:
+        return replace(self, kept=kept, provenance=provenance or self.provenance)
+
+
+def fingerprint_of(found: Any) -> str:
+    """Of the names and shapes of all matrices of a model, whatever their values."""
+    shapes = sorted((matrix.name, list(_shape(matrix))) for matrix in found)
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def generator_for(name: str, seed: int) -> torch.Generator:
+    """Draws for one matrix, the same on every device and whatever else is drawn."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
+def _shape(matrix: Matrix) -> Shape:
+    linear = matrix.linear
+    return linear.out_features, linear.in_features

@@ -1,0 +1,30 @@
+"""Which weights of a matrix are kept, given their scores: exact counts, ties by place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastskip.study.pruning.recipe import Per, Recipe
+
+
+def kept_by(scores: Tensor, recipe: Recipe) -> Tensor:
+    """The mask of a matrix by its scores ``[M, E]``: True where a weight is kept.
+
+    Of each group that competes, the lowest scores go: exactly as many as the ratio says, to the
+    nearest whole number; of equal ones those that come first.
+    """
+    if recipe.pattern is not None:
+        groups = scores.view(-1, recipe.pattern.group)
+        removed = recipe.pattern.group - recipe.pattern.kept
+    else:
+        groups = scores if recipe.per is Per.ROW else scores.view(1, -1)
+        removed = round(recipe.ratio * groups.shape[1])
+    return _all_but_lowest(groups, removed).view(scores.shape)
+
+
+def _all_but_lowest(scores: Tensor, count: int) -> Tensor:
+    """Boolean ``[G, S]``, False at the ``count`` lowest of each row."""
+    order = scores.argsort(dim=1, stable=True)
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    return kept.scatter_(1, order[:, :count], False)
