@@ -1,7 +1,5 @@
 """The `fastskip` command. Each subcommand is a thin call of the public API, imported on use."""
 
-import inspect
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +8,12 @@ from typer.core import TyperGroup
 
 from fastskip import __version__
 from fastskip.commands.calibrate import calibrate
+from fastskip.commands.common import help_of
 from fastskip.commands.demo import demo
 from fastskip.commands.generate import generate
 from fastskip.commands.plan import plan
 from fastskip.commands.policies import policies
+from fastskip.commands.study import study
 from fastskip.commands.verify import verify
 
 EXIT_ERROR = 2
@@ -45,14 +45,9 @@ app = typer.Typer(
 )
 
 
-def _help(function: Callable[..., None]) -> str:
-    """The docstring with its paragraphs unwrapped, as typer leaves line ends within them."""
-    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-
-
 for command in (generate, plan, verify, calibrate, demo, policies):
-    app.command(help=_help(command))(command)
+    app.command(help=help_of(command))(command)
+app.add_typer(study)
 
 
 def _show_version(wanted: bool) -> None:
@@ -74,8 +69,8 @@ def main(
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
-    so that a wanted share of rows skips.
+    so that a wanted share of rows skips, [bold]study[/] shows what skipping costs in quality.
     """
 
 
-app.callback(help=_help(main))(main)
+app.callback(help=help_of(main))(main)

@@ -151,7 +151,7 @@ class Exam:
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
         answers: dict[int, str] = {}
         for number, batch in enumerate(self._batches):
-            inputs = placed(self._inputs(number), model)
+            inputs = placed(self.inputs(number), model)
             out = model.generate(
                 **inputs, do_sample=False, num_beams=1, max_new_tokens=self._new_tokens
             )
@@ -172,7 +172,12 @@ class Exam:
             )
         )
 
-    def _inputs(self, number: int) -> Any:
+    def inputs(self, number: int) -> Any:
+        """The model inputs of one batch, on the host.
+
+        Raises:
+            ItemError: an item's image or prompt cannot be used.
+        """
         if self._kept is not None and number in self._kept:
             return self._kept[number]
         items = [self.items[index] for index in self._batches[number]]

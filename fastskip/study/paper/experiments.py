@@ -100,9 +100,10 @@ class Cell:
 
 
 DENSE = Cell("dense", "dense", Section.DENSE)
-INTERVALS = ((2, 0), (4, 0), (2, 3), (1, 3))
+INTERVALS = ((2, 0), (3, 0), (4, 0), (2, 3), (1, 3), (1, 0))
 """Interval and start of the schedules; an interval of 1 leaves out every layer of the range."""
-QUICK_INTERVALS = ((2, 0), (1, 3))
+FEW_INTERVALS = ((2, 0), (1, 3))
+"""Those of scopes beside all tokens."""
 HALF = Schedule(Part.BLOCK, Scope.ALL, interval=2, start=0)
 """What the paper's code does for "half of the blocks": 15 of 32, here 3 of 8."""
 MOST = Schedule(Part.BLOCK, Scope.ALL, interval=1, start=0)
@@ -115,17 +116,18 @@ def cells(is_quick: bool = False) -> tuple[Cell, ...]:
         DENSE,
         Cell("medium", "medium model", Section.SMALLER, size=Size.MEDIUM),
         Cell("small", "small model", Section.SMALLER, size=Size.SMALL),
-        *_skipped(QUICK_INTERVALS if is_quick else INTERVALS),
+        *_skipped(is_quick),
         *_parallel(is_quick),
         *_trained(is_quick),
     )
 
 
-def _skipped(intervals: tuple[tuple[int, int], ...]) -> list[Cell]:
+def _skipped(is_quick: bool) -> list[Cell]:
     found = []
     for part in Part:
         for scope in Scope:
-            for interval, start in intervals:
+            is_full = scope is Scope.ALL and not is_quick
+            for interval, start in INTERVALS if is_full else FEW_INTERVALS:
                 each = Schedule(part, scope, interval, start)
                 name = f"skip-{part}-{scope}-every{interval}-from{start}"
                 layers = ", ".join(map(str, each.layers()))
@@ -150,19 +152,17 @@ def _parallel(is_quick: bool) -> list[Cell]:
 
 def _trained(is_quick: bool) -> list[Cell]:
     exact = SkipPolicy(rules=(SkipRule("1::2", "all", "block"),))
-    bases = (
-        ("half", "blocks 2, 4, 6 left out", HALF.policy, 0.0),
-        ("exact-half", "blocks 1, 3, 5, 7 left out", exact, 0.0),
-        ("sparse", "70 % of the weights removed", SkipPolicy(), 0.7),
-        ("most", "blocks 1 to 6 left out", MOST.policy, 0.0),
-    )
-    taught = {
-        "half": tuple(Learned),
-        "exact-half": (Learned.NOTHING, Learned.LANGUAGE),
-        "sparse": tuple(Learned),
-        "most": (Learned.NOTHING, Learned.LANGUAGE),
-    }
-    found = [
+    nothing, language = Learned.NOTHING, Learned.LANGUAGE
+    wanted = [
+        ("half", "blocks 2, 4, 6 left out", HALF.policy, 0.0, tuple(Learned)),
+        ("sparse", "70 % of the weights removed", SkipPolicy(), 0.7, tuple(Learned)),
+    ]
+    if not is_quick:
+        wanted += [
+            ("most", "blocks 1 to 6 left out", MOST.policy, 0.0, (nothing, language)),
+            ("exact-half", "blocks 1, 3, 5, 7 left out", exact, 0.0, (nothing,)),
+        ]
+    return [
         Cell(
             f"{name}-{learned}",
             label,
@@ -171,9 +171,6 @@ def _trained(is_quick: bool) -> list[Cell]:
             removed=removed,
             learned=learned,
         )
-        for name, label, policy, removed in bases
-        for learned in taught[name]
-        if not is_quick or name in ("half", "sparse")
+        for name, label, policy, removed, taught in wanted
+        for learned in taught
     ]
-    control = Cell("dense-language", "dense", Section.TRAINING, learned=Learned.LANGUAGE)
-    return found if is_quick else [*found, control]

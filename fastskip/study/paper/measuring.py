@@ -31,7 +31,7 @@ class Effort:
 
     questions: int = 100
     captions: int = 36
-    steps: int = 40
+    steps: int = 50
     sequences: int = 12
     similarity_samples: int = 64
     timing_rounds: int = 7

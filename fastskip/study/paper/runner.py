@@ -115,12 +115,14 @@ class Study:
             taken = time.perf_counter() - began
             return {"seconds": taken, "losses": losses, **evaluation.to_dict()}
 
-        found = self._kept(self._path(cell, seed), self._settings(cell, seed), measured)
+        settings = self._settings(cell, seed)
+        found = self._kept(self._path(settings), settings, measured)
         return Outcome(Evaluation.from_dict(found), found["seconds"], tuple(found["losses"]))
 
     def has(self, cell: Cell, seed: int) -> bool:
         """Whether the outcome is there already."""
-        return _read(self._path(cell, seed), self._settings(cell, seed)) is not None
+        settings = self._settings(cell, seed)
+        return _read(self._path(settings), settings) is not None
 
     def _prepared(self, cell: Cell) -> tuple[Any, Any]:
         """The cell's model, not trained yet, and the masks of its weights, if it has any."""
@@ -279,8 +281,9 @@ class Study:
             found |= {"steps": self.effort.steps, "sequences": self.effort.sequences}
         return found
 
-    def _path(self, cell: Cell, seed: int) -> Path:
-        return self.folder / "cells" / f"{cell.name}-seed{seed}.json"
+    def _path(self, settings: Mapping[str, Any]) -> Path:
+        """By what was measured, not by its name: two cells may be the same thing."""
+        return self.folder / "cells" / f"{_hash(json.dumps(settings).encode())}.json"
 
     def _kept(
         self, path: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]
@@ -323,7 +326,11 @@ def _similarity(found: Sequence[Mapping[str, Any]]) -> tuple[LayerSimilarity, ..
 
 def _digest(size: Size) -> str:
     """What tells one set of bundled weights from another."""
-    return hashlib.sha256(weights_path(size).read_bytes()).hexdigest()[:16]
+    return _hash(weights_path(size).read_bytes())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _deeds(plan: SkipPlan) -> list[Any]:

@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 
 from fastskip.demo.evaluation import held_out, prompt
-from fastskip.demo.recipe import MIXTURE
 from fastskip.demo.scenes import QuestionKind, Scene, Split, ask, draw, scenes
 from fastskip.study.paper.experiments import Cell, Learned
 from fastskip.study.paper.measuring import FIRST_SEED, Effort
 
 TURNS = 8
 """Questions and answers in one conversation about one picture."""
-CAPTIONS = 1.5
-"""Weight of captions among the kinds of questions; half of what is judged is captions."""
-RATES = {Learned.PROJECTOR: 2e-3, Learned.LANGUAGE: 1e-3}
+RATES = {Learned.PROJECTOR: 4e-3, Learned.LANGUAGE: 1e-3}
 """Peak learning rates of AdamW, for weights drawn at 1/sqrt(inputs)."""
 CALIBRATION_SAMPLES = 64
 
@@ -61,12 +58,11 @@ def conversations(count: int, seed: int) -> list[Any]:
 
 
 def _asked(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about one scene with their answers, kinds drawn as the recipe draws them."""
-    weights = {**MIXTURE, QuestionKind.CAPTION: CAPTIONS}
-    kinds, shares = list(weights), np.array(list(weights.values()))
+    """Questions about one scene with their answers, each kind as likely as the others."""
+    kinds = list(QuestionKind)
     found: list[tuple[str, str]] = []
     while len(found) < TURNS:
-        question = ask(scene, kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))], rng)
+        question = ask(scene, kinds[int(rng.integers(len(kinds)))], rng)
         if question is not None:
             found.append((question.text, question.answer))
     return found
