@@ -217,11 +217,15 @@ def _contender(named: str, dtype: Dtype, device: str | None) -> "Contender":
         size = Size[path.removeprefix(DEMO).upper()]
 
         def loads() -> tuple[Any, Any]:
+            import torch
+
             import fastskip
             from fastskip.demo.smaller import load
             from fastskip.demo.text import build_processor
 
-            weights = getattr(__import__("torch"), dtype.value if dtype is not Dtype.AUTO else "float32")
+            weights = getattr(
+                __import__("torch"), dtype.value if dtype is not Dtype.AUTO else "float32"
+            )
             model = load(size).to(device_of(device), weights)
             return fastskip.apply_(model, chosen), build_processor()
     else:
@@ -260,7 +264,11 @@ def _table(found: Sequence["Compared"], count: int) -> None:
         column.justify = "right"
     for each in found:
         score, change = each.scores[ALL], each.changes.get(ALL)
-        told = "" if change is None else f"{change.mean:+.1%} ({change.low:+.1%} to {change.high:+.1%})"
+        told = (
+            ""
+            if change is None
+            else f"{change.mean:+.1%} ({change.low:+.1%} to {change.high:+.1%})"
+        )
         table.add_row(
             each.label,
             f"{each.parameters / 1e6:.1f} M",

@@ -19,7 +19,6 @@ from fastskip.study.paper import report
 from fastskip.study.paper.experiments import (
     DENSE,
     HALF,
-    Cell,
     Learned,
     Part,
     Schedule,
@@ -32,9 +31,7 @@ from fastskip.study.paper.results import Results, ResultsError
 from fastskip.study.paper.runner import Study
 from fastskip.study.paper.tuning import conversations
 
-TINY = Effort(
-    questions=6, captions=2, steps=1, sequences=2, similarity_samples=2, timing_rounds=1
-)
+TINY = Effort(questions=6, captions=2, steps=1, sequences=2, similarity_samples=2, timing_rounds=1)
 SKIPPED = next(cell for cell in cells() if cell.schedule == HALF)
 PAIRS = next(cell for cell in cells() if cell.section is Section.PARALLEL)
 TRAINED = next(cell for cell in cells() if cell.name == "sparse-projector")
@@ -217,7 +214,7 @@ def test_bad_results_name_the_file(tmp_path: Path) -> None:
 
 
 def test_a_cell_without_all_seeds_is_told(folder: Path, results: Results) -> None:
-    more = Cell("other", "other", Section.SKIPPING, HALF.policy, schedule=HALF, learned=Learned.LANGUAGE)
+    more = replace(SKIPPED, name="other", learned=Learned.LANGUAGE)
     partly = Study(folder, seeds=2, effort=TINY, chosen=(*CHOSEN, more)).results()
     assert not partly.is_whole and partly.row("other") is None
     assert "still missing" in report.markdown(partly)

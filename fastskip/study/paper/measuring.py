@@ -12,7 +12,6 @@ from fastskip.demo.evaluation import held_out
 from fastskip.demo.results import Workload
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.text import ASSISTANT, IMAGE_TOKENS
-from fastskip.plan import SkipPlan
 from fastskip.study.evaluation import Exam
 from fastskip.study.items import Item, Metric
 
@@ -31,8 +30,8 @@ class Effort:
 
     questions: int = 100
     captions: int = 36
-    steps: int = 50
-    sequences: int = 12
+    steps: int = 40
+    sequences: int = 10
     similarity_samples: int = 64
     timing_rounds: int = 7
 
@@ -78,8 +77,3 @@ def workload(found: Sequence[Asked], tokenizer: Any) -> Workload:
     n_text = around + round(fmean(length(question.text) for _, question in found))
     n_new = 1 + round(fmean(length(question.answer) for _, question in found))
     return Workload(IMAGE_TOKENS, n_text, TEXT_BEFORE, n_new)
-
-
-def flops(plan: SkipPlan, load: Workload) -> int:
-    """FLOPs of one item, batch 1: decoder and lm_head; the vision tower is not in it."""
-    return plan.flops(load.n_image, load.n_text, load.n_new, text_before=load.text_before)

@@ -6,9 +6,6 @@ weights than the present ones is measured anew.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,26 +18,25 @@ import torch
 
 import fastskip
 from fastskip.demo.evaluation import prompt
-from fastskip.demo.model import Size, build_config
+from fastskip.demo.model import Size
 from fastskip.demo.results import Workload, environment
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.smaller import load, weights_path
 from fastskip.demo.text import build_processor
 from fastskip.demo.timing import race, time_once
-from fastskip.families import shape_of
-from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
+from fastskip.study.paper.kept import fingerprint, kept, name_of, read
 from fastskip.study.paper.measuring import (
     CAPTION,
     QUESTION_KINDS,
     Effort,
     asked,
     exam_of,
-    flops,
     workload,
 )
+from fastskip.study.paper.plans import deeds, flops, parameters, plan_of_cell
 from fastskip.study.paper.results import Results, Speed, judge, row_of
 from fastskip.study.paper.tuning import remove_weights_, tune_
 from fastskip.study.similarity import LayerSimilarity, similarities
@@ -116,13 +112,13 @@ class Study:
             return {"seconds": taken, "losses": losses, **evaluation.to_dict()}
 
         settings = self._settings(cell, seed)
-        found = self._kept(self._path(settings), settings, measured)
+        found = kept(self._path(settings), settings, measured)
         return Outcome(Evaluation.from_dict(found), found["seconds"], tuple(found["losses"]))
 
     def has(self, cell: Cell, seed: int) -> bool:
         """Whether the outcome is there already."""
         settings = self._settings(cell, seed)
-        return _read(self._path(settings), settings) is not None
+        return read(self._path(settings), settings) is not None
 
     def _prepared(self, cell: Cell) -> tuple[Any, Any]:
         """The cell's model, not trained yet, and the masks of its weights, if it has any."""
@@ -155,7 +151,7 @@ class Study:
             return {"similarity": [each.to_dict() for each in found]}
 
         settings = self._common | {"samples": count}
-        found = self._kept(self.folder / "similarity.json", settings, measured)
+        found = kept(self.folder / "similarity.json", settings, measured)
         return _similarity(found["similarity"])
 
     def speeds(self) -> tuple[Speed, ...]:
@@ -165,7 +161,7 @@ class Study:
             "rounds": self.effort.timing_rounds,
             "models": [self._settings(cell, 0) for cell in contenders],
         }
-        found = self._kept(
+        found = kept(
             self.folder / "speeds.json", settings, lambda: {"speeds": self._race(contenders)}
         )
         return tuple(Speed(**each) for each in found["speeds"])
@@ -190,7 +186,7 @@ class Study:
                     judge(evaluations, references, QUESTION_KINDS),
                     judge(evaluations, references, [CAPTION]),
                     self._compute(cell),
-                    _parameters(cell.size),
+                    parameters(cell.size),
                     seconds,
                 )
             )
@@ -216,7 +212,7 @@ class Study:
 
     def _compute(self, cell: Cell) -> tuple[float, float]:
         """FLOPs of a question and of a caption, as shares of the dense large model's."""
-        own, dense = _plan(cell), _plan(DENSE)
+        own, dense = plan_of_cell(cell), plan_of_cell(DENSE)
         question, caption = (flops(own, load) / flops(dense, load) for load in self.loads)
         return question, caption
 
@@ -267,46 +263,22 @@ class Study:
             "captions": self.effort.captions,
         }
 
+    def _path(self, settings: Mapping[str, Any]) -> Path:
+        return self.folder / "cells" / f"{name_of(settings)}.json"
+
     def _settings(self, cell: Cell, seed: int) -> dict[str, Any]:
         """All that the outcome of a cell depends on."""
         found = self._common | {
             "seed": seed,
             "size": cell.size.label,
             "own_weights": _digest(cell.size),
-            "plan": _deeds(_plan(cell)),
+            "plan": deeds(plan_of_cell(cell)),
             "removed": cell.removed,
             "learned": cell.learned.value,
         }
         if cell.learned is not Learned.NOTHING:
             found |= {"steps": self.effort.steps, "sequences": self.effort.sequences}
         return found
-
-    def _path(self, settings: Mapping[str, Any]) -> Path:
-        """By what was measured, not by its name: two cells may be the same thing."""
-        return self.folder / "cells" / f"{_hash(json.dumps(settings).encode())}.json"
-
-    def _kept(
-        self, path: Path, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """What a file holds if it was made under these settings, else what `make` gives."""
-        found = _read(path, settings)
-        if found is None:
-            found = {"settings": settings, **make()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # in one go: a run that is cut off while writing leaves no half a file
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(found), encoding="utf-8")
-            os.replace(part, path)
-        return found
-
-
-def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    same = json.loads(json.dumps(settings))
-    return found if found.get("settings") == same else None
 
 
 def _contenders() -> tuple[Cell, ...]:
@@ -326,31 +298,4 @@ def _similarity(found: Sequence[Mapping[str, Any]]) -> tuple[LayerSimilarity, ..
 
 def _digest(size: Size) -> str:
     """What tells one set of bundled weights from another."""
-    return _hash(weights_path(size).read_bytes())
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _deeds(plan: SkipPlan) -> list[Any]:
-    """What a plan does, layer by layer, however its policy was written."""
-    return [
-        [
-            *(layer.arrangement, layer.norm, layer.combine, layer.partner),
-            {each: [cell.attention, cell.ffn, cell.kv] for each, cell in layer.cells.items()},
-        ]
-        for layer in plan.layers
-    ]
-
-
-def _plan(cell: Cell) -> SkipPlan:
-    return make_plan(cell.policy, shape_of(build_config(build_processor().tokenizer, cell.size)))
-
-
-def _parameters(size: Size) -> int:
-    """Weights of the language model, embeddings and head included."""
-    decoder, head = size.value, 64
-    attention = 4 * decoder.width * decoder.heads * head
-    layer = attention + 3 * decoder.width * decoder.ffn + 2 * decoder.width
-    return decoder.layers * layer + decoder.width + 2 * 64 * decoder.width
+    return fingerprint(weights_path(size).read_bytes())
