@@ -125,7 +125,7 @@ def _seen(layers: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
         pairs = ((h, out), (h, middle), (middle, out))
         found[index] = torch.stack([cosine_similarity(a, b, dim=-1) for a, b in pairs], -1)
 
-    hooks = []
+    hooks: list[Any] = []
     for index, layer in enumerate(layers):
         hooks += (
             layer.self_attn.register_forward_hook(

@@ -12,9 +12,8 @@ def test_updates_are_those_of_torch() -> None:
     """But for torch's products in bfloat16: so many digits agree."""
     ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in SHAPES]
     theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in ours]
-    options = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.95}
-    first = Muon(ours, **options)
-    second = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
+    first = Muon(ours, lr=0.1)
+    second = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         before = [matrix.detach().clone() for matrix in ours]
         for a, b in zip(ours, theirs, strict=True):

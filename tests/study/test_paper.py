@@ -65,6 +65,7 @@ def test_every_cell_is_measured(results: Results) -> None:
     assert [row.name for row in results.rows] == [cell.name for cell in CHOSEN]
     assert results.is_whole and results.seeds == (0, 1)
     dense, half, pairs, sparse = results.rows
+    assert results.seconds == pytest.approx(sum(row.seconds for row in results.rows)) > 0
     assert dense.questions.kept == 1 and dense.question_compute == 1
     assert dense.questions.items == 12 and dense.captions.items == 4
     assert dense.questions.change.mean == 0

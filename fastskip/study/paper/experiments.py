@@ -102,8 +102,12 @@ class Cell:
 DENSE = Cell("dense", "dense", Section.DENSE)
 INTERVALS = ((2, 0), (1, 3))
 """Interval and start of the schedules; an interval of 1 leaves out every layer of the range."""
-MORE = {Part.BLOCK: ((3, 0), (4, 0), (2, 3), (1, 0)), Part.FFN: ((1, 0),)}
-"""Further ones where all tokens skip; of attention as of FFNs."""
+MORE = {
+    Part.BLOCK: ((3, 0), (4, 0), (2, 3), (1, 0)),
+    Part.FFN: ((1, 0),),
+    Part.ATTENTION: ((1, 0),),
+}
+"""Further ones where all tokens skip."""
 HALF = Schedule(Part.BLOCK, Scope.ALL, interval=2, start=0)
 """What the paper's code does for "half of the blocks": 15 of 32, here 3 of 8."""
 MOST = Schedule(Part.BLOCK, Scope.ALL, interval=1, start=0)
@@ -127,7 +131,7 @@ def _skipped(is_quick: bool) -> list[Cell]:
     for part in Part:
         for scope in Scope:
             is_full = scope is Scope.ALL and not is_quick
-            more = MORE.get(part, MORE[Part.FFN]) if is_full else ()
+            more = MORE[part] if is_full else ()
             for interval, start in (*INTERVALS, *more):
                 each = Schedule(part, scope, interval, start)
                 name = f"skip-{part}-{scope}-every{interval}-from{start}"

@@ -36,7 +36,7 @@ def flops(plan: SkipPlan, load: Workload) -> int:
 def parameters(size: Size) -> int:
     """Weights of the language model, embeddings and head included."""
     decoder = size.value
-    vocabulary = build_config(build_processor().tokenizer, size).text_config.vocab_size
+    vocabulary: int = build_config(build_processor().tokenizer, size).text_config.vocab_size
     attention = 4 * decoder.width * decoder.heads * HEAD
     layer = attention + 3 * decoder.width * decoder.ffn + 2 * decoder.width
     return decoder.layers * layer + decoder.width + 2 * vocabulary * decoder.width

@@ -50,7 +50,7 @@ class Score:
 class Row:
     """One cell: what it is, how it scores, and what share of the dense compute it takes.
 
-    `seconds`: how long it took, all seeds together.
+    `seconds`: of processor time that it took, all seeds together.
     """
 
     name: str
@@ -87,7 +87,10 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that a run found out. `is_whole`: whether no cell is missing."""
+    """Everything that a run found out.
+
+    `is_whole`: whether no cell is missing. `seconds`: of processor time, all cells together.
+    """
 
     environment: Mapping[str, Any]
     effort: Mapping[str, int]

@@ -48,7 +48,8 @@ Tick = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One cell under one seed. `losses`: of the training's steps, if there was any."""
+    """One cell under one seed. `seconds`: of the processor, all its cores together; `losses`: of
+    the training's steps, if there was any."""
 
     evaluation: Evaluation
     seconds: float
@@ -104,11 +105,11 @@ class Study:
         """One cell under one seed: from its file if that is there, else measured."""
 
         def measured() -> dict[str, Any]:
-            began = time.perf_counter()
+            began = time.process_time()
             model, masks = self._prepared(cell)
             losses = tune_(model, cell, seed, self.effort, self.processor, masks)
             evaluation = self.exam(seed).take(model)
-            taken = time.perf_counter() - began
+            taken = time.process_time() - began
             return {"seconds": taken, "losses": losses, **evaluation.to_dict()}
 
         settings = self._settings(cell, seed)
