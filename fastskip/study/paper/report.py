@@ -155,8 +155,8 @@ def _conditions(results: Results) -> str:
         "training, seeds differ in their items only. The bundled models themselves are of one "
         "seed. Compute: FLOPs of decoder and lm_head for a typical item, from the plan, as a share "
         "of the dense large model's. "
-        f"All cells together took {results.seconds / 60:.0f} minutes of processor time (half as "
-        f"long on two free cores): {found['processor']}, {found['dtype']} on {found['device']}, torch "
+        f"All cells together took {results.seconds / 60:.0f} minutes of processor time: "
+        f"{found['processor']}, {found['dtype']} on {found['device']}, torch "
         f"{found['torch']}, transformers {found['transformers']}, Python {found['python']}."
     )
 
