@@ -79,10 +79,8 @@ SMALLER_STAGES = (
     STAGES[1],
     # as many more steps as the large model gets; the shared tower must stay as it is
     Stage(Lesson.LANGUAGE, steps=130, batch=32, rate=2e-3, warmup=10, decay=1.0),
-    # and again: by then the medium model only guesses relations
-    Stage(Lesson.LANGUAGE, steps=400, batch=32, rate=3e-3, warmup=20, decay=0.6),
 )
-"""For a model that sees through the bundled tower: longer, as its steps cost less."""
+"""For a model that sees through the bundled tower."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ Train the demo's LLaVA on generated scenes of coloured shapes, in three stages:
   vision    the vision encoder tells colour, shape, row and column of each patch
   language  projector and language model learn to answer, the encoder stays as it is
   all       everything together, at a lower rate
-Smaller language models take the bundled vision tower as it is, and the language stage three times.
+Smaller language models take the bundled vision tower as it is, and the language stage twice, the
+second time at a lower rate and for as many steps as "all" has.
 Fresh scenes are drawn at every step; the seed decides them all.
 """
 EPILOG = """\

@@ -30,7 +30,7 @@ class Effort:
 
     questions: int = 100
     captions: int = 36
-    steps: int = 100
+    steps: int = 60
     sequences: int = 10
     similarity_samples: int = 64
     timing_rounds: int = 7

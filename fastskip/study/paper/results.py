@@ -154,8 +154,11 @@ class Results:
 
 def judge(found: Sequence[Evaluation], dense: Sequence[Evaluation], kinds: Sequence[str]) -> Score:
     """One cell against the dense model, an evaluation a seed of each, in the same order."""
-    ours = [each.scores(*kinds) for each in found]
-    theirs = [each.scores(*kinds) for each in dense]
+    # a seed of few items need not have one of every kind
+    ours, theirs = (
+        [each.scores(*(kind for kind in each.kinds if kind in kinds)) for each in evaluations]
+        for evaluations in (found, dense)
+    )
     means = tuple(float(each.mean()) for each in ours)
     kept = tuple(a / float(b.mean()) for a, b in zip(means, theirs, strict=True))
     pooled, reference = np.concatenate(ours), np.concatenate(theirs)
