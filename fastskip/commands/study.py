@@ -1,7 +1,8 @@
 """`fastskip study`: what skipping costs in quality, on the demo's models and on any checkpoints."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,12 +17,13 @@ from fastskip.commands.common import (
     checkpoint,
     device_of,
     help_of,
+    load,
     policy_of,
     prepare,
-    reading,
 )
 
 if TYPE_CHECKING:
+    from fastskip.demo.model import Size
     from fastskip.study.comparison import Compared, Contender
 
 DEMO = "demo:"
@@ -206,42 +208,33 @@ def _contender(named: str, dtype: Dtype, device: str | None) -> "Contender":
 
     path, _, policy = named.partition("@")
     chosen = policy_of(policy or None)
-    loads: Callable[[], tuple[Any, Any]]
-    if path.startswith(DEMO):
-        from fastskip.demo.model import Size
+    if not path.startswith(DEMO):
+        return Contender(named, partial(_load_named, checkpoint(path), chosen, dtype, device))
+    from fastskip.demo.model import Size
 
-        labels = [size.label for size in Size]
-        if path.removeprefix(DEMO) not in labels:
-            allowed = ", ".join(DEMO + label for label in labels)
-            raise CommandError(f"{named}: no such model; allowed: {allowed}, a folder, a hub name")
-        size = Size[path.removeprefix(DEMO).upper()]
+    by_label = {DEMO + size.label: size for size in Size}
+    if path not in by_label:
+        allowed = ", ".join(by_label)
+        raise CommandError(f"{named}: no such model; allowed: {allowed}, a folder, a hub name")
+    return Contender(named, partial(_load_demo, by_label[path], chosen, dtype, device))
 
-        def loads() -> tuple[Any, Any]:
-            import torch
 
-            import fastskip
-            from fastskip.demo.smaller import load
-            from fastskip.demo.text import build_processor
+def _load_demo(size: "Size", policy: Any, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    import torch
 
-            weights = getattr(
-                __import__("torch"), dtype.value if dtype is not Dtype.AUTO else "float32"
-            )
-            model = load(size).to(device_of(device), weights)
-            return fastskip.apply_(model, chosen), build_processor()
-    else:
-        path = checkpoint(path)
+    import fastskip
+    from fastskip.demo.smaller import load as load_bundled
+    from fastskip.demo.text import build_processor
 
-        def loads() -> tuple[Any, Any]:
-            import fastskip
-            from fastskip.prompts import processor_for
+    wanted = torch.float32 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+    model = load_bundled(size).to(device_of(device), wanted)
+    return fastskip.apply_(model, policy), build_processor()
 
-            with reading(path):
-                model = fastskip.load_model(
-                    path, policy=chosen, dtype=dtype.value, device=device_of(device)
-                )
-            return model, processor_for(path)
 
-    return Contender(named, loads)
+def _load_named(path: str, policy: Any, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    from fastskip.prompts import processor_for
+
+    return load(path, policy, dtype, device), processor_for(path)
 
 
 def _demo_items(count: int) -> list[Any]:
@@ -258,24 +251,21 @@ def _table(found: Sequence["Compared"], count: int) -> None:
 
     from fastskip.study.comparison import ALL
 
-    titles = ("model", "weights", "score", "from the first", "GFLOP", "of the first")
-    table = Table(*titles, "TTFT ms", "TPOT ms", "cache kB", box=box.SIMPLE_HEAD)
+    titles = ("model", "score, from the first", "compute", "TTFT\nms", "TPOT\nms", "cache\nkB")
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for each in found:
         score, change = each.scores[ALL], each.changes.get(ALL)
-        told = (
-            ""
-            if change is None
-            else f"{change.mean:+.1%} ({change.low:+.1%} to {change.high:+.1%})"
-        )
+        told = f"{score.mean:.1%} ({100 * score.low:.0f} to {100 * score.high:.0f})"
+        if change is not None:
+            interval = f"({100 * change.low:+.0f} to {100 * change.high:+.0f})"
+            told += f"\n{100 * change.mean:+.1f} {interval}"
         table.add_row(
-            each.label,
-            f"{each.parameters / 1e6:.1f} M",
-            f"{score.mean:.1%} ({score.low:.1%} to {score.high:.1%})",
+            f"{each.label}\n{each.parameters / 1e6:.3g} M weights",
             told,
-            f"{each.flops / 1e9:.3g}",
-            f"{each.flops / found[0].flops:.0%}",
+            f"{each.flops / found[0].flops:.0%}\n{each.flops / 1e9:.3g} GF",
             f"{1e3 * each.ttft_s:.1f}",
             f"{1e3 * each.tpot_s:.2f}",
             f"{each.kv_bytes / 1e3:.0f}",
@@ -283,6 +273,6 @@ def _table(found: Sequence["Compared"], count: int) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{count} items, 95 % intervals; compute, times and cache of the first item with "
-        f"{found[0].new_tokens} new tokens, batch 1."
+        f"{count} items, 95 % intervals; compute (GFLOP), times and cache of the first item with "
+        f"{found[0].new_tokens} new tokens, batch 1. Weights are the language model's."
     )
