@@ -55,7 +55,10 @@ def wilson(right: float, asked: int, level: float = LEVEL) -> Estimate:
     middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     spread = math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     half = z * spread / (1 + z * z / asked)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
+    # the ends are 0 and 1 there; rounding would miss them
+    low = 0.0 if right == 0 else middle - half
+    high = 1.0 if right == asked else middle + half
+    return Estimate(share, low, high)
 
 
 def bootstrap(
