@@ -1,5 +1,7 @@
 """The `fastskip` command. Each subcommand is a thin call of the public API, imported on use."""
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -8,12 +10,12 @@ from typer.core import TyperGroup
 
 from fastskip import __version__
 from fastskip.commands.calibrate import calibrate
-from fastskip.commands.common import help_of
 from fastskip.commands.demo import demo
 from fastskip.commands.generate import generate
 from fastskip.commands.plan import plan
 from fastskip.commands.policies import policies
-from fastskip.commands.study import study
+from fastskip.commands.study import compare, paper, study
+from fastskip.commands.train import train
 from fastskip.commands.verify import verify
 
 EXIT_ERROR = 2
@@ -45,8 +47,16 @@ app = typer.Typer(
 )
 
 
-for command in (generate, plan, verify, calibrate, demo, policies):
-    app.command(help=help_of(command))(command)
+def _help(function: Callable[..., None]) -> str:
+    """The docstring with its paragraphs unwrapped, as typer leaves line ends within them."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for command in (generate, plan, verify, calibrate, train, demo, policies):
+    app.command(help=_help(command))(command)
+for command in (paper, compare):
+    study.command(help=_help(command))(command)
 app.add_typer(study)
 
 
@@ -69,8 +79,9 @@ def main(
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
-    so that a wanted share of rows skips, [bold]study[/] shows what skipping costs in quality.
+    so that a wanted share of rows skips, [bold]train[/] mends by training what skipping costs,
+    [bold]study[/] shows what it costs.
     """
 
 
-app.callback(help=help_of(main))(main)
+app.callback(help=_help(main))(main)

@@ -1,8 +1,7 @@
 """What several subcommands share: their options, and checkpoints by name."""
 
-import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -65,12 +64,6 @@ DeviceOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's choice.")
 ]
-
-
-def help_of(function: Callable[..., None]) -> str:
-    """The docstring with its paragraphs unwrapped, as typer leaves line ends within them."""
-    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -16,7 +16,6 @@ from fastskip.commands.common import (
     ThreadsOption,
     checkpoint,
     device_of,
-    help_of,
     load,
     policy_of,
     prepare,
@@ -171,10 +170,6 @@ def compare(
         typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
         return
     _table(found, len(chosen))
-
-
-study.command(help=help_of(paper))(paper)
-study.command(help=help_of(compare))(compare)
 
 
 def _show(folder: Path) -> None:

@@ -175,6 +175,8 @@ class GradientEntries:
         self.is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        # A layer may run once more after the cache has taken in this forward.
+        self._past = {name: list(table.counts) for name, table in cache.tables.items()}
         self.counts, self.columns = self._stored.counts, self._stored.columns
         self.hold = self._stored.hold
 
@@ -205,7 +207,7 @@ class GradientEntries:
         for sequence in range(*sequences.indices(self._layout.batch)):
             mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
             mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
-            past = self._cache.tables[table].counts[sequence]
+            past = self._past[table][sequence]
             old_keys: list[Tensor] = []
             old_values: list[Tensor] = []  # a cache that is not kept has no buffers
             if past:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from fastskip.decoder.entries import Entries, GradientEntries
@@ -49,12 +50,20 @@ def maybe_recomputed(run: Run, layer: Any, index: int, entries: Entries) -> Run:
 
 
 def _once(decide: Callable[[Tensor], Rows]) -> Callable[[Tensor], Rows]:
-    """A router is asked once; what runs again does what was decided."""
+    """A router is asked once; what runs again does what was decided.
+
+    What a router that is trained needs for its own gradient is therefore kept.
+    """
     decided: list[Rows] = []
 
     def recalled(h: Tensor) -> Rows:
         if not decided:
-            decided.append(decide(h))
+            with saved_tensors_hooks(_kept, _kept):
+                decided.append(decide(h))
         return decided[0]
 
     return recalled
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor

@@ -88,7 +88,7 @@ class Gates(nn.Module):
             scores = {
                 layer: LayerScore(
                     self.weights[_name(number, layer)].detach().cpu(),
-                    float(self.biases[_name(number, layer)]),
+                    self.biases[_name(number, layer)].item(),
                 )
                 for layer in self._layers(number)
             }

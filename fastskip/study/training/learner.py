@@ -33,15 +33,21 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.gates, self._pressure = model, gates, pressure
         self.rows: int | Tensor = 0
-        """Real rows of all forwards so far."""
+        self.examples = 0
+        """Of all forwards so far, as are the real rows."""
 
     def forward(self, **inputs: Any) -> dict[str, Tensor]:
         """``loss``, scalar: the mean over the answers' tokens (of all forwards of a step, where
         ``num_items_in_batch`` counts them), plus the penalty of routers."""
         self.rows = self.rows + inputs["attention_mask"].sum()
+        self.examples += len(inputs["attention_mask"])
         loss = self.model(**inputs, use_cache=False).loss
         penalty = None if self.gates is None else self.gates.penalty()
-        return {"loss": loss if penalty is None else loss + self._pressure * penalty}
+        if penalty is not None:
+            loss = loss + self._pressure * penalty
+        if not loss.requires_grad:  # say, of a projector, where no example has an image
+            loss = loss + 0 * torch.stack([p.sum() for p in self.learned().values()]).sum()
+        return {"loss": loss}
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def train(
         TrainingError: the data end too soon, or a checkpoint is of other settings.
     """
     plan = plan_of(model)
-    folder = _folder(out, settings)
+    last = _last_checkpoint(out, settings)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token_id is None:
         raise SettingsError("processor", "no padding token", "a tokenizer with a pad_token")
@@ -73,6 +74,7 @@ def train(
     events = Events(masks, model, on_step)
     was_training = model.training
     with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory()) if out is None else out
         stack.enter_context(_seeds_kept())
         names = names_of(model, settings.parts)
         stack.enter_context(learning(model, names, settings.precision))
@@ -89,7 +91,7 @@ def train(
         learner = Learner(model, gates, settings.pressure / settings.accumulation)
         trainer = transformers.Trainer(
             learner,
-            _arguments(settings, folder, model),
+            _arguments(settings, Path(folder) / CHECKPOINTS, model),
             data_collator=Collator(tokenizer.pad_token_id, settings.padding),
             train_dataset=source,
             callbacks=[events],
@@ -98,12 +100,11 @@ def train(
         if trainer.args.n_gpu > 1:
             allowed = "one visible device (CUDA_VISIBLE_DEVICES=0)"
             raise SettingsError("devices", trainer.args.n_gpu, allowed)
-        last = get_last_checkpoint(str(folder)) if settings.resume and folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step < trainer.state.max_steps:
+            done, wanted = trainer.state.global_step, trainer.state.max_steps
             raise TrainingError(
-                f"data: ended after {trainer.state.global_step} steps; allowed: enough examples for "
-                f"{trainer.state.max_steps} steps"
+                f"data: ended after {done} steps; allowed: examples for {wanted} steps"
             )
     policy = plan.policy
     if gates is not None and out is not None:
@@ -117,20 +118,27 @@ def train(
         losses=tuple(e["loss"] for e in trainer.state.log_history if "loss" in e),
         step_seconds=tuple(events.seconds),
         rows=int(learner.rows),
-        examples=len(events.seconds) * settings.batch * settings.accumulation,
+        examples=learner.examples,
         broken=(*getattr(data, "broken", ()), *source.broken.values()),
     )
 
 
-def _folder(out: str | Path | None, settings: Settings) -> Path:
+def _last_checkpoint(out: str | Path | None, settings: Settings) -> str | None:
+    """Where to go on from; ``None`` at the beginning of a run."""
     if out is None:
         for name in ("save_every", "resume"):
             if getattr(settings, name):
                 raise SettingsError(name, getattr(settings, name), "none without a folder (out)")
         if settings.parts is Parts.ROUTERS:
             raise SettingsError("out", None, "a folder, for the routers' weights")
-        return Path(CHECKPOINTS)
-    return Path(out) / CHECKPOINTS
+        return None
+    folder = Path(out) / CHECKPOINTS
+    last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is not None and not settings.resume:
+        # A later resumption would take the higher number for the later one.
+        allowed = "a folder without checkpoints, or resume"
+        raise SettingsError("out", str(out), allowed)
+    return last
 
 
 def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
@@ -155,6 +163,7 @@ def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
+        accelerator_config={"dispatch_batches": False},  # batches are no rows: they hold images too
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from fastskip.study.training.settings import Lora, Parts, Precision, SettingsErr
 
 _PROJECTOR = ("multi_modal_projector", "image_newline")
 _ENCODER = "vision_tower"
+_HALVES = {torch.bfloat16, torch.float16}
+logger = logging.getLogger(__name__)
 
 
 def names_of(model: Any, parts: Parts) -> frozenset[str]:
@@ -39,6 +42,13 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
 def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterator[None]:
     """Within this block the named parameters want gradients and no others do; in BFLOAT16 they are
     held in fp32 meanwhile."""
+    halves = {p.dtype for name, p in model.named_parameters() if name in names} & _HALVES
+    if halves and precision is Precision.WEIGHTS:
+        logger.warning(
+            "what learns is held in %s, where small updates are lost; better: precision bfloat16, "
+            "or a model in float32",
+            ", ".join(sorted(str(dtype) for dtype in halves)),
+        )
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():

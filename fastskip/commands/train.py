@@ -1,0 +1,454 @@
+"""`fastskip train`: training under a policy, which skips its work in forward and backward."""
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    PolicyOption,
+    ThreadsOption,
+    checkpoint,
+    config_of,
+    device_of,
+    prepare,
+    reading,
+    resolve_policy,
+)
+
+if TYPE_CHECKING:
+    from fastskip.study.training import Settings, Trained
+    from fastskip.study.training.measuring import Comparison
+
+DEMO_POLICY = "every_nth_block"
+DEMO_SCENES, DEMO_HELD_OUT = 1000, 64
+
+
+class Parts(StrEnum):
+    """What learns."""
+
+    PROJECTOR = "projector"
+    LANGUAGE = "language"
+    EVERYTHING = "everything"
+    LORA = "lora"
+    ROUTERS = "routers"
+
+
+class Precision(StrEnum):
+    """What products are computed in."""
+
+    WEIGHTS = "weights"
+    BFLOAT16 = "bfloat16"
+
+
+class Schedule(StrEnum):
+    """How the learning rate goes down."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class Padding(StrEnum):
+    """Where shorter sequences are filled up."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
+def train(
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Folder of the run: the trained model in model/ (or adapters/), checkpoints/, "
+            "loss.png, report.json.",
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="JSON lines of LLaVA's conversations; see below.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where image paths start. Default: the data's folder."),
+    ] = None,
+    demo: Annotated[
+        bool,
+        typer.Option(
+            "--demo", help="Train the demo's model on generated pictures, no data needed."
+        ),
+    ] = False,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--held-out",
+            metavar="FILE",
+            help="Rows to measure on, before and after.",
+            show_default=False,
+        ),
+    ] = None,
+    model: ModelOption = None,
+    policy: PolicyOption = None,
+    parts: Annotated[
+        Parts,
+        typer.Option(
+            help="projector: as in the paper. language: projector and language model. everything: "
+            "the vision encoder too. lora: adapters. routers: the policy's linear routers."
+        ),
+    ] = Parts.PROJECTOR,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Optimiser steps.", show_default=False)
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Passes over the data, instead. Default: 1."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Examples of a forward.")] = 8,
+    accumulate: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Forwards of an optimiser step.")
+    ] = 1,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            "--lr",
+            metavar="RATE",
+            help="Default: 1e-3 (projector), 2e-5 (language, everything), 2e-4 (lora), 1e-2 "
+            "(routers).",
+        ),
+    ] = None,
+    schedule: Annotated[Schedule, typer.Option(help="Down to zero, or not.")] = Schedule.COSINE,
+    warmup: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of order, adapters, dropout.")] = 0,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="bfloat16: products in bfloat16, what learns in fp32 (for GPUs)."),
+    ] = Precision.WEIGHTS,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory: compute activations twice.")
+    ] = False,
+    padding: Annotated[Padding, typer.Option(help="Side of pads.")] = Padding.RIGHT,
+    save_every: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps between checkpoints. Default: none."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
+    ] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave out rows that cannot be used; count them.")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(min=1, metavar="N", help="Of the adapters.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(metavar="A", help="Their scale, by rank.")] = 32,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the adapters to the weights at the end.")
+    ] = False,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of routers: the share of rows that should skip."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Masks of pruned weights, which stay zero.", show_default=False
+        ),
+    ] = None,
+    compare_dense: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Rounds that time a step against dense at the end; 0: none."
+        ),
+    ] = 5,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train under a policy: what it skips is skipped in the forward and the backward pass.
+
+    Teacher forcing on the answers alone. Each line of the data is an object such as {"image":
+    "a.jpg", "conversations": [{"from": "human", "value": "<image>\\\\nWhat is this?"}, {"from":
+    "gpt", "value": "A cat."}]}; several turns, a list of images, or no image are fine. At the end
+    the time of a step is compared with that of dense training on the same batches.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip train --demo -o runs/demo[/]
+
+    [cyan]fastskip train --data mine.jsonl --images pictures -m llava-hf/llava-1.5-7b-hf -p
+    every_nth_block --precision bfloat16 --checkpointing --save-every 500 -o runs/projector[/]
+
+    [cyan]fastskip train --data mine.jsonl -p policy.json --parts lora --steps 2000 -o runs/lora[/]
+
+    [cyan]fastskip train --demo --parts routers --rate 0.5 -o runs/routers[/]
+    """
+    prepare(threads)
+    path = checkpoint(model)
+    config = config_of(path)
+    settings = _settings(
+        parts=parts.value,
+        steps=60 if demo and steps is None and epochs is None else steps,
+        epochs=epochs,
+        batch=batch,
+        accumulation=accumulate,
+        learning_rate=learning_rate,
+        schedule=schedule.value,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        precision=precision.value,
+        gradient_checkpointing=checkpointing,
+        padding=padding.value,
+        save_every=save_every,
+        resume=resume,
+        skip_broken=skip_broken,
+        rate=rate,
+        lora=(lora_rank, lora_alpha),
+    )
+    _check(demo=demo, data=data, model=model, merge=merge, mask=mask, parts=parts)
+    chosen = _policy(policy, path, config, demo=demo, parts=parts, out=out, seed=seed)
+    learned, measured = _examples(
+        demo=demo, data=data, images=images, held_out=held_out, settings=settings
+    )
+    masks = _masks(mask)
+
+    import fastskip
+    from fastskip.prompts import processor_for
+    from fastskip.study.training import train as run
+    from fastskip.study.training.curve import require_plots, write_curve
+    from fastskip.study.training.measuring import (
+        batches_of,
+        held_out_loss,
+        skipped_shares,
+    )
+    from fastskip.study.training.measuring import (
+        compare_dense as compare,
+    )
+
+    require_plots()
+    processor = processor_for(path)
+    place = device_of(device)
+    # Only plain torch computes gradients and lets routers be replaced while they learn.
+    impl = "reference" if parts is Parts.ROUTERS else None
+    with reading(path):
+        loaded = fastskip.load_model(
+            path, policy=chosen, dtype=_dtype(dtype, demo), device=place, impl=impl
+        )
+    test = [] if measured is None else batches_of(measured, processor, settings, 8)
+    report: dict[str, Any] = {"model": path, "parts": parts.value}
+    if test:
+        report["held_out_loss"] = {"before": held_out_loss(loaded, test)}
+    from tqdm import tqdm
+
+    with tqdm(desc="steps", disable=None) as bar:
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            bar.total = steps
+            bar.update(step - bar.n)
+            bar.set_postfix(loss=f"{loss:.4f}")
+
+        trained = run(loaded, processor, learned, out, settings, masks=masks, on_step=on_step)
+    if test:
+        report["held_out_loss"]["after"] = held_out_loss(loaded, test)
+        if parts is Parts.ROUTERS:
+            report["skipped"] = skipped_shares(loaded, test)
+    comparison = None
+    if compare_dense and parts is not Parts.ROUTERS:
+        batches = batches_of(learned, processor, settings, 2)
+        comparison = compare(loaded, batches, settings, compare_dense)
+    report |= _numbers(trained, comparison)
+    saved = out / ("adapters" if parts is Parts.LORA and not merge else "model")
+    trained.save(saved, processor, merge=merge)
+    if trained.losses:
+        write_curve(trained.losses, out / "loss.png", f"{parts.value}, {path}")
+    (out / "report.json").write_text(json.dumps(report | {"losses": trained.losses}, indent=2))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    _show(report, trained, comparison)
+    typer.echo(f"wrote {saved}, {out / 'loss.png'}, {out / 'report.json'}", err=True)
+
+
+def _settings(*, lora: tuple[int, float], **options: Any) -> "Settings":
+    from fastskip.study.training import Lora, Settings
+
+    return Settings(lora=Lora(*lora), **options)
+
+
+def _check(
+    *,
+    demo: bool,
+    data: Path | None,
+    model: str | None,
+    merge: bool,
+    mask: Path | None,
+    parts: Parts,
+) -> None:
+    """Options that do not go together, before anything is read."""
+    if demo == (data is not None):
+        given = "both are given" if demo else "neither is given"
+        raise CommandError(f"--data or --demo: {given}; allowed: one of them")
+    if demo and model is not None:
+        raise CommandError(f"--model {model}: allowed: none beside --demo, which has its own")
+    if merge and parts is not Parts.LORA:
+        raise CommandError(f"--merge: parts are {parts.value}; allowed: with --parts lora")
+    if merge and mask is not None:
+        raise CommandError("--merge: would fill pruned weights again; allowed: without --mask")
+
+
+def _policy(
+    policy: str | None, path: str, config: Any, *, demo: bool, parts: Parts, out: Path, seed: int
+) -> Any:
+    """What to train under; linear routers without weights get untrained ones."""
+    if demo and policy is None:
+        if parts is not Parts.ROUTERS:
+            return resolve_policy(DEMO_POLICY, path, config)
+        from fastskip.policy import RouterRule, SkipPolicy
+
+        rule = RouterRule(
+            "2:7", ["image", "text"], ["block"], "linear", 0.0, weights="untrained.safetensors"
+        )
+        chosen = SkipPolicy(routers=(rule,), name="demo routers")
+    else:
+        chosen = resolve_policy(policy, path, config)
+    if parts is not Parts.ROUTERS:
+        return chosen
+    weights = [chosen.path_of(rule.weights) for rule in chosen.routers if rule.weights]
+    if not weights or any(file.exists() for file in weights):
+        return chosen
+    from fastskip.families import shape_of
+    from fastskip.study.training.gates import fresh_routers
+
+    shape = shape_of(config)
+    return fresh_routers(chosen, shape.depth, shape.hidden_size, out / "untrained", seed)
+
+
+def _examples(
+    *,
+    demo: bool,
+    data: Path | None,
+    images: Path | None,
+    held_out: Path | None,
+    settings: "Settings",
+) -> tuple[Sequence[Any], Sequence[Any] | None]:
+    """What to learn from, and what to measure on."""
+    from fastskip.study.training import JsonLines
+
+    skip = settings.skip_broken
+    measured = None if held_out is None else JsonLines(held_out, images, skip_broken=skip)
+    if not demo:
+        assert data is not None
+        return JsonLines(data, images, skip_broken=skip), measured
+    from fastskip.demo.scenes import Split
+
+    learned = _Scenes(DEMO_SCENES, Split.TRAIN, settings.seed)
+    return learned, measured or _Scenes(DEMO_HELD_OUT, Split.VALIDATION, settings.seed)
+
+
+class _Scenes(Sequence[Any]):
+    """Questions about generated pictures, which are drawn when they are asked for."""
+
+    def __init__(self, count: int, split: Any, seed: int) -> None:
+        from fastskip.demo.evaluation import held_out
+
+        self._items = held_out(count, seed, split=split)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        from fastskip.demo.scenes import draw
+        from fastskip.study.training import Example, Turn
+
+        scene, question = self._items[index]
+        where = f"generated scene {index}"
+        return Example((Turn(question.text, question.answer),), (draw(scene),), where)
+
+
+def _masks(mask: Path | None) -> Any:
+    if mask is None:
+        return None
+    try:
+        from fastskip.study.pruning import WeightMasks  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise CommandError("--mask: this version has no pruning; allowed: none") from error
+    return WeightMasks.load(mask)
+
+
+def _dtype(dtype: Dtype, demo: bool) -> str:
+    """The demo's weights are stored in bfloat16, in which small steps are lost."""
+    return Dtype.FLOAT32.value if demo and dtype is Dtype.AUTO else dtype.value
+
+
+def _numbers(trained: "Trained", comparison: "Comparison | None") -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "steps": len(trained.losses),
+        "first_loss": trained.losses[0] if trained.losses else None,
+        "last_loss": trained.losses[-1] if trained.losses else None,
+        "seconds_per_step": trained.seconds_per_step,
+        "rows_per_second": trained.rows_per_second,
+        "broken": len(trained.broken),
+    }
+    if comparison is not None:
+        found["seconds"] = {
+            name: {"forward": times.forward, "backward": times.backward}
+            for name, times in (("policy", comparison.policy), ("dense", comparison.dense))
+        }
+        found["speed_up"] = comparison.speed_up
+    return found
+
+
+def _show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | None") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if comparison is not None:
+        table = Table("a batch, ms", "forward", "backward", "both", box=box.SIMPLE_HEAD)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, times in (("dense", comparison.dense), ("under the policy", comparison.policy)):
+            parts = (times.forward, times.backward, times.both)
+            table.add_row(name, *(f"{1e3 * seconds:.1f}" for seconds in parts))
+        console.print(table)
+        console.print(
+            f"The policy makes a step [bold]{comparison.speed_up:.2f} times[/] as fast as dense "
+            f"training (medians of {comparison.rounds} rounds, in turn)."
+        )
+    console.print(
+        f"{len(trained.losses)} steps, {trained.seconds_per_step:.3f} s each, "
+        f"{trained.rows_per_second:.0f} rows/s; loss {report['first_loss']:.4f} -> "
+        f"{report['last_loss']:.4f}."
+        if trained.step_seconds
+        else "No step was left to do."
+    )
+    if "held_out_loss" in report:
+        before, after = report["held_out_loss"].values()
+        console.print(f"Held-out loss under the policy: {before:.4f} -> [bold]{after:.4f}[/].")
+    if "skipped" in report:
+        shares = dict(report["skipped"])
+        overall = shares.pop(-1, 0.0)
+        layers = ", ".join(f"{layer}: {share:.0%}" for layer, share in shares.items())
+        console.print(f"Held-out rows that skip: [bold]{overall:.1%}[/] (by layer: {layers}).")
+    if trained.broken:
+        console.print(f"[yellow]{len(trained.broken)} rows were left out[/]; the first ones:")
+        for line in trained.broken[:3]:
+            console.print(f"  {line}", markup=False)

@@ -1,0 +1,41 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastskip.study.training.settings import SettingsError
+
+
+def require_plots() -> None:
+    """Raises without matplotlib: better before a run than after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        allowed = "none, or: pip install 'fastskip[train]' (matplotlib is missing)"
+        raise SettingsError("curve", "a PNG", allowed) from error
+
+
+def write_curve(losses: Sequence[float], path: Path, title: str = "") -> None:
+    """The losses ``[steps]`` and their running mean over a twentieth of the steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    width = max(1, len(losses) // 20)
+    means = [
+        sum(losses[max(0, end - width) : end]) / min(width, end)
+        for end in range(1, len(losses) + 1)
+    ]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#9dc3e6", linewidth=0.8, label="each step")
+    axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label=f"mean of {width}")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss on answers")
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)

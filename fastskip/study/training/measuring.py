@@ -1,0 +1,155 @@
+"""What skipping does to training: the time of a step against dense, losses, and routers' rates."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastskip.loading import plan_of, record_routing, set_policy
+from fastskip.policy import SkipPolicy
+from fastskip.study.training.batches import Collator
+from fastskip.study.training.encoding import IGNORED, Encoder, Features
+from fastskip.study.training.examples import Example
+from fastskip.study.training.parts import learning, names_of
+from fastskip.study.training.settings import Parts, Precision, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """Seconds of one forward (loss included) and one backward: medians."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same batches under the policy and dense, in turn; `rounds` times each."""
+
+    policy: PassTimes
+    dense: PassTimes
+    rounds: int
+    batches: int
+
+    @property
+    def speed_up(self) -> float:
+        """Of forward and backward together."""
+        return self.dense.both / self.policy.both
+
+
+def batches_of(
+    data: Sequence[Example], processor: Any, settings: Settings, count: int
+) -> list[Features]:
+    """The first ``count`` batches of the data, in their order; fewer where they end.
+
+    Raises:
+        DataError: an example cannot be used.
+    """
+    encoder = Encoder(processor)
+    pad_id = getattr(processor, "tokenizer", processor).pad_token_id
+    collate = Collator(pad_id, settings.padding)
+    starts = range(0, min(len(data), count * settings.batch), settings.batch)
+    numbers = (range(start, min(start + settings.batch, len(data))) for start in starts)
+    return [collate([encoder(data[number]) for number in each]) for each in numbers]
+
+
+def compare_dense(
+    model: Any, batches: Sequence[Features], settings: Settings, rounds: int = 5
+) -> Comparison:
+    """Times forward and backward of a prepared model under its policy and dense, interleaved.
+
+    No weight changes. Adapters that a model has learn as in training (``Parts.LORA``); routers
+    compute every candidate while they learn, so for them only the policy's other skips would show.
+    """
+    policy = plan_of(model).policy
+    contenders = {"policy": policy, "dense": SkipPolicy()}
+    names = names_of(model, settings.parts)
+    if settings.parts is Parts.LORA:
+        names = frozenset(name for name, _ in model.named_parameters() if "lora_" in name)
+    was_training = model.training
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    try:
+        with learning(model, names, settings.precision):
+            model.train()
+            for number in range(rounds + 1):  # the first one warms up
+                order = list(contenders) if number % 2 else list(reversed(contenders))
+                for name in order:
+                    set_policy(model, contenders[name])
+                    times = [_timed(model, batch, settings.precision) for batch in batches]
+                    if number:
+                        found[name].append((_mean(t[0] for t in times), _mean(t[1] for t in times)))
+    finally:
+        set_policy(model, policy)
+        model.train(was_training)
+    medians = {
+        name: PassTimes(*(statistics.median(part) for part in zip(*each, strict=True)))
+        for name, each in found.items()
+    }
+    return Comparison(medians["policy"], medians["dense"], rounds, len(batches))
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, batches: Sequence[Features]) -> float:
+    """The mean loss over the answers' tokens of all batches, under the model's policy."""
+    total, count = 0.0, 0
+    for batch in batches:
+        # The first token of a sequence is predicted by nobody.
+        own = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += own * float(model(**_placed(batch, model), use_cache=False).loss)
+        count += own
+    return total / count
+
+
+def skipped_shares(model: Any, batches: Sequence[Features]) -> dict[int, float]:
+    """The share of candidates that skip, by layer, teacher-forced; key -1: over all layers."""
+    candidates: dict[int, int] = {}
+    skipped: dict[int, int] = {}
+    with torch.no_grad(), record_routing(model) as record:
+        for batch in batches:
+            model(**_placed(batch, model), use_cache=False)
+    for forward in record.forwards:
+        for (layer, _), mask in forward.candidates.items():
+            for key in (layer, -1):
+                candidates[key] = candidates.get(key, 0) + int(mask.sum())
+        for (layer, _), mask in forward.skipped.items():
+            for key in (layer, -1):
+                skipped[key] = skipped.get(key, 0) + int(mask.sum())
+    return {key: skipped.get(key, 0) / count for key, count in sorted(candidates.items()) if count}
+
+
+def _timed(model: Any, batch: Features, precision: Precision) -> tuple[float, float]:
+    placed, device = _placed(batch, model), model.device.type
+    is_half = precision is Precision.BFLOAT16
+    with torch.autocast(device, torch.bfloat16) if is_half else nullcontext():
+        began = _now(model)
+        loss = model(**placed, use_cache=False).loss
+        middle = _now(model)
+    if loss.requires_grad:
+        loss.backward()
+    ended = _now(model)
+    model.zero_grad(set_to_none=True)
+    return middle - began, ended - middle
+
+
+def _placed(batch: Features, model: Any) -> Features:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _now(model: Any) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def _mean(values: Any) -> float:
+    return statistics.fmean(values)

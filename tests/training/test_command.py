@@ -1,0 +1,156 @@
+"""`fastskip train` as a user meets it, and what it measures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fastskip
+from fastskip.policy import SkipPolicy
+from fastskip.study.training import Parts, Settings
+from fastskip.study.training.curve import write_curve
+from fastskip.study.training.measuring import batches_of, compare_dense, held_out_loss
+from tests.checkpoints import save_checkpoint
+from tests.test_cli import run, succeed
+from tests.training.conversations import POLICY, examples, picture, prepared, processor
+
+ROW = {
+    "image": "a.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nwhat?"},
+        {"from": "gpt", "value": "red"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint, a policy, and six rows of which two are broken."""
+    home = tmp_path_factory.mktemp("train")
+    save_checkpoint(home / "model", chat_template=None)
+    (home / "policy.json").write_text(json.dumps(POLICY))
+    picture(1).save(home / "a.png")
+    (home / "b.png").write_text("no picture")
+    rows = [json.dumps(ROW)] * 4 + ["{", json.dumps({**ROW, "image": "b.png"})]
+    (home / "train.jsonl").write_text("\n".join(rows))
+    (home / "good.jsonl").write_text("\n".join(rows[:4]))
+    return home
+
+
+def options(folder: Path, out: Path, *more: object) -> list[object]:
+    return [
+        *("train", "-m", folder / "model", "-p", folder / "policy.json", "-o", out),
+        *("--batch", 2, "--compare-dense", 1, *more),
+    ]
+
+
+def test_a_run(folder: Path, tmp_path: Path) -> None:
+    data = ("--data", folder / "train.jsonl", "--held-out", folder / "good.jsonl")
+    result = succeed(*options(folder, tmp_path, *data, "--steps", 3, "--skip-broken"))
+    assert "times as fast as dense" in result.stdout and "Held-out loss" in result.stdout
+    assert "2 rows were left out" in result.stdout and "line 5: not JSON" in result.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["losses"]) == report["steps"] == 3 and report["broken"] == 2
+    assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
+    assert report["seconds"]["policy"].keys() == {"forward", "backward"}
+    with Image.open(tmp_path / "loss.png") as curve:
+        assert curve.format == "PNG" and curve.width > 500
+    model = fastskip.load_model(tmp_path / "model")
+    assert fastskip.plan_of(model).policy == SkipPolicy.from_dict(POLICY)
+    # The checkpoint is whole: it can be used by the other commands.
+    succeed("generate", "-m", tmp_path / "model", "-i", folder / "a.png", "-q", "what?")
+
+
+def test_adapters_and_routers(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    data = ("--data", folder / "good.jsonl", "--steps", 2)
+    lora = ("--parts", "lora", "--lora-rank", 2)
+    succeed(*options(folder, tmp_path / "lora", *data, *lora))
+    assert (tmp_path / "lora/adapters/adapter_model.safetensors").is_file()
+    succeed(*options(folder, tmp_path / "merged", *data, *lora, "--merge"))
+    assert (tmp_path / "merged/model/fastskip_policy.json").is_file()
+
+    rule = {"layers": [1], "skip": ["ffn"], "kind": "linear", "weights": "w", "threshold": 0}
+    policy = tmp_path / "routers.json"
+    policy.write_text(json.dumps({"schema_version": 1, "routers": [rule]}))
+    held_out = ("--held-out", folder / "good.jsonl")
+    routers = ("--parts", "routers", "--rate", 0.5, *held_out, "-p", policy, "--json")
+    result = succeed(*options(folder, tmp_path / "routers", *data, *routers))
+    shares = json.loads(result.stdout)["skipped"]
+    assert shares.keys() == {"-1", "1"} and 0 <= shares["-1"] <= 1
+    found = SkipPolicy.from_file(tmp_path / "routers" / "policy.json")
+    assert found.routers[0].kind == "linear"
+    fastskip.load_model(folder / "model", policy=found)
+    fastskip.load_model(tmp_path / "routers" / "model")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--data or --demo: neither is given"),
+        (["--data", "x", "--demo"], "--data or --demo: both are given"),
+        (["--data", "no.jsonl"], r"no\.jsonl"),
+        (["--data", "x", "--merge"], "--merge: parts are projector"),
+        (["--data", "x", "--steps", 1, "--epochs", 2], "epochs: 2.0; allowed: steps or epochs"),
+        (["--demo"], "allowed: none beside --demo"),
+        (["--data", "x", "--warmup", 2], "warmup: 2.0"),
+        (["--data", "x", "--rate", 0.5], "rate: 0.5; allowed: none, unless parts is routers"),
+    ],
+)
+def test_errors_are_one_line(folder: Path, tmp_path: Path, more: list[Any], message: str) -> None:
+    result = run(*options(folder, tmp_path, *more))
+    assert result.exit_code == 2
+    assert message.replace("\\", "") in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_broken_rows_stop_a_run(folder: Path, tmp_path: Path) -> None:
+    result = run(*options(folder, tmp_path, "--data", folder / "train.jsonl"))
+    assert result.exit_code == 2 and "train.jsonl, line 5: not JSON" in result.stderr
+
+
+def test_the_demo(tmp_path: Path) -> None:
+    """Nothing but a folder is needed; the demo's own model learns and gets better."""
+    result = succeed(
+        *("train", "--demo", "-o", tmp_path, "--steps", 8, "--batch", 4, "--json"),
+        *("--compare-dense", 0),
+    )
+    report = json.loads(result.stdout)
+    assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
+
+
+@pytest.mark.parametrize("parts", [Parts.PROJECTOR, Parts.EVERYTHING])
+def test_comparing_changes_nothing(parts: Parts) -> None:
+    model = prepared().train()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batches = batches_of(examples(), processor(), Settings(batch=3), 2)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3]
+    found = compare_dense(model, batches, Settings(parts=parts), rounds=2)
+    assert found.rounds == found.batches == 2 and found.speed_up > 0
+    assert min(found.policy.forward, found.policy.backward, found.dense.both) > 0
+    assert fastskip.plan_of(model).policy == SkipPolicy.from_dict(POLICY)
+    assert model.training and not model.lm_head.weight.requires_grad
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_held_out_loss_is_the_mean_over_tokens() -> None:
+    model = prepared()
+    one_by_one = batches_of(examples(6), processor(), Settings(batch=1), 6)
+    together = batches_of(examples(6), processor(), Settings(batch=6), 1)
+    (whole,), counts = together, [int((b["labels"] >= 0).sum()) for b in one_by_one]
+    losses = [held_out_loss(model, [batch]) for batch in one_by_one]
+    mean = sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
+    # The same numbers in another order of sums.
+    allowed = 64 * torch.finfo(torch.float32).eps * abs(mean)
+    assert abs(held_out_loss(model, [whole]) - mean) <= allowed
+    assert abs(held_out_loss(model, one_by_one) - mean) <= allowed
+
+
+def test_curves_of_one_step(tmp_path: Path) -> None:
+    write_curve([1.0], tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as curve:
+        assert curve.format == "PNG"
