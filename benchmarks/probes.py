@@ -29,10 +29,12 @@ from fastskip.kernels import (
     row_attention,
     row_gemm,
     sampler,
+    sparse,
     step_attention,
     tuning,
 )
 from fastskip.kernels.launch import Launch, recording
+from fastskip.ops.bitmaps import Packed, bitmap_bytes
 from fastskip.ops.contracts import (
     PAGE,
     Activation,
@@ -149,6 +151,14 @@ class Model:
 
     def down(self, n: int) -> Term:
         return Term(blank(n, self.ffn), self.linear(self.hidden, self.ffn))
+
+    def pruned_up(self) -> tuple[Packed, Tensor | None]:
+        """The first product of the FFN with half of its weights, and its bias."""
+        linear = self.up().linear
+        rows, columns = linear.weight.shape
+        bitmap = numbers(rows, bitmap_bytes(1, columns), dtype=torch.uint8)
+        values = blank(rows * columns // 2)
+        return Packed(bitmap, values, numbers(rows + 1), columns), linear.bias
 
     @property
     def scale(self) -> float:
@@ -492,6 +502,12 @@ PROBES = (
         "place_entries",
         ("place_entries",),
         lambda m, n: routing.place_entries(numbers(n), numbers(n), (0, n), numbers(1)),
+    ),
+    Probe(
+        "sparse_linear",
+        ("sparse_linear",),
+        lambda m, n: sparse.sparse_linear(m.h(n), *m.pruned_up()),
+        most=8,
     ),
     Probe("advance", ("advance",), lambda m, n: sampler.advance(m.choice(n))),
     Probe(

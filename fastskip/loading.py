@@ -28,7 +28,7 @@ from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.routing import Router, RoutingRecord, build_routers
 from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed, read_sparse
-from fastskip.sparse.convert import hold_, sparse_matrices
+from fastskip.sparse.convert import hold_
 from fastskip.sparse.linear import Weights
 
 logger = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ def load_model(
             package, where it is installed and the policy allows.
         routers: the user's own routers, by the names that the policy gives them.
         weights: how pruned projections are held, whichever way they are stored: ``"dense"``,
-            ``"bitmap"`` or ``"csr"`` (``fastskip.sparse.Weights``). The latter two run on plain
-            torch, which ``impl=None`` then means.
+            ``"bitmap"``, ``"csr"`` or ``"2:4"`` (``fastskip.sparse.Weights``). Unless dense, the
+            whole decoder calls its modules one by one, whatever ``impl``.
         from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.
@@ -134,7 +134,6 @@ def apply_(
     """Prepares a model that is already in memory, in place, and returns it.
 
     A model that is prepared already gets the new policy and keeps its ``impl`` and ``attention``.
-    One with sparse weights runs on plain torch: for it ``impl=None`` means ``"reference"``.
     """
     if attention not in (None, "flash"):
         raise ValueError(f"attention: {attention!r}; allowed: None, 'flash'")
@@ -148,8 +147,6 @@ def apply_(
     shape = shape_of(model.config, weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
-    if impl is None and sparse_matrices(model):
-        impl = "reference"
     runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device), own)
     if attention is not None:
         runtime.use_flash()

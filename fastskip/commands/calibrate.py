@@ -3,7 +3,7 @@
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ from fastskip.commands.common import (
     reading,
     resolve_policy,
 )
+from fastskip.commands.samples import SamplesOption, calibration_inputs
 
 if TYPE_CHECKING:
     from fastskip.study.calibration import Calibration
@@ -54,16 +55,7 @@ def calibrate(
             "threshold a router, so layers share the work as their scores fall."
         ),
     ] = Per.LAYER,
-    samples: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}; the image may be '
-            "left out, its path is seen from the file. Default, with the demo's model: its own "
-            "training pictures.",
-            show_default=False,
-        ),
-    ] = None,
+    samples: SamplesOption = None,
     count: Annotated[
         int, typer.Option(min=1, metavar="N", help="Use the first N samples at the most.")
     ] = 32,
@@ -104,7 +96,7 @@ def calibrate(
     config = config_of(path)
     chosen = resolve_policy(policy, path, config)
     _check_output(out)
-    inputs, source = _inputs(model, path, config, samples, count, new_tokens)
+    inputs, source = calibration_inputs(model, path, config, samples, count, new_tokens)
 
     import fastskip
     from fastskip.study.calibration import calibrate as find
@@ -147,35 +139,6 @@ def _check_output(out: Path) -> None:
     if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
         allowed = f"a file ({', '.join(SUFFIXES)}) in an existing folder"
         raise CommandError(f"--out {out}: allowed: {allowed}")
-
-
-def _inputs(
-    model: str | None, path: str, config: Any, samples: Path | None, count: int, new_tokens: int
-) -> tuple[list[Any], str]:
-    """What to run, and where it is from."""
-    from fastskip.prompts import processor_for
-    from fastskip.study.samples import inputs_of, read_samples
-
-    processor = processor_for(path)
-    if samples is not None:
-        chosen = read_samples(samples)[:count]
-        return inputs_of(chosen, processor, config, new_tokens), str(samples)
-    from fastskip.demo import checkpoint_path
-
-    if Path(path).resolve() != checkpoint_path().resolve():
-        raise CommandError(f"--samples: needed with --model {model}; allowed: a JSON lines file")
-    from fastskip.demo.evaluation import held_out
-    from fastskip.demo.scenes import Split, draw
-    from fastskip.prompts import build_inputs
-
-    items = held_out(count, split=Split.TRAIN)
-    made = [
-        build_inputs(
-            processor, question.text, [draw(scene)], config=config, max_new_tokens=new_tokens
-        )
-        for scene, question in items
-    ]
-    return made, "demo, training pictures"
 
 
 def _show(found: "Calibration") -> None:

@@ -99,7 +99,7 @@ def read_sparse(model_class: Any, path: str, layout: SparseLayout, **options: An
     Returns what that returns; the model is of ``model_class`` itself.
 
     Raises:
-        SparseError: the layout is not of this model.
+        SparseError: the layout is not of this model, or a bitmap does not have its values.
     """
 
     def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:
@@ -113,6 +113,14 @@ def read_sparse(model_class: Any, path: str, layout: SparseLayout, **options: An
         path, variant=VARIANT, output_loading_info=True, **options
     )
     model.__class__ = model_class
+    for matrix in sparse_matrices(model):
+        # A kernel reads as many values as the bitmap says.
+        bits = int(matrix.module.packed.starts[-1])
+        if bits != matrix.module.kept:
+            allowed = (
+                f"a bitmap of {matrix.module.kept} entries, which is how many values there are"
+            )
+            raise SparseError(f"{path}: {matrix.name}", f"a bitmap of {bits} entries", allowed)
     return model, found
 
 

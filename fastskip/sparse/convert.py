@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastskip.ops.bitmaps import bitmap_bytes
 from fastskip.sparse.linear import BitmapLinear, CsrLinear, SparseLinear, Weights
 from fastskip.sparse.matrices import Matrix, SparseError, matrices
+from fastskip.sparse.structured import semi_structured_
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Compression:
 
 
 def compress_(model: Any, form: Weights | str = Weights.BITMAP) -> Compression:
-    """Holds every pruned projection without its zeros, in place.
+    """Holds every pruned projection without its zeros, in place, one at a time.
 
-    Pruned: bitmap and values take fewer bytes than the dense weight. Layers with such projections
-    compute them one by one, on plain torch (``impl="reference"``); training them is over.
-    ``expand_`` undoes it. A model that is sparse already gets the form asked for.
+    Pruned: bitmap and values take fewer bytes than the dense weight. A prepared model then calls
+    its modules one by one, without the fused operations of a GPU, and keeps the storages that its
+    projections were merged in; ``fastskip.load_model(..., weights=form)`` compresses before it
+    prepares. Training these weights is over. ``expand_`` undoes it. A model that is sparse already
+    gets the form asked for.
 
     Args:
         form: ``"bitmap"`` or ``"csr"``, see ``Weights``.
@@ -38,15 +41,17 @@ def compress_(model: Any, form: Weights | str = Weights.BITMAP) -> Compression:
             for this device or dtype.
     """
     form = _checked_form(form, model)
-    before = {matrix.name: _bytes_of(matrix) for matrix in matrices(model)}
-    _compress(list(matrices(model)))
-    for matrix in sparse_matrices(model):
-        if form is Weights.CSR and isinstance(matrix.module, BitmapLinear):
-            matrix.replace(CsrLinear.from_bitmap(matrix.module))
-        elif form is Weights.BITMAP and isinstance(matrix.module, CsrLinear):
-            matrix.replace(BitmapLinear.from_linear(matrix.module.to_linear()))
-    after = {matrix.name: _bytes_of(matrix) for matrix in sparse_matrices(model)}
-    return Compression(tuple(after), sum(before[name] for name in after), sum(after.values()))
+    _check_plain(model)
+    names, dense_bytes, sparse_bytes = [], 0, 0
+    for matrix in matrices(model):
+        made = _held_as(form, matrix)
+        if made is not None:
+            names.append(matrix.name)
+            dense_bytes += made.in_features * made.out_features * made.get_buffer("values").itemsize
+            sparse_bytes += made.nbytes
+            matrix.replace(made)
+    _check_some(names)
+    return Compression(tuple(names), dense_bytes, sparse_bytes)
 
 
 def expand_(model: Any) -> None:
@@ -56,9 +61,12 @@ def expand_(model: Any) -> None:
 
 
 def hold_(model: Any, weights: Weights | str) -> None:
-    """Holds pruned projections as asked, dense ones included; errors as ``compress_``."""
+    """Holds pruned projections as asked; errors as ``compress_`` and ``semi_structured_``."""
     if weights == Weights.DENSE:
         expand_(model)
+    elif weights == Weights.SEMI_STRUCTURED:
+        expand_(model)
+        semi_structured_(model)
     else:
         compress_(model, weights)
 
@@ -72,8 +80,15 @@ def compressed(model: Any) -> Iterator[None]:
     if any(True for _ in sparse_matrices(model)):
         yield
         return
-    replaced = _compress(list(matrices(model)))
+    _check_plain(model)
+    replaced = []
     try:
+        for matrix in matrices(model):
+            made = _held_as(Weights.BITMAP, matrix)
+            if made is not None:
+                matrix.replace(made)
+                replaced.append(matrix)
+        _check_some(replaced)
         yield
     finally:
         for matrix in replaced:
@@ -85,32 +100,37 @@ def sparse_matrices(model: Any) -> list[Matrix]:
     return [matrix for matrix in matrices(model) if isinstance(matrix.module, SparseLinear)]
 
 
-def _compress(found: Sequence[Matrix]) -> list[Matrix]:
-    """Makes pruned linears bitmaps; returns what was there before."""
-    for matrix in found:  # before anything is replaced
-        if not isinstance(matrix.module, SparseLinear) and type(matrix.module) is not nn.Linear:
+def _held_as(form: Weights, matrix: Matrix) -> SparseLinear | None:
+    """A projection in a sparse form; ``None`` if it is not pruned."""
+    module = matrix.module
+    if not isinstance(module, SparseLinear):
+        if not _pays(matrix.weight):
+            return None
+        module = BitmapLinear.from_linear(module)
+    if form is Weights.CSR:
+        return CsrLinear.from_bitmap(module) if isinstance(module, BitmapLinear) else module
+    return module if isinstance(module, BitmapLinear) else BitmapLinear.from_other(module)
+
+
+def _check_plain(model: Any) -> None:
+    """Before anything is replaced."""
+    for matrix in matrices(model):
+        kind = type(matrix.module)
+        if not issubclass(kind, SparseLinear) and kind is not nn.Linear:
             allowed = "plain linears: merge adapters into them first"
-            raise SparseError(matrix.name, f"a {type(matrix.module).__name__}", allowed)
-    replaced = []
-    for matrix in found:
-        if not isinstance(matrix.module, SparseLinear) and _pays(matrix.weight):
-            matrix.replace(BitmapLinear.from_linear(matrix.module))
-            replaced.append(matrix)
-    if not replaced and not any(isinstance(matrix.module, SparseLinear) for matrix in found):
+            raise SparseError(matrix.name, f"a {kind.__module__}.{kind.__name__}", allowed)
+
+
+def _check_some(found: Sequence[object]) -> None:
+    if not found:
         allowed = "a pruned model (fastskip prune): a bitmap needs zeros to pay for itself"
         raise SparseError("model", "no projection has enough zeros", allowed)
-    return replaced
 
 
 def _pays(weight: Tensor) -> bool:
     zeros = weight.numel() - int(weight.count_nonzero())
     rows, columns = weight.shape
     return zeros * weight.element_size() > bitmap_bytes(rows, columns) + 4 * (rows + 1)
-
-
-def _bytes_of(matrix: Matrix) -> int:
-    module = matrix.module
-    return module.nbytes if isinstance(module, SparseLinear) else int(matrix.weight.nbytes)
 
 
 def _checked_form(form: Weights | str, model: Any) -> Weights:

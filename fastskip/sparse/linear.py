@@ -23,12 +23,14 @@ class Weights(StrEnum):
     values, the fewest bytes; read as they are by a kernel for few rows on CUDA, expanded for every
     product elsewhere. CSR: torch's compressed rows, fp32 on a CPU; a column number beside each
     value, so half of the weights take as many bytes as all of them dense, but products of few rows
-    are faster than dense ones.
+    are faster than dense ones. SEMI_STRUCTURED: 2:4 as tensor cores read it, on CUDA (``sparse.
+    structured``).
     """
 
     DENSE = "dense"
     BITMAP = "bitmap"
     CSR = "csr"
+    SEMI_STRUCTURED = "2:4"
 
 
 class SparseLinear(nn.Module):
@@ -37,6 +39,8 @@ class SparseLinear(nn.Module):
     A gradient reaches the input, never the weight. State dicts hold ``bitmap``, ``values``
     (``ops.bitmaps``) and ``bias``, whatever the form.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class SparseLinear(nn.Module):
         """The same product as a plain linear, bit by bit the weight that was packed."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         made.weight = nn.Parameter(bitmaps.expand(self.packed), False)
-        made.bias = self.bias
+        made.register_parameter("bias", self.bias)
         return made.train(self.training)
 
     def extra_repr(self) -> str:
@@ -101,6 +105,14 @@ class BitmapLinear(SparseLinear):
         bias = None if linear.bias is None else linear.bias.detach()
         sizes = linear.in_features, linear.out_features
         return cls(*sizes, packed.bitmap, packed.values, bias).train(linear.training)
+
+    @classmethod
+    def from_other(cls, other: SparseLinear) -> BitmapLinear:
+        """The same weight from another form; values and bias are shared."""
+        packed = other.packed
+        bias = None if other.bias is None else other.bias.detach()
+        sizes = other.in_features, other.out_features
+        return cls(*sizes, packed.bitmap, packed.values, bias).train(other.training)
 
     @property
     def packed(self) -> Packed:
@@ -160,7 +172,7 @@ class CsrLinear(SparseLinear):
         mask = torch.zeros(
             self.out_features, self.in_features, dtype=torch.bool, device=self.values.device
         )
-        counts = self.starts.diff().long()
+        counts = (self.starts[1:] - self.starts[:-1]).long()
         rows = torch.arange(self.out_features, device=counts.device).repeat_interleave(counts)
         mask[rows, self.places.long()] = True
         return Packed(bitmaps.pack_bits(mask), self.values, self.starts, self.in_features)

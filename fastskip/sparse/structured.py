@@ -22,7 +22,8 @@ _ARCH = (8, 0)
 def semi_structured_(model: Any) -> tuple[str, ...]:
     """Holds every 2:4 projection in torch's semi-structured form, in place; returns their names.
 
-    The model runs on plain torch from then on (``impl="reference"``) and must not be trained.
+    A prepared model calls its modules one by one from then on. These weights cannot be trained or
+    saved: write the pruned model first.
 
     Raises:
         SparseError: the device, dtype or a shape does not have the form, or no weight is 2:4.

@@ -59,8 +59,6 @@ class WeightMasks:
     fingerprint: str
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    # -- on a model
-
     def apply_(self, model: Any) -> None:
         """Sets every removed weight to zero, in place; meant to follow each optimizer step.
 
@@ -100,15 +98,11 @@ class WeightMasks:
         """Raises ``PruningError`` unless the masks are of this model."""
         self._weights(model)
 
-    # -- how much
-
     def kept_share(self, names: Sequence[str] | None = None) -> float:
         """The share of weights that is kept, of all matrices with a set or of some of them."""
         chosen = [self.kept[name] for name in (self.kept if names is None else names)]
         total = sum(own.shape[0] * own.shape[1] for own in chosen)
         return sum(int(own.mask.sum()) for own in chosen) / total if total else 1.0
-
-    # -- algebra
 
     def __and__(self, other: WeightMasks) -> WeightMasks:
         return self._combined(other, torch.bitwise_and, "intersection")
@@ -146,9 +140,9 @@ class WeightMasks:
         result = {}
         for name, own in self.kept.items():
             mask = own.mask.cpu()
-            common = (mask & other.kept[name].mask.cpu()).flatten().nonzero()[:, 0]
+            common = (mask & other.kept[name].mask.cpu()).nonzero()
             order = torch.randperm(len(common), generator=generator_for(name, seed))
-            mask.view(-1)[common[order[: round(share * len(common))]]] = False
+            mask[common[order[: round(share * len(common))]].unbind(1)] = False
             result[name] = KeptSet.of(mask.to(own.bitmap.device))
         of = [dict(self.provenance), dict(other.provenance)]
         return self._with(result, operation="exclusion", share=share, seed=seed, of=of)
@@ -169,8 +163,6 @@ class WeightMasks:
         }
         return self._with({**self.kept, **whole})
 
-    # -- files
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: a bit a weight, and where they come from as metadata."""
         from fastskip.study.pruning.mask_file import write
@@ -187,8 +179,6 @@ class WeightMasks:
         from fastskip.study.pruning.mask_file import read
 
         return read(path)
-
-    # -- inside
 
     def _weights(self, model: Any) -> list[tuple[str, Tensor]]:
         """The model's weights that there are sets for, once it is known to be the right model."""

@@ -73,14 +73,14 @@ def find_masks(
             raise PruningError("samples", "none", "one or more: Wanda is calibrated on them")
         found = _by_activations(model, recipe, chosen, samples, on_layer)
     else:
-        found = _by_weights(recipe, chosen, on_layer)
+        found = dict(_by_weights(recipe, chosen, on_layer))
     provenance = {
         **recipe.to_dict(),
         "samples": len(samples) if recipe.method is Method.WANDA else 0,
         **_circumstances(model),
         **(about or {}),
     }
-    return WeightMasks(dict(found), fingerprint_of(every), provenance)
+    return WeightMasks(found, fingerprint_of(every), provenance)
 
 
 def _by_weights(

@@ -1,0 +1,255 @@
+"""The product of few rows with a pruned weight: held dense, as bitmap and values, or as CSR.
+
+    pytest benchmarks/test_sparse.py --benchmark-only
+    python -m benchmarks.sparse [--device cuda] [--models] [--save]
+
+Each case is one weight, pruned at random, and one number of rows. All forms multiply the same rows
+round-robin, so that a neighbour who slows the machine down slows all of them; medians are compared.
+A form is timed only if its product is within the error budget of the dense one. On a CPU the matrix
+is fp32, which is what CSR runs in; on CUDA bf16, and the bitmap's kernel is the
+only other form. The caches stay as they are between rounds: of the smaller shape they hold much.
+
+``--models`` also times whole ``generate`` calls of the ``0.5b`` shape with random weights, pruned
+by magnitude, batch 1: dense (our fast path, projections merged) against CSR, on the CPU. They must
+make the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.records import environment, file_name
+from benchmarks.runs import Run, median, run_once
+from benchmarks.shapes import HALF_BILLION, models, prompts
+from fastskip.sparse.convert import compress_
+from fastskip.sparse.linear import BitmapLinear, CsrLinear, Weights
+from fastskip.study.pruning import Recipe, prune_
+from fastskip.verification.budget import measure as budget
+
+SHAPES = ((2816, 1024), (11008, 4096))
+RATIOS = (0.5, 0.7, 0.9)
+ROWS = {"cpu": (1, 4, 16), "cuda": (1, 4, 8)}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+ROUNDS = 15
+REPEATS = {"cpu": 1, "cuda": 50}
+"""Products of one sample: on CUDA one is too short to be timed alone."""
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One weight ``[M, E]`` of which ``ratio`` is zero, times ``rows`` rows."""
+
+    shape: tuple[int, int]
+    ratio: float
+    rows: int
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape[0]}x{self.shape[1]}-{self.ratio:g}-{self.rows}-rows"
+
+    @property
+    def forms(self) -> tuple[Weights, ...]:
+        both = (Weights.DENSE, Weights.BITMAP)
+        return (*both, Weights.CSR) if self.device == "cpu" else both
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one product, sample by sample, and bytes of the weight, by form."""
+
+    case: Case
+    samples: dict[Weights, list[float]]
+    nbytes: dict[Weights, int]
+    faults: dict[Weights, str]
+
+    def record(self, form: Weights) -> Record:
+        """Plain data of one form."""
+        dense = statistics.median(self.samples[Weights.DENSE])
+        median = statistics.median(self.samples[form])
+        return {
+            "case": self.case.name,
+            "form": form.value,
+            "shape": list(self.case.shape),
+            "ratio": self.case.ratio,
+            "rows": self.case.rows,
+            "dtype": str(DTYPES[self.case.device]).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "median_ms": 1e3 * median,
+            "samples_ms": [1e3 * sample for sample in self.samples[form]],
+            "speedup_vs_dense": dense / median,
+            "bytes": self.nbytes[form],
+            "bytes_vs_dense": self.nbytes[form] / self.nbytes[Weights.DENSE],
+            "gb_per_s": self.nbytes[form] / median / 1e9,
+            **environment(self.case.device),
+        }
+
+
+def cases(device: str = "cpu") -> Iterator[Case]:
+    for shape in SHAPES:
+        for ratio in RATIOS:
+            for rows in ROWS[device]:
+                yield Case(shape, ratio, rows, device)
+
+
+@torch.inference_mode()
+def measure(case: Case, rounds: int = ROUNDS) -> Measurement:
+    """Checks every form, then times those that are right."""
+    dtype = DTYPES[case.device]
+    generator = torch.Generator().manual_seed(0)
+    dense = nn.Linear(case.shape[1], case.shape[0], bias=False)
+    dense.weight.copy_(torch.randn(case.shape, generator=generator))
+    dense.weight[torch.rand(case.shape, generator=generator) < case.ratio] = 0
+    x64 = torch.randn(case.rows, case.shape[1], generator=generator).to(dtype).double()
+    dense, x = dense.to(case.device, dtype), x64.to(case.device, dtype)
+    ways: dict[Weights, Any] = {Weights.DENSE: dense}
+    bitmap = ways[Weights.BITMAP] = BitmapLinear.from_linear(dense)
+    if Weights.CSR in case.forms:
+        ways[Weights.CSR] = CsrLinear.from_bitmap(bitmap)
+    truth, eager = x64 @ dense.weight.double().cpu().t(), dense(x)
+    found = {form: budget(form.value, way(x), eager, truth) for form, way in ways.items()}
+    faults = {form: str(each) for form, each in found.items() if not each.holds}
+    samples: dict[Weights, list[float]] = {form: [] for form in ways if form not in faults}
+    for way in ways.values():
+        way(x)
+    for _ in range(rounds):
+        for form, own in samples.items():
+            own.append(_seconds(ways[form], x))
+    nbytes = {form: _bytes_of(way) for form, way in ways.items()}
+    return Measurement(case, samples, nbytes, faults)
+
+
+def _seconds(way: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    repeats = REPEATS[x.device.type]
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        way(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _bytes_of(way: Any) -> int:
+    return int(way.weight.nbytes if isinstance(way, nn.Linear) else way.nbytes)
+
+
+@torch.inference_mode()
+def measure_models(ratio: float, rounds: int = 5, n_new: int = 16) -> list[Record]:
+    """Whole calls of a pruned model in either form; raises if their tokens differ."""
+    both = models(HALF_BILLION.build, torch.float32, "cpu")
+    dense = both.ours
+    prune_(dense, Recipe("magnitude", ratio))
+    shared = {id(parameter): parameter for parameter in dense.parameters()}
+    sparse = copy.deepcopy(dense, shared)
+    size = compress_(sparse, Weights.CSR)
+    inputs = prompts(both.hf, HALF_BILLION, 1)
+    runs: dict[Weights, list[Run]] = {Weights.DENSE: [], Weights.CSR: []}
+    for number in range(1 + rounds):
+        for form, model in ((Weights.DENSE, dense), (Weights.CSR, sparse)):
+            run = run_once(model, inputs, n_new, "cpu")
+            if number:  # the first call is not timed
+                runs[form].append(run)
+    if not torch.equal(runs[Weights.DENSE][0].tokens, runs[Weights.CSR][0].tokens):
+        raise RuntimeError(f"{ratio:.0%} zeros: tokens of the sparse model differ")
+    nbytes = {Weights.DENSE: size.dense_bytes, Weights.CSR: size.sparse_bytes}
+    return [
+        {
+            "case": f"{HALF_BILLION.name}-{ratio:g}",
+            "form": form.value,
+            "ratio": ratio,
+            "n_rows": inputs["input_ids"].shape[1],
+            "n_new": n_new,
+            "dtype": "float32",
+            "threads": torch.get_num_threads(),
+            **{f"{group}_ms": 1e3 * median(own, group) for group in ("prefill", "decode", "e2e")},
+            "samples_ms": {
+                group: [1e3 * float(getattr(run, group)) for run in own]
+                for group in ("prefill", "decode", "e2e")
+            },
+            "bytes": nbytes[form],
+            **environment("cpu"),
+        }
+        for form, own in runs.items()
+    ]
+
+
+def models_table(records: Sequence[Record]) -> str:
+    """Markdown: a line a model and form."""
+    lines = [
+        "| zeros | form | prompt, ms | a token, ms | call, ms | pruned weights, MB |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for own in records:
+        numbers = " | ".join(f"{own[f'{g}_ms']:.0f}" for g in ("prefill", "decode", "e2e"))
+        lines.append(
+            f"| {own['ratio']:.0%} | {own['form']} | {numbers} | {own['bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def table(records: Sequence[Record]) -> str:
+    """Markdown: a line a case, milliseconds and speed-ups by form."""
+    lines = [
+        "| weight | zeros | rows | form | ms | against dense | bytes against dense |",
+        "|---|--:|--:|---|--:|--:|--:|",
+    ]
+    for own in records:
+        shape = " x ".join(map(str, own["shape"]))
+        lines.append(
+            f"| {shape} | {own['ratio']:.0%} | {own['rows']} | {own['form']} "
+            f"| {own['median_ms']:.2f} | {own['speedup_vs_dense']:.2f}x "
+            f"| {own['bytes_vs_dense']:.2f}x |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures all cases; returns the exit code: 1 if a form is wrong."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=sorted(ROWS), default="cpu")
+    parser.add_argument("--models", action="store_true", help="whole calls too, on the CPU")
+    parser.add_argument("--save", action="store_true", help="keep results/sparse-<machine>.json")
+    options = parser.parse_args(arguments)
+    records, wrong = [], 0
+    for case in cases(options.device):
+        found = measure(case)
+        wrong += len(found.faults)
+        for form, fault in found.faults.items():
+            print(f"{case.name}: {form.value} is wrong: {fault}", file=sys.stderr)
+        records += [found.record(form) for form in found.samples]
+    print(table(records))
+    whole = [own for ratio in RATIOS for own in measure_models(ratio)] if options.models else []
+    if whole:
+        print(f"\n{models_table(whole)}")
+    if options.save and not wrong:
+        path = Path(__file__).parent / "results" / f"sparse-{file_name(options.device)}"
+        flag = " --models" if whole else ""
+        kept = {
+            "command": f"python -m benchmarks.sparse --device {options.device}{flag} --save",
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "load": os.getloadavg(),
+            "records": records,
+            "models": whole,
+        }
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+        print(f"\nresults: {path}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""`fastskip prune`: weights that a model can do without, set to zero and stored as less."""
+
+import json
+from enum import StrEnum
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    ThreadsOption,
+    checkpoint,
+    config_of,
+    device_of,
+    prepare,
+    reading,
+)
+from fastskip.commands.samples import SamplesOption, calibration_inputs
+
+if TYPE_CHECKING:
+    from fastskip.study.pruning import Recipe, WeightMasks
+
+
+class Method(StrEnum):
+    """By what score weights are kept."""
+
+    WANDA = "wanda"
+    MAGNITUDE = "magnitude"
+    RANDOM = "random"
+
+
+class Part(StrEnum):
+    """Which projections of a layer."""
+
+    BLOCK = "block"
+    ATTENTION = "attention"
+    FFN = "ffn"
+
+
+class Per(StrEnum):
+    """Within what weights compete."""
+
+    ROW = "row"
+    MATRIX = "matrix"
+
+
+class Combine(StrEnum):
+    """What becomes of several files of masks."""
+
+    INTERSECTION = "intersection"
+    UNION = "union"
+    EXCLUSION = "exclusion"
+
+
+class Stored(StrEnum):
+    """How the pruned model is written."""
+
+    SPARSE = "sparse"
+    DENSE = "dense"
+
+
+def prune(
+    model: ModelOption = None,
+    method: Annotated[
+        Method | None,
+        typer.Option(
+            help="wanda: |weight| times the norm of its input on samples, layer by layer. "
+            "magnitude: |weight|. random: a draw. Default: wanda.",
+            show_default=False,
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="The share of weights to remove, such as 0.5."),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Keep N of every M neighbours, such as 2:4 or 4:8."),
+    ] = None,
+    per: Annotated[
+        Per | None,
+        typer.Option(help="What competes. Default: row under wanda, else matrix."),
+    ] = None,
+    part: Annotated[
+        Part | None,
+        typer.Option(help="Which projections of a layer. Default: block.", show_default=False),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="SLICE", help='Which layers: a slice such as "4:-1". Default: all.'),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of random draws.")] = 0,
+    samples: SamplesOption = None,
+    count: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Use the first N samples at the most.")
+    ] = 128,
+    masks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prune by these masks instead of a method; repeat the option for several files.",
+            show_default=False,
+        ),
+    ] = None,
+    combine: Annotated[
+        Combine,
+        typer.Option(
+            help="What several files of masks become. intersection: weights that all keep, the "
+            "sub-network that tasks share. union: that any keeps. exclusion: those of the first "
+            "without a random --share of what both keep."
+        ),
+    ] = Combine.INTERSECTION,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="For --combine exclusion; by default all of it."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="Write the pruned model there: a new or empty folder.",
+            show_default=False,
+        ),
+    ] = None,
+    stored: Annotated[
+        Stored,
+        typer.Option(
+            help="sparse: pruned weights as bitmap and values, read by fastskip alone. dense: with "
+            "their zeros, as any checkpoint."
+        ),
+    ] = Stored.SPARSE,
+    save_masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write which weights are kept, a bit each (.safetensors).",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Set weights of the decoder's blocks to zero: those that matter least on a few samples.
+
+    Wanda runs the samples layer by layer, and every layer sees what the pruned ones below give it;
+    padding has no effect. Exactly the share asked for goes, in every row or matrix. Masks say which
+    weights are kept; those of several tasks combine, and training can be held to them. A sparse
+    checkpoint is smaller on disk; [bold]load_model(..., weights="bitmap")[/] or "csr" keeps it
+    small in memory.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip prune --ratio 0.5 -o half --save-masks half.safetensors[/]
+
+    [cyan]fastskip prune -m llava-hf/llava-1.5-7b-hf --pattern 2:4 --part ffn --samples vqa.jsonl
+    -o pruned[/]
+
+    [cyan]fastskip prune --masks vqa.safetensors --masks captions.safetensors -o shared[/]
+    """
+    prepare(threads)
+    _check_outputs(out, save_masks)
+    path = checkpoint(model)
+    config = config_of(path)
+
+    import fastskip
+    from fastskip.study.pruning import Recipe, WeightMasks, find_masks
+
+    recipe: Recipe | None = None
+    inputs: list[Any] = []
+    source = None
+    ours = {"method": method, "pattern": pattern, "per": per, "part": part, "layers": layers}
+    asked = {name: str(value) for name, value in ours.items() if value is not None}
+    if masks:
+        _check_alone({**asked, "ratio": ratio, "samples": samples})
+        found = _combined([WeightMasks.load(file) for file in masks], combine, share, seed)
+    else:
+        recipe = Recipe(ratio=ratio, seed=seed, **asked)
+        if recipe.method.value == Method.WANDA:
+            inputs, source = calibration_inputs(model, path, config, samples, count, 1)
+    place = device_of(device)
+    with reading(path):
+        loaded = fastskip.load_model(path, dtype=dtype.value, device=place, impl="reference")
+    if recipe is not None:
+        from tqdm import tqdm
+
+        with tqdm(desc="layers", total=fastskip.plan_of(loaded).shape.depth, disable=None) as bar:
+            about = {} if source is None else {"source": source}
+            found = find_masks(loaded, recipe, inputs, about=about, on_layer=bar.update)
+    found.apply_(loaded)
+    sizes = _write(loaded, found, path, out, stored, save_masks)
+    if as_json:
+        report = {"model": path, "removed": round(1 - found.kept_share(), 6), **sizes}
+        report["layers"] = _by_layer(found)
+        typer.echo(json.dumps(report | {"provenance": dict(found.provenance)}, indent=2))
+        return
+    _show(found, recipe, sizes)
+
+
+def _check_outputs(out: Path | None, save_masks: Path | None) -> None:
+    """Before the work: what cannot be written is found at once."""
+    if out is None and save_masks is None:
+        raise CommandError("--out: none; allowed: a folder, or --save-masks FILE, or both")
+    if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise CommandError(f"--out {out}: allowed: a new or empty folder")
+    if save_masks is not None and (save_masks.is_dir() or not save_masks.parent.is_dir()):
+        raise CommandError(f"--save-masks {save_masks}: allowed: a file in an existing folder")
+
+
+def _check_alone(others: dict[str, object]) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise CommandError(f"--{name} {value}: given with --masks; allowed: one of the two")
+
+
+def _combined(
+    found: "list[WeightMasks]", combine: Combine, share: float | None, seed: int
+) -> "WeightMasks":
+    if share is not None and combine is not Combine.EXCLUSION:
+        raise CommandError(f"--share {share}: allowed: with --combine exclusion")
+    if combine is Combine.EXCLUSION:
+        if len(found) != 2:
+            count = f"{len(found)} files of masks"
+            raise CommandError(f"--combine exclusion: {count}; allowed: two --masks")
+        return found[0].exclude(found[1], 1.0 if share is None else share, seed=seed)
+    if combine is Combine.UNION:
+        return reduce(lambda a, b: a | b, found)
+    return reduce(lambda a, b: a & b, found)
+
+
+def _write(
+    loaded: Any,
+    found: "WeightMasks",
+    path: str,
+    out: Path | None,
+    stored: Stored,
+    save_masks: Path | None,
+) -> dict[str, int]:
+    """Writes what was asked for; the bytes of it."""
+    sizes = {}
+    try:
+        if save_masks is not None:
+            found.save(save_masks)
+            sizes["masks_bytes"] = save_masks.stat().st_size
+        if out is not None:
+            from fastskip.prompts import processor_for
+            from fastskip.sparse import save_sparse
+
+            if stored is Stored.SPARSE:
+                save_sparse(loaded, out)
+            else:
+                loaded.save_pretrained(out)
+            processor_for(path).save_pretrained(out)
+            sizes["weights_bytes"] = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    except OSError as error:
+        raise CommandError(f"--out {out}: {error}; allowed: a writable place") from error
+    return sizes
+
+
+def _by_layer(found: "WeightMasks") -> list[dict[str, Any]]:
+    names: dict[int, list[str]] = {}
+    for name in found.kept:
+        names.setdefault(int(name.split(".")[1]), []).append(name)
+    return [
+        {
+            "layer": layer,
+            "matrices": len(own),
+            "weights": sum(found.kept[name].shape[0] * found.kept[name].shape[1] for name in own),
+            "removed": round(1 - found.kept_share(own), 6),
+        }
+        for layer, own in sorted(names.items())
+    ]
+
+
+def _show(found: "WeightMasks", recipe: "Recipe | None", sizes: dict[str, int]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    titles = ("layer", "matrices", "weights", "asked", "removed")
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        column.justify = "right"
+    asked = "by masks" if recipe is None else f"{recipe.ratio:.2%}"
+    for own in _by_layer(found):
+        numbers = (str(own["layer"]), str(own["matrices"]), f"{own['weights']:,}")
+        table.add_row(*numbers, asked, f"{own['removed']:.2%}")
+    console.print(table)
+    console.print(f"[bold]{1 - found.kept_share():.2%}[/] of these weights are zero now.")
+    for name, size in sizes.items():
+        console.print(f"{name.removesuffix('_bytes')}: {size / 1e6:.2f} MB")

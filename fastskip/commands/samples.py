@@ -1,0 +1,48 @@
+"""What a command calibrates on: a user's file of samples, or the demo's own training pictures."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastskip.commands.common import CommandError
+
+SamplesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}; the image may be '
+        "left out, its path is seen from the file. Default, with the demo's model: its own "
+        "training pictures.",
+        show_default=False,
+    ),
+]
+
+
+def calibration_inputs(
+    model: str | None, path: str, config: Any, samples: Path | None, count: int, new_tokens: int
+) -> tuple[list[Any], str]:
+    """What to run, and where it is from."""
+    from fastskip.prompts import processor_for
+    from fastskip.study.samples import inputs_of, read_samples
+
+    processor = processor_for(path)
+    if samples is not None:
+        chosen = read_samples(samples)[:count]
+        return inputs_of(chosen, processor, config, new_tokens), str(samples)
+    from fastskip.demo import checkpoint_path
+
+    if Path(path).resolve() != checkpoint_path().resolve():
+        raise CommandError(f"--samples: needed with --model {model}; allowed: a JSON lines file")
+    from fastskip.demo.evaluation import held_out
+    from fastskip.demo.scenes import Split, draw
+    from fastskip.prompts import build_inputs
+
+    items = held_out(count, split=Split.TRAIN)
+    made = [
+        build_inputs(
+            processor, question.text, [draw(scene)], config=config, max_new_tokens=new_tokens
+        )
+        for scene, question in items
+    ]
+    return made, "demo, training pictures"

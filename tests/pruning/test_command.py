@@ -1,0 +1,142 @@
+"""`fastskip prune`, from a user's files to a pruned model that answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fastskip
+from fastskip.commands import prune as command
+from fastskip.demo import checkpoint_path
+from fastskip.prompts import processor_for
+from fastskip.sparse.matrices import matrices
+from fastskip.study import pruning
+from fastskip.study.pruning import Recipe, WeightMasks, find_masks
+from fastskip.study.samples import inputs_of, read_samples
+from tests.checkpoints import save_checkpoint
+from tests.test_cli import run, succeed
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    Image.new("RGB", (30, 20), "red").save(folder / "red.png")
+    lines = [{"prompt": "what?", "image": "red.png"}, {"prompt": "how many are there?"}]
+    (folder / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return folder / "mine.jsonl"
+
+
+def test_choices_are_those_of_the_api() -> None:
+    for name in ("Method", "Part", "Per"):
+        assert list(getattr(command, name)) == list(getattr(pruning, name))
+
+
+@pytest.mark.parametrize("stored", ["sparse", "dense"])
+def test_prunes_on_samples(checkpoint: Path, samples: Path, tmp_path: Path, stored: str) -> None:
+    out, file = tmp_path / "pruned", tmp_path / "m.safetensors"
+    result = succeed(
+        *("prune", "-m", checkpoint, "--ratio", 0.5, "--samples", samples, "--stored", stored),
+        *("--layers", "1:", "--part", "ffn", "-o", out, "--save-masks", file),
+    )
+    assert "50.00% of these weights are zero now" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows if row[-2:] == ["50.00%", "50.00%"]] == ["1", "2", "3"]
+    loaded = fastskip.load_model(checkpoint)
+    config = loaded.config
+    inputs = inputs_of(read_samples(samples), processor_for(checkpoint), config, 1)
+    masks = WeightMasks.load(file)
+    assert masks == find_masks(loaded, Recipe("wanda", 0.5, part="ffn", layers="1:"), inputs)
+    assert masks.provenance["source"] == str(samples) and masks.provenance["samples"] == 2
+    masks.apply_(loaded)
+    again = fastskip.load_model(out)
+    for matrix, other in zip(matrices(again), matrices(loaded), strict=True):
+        assert torch.equal(matrix.weight, other.weight), matrix.name
+    succeed("generate", "-m", out, "-q", "what?", "--max-new-tokens", 3)
+
+
+def test_reports_as_json_and_combines(checkpoint: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, file in enumerate(files, start=1):
+        succeed(
+            *("prune", "-m", checkpoint, "--method", "random", "--ratio", 0.5, "--seed", seed),
+            *("--save-masks", file),
+        )
+    first, second = map(WeightMasks.load, files)
+    both = ("prune", "-m", checkpoint, "--masks", files[0], "--masks", files[1], "--json")
+    expected = {
+        ("intersection",): first & second,
+        ("union",): first | second,
+        ("exclusion", "--share", 0.5, "--seed", 3): first.exclude(second, 0.5, seed=3),
+    }
+    for options, masks in expected.items():
+        file = tmp_path / "c.safetensors"
+        found = json.loads(succeed(*both, "--combine", *options, "--save-masks", file).stdout)
+        assert WeightMasks.load(file) == masks
+        assert found["removed"] == round(1 - masks.kept_share(), 6)
+        assert [own["layer"] for own in found["layers"]] == [0, 1, 2, 3]
+        assert found["masks_bytes"] == file.stat().st_size
+        assert len(found["provenance"]["of"]) == 2
+
+
+def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
+    result = succeed(
+        *("prune", "--ratio", 0.5, "--count", 2, "--threads", 1, "--json"),
+        *("--save-masks", tmp_path / "m.safetensors"),
+    )
+    found = json.loads(result.stdout)
+    assert found["removed"] == 0.5 and found["provenance"]["source"] == "demo, training pictures"
+    WeightMasks.load(tmp_path / "m.safetensors").check(fastskip.load_model(checkpoint_path()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--out: none; allowed: a folder, or --save-masks FILE"),
+        (("-o", "{full}"), "allowed: a new or empty folder"),
+        (("--save-masks", "{new}/no/m.safetensors"), "allowed: a file in an existing folder"),
+        (("-o", "{new}", "--ratio", 2), "ratio: 2.0; allowed: a share in (0, 1)"),
+        (("-o", "{new}"), "ratio: None; allowed: a share in (0, 1), such as 0.5, or a pattern"),
+        (("-o", "{new}", "--pattern", "4:2"), "pattern: '4:2'; allowed: N:M"),
+        (
+            ("-o", "{new}", "--ratio", 0.5, "--layers", "9:", "--method", "random"),
+            "layers: '9:'; allowed",
+        ),
+        (("-o", "{new}", "--ratio", 0.5), "--samples: needed with --model"),
+        (("-o", "{new}", "--masks", "{new}"), "allowed: a file of masks as fastskip writes it"),
+        (("-o", "{new}", "--masks", "{masks}", "--ratio", 0.5), "--ratio 0.5: given with --masks"),
+        (("-o", "{new}", "--masks", "{masks}", "--part", "ffn"), "--part ffn: given with --masks"),
+        (
+            ("-o", "{new}", "--masks", "{masks}", "--share", 0.5),
+            "allowed: with --combine exclusion",
+        ),
+        (
+            ("-o", "{new}", "--masks", "{masks}", "--combine", "exclusion"),
+            "--combine exclusion: 1 files of masks; allowed: two --masks",
+        ),
+        (("-o", "{new}", "--masks", "{masks}"), "the mask has shape [32, 48]; allowed: [32, 64]"),
+    ],
+)
+def test_errors_are_one_line(
+    checkpoint: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    masks = find_masks(fastskip.load_model(checkpoint), Recipe("random", 0.5))
+    masks.save(tmp_path / "masks")
+    model = save_checkpoint(tmp_path / "wide", ffn=64) if "[32, 64]" in message else checkpoint
+    places = {name: tmp_path / name for name in ("full", "new", "masks")}
+    given = [str(each).format(**places) for each in arguments]
+    result = run("prune", "-m", model, *given)
+    assert result.exit_code == 2, result.stdout
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "new").exists()
