@@ -15,6 +15,7 @@ from fastskip.commands.generate import generate
 from fastskip.commands.plan import plan
 from fastskip.commands.policies import policies
 from fastskip.commands.prune import prune
+from fastskip.commands.study import compare, paper, study
 from fastskip.commands.train import train
 from fastskip.commands.verify import verify
 
@@ -53,8 +54,11 @@ def _help(function: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (generate, plan, verify, calibrate, prune, train, demo, policies):
+for command in (generate, plan, verify, calibrate, train, prune, demo, policies):
     app.command(help=_help(command))(command)
+for command in (paper, compare):
+    study.command(help=_help(command))(command)
+app.add_typer(study)
 
 
 def _show_version(wanted: bool) -> None:
@@ -76,8 +80,8 @@ def main(
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
-    so that a wanted share of rows skips, [bold]prune[/] sets weights to zero, and [bold]train[/]
-    mends by training what skipping costs.
+    so that a wanted share of rows skips, [bold]train[/] mends by training what skipping costs,
+    [bold]prune[/] sets weights to zero, [bold]study[/] shows what all that costs.
     """
 
 

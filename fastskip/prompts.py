@@ -55,13 +55,35 @@ def build_inputs(
     text-only model gets the bare text. Given the model's `config`, the prompt and `max_new_tokens`
     must fit into its positions.
     """
-    prompt = _render(processor, text, len(images))
-    begin = getattr(processor, "tokenizer", processor).bos_token
+    return build_batch(processor, [text], [images], config=config, max_new_tokens=max_new_tokens)
+
+
+def build_batch(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image]],
+    *,
+    config: Any = None,
+    max_new_tokens: int = 0,
+) -> Any:
+    """The inputs of several prompts of one user turn each, as `build_inputs` makes one.
+
+    Shorter prompts are padded on the left, so that `generate` goes on from the last column. Either
+    all prompts have images, or none has.
+    """
+    prompts = [_render(processor, *each) for each in zip(texts, map(len, images), strict=True)]
+    if len({bool(own) for own in images}) > 1:
+        raise PromptError("images: some prompts have none; allowed: images in all or in none")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if len(prompts) > 1 and tokenizer.pad_token is None:
+        raise PromptError(f"prompts: {len(prompts)}; allowed: 1, as the tokenizer has no pad token")
+    begin = tokenizer.bos_token
     inputs = processor(
-        text=prompt,
-        # nested: all images belong to this one prompt, which decides how anyres models crop them
-        **({"images": [list(images)]} if images else {}),
-        add_special_tokens=not (begin and prompt.startswith(begin)),
+        text=prompts,
+        # nested: which images belong to a prompt decides how anyres models crop them
+        **({"images": [list(own) for own in images]} if any(images) else {}),
+        **({"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}),
+        add_special_tokens=not (begin and prompts[0].startswith(begin)),
         return_tensors="pt",
     )
     if config is not None:
@@ -136,7 +158,7 @@ def _check_length(inputs: Any, config: Any, max_new_tokens: int) -> None:
     ids = inputs["input_ids"]
     wanted = ids.shape[-1] + max_new_tokens
     if wanted > limit:
-        visual = int((ids == getattr(config, "image_token_id", -1)).sum())
+        visual = int((ids == getattr(config, "image_token_id", -1)).sum(-1).max())
         raise PromptError(
             f"prompt: {ids.shape[-1]} tokens ({visual} of images) + {max_new_tokens} new = "
             f"{wanted}; allowed: at most {limit} positions (shorten the text, or ask for fewer "

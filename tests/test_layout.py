@@ -84,17 +84,19 @@ FLOORS = {
     ),
     "prompts": Floor(("images", "prompts"), (), ("PIL", "numpy", "transformers")),
     "machine": Floor(("machine",), PURE, ("torch",)),
+    "intervals": Floor(("intervals",), (), ("numpy",)),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine"),
+        (*PURE, "loading", "public", "machine", "intervals"),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
     # Policies found and judged, by what users have: the definition of a score is all it shares.
     "study": Floor(
         ("study",),
-        (*PURE, "tokens", "reference", "routing", "sparse", "loading", "public", "prompts"),
-        ("torch", "safetensors"),
+        (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
+        + ("prompts", "intervals"),
+        ("torch", "numpy", "PIL", "safetensors"),
     ),
     # Learned by transformers' trainer; what routers learn by is the definition of their score.
     "training": Floor(
@@ -102,10 +104,27 @@ FLOORS = {
         (*PURE, "reference", "routing", "families", "loading", "public", "prompts"),
         ("PIL", "matplotlib", "numpy", "peft", "safetensors", "torch", "transformers"),
     ),
+    # The experiments of the paper are run on the demo's models and scenes.
+    "paper": Floor(
+        ("study.paper", "study.comparison"),
+        (
+            *PURE,
+            "families",
+            "loading",
+            "public",
+            "prompts",
+            "machine",
+            "intervals",
+            "demo",
+            "study",
+            "training",
+        ),
+        ("torch", "numpy", "matplotlib", "transformers", "tqdm"),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("sparse", "demo", "study", "training"),
+        + ("sparse", "demo", "study", "training", "paper"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

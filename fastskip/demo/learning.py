@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
+from fastskip.demo.muon import Muon
 from fastskip.demo.packing import IGNORED, IMAGE_COLUMNS, Batch
 from fastskip.demo.scenes import COLOURS, GRID, IMAGE_SIZE, SHAPES, QuestionKind, Scene
 from fastskip.demo.text import PATCH
@@ -136,15 +137,7 @@ class Optimiser:
             )
         ]
         if matrices:
-            self._optimisers.append(
-                torch.optim.Muon(
-                    matrices,
-                    lr=rate,
-                    weight_decay=0.01,
-                    momentum=0.95,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            self._optimisers.append(Muon(matrices, lr=rate))
         self._rate = rate
 
     def step(self, factor: float) -> None:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,11 @@ from fastskip.demo.learning import (
     patch_loss,
     rate_factor,
 )
-from fastskip.demo.model import build_model
+from fastskip.demo.model import Size, build_model
 from fastskip.demo.packing import IMAGE_COLUMNS, Mixture, Packer, normalise
+from fastskip.demo.precision import Precision
 from fastskip.demo.scenes import QuestionKind, Split, render, scenes
+from fastskip.demo.smaller import take_tower_
 from fastskip.demo.team import Team
 
 MIXTURE: Mapping[QuestionKind, float] = {
@@ -43,11 +46,22 @@ MIXTURE: Mapping[QuestionKind, float] = {
 }
 
 
+class Lesson(StrEnum):
+    """What a stage learns."""
+
+    VISION = "vision"
+    """the vision tower alone, what each patch shows"""
+    LANGUAGE = "language"
+    """projector and language model; the tower stays as it is"""
+    ALL = "all"
+    """everything, with some sublayers left out for the image's rows"""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What is learned, for how long and how fast."""
 
-    name: str
+    lesson: Lesson
     steps: int
     batch: int
     rate: float
@@ -57,10 +71,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("vision", steps=500, batch=64, rate=2e-3, warmup=50, decay=0.7),
-    Stage("language", steps=440, batch=32, rate=4e-3, warmup=60, decay=0.25),
-    Stage("all", steps=130, batch=32, rate=2e-3, warmup=10, decay=1.0),
+    Stage(Lesson.VISION, steps=500, batch=64, rate=2e-3, warmup=50, decay=0.7),
+    Stage(Lesson.LANGUAGE, steps=440, batch=32, rate=4e-3, warmup=60, decay=0.25),
+    Stage(Lesson.ALL, steps=130, batch=32, rate=2e-3, warmup=10, decay=1.0),
 )
+SMALLER_STAGES = (
+    STAGES[1],
+    # as many more steps as the large model gets; the shared tower must stay as it is
+    Stage(Lesson.LANGUAGE, steps=130, batch=32, rate=2e-3, warmup=10, decay=1.0),
+)
+"""For a model that sees through the bundled tower."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,10 @@ class Run:
 
     folder: Path
     seed: int = 0
+    size: Size = Size.LARGE
+    has_bundled_tower: bool = False
+    """See through the bundled checkpoint's vision tower, not one with fresh weights."""
+    precision: Precision = Precision.FLOAT32
     stages: tuple[Stage, ...] = STAGES
     minutes: float | None = None
     """Stop, resumably, after this long."""
@@ -88,11 +112,14 @@ class Trainer:
         self, run: Run, tokenizer: PreTrainedTokenizerFast, team: Team | None = None
     ) -> None:
         self.run, self.team = run, team or Team()
-        self.model: LlavaForConditionalGeneration = build_model(tokenizer, run.seed)
+        self.model: LlavaForConditionalGeneration = build_model(tokenizer, run.seed, run.size)
+        if run.has_bundled_tower:
+            take_tower_(self.model)
         torch.manual_seed(run.seed)
         self.heads = PatchHeads(self.model.config.vision_config.hidden_size)
         self.packer = Packer(tokenizer, run.mixture)
         self.stage, self.step = 0, 0
+        self.is_bfloat16 = self.team.agree(self.team.is_first and run.precision.is_bfloat16())
         self._optimiser: Optimiser | None = None
 
     def train(self) -> bool:
@@ -112,7 +139,7 @@ class Trainer:
             range(self.step, stage.steps),
             initial=self.step,
             total=stage.steps,
-            desc=stage.name,
+            desc=stage.lesson.value,
             dynamic_ncols=True,
             disable=not self.team.is_first,
         )
@@ -120,7 +147,7 @@ class Trainer:
             if self.team.agree(self.run.is_late):
                 self._save()
                 return False
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bfloat16):
                 loss, accuracy = self._loss(stage, step)
             loss.backward()
             self.team.average_(optimiser.parameters)
@@ -130,7 +157,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.3f}")
             if self.step % self.run.save_every == 0:
                 self._save()
-                if stage.name != "vision" and self.team.is_first:
+                if stage.lesson is not Lesson.VISION and self.team.is_first:
                     tqdm.write(self._report())
         return True
 
@@ -139,11 +166,11 @@ class Trainer:
         rng = np.random.default_rng([self.run.seed, self.stage, step, self.team.rank])
         share = max(1, stage.batch // self.team.size)
         batch = scenes(Split.TRAIN, share, int(rng.integers(2**31)))
-        if stage.name == "vision":
+        if stage.lesson is Lesson.VISION:
             pixels = normalise(torch.from_numpy(render(batch)))
             return patch_loss(self.model, self.heads, pixels, batch)
         packed = self.packer.pack(batch, rng)
-        is_last = stage.name == "all"
+        is_last = stage.lesson is Lesson.ALL
         depth = self.model.config.text_config.num_hidden_layers
         with dropped(self.model, draw_cells(rng, depth) if is_last else [], IMAGE_COLUMNS):
             loss, right = answer_loss(self.model, packed, train_vision=is_last)
@@ -156,11 +183,11 @@ class Trainer:
         found = exact_match(self.model, self.packer.pack(scenes(Split.VALIDATION, 64, 1), rng))
         self.model.train()
         figures = "  ".join(f"{kind.value} {share:.3f}" for kind, share in found.items())
-        return f"{self.run.stages[self.stage].name} {self.step}: {figures}"
+        return f"{self.run.stages[self.stage].lesson} {self.step}: {figures}"
 
     def _new_optimiser(self, stage: Stage) -> Optimiser:
         named = _learned(stage, self.model, self.heads)
-        return Optimiser(named, stage.rate, share=1.0 if stage.name == "vision" else 0.2)
+        return Optimiser(named, stage.rate, share=1.0 if stage.lesson is Lesson.VISION else 0.2)
 
     def _save(self) -> None:
         """Replace `state.pt` in one go: a run that is cut off while saving keeps the old one."""
@@ -169,6 +196,7 @@ class Trainer:
         state = {
             "stage": self.stage,
             "step": self.step,
+            "is_bfloat16": self.is_bfloat16,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimiser": self._optimiser and self._optimiser.state_dict(),
@@ -183,6 +211,7 @@ class Trainer:
             return
         state = torch.load(path, weights_only=True)
         self.stage, self.step = state["stage"], state["step"]
+        self.is_bfloat16 = state["is_bfloat16"]
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         if state["optimiser"] is not None and self.stage < len(self.run.stages):
@@ -194,10 +223,11 @@ def _learned(
     stage: Stage, model: LlavaForConditionalGeneration, heads: PatchHeads
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that a stage changes."""
-    if stage.name == "vision":
+    if stage.lesson is Lesson.VISION:
         yield from heads.named_parameters("heads")
     for name, parameter in model.named_parameters():
-        is_learned = stage.name == "all" or (stage.name == "vision") == ("vision_tower" in name)
+        is_vision = "vision_tower" in name
+        is_learned = stage.lesson is Lesson.ALL or (stage.lesson is Lesson.VISION) == is_vision
         # the tower's last norm feeds the pooled output only, which LLaVA does not read
         if is_learned and "post_layernorm" not in name:
             yield name, parameter

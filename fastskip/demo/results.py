@@ -1,6 +1,5 @@
 """What the demo found out, as data: for the tables, the plots and the JSON file."""
 
-import math
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from fastskip.costs import Ceilings, Cost, floor_seconds
 from fastskip.demo.policies import DENSE, HF, Candidate
 from fastskip.demo.scenes import Question, Scene
 from fastskip.demo.timing import Phase, Runs, Timing, best
+from fastskip.intervals import wilson
 from fastskip.plan import SkipPlan
 
 SCHEMA_VERSION = 1
@@ -34,12 +34,9 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share, after Wilson: holds at few questions and near 1 too."""
-        z, n = 1.96, self.asked
-        middle = (self.share + z * z / (2 * n)) / (1 + z * z / n)
-        spread = math.sqrt(self.share * (1 - self.share) / n + z * z / (4 * n * n))
-        half = z * spread / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        """The 95 % interval of the share, after Wilson."""
+        found = wilson(self.right, self.asked)
+        return found.low, found.high
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"share": self.share, "interval": list(self.interval)}

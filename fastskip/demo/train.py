@@ -5,7 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastskip.demo.export import export
-from fastskip.demo.recipe import STAGES, Run, Trainer
+from fastskip.demo.model import Size
+from fastskip.demo.precision import Precision
+from fastskip.demo.recipe import SMALLER_STAGES, STAGES, Run, Trainer
+from fastskip.demo.smaller import save_without_tower
 from fastskip.demo.team import Team, work_together
 from fastskip.demo.text import build_processor
 
@@ -14,6 +17,8 @@ Train the demo's LLaVA on generated scenes of coloured shapes, in three stages:
   vision    the vision encoder tells colour, shape, row and column of each patch
   language  projector and language model learn to answer, the encoder stays as it is
   all       everything together, at a lower rate
+Smaller language models take the bundled vision tower as it is, and the language stage twice, the
+second time at a lower rate and for as many steps as "all" has.
 Fresh scenes are drawn at every step; the seed decides them all.
 """
 EPILOG = """\
@@ -21,11 +26,13 @@ examples:
   python -m fastskip.demo.train --out runs/shapes                 the bundled checkpoint
   python -m fastskip.demo.train --out runs/shapes --minutes 20    as far as 20 minutes reach;
                                                                   the same command again goes on
+  python -m fastskip.demo.train --out runs/medium --size medium   a smaller language model
   python -m fastskip.demo.train --out runs/smoke --steps 3        try the machinery out
 
 OUT/state.pt is written every 100 steps and after each stage, and is what a run goes on from.
 OUT/checkpoint is an ordinary Hugging Face folder, written when the last stage is done
-(or when the minutes are up: what has been learned so far).
+(or when the minutes are up: what has been learned so far). Of a smaller model there is also
+OUT/SIZE.safetensors, which is what the package bundles: projector and language model alone.
 """
 
 
@@ -38,6 +45,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--seed", type=int, default=0, help="weights and data (default: 0)")
+    parser.add_argument(
+        "--size",
+        choices=[size.label for size in Size],
+        default=Size.LARGE.label,
+        help="of the language model (default: large)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=[precision.value for precision in Precision],
+        default=Precision.AUTO.value,
+        help="of products (default: auto, bfloat16 where this processor is fast at it)",
+    )
     parser.add_argument("--steps", type=int, help="at most so many steps in each stage")
     parser.add_argument("--minutes", type=float, help="stop after so long; run again to go on")
     parser.add_argument("--batch", type=int, help="scenes a step, in every stage")
@@ -49,15 +68,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    size = Size[options.size.upper()]
     stages = tuple(
         replace(
             stage,
             steps=min(stage.steps, options.steps or stage.steps),
             batch=options.batch or stage.batch,
         )
-        for stage in STAGES
+        for stage in (STAGES if size is Size.LARGE else SMALLER_STAGES)
     )
-    run = Run(options.out, seed=options.seed, stages=stages, minutes=options.minutes)
+    run = Run(
+        options.out,
+        seed=options.seed,
+        size=size,
+        has_bundled_tower=size is not Size.LARGE,
+        precision=Precision(options.precision),
+        stages=stages,
+        minutes=options.minutes,
+    )
     work_together(options.processes, train, run)
 
 
@@ -68,6 +96,9 @@ def train(team: Team, run: Run) -> None:
     is_done = trainer.train()
     if team.is_first:
         export(trainer.model, processor, run.folder / "checkpoint")
+        if run.has_bundled_tower:
+            path = run.folder / f"{run.size.label}.safetensors"
+            save_without_tower(trainer.model.state_dict(), path)
         outcome = "done" if is_done else "time is up, run again to go on"
         print(f"{outcome}: {run.folder / 'checkpoint'}")
 

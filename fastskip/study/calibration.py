@@ -24,6 +24,7 @@ from fastskip.loading import plan_of, record_routing, set_policy, watching_route
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, TokenClass, select_layers
 from fastskip.routing import Decisions, Router
 from fastskip.study.observation import Observer, Scores
+from fastskip.study.samples import placed
 from fastskip.study.shares import Share, by_threshold, pooled
 from fastskip.study.thresholds import bar_for, bounds_of, threshold_of
 from fastskip.tokens import member
@@ -230,7 +231,7 @@ def _run(
         return Observer(router, number, sweep.scores)
 
     for inputs in samples:
-        given = {name: _placed(value, model) for name, value in inputs.items()}
+        given = placed(inputs, model)
         with watching_routers(model, observed), record_routing(model) as record:
             model.generate(**given, do_sample=False, max_new_tokens=new_tokens)
         for decisions in record.forwards:
@@ -316,14 +317,6 @@ def _between(seen: Sequence[_Sweep], number: int, bar: float, rate: float) -> fl
     if too_low < bar < too_high or not math.isfinite(too_high - too_low) or too_low >= too_high:
         return bar
     return (too_low + too_high) / 2
-
-
-def _placed(value: Any, model: Any) -> Any:
-    """An input where the model is; floating ones (pixels) in its dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    dtype = model.dtype if value.is_floating_point() else value.dtype
-    return value.to(model.device, dtype)
 
 
 def _circumstances(model: Any) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from fastskip.images import ImageError, load_image
 from fastskip.prompts import PromptError, build_inputs
@@ -68,6 +70,17 @@ def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens
             raise SampleError(f"{sample.where}: {error}") from error
         found.append(inputs)
     return found
+
+
+def placed(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Inputs where the model is; floating ones (pixels) in its dtype."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+
+    return {name: moved(value) for name, value in inputs.items()}
 
 
 def _sample(line: str, folder: Path, where: str) -> Sample:

@@ -9,7 +9,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from fastskip.demo import checkpoint_path
 from fastskip.demo.evaluation import answers, evaluate, held_out, prompt
+from fastskip.demo.model import Size
 from fastskip.demo.scenes import QuestionKind, Split, draw, scenes
+from fastskip.demo.smaller import TOWER, load, weights_path, write_checkpoint
 
 QUESTIONS = [kind for kind in QuestionKind if kind is not QuestionKind.CAPTION]
 
@@ -123,3 +125,40 @@ def test_answers_do_not_depend_on_the_batch(
 ) -> None:
     items = held_out(12, seed=13)
     assert answers(model, processor, items, 12) == answers(model, processor, items, 1)
+
+
+def test_all_models_together_are_small(folder: Path) -> None:
+    files = [*folder.rglob("*"), *weights_path(Size.SMALL).parent.iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+
+
+@pytest.mark.parametrize(("size", "least"), [(Size.MEDIUM, 0.8), (Size.SMALL, 0.5)])
+def test_smaller_models_answer_too(size: Size, least: float, processor: LlavaProcessor) -> None:
+    found = evaluate(load(size), processor, held_out(120, seed=14, kinds=QUESTIONS), batch_size=60)
+    assert found.overall >= least, found.table()
+
+
+def test_smaller_models_are_stored_without_the_tower(model: LlavaForConditionalGeneration) -> None:
+    tower = {n: p for n, p in model.state_dict().items() if n.startswith(TOWER)}
+    for size in (Size.MEDIUM, Size.SMALL):
+        with safe_open(weights_path(size), "pt") as file:
+            names = set(file.keys())
+            assert {str(file.get_tensor(name).dtype) for name in names} == {"torch.bfloat16"}
+        assert all(name.startswith(("language_model.", "multi_modal_projector.")) for name in names)
+        smaller = load(size).state_dict()
+        assert tower and all(torch.equal(smaller[name], value) for name, value in tower.items())
+
+
+def test_loading_the_large_size_is_loading_the_folder(model: LlavaForConditionalGeneration) -> None:
+    ours = load(Size.LARGE).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_smaller_model_as_a_folder(tmp_path: Path) -> None:
+    write_checkpoint(Size.SMALL, tmp_path)
+    read, report = LlavaForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    ours = load(Size.SMALL).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in read.state_dict().items())

@@ -10,13 +10,16 @@ import pytest
 import torch
 from transformers import LlavaProcessor
 
+from fastskip.demo import checkpoint_path
 from fastskip.demo.dropping import FIRST, draw_cells, dropped
 from fastskip.demo.evaluation import prompt
 from fastskip.demo.learning import answer_loss, patch_answers
-from fastskip.demo.model import build_model
+from fastskip.demo.model import Size, build_model
 from fastskip.demo.packing import IGNORED, Mixture, Packer, normalise
-from fastskip.demo.recipe import MIXTURE, STAGES, Run, Trainer
+from fastskip.demo.precision import Precision
+from fastskip.demo.recipe import MIXTURE, SMALLER_STAGES, STAGES, Run, Trainer
 from fastskip.demo.scenes import COLOURS, SHAPES, Split, draw, render, scenes
+from fastskip.demo.smaller import TOWER, load, save_without_tower
 from fastskip.demo.team import Team
 from fastskip.demo.text import build_processor
 from fastskip.demo.train import main, parse
@@ -136,16 +139,65 @@ def test_a_run_cut_off_goes_on_as_if_it_had_not_been(
         assert torch.equal(value, theirs[name]), name
 
 
+def test_a_smaller_model_learns_behind_the_bundled_tower(
+    tmp_path: Path, processor: LlavaProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = tuple(replace(stage, steps=1, batch=2) for stage in SMALLER_STAGES)
+    run = Run(tmp_path, size=Size.SMALL, has_bundled_tower=True, stages=stages)
+    trainer = Trainer(run, processor.tokenizer)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.train()
+    bundled = load(Size.LARGE).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        if name.startswith(TOWER):
+            assert torch.equal(value, bundled[name]), name
+        elif name.endswith("proj.weight"):
+            assert not torch.equal(value, before[name]), name
+    path = tmp_path / "small.safetensors"
+    save_without_tower(trainer.model.state_dict(), path)
+    monkeypatch.setattr("fastskip.demo.smaller.weights_path", {
+        Size.SMALL: path, Size.LARGE: checkpoint_path() / "model.safetensors"
+    }.get)  # fmt: skip
+    read = load(Size.SMALL).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(read[name], value.bfloat16().float()), name
+
+
+def test_precision_can_be_chosen(tmp_path: Path, processor: LlavaProcessor) -> None:
+    assert Precision.BFLOAT16.is_bfloat16() and not Precision.FLOAT32.is_bfloat16()
+    assert Precision.AUTO.is_bfloat16() is Precision.AUTO.is_bfloat16()
+    seen = set()
+    for precision in (Precision.FLOAT32, Precision.BFLOAT16):
+        stages = (replace(STAGES[1], steps=1, batch=1),)
+        run = Run(tmp_path / precision, size=Size.SMALL, precision=precision, stages=stages)
+        trainer = Trainer(run, processor.tokenizer)
+        head = trainer.model.lm_head
+        head.register_forward_hook(lambda _, __, logits: seen.add(logits.dtype))
+        trainer.train()
+    assert seen == {torch.float32, torch.bfloat16}
+
+
+def test_a_run_keeps_its_precision(tmp_path: Path, processor: LlavaProcessor) -> None:
+    stages = (replace(STAGES[1], steps=1, batch=1),)
+    first = Run(tmp_path, size=Size.SMALL, precision=Precision.BFLOAT16, stages=stages)
+    Trainer(first, processor.tokenizer).train()
+    later = Trainer(replace(first, precision=Precision.FLOAT32), processor.tokenizer)
+    assert later.train() and later.is_bfloat16
+
+
 def test_time_up_stops_resumably(tmp_path: Path, processor: LlavaProcessor) -> None:
     trainer = Trainer(short(tmp_path, minutes=0.0), processor.tokenizer)
     assert not trainer.train()
     assert (tmp_path / "state.pt").exists()
 
 
-def test_command_trains_and_writes_a_checkpoint(tmp_path: Path) -> None:
-    main(["--out", str(tmp_path), "--steps", "1", "--batch", "2", "--processes", "1"])
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_command_trains_and_writes_a_checkpoint(tmp_path: Path, size: str) -> None:
+    steps = ["--steps", "1", "--batch", "2", "--processes", "1", "--size", size]
+    main(["--out", str(tmp_path), *steps])
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= names
+    assert (tmp_path / f"{size}.safetensors").exists() is (size != "large")
 
 
 def test_a_team_averages_gradients_and_agrees() -> None:
@@ -207,5 +259,15 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = capsys.readouterr().out
-    for word in ("vision", "language", "all", "--steps", "--minutes", "goes on", "examples"):
+    for word in (
+        "vision",
+        "language",
+        "all",
+        "--steps",
+        "--minutes",
+        "--size",
+        "--precision",
+        "goes on",
+        "examples",
+    ):
         assert word in text

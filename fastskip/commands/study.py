@@ -1,0 +1,273 @@
+"""`fastskip study`: what skipping costs in quality, on the demo's models and on any checkpoints."""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ThreadsOption,
+    checkpoint,
+    device_of,
+    load,
+    policy_of,
+    prepare,
+)
+
+if TYPE_CHECKING:
+    from fastskip.demo.model import Size
+    from fastskip.study.comparison import Compared, Contender
+
+DEMO = "demo:"
+"""What names of the bundled models begin with."""
+DEFAULT = ("demo:large", "demo:large@every_nth_block", "demo:medium", "demo:small")
+
+study = typer.Typer(
+    name="study",
+    help="What skipping costs in quality: the paper in miniature, and models side by side.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def paper(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Run the experiments in this folder, or go on with them. Without it, the bundled "
+            "results are shown.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Items and training data of so many seeds.")
+    ] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer cells, items and training steps.")
+    ] = False,
+    look: Annotated[
+        bool,
+        typer.Option("--look", help="Measure nothing: show what is there, in DIR or bundled."),
+    ] = False,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """The experiments of "Skipping Computations in Multimodal LLMs" on the bundled small models.
+
+    Score against skipped compute, parallel sublayers and block pairs, training with half of the
+    blocks left out or 70 % of the weights removed, smaller models at equal compute, similarity
+    from layer to layer; and what of it agrees with the paper. Writes a report (report.md), its
+    figures (PNG) and numbers (CSV, JSON). A run that was cut off goes on where it was.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip study paper[/] (look at the bundled results)
+
+    [cyan]fastskip study paper --out runs/paper --quick --seeds 1[/]
+    """
+    prepare(threads)
+    from fastskip.study.paper import report
+
+    if out is None or look:
+        if out is None and (quick or seeds != 3):
+            raise CommandError("--quick, --seeds: they need --out DIR, where to run")
+        _show(out or report.bundled_folder())
+        return
+    from tqdm import tqdm
+
+    from fastskip.study.paper import figures
+    from fastskip.study.paper.experiments import cells
+    from fastskip.study.paper.measuring import QUICK, Effort
+    from fastskip.study.paper.runner import Study
+
+    figures.require()
+    run = Study(out, seeds, QUICK if quick else Effort(), cells(quick), device_of(device))
+    with tqdm(total=run.steps, disable=None) as bar:
+
+        def on_step(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        results = run.run(on_step)
+    written = report.write(results, out)
+    _show(out)
+    for path in written:
+        typer.echo(f"wrote {path}", err=True)
+
+
+def compare(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CHECKPOINT[@POLICY]...",
+            help="Folders or hub names, or demo:large, demo:medium, demo:small; behind an @ a "
+            "policy file or a preset. The first one is what the others are held to. "
+            f"Default: {' '.join(DEFAULT)}.",
+            show_default=False,
+        ),
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines: {"question": "...", "answer": "...", "image": "a.jpg"}, and "kind" '
+            'and "metric" (exact, caption) where wanted. Default: the demo\'s held-out ones.',
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
+    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to time.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Models side by side: score, compute, TTFT, TPOT and cache on the same items.
+
+    Is a large model with computation left out better than a smaller one that takes as much? One
+    model is in memory at a time. Differences are taken item by item, with 95 % intervals.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip study compare[/]
+
+    [cyan]fastskip study compare llava-hf/llava-1.5-13b-hf@half.json llava-hf/llava-1.5-7b-hf
+    --items mine.jsonl --dtype bfloat16[/]
+    """
+    prepare(threads)
+    named = models or list(DEFAULT)
+    contenders = [_contender(each, dtype, device) for each in named]
+    if items is None and not all(each.startswith(DEMO) for each in named):
+        raise CommandError("--items: needed where not all models are the demo's; a JSON lines file")
+    from tqdm import tqdm
+
+    from fastskip.study.comparison import compare as measure
+    from fastskip.study.items import read_items
+
+    chosen = _demo_items(count) if items is None else read_items(items)[:count]
+    with tqdm(total=len(contenders), disable=None) as bar:
+
+        def on_model(label: str) -> None:
+            bar.set_description(label)
+            bar.update()
+
+        found = measure(
+            contenders, chosen, batch_size=batch, new_tokens=new_tokens, on_model=on_model
+        )
+    if as_json:
+        typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
+        return
+    _table(found, len(chosen))
+
+
+def _show(folder: Path) -> None:
+    """The findings in the terminal, and where the rest is."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastskip.study.paper.findings import Verdict, findings
+    from fastskip.study.paper.report import REPORT, RESULTS
+    from fastskip.study.paper.results import Results
+
+    results = Results.load(folder / RESULTS)
+    colours = {Verdict.AGREES: "green", Verdict.DISAGREES: "red", Verdict.PARTLY: "yellow"}
+    table = Table("claim", "here", "measured", box=box.SIMPLE_HEAD)
+    for each in findings(results):
+        colour = colours.get(each.verdict, "default")
+        table.add_row(each.claim, f"[{colour}]{each.verdict.value}[/]", each.evidence)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{len(results.rows)} cells, {len(results.seeds)} seeds; a small synthetic task, so what "
+        f"agrees is encouraging and what does not is no refutation. All of it: {folder / REPORT}",
+        soft_wrap=True,
+    )
+
+
+def _contender(named: str, dtype: Dtype, device: str | None) -> "Contender":
+    """What a name stands for; wrong names and policies are found before anything is loaded."""
+    from fastskip.study.comparison import Contender
+
+    path, _, policy = named.partition("@")
+    chosen = policy_of(policy or None)
+    if not path.startswith(DEMO):
+        return Contender(named, partial(_load_named, checkpoint(path), chosen, dtype, device))
+    from fastskip.demo.model import Size
+
+    by_label = {DEMO + size.label: size for size in Size}
+    if path not in by_label:
+        allowed = ", ".join(by_label)
+        raise CommandError(f"{named}: no such model; allowed: {allowed}, a folder, a hub name")
+    return Contender(named, partial(_load_demo, by_label[path], chosen, dtype, device))
+
+
+def _load_demo(size: "Size", policy: Any, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    import torch
+
+    import fastskip
+    from fastskip.demo.smaller import load as load_bundled
+    from fastskip.demo.text import build_processor
+
+    wanted = torch.float32 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+    model = load_bundled(size).to(device_of(device), wanted)
+    return fastskip.apply_(model, policy), build_processor()
+
+
+def _load_named(path: str, policy: Any, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    from fastskip.prompts import processor_for
+
+    return load(path, policy, dtype, device), processor_for(path)
+
+
+def _demo_items(count: int) -> list[Any]:
+    from fastskip.study.paper.measuring import Effort, asked, items_of
+
+    captions = count // 4
+    return items_of(asked(0, Effort(questions=count - captions, captions=captions)))
+
+
+def _table(found: Sequence["Compared"], count: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastskip.study.comparison import ALL
+
+    titles = ("model", "score, from the first", "compute", "TTFT\nms", "TPOT\nms", "cache\nkB")
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for each in found:
+        score, change = each.scores[ALL], each.changes.get(ALL)
+        told = f"{score.mean:.1%} ({100 * score.low:.0f} to {100 * score.high:.0f})"
+        if change is not None:
+            interval = f"({100 * change.low:+.0f} to {100 * change.high:+.0f})"
+            told += f"\n{100 * change.mean:+.1f} {interval}"
+        table.add_row(
+            f"{each.label}\n{each.parameters / 1e6:.3g} M weights",
+            told,
+            f"{each.flops / found[0].flops:.0%}\n{each.flops / 1e9:.3g} GF",
+            f"{1e3 * each.ttft_s:.1f}",
+            f"{1e3 * each.tpot_s:.2f}",
+            f"{each.kv_bytes / 1e3:.0f}",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{count} items, 95 % intervals; compute (GFLOP), times and cache of the first item with "
+        f"{found[0].new_tokens} new tokens, batch 1. Weights are the language model's."
+    )

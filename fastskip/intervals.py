@@ -1,0 +1,113 @@
+"""How sure a score is: intervals of shares, of means, and of differences between two models.
+
+Differences are taken item by item (a paired bootstrap; Efron and Tibshirani, "An Introduction to
+the Bootstrap", 1993, chapters 8 and 13): two models that answer the same items share what makes an
+item hard, so that far fewer items tell them apart than two separate intervals would need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+_CELLS = 4_000_000
+"""Numbers drawn at once: bounds the memory of a bootstrap to some tens of MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and the ends of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def is_above_zero(self) -> bool:
+        """Whether the whole interval is."""
+        return self.low > 0
+
+    @property
+    def is_below_zero(self) -> bool:
+        """Whether the whole interval is."""
+        return self.high < 0
+
+
+def wilson(right: float, asked: int, level: float = LEVEL) -> Estimate:
+    """The share `right / asked` with Wilson's interval, which holds at few items and near 1 too.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
+    Journal of the American Statistical Association 22 (1927).
+
+    Raises:
+        ValueError: `asked` is not positive, `right` not in [0, asked], or `level` not in (0, 1).
+    """
+    if asked < 1 or not 0 <= right <= asked:
+        raise ValueError(f"right, asked: {right}, {asked}; allowed: 0 <= right <= asked, asked > 0")
+    share, z = right / asked, NormalDist().inv_cdf((1 + _checked(level)) / 2)
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    spread = math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    half = z * spread / (1 + z * z / asked)
+    # the ends are 0 and 1 there; rounding would miss them
+    low = 0.0 if right == 0 else middle - half
+    high = 1.0 if right == asked else middle + half
+    return Estimate(share, low, high)
+
+
+def bootstrap(
+    scores: Sequence[float] | NDArray[np.float64],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of items' scores with its percentile interval over resampled items.
+
+    Raises:
+        ValueError: there are no scores, or an option is out of its range.
+    """
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"scores: shape {values.shape}; allowed: one dimension, not empty")
+    if resamples < 1:
+        raise ValueError(f"resamples: {resamples}; allowed: 1 or more")
+    tail = 100 * (1 - _checked(level)) / 2
+    rng, means, count = np.random.default_rng(seed), [], len(values)
+    at_once = max(1, _CELLS // count)
+    for start in range(0, resamples, at_once):
+        drawn = rng.integers(count, size=(min(at_once, resamples - start), count))
+        means.append(values[drawn].mean(1))
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def paired_bootstrap(
+    first: Sequence[float] | NDArray[np.float64],
+    second: Sequence[float] | NDArray[np.float64],
+    *,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """How much better `second` scores than `first` on the same items in the same order.
+
+    Raises:
+        ValueError: the two have not the same items, or as in `bootstrap`.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"scores: shapes {a.shape} and {b.shape}; allowed: the same items in both")
+    return bootstrap(b - a, resamples=resamples, level=level, seed=seed)
+
+
+def _checked(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level}; allowed: a share in (0, 1)")
+    return level

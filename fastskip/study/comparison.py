@@ -1,0 +1,147 @@
+"""Models side by side on the same items: a skipped large one, and smaller ones, at what compute.
+
+The comparison that "Skipping Computations in Multimodal LLMs" asks for: is a larger model with
+computation left out better than a smaller one that takes as much? For any checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastskip.demo.timing import time_once
+from fastskip.families import image_token_ids, text_model_of
+from fastskip.intervals import Estimate
+from fastskip.loading import plan_of
+from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.items import Item
+from fastskip.study.samples import placed
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A model to come: `load` gives it prepared, with its processor. One is in memory at a time."""
+
+    label: str
+    load: Callable[[], tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One contender, measured.
+
+    `parameters`: of the language model. `scores`: by kind of item, with "all" for all of them;
+    `changes`: from the first contender's, item by item, none for itself. `flops`, `kv_bytes`,
+    `ttft_s` and `tpot_s`: of the first item, batch 1, with `new_tokens` tokens; FLOPs are of the
+    decoder and lm_head, TTFT has the vision tower in it.
+    """
+
+    label: str
+    parameters: int
+    scores: Mapping[str, Estimate]
+    changes: Mapping[str, Estimate]
+    new_tokens: int
+    flops: int
+    kv_bytes: int
+    ttft_s: float
+    tpot_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+ALL = "all"
+
+
+def compare(
+    contenders: Sequence[Contender],
+    items: Sequence[Item],
+    *,
+    batch_size: int = 16,
+    answer_tokens: int = 32,
+    new_tokens: int = 16,
+    rounds: int = 5,
+    on_model: Callable[[str], object] = lambda label: None,
+) -> tuple[Compared, ...]:
+    """Let every contender answer all items, then time it; the first is what others are held to.
+
+    Args:
+        contenders: at least one.
+        items: what is asked; the first one is what compute and times are of.
+        batch_size: prompts at once, for the scores.
+        answer_tokens: most tokens of an answer.
+        new_tokens: tokens that are timed.
+        rounds: timed runs, of which medians are taken.
+        on_model: called with the label of each contender before it is loaded.
+    Raises:
+        ValueError: there are no contenders, or `rounds` or `new_tokens` is too small.
+        ItemError: an item cannot be used.
+    """
+    for name, value, least in (
+        ("contenders", len(contenders), 1),
+        ("rounds", rounds, 1),
+        ("new_tokens", new_tokens, 2),
+    ):
+        if value < least:
+            raise ValueError(f"{name}: {value}; allowed: {least} or more")
+    found: list[Compared] = []
+    first: Evaluation | None = None
+    for each in contenders:
+        on_model(each.label)
+        model, processor = each.load()
+        exam = Exam(
+            items,
+            processor,
+            config=model.config,
+            batch_size=batch_size,
+            new_tokens=answer_tokens,
+            keeps_inputs=False,
+        )
+        evaluation = exam.take(model)
+        single = Exam(items[:1], processor, config=model.config, new_tokens=new_tokens)
+        found.append(_measured(each.label, model, single, evaluation, first, new_tokens, rounds))
+        first = first or evaluation
+        del model
+    return tuple(found)
+
+
+def _measured(
+    label: str,
+    model: Any,
+    single: Exam,
+    evaluation: Evaluation,
+    first: Evaluation | None,
+    new_tokens: int,
+    rounds: int,
+) -> Compared:
+    inputs = placed(single.inputs(0), model)
+    is_image = torch.isin(
+        inputs["input_ids"][0].cpu(), torch.tensor(image_token_ids(model.config), dtype=torch.int64)
+    )
+    n_image, before = int(is_image.sum()), int(is_image.int().argmax())
+    n_text = len(is_image) - n_image
+    plan = plan_of(model)
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        times = [time_once(model, inputs, new_tokens) for _ in range(rounds)]
+    finally:
+        model.generation_config.eos_token_id = ends
+    kinds: dict[str, tuple[str, ...]] = {ALL: (), **{kind: (kind,) for kind in evaluation.kinds}}
+    return Compared(
+        label=label,
+        parameters=sum(p.numel() for p in text_model_of(model).parameters()),
+        scores={name: evaluation.estimate(*kind) for name, kind in kinds.items()},
+        changes={}
+        if first is None
+        else {name: evaluation.minus(first, *kind) for name, kind in kinds.items()},
+        new_tokens=new_tokens,
+        flops=plan.flops(n_image, n_text, new_tokens, text_before=min(before, n_text)),
+        kv_bytes=plan.kv_bytes(n_image, n_text, new_tokens - 1),
+        ttft_s=median(each.ttft for each in times),
+        tpot_s=median(each.decode for each in times),
+    )

@@ -1,0 +1,181 @@
+"""What is measured, as data: every cell is one model under one policy, trained or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fastskip.demo.model import Size
+from fastskip.policy import SkipPolicy, SkipRule, Sublayer, TokenClass
+
+DEPTH = Size.LARGE.value.layers
+
+
+class Part(StrEnum):
+    """What is left out of a layer."""
+
+    BLOCK = "block"
+    FFN = "ffn"
+    ATTENTION = "attention"
+
+    @property
+    def sublayers(self) -> frozenset[Sublayer]:
+        """The sublayers that are left out."""
+        return frozenset(Sublayer) if self is Part.BLOCK else frozenset({Sublayer(self.value)})
+
+
+class Scope(StrEnum):
+    """For which tokens: the paper's three, and the image alone."""
+
+    ALL = "all"
+    PROMPT = "prompt"
+    GENERATED = "generated"
+    IMAGE = "image"
+
+    @property
+    def classes(self) -> frozenset[TokenClass]:
+        """The classes of these tokens."""
+        if self is Scope.ALL:
+            return frozenset(TokenClass)
+        if self is Scope.PROMPT:
+            return frozenset({TokenClass.IMAGE, TokenClass.TEXT})
+        return frozenset({TokenClass(self.value)})
+
+
+class Learned(StrEnum):
+    """What is trained on under the policy before the cell is judged."""
+
+    NOTHING = "nothing"
+    PROJECTOR = "projector"
+    """the mapping from the image encoder alone; the language model stays frozen, as in the paper"""
+    LANGUAGE = "language"
+    """projector and language model"""
+
+
+class Section(StrEnum):
+    """The part of the report that a cell belongs to."""
+
+    DENSE = "dense"
+    SKIPPING = "skipping"
+    PARALLEL = "parallel"
+    TRAINING = "training"
+    SMALLER = "smaller"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The layers n that the code of the paper selects: start < n < depth - 1, n % interval == 0."""
+
+    part: Part
+    scope: Scope
+    interval: int
+    start: int
+
+    def layers(self, depth: int = DEPTH) -> tuple[int, ...]:
+        """The layers of a model of `depth` that lose their part."""
+        return tuple(n for n in range(self.start + 1, depth - 1) if n % self.interval == 0)
+
+    @property
+    def policy(self) -> SkipPolicy:
+        """The same as a policy."""
+        rule = SkipRule(self.layers(), self.scope.classes, self.part.sublayers)
+        return SkipPolicy(rules=(rule,))
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One thing to measure; `name` is unique, and the name of its files.
+
+    `removed`: the share of the decoder's weights that are set to zero first.
+    """
+
+    name: str
+    label: str
+    section: Section
+    policy: SkipPolicy = SkipPolicy()
+    size: Size = Size.LARGE
+    schedule: Schedule | None = None
+    removed: float = 0.0
+    learned: Learned = Learned.NOTHING
+
+
+DENSE = Cell("dense", "dense", Section.DENSE)
+INTERVALS = ((2, 0), (1, 3))
+"""Interval and start of the schedules; an interval of 1 leaves out every layer of the range."""
+MORE = {
+    Part.BLOCK: ((3, 0), (4, 0), (2, 3), (1, 0)),
+    Part.FFN: ((1, 0),),
+    Part.ATTENTION: ((1, 0),),
+}
+"""Further ones where all tokens skip."""
+HALF = Schedule(Part.BLOCK, Scope.ALL, interval=2, start=0)
+"""What the paper's code does for "half of the blocks": 15 of 32, here 3 of 8."""
+MOST = Schedule(Part.BLOCK, Scope.ALL, interval=1, start=0)
+"""As little is left of the large model as the medium one has."""
+
+
+def cells(is_quick: bool = False) -> tuple[Cell, ...]:
+    """All cells in the order in which they are measured; what others are compared with is first."""
+    return (
+        DENSE,
+        Cell("medium", "medium model", Section.SMALLER, size=Size.MEDIUM),
+        Cell("small", "small model", Section.SMALLER, size=Size.SMALL),
+        *_skipped(is_quick),
+        *_parallel(is_quick),
+        *_trained(is_quick),
+    )
+
+
+def _skipped(is_quick: bool) -> list[Cell]:
+    found = []
+    for part in Part:
+        for scope in Scope:
+            is_full = scope is Scope.ALL and not is_quick
+            more = MORE[part] if is_full else ()
+            for interval, start in (*INTERVALS, *more):
+                each = Schedule(part, scope, interval, start)
+                name = f"skip-{part}-{scope}-every{interval}-from{start}"
+                layers = ", ".join(map(str, each.layers()))
+                label = f"no {part} in {layers} ({scope})"
+                found.append(Cell(name, label, Section.SKIPPING, each.policy, schedule=each))
+    return found
+
+
+def _parallel(is_quick: bool) -> list[Cell]:
+    found = []
+    for start in (2,) if is_quick else (2, 4):
+        for norm in ("own", "shared"):
+            policy = SkipPolicy.preset("parallel_blocks", start=start, end=DEPTH, norm=norm)
+            label = f"attention and FFN in parallel from layer {start}, {norm} norm"
+            found.append(Cell(f"parallel-{norm}-from{start}", label, Section.PARALLEL, policy))
+        for combine in ("sum", "mean"):
+            policy = SkipPolicy.preset("block_pairs", start=start, end=DEPTH, combine=combine)
+            label = f"blocks in pairs from layer {start}, {combine} of the two"
+            found.append(Cell(f"pairs-{combine}-from{start}", label, Section.PARALLEL, policy))
+    return found
+
+
+def _trained(is_quick: bool) -> list[Cell]:
+    exact = SkipPolicy(rules=(SkipRule("1::2", "all", "block"),))
+    nothing, language = Learned.NOTHING, Learned.LANGUAGE
+    wanted = [
+        ("half", "blocks 2, 4, 6 left out", HALF.policy, 0.0, tuple(Learned)),
+        ("sparse", "70 % of the weights removed", SkipPolicy(), 0.7, tuple(Learned)),
+    ]
+    if not is_quick:
+        wanted += [
+            ("most", "blocks 1 to 6 left out", MOST.policy, 0.0, (nothing, language)),
+            ("exact-half", "blocks 1, 3, 5, 7 left out", exact, 0.0, (nothing,)),
+        ]
+    return [
+        Cell(
+            f"{name}-{learned}",
+            label,
+            Section.TRAINING,
+            policy,
+            removed=removed,
+            learned=learned,
+        )
+        for name, label, policy, removed, taught in wanted
+        for learned in taught
+    ]

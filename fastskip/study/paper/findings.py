@@ -1,0 +1,281 @@
+"""What the results say about the papers' claims, by rules that are written down here.
+
+Only what the papers' abstracts say in public is compared with: arXiv 2410.09454, and 2405.16700 for
+what image tokens do. No figure of their tables is quoted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import fmean
+
+from fastskip.policy import TokenClass
+from fastskip.study.paper.experiments import Part, Schedule, Scope, Section
+from fastskip.study.paper.results import Results, Row
+
+KEPT = 0.97
+"""The share of the dense score that the paper keeps with training."""
+MUCH = 0.2
+"""A share of the compute that counts as much, where a claim says no number."""
+
+
+class Verdict(StrEnum):
+    """How the miniature compares with a claim."""
+
+    AGREES = "agrees"
+    PARTLY = "agrees in part"
+    DISAGREES = "does not agree"
+    UNTESTED = "not measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A claim, the verdict on it, and the numbers that it rests on."""
+
+    claim: str
+    verdict: Verdict
+    evidence: str
+
+
+def findings(results: Results) -> tuple[Finding, ...]:
+    """All claims, in the order of the report."""
+    return tuple(
+        judge(results)
+        for judge in (
+            _much,
+            _captions,
+            _generated,
+            _late,
+            _parallel,
+            _half,
+            _sparse,
+            _smaller,
+            _equal_compute,
+            _slow_images,
+            _image_ffn,
+        )
+    )
+
+
+def _much(results: Results) -> Finding:
+    claim = "Much computation can be left out at inference, without training"
+    rows = results.of(Section.SKIPPING)
+    good = [row for row in rows if row.questions.kept >= KEPT and row.captions.kept >= KEPT]
+    if not rows:
+        return _untested(claim)
+    if not good:
+        return Finding(claim, Verdict.DISAGREES, f"no policy keeps {KEPT:.0%} of both scores")
+    best = max(good, key=lambda row: row.skipped)
+    verdict = Verdict.AGREES if best.skipped >= MUCH else Verdict.DISAGREES
+    return Finding(
+        claim,
+        verdict,
+        f"most left out among policies that keep {KEPT:.0%} of both scores: {best.skipped:.0%} of "
+        f"a question's compute ({best.label}; questions keep {best.questions.kept:.1%}, captions "
+        f"{best.captions.kept:.1%})",
+    )
+
+
+def _captions(results: Results) -> Finding:
+    claim = "Questions tolerate skipping better than captions"
+    rows = [row for row in results.of(Section.SKIPPING) if _does_harm(row)]
+    return _majority(
+        claim,
+        [(row.questions.kept, row.captions.kept) for row in rows],
+        "policies that cost either score 1 % or more, questions keep more than captions",
+        "questions {0:.1%}, captions {1:.1%}",
+    )
+
+
+def _generated(results: Results) -> Finding:
+    claim = "Skipping for generated tokens alone costs less than for all tokens"
+    pairs = _pairs(results, lambda s: Schedule(s.part, Scope.GENERATED, s.interval, s.start))
+    return _majority(
+        claim,
+        [(_both(other), _both(row)) for row, other in pairs],
+        "schedules, generated tokens alone keep more",
+        "generated {0:.1%}, all {1:.1%} (mean of questions and captions)",
+    )
+
+
+def _late(results: Results) -> Finding:
+    claim = "Skipping that starts later costs less"
+    rows = [row for row in results.of(Section.SKIPPING) if row.schedule is not None]
+    later = {row.schedule: row for row in rows}
+    pairs = []
+    for row in rows:
+        assert row.schedule is not None
+        part, scope, interval = row.schedule.part, row.schedule.scope, row.schedule.interval
+        other = later.get(Schedule(part, scope, interval, 3))
+        if row.schedule.start == 0 and other is not None:
+            pairs.append((_both(other), _both(row)))
+    return _majority(
+        claim,
+        pairs,
+        "pairs of equal interval, the start behind layer 3 keeps more (and leaves out less)",
+        "late {0:.1%}, early {1:.1%} (mean of questions and captions)",
+    )
+
+
+def _parallel(results: Results) -> Finding:
+    claim = "Attention and FFN, or two blocks, can run in parallel"
+    rows = results.of(Section.PARALLEL)
+    if not rows:
+        return _untested(claim)
+    good = [row for row in rows if _both(row) >= KEPT]
+    best = max(rows, key=_both)
+    verdict = (Verdict.DISAGREES, Verdict.PARTLY)[bool(good)]
+    return Finding(
+        claim,
+        Verdict.AGREES if len(good) == len(rows) else verdict,
+        f"{len(good)} of {len(rows)} arrangements keep {KEPT:.0%} without training (mean of "
+        f"questions and captions); the best is {best.label} with {_both(best):.1%}",
+    )
+
+
+def _half(results: Results) -> Finding:
+    claim = "With half of the blocks left out, training keeps 97 %"
+    return _trained(results, claim, "half")
+
+
+def _sparse(results: Results) -> Finding:
+    claim = "With 70 % of the weights removed, training keeps 97 %"
+    return _trained(results, claim, "sparse")
+
+
+def _trained(results: Results, claim: str, name: str) -> Finding:
+    rows = [results.row(f"{name}-{learned}") for learned in ("nothing", "projector", "language")]
+    if None in rows:
+        return _untested(claim)
+    before, projector, language = (row for row in rows if row is not None)
+    reached = [min(row.questions.kept, row.captions.kept) >= KEPT for row in (projector, language)]
+    verdict = Verdict.AGREES if reached[0] else (Verdict.DISAGREES, Verdict.PARTLY)[reached[1]]
+    told = "; ".join(
+        f"{what}: questions keep {row.questions.kept:.1%}, captions {row.captions.kept:.1%}"
+        for what, row in (
+            ("untrained", before),
+            ("projector trained, as in the paper", projector),
+            ("language model trained too", language),
+        )
+    )
+    return Finding(claim, verdict, told)
+
+
+def _smaller(results: Results) -> Finding:
+    claim = "A well trained smaller language model matches one that is 2 to 3 times larger"
+    large, medium = results.row("dense"), results.row("medium")
+    if large is None or medium is None:
+        return _untested(claim)
+    times = large.parameters / medium.parameters
+    kept = min(medium.questions.kept, medium.captions.kept)
+    return Finding(
+        claim,
+        Verdict.AGREES if kept >= KEPT else Verdict.DISAGREES,
+        f"the medium model, {times:.1f} times smaller (2 to 3 is not measured), keeps "
+        f"{medium.questions.kept:.1%} of the questions' score and {medium.captions.kept:.1%} of "
+        "the captions'",
+    )
+
+
+def _equal_compute(results: Results) -> Finding:
+    claim = "At equal compute a smaller model is the better choice than a skipped larger one"
+    medium = results.row("medium")
+    skipped = [results.row(f"most-{learned}") for learned in ("nothing", "language")]
+    if medium is None or None in skipped:
+        return _untested(claim)
+    told = [
+        f"{row.label} ({row.learned} trained; {row.question_compute:.0%} of the compute): "
+        f"{row.questions.score.mean:.1%} and {row.captions.score.mean:.1%}"
+        for row in skipped
+        if row is not None
+    ]
+    best = max(_score(row) for row in skipped if row is not None)
+    return Finding(
+        claim,
+        Verdict.AGREES if _score(medium) > best else Verdict.DISAGREES,
+        f"questions and captions: medium ({medium.question_compute:.0%}): "
+        f"{medium.questions.score.mean:.1%} and {medium.captions.score.mean:.1%}; "
+        + "; ".join(told),
+    )
+
+
+def _slow_images(results: Results) -> Finding:
+    claim = "Image rows change more slowly from layer to layer than text rows (2405.16700)"
+    by = {(each.token_class, each.layer): each.block for each in results.similarity}
+    layers = sorted({layer for _, layer in by})
+    pairs = [(by[TokenClass.IMAGE, n], by[TokenClass.TEXT, n]) for n in layers]
+    return _majority(
+        claim,
+        pairs,
+        "layers, image rows keep their direction better",
+        "mean cosine of a block's input and output: image {0:.3f}, text {1:.3f}",
+    )
+
+
+def _image_ffn(results: Results) -> Finding:
+    claim = "FFNs can be left out for image tokens (2405.16700)"
+    rows = [
+        row
+        for row in results.of(Section.SKIPPING)
+        if row.schedule is not None
+        and (row.schedule.part, row.schedule.scope) == (Part.FFN, Scope.IMAGE)
+    ]
+    if not rows:
+        return _untested(claim)
+    good = [row for row in rows if _both(row) >= KEPT]
+    worst = min(rows, key=_both)
+    verdict = (Verdict.DISAGREES, Verdict.PARTLY)[bool(good)]
+    return Finding(
+        claim,
+        Verdict.AGREES if len(good) == len(rows) else verdict,
+        f"{len(good)} of {len(rows)} schedules keep {KEPT:.0%}; the worst keeps {_both(worst):.1%} "
+        f"({worst.label}). The large model was trained with image rows' sublayers left out at "
+        "times, so this is no surprise",
+    )
+
+
+def _majority(
+    claim: str, pairs: Iterable[tuple[float, float]], of_what: str, means: str
+) -> Finding:
+    """Whether the first of each pair is the greater one: 70 % agree, 30 % do not, else in part."""
+    pairs = list(pairs)
+    if not pairs:
+        return _untested(claim)
+    wins = sum(a > b for a, b in pairs)
+    share = wins / len(pairs)
+    verdict = Verdict.PARTLY
+    if share >= 0.7:
+        verdict = Verdict.AGREES
+    elif share <= 0.3:
+        verdict = Verdict.DISAGREES
+    told = means.format(fmean(a for a, _ in pairs), fmean(b for _, b in pairs))
+    return Finding(claim, verdict, f"in {wins} of {len(pairs)} {of_what}; means: {told}")
+
+
+def _pairs(results: Results, change: Callable[[Schedule], Schedule]) -> list[tuple[Row, Row]]:
+    """Rows of scope "all", each with the one of the changed schedule."""
+    rows = {row.schedule: row for row in results.of(Section.SKIPPING)}
+    return [
+        (row, rows[change(schedule)])
+        for schedule, row in rows.items()
+        if schedule is not None and schedule.scope is Scope.ALL and change(schedule) in rows
+    ]
+
+
+def _does_harm(row: Row) -> bool:
+    return min(row.questions.kept, row.captions.kept) <= 0.99
+
+
+def _both(row: Row) -> float:
+    """Share of the dense scores kept, questions and captions alike."""
+    return fmean((row.questions.kept, row.captions.kept))
+
+
+def _score(row: Row) -> float:
+    return fmean((row.questions.score.mean, row.captions.score.mean))
+
+
+def _untested(claim: str) -> Finding:
+    return Finding(claim, Verdict.UNTESTED, "not part of this run")

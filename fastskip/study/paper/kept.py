@@ -1,0 +1,44 @@
+"""Measurements in files: made once under the same settings, so that a run can be cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Document = dict[str, Any]
+
+
+def kept(path: Path, settings: Mapping[str, Any], make: Callable[[], Document]) -> Document:
+    """What a file holds if it was made under these settings, else what `make` gives."""
+    found = read(path, settings)
+    if found is None:
+        found = {"settings": settings, **make()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # in one go: a run that is cut off while writing leaves no half a file
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(part, path)
+    return found
+
+
+def read(path: Path, settings: Mapping[str, Any]) -> Document | None:
+    """What a file holds; None without the file, or if it is of other settings or broken."""
+    try:
+        found: Document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if found.get("settings") == json.loads(json.dumps(settings)) else None
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """A file's name by what was measured: two cells may be the same thing."""
+    return fingerprint(json.dumps(settings).encode())
+
+
+def fingerprint(data: bytes) -> str:
+    """What tells one content from another."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,166 @@
+"""The report in Markdown, beside its figures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastskip.study.paper import figures, tables
+from fastskip.study.paper.experiments import Section
+from fastskip.study.paper.findings import findings
+from fastskip.study.paper.results import Results, Row, Score
+
+RESULTS = "results.json"
+REPORT = "report.md"
+
+
+def bundled_folder() -> Path:
+    """The results that ship with the package."""
+    return Path(__file__).parent / "results"
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write JSON, CSV, PNG and the report of them into a folder; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results.save(folder / RESULTS)
+    # from the file, so that the report cannot say anything that the JSON does not
+    read = Results.load(folder / RESULTS)
+    drawn = figures.write(read, folder)
+    written = tables.write(read, folder)
+    (folder / REPORT).write_text(markdown(read, [path.stem for path in drawn]), encoding="utf-8")
+    return [folder / REPORT, folder / RESULTS, *written, *drawn]
+
+
+def markdown(results: Results, drawn: Sequence[str] = ()) -> str:
+    """The report; `drawn`: names of the figures that lie beside it."""
+    parts = [
+        "# Skipping computations in multimodal LLMs, in miniature",
+        _introduction(results),
+        "## What agrees with the papers, and what does not",
+        _findings(results),
+        "## 1. Score against skipped compute",
+        _figure("skipping", drawn),
+        _table(results.of(Section.SKIPPING)),
+        "## 2. Parallel attention and FFN, and block pairs",
+        "Nothing is left out here, so compute stays as it is; what is saved is dependent steps.",
+        _figure("parallel", drawn),
+        _table(results.of(Section.PARALLEL)),
+        "## 3. Training with half of the blocks left out, or 70 % of the weights removed",
+        _training(results),
+        _figure("training", drawn),
+        _table(results.of(Section.TRAINING), trained=True),
+        "## 4. Smaller models at equal compute",
+        _figure("smaller", drawn),
+        _table([row for row in results.rows if row.section in (Section.DENSE, Section.SMALLER)]),
+        _speeds(results),
+        "## 5. Similarity from layer to layer",
+        "Cosine of what enters and what leaves a block, its attention and its FFN, in the dense "
+        "large model, over prompts and the model's own answers.",
+        _figure("similarity", drawn),
+        "## How it was measured",
+        _conditions(results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _introduction(results: Results) -> str:
+    missing = "" if results.is_whole else " **Some cells are still missing.**"
+    return (
+        'The experiments of "Skipping Computations in Multimodal LLMs" (arXiv 2410.09454) on the '
+        "demo's small LLaVA, whose pictures are generated scenes of coloured shapes. It is a small "
+        "synthetic task: a language model of 8 layers and 3.9 M weights that was trained on this "
+        "task alone, and for part of its training with sublayers left out at random for image rows "
+        "from layer 3 on. What agrees here is encouraging; what does not is no refutation. The "
+        "papers' own numbers are not reproduced." + missing
+    )
+
+
+def _findings(results: Results) -> str:
+    lines = ["| claim | here | measured |", "|---|---|---|"]
+    lines += [f"| {f.claim} | **{f.verdict.value}** | {f.evidence} |" for f in findings(results)]
+    return "\n".join(lines)
+
+
+def _training(results: Results) -> str:
+    return (
+        f"{results.effort['steps']} steps of {results.effort['sequences']} conversations about "
+        "training pictures, AdamW, under the very policy or mask that is judged. Projector: the "
+        "language model stays frozen, as in the paper. Language: projector and language model. "
+        'The code of the paper takes "half of the blocks" as every second one that is neither the '
+        "first nor the last: 15 of 32, and here 3 of 8; the exact half is layers 1, 3, 5 and 7. "
+        "Weights are removed by Wanda, row by row, calibrated on training pictures. Compute counts "
+        "removed weights as if they were there."
+    )
+
+
+def _table(rows: Iterable[Row], trained: bool = False) -> str:
+    rows = list(rows)
+    if not rows:
+        return "Not part of this run."
+    head = [
+        "model",
+        *(["trained"] if trained else []),
+        "compute of a question / caption",
+        "questions",
+        "kept",
+        "captions",
+        "kept",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [
+            row.label,
+            *([row.learned.value] if trained else []),
+            f"{row.question_compute:.0%} / {row.caption_compute:.0%}",
+            *_told(row.questions),
+            *_told(row.captions),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _told(score: Score) -> tuple[str, str]:
+    """Score with its interval, and the share kept with its spread."""
+    interval = f"{score.score.mean:.1%} ({100 * score.score.low:.0f}-{100 * score.score.high:.0f})"
+    kept = f"{score.kept:.1%}"
+    return interval, kept if score.spread is None else f"{kept} ± {100 * score.spread:.1f}"
+
+
+def _speeds(results: Results) -> str:
+    if not results.speeds:
+        return ""
+    lines = [
+        "Times of one caption, batch 1, medians on the machine below; at this size they are mostly "
+        "overhead, so compute is what the comparison goes by.",
+        "",
+        "| model | TTFT, ms | TPOT, ms | cache, kB | MFLOP |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.label} | {1e3 * each.ttft_s:.1f} | {1e3 * each.tpot_s:.2f} | "
+        f"{each.kv_bytes / 1e3:.0f} | {each.flops / 1e6:.0f} |"
+        for each in results.speeds
+    ]
+    return "\n".join(lines)
+
+
+def _conditions(results: Results) -> str:
+    found, effort = results.environment, results.effort
+    return (
+        f"{len(results.seeds)} seeds; each has {effort['questions']} questions and "
+        f"{effort['captions']} captions of its own about held-out pictures, and training pictures "
+        "of its own. Questions are judged by exact match, captions by the F1 of the figures named. "
+        "Scores pool all seeds, with 95 % bootstrap intervals over items; several questions are "
+        "about one picture, so that intervals are rather too narrow. Kept: the share of the dense "
+        "large model's score on the same items, with the standard deviation between seeds; without "
+        "training, seeds differ in their items only. The bundled models themselves are of one "
+        "seed. Compute: FLOPs of decoder and lm_head for a typical item, from the plan, as a share "
+        "of the dense large model's. "
+        f"All cells together took {results.seconds / 60:.0f} minutes of processor time: "
+        f"{found['processor']}, {found['dtype']} on {found['device']}, torch "
+        f"{found['torch']}, transformers {found['transformers']}, Python {found['python']}."
+    )
+
+
+def _figure(name: str, drawn: Sequence[str]) -> str:
+    return f"![{name}]({name}.png)" if name in drawn else ""

@@ -1,0 +1,240 @@
+"""What came out, as data: report, figures, tables and findings all read it, and it is JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
+from fastskip.policy import TokenClass
+from fastskip.study.evaluation import Evaluation
+from fastskip.study.paper.experiments import Cell, Learned, Part, Schedule, Scope, Section
+from fastskip.study.similarity import LayerSimilarity
+
+SCHEMA_VERSION = 1
+
+
+class ResultsError(ValueError):
+    """Results that cannot be read; says which, and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The mean score of one cell on one sort of items, all seeds together.
+
+    `by_seed`: the means of the seeds. `kept`: the share of the dense model's score on the same
+    items, and `kept_by_seed`. `change`: the difference from it, with its interval (paired
+    bootstrap).
+    """
+
+    items: int
+    score: Estimate
+    by_seed: tuple[float, ...]
+    kept: float
+    kept_by_seed: tuple[float, ...]
+    change: Estimate
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of `kept` between seeds; none of a single seed."""
+        return stdev(self.kept_by_seed) if len(self.kept_by_seed) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One cell: what it is, how it scores, and what share of the dense compute it takes.
+
+    `seconds`: of processor time that it took, all seeds together.
+    """
+
+    name: str
+    label: str
+    section: Section
+    size: str
+    parameters: int
+    learned: Learned
+    removed: float
+    schedule: Schedule | None
+    questions: Score
+    captions: Score
+    question_compute: float
+    caption_compute: float
+    seconds: float
+
+    @property
+    def skipped(self) -> float:
+        """The share of a question's compute that is left out."""
+        return 1 - self.question_compute
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """What one model takes for one caption, batch 1: measured times, and the bytes of its cache."""
+
+    name: str
+    label: str
+    ttft_s: float
+    tpot_s: float
+    kv_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that a run found out.
+
+    `is_whole`: whether no cell is missing. `seconds`: of processor time, all cells together.
+    """
+
+    environment: Mapping[str, Any]
+    effort: Mapping[str, int]
+    seeds: tuple[int, ...]
+    is_whole: bool
+    seconds: float
+    rows: tuple[Row, ...]
+    similarity: tuple[LayerSimilarity, ...]
+    speeds: tuple[Speed, ...]
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name, if it was measured."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def of(self, section: Section) -> tuple[Row, ...]:
+        """The rows of one section."""
+        return tuple(row for row in self.rows if row.section is section)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"schema_version": SCHEMA_VERSION} | asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write `to_dict` as JSON."""
+        rounded = _rounded(self.to_dict())
+        path.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what `save` wrote.
+
+        Raises:
+            ResultsError: the file is missing, or is none of this version.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["schema_version"] != SCHEMA_VERSION:
+                raise ValueError(f"schema_version {document['schema_version']}")
+            return cls.from_dict(document)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            allowed = "a file that `fastskip study paper` wrote"
+            raise ResultsError(f"{path}: {error}; allowed: {allowed}") from error
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Results:
+        """What `to_dict` gave, after JSON."""
+        return cls(
+            environment=document["environment"],
+            effort=document["effort"],
+            seeds=tuple(document["seeds"]),
+            is_whole=document["is_whole"],
+            seconds=document["seconds"],
+            rows=tuple(_row(each) for each in document["rows"]),
+            similarity=tuple(
+                LayerSimilarity(**{**each, "token_class": TokenClass(each["token_class"])})
+                for each in document["similarity"]
+            ),
+            speeds=tuple(Speed(**each) for each in document["speeds"]),
+        )
+
+
+def judge(found: Sequence[Evaluation], dense: Sequence[Evaluation], kinds: Sequence[str]) -> Score:
+    """One cell against the dense model, an evaluation a seed of each, in the same order."""
+    # a seed of few items need not have one of every kind
+    ours, theirs = (
+        [each.scores(*(kind for kind in each.kinds if kind in kinds)) for each in evaluations]
+        for evaluations in (found, dense)
+    )
+    means = tuple(float(each.mean()) for each in ours)
+    kept = tuple(a / float(b.mean()) for a, b in zip(means, theirs, strict=True))
+    pooled, reference = np.concatenate(ours), np.concatenate(theirs)
+    return Score(
+        items=len(pooled),
+        score=bootstrap(pooled),
+        by_seed=means,
+        kept=fmean(kept),
+        kept_by_seed=kept,
+        change=paired_bootstrap(reference, pooled),
+    )
+
+
+def row_of(
+    cell: Cell,
+    questions: Score,
+    captions: Score,
+    compute: tuple[float, float],
+    parameters: int,
+    seconds: float,
+) -> Row:
+    """A cell with what was measured; `compute`: of a question and of a caption."""
+    return Row(
+        name=cell.name,
+        label=cell.label,
+        section=cell.section,
+        size=cell.size.label,
+        parameters=parameters,
+        learned=cell.learned,
+        removed=cell.removed,
+        schedule=cell.schedule,
+        questions=questions,
+        captions=captions,
+        question_compute=compute[0],
+        caption_compute=compute[1],
+        seconds=seconds,
+    )
+
+
+def _row(document: Mapping[str, Any]) -> Row:
+    schedule = document["schedule"]
+    return Row(
+        **{
+            **document,
+            "section": Section(document["section"]),
+            "learned": Learned(document["learned"]),
+            "schedule": None
+            if schedule is None
+            else Schedule(
+                Part(schedule["part"]),
+                Scope(schedule["scope"]),
+                schedule["interval"],
+                schedule["start"],
+            ),
+            "questions": _score(document["questions"]),
+            "captions": _score(document["captions"]),
+        }
+    )
+
+
+def _score(document: Mapping[str, Any]) -> Score:
+    return Score(
+        **{
+            **document,
+            "score": Estimate(**document["score"]),
+            "change": Estimate(**document["change"]),
+            "by_seed": tuple(document["by_seed"]),
+            "kept_by_seed": tuple(document["kept_by_seed"]),
+        }
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Six decimals: more would be noise, and the files are bundled."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,302 @@
+"""Runs the experiments: cell by cell and seed by seed, each kept in a file of its own.
+
+A run that was cut off goes on with the first cell that has no file; a file of other settings or
+weights than the present ones is measured anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import fastskip
+from fastskip.demo.evaluation import prompt
+from fastskip.demo.model import Size
+from fastskip.demo.results import Workload, environment
+from fastskip.demo.scenes import QuestionKind, draw
+from fastskip.demo.smaller import load, weights_path
+from fastskip.demo.text import build_processor
+from fastskip.demo.timing import race, time_once
+from fastskip.policy import TokenClass
+from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
+from fastskip.study.paper.kept import fingerprint, kept, name_of, read
+from fastskip.study.paper.measuring import (
+    CAPTION,
+    QUESTION_KINDS,
+    Effort,
+    asked,
+    exam_of,
+    workload,
+)
+from fastskip.study.paper.plans import deeds, flops, parameters, plan_of_cell
+from fastskip.study.paper.results import Results, Speed, judge, row_of
+from fastskip.study.paper.tuning import remove_weights_, tune_
+from fastskip.study.similarity import LayerSimilarity, similarities
+
+FORMAT = 1
+"""Of the cells' files; a higher one makes older files be measured anew."""
+Tick = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One cell under one seed. `seconds`: of the processor, all its cores together; `losses`: of
+    the training's steps, if there was any."""
+
+    evaluation: Evaluation
+    seconds: float
+    losses: tuple[float, ...] = ()
+
+
+class Study:
+    """The experiments in one folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seeds: int = 3,
+        effort: Effort | None = None,
+        chosen: Sequence[Cell] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Measures nothing yet.
+
+        Args:
+            folder: where cells are kept and results are written.
+            seeds: how many seeds; each has items of its own, and training data of its own.
+            effort: how much is measured.
+            chosen: the cells, the dense one first.
+            device: where models run.
+        """
+        if seeds < 1:
+            raise ValueError(f"seeds: {seeds}; allowed: 1 or more")
+        self.folder, self.seeds = folder, tuple(range(seeds))
+        self.effort, self.device = effort or Effort(), torch.device(device)
+        self.cells = tuple(chosen or cells())
+        self.processor = build_processor()
+        self._exams: dict[int, Exam] = {}
+
+    @property
+    def steps(self) -> int:
+        """How many measurements there are, kept ones included."""
+        return len(self.cells) * len(self.seeds) + 2
+
+    def run(self, on_step: Tick = lambda name: None) -> Results:
+        """Measure what is missing, and give everything; `on_step` is called before each one."""
+        for seed in self.seeds:
+            for cell in self.cells:
+                on_step(f"{cell.name}, seed {seed}")
+                self.outcome(cell, seed)
+        on_step("similarity")
+        self.similarity()
+        on_step("times")
+        self.speeds()
+        return self.results()
+
+    def outcome(self, cell: Cell, seed: int) -> Outcome:
+        """One cell under one seed: from its file if that is there, else measured."""
+
+        def measured() -> dict[str, Any]:
+            began = time.process_time()
+            model, masks = self._prepared(cell)
+            losses = tune_(model, cell, seed, self.effort, self.processor, masks)
+            evaluation = self.exam(seed).take(model)
+            taken = time.process_time() - began
+            return {"seconds": taken, "losses": losses, **evaluation.to_dict()}
+
+        settings = self._settings(cell, seed)
+        found = kept(self._path(settings), settings, measured)
+        return Outcome(Evaluation.from_dict(found), found["seconds"], tuple(found["losses"]))
+
+    def has(self, cell: Cell, seed: int) -> bool:
+        """Whether the outcome is there already."""
+        settings = self._settings(cell, seed)
+        return read(self._path(settings), settings) is not None
+
+    def _prepared(self, cell: Cell) -> tuple[Any, Any]:
+        """The cell's model, not trained yet, and the masks of its weights, if it has any."""
+        model = load(cell.size).to(self.device)
+        masks = remove_weights_(model, cell.removed, self.processor) if cell.removed else None
+        return fastskip.apply_(model, cell.policy, impl="reference"), masks
+
+    def exam(self, seed: int) -> Exam:
+        """What all cells answer under a seed."""
+        if seed not in self._exams:
+            config = load(DENSE.size).config
+            self._exams[seed] = exam_of(seed, self.effort, self.processor, config)
+        return self._exams[seed]
+
+    def similarity(self) -> tuple[LayerSimilarity, ...]:
+        """Of the dense model's layers, over prompts and answers of seed 0."""
+        count = self.effort.similarity_samples
+
+        def measured() -> dict[str, Any]:
+            items = asked(0, self.effort)[:: max(1, self._items // count)][:count]
+            inputs = [
+                self.processor(
+                    images=[draw(scene)],
+                    text=[prompt(self.processor, question.text)],
+                    return_tensors="pt",
+                )
+                for scene, question in items
+            ]
+            found = similarities(load(Size.LARGE).to(self.device), inputs, new_tokens=24)
+            return {"similarity": [each.to_dict() for each in found]}
+
+        settings = self._common | {"samples": count}
+        found = kept(self.folder / "similarity.json", settings, measured)
+        return _similarity(found["similarity"])
+
+    def speeds(self) -> tuple[Speed, ...]:
+        """Measured times of one caption, batch 1: the models, and the large one skipped."""
+        contenders = _contenders()
+        settings = self._common | {
+            "rounds": self.effort.timing_rounds,
+            "models": [self._settings(cell, 0) for cell in contenders],
+        }
+        found = kept(
+            self.folder / "speeds.json", settings, lambda: {"speeds": self._race(contenders)}
+        )
+        return tuple(Speed(**each) for each in found["speeds"])
+
+    def results(self) -> Results:
+        """What is there so far; seeds of which a cell is missing are left out of that cell."""
+        rows, missing, total = [], 0, 0.0
+        dense = {seed: self.outcome(DENSE, seed).evaluation for seed in self.seeds}
+        for cell in self.cells:
+            there = [seed for seed in self.seeds if self.has(cell, seed)]
+            missing += len(self.seeds) - len(there)
+            if not there:
+                continue
+            outcomes = [self.outcome(cell, seed) for seed in there]
+            evaluations = [each.evaluation for each in outcomes]
+            references = [dense[seed] for seed in there]
+            seconds = sum(each.seconds for each in outcomes)
+            total += seconds
+            rows.append(
+                row_of(
+                    cell,
+                    judge(evaluations, references, QUESTION_KINDS),
+                    judge(evaluations, references, [CAPTION]),
+                    self._compute(cell),
+                    parameters(cell.size),
+                    seconds,
+                )
+            )
+        return Results(
+            environment=environment(torch.float32) | {"device": str(self.device)},
+            effort=asdict(self.effort),
+            seeds=self.seeds,
+            is_whole=not missing,
+            seconds=total,
+            rows=tuple(rows),
+            similarity=self.similarity(),
+            speeds=self.speeds(),
+        )
+
+    @cached_property
+    def loads(self) -> tuple[Workload, Workload]:
+        """A typical question and a typical caption of seed 0."""
+        found = asked(0, self.effort)
+        captions = [each for each in found if each[1].kind is QuestionKind.CAPTION]
+        questions = [each for each in found if each[1].kind is not QuestionKind.CAPTION]
+        tokenizer = self.processor.tokenizer
+        return workload(questions, tokenizer), workload(captions, tokenizer)
+
+    def _compute(self, cell: Cell) -> tuple[float, float]:
+        """FLOPs of a question and of a caption, as shares of the dense large model's."""
+        own, dense = plan_of_cell(cell), plan_of_cell(DENSE)
+        question, caption = (flops(own, load) / flops(dense, load) for load in self.loads)
+        return question, caption
+
+    def _race(self, contenders: Sequence[Cell]) -> list[dict[str, Any]]:
+        items = [each for each in asked(0, self.effort) if each[1].kind is QuestionKind.CAPTION]
+        scene, question = items[0]
+        inputs = self.processor(
+            images=[draw(scene)], text=[prompt(self.processor, question.text)], return_tensors="pt"
+        ).to(self.device)
+        load = self.loads[1]
+        models = {cell.name: self._prepared(cell)[0] for cell in contenders}
+        for model in models.values():
+            model.generation_config.eos_token_id = None
+        runs = race(
+            list(models),
+            lambda name: time_once(models[name], inputs, load.n_new),
+            threads=[torch.get_num_threads()],
+            rounds=self.effort.timing_rounds,
+            budget_s=60.0,
+            on_round=lambda: None,
+        )
+        found = []
+        for cell in contenders:
+            times = runs[cell.name, torch.get_num_threads()]
+            plan = fastskip.plan_of(models[cell.name])
+            speed = Speed(
+                cell.name,
+                cell.label,
+                ttft_s=median(each.ttft for each in times),
+                tpot_s=median(each.decode for each in times),
+                kv_bytes=plan.kv_bytes(load.n_image, load.n_text, load.n_new - 1),
+                flops=flops(plan, load),
+            )
+            found.append(asdict(speed))
+        return found
+
+    @property
+    def _items(self) -> int:
+        return self.effort.questions + self.effort.captions
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        """What every file depends on."""
+        return {
+            "format": FORMAT,
+            "weights": _digest(Size.LARGE),
+            "questions": self.effort.questions,
+            "captions": self.effort.captions,
+        }
+
+    def _path(self, settings: Mapping[str, Any]) -> Path:
+        return self.folder / "cells" / f"{name_of(settings)}.json"
+
+    def _settings(self, cell: Cell, seed: int) -> dict[str, Any]:
+        """All that the outcome of a cell depends on."""
+        found = self._common | {
+            "seed": seed,
+            "size": cell.size.label,
+            "own_weights": _digest(cell.size),
+            "plan": deeds(plan_of_cell(cell)),
+            "removed": cell.removed,
+            "learned": cell.learned.value,
+        }
+        if cell.learned is not Learned.NOTHING:
+            found |= {"steps": self.effort.steps, "sequences": self.effort.sequences}
+        return found
+
+
+def _contenders() -> tuple[Cell, ...]:
+    """Who is timed: those that section 4 compares."""
+    by_name = {cell.name: cell for cell in cells()}
+    return tuple(
+        by_name[name] for name in ("dense", "half-nothing", "most-nothing", "medium", "small")
+    )
+
+
+def _similarity(found: Sequence[Mapping[str, Any]]) -> tuple[LayerSimilarity, ...]:
+    return tuple(
+        LayerSimilarity(**{**each, "token_class": TokenClass(each["token_class"])})
+        for each in found
+    )
+
+
+def _digest(size: Size) -> str:
+    """What tells one set of bundled weights from another."""
+    return fingerprint(weights_path(size).read_bytes())

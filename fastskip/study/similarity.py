@@ -1,0 +1,145 @@
+"""How little each layer turns a row: the cosine of what enters it and what leaves it, by class.
+
+High similarity is what makes a layer a candidate to be left out; "Implicit Multimodal Alignment"
+(arXiv 2405.16700) finds that image rows change slowly from layer to layer, text rows faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from fastskip.families import image_token_ids, text_model_of
+from fastskip.policy import TokenClass
+from fastskip.study.samples import placed
+from fastskip.tokens import CODES, PAD
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSimilarity:
+    """Mean cosines over the rows of one class in one layer.
+
+    `block`: of the layer's input and output; `attention`: of its input and the same with
+    attention added; `ffn`: of that and the output. `rows`: how many rows the means are of.
+    """
+
+    layer: int
+    token_class: TokenClass
+    rows: int
+    block: float
+    attention: float
+    ffn: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "token_class": self.token_class.value}
+
+
+def similarities(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    *,
+    new_tokens: int = 16,
+    on_sample: Callable[[], object] = lambda: None,
+) -> tuple[LayerSimilarity, ...]:
+    """Similarities by layer and class, over the samples' prompts and the model's own answers.
+
+    Args:
+        model: a Hugging Face model that is not prepared: its layers run one by one, with hooks.
+        samples: inputs of `generate`, each as `processor(...)` gives them.
+        new_tokens: how many tokens each sample generates; at 0 there are no generated rows.
+        on_sample: called after each sample.
+    Raises:
+        TypeError: the model is prepared.
+        ValueError: there are no samples, or `new_tokens` is negative.
+    """
+    if getattr(model, "_fastskip", None) is not None:
+        raise TypeError("model: is prepared; allowed: one as from_pretrained gives it")
+    if not samples or new_tokens < 0:
+        raise ValueError(
+            f"samples: {len(samples)}, new_tokens: {new_tokens}; allowed: 1 or more samples, and "
+            "new_tokens of 0 or more"
+        )
+    layers = list(text_model_of(model).layers)
+    # [layers, classes, (block, attention, ffn)] sums of cosines, and how many rows there were
+    sums = torch.zeros(len(layers), len(TokenClass), 3, dtype=torch.float64)
+    counts = torch.zeros(len(TokenClass), dtype=torch.int64)
+    for inputs in samples:
+        codes, given = _whole(model, placed(inputs, model), new_tokens)
+        real = codes != PAD
+        counts += torch.bincount(codes[real], minlength=len(TokenClass))
+        with torch.inference_mode(), _seen(layers) as seen:
+            model(**given)
+        for index, cosines in seen.items():
+            sums[index].index_add_(0, codes[real], cosines.cpu().double()[real])
+        on_sample()
+    return tuple(
+        LayerSimilarity(index, token_class, int(counts[code]), *means.tolist())
+        for token_class, code in CODES.items()
+        if counts[code]
+        for index, means in enumerate(sums[:, code] / counts[code])
+    )
+
+
+def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
+    """The class codes of prompt and answer together, `[B, T]` on the host, and their inputs."""
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    images = torch.isin(ids, torch.tensor(image_token_ids(model.config), device=ids.device))
+    codes = torch.where(images, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
+    codes = codes.masked_fill(mask == 0, PAD)
+    if new_tokens:
+        out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens)
+        new = out[:, ids.shape[1] :]
+        lives = _lives(new, model.generation_config.eos_token_id)
+        own = torch.where(lives, CODES[TokenClass.GENERATED], PAD)
+        ids, mask = out, torch.cat([mask, lives.to(mask.dtype)], 1)
+        codes = torch.cat([codes, own], 1)
+    return codes.cpu(), {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def _lives(new: Tensor, ends: int | Sequence[int] | None) -> Tensor:
+    """Which generated tokens `[B, T]` are part of the answer: up to its end, that included."""
+    ended = torch.isin(new, torch.tensor([] if ends is None else ends, device=new.device).long())
+    return ended.cumsum(1) - ended.long() == 0
+
+
+@contextmanager
+def _seen(layers: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
+    """Within the block: the cosines `[B, T, (block, attention, ffn)]` of every layer that ran."""
+    added: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {}
+
+    def attended(index: int, output: Any) -> None:
+        added[index] = output[0] if isinstance(output, tuple) else output
+
+    def left(index: int, h: Tensor, output: Any) -> None:
+        out = (output[0] if isinstance(output, tuple) else output).float()
+        h, middle = h.float(), h.float() + added.pop(index).float()
+        pairs = ((h, out), (h, middle), (middle, out))
+        found[index] = torch.stack([cosine_similarity(a, b, dim=-1) for a, b in pairs], -1)
+
+    hooks: list[Any] = []
+    for index, layer in enumerate(layers):
+        hooks += (
+            layer.self_attn.register_forward_hook(
+                lambda _, __, output, index=index: attended(index, output)
+            ),
+            layer.register_forward_hook(
+                lambda _, args, kwargs, output, index=index: left(
+                    index, args[0] if args else kwargs["hidden_states"], output
+                ),
+                with_kwargs=True,
+            ),
+        )
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,114 @@
+"""The bundled model as examinee: batches, order, comparisons, errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastskip
+from fastskip.demo import checkpoint_path
+from fastskip.demo.evaluation import answers, held_out
+from fastskip.demo.scenes import QuestionKind, draw
+from fastskip.prompts import processor_for
+from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.items import Item, ItemError, Metric, read_items
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return processor_for(checkpoint_path())
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return fastskip.load_model(checkpoint_path(), "dense", dtype="float32")
+
+
+def items_of(count: int, seed: int = 21) -> list[Item]:
+    return [
+        Item(
+            question.text,
+            (question.answer,),
+            draw(scene),
+            kind=question.kind.value,
+            metric=Metric.CAPTION if question.kind is QuestionKind.CAPTION else Metric.EXACT,
+        )
+        for scene, question in held_out(count, seed)
+    ]
+
+
+def test_an_exam_is_judged_in_its_order(model: Any, processor: Any) -> None:
+    items = items_of(14)
+    batches: list[int] = []
+    exam = Exam(items, processor, config=model.config, batch_size=4)
+    found = exam.take(model, lambda: batches.append(1))
+    assert len(batches) == len(exam) == 4
+    assert [each.question for each in found.judged] == [item.question for item in items]
+    told = answers(model, processor, held_out(14, 21))
+    assert [each.answer for each in found.judged] == told
+    assert found.mean() > 0.8
+    exact = [each for each in found.judged if each.kind == "colour"]
+    assert found.mean("colour") == sum(each.score for each in exact) / len(exact)
+
+
+def test_batches_and_kept_inputs_change_nothing(model: Any, processor: Any) -> None:
+    items = items_of(9)
+    whole = Exam(items, processor, batch_size=9)
+    assert whole.take(model) == whole.take(model)
+    single = Exam(items, processor, batch_size=1, keeps_inputs=False)
+    assert single.take(model) == whole.take(model)
+
+
+def test_prompts_without_images_go_together(model: Any, processor: Any) -> None:
+    items = items_of(3)
+    items.insert(1, Item("how many ?", ("two",)))
+    exam = Exam(items, processor, batch_size=8)
+    assert len(exam) == 2
+    found = exam.take(model)
+    assert [each.question for each in found.judged] == [item.question for item in items]
+
+
+def test_two_models_are_compared_item_by_item(model: Any, processor: Any) -> None:
+    exam = Exam(items_of(35), processor)
+    dense = exam.take(model)
+    harsh = exam.take(fastskip.set_policy(model, {"schema_version": 1, "rules": [
+        {"layers": "1:7", "tokens": "all", "skip": ["block"]}
+    ]}))  # fmt: skip
+    fastskip.set_policy(model, "dense")
+    assert harsh.minus(dense).is_below_zero
+    same = dense.minus(dense)
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    low, mean, high = dense.estimate().low, dense.mean(), dense.estimate().high
+    assert low <= mean <= high
+    with pytest.raises(ValueError, match="allowed: two of the same exam"):
+        dense.minus(Evaluation(dense.judged[1:]))
+    with pytest.raises(ValueError, match="kind: 'taste'"):
+        dense.scores("taste")
+
+
+def test_an_evaluation_survives_json(model: Any, processor: Any) -> None:
+    found = Exam(items_of(3), processor).take(model)
+    assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_items_of_a_file(model: Any, processor: Any, tmp_path: Path) -> None:
+    scene, question = held_out(1, seed=3)[0]
+    draw(scene).save(tmp_path / "a.png")
+    line = {"question": question.text, "answer": question.answer, "image": "a.png"}
+    (tmp_path / "items.jsonl").write_text(json.dumps(line))
+    found = Exam(read_items(tmp_path / "items.jsonl"), processor).take(model)
+    assert found.judged[0].answer == answers(model, processor, [(scene, question)])[0]
+
+
+def test_errors(model: Any, processor: Any, tmp_path: Path) -> None:
+    with pytest.raises(ItemError, match="items: none"):
+        Exam([], processor)
+    with pytest.raises(ItemError, match="batch_size: 0"):
+        Exam(items_of(1), processor, batch_size=0)
+    missing = Item("a?", ("b",), tmp_path / "none.png", where="the first")
+    with pytest.raises(ItemError, match="the first"):
+        Exam([missing], processor).take(model)
+    long = Item("red " * 2000, ("b",), where="the long one")
+    with pytest.raises(ItemError, match="the long one.*allowed: at most 1024"):
+        Exam([long], processor, config=model.config).take(model)

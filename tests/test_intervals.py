@@ -1,0 +1,82 @@
+"""Intervals against what can be enumerated or is known."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
+
+
+def every_resample(values: list[float]) -> np.ndarray:
+    """The means of all n^n equally likely resamples."""
+    return np.array([np.mean(drawn) for drawn in product(values, repeat=len(values))])
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
+def test_bootstrap_is_near_all_resamples(level: float) -> None:
+    values = [0.0, 0.3, 0.9, 1.0, 0.2, 0.7]
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(every_resample(values), [tail, 100 - tail])
+    found = bootstrap(values, level=level, resamples=40_000)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.012)
+
+
+def test_bootstrap_in_parts_covers_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastskip.intervals._CELLS", 50)
+    values = [0.0, 0.3, 0.9, 1.0, 0.2, 0.7]
+    low, high = np.percentile(every_resample(values), [2.5, 97.5])
+    found = bootstrap(values, resamples=20_001)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.015)
+
+
+def test_pairs_tell_apart_what_single_intervals_do_not() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.random(300)
+    first = (rng.random(300) > hard).astype(float)
+    second = np.where(rng.random(300) < 0.15, 1.0, first)  # the same answers, some now right
+    difference = paired_bootstrap(first, second)
+    assert difference.is_above_zero and not difference.is_below_zero
+    assert difference.mean == pytest.approx(second.mean() - first.mean())
+    assert bootstrap(first).high > bootstrap(second).low
+    reverse = paired_bootstrap(second, first)
+    assert reverse.is_below_zero
+    assert (reverse.low, reverse.high) == pytest.approx(
+        (-difference.high, -difference.low), abs=0.01
+    )
+
+
+def test_equal_models_do_not_differ() -> None:
+    assert paired_bootstrap([1, 0, 1], [1, 0, 1]) == Estimate(0.0, 0.0, 0.0)
+
+
+def test_a_seed_decides_the_interval() -> None:
+    values = np.random.default_rng(1).random(50)
+    assert bootstrap(values, seed=3) == bootstrap(values, seed=3)
+    assert bootstrap(values, seed=3) != bootstrap(values, seed=4)
+
+
+def test_wilson_known_values() -> None:
+    # 0 of 10 and 5 of 10, as tables have them
+    assert wilson(0, 10).high == pytest.approx(0.2775, abs=1e-4)
+    found = wilson(5, 10)
+    assert (found.low, found.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(10, 10).high == 1.0 and wilson(10, 10).low == pytest.approx(0.7225, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bootstrap([]), "scores: shape"),
+        (lambda: bootstrap([[1.0]]), "scores: shape"),  # type: ignore[list-item]
+        (lambda: bootstrap([1.0], resamples=0), "resamples: 0"),
+        (lambda: bootstrap([1.0], level=1.0), "level: 1.0"),
+        (lambda: paired_bootstrap([1.0], [1.0, 0.0]), "the same items"),
+        (lambda: wilson(3, 2), "right, asked: 3, 2"),
+        (lambda: wilson(0, 0), "right, asked: 0, 0"),
+    ],
+)
+def test_errors(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()  # type: ignore[operator]
