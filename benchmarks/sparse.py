@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -100,8 +101,8 @@ class Measurement:
         }
 
 
-def cases(device: str = "cpu") -> Iterator[Case]:
-    for shape in SHAPES:
+def cases(device: str = "cpu", shapes: Sequence[tuple[int, int]] = SHAPES) -> Iterator[Case]:
+    for shape in shapes:
         for ratio in RATIOS:
             for rows in ROWS[device]:
                 yield Case(shape, ratio, rows, device)
@@ -218,16 +219,23 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+def _named(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures all cases; returns the exit code: 1 if a form is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=sorted(ROWS), default="cpu")
+    parser.add_argument("--shape", action="append", choices=[_named(each) for each in SHAPES])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--models", action="store_true", help="whole calls too, on the CPU")
     parser.add_argument("--save", action="store_true", help="keep results/sparse-<machine>.json")
     options = parser.parse_args(arguments)
     records, wrong = [], 0
-    for case in cases(options.device):
-        found = measure(case)
+    shapes = [each for each in SHAPES if options.shape is None or _named(each) in options.shape]
+    for case in cases(options.device, shapes):
+        found = measure(case, options.rounds)
         wrong += len(found.faults)
         for form, fault in found.faults.items():
             print(f"{case.name}: {form.value} is wrong: {fault}", file=sys.stderr)
@@ -238,9 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n{models_table(whole)}")
     if options.save and not wrong:
         path = Path(__file__).parent / "results" / f"sparse-{file_name(options.device)}"
-        flag = " --models" if whole else ""
         kept = {
-            "command": f"python -m benchmarks.sparse --device {options.device}{flag} --save",
+            "command": shlex.join(
+                ["python", "-m", "benchmarks.sparse", *(arguments or sys.argv[1:])]
+            ),
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "load": os.getloadavg(),
             "records": records,
