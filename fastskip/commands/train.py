@@ -180,7 +180,7 @@ def train(
     """Train under a policy: what it skips is skipped in the forward and the backward pass.
 
     Teacher forcing on the answers alone. Each line of the data is an object such as {"image":
-    "a.jpg", "conversations": [{"from": "human", "value": "<image>\\\\nWhat is this?"}, {"from":
+    "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from":
     "gpt", "value": "A cat."}]}; several turns, a list of images, or no image are fine. At the end
     the time of a step is compared with that of dense training on the same batches.
 
@@ -235,16 +235,9 @@ def train(
 
     import fastskip
     from fastskip.prompts import processor_for
+    from fastskip.study.training import measuring
     from fastskip.study.training import train as run
     from fastskip.study.training.curve import require_plots, write_curve
-    from fastskip.study.training.measuring import (
-        batches_of,
-        held_out_loss,
-        skipped_shares,
-    )
-    from fastskip.study.training.measuring import (
-        compare_dense as compare,
-    )
 
     require_plots()
     processor = processor_for(path)
@@ -255,10 +248,12 @@ def train(
         loaded = fastskip.load_model(
             path, policy=chosen, dtype=_dtype(dtype, demo), device=place, impl=impl
         )
-    test = [] if measured is None else batches_of(measured, processor, settings, 8)
-    report: dict[str, Any] = {"model": path, "parts": parts.value}
+    test = [] if measured is None else measuring.batches_of(measured, processor, settings, 8)
+    timed = measuring.batches_of(learned, processor, settings, 2)
+    policy_name = fastskip.plan_of(loaded).policy.name
+    report: dict[str, Any] = {"model": path, "policy": policy_name, "parts": parts.value}
     if test:
-        report["held_out_loss"] = {"before": held_out_loss(loaded, test)}
+        report["held_out_loss"] = {"before": measuring.held_out_loss(loaded, test)}
     from tqdm import tqdm
 
     with tqdm(desc="steps", disable=None) as bar:
@@ -270,13 +265,12 @@ def train(
 
         trained = run(loaded, processor, learned, out, settings, masks=masks, on_step=on_step)
     if test:
-        report["held_out_loss"]["after"] = held_out_loss(loaded, test)
+        report["held_out_loss"]["after"] = measuring.held_out_loss(loaded, test)
         if parts is Parts.ROUTERS:
-            report["skipped"] = skipped_shares(loaded, test)
+            report["skipped"] = measuring.skipped_shares(loaded, test)
     comparison = None
     if compare_dense and parts is not Parts.ROUTERS:
-        batches = batches_of(learned, processor, settings, 2)
-        comparison = compare(loaded, batches, settings, compare_dense)
+        comparison = measuring.compare_dense(loaded, timed, settings, compare_dense)
     report |= numbers(trained, comparison)
     saved = out / ("adapters" if parts is Parts.LORA and not merge else "model")
     trained.save(saved, processor, merge=merge)
