@@ -278,7 +278,8 @@ class Study:
             "learned": cell.learned.value,
         }
         if cell.learned is not Learned.NOTHING:
-            found |= {"steps": self.effort.steps, "sequences": self.effort.sequences}
+            steps = self.effort.steps * cell.patience
+            found |= {"steps": steps, "sequences": self.effort.sequences}
         return found
 
 
