@@ -92,6 +92,9 @@ def test_all_files_say_what_the_json_says(results: Results, folder: Path) -> Non
         assert (line["name"], line["section"]) == (row.name, row.section.value)
         assert float(line["questions_score"]) == pytest.approx(row.questions.score.mean, abs=1e-5)
         assert float(line["captions_kept"]) == pytest.approx(row.captions.kept, abs=1e-5)
+        whole = float(line["whole_captions_score"])
+        assert whole == pytest.approx(row.whole_captions.score.mean, abs=1e-5)
+        assert whole <= float(line["captions_score"])
         assert float(line["question_compute"]) == pytest.approx(row.question_compute, abs=1e-5)
         told = next(part for part in text.splitlines() if part.startswith(f"| {row.label} |"))
         assert f"{row.questions.score.mean:.1%} (" in told

@@ -92,7 +92,13 @@ def parallel(results: Results) -> Any:
 def training(results: Results) -> Any:
     """Share of the dense score without and with training."""
     rows = results.of(Section.TRAINING)
-    return _bars(rows, [f"{row.label}: {row.learned.value} trained" for row in rows])
+    labels = [
+        f"{row.label}: {row.learned.value} trained, {results.steps(row)} steps"
+        if results.steps(row)
+        else f"{row.label}: untrained"
+        for row in rows
+    ]
+    return _bars(rows, labels)
 
 
 def smaller(results: Results) -> Any:

@@ -184,8 +184,11 @@ class Study:
             rows.append(
                 row_of(
                     cell,
-                    judge(evaluations, references, QUESTION_KINDS),
-                    judge(evaluations, references, [CAPTION]),
+                    (
+                        judge(evaluations, references, QUESTION_KINDS),
+                        judge(evaluations, references, [CAPTION]),
+                        judge(evaluations, references, [CAPTION], is_strict=True),
+                    ),
                     self._compute(cell),
                     parameters(cell.size),
                     seconds,
