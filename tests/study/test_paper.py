@@ -42,7 +42,7 @@ CHOSEN = (DENSE, SKIPPED, PAIRS, TRAINED)
 def few_timed() -> Any:
     """Times of two models are enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastskip.study.paper.runner._contenders", lambda: (DENSE, SKIPPED))
+        patch.setattr("fastskip.study.paper.runner.contenders", lambda: (DENSE, SKIPPED))
         yield
 
 
