@@ -33,7 +33,7 @@ def routing_cases() -> list[Case]:
 
     In fp32, since processors without bf16 products take minutes for a prompt in bf16.
     """
-    case = Case(HALF_BILLION, torch.float32, 1, peers=ROUTED, subject="routing")
+    case = Case(HALF_BILLION, torch.float32, 1, rounds=5, peers=ROUTED, subject="routing")
     return [case, replace(case, batch=4, peers=ROUTED_BATCH)]
 
 

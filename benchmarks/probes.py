@@ -123,6 +123,10 @@ class Model:
     def h(self, n: int) -> Tensor:
         return blank(n, self.hidden)
 
+    def places(self) -> Tensor | None:
+        """The learned positions: from row 2 of their table on."""
+        return blank(2 + 2048, self.hidden)[2:] if self.is_opt else None
+
     def pages(self, sequences: int) -> Pages:
         table = numbers(sequences, CONTEXT // PAGE, dtype=torch.int64)
         return Pages(blank(16), table, 0, self.groups, self.head_dim, [])
@@ -513,7 +517,13 @@ PROBES = (
     Probe(
         "embed",
         ("embed",),
-        lambda m, n: sampler.embed(numbers(n, dtype=torch.int64), m.lm_head().weight, m.h(n)),
+        lambda m, n: sampler.embed(
+            numbers(n, dtype=torch.int64),
+            m.lm_head().weight,
+            m.h(n),
+            positions=numbers(n),
+            places=m.places(),
+        ),
     ),
 )
 

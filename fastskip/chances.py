@@ -55,16 +55,22 @@ class Ruled:
 
 @dataclass(frozen=True)
 class LayerChance:
-    """The chances of one layer; `ruled`: who decides about a sublayer."""
+    """The chances of one layer; `ruled`: who decides about a sublayer; `unimodal`: as in a plan."""
 
     index: int
     cells: Mapping[TokenClass, CellChance]
     ruled: Mapping[Sublayer, tuple[Ruled, ...]]
+    unimodal: bool = False
 
     @property
     def key(self) -> object:
         """Equal for layers with equal chances."""
-        return tuple(self.cells.items()), tuple(self.ruled.items())
+        return tuple(self.cells.items()), tuple(self.ruled.items()), self.unimodal
+
+    def sees(self, query: TokenClass, other: TokenClass) -> bool:
+        """Whether rows of a class see entries of another, where there are some."""
+        image = TokenClass.IMAGE
+        return not self.unimodal or (query is image) == (other is image)
 
     def running(self, sublayer: Sublayer, rows: Mapping[TokenClass, int], batch: int) -> float:
         """The chance that a sublayer runs at all, with these rows a class in each sequence."""
@@ -85,7 +91,10 @@ class LayerChance:
                 if attending in each.classes and each.group is not Group.ROW
             )
         )
-        return {c: 1 if c in together else cell.holds for c, cell in self.cells.items()}
+        return {
+            c: (1 if c in together else cell.holds) if self.sees(attending, c) else 0
+            for c, cell in self.cells.items()
+        }
 
     def runs(self, token_class: TokenClass, sublayer: Sublayer) -> float:
         """The chance that a row of a class runs a sublayer."""
@@ -114,7 +123,7 @@ def certain(layer: LayerPlan) -> LayerChance:
         )
         for c in layer.cells
     }
-    return LayerChance(layer.index, cells, {})
+    return LayerChance(layer.index, cells, {}, layer.unimodal)
 
 
 def expected(
@@ -152,7 +161,7 @@ def expected(
         )
         for s in Sublayer
     }
-    return LayerChance(running.index, cells, ruled)
+    return LayerChance(running.index, cells, ruled, running.unimodal)
 
 
 def rates_of(routers: Sequence[RouterRule], rate: Rate | None) -> dict[int, float]:

@@ -56,8 +56,8 @@ def _help(function: Callable[..., None]) -> str:
 
 for command in (generate, plan, verify, calibrate, train, prune, demo, policies):
     app.command(help=_help(command))(command)
-for command in (paper, compare):
-    study.command(help=_help(command))(command)
+for part in (paper, compare):
+    study.command(help=_help(part))(part)
 app.add_typer(study)
 
 

@@ -16,10 +16,16 @@ MULTIMODAL = {
     "llava_next": "LlavaNextForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
-TEXT_ONLY = {"llama": "LlamaForCausalLM"}
-DECODERS = ("llama", "mistral", "qwen2")
+TEXT_ONLY = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
+DECODERS = ("llama", "mistral", "qwen2", "opt")
 # Frequencies of these RoPE types depend on the length of the sequence, so they cannot be tabulated.
 DYNAMIC_ROPE = ("dynamic", "longrope")
+# What OPT's config can ask for and the runtime has one form of.
+OPT_FORM = {
+    "do_layer_norm_before": True,
+    "_remove_final_layer_norm": False,
+    "layer_norm_elementwise_affine": True,
+}
 
 
 class UnsupportedModelError(ValueError):
@@ -46,6 +52,8 @@ def check_config(config: Any) -> None:
     text = config.get_text_config(decoder=True)
     if text.model_type not in DECODERS:
         raise UnsupportedModelError("text_config.model_type", text.model_type, ", ".join(DECODERS))
+    if text.model_type == "opt":
+        _check_opt(config, text)
     _check_layer_overrides(text)
     _check_sliding_window(text)
     rope = getattr(text, "rope_parameters", None) or {}
@@ -59,6 +67,29 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(
             "quantization_config", "a quantised checkpoint", "plain weights"
         )
+
+
+def _check_opt(config: Any, text: Any) -> None:
+    for name, needed in OPT_FORM.items():
+        value = getattr(text, name, needed)
+        if value != needed:
+            raise UnsupportedModelError(name, value, str(needed))
+    if text.word_embed_proj_dim != text.hidden_size:
+        allowed = f"hidden_size ({text.hidden_size})"
+        raise UnsupportedModelError("word_embed_proj_dim", text.word_embed_proj_dim, allowed)
+    if config.model_type in MULTIMODAL:
+        for field, part in (("", config), ("text_config.", text)):
+            # Hugging Face would tie the head to an embedding where OPT has none.
+            if getattr(part, "tie_word_embeddings", False):
+                allowed = "False, in the config and in its text_config"
+                raise UnsupportedModelError(f"{field}tie_word_embeddings", True, allowed)
+
+
+def check_mode(text_model: Any) -> None:
+    """Raises ``UnsupportedModelError`` where training would leave out layers at random."""
+    layerdrop = getattr(text_model, "layerdrop", 0.0)
+    if text_model.training and layerdrop > 0:
+        raise UnsupportedModelError("layerdrop", layerdrop, "0 in training, or model.eval()")
 
 
 def _check_layer_overrides(text: Any) -> None:
@@ -87,31 +118,47 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
     """The sizes that plans and costs depend on; ``dtype`` is that of weights and cache."""
     text = config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    is_qwen = text.model_type == "qwen2"
-    attention_bias = is_qwen or bool(getattr(text, "attention_bias", False))
+    is_opt = text.model_type == "opt"
     return ModelShape(
         depth=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        ffn_size=text.intermediate_size,
+        ffn_size=text.ffn_dim if is_opt else text.intermediate_size,
         num_heads=text.num_attention_heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=head_dim,
         vocab_size=text.vocab_size,
         has_images=config.model_type in MULTIMODAL,
-        attention_bias=attention_bias,
-        attention_output_bias=attention_bias and not is_qwen,
-        ffn_bias=bool(getattr(text, "mlp_bias", False)),
+        **_biases(text),
+        gated_ffn=not is_opt,
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         dtype_bytes=dtype.itemsize,
         max_positions=text.max_position_embeddings,
     )
 
 
+def _biases(text: Any) -> dict[str, bool]:
+    """Which products have biases."""
+    if text.model_type == "opt":
+        names = "attention_bias", "attention_output_bias", "ffn_bias"
+        return dict.fromkeys(names, bool(text.enable_bias))
+    is_qwen = text.model_type == "qwen2"
+    has_bias = is_qwen or bool(getattr(text, "attention_bias", False))
+    return {
+        "attention_bias": has_bias,
+        "attention_output_bias": has_bias and not is_qwen,
+        "ffn_bias": bool(getattr(text, "mlp_bias", False)),
+    }
+
+
 def text_model_of(model: Any) -> Any:
-    """The decoder stack of a model: the module that has ``layers``, ``norm`` and ``rotary_emb``."""
-    return (
-        model.get_decoder() if model.config.model_type in TEXT_ONLY else model.model.language_model
-    )
+    """The decoder stack of a model: the module that has ``layers`` and ``embed_tokens``."""
+    is_text_only = model.config.model_type in TEXT_ONLY
+    return (model if is_text_only else model.model.language_model).get_decoder()
+
+
+def final_norm_of(text_model: Any) -> Any:
+    """The norm between the last layer of a decoder stack and the head."""
+    return text_model.final_layer_norm if text_model.config.model_type == "opt" else text_model.norm
 
 
 def image_token_ids(config: Any) -> tuple[int, ...]:

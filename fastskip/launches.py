@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastskip.decoder.device_routes import unsupported_routing
+from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.fused_stack import run_steps
@@ -76,7 +76,7 @@ def _routers(plan: SkipPlan) -> list[ScoreRouter]:
     Raises:
         ValueError: the device executor cannot run the plan's routers.
     """
-    reason = unsupported_routing(plan)
+    reason = unsupported_plan(plan)
     if reason is not None:
         raise ValueError(f"launches: this policy needs the plain executor; it has {reason}")
     return [_router(plan.shape, rule) for rule in plan.policy.routers]

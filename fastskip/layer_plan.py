@@ -69,7 +69,11 @@ class LayerPlan:
     """One layer: its cells, its wiring, and the class sets that the runtime makes rows of.
 
     `hollow`: classes of which a row may lack an entry in this layer's cache although the class
-    holds them, since a router let it skip.
+    holds them, since a router let it skip. `arranged`: the classes that the arrangement is for;
+    others run one sublayer after the other. `replaced`: classes whose residual stream is what the
+    attention norm makes of it, and `merges_kv`: whether the two layers of a pair keep the mean of
+    their K and V (both of semantics "reference"). `unimodal`: image rows and all others do not see
+    each other.
     """
 
     index: int
@@ -79,6 +83,10 @@ class LayerPlan:
     norm: Norm = Norm.OWN
     combine: Combine = Combine.SUM
     partner: int | None = None
+    arranged: frozenset[TokenClass] = frozenset()
+    replaced: frozenset[TokenClass] = frozenset()
+    merges_kv: bool = False
+    unimodal: bool = False
 
     @cached_property
     def attending(self) -> frozenset[TokenClass]:
@@ -90,6 +98,17 @@ class LayerPlan:
         """Classes that run the FFN."""
         return frozenset(c for c, cell in self.cells.items() if cell.ffn)
 
+    @cached_property
+    def beside(self) -> frozenset[TokenClass]:
+        """Classes whose FFN reads the layer's input, beside the attention."""
+        is_parallel = self.arrangement is Arrangement.PARALLEL
+        return self.feeding & self.arranged if is_parallel else frozenset()
+
+    @property
+    def is_arranged_whole(self) -> bool:
+        """Whether all classes are wired alike."""
+        return self.arrangement is Arrangement.SEQUENTIAL or self.arranged >= self.cells.keys()
+
     @property
     def holds_kv(self) -> bool:
         """Whether the layer's cache has entries: some class attends here."""
@@ -100,6 +119,11 @@ class LayerPlan:
         """Classes whose K and V are computed and stored."""
         project = (c for c, cell in self.cells.items() if cell.kv is SkippedKV.PROJECT)
         return self.attending | frozenset(project)
+
+    @cached_property
+    def leaving_hidden(self) -> frozenset[TokenClass]:
+        """Classes that leave what the attention would have read, as K and V."""
+        return frozenset(c for c, cell in self.cells.items() if cell.kv is SkippedKV.HIDDEN)
 
     @cached_property
     def reusing(self) -> Mapping[int, frozenset[TokenClass]]:
@@ -115,7 +139,7 @@ class LayerPlan:
     @cached_property
     def holding(self) -> frozenset[TokenClass]:
         """Classes that have an entry in the layer's cache, or may have one."""
-        return self.projecting.union(*self.reusing.values())
+        return self.projecting.union(self.leaving_hidden, *self.reusing.values())
 
     @property
     def table(self) -> Table:
@@ -130,7 +154,15 @@ class LayerPlan:
     @cached_property
     def row_sets(self) -> tuple[object, ...]:
         """All that decides which rows enter which part; layers alike in it share their rows."""
-        return self.attending, self.projecting, tuple(self.reusing.items()), self.feeding
+        stored = self.projecting, self.leaving_hidden, tuple(self.reusing.items())
+        wiring = self.beside, self.replaced, self.arrangement is Arrangement.PAIR and self.arranged
+        return self.attending, stored, self.feeding, wiring, self.unimodal
+
+    def treats(self, token_class: TokenClass) -> tuple[object, ...]:
+        """All that the layer does with rows of a class; equal for classes treated alike."""
+        wiring = token_class in self.arranged, token_class in self.replaced
+        seen = self.unimodal and token_class is TokenClass.IMAGE
+        return self.cells[token_class], wiring, seen
 
     @property
     def is_empty(self) -> bool:

@@ -41,12 +41,13 @@ def work_of(
 
     `past`: rows a class that earlier forwards left in the cache.
     """
-    cells, kept = layer.cells, held(layer, past)
+    cells = layer.cells
     going_on = Counter(classes[first:])
     pairs: float = 0
     last: float = 0
     for query in (c for c in going_on if cells[c].attends):
         beside = layer.holding_beside(query)
+        kept = held(layer, {c: count for c, count in past.items() if layer.sees(query, c)})
         before = list(accumulate((beside[c] for c in classes), initial=kept))
         # A row that attends sees itself.
         seen = [before[i] + 1 for i in range(first, len(classes)) if classes[i] is query]

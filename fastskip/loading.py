@@ -17,6 +17,7 @@ from fastskip import ops
 from fastskip.families import (
     UnsupportedModelError,
     check_config,
+    final_norm_of,
     model_class_name,
     shape_of,
     text_model_of,
@@ -143,7 +144,7 @@ def apply_(
     check_config(model.config)
     _check_model(model)
     text_model = text_model_of(model)
-    weight = text_model.norm.weight
+    weight = final_norm_of(text_model).weight
     shape = shape_of(model.config, weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
@@ -168,10 +169,10 @@ def set_policy(
     ``load_model``.
     """
     runtime, chosen = _runtime_of(model), SkipPolicy.coerce(policy)
-    shape = shape_of(model.config, text_model_of(model).norm.weight.dtype)
+    shape = shape_of(model.config, final_norm_of(text_model_of(model)).weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
-    reason = runtime.unsupported_routing(plan)
+    reason = runtime.unsupported_plan(plan)
     if reason is not None:
         _refuse(runtime, reason)
     runtime.set_plan(plan, own)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -74,7 +74,7 @@ class SkipPlan:
         merged: dict[object, set[TokenClass]] = {}
         for token_class in self.classes:
             routed = [(r.layer, r.rule) for r in self.routed if r.token_class is token_class]
-            column = tuple(plan.cells[token_class] for plan in self.layers)
+            column = tuple(plan.treats(token_class) for plan in self.layers)
             merged.setdefault((column, tuple(routed)), set()).add(token_class)
         return tuple(frozenset(group) for group in merged.values())
 
@@ -85,7 +85,8 @@ class SkipPlan:
         full = all(
             cell.attention and cell.ffn for plan in self.layers for cell in plan.cells.values()
         )
-        return plain and full and not self.routed
+        seen = not any(plan.unimodal for plan in self.layers)
+        return plain and full and seen and not self.routed
 
     @cached_property
     def fingerprint(self) -> str:
@@ -205,7 +206,7 @@ class SkipPlan:
 
         def describe(plan: LayerPlan) -> tuple[str, tuple[str, ...], str]:
             cells = tuple(self._cell_text(plan, c) for c in self.classes)
-            return _arrangement_text(plan), cells, self.notes.get(plan.index, "")
+            return _arrangement_text(plan, self.classes), cells, self.notes.get(plan.index, "")
 
         rows = []
         for (arrangement, cells, note), group in groupby(self.layers, describe):
@@ -239,7 +240,7 @@ class SkipPlan:
         if cell.attention:
             parts.append("attention" + ("?" if "attention" in routed else ""))
         elif cell.kv is not SkippedKV.OMIT:
-            parts.append("own K, V" if cell.kv is SkippedKV.PROJECT else "copied K, V")
+            parts.append(_LEFT[cell.kv or SkippedKV.PROJECT])
         if cell.ffn:
             parts.append("ffn" + ("?" if "ffn" in routed else ""))
         return " + ".join(parts) or "-"
@@ -254,7 +255,21 @@ def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
     return SkipPlan(policy, shape, *resolve_layers(policy, shape))
 
 
-def _arrangement_text(plan: LayerPlan) -> str:
+_LEFT = {
+    SkippedKV.PROJECT: "own K, V",
+    SkippedKV.REUSE: "copied K, V",
+    SkippedKV.HIDDEN: "hidden K, V",
+}
+
+
+def _arrangement_text(plan: LayerPlan, classes: Sequence[TokenClass]) -> str:
+    text = "sequential"
     if plan.arrangement is Arrangement.PARALLEL:
-        return f"parallel, {plan.norm} norm"
-    return f"pair, {plan.combine}" if plan.partner is not None else "sequential"
+        text = f"parallel, {plan.norm} norm"
+    elif plan.partner is not None:
+        text = f"pair, {plan.combine}" + (", mean K, V" if plan.merges_kv else "")
+    if not plan.is_arranged_whole:
+        text += f" ({', '.join(c for c in classes if c in plan.arranged)})"
+    if plan.replaced:
+        text += f", normed stream ({', '.join(c for c in classes if c in plan.replaced)})"
+    return text + (", unimodal" if plan.unimodal else "")

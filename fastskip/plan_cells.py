@@ -12,6 +12,7 @@ from fastskip.policy import (
     Norm,
     PolicyError,
     RouterRule,
+    Semantics,
     SkippedKV,
     SkipPolicy,
     Sublayer,
@@ -46,11 +47,27 @@ class RoutedCell:
 
 @dataclass(frozen=True, slots=True)
 class _Skip:
-    """What the rules leave out of one cell; `kv` and the field that named it, with attention."""
+    """What the rules leave out of one cell; `kv` and the field that named it, with attention.
+
+    `kv=None`: no rule names one, and the reference semantics decides.
+    """
 
     sublayers: frozenset[Sublayer] = frozenset()
-    kv: SkippedKV = SkippedKV.PROJECT
+    kv: SkippedKV | None = SkippedKV.PROJECT
     kv_field: str = ""
+
+    @property
+    def leaves(self) -> SkippedKV:
+        """What a row that skips attention leaves."""
+        if self.kv is not None:
+            return self.kv
+        # The papers' code: a skipped block hands on the K and V of the layer before; skipped
+        # attention alone has what the attention would have read in their place.
+        return SkippedKV.REUSE if Sublayer.FFN in self.sublayers else SkippedKV.HIDDEN
+
+    @property
+    def is_attention_alone(self) -> bool:
+        return self.sublayers == {Sublayer.ATTENTION}
 
 
 def resolve_layers(
@@ -67,7 +84,11 @@ def resolve_layers(
         holds_kv = any(Sublayer.ATTENTION not in skip.sublayers for skip in column.values())
         cells = {c: _cell(c, skip, holds_kv, []) for c, skip in column.items()}
         layers.append(LayerPlan(index, cells))
-    layers = _arrange(policy, layers)
+    layers = _arrange(policy, layers, shape)
+    if policy.semantics is Semantics.REFERENCE:
+        layers = [_as_referred(plan, shape) for plan in layers]
+    layers = _mask(policy, layers)
+    _check_hidden(policy, layers, skips, shape)
     routers = _routers(policy, shape, layers)
     resolved: list[LayerPlan] = []
     routed: list[RoutedCell] = []
@@ -80,7 +101,9 @@ def resolve_layers(
             possible = [cell] if cell.kv is SkippedKV.REUSE else []
             for number in routers.get((plan.index, token_class), ()):
                 rule = policy.routers[number]
-                kv = rule.kv or SkippedKV.PROJECT if Sublayer.ATTENTION in rule.skip else skip.kv
+                kv = (
+                    rule.kv or SkippedKV.PROJECT if Sublayer.ATTENTION in rule.skip else skip.leaves
+                )
                 both = _Skip(skip.sublayers | rule.skip, kv)
                 skipped = _cell(token_class, both, plan.holds_kv, resolved)
                 routed.append(RoutedCell(plan.index, token_class, number, rule, skipped))
@@ -112,6 +135,9 @@ def _routers(
             where = f"layer {layer}, {token_class} rows"
             if plan.partner is not None:
                 raise PolicyError(f"{name}.layers", rule.layers, _NO_PAIR, f"{where}: in a pair")
+            if not plan.is_arranged_whole or plan.replaced:
+                problem = f"{where}: classes are wired differently there"
+                raise PolicyError(f"{name}.layers", rule.layers, _ONE_WIRING, problem)
             cell = plan.cells[token_class]
             running = {Sublayer.ATTENTION: cell.attention, Sublayer.FFN: cell.ffn}
             taken = {s for s, runs in running.items() if not runs}
@@ -134,10 +160,12 @@ def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -
 
 
 _NO_PAIR = "layers outside pairs"
+_ONE_WIRING = "layers in which all classes are sequential, or all are parallel"
 _ONE_DECISION = "one rule or router for a sublayer of a cell"
 
 
 def _skips(policy: SkipPolicy, shape: ModelShape) -> dict[Place, _Skip]:
+    is_clean = policy.semantics is Semantics.CLEAN
     skips: dict[Place, _Skip] = {}
     for number, rule in enumerate(policy.rules):
         name = f"rules[{number}]"
@@ -145,10 +173,10 @@ def _skips(policy: SkipPolicy, shape: ModelShape) -> dict[Place, _Skip]:
             skip = skips.get(place, _Skip())
             kv, kv_field = skip.kv, skip.kv_field
             if Sublayer.ATTENTION in rule.skip:
-                kv = rule.kv or SkippedKV.PROJECT
+                kv = rule.kv or (SkippedKV.PROJECT if is_clean else None)
                 if kv_field and kv is not skip.kv:
-                    problem = f'got "{kv}" for layer {place[0]}, {place[1]} rows'
-                    allowed = f'"{skip.kv}" there, as {kv_field} says'
+                    problem = f'got "{kv or "none"}" for layer {place[0]}, {place[1]} rows'
+                    allowed = f'"{skip.kv or "none"}" there, as {kv_field} says'
                     raise PolicyError(f"{name}.kv", rule.kv, allowed, problem)
                 kv_field = f"{name}.kv"
             skips[place] = _Skip(skip.sublayers | rule.skip, kv, kv_field)
@@ -159,9 +187,9 @@ def _cell(token_class: TokenClass, skip: _Skip, holds_kv: bool, below: Sequence[
     attention, ffn = Sublayer.ATTENTION not in skip.sublayers, Sublayer.FFN not in skip.sublayers
     if attention:
         return Cell(attention, ffn)
-    if holds_kv and skip.kv is SkippedKV.PROJECT:
-        return Cell(attention, ffn, SkippedKV.PROJECT)
-    if holds_kv and skip.kv is SkippedKV.REUSE:
+    if holds_kv and skip.leaves in (SkippedKV.PROJECT, SkippedKV.HIDDEN):
+        return Cell(attention, ffn, skip.leaves)
+    if holds_kv and skip.leaves is SkippedKV.REUSE:
         sources = []
         for plan in reversed(below):
             if token_class in plan.holding:
@@ -173,9 +201,64 @@ def _cell(token_class: TokenClass, skip: _Skip, holds_kv: bool, below: Sequence[
     return Cell(attention, ffn, SkippedKV.OMIT)
 
 
-def _arrange(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
+def _as_referred(plan: LayerPlan, shape: ModelShape) -> LayerPlan:
+    """A layer as the papers' code runs it.
+
+    Rows that skip attention alone: the FFN reads the attention's norm (Llama), or the stream itself
+    becomes that norm (OPT). Pairs keep the mean of their K and V.
+    """
+    if plan.partner is not None:
+        return replace(plan, merges_kv=True)
+    alone = plan.feeding - plan.attending
+    if not alone:
+        return plan
+    if not shape.gated_ffn:
+        return replace(plan, replaced=alone)
+    if plan.arrangement is Arrangement.PARALLEL and plan.norm is not Norm.SHARED:
+        problem = f"layer {plan.index} skips attention, so its FFN reads the attention's norm"
+        raise PolicyError("semantics", Semantics.REFERENCE.value, 'norm "shared" there', problem)
+    return replace(
+        plan,
+        arrangement=Arrangement.PARALLEL,
+        norm=Norm.SHARED,
+        arranged=plan.arranged | alone,
+    )
+
+
+def _mask(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
+    for number, rule in enumerate(policy.masks):
+        for layer in select_layers(rule.layers, len(layers), f"masks[{number}].layers"):
+            layers[layer] = replace(layers[layer], unimodal=True)
+    return layers
+
+
+def _check_hidden(
+    policy: SkipPolicy, layers: Sequence[LayerPlan], skips: dict[Place, _Skip], shape: ModelShape
+) -> None:
+    """K and V that are hidden states cut into heads must have the size of K and V."""
+    if shape.num_kv_heads * shape.head_dim == shape.hidden_size:
+        return
+    size = f"{shape.num_kv_heads} K and V heads of {shape.head_dim}, hidden size"
+    problem = f"hidden states do not fit {size} {shape.hidden_size}"
+    for (layer, _), skip in skips.items():
+        leaves = Sublayer.ATTENTION in skip.sublayers and skip.leaves is SkippedKV.HIDDEN
+        if leaves and layers[layer].holds_kv:
+            field = skip.kv_field if skip.kv else "semantics"
+            others = '"project", "reuse" or "omit" as kv'
+            raise PolicyError(field, SkippedKV.HIDDEN.value, others, problem)
+    for number, rule in enumerate(policy.routers):
+        if rule.kv is SkippedKV.HIDDEN:
+            others = '"project", "reuse" or "omit"'
+            raise PolicyError(f"routers[{number}].kv", rule.kv.value, others, problem)
+
+
+def _arrange(policy: SkipPolicy, layers: list[LayerPlan], shape: ModelShape) -> list[LayerPlan]:
     depth = len(layers)
     taken: dict[int, str] = {}
+    norm, combine = Norm.OWN, Combine.SUM
+    if policy.semantics is Semantics.REFERENCE:
+        # OPT's code feeds the FFN its own norm of the attention's.
+        norm, combine = Norm.SHARED if shape.gated_ffn else Norm.STACKED, Combine.MEAN
     for number, rule in enumerate(policy.arrangements):
         name = f"arrangements[{number}].layers"
         partners: dict[int, int | None]
@@ -196,9 +279,10 @@ def _arrange(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
             layers[layer] = replace(
                 layers[layer],
                 arrangement=rule.kind,
-                norm=rule.norm or Norm.OWN,
-                combine=rule.combine or Combine.SUM,
+                norm=rule.norm or norm,
+                combine=rule.combine or combine,
                 partner=partner,
+                arranged=_classes(rule.tokens, shape, f"arrangements[{number}]"),
             )
     return layers
 
@@ -206,13 +290,18 @@ def _arrange(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
 def _places(
     layers: str | tuple[int, ...], tokens: TokenSet, shape: ModelShape, name: str
 ) -> list[Place]:
-    classes = shape.classes
-    if tokens != "all":
-        if not tokens <= set(classes):
-            allowed = f'"all" or {_list(classes)}: this is a text-only model'
-            raise PolicyError(f"{name}.tokens", _list(tokens), allowed)
-        classes = tuple(c for c in classes if c in tokens)
+    classes = [c for c in shape.classes if c in _classes(tokens, shape, name)]
     return [(n, c) for n in select_layers(layers, shape.depth, f"{name}.layers") for c in classes]
+
+
+def _classes(tokens: TokenSet, shape: ModelShape, name: str) -> frozenset[TokenClass]:
+    classes = frozenset(shape.classes)
+    if tokens == "all":
+        return classes
+    if not tokens <= classes:
+        allowed = f'"all" or {_list(classes)}: this is a text-only model'
+        raise PolicyError(f"{name}.tokens", _list(tokens), allowed)
+    return tokens
 
 
 def _list(values: object) -> list[str]:

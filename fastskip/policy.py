@@ -17,6 +17,7 @@ from typing import Any
 from fastskip.policy_fields import (
     instances,
     json_object,
+    member,
     names,
     select_layers,
     select_pairs,
@@ -25,16 +26,25 @@ from fastskip.policy_fields import (
 )
 from fastskip.policy_file import SUFFIXES, read_document, write_document
 from fastskip.policy_routers import ROUTER_KINDS, RouterRule
-from fastskip.policy_rules import AnyRule, ArrangementRule, SkipRule, build_rule, check_fields
+from fastskip.policy_rules import (
+    AnyRule,
+    ArrangementRule,
+    MaskRule,
+    SkipRule,
+    build_rule,
+    check_fields,
+)
 from fastskip.presets import PRESETS, build_preset
 from fastskip.vocabulary import (
     Agreement,
     Arrangement,
     Combine,
     Group,
+    Mask,
     Measure,
     Norm,
     PolicyError,
+    Semantics,
     SkippedKV,
     Sublayer,
     TokenClass,
@@ -48,10 +58,13 @@ __all__ = [
     "ArrangementRule",
     "Combine",
     "Group",
+    "Mask",
+    "MaskRule",
     "Measure",
     "Norm",
     "PolicyError",
     "RouterRule",
+    "Semantics",
     "SkipPolicy",
     "SkipRule",
     "SkippedKV",
@@ -66,7 +79,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SkipPolicy:
-    """Rules, arrangements and routers; the empty policy is the dense model.
+    """Rules, arrangements, routers and masks; the empty policy is the dense model.
 
     Equality compares what is skipped, as written; `name`, `provenance` and `folder` (where relative
     paths of router weights start; the policy file's own) do not take part. Every malformed field
@@ -77,8 +90,8 @@ class SkipPolicy:
     arrangements: tuple[ArrangementRule, ...] = ()
     routers: tuple[RouterRule, ...] = ()
     removals: tuple[Any, ...] = ()
-    masks: tuple[Any, ...] = ()
-    semantics: str = "clean"
+    masks: tuple[MaskRule, ...] = ()
+    semantics: Semantics = Semantics.CLEAN
     name: str = field(default="", compare=False)
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
     folder: str | None = field(default=None, compare=False)
@@ -89,15 +102,13 @@ class SkipPolicy:
             rules=instances(SkipRule, self.rules, "rules"),
             arrangements=instances(ArrangementRule, self.arrangements, "arrangements"),
             routers=instances(RouterRule, self.routers, "routers"),
+            masks=instances(MaskRule, self.masks, "masks"),
+            semantics=member(Semantics, self.semantics, "semantics"),
             provenance=json_object(self.provenance, "provenance"),
         )
-        for reserved in ("removals", "masks"):
-            if sequence(value := getattr(self, reserved), reserved):
-                raise PolicyError(reserved, value, "none: not available yet")
-            set_fields(self, **{reserved: ()})
-        if self.semantics != "clean":
-            late = '"clean" ("reference" is not available yet)'
-            raise PolicyError("semantics", self.semantics, late)
+        if sequence(self.removals, "removals"):
+            raise PolicyError("removals", self.removals, "none: not available yet")
+        set_fields(self, removals=())
         if not isinstance(self.name, str):
             raise PolicyError("name", self.name, "a string")
 
@@ -122,7 +133,11 @@ class SkipPolicy:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal policy."""
         rules = {key: [rule.to_dict() for rule in getattr(self, key)] for key in _RULES}
+        if not self.masks:
+            del rules["masks"]
         head = {"schema_version": SCHEMA_VERSION, "name": self.name}
+        if self.semantics is not Semantics.CLEAN:
+            head["semantics"] = self.semantics.value
         return head | rules | {"provenance": deepcopy(self.provenance)}
 
     @classmethod
@@ -160,9 +175,11 @@ class SkipPolicy:
     def preset(cls, name: str, **options: Any) -> SkipPolicy:
         """A named policy of `fastskip.presets`; an unknown name or option lists what exists."""
         made = build_preset(name, options)
-        rules = tuple(rule for rule in made if isinstance(rule, SkipRule))
-        arrangements = tuple(rule for rule in made if isinstance(rule, ArrangementRule))
-        return cls(rules=rules, arrangements=arrangements, name=name)
+        rules = {
+            key: tuple(rule for rule in made.rules if isinstance(rule, kind))
+            for key, kind in _RULES.items()
+        }
+        return cls(**rules, semantics=made.semantics, name=name)  # type: ignore[arg-type]
 
     @classmethod
     def coerce(cls, value: SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]) -> SkipPolicy:
@@ -186,4 +203,5 @@ _RULES: dict[str, type[AnyRule]] = {
     "rules": SkipRule,
     "arrangements": ArrangementRule,
     "routers": RouterRule,
+    "masks": MaskRule,
 }

@@ -1,4 +1,4 @@
-"""The statements of a policy: skip rules and arrangements here, routers in `policy_routers`.
+"""The statements of a policy: skips, arrangements and masks here, routers in `policy_routers`.
 
 Each takes strings, lists or enums, checks what needs no model, and holds one immutable form.
 """
@@ -26,6 +26,7 @@ from fastskip.policy_routers import RouterRule
 from fastskip.vocabulary import (
     Arrangement,
     Combine,
+    Mask,
     Norm,
     PolicyError,
     SkippedKV,
@@ -73,13 +74,15 @@ class SkipRule:
 class ArrangementRule:
     """Run `layers` in parallel form, or two by two as pairs.
 
-    `kind` PAIR takes a list of [l, l + 1], or a slice of step 1 that is cut into such pairs.
+    `kind` PAIR takes a list of [l, l + 1], or a slice of step 1 that is cut into such pairs. Rows
+    of classes that are not in `tokens` run the same layers one sublayer after the other.
     """
 
     layers: Layers | Pairs
     kind: Arrangement
     norm: Norm | None
     combine: Combine | None
+    tokens: TokenSet
     required: ClassVar[tuple[str, ...]] = ("layers", "kind")
 
     def __init__(
@@ -88,6 +91,7 @@ class ArrangementRule:
         kind: Arrangement | str,
         norm: Norm | str | None = None,
         combine: Combine | str | None = None,
+        tokens: str | Iterable[TokenClass | str] = "all",
     ) -> None:
         form = member(Arrangement, kind, "kind", but=Arrangement.SEQUENTIAL)
         if norm is not None and form is not Arrangement.PARALLEL:
@@ -100,6 +104,7 @@ class ArrangementRule:
             kind=form,
             norm=None if norm is None else member(Norm, norm, "norm"),
             combine=None if combine is None else member(Combine, combine, "combine"),
+            tokens=token_set(tokens),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,10 +114,26 @@ class ArrangementRule:
             result["norm"] = self.norm.value
         if self.combine is not None:
             result["combine"] = self.combine.value
-        return result
+        return result if self.tokens == "all" else result | {"tokens": plain(self.tokens)}
 
 
-AnyRule = SkipRule | ArrangementRule | RouterRule
+@dataclass(frozen=True, slots=True, init=False)
+class MaskRule:
+    """Hide rows from each other in the attention of `layers`."""
+
+    layers: Layers
+    kind: Mask
+    required: ClassVar[tuple[str, ...]] = ("layers", "kind")
+
+    def __init__(self, layers: str | Iterable[int], kind: Mask | str) -> None:
+        set_fields(self, layers=layer_selection(layers), kind=member(Mask, kind, "kind"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as in the policy file."""
+        return {"layers": plain(self.layers), "kind": self.kind.value}
+
+
+AnyRule = SkipRule | ArrangementRule | RouterRule | MaskRule
 
 
 def check_fields(

@@ -1,5 +1,7 @@
 """Named sets of rules: the published ways of skipping, as functions of a few options.
 
+The modes of the paper that this project implements are in `paper_presets`.
+
 `SkipPolicy.preset` makes policies of them. Every preset that takes a range leaves the last layer
 dense by default (`end=-1`).
 """
@@ -10,11 +12,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastskip.policy_rules import ArrangementRule, SkipRule
+from fastskip.paper_presets import BLOCK, PAPER_PRESETS, Made
+from fastskip.policy_rules import AnyRule, ArrangementRule, SkipRule
 from fastskip.vocabulary import Arrangement, PolicyError, SkippedKV, Sublayer, TokenClass
 
 Rule = SkipRule | ArrangementRule
-BLOCK = (Sublayer.ATTENTION, Sublayer.FFN)
 
 
 def dense() -> tuple[Rule, ...]:
@@ -82,25 +84,33 @@ def block_pairs(start: int = 2, end: int = -2, combine: str = "sum") -> tuple[Ru
     return (rule,)
 
 
-PRESETS: Mapping[str, tuple[Callable[..., tuple[Rule, ...]], str]] = {
-    preset.__name__: (preset, (preset.__doc__ or "").splitlines()[0])
-    for preset in (
-        dense,
-        every_nth_block,
-        every_nth_ffn,
-        every_nth_attention,
-        frozen_visual,
-        visual_withdrawal,
-        image_ffn,
-        parallel_blocks,
-        block_pairs,
-    )
+_OWN: tuple[Callable[..., tuple[Rule, ...]], ...] = (
+    dense,
+    every_nth_block,
+    every_nth_ffn,
+    every_nth_attention,
+    frozen_visual,
+    visual_withdrawal,
+    image_ffn,
+    parallel_blocks,
+    block_pairs,
+)
+
+
+def _line(function: Callable[..., Any]) -> str:
+    """What a preset does, from its docstring."""
+    return " ".join((function.__doc__ or "").split("\n\n")[0].split())
+
+
+PRESETS: Mapping[str, tuple[Callable[..., Any], str]] = {
+    **{preset.__name__: (preset, _line(preset)) for preset in _OWN},
+    **{name: (preset, _line(preset)) for name, preset in PAPER_PRESETS.items()},
 }
 """Name -> (function, one line that says what it does)."""
 
 
-def build_preset(name: str, options: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The rules of the preset of that name; `PolicyError` lists the names or options that exist."""
+def build_preset(name: str, options: Mapping[str, Any]) -> Made:
+    """What the preset of that name is; `PolicyError` lists the names or options that exist."""
     if not isinstance(name, str) or name not in PRESETS:
         raise PolicyError("preset", name, ", ".join(PRESETS))
     function = PRESETS[name][0]
@@ -110,9 +120,10 @@ def build_preset(name: str, options: Mapping[str, Any]) -> tuple[Rule, ...]:
             allowed = ", ".join(known) or "no options"
             raise PolicyError(f"{name}.{option}", value, allowed, "unknown option")
     try:
-        return function(**options)
+        made: Made | tuple[AnyRule, ...] = function(**options)
     except PolicyError as error:
         raise error.under(name) from None
+    return made if isinstance(made, Made) else Made(made)
 
 
 def _every_nth(

@@ -67,6 +67,11 @@ def add(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
     return packed.index_add(0, rows.ids(packed.device), change)
 
 
+def replace(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
+    """``packed`` with ``change`` at ``rows``, as a new tensor."""
+    return packed.index_copy(0, rows.ids(packed.device), change)
+
+
 class TokenLayout:
     """The rows of one forward.
 

@@ -25,12 +25,14 @@ class SkippedKV(StrEnum):
     """What a row that skips attention leaves in that layer's cache.
 
     PROJECT: its own K and V. REUSE: a copy of its entry of the nearest lower layer that holds one.
-    OMIT: nothing, so later queries of the layer do not see the row.
+    OMIT: nothing, so later queries of the layer do not see the row. HIDDEN: what the attention
+    would have read, N1 h cut into heads, as K (rotated) and as V; for multi-head models only.
     """
 
     PROJECT = "project"
     REUSE = "reuse"
     OMIT = "omit"
+    HIDDEN = "hidden"
 
 
 class Arrangement(StrEnum):
@@ -42,10 +44,12 @@ class Arrangement(StrEnum):
 
 
 class Norm(StrEnum):
-    """Which norm the FFN of a parallel layer reads: its own, or the attention's."""
+    """What the FFN of a parallel layer reads: its own norm of the block's input, the attention's,
+    or its own norm of the attention's."""
 
     OWN = "own"
     SHARED = "shared"
+    STACKED = "stacked"
 
 
 class Combine(StrEnum):
@@ -53,6 +57,20 @@ class Combine(StrEnum):
 
     SUM = "sum"
     MEAN = "mean"
+
+
+class Mask(StrEnum):
+    """What attention does not see: UNIMODAL, rows of the other modality, both ways."""
+
+    UNIMODAL = "unimodal"
+
+
+class Semantics(StrEnum):
+    """What a policy means where it does not say: this project's definitions, or what the paper's
+    reference code does."""
+
+    CLEAN = "clean"
+    REFERENCE = "reference"
 
 
 class Measure(StrEnum):

@@ -126,10 +126,16 @@ def build_of(launch: Launch, arch: int) -> Build:
     )
 
 
-def compile_all(builds: Iterable[Build], workers: int | None = None) -> dict[str, Finding]:
-    """Findings by ``Build.key``; only what is not kept is compiled, on ``workers`` processes."""
+def compile_all(
+    builds: Iterable[Build],
+    workers: int | None = None,
+    known: Mapping[str, Finding] | None = None,
+) -> dict[str, Finding]:
+    """Findings by ``Build.key``; only what is not ``known`` or kept is compiled, on ``workers``
+    processes."""
     wanted = {build.key: build for build in builds}
-    found = {key: kept for key in wanted if (kept := _kept(key)) is not None}
+    found = {key: known[key] for key in wanted if known and key in known}
+    found |= {key: kept for key in wanted if key not in found and (kept := _kept(key)) is not None}
     missing = [key for key in wanted if key not in found]
     if missing:
         context = multiprocessing.get_context("spawn")

@@ -9,7 +9,8 @@
   step that it writes is what it read before.
 
 ``advance``, grid ``(rows / BLOCK_B,)``, is that last part alone. ``embed``, grid
-``(n, D / BLOCK_D)``: ``out[n] = table[tokens[n]]``.
+``(n, D / BLOCK_D)``: ``out[n] = table[tokens[n]] + places[positions[n]]``, the second where models
+learn their positions.
 
 Tables: ``maxima`` has shape ``(V,)``, ``finish`` ``(parts,)``, ``advance`` ``(sets,)``, ``embed``
 ``(D,)``; rows are ``B``.
@@ -165,8 +166,11 @@ def _advance_kernel(
 def _embed_kernel(
     tokens_ptr,
     table_ptr,
+    positions_ptr,
+    places_ptr,
     out_ptr,
     stride_tv,
+    stride_pv,
     stride_on,
     width,
     BLOCK_D: tl.constexpr,
@@ -176,6 +180,9 @@ def _embed_kernel(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < width
     value = numerics.load(table_ptr + token * stride_tv + column, mask=inside)
+    if places_ptr is not None:
+        position = tl.load(positions_ptr + row).to(tl.int64)
+        value += numerics.load(places_ptr + position * stride_pv + column, mask=inside)
     numerics.store(out_ptr + row * stride_on + column, value, mask=inside)
 
 
@@ -260,10 +267,19 @@ def advance(choice: Choice, *, config: Mapping[str, Any] | None = None) -> None:
 
 
 def embed(
-    tokens: Tensor, table: Tensor, out: Tensor, *, config: Mapping[str, Any] | None = None
+    tokens: Tensor,
+    table: Tensor,
+    out: Tensor,
+    *,
+    positions: Tensor | None = None,
+    places: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
-    """``out[n] = table[tokens[n]]``: ``[n]`` -> ``[n, D]``."""
-    refuse_gradients(table=table, out=out)
+    """``out[n] = table[tokens[n]]``, plus ``places[positions[n]]`` if given: ``[n]`` -> ``[n, D]``.
+
+    ``positions [n]`` int32 are within ``places [positions, D]``; nothing checks it on the device.
+    """
+    refuse_gradients(table=table, places=places, out=out)
     rows, width = out.shape
     chosen = config or tuning.config_for("embed", out.device, rows, (width,))
     blocks, options = split(chosen)
@@ -273,8 +289,11 @@ def embed(
         options,
         tokens_ptr=tokens,
         table_ptr=table,
+        positions_ptr=positions,
+        places_ptr=places,
         out_ptr=out,
         stride_tv=table.stride(0),
+        stride_pv=0 if places is None else places.stride(0),
         stride_on=out.stride(0),
         width=width,
         **blocks,

@@ -1,6 +1,7 @@
 """One model twice, untouched and prepared with an empty policy, and what "says the same" means."""
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,18 @@ from torch import Tensor
 import fastskip
 from tests.batches import random_batch
 from tests.checkpoints import VOCAB
-from tests.models import tiny_llama, tiny_llava
+from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava, tiny_opt
 
 NEW = 8
 """Tokens that a test asks for, unless the number is its subject."""
 
 MULTIPLE = 4.0
 """How much larger our rounding errors may be than those that the untouched model has itself."""
+
+MAKERS: dict[str, Any] = {kind: functools.partial(tiny_llava, kind) for kind in LLAVA_KINDS} | {
+    "llama": tiny_llama,
+    "opt": tiny_opt,
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ class Twins:
 
 
 def twins(kind: str, *, sequences: int = 3, impl: str | None = None) -> Twins:
-    """`kind`: "llava" (ragged left-padded prompts with two images, none and one) or "llama"."""
-    is_llava = kind == "llava"
-    stock: Any = tiny_llava(vocab=VOCAB) if is_llava else tiny_llama(vocab=VOCAB)
+    """`kind`: one of LLaVA (ragged left-padded prompts with two images, none and one), "llama" or
+    "opt"."""
+    is_llava = kind in LLAVA_KINDS
+    stock: Any = MAKERS[kind](vocab=VOCAB)
     images = (2, 0, 1)[:sequences] if is_llava else (0,) * sequences
     batch = random_batch(stock, images=images, seed=1)
     inputs = batch.inputs()

@@ -154,11 +154,14 @@ def tiny_opt(
     tied: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    **fields: Any,
 ) -> PreTrainedModel:
-    """A text-only OPT in evaluation mode."""
+    """A text-only OPT in evaluation mode; `fields` are those of its `OPTConfig`."""
     config = _text_config(
         "opt", heads=heads, depth=depth, hidden=hidden, ffn=ffn, vocab=vocab, tied=tied
     )
+    for name, value in fields.items():
+        setattr(config, name, value)
     return _build(OPTForCausalLM, config, seed, dtype)
 
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import fastskip
 from fastskip.decoder.cache import SkipCache
+from fastskip.families import text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
@@ -19,9 +20,9 @@ from tests.models import tiny_llava
 from tests.policies import policy_of, skip
 
 
-@pytest.fixture(scope="module")
-def trio() -> Trio:
-    return Trio(tiny_llava())
+@pytest.fixture(scope="module", params=["llava", "llava_opt"])
+def trio(request: pytest.FixtureRequest) -> Trio:
+    return Trio(tiny_llava(request.param))
 
 
 @pytest.fixture(params=CACHE_POLICIES)
@@ -110,7 +111,7 @@ def test_a_failing_forward_leaves_the_cache_as_it_was(case: Continued) -> None:
     tokens, cache = some_tokens(case.batch, 3), case.fill()
     columns, live = cache.get_seq_length(), cache.live_bytes()
     # Hooks are obeyed, so this one raises halfway through the stack.
-    last = case.model.model.language_model.layers[3].mlp
+    last = text_model_of(case.model).layers[3].self_attn.v_proj
     hook = last.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         case.proceed(cache, tokens + 1, TEXT)

@@ -19,9 +19,10 @@ from fastskip.generation.cache_name import CACHE_NAME, OLD_NAME
 from tests.agreement import Trio
 from tests.batches import random_batch
 from tests.continuing import CACHE_POLICIES, Continued, some_tokens
-from tests.models import Kind, tiny_llama, tiny_llava
+from tests.models import Kind, tiny_llama, tiny_llava, tiny_opt
 
-KINDS: tuple[Kind, ...] = ("llava", "llava_next_mistral", "llava_onevision")
+KINDS: tuple[Kind, ...] = ("llava", "llava_next_mistral", "llava_onevision", "llava_opt")
+TEXT_ONLY: dict[str, Any] = {"llama": tiny_llama, "opt": tiny_opt}
 OUTPUTS = (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -30,15 +31,15 @@ OUTPUTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def case() -> Continued:
-    trio = Trio(tiny_llava())
+@pytest.fixture(scope="module", params=["llava", "llava_opt"])
+def case(request: pytest.FixtureRequest) -> Continued:
+    trio = Trio(tiny_llava(request.param))
     return Continued(trio, CACHE_POLICIES["mixed"], random_batch(trio.plain, images=(2, 0, 1)))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "llama"])
+@pytest.mark.parametrize("kind", [*KINDS, *TEXT_ONLY])
 def test_forwards_take_it(kind: Any) -> None:
-    model: Any = tiny_llama() if kind == "llama" else tiny_llava(kind)
+    model: Any = TEXT_ONLY[kind]() if kind in TEXT_ONLY else tiny_llava(kind)
     for each in (model, fastskip.apply_(copy.deepcopy(model))):
         for module in (each, each.model, text_model_of(each)):
             assert CACHE_NAME in inspect.signature(module.forward).parameters

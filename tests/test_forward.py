@@ -12,7 +12,7 @@ from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio, answer_labels
 from tests.batches import Batch, random_batch
 from tests.budget import assert_within_budget
-from tests.models import Kind, tiny_llama, tiny_llava
+from tests.models import Kind, tiny_llama, tiny_llava, tiny_opt
 from tests.policies import pair, parallel, policy_of, skip
 
 CLASSES_DIFFER = policy_of(
@@ -177,15 +177,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llava_next_vicuna": {},
     "llava_next_mistral": {},
     "llava_onevision": {},
+    "llava_opt": {},
     "llama": {},
     "llama, biases, tied": {"attention_bias": True, "mlp_bias": True, "tied": True},
+    "opt": {},
+    "opt, tied, no biases": {"tied": True, "enable_bias": False},
+    "opt, another activation": {"activation_function": "gelu"},
 }
+TEXT_ONLY: dict[str, Any] = {"llama": tiny_llama, "opt": tiny_opt}
+
+
+def is_text_only(name: str) -> bool:
+    return name.partition(",")[0] in TEXT_ONLY
 
 
 def family(name: str) -> tuple[Trio, Batch]:
     options = dict(FAMILIES[name])
-    if name.startswith("llama"):
-        model, images = tiny_llama(**options), (0, 0, 0)
+    if is_text_only(name):
+        model, images = TEXT_ONLY[name.partition(",")[0]](**options), (0, 0, 0)
     else:
         kind: Kind = options.pop("kind", name)
         model, images = tiny_llava(kind, **options), (2, 0, 1)
@@ -198,7 +207,7 @@ def test_family(name: str, dtype: torch.dtype) -> None:
     trio, batch = family(name)
     if dtype is not torch.float32:
         trio = Trio(trio.plain.to(dtype))
-    classes = ["text"] if name.startswith("llama") else ["image"]
+    classes = ["text"] if is_text_only(name) else ["image"]
     policies = (
         policy_of(),
         policy_of(

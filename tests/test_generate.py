@@ -25,7 +25,7 @@ from tests.models import tiny_llava
 KEPT = {"return_dict_in_generate": True, "max_new_tokens": NEW}
 
 
-@pytest.fixture(scope="module", params=["llava", "llama"])
+@pytest.fixture(scope="module", params=["llava", "llama", "opt"])
 def models(request: pytest.FixtureRequest) -> Twins:
     return twins(request.param)
 
@@ -169,7 +169,7 @@ def test_streamer_gets_the_prompt_and_every_token(alone: Twins) -> None:
 DRAFT = {"schema_version": 1, "rules": [{"layers": "1:", "tokens": "all", "skip": ["ffn"]}]}
 
 
-@pytest.mark.parametrize("kind", ["llava", "llama"])
+@pytest.mark.parametrize("kind", ["llava", "llama", "llava_opt"])
 @pytest.mark.parametrize("assistant", ["skipped copy", "shared weights", "untouched"])
 def test_assisted_decoding_says_what_greedy_says(kind: str, assistant: str) -> None:
     models = twins(kind, sequences=1)

@@ -28,7 +28,7 @@ Make = Callable[[Twins], Options]
 EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 
 
-@pytest.fixture(scope="module", params=["llava", "llama"])
+@pytest.fixture(scope="module", params=["llava", "llama", "opt"])
 def models(request: pytest.FixtureRequest) -> Twins:
     return twins(request.param)
 

@@ -24,9 +24,9 @@ from tests.policies import CELLS, MIXED, Policy, cell_policy, policy_of
 Gradients = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module")
-def plain() -> PreTrainedModel:
-    return tiny_llava(attention_bias=True, dtype=torch.float64)
+@pytest.fixture(scope="module", params=["llava", "llava_opt"])
+def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_llava(request.param, attention_bias=True, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,14 @@ def oracle_gradients(plain: PreTrainedModel, policy: Policy, batch: Batch) -> Gr
 
 
 def check(prepared: Any, plain: PreTrainedModel, policy: Policy, batch: Batch) -> None:
-    labels, _ = answer_labels(batch)
     truth = oracle_gradients(plain, policy, batch)
     # Also without any attention: an image's last row predicts the token after it.
     assert truth["model.multi_modal_projector.linear_1.weight"].any()
+    compare(prepared, policy, batch, truth)
+
+
+def compare(prepared: Any, policy: Policy, batch: Batch, truth: Gradients) -> None:
+    labels, _ = answer_labels(batch)
     model = fastskip.set_policy(prepared, policy)
     for use_cache in (False, True):
         logits = model(**inputs_of(batch), labels=labels, use_cache=use_cache).logits

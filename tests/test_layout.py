@@ -31,7 +31,7 @@ PURE = ("policy", "plan")
 FLOORS = {
     "policy": Floor(
         ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
-        + ("policy_file", "presets"),
+        + ("policy_file", "paper_presets", "presets"),
         outside=("yaml",),
     ),
     "plan": Floor(

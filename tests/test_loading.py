@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 import fastskip
 from fastskip import UnsupportedModelError
 from tests.checkpoints import VOCAB, answer, save_checkpoint
-from tests.models import Kind, tiny_llama, tiny_llava, tiny_opt
+from tests.models import Kind, tiny_llama, tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -238,12 +238,6 @@ def test_a_wide_sliding_window_is_none(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     stock = LlavaForConditionalGeneration.from_pretrained(folder)
     assert answer(fastskip.load_model(folder)) == answer(stock)
-
-
-@pytest.mark.parametrize("make", [tiny_opt, lambda: tiny_llava("llava_opt")], ids=["opt", "llava"])
-def test_opt_is_not_supported_yet(make: Callable[[], Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match="model_type: 'opt'"):
-        fastskip.apply_(make())
 
 
 def test_models_in_memory_that_cannot_be_prepared() -> None:

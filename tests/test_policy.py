@@ -19,10 +19,12 @@ from fastskip.policy import (
     ArrangementRule,
     Combine,
     Group,
+    MaskRule,
     Measure,
     Norm,
     PolicyError,
     RouterRule,
+    Semantics,
     SkippedKV,
     SkipPolicy,
     SkipRule,
@@ -233,9 +235,12 @@ MALFORMED: list[tuple[str, object, str, str]] = [
     ),
     ("removals", [{"after_layer": 2}], "removals", "not available yet"),
     ("removals", "none", "removals", "list"),
-    ("masks", [{"layers": ":", "kind": "unimodal"}], "masks", "not available yet"),
-    ("semantics", "reference", "semantics", "not available yet"),
+    ("masks", [{"layers": ":", "kind": "bimodal"}], "masks[0].kind", "unimodal"),
+    ("masks", [{"kind": "unimodal"}], "masks[0].layers", "a value"),
+    ("masks", "none", "masks", "list"),
+    ("semantics", "exact", "semantics", "reference"),
     ("semantics", None, "semantics", "clean"),
+    ("arrangements/0/tokens", ["words"], "arrangements[0].tokens", "generated"),
 ]
 
 
@@ -253,7 +258,7 @@ def test_malformed(path: str, value: object, field: str, allowed: str) -> None:
 
 def test_reserved_and_newer_and_missing_say_so() -> None:
     with pytest.raises(PolicyError, match="not available yet"):
-        SkipPolicy.from_dict(changed("semantics", "reference"))
+        SkipPolicy.from_dict(changed("removals", [{"after_layer": 2}]))
     with pytest.raises(PolicyError, match="newer"):
         SkipPolicy.from_dict(changed("schema_version", 7))
     with pytest.raises(PolicyError, match="schema_version: is missing"):
@@ -385,6 +390,7 @@ parallels = st.builds(
     layer_lists | slices,
     st.just("parallel"),
     norm=st.none() | st.sampled_from(Norm),
+    tokens=tokens,
 )
 similarity = st.builds(
     RouterRule,
@@ -421,6 +427,8 @@ policies = st.builds(
     rules=st.lists(rules(), max_size=3),
     arrangements=st.lists(parallels, max_size=2),
     routers=st.lists(routers, max_size=2),
+    masks=st.lists(st.builds(MaskRule, layer_lists | slices, st.just("unimodal")), max_size=1),
+    semantics=st.sampled_from(Semantics),
     name=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
 )
 

@@ -34,13 +34,17 @@ def missing(plan: SkipPlan, sublayer: str, token_class: TokenClass) -> list[int]
 
 def test_table_names_functions_and_describes_them() -> None:
     for name, (function, line) in PRESETS.items():
-        assert function.__name__ == name == SkipPolicy.preset(name).name
-        assert line and "\n" not in line
         made = SkipPolicy.preset(name)
-        assert (*made.rules, *made.arrangements) == function()
+        assert made.name == name and line and "\n" not in line
+        if not name.startswith("paper/"):
+            assert function.__name__ == name
+            assert (*made.rules, *made.arrangements) == function()
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "visual_withdrawal"])
+OWN = [name for name in PRESETS if not name.startswith("paper/")]
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name != "visual_withdrawal"])
 def test_defaults_leave_the_last_layer_dense(name: str) -> None:
     last = plan(name).layers[-1]
     assert all(cell.attention and cell.ffn for cell in last.cells.values())

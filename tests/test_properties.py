@@ -1,6 +1,7 @@
 """Random models, random legal policies, random batches: always the masked dense computation."""
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastskip.verification.cells import GENERATED, TEXT
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
-from tests.models import tiny_llama, tiny_llava
+from tests.models import tiny_llama, tiny_llava, tiny_opt
 from tests.policies import CELLS, Policy, pair, parallel, policy_of, skip
 
 
@@ -25,6 +26,7 @@ class Case:
     """One draw; tests make the tensors from it, so that a failure prints what was drawn."""
 
     text_only: bool
+    is_opt: bool
     sizes: dict[str, Any]
     policy: Policy
     images: tuple[int, ...]
@@ -33,7 +35,10 @@ class Case:
     seed: int
 
     def trio(self) -> Trio:
-        build: Any = tiny_llama if self.text_only else tiny_llava
+        if self.text_only:
+            build: Any = tiny_opt if self.is_opt else tiny_llama
+        else:
+            build = functools.partial(tiny_llava, "llava_opt" if self.is_opt else "llava")
         return Trio(build(seed=self.seed, **self.sizes))
 
     def batch(self, model: PreTrainedModel, seed: int = 0, **options: Any) -> Batch:
@@ -70,21 +75,26 @@ def policies(draw: st.DrawFn, depth: int, text_only: bool) -> Policy:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     text_only = draw(st.booleans()) and draw(st.booleans())
+    is_opt = draw(st.booleans()) and draw(st.booleans())
     heads = draw(st.sampled_from([1, 2, 4]))
     depth = draw(st.integers(1, 5))
     sizes = {
         "heads": heads,
-        "kv_heads": draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])),
         "depth": depth,
-        "head_dim": draw(st.sampled_from([4, 8])),
         "hidden": draw(st.sampled_from([16, 24])),
         "ffn": draw(st.sampled_from([12, 32])),
-        "attention_bias": draw(st.booleans()),
-        "mlp_bias": draw(st.booleans()),
     }
+    if not is_opt:
+        sizes |= {
+            "kv_heads": draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0])),
+            "head_dim": draw(st.sampled_from([4, 8])),
+            "attention_bias": draw(st.booleans()),
+            "mlp_bias": draw(st.booleans()),
+        }
     counts = st.just(0) if text_only else st.integers(0, 2)
     return Case(
         text_only=text_only,
+        is_opt=is_opt,
         sizes=sizes,
         policy=draw(policies(depth, text_only)),
         images=tuple(draw(st.lists(counts, min_size=1, max_size=3))),

@@ -149,7 +149,14 @@ def test_optimizer_step_is_visible(stock: Any, model: Any) -> None:
     assert_same_logits(model, stock)
 
 
-HOOKED = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp", "input_layernorm"]
+HOOKED = [
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.up_proj",
+    "mlp.act_fn",
+    "mlp",
+    "input_layernorm",
+]
 
 
 @pytest.mark.parametrize("name", HOOKED)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,10 +84,10 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise CommandError(f"--set {text}: allowed: KEY=VALUE, such as interval=3")
-    try:
-        return key, int(value)
-    except ValueError:
-        return key, value
+    for number in (int, float):
+        with suppress(ValueError):
+            return key, number(value)
+    return key, value
 
 
 def _table(policy: Any, layers: int) -> str:

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.entries import Entries
+from fastskip.layer_plan import LayerPlan
 from fastskip.ops import Operations
+from fastskip.policy import TokenClass
+from fastskip.tokens import CODES, Rows, TokenLayout
 
+IMAGE = CODES[TokenClass.IMAGE]
 # Runs shorter than this on average are gathered.
 _SHORT_RUN = 64
 
@@ -65,6 +69,20 @@ class AttentionPattern:
             [_View(b, b, count, None, False) for b, count in zip(single, counts, strict=True)], None
         )
 
+    @classmethod
+    def unimodal(
+        cls, sequences: Tensor, columns: Tensor, codes: Tensor, layer: int, entries: Entries
+    ) -> AttentionPattern:
+        """For query rows ``[n]`` (host) that see entries of their own modality: images, or not."""
+        views = []
+        for b in sorted(set(sequences.tolist())):
+            mine = (sequences == b).nonzero().squeeze(1)
+            seen = entries.columns(layer, b) <= columns[mine][:, None]
+            is_image = entries.codes(layer, b) == IMAGE
+            alike = is_image == (codes[mine] == IMAGE)[:, None]
+            views.append(_View(mine, slice(b, b + 1), seen.shape[1], seen & alike, False))
+        return cls(views, _inverse(views, len(columns)))
+
     def attend(
         self,
         queries: Tensor,
@@ -88,6 +106,19 @@ class AttentionPattern:
             outputs.append(out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1))
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return packed if self._order is None else packed[self._order.to(packed.device)]
+
+
+def pattern_of(
+    layer: LayerPlan, layout: TokenLayout, queries: Rows, entries: Entries
+) -> AttentionPattern:
+    """What ``queries``, packed rows that attend in a layer, see there."""
+    if layout.is_step and queries.count == layout.batch and not layer.unimodal:
+        return AttentionPattern.newest(layout.batch, layer.index, entries)
+    sequences, columns = queries.take(layout.sequences), queries.take(layout.columns)
+    if layer.unimodal:
+        codes = queries.take(layout.codes)
+        return AttentionPattern.unimodal(sequences, columns, codes, layer.index, entries)
+    return AttentionPattern.of(sequences, columns, layout.batch, layer.index, entries)
 
 
 def _views(sequence: int, sequences: Tensor, columns: Tensor, entry_columns: Tensor) -> list[_View]:

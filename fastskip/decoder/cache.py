@@ -84,6 +84,13 @@ class SkipCache(Cache):
         """Columns seen, pads included."""
         return self.codes.shape[1]
 
+    def check_batch(self, batch: int) -> None:
+        """Raises ``ValueError`` if new columns of ``batch`` sequences cannot follow on."""
+        if self.columns and self.codes.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values: holds {self.codes.shape[0]} sequences, the input has {batch}"
+            )
+
     def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
         """Makes room for a forward's rows in every layer; nothing that is stored moves.
 
@@ -92,11 +99,8 @@ class SkipCache(Cache):
         was.
         """
         batch = layout.batch
+        self.check_batch(batch)
         if self.codes.shape[0] != batch:
-            if self.columns:
-                raise ValueError(
-                    f"past_key_values: holds {self.codes.shape[0]} sequences, the input has {batch}"
-                )
             self.reset()  # what a cropped cache still allocates has another batch size
             self.codes = torch.empty(batch, 0, dtype=torch.int64)
             self.positions = torch.empty(batch, 0, dtype=torch.int64)

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.decoder.attention import IMAGE
 from fastskip.decoder.entries import Entries
-from fastskip.decoder.layer import Block, Rotation
+from fastskip.decoder.layer import Block
+from fastskip.decoder.positions import Turns
 from fastskip.decoder.trace import RowTrace
 from fastskip.policy import Sublayer
 from fastskip.routing import AttentionWeights, RouterError
 from fastskip.tokens import Rows, TokenLayout
+
+Lens = Callable[[Tensor, bool], Tensor]
+"""Rows of the residual stream to logits, ``[m, D] -> [m, V]``; and whether by the final norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,7 @@ class Attended:
 
     blocks: Mapping[int, Block]
     inputs: dict[int, tuple[Tensor, Tensor]]
-    rotation: Rotation
+    rotation: Turns
     entries: Entries
 
 
@@ -45,7 +50,7 @@ class Candidates:
         layout: TokenLayout,
         trace: RowTrace | None,
         states: tuple[dict[str, Any], dict[str, Any]],
-        lens: Callable[[Tensor], Tensor] | None,
+        lens: Lens | None,
         attended: Attended | None,
     ) -> None:
         self.layer, self.skip = layer, skip
@@ -79,14 +84,14 @@ class Candidates:
         return self._trace.found[self._rows.to(self._h.device)]
 
     @torch.no_grad()
-    def logits(self, rows: Tensor | None = None) -> Tensor:
+    def logits(self, rows: Tensor | None = None, *, normed: bool = True) -> Tensor:
         hidden = self.hidden if rows is None else self.hidden[rows.to(self._h.device)]
         if self._lens is None:
             raise RouterError(
                 f"layer {self.layer}: logits are asked for and the model has no head; allowed: "
                 "models prepared with their head"
             )
-        return self._lens(hidden)
+        return self._lens(hidden, normed)
 
     @torch.no_grad()
     def attention_of(self, row: int) -> AttentionWeights:
@@ -108,11 +113,15 @@ class Candidates:
         block, sequence = seen.blocks[layer], int(self._layout.sequences[packed])
         at = seen.rotation.take(Rows(slice(packed, packed + 1), 1))
         queries = block.products.queries(block.products.attention_norm(h))
-        queries = block.ops.rotate(queries, at.cosine, at.sine)[0]
+        queries = at.turn(queries)[0]
         columns = seen.entries.columns(layer, sequence)
         columns = columns[columns <= self._layout.columns[packed]]
         keys, _ = seen.entries.read(layer, slice(sequence, sequence + 1), len(columns))
         key = torch.cat(keys, dim=2)[0].float()
+        if block.plan.unimodal:
+            codes = seen.entries.codes(layer, sequence)[: len(columns)]
+            alike = (codes == IMAGE) == (self._layout.codes[packed] == IMAGE)
+            columns, key = columns[alike], key[:, alike.to(key.device)]
         heads = queries.float().view(key.shape[0], -1, key.shape[-1])
         scores = (heads @ key.transpose(-1, -2) * block.scale).flatten(0, 1)
         return AttentionWeights(layer, columns, scores.softmax(-1))

@@ -13,7 +13,7 @@ from fastskip.decoder.trace import trace_start
 from fastskip.ops.allocate import empty
 from fastskip.ops.routes import Move, Route, Terms, Trace, Verdict
 from fastskip.plan import SkipPlan
-from fastskip.policy import ROUTER_KINDS, SkippedKV, Sublayer
+from fastskip.policy import Sublayer
 from fastskip.routing import Decisions, Router, ScoreRouter
 from fastskip.tokens import TokenLayout
 
@@ -197,22 +197,3 @@ def decisions_of(routes: DeviceRoutes, layout: TokenLayout) -> Decisions:
     for key, (skips, rows) in sorted(routes.answers().items()):
         skipped[key], asked[key] = layout.unpack(skips.cpu()), layout.unpack(rows.cpu())
     return Decisions(layout.first_column, layout.source, skipped, asked)
-
-
-def unsupported_routing(plan: SkipPlan) -> str | None:
-    """What of a plan's routers the device executor cannot run; ``None`` if it can all of it."""
-    plug_ins = sorted({cell.rule.kind for cell in plan.routed if cell.rule.is_plug_in})
-    if plug_ins:
-        return f"routers {', '.join(plug_ins)} of its own; supported: {', '.join(ROUTER_KINDS)}"
-    for layer in plan.layers:
-        kinds = {c: {cell.kv} for c, cell in layer.cells.items()}
-        for routed in plan.routed_by_layer.get(layer.index, ()):
-            kinds[routed.token_class].add(routed.skipped.kv)
-        for token_class, own in kinds.items():
-            sources = plan.kv_sources(layer.index, token_class)
-            if SkippedKV.REUSE in own and plan.layers[sources[0]].hollow:
-                return (
-                    f"kv reuse in layer {layer.index} over layer {sources[0]}, where a router may "
-                    "leave rows without an entry; supported: kv project or omit there"
-                )
-    return None

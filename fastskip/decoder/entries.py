@@ -40,8 +40,17 @@ class Entries(Protocol):
     def columns(self, layer: int, sequence: int) -> Tensor:
         """The column of each entry of a sequence, new ones included: ``[count]``, host."""
 
+    def codes(self, layer: int, sequence: int) -> Tensor:
+        """The class of each entry of a sequence, as ``columns``."""
+
     def counts(self, layer: int) -> list[int]:
         """Entries of each sequence, new ones included."""
+
+    def average(self, first: int, second: int, rows: Rows) -> None:
+        """Makes the rows' new entries in both layers the mean of the two."""
+
+    def adopt(self, layer: int, source: int) -> None:
+        """Makes the entries of earlier forwards those of ``source``, a layer of the same table."""
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
@@ -89,6 +98,10 @@ class _SlotMap:
             self._columns[table, sequence] = found
         return found
 
+    def codes(self, layer: int, sequence: int) -> Tensor:
+        seen = self._cache.codes[sequence], self._layout.source[sequence]
+        return torch.cat(seen)[self.columns(layer, sequence)]
+
     def _new(self, table: Table) -> list[int]:
         """New entries of each sequence."""
         if isinstance(table, int):
@@ -120,6 +133,7 @@ class CachedEntries:
         self._layout, self._like = layout, like
         self._map = _SlotMap(plan, cache, layout)
         self.counts, self.columns = self._map.counts, self._map.columns
+        self.codes = self._map.codes
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
@@ -135,12 +149,27 @@ class CachedEntries:
         self._write(layer, self._map.placement(layer, rows), keys, values)
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        segments = self._cache.tables[self._plan.layers[source].table].segments
-        origin = self._map.placement(source, rows)
-        entries = self._cache.entries[source]
-        keys = origin.read(segments, entries.keys)
-        values = origin.read(segments, entries.values)
-        self._write(layer, self._map.placement(layer, rows), keys, values)
+        self._write(layer, self._map.placement(layer, rows), *self._read(source, rows))
+
+    def average(self, first: int, second: int, rows: Rows) -> None:
+        both = zip(self._read(first, rows), self._read(second, rows), strict=True)
+        keys, values = ((a + b) / 2 for a, b in both)
+        for layer in (first, second):
+            self._write(layer, self._map.placement(layer, rows), keys, values)
+
+    def adopt(self, layer: int, source: int) -> None:
+        if source not in self._cache.entries:  # nothing was kept so far
+            return
+        mine, others = self._cache.entries[layer], self._cache.entries[source]
+        for kept, taken in ((mine.keys, others.keys), (mine.values, others.values)):
+            for own, other in zip(kept, taken, strict=True):
+                own.copy_(other)
+
+    def _read(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """K and V ``[n, G, K]`` of new entries."""
+        segments = self._cache.tables[self._plan.layers[layer].table].segments
+        origin, entries = self._map.placement(layer, rows), self._cache.entries[layer]
+        return origin.read(segments, entries.keys), origin.read(segments, entries.values)
 
     def _write(self, layer: int, placement: Placement, keys: Tensor, values: Tensor) -> None:
         segments = self._cache.tables[self._plan.layers[layer].table].segments
@@ -178,7 +207,8 @@ class GradientEntries:
         # A layer may run once more after the cache has taken in this forward.
         self._past = {name: list(table.counts) for name, table in cache.tables.items()}
         self.counts, self.columns = self._stored.counts, self._stored.columns
-        self.hold = self._stored.hold
+        self.codes, self.hold = self._stored.codes, self._stored.hold
+        self.adopt = self._stored.adopt
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
@@ -194,11 +224,29 @@ class GradientEntries:
         self._new.setdefault(layer, []).append((rows.ids(torch.device("cpu")), keys, values))
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        ids, keys, values = self._merged(source)
+        self.append(layer, rows, *self._of(source, rows))
+
+    def average(self, first: int, second: int, rows: Rows) -> None:
+        # What this forward still reads in these layers are copies of the mean, by layers above.
+        both = zip(self._of(first, rows), self._of(second, rows), strict=True)
+        keys, values = ((a + b) / 2 for a, b in both)
+        own = rows.ids(torch.device("cpu"))
+        for layer in (first, second):
+            ids, old_keys, old_values = self._merged(layer)
+            others = ~torch.isin(ids, own)
+            apart = others.to(keys.device)
+            kept = ids[others], old_keys[apart], old_values[apart]
+            self._new[layer] = [kept, (own, keys, values)]
+        if self.is_kept:
+            self._stored.average(first, second, rows)
+
+    def _of(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """K and V ``[n, G, K]`` of new entries."""
+        ids, keys, values = self._merged(layer)
         where = torch.full((len(self._layout),), -1, dtype=torch.int64)
         where[ids] = torch.arange(len(ids))
         index = where[rows.ids(torch.device("cpu"))].to(keys.device)
-        self.append(layer, rows, keys[index], values[index])
+        return keys[index], values[index]
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         ids, new_keys, new_values = self._merged(layer)

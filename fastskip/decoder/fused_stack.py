@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.device_routes import decisions_of, unsupported_routing
+from fastskip.decoder.device_routes import decisions_of
+from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_layer import FusedBlock, run_pair
 from fastskip.decoder.fused_parts import FusedRows, Store
 from fastskip.decoder.fused_rows import ForwardRows
@@ -22,7 +23,7 @@ from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.stack import Decoder, Watch
 from fastskip.ops import Implementation, Operations
-from fastskip.ops.contracts import Linear, Norm, Rotation
+from fastskip.ops.contracts import Linear, Norm
 from fastskip.ops.operations import FusedOperations
 from fastskip.ops.ranges import span
 from fastskip.plan import LayerPlan, SkipPlan
@@ -61,7 +62,7 @@ class FusedDecoder(Decoder):
     @property
     def anchor(self) -> Tensor:
         """What page addresses are counted from; lives as long as dtype and device stay."""
-        like = self.text_model.norm.weight
+        like = self.like
         held = self._anchor
         if held is None or (held.dtype, held.device) != (like.dtype, like.device):
             held = self._anchor = torch.zeros(16, dtype=like.dtype, device=like.device)
@@ -72,7 +73,7 @@ class FusedDecoder(Decoder):
 
         What changes from call to call (gradients, hooks, adapters) is not meant.
         """
-        dtype, shape = self.text_model.norm.weight.dtype, self.plan.shape
+        dtype, shape = self.like.dtype, self.plan.shape
         if self.ops.implementation is Implementation.TRITON:
             if dtype not in DTYPES:
                 return f"dtype {dtype}; supported: bfloat16, float16, float32"
@@ -81,12 +82,12 @@ class FusedDecoder(Decoder):
             if shape.hidden_size % 8 or shape.ffn_size % 8:
                 sizes = f"{shape.hidden_size}, {shape.ffn_size}"
                 return f"hidden and FFN size {sizes}; supported: multiples of 8"
-        routing = unsupported_routing(self.plan)
+        routing = unsupported_plan(self.plan)
         if routing is not None:
             return routing
         merged = [weights.merged for weights in self.weights]
         if any(own is not None and not own.is_fusable for own in merged):
-            return "activation of the FFN; supported: SiLU, gated"
+            return "activation of the FFN; supported: SiLU, gated, or ReLU, not gated"
         return None
 
     @property
@@ -100,12 +101,13 @@ class FusedDecoder(Decoder):
         return self._fused_blocks
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the weights lie that the fused blocks read: parameters may get other data."""
+        """Where the weights lie that decode steps read: parameters may get other data."""
         own = [block.weights for block in self._fused_blocks]
         parts: list[Norm | Linear] = []
         for one in own:
             parts += one.attention_norm, one.qkv, one.output, one.ffn_norm, one.feed, one.down
         tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        tensors.append(self.positions.table)
         return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
     def refresh(self, *, wants_gradient: bool) -> None:
@@ -115,7 +117,7 @@ class FusedDecoder(Decoder):
             return
         merged = [weights.merged for weights in self.weights]
         drops = any(block.dropout for block in self._blocks)
-        made_of: list[object] = [self.plan, self.text_model.norm.weight.dtype, drops, *merged]
+        made_of: list[object] = [self.plan, self.like.dtype, drops, *merged]
         if self._fused_blocks and all(a is b for a, b in zip(made_of, self._made_of, strict=True)):
             return
         self.version += 1
@@ -159,14 +161,15 @@ class FusedDecoder(Decoder):
                 watch=watch,
             )
         self._check(cache, wants_gradient)
-        packed = layout.pack(h)
+        self.positions.check(layout.positions)
+        packed = self.positions.embed(layout.pack(h), layout.positions)
         cache.grow(layout, packed)
         narrow = None if wanted is None else layout.locate(wanted)
         late = narrow if narrows_after(self.plan) else None
         narrow = None if late is not None else narrow
         rows = ForwardRows(self.plan, layout, cache, narrow, self.routers)
         last = int(layout.positions.max()) + 1 if len(layout) else 1
-        store = Store(self.rotation(last, packed), cache.pages_of)
+        store = Store(self.positions.rotation(last, packed), cache.pages_of)
         with span("decoder"):
             packed = self.run_steps(packed, rows.of, store, watch)
         cache.commit(layout, {key: layout.unpack(held.bool()) for key, held in rows.held.items()})
@@ -179,10 +182,6 @@ class FusedDecoder(Decoder):
     ) -> Tensor:
         """Every step of the plan on ``h [N, D]``, which is written."""
         return run_steps(self.plan, self._fused_blocks, h, rows_of, store, watch)
-
-    def rotation(self, positions: int, like: Tensor) -> Rotation:
-        """RoPE tables of at least this many positions."""
-        return Rotation(*self.rotary.halves(positions, like))
 
     def _check(self, cache: PagedCache, wants_gradient: bool) -> None:
         if wants_gradient:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fastskip.decoder.attention import AttentionPattern
 from fastskip.decoder.entries import Entries
+from fastskip.decoder.positions import Turns
 from fastskip.decoder.weights import Products
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan
-from fastskip.policy import Arrangement, Norm, Sublayer
-from fastskip.tokens import Rows
+from fastskip.policy import Norm, Sublayer
+from fastskip.tokens import Rows, replace
 
 Add = Callable[[Tensor, Rows, Tensor], Tensor]
 
@@ -25,11 +26,16 @@ class BlockRows:
     Attributes:
         joint: rows whose q, k and v are projected together (they attend and hold an entry).
         stored: rows that only leave K and V.
+        raw: rows that leave what the attention would have read, as K and V.
         reused: rows that copy their entry of a lower layer, by that layer.
         narrow: after the K/V of the last layer only these rows go on; ``None`` elsewhere. The
             fields below index what is left.
         attending: rows that run attention; those not in ``joint`` project q alone.
-        feeding: rows that run the FFN.
+        replaced: rows whose residual stream becomes the attention's norm.
+        feeding: rows that run the FFN after the attention.
+        beside: rows whose FFN reads what the attention reads.
+        paired, alone: in a pair of layers: rows that read one input in both, and those that run
+            one layer after the other; ``merged``: all paired rows, also those that do not go on.
         pattern: what the attending rows see; ``None`` without any.
         decide_feeding: where a router decides on the FFN alone: from what the attention leaves to
             the rows that run it, instead of ``feeding``.
@@ -39,24 +45,19 @@ class BlockRows:
 
     joint: Rows
     stored: Rows
+    raw: Rows
     reused: tuple[tuple[int, Rows], ...]
     narrow: Rows | None
     attending: Rows
+    replaced: Rows
     feeding: Rows
+    beside: Rows
+    paired: Rows
+    alone: Rows
+    merged: Rows
     pattern: AttentionPattern | None
     decide_feeding: Callable[[Tensor], Rows] | None = None
     factors: Mapping[tuple[int, Sublayer], Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Rotary tables ``[N, 1, K]`` of all packed rows."""
-
-    cosine: Tensor
-    sine: Tensor
-
-    def take(self, rows: Rows) -> Rotation:
-        return Rotation(rows.take(self.cosine), rows.take(self.sine))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,40 +69,42 @@ class Block:
     ops: Operations
     scale: float
     dropout: float
+    head_dim: int
 
     def run(
-        self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries, add: Add
+        self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries, add: Add
     ) -> Tensor:
         """The layer's cell of the semantics table: ``[N, D]`` in, ``[N, D]`` (or narrowed) out.
 
-        Sequential: ``h1 = h + A(N1 h)``, ``out = h1 + F(N2 h1)``. Parallel: both read ``h``, and
-        with a shared norm the FFN reads ``N1 h``. Rows that skip a part are not in its rows.
+        Sequential: ``h1 = h + A(N1 h)``, ``out = h1 + F(N2 h1)``. Parallel: both read ``h``. Rows
+        that skip a part, or run it in the other form, are not in its rows.
         """
         narrow = rows.narrow or _all(h)
-        if self.plan.arrangement is Arrangement.PARALLEL:
-            norm = self.products.attention_norm
-            norm = norm if self.plan.norm is Norm.SHARED else self.products.ffn_norm
-            ffn = self._ffn(narrow.take(h), rows.feeding, norm, rows)
-            attention = self._attention(h, rows, rotation, entries)
-            return self._add(
-                self._add(narrow.take(h), rows.attending, attention, add), rows.feeding, ffn, add
-            )
+        beside = self._ffn(narrow.take(h), rows.beside, self._beside_norm, rows)
         attention = self._attention(h, rows, rotation, entries)
         h = self._add(narrow.take(h), rows.attending, attention, add)
+        if rows.replaced.count:
+            h = replace(h, rows.replaced, self.products.attention_norm(rows.replaced.take(h)))
         feeding = rows.feeding if rows.decide_feeding is None else rows.decide_feeding(h)
-        return self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm, rows), add)
+        h = self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm, rows), add)
+        return self._add(h, rows.beside, beside, add)
 
-    def change(self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries) -> Tensor:
-        """``d``: what the dense layer adds to the attending rows of its (narrowed) input; both
-        blocks of a pair read it from the same ``h``."""
+    def change(self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries) -> Tensor:
+        """``d``: what the dense layer adds to each row of its (narrowed) input; zero for rows that
+        do not attend. Both blocks of a pair read it from the same ``h``."""
         attention = self._attention(h, rows, rotation, entries)
-        h = rows.attending.take((rows.narrow or _all(h)).take(h))
+        h = (rows.narrow or _all(h)).take(h)
         if attention is None:  # the rows that go on are none: every one wanted is a pad
-            return h
-        return attention + self.products.ffn(self.products.ffn_norm(h + attention))
+            return h.new_zeros(h.shape)
+        change = attention + self.products.ffn(
+            self.products.ffn_norm(rows.attending.take(h) + attention)
+        )
+        if rows.attending.count == len(h):
+            return change
+        return replace(h.new_zeros(h.shape), rows.attending, change)
 
     def _attention(
-        self, h: Tensor, rows: BlockRows, rotation: Rotation, entries: Entries
+        self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries
     ) -> Tensor | None:
         """``A(N1 h)`` of the attending rows; stores the layer's new entries on the way."""
         products, layer = self.products, self.plan.index
@@ -110,16 +113,19 @@ class Block:
             heads, values = products.queries_keys_values(
                 products.attention_norm(rows.joint.take(h))
             )
-            at = rotation.take(rows.joint)
-            heads = self.ops.rotate(heads, at.cosine, at.sine)
+            heads = rotation.take(rows.joint).turn(heads)
             groups = values.shape[1]
             queries, keys = heads[:, :-groups], heads[:, -groups:]
             entries.append(layer, rows.joint, keys, values)
         if rows.stored.count:
             x = products.attention_norm(rows.stored.take(h))
             keys, values = products.keys_values(x)
-            at = rotation.take(rows.stored)
-            entries.append(layer, rows.stored, self.ops.rotate(keys, at.cosine, at.sine), values)
+            keys = rotation.take(rows.stored).turn(keys)
+            entries.append(layer, rows.stored, keys, values)
+        if rows.raw.count:
+            x = products.attention_norm(rows.raw.take(h))
+            values = x.view(len(x), -1, self.head_dim)
+            entries.append(layer, rows.raw, rotation.take(rows.raw).turn(values), values)
         for source, copied in rows.reused:
             entries.reuse(layer, source, copied)
         if rows.pattern is None:
@@ -130,12 +136,18 @@ class Block:
         change = products.attention_output(mixed)
         return self._scaled(change, Sublayer.ATTENTION, rows.attending, rows)
 
-    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Rotation) -> Tensor:
+    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Turns) -> Tensor:
         """Queries of the last layer, whose K and V were projected for more rows than go on."""
         narrow = rows.narrow or _all(h)
         x = self.products.attention_norm(rows.attending.take(narrow.take(h)))
-        at = rotation.take(narrow).take(rows.attending)
-        return self.ops.rotate(self.products.queries(x), at.cosine, at.sine)
+        return rotation.take(narrow).take(rows.attending).turn(self.products.queries(x))
+
+    def _beside_norm(self, h: Tensor) -> Tensor:
+        """What the FFN of a parallel row reads: ``N2 h``, ``N1 h`` or ``N2 N1 h``."""
+        if self.plan.norm is Norm.OWN:
+            return self.products.ffn_norm(h)
+        shared = self.products.attention_norm(h)
+        return shared if self.plan.norm is Norm.SHARED else self.products.ffn_norm(shared)
 
     def _ffn(
         self, h: Tensor, feeding: Rows, norm: Callable[[Tensor], Tensor], rows: BlockRows

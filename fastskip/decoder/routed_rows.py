@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskip.decoder.attention import AttentionPattern
+from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.candidates import Attended, Candidates
+from fastskip.decoder.candidates import Attended, Candidates, Lens
 from fastskip.decoder.entries import Entries
 from fastskip.decoder.guards import Classes, Point, point_of
 from fastskip.decoder.layer import BlockRows
@@ -71,7 +71,7 @@ class RoutedRows:
         narrow: Rows | None,
         static: StaticRows,
         *,
-        lens: Callable[[Tensor], Tensor] | None = None,
+        lens: Lens | None = None,
         attended: Attended | None = None,
     ) -> None:
         self._plan, self._routers, self._layout = routed.plan, routed.routers, layout
@@ -159,9 +159,9 @@ class RoutedRows:
         self, layer: LayerPlan, narrow: Rows | None, decide: Callable[[Tensor], Rows] | None
     ) -> BlockRows:
         attending = self._attending(layer)
-        stored, copied = self._leaving(layer)
+        stored, raw, copied = self._leaving(layer)
         if layer.hollow:
-            held = attending | stored
+            held = attending | stored | raw
             for _, mask in copied:
                 held = held | mask
             self._hold(layer, held)
@@ -170,14 +170,23 @@ class RoutedRows:
             queries = going_on
             if narrow is not None:
                 queries = Rows(going_on.take(narrow.ids(HOST)), going_on.count)
-            pattern = self._pattern(layer, queries)
+            pattern = pattern_of(layer, self._layout, queries, self._entries)
+        feeding, is_beside = self._feeding(layer), self._of(layer.beside)
+        is_paired = self._of(layer.arranged) if layer.partner is not None else self._nobody
+        is_alone = ~is_paired if layer.partner is not None else self._nobody
         return BlockRows(
             joint=_rows(attending if narrow is None else self._nobody),
             stored=_rows(stored if narrow is None else stored | attending),
+            raw=_rows(raw),
             reused=tuple((source, _rows(mask)) for source, mask in copied if mask.any()),
             narrow=narrow,
             attending=going_on,
-            feeding=_rows(_taken(self._feeding(layer), narrow)),
+            replaced=_rows(_taken(self._staying(self._of(layer.replaced)), narrow)),
+            feeding=_rows(_taken(feeding & ~is_beside, narrow)),
+            beside=_rows(_taken(feeding & is_beside, narrow)),
+            paired=_rows(_taken(attending & is_paired, narrow)),
+            alone=_rows(_taken(attending & is_alone, narrow)),
+            merged=_rows(attending & is_paired),
             pattern=pattern,
             decide_feeding=decide,
             factors=self._factors,
@@ -201,10 +210,11 @@ class RoutedRows:
     def _staying(self, rows: Mask) -> Mask:
         return rows if self._gone is None else rows & ~self._gone
 
-    def _leaving(self, layer: LayerPlan) -> tuple[Mask, list[tuple[int, Mask]]]:
-        """Rows that do not attend and leave entries: projected, and copied by source layer."""
+    def _leaving(self, layer: LayerPlan) -> tuple[Mask, Mask, list[tuple[int, Mask]]]:
+        """Rows that do not attend and leave entries: projected, hidden states, and copied by source
+        layer."""
         if not layer.holds_kv:
-            return self._nobody, []
+            return self._nobody, self._nobody, []
         leaves: dict[SkippedKV, Mask] = dict.fromkeys(SkippedKV, self._nobody)
         for token_class, cell in layer.cells.items():
             if cell.kv is not None:
@@ -227,14 +237,7 @@ class RoutedRows:
                 has = self._held[source] if lower.hollow else self._of(lower.holding)
                 copied.append((source, mine & has))
                 mine = mine & ~has
-        return leaves[SkippedKV.PROJECT], copied
-
-    def _pattern(self, layer: LayerPlan, queries: Rows) -> AttentionPattern:
-        layout = self._layout
-        if layout.is_step and queries.count == layout.batch:
-            return AttentionPattern.newest(layout.batch, layer.index, self._entries)
-        at = queries.take(layout.sequences), queries.take(layout.columns)
-        return AttentionPattern.of(*at, layout.batch, layer.index, self._entries)
+        return leaves[SkippedKV.PROJECT], leaves[SkippedKV.HIDDEN], copied
 
     def _feed(
         self, layer: LayerPlan, rules: dict[int, list[RoutedCell]], narrow: Rows | None, h: Tensor
@@ -242,7 +245,7 @@ class RoutedRows:
         """The rows that run the FFN, decided on ``h`` as the attention leaves it."""
         for number, cells in rules.items():
             self._decide(number, cells, h, narrow)
-        return _rows(_taken(self._feeding(layer), narrow))
+        return _rows(_taken(self._feeding(layer) & ~self._of(layer.beside), narrow))
 
     def _decide(
         self, number: int, cells: Sequence[RoutedCell], h: Tensor, narrow: Rows | None
@@ -342,9 +345,12 @@ class RoutedRows:
 def narrows_after(plan: SkipPlan) -> bool:
     """Whether all rows must pass the last layer, also those whose logits nobody reads.
 
-    That is so where they have a say in what the others do between its sublayers.
+    That is so where they have a say in what the others do between its sublayers, and where some
+    rows of a last pair of layers run one after the other.
     """
     last = plan.layers[plan.steps[-1][0]]
+    if last.partner is not None and not last.is_arranged_whole:
+        return True
     return any(
         point_of(last, cell) is Point.MIDDLE
         and (

@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.decoder.attention import AttentionPattern
+from fastskip.decoder.anatomy import has_hooks
+from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.candidates import Attended
+from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
-from fastskip.decoder.layer import Block, BlockRows, Rotation
+from fastskip.decoder.layer import Add, Block, BlockRows
+from fastskip.decoder.positions import Turns, positions_of
 from fastskip.decoder.recomputing import maybe_recomputed
-from fastskip.decoder.rope import RotaryTable
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
-from fastskip.decoder.weights import BlockWeights, has_hooks
+from fastskip.decoder.weights import BlockWeights
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine, TokenClass
 from fastskip.routing import Router, RoutingRecord
 from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
 
+HOST = torch.device("cpu")
 Watch = Callable[[int, Tensor], None]
 
 
@@ -39,17 +41,23 @@ class Decoder:
             BlockWeights(layer, plan.shape.head_dim, ops)
             for layer in text_model.layers[: plan.shape.depth]
         ]
-        self.rotary = RotaryTable(text_model.rotary_emb)
+        self.positions = positions_of(text_model, ops.rotate)
         self.routers: Sequence[Router] = ()
         # Who reads decisions back, and how rows become logits, where a router asks.
         self.record: RoutingRecord | None = None
-        self.lens: Callable[[Tensor], Tensor] | None = None
+        self.lens: Lens | None = None
         self._routed: RoutedPlan | None = None
         self._blocks: list[Block] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Blocks hold views of merged storages; a copy makes its own when it is first used.
         return {**self.__dict__, "_blocks": [], "record": None, "_routed": None}
+
+    @property
+    def like(self) -> Tensor:
+        """A weight in the dtype and on the device of the residual stream."""
+        weight: Tensor = self.weights[0].parts.attention_norm.weight
+        return weight
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Once per forward or ``generate``: which layers may use merged projections.
@@ -94,7 +102,7 @@ class Decoder:
         """Runs every layer on the real columns of ``h``.
 
         Args:
-            h: ``[B, T, D]`` embeddings; not written.
+            h: ``[B, T, D]`` embeddings, without positions; not written.
             layout: the rows, from ``lay_out``.
             cache: gets the new entries; may hold earlier columns.
             wanted: ``[n]`` flat indices into ``B * T`` of the only rows whose output is read (the
@@ -106,15 +114,15 @@ class Decoder:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
             wanted.
         """
-        packed = layout.pack(h)
+        self.positions.check(layout.positions)
+        packed = self.positions.embed(layout.pack(h), layout.positions)
         entries: Entries
         if wants_gradient:
             like = packed.detach() if keeps_cache else None
             entries = GradientEntries(self.plan, cache, layout, like)
         else:
             entries = CachedEntries(self.plan, cache, layout, packed)
-        cosine, sine = self.rotary.at(layout.positions, packed)
-        rotation = Rotation(cosine, sine)
+        rotation = self.positions.turns(layout.positions, packed)
         narrow = None if wanted is None else layout.locate(wanted)
         late = narrow if narrows_after(self.plan) else None
         narrow = None if late is not None else narrow
@@ -132,20 +140,20 @@ class Decoder:
             if watch is not None:
                 for index in step:
                     watch(index, packed)
-            if len(blocks) == 1:
-                run = maybe_recomputed(blocks[0].run, self.weights[step[0]].layer, step[0], entries)
-                packed = run(packed, inputs[0], rotation, entries, combine)
-                continue
-            changes = [
-                maybe_recomputed(block.change, self.weights[index].layer, index, entries)(
-                    packed, own, rotation, entries
+            runs = [
+                maybe_recomputed(
+                    block.run if len(step) == 1 else block.change,
+                    self.weights[index].layer,
+                    index,
+                    entries,
                 )
-                for index, block, own in zip(step, blocks, inputs, strict=True)
+                for index, block in zip(step, blocks, strict=True)
             ]
-            change = changes[0] + changes[1]
-            change = change / 2 if blocks[0].plan.combine is Combine.MEAN else change
-            packed = packed if inputs[0].narrow is None else inputs[0].narrow.take(packed)
-            packed = combine(packed, inputs[0].attending, change)
+            if len(step) == 1:
+                packed = runs[0](packed, inputs[0], rotation, entries, combine)
+            else:
+                plans = [block.plan for block in blocks]
+                packed = _run_pair(packed, plans, runs, inputs, rotation, entries, combine)
         cache.commit(layout, entries.held)
         if routed is not None and self.record is not None:
             self.record.forwards.append(routed.decisions())
@@ -158,7 +166,7 @@ class Decoder:
         entries: Entries,
         narrow: Rows | None,
         static: Callable[[LayerPlan, bool], BlockRows],
-        rotation: Rotation,
+        rotation: Turns,
     ) -> RoutedRows:
         attended = None
         if any(getattr(router, "uses_attention", False) for router in self.routers):
@@ -178,11 +186,47 @@ class Decoder:
 
     def _block(self, index: int) -> Block:
         weights = self.weights[index]
-        attention = weights.layer.self_attn
-        dropout = float(attention.attention_dropout) if weights.layer.training else 0.0
+        parts = weights.parts
         return Block(
-            weights.products, self.plan.layers[index], self.ops, attention.scaling, dropout
+            weights.products,
+            self.plan.layers[index],
+            self.ops,
+            parts.attention.scaling,
+            parts.attention_dropout,
+            self.plan.shape.head_dim,
         )
+
+
+def _run_pair(
+    h: Tensor,
+    plans: Sequence[LayerPlan],
+    changes: Sequence[Callable[..., Tensor]],
+    inputs: Sequence[BlockRows],
+    rotation: Turns,
+    entries: Entries,
+    combine: Add,
+) -> Tensor:
+    """Two layers: paired rows read the same ``h`` in both, others run one after the other.
+
+    Paired: ``out = h + d1 + d2``, or the mean of the two changes. Where they keep the mean of their
+    K and V, paired rows read the first layer's cache in both.
+    """
+    paired, alone = inputs[0].paired, inputs[0].alone
+    plan, other = plans
+    if plan.merges_kv and paired.count and not plan.is_arranged_whole:
+        entries.adopt(other.index, plan.index)
+    first = changes[0](h, inputs[0], rotation, entries)
+    if alone.count:
+        h = combine(h, alone, alone.take(first))
+    second = changes[1](h, inputs[1], rotation, entries)
+    if plan.merges_kv:
+        entries.average(plan.index, other.index, inputs[0].merged)
+    h = h if inputs[0].narrow is None else inputs[0].narrow.take(h)
+    if alone.count:
+        h = combine(h, alone, alone.take(second))
+    change = paired.take(first) + paired.take(second)
+    change = change / 2 if plan.combine is Combine.MEAN else change
+    return combine(h, paired, change)
 
 
 class _StepRows:
@@ -209,14 +253,27 @@ class _StepRows:
         stored = rows(layer.projecting - layer.attending if narrow is None else layer.projecting)
         reused = tuple((source, rows(classes)) for source, classes in layer.reusing.items())
         attending = self._going_on(layer.attending, narrow)
-        pattern = self._pattern(layer, attending, narrow) if attending.count else None
+        pattern = None
+        if attending.count:
+            queries = attending
+            if narrow is not None:
+                queries = Rows(attending.take(narrow.ids(HOST)), attending.count)
+            pattern = pattern_of(layer, self._layout, queries, self._entries)
+        is_pair = layer.partner is not None
+        paired = layer.arranged if is_pair else frozenset()
         return BlockRows(
             joint=joint,
             stored=stored,
+            raw=rows(layer.leaving_hidden),
             reused=tuple((source, copied) for source, copied in reused if copied.count),
             narrow=narrow,
             attending=attending,
-            feeding=self._going_on(layer.feeding, narrow),
+            replaced=self._going_on(layer.replaced, narrow),
+            feeding=self._going_on(layer.feeding - layer.beside, narrow),
+            beside=self._going_on(layer.beside, narrow),
+            paired=self._going_on(paired, narrow),
+            alone=self._going_on(layer.attending - paired if is_pair else frozenset(), narrow),
+            merged=rows(paired),
             pattern=pattern,
         )
 
@@ -230,14 +287,3 @@ class _StepRows:
         if len(index) == len(codes):
             return Rows(slice(0, len(codes)), len(codes))
         return Rows(index, len(index))
-
-    def _pattern(self, layer: LayerPlan, attending: Rows, narrow: Rows | None) -> AttentionPattern:
-        layout = self._layout
-        batch = layout.batch
-        if layout.is_step and attending.count == batch:
-            return AttentionPattern.newest(batch, layer.index, self._entries)
-        sequences, columns = layout.sequences, layout.columns
-        if narrow is not None:
-            sequences, columns = narrow.take(sequences), narrow.take(columns)
-        sequences, columns = attending.take(sequences), attending.take(columns)
-        return AttentionPattern.of(sequences, columns, batch, layer.index, self._entries)

@@ -22,7 +22,8 @@ def trace_start(
     ``present``: the classes that there are rows of; all, if not given.
 
     A similarity router looks at the last layer that a row ran whole, so from the nearest layer
-    below in which it certainly does. What a plug-in asks for is not known.
+    below in which it certainly does. A plug-in is taken to look back, unless it says that it does
+    not (``needs_trace = False``).
     """
     starts = []
     for cell in plan.routed:
@@ -30,8 +31,9 @@ def trace_start(
             continue
         router = routers[cell.number]
         if not isinstance(router, ScoreRouter):
-            return 0
-        if router.needs_trace:
+            if getattr(router, "needs_trace", True):
+                return 0
+        elif router.needs_trace:
             starts.append(_certain_below(plan, cell.layer, cell.token_class))
     return min(starts, default=None)
 

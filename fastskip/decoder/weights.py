@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastskip.decoder.anatomy import LayerParts, has_hooks, norm_of, parts_of
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear, Norm
@@ -67,93 +68,89 @@ class Products(Protocol):
 class ModuleProducts:
     """Every product by the layer's own module."""
 
-    def __init__(self, layer: Any, head_dim: int) -> None:
-        self.attention_norm, self.ffn_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.attention_output, self.ffn = layer.self_attn.o_proj, layer.mlp
-        self._attention, self._head_dim = layer.self_attn, head_dim
+    def __init__(self, parts: LayerParts, head_dim: int) -> None:
+        self.attention_norm, self.ffn_norm = parts.attention_norm, parts.ffn_norm
+        self.attention_output, self.ffn = parts.attend_out, parts.run_ffn
+        self._parts, self._head_dim = parts, head_dim
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        attention = self._attention
-        both = torch.cat((attention.q_proj(x), attention.k_proj(x)), dim=-1)
-        return self._heads(both), self._heads(attention.v_proj(x))
+        parts = self._parts
+        both = torch.cat((parts.queries(x), parts.keys(x)), dim=-1)
+        return self._heads(both), self._heads(parts.values(x))
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self._attention.k_proj(x)), self._heads(self._attention.v_proj(x))
+        return self._heads(self._parts.keys(x)), self._heads(self._parts.values(x))
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._heads(self._attention.q_proj(x))
+        return self._heads(self._parts.queries(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self._head_dim)
 
 
 class MergedProducts:
-    """One product for q, k, v and one for gate and up; views of the storages are made once."""
+    """One product for q, k, v and one for the FFN's; views of the storages are made once."""
 
-    def __init__(self, layer: Any, head_dim: int, ops: Operations) -> None:
+    def __init__(self, parts: LayerParts, head_dim: int, ops: Operations) -> None:
         """Builds the storages and turns the modules' parameters into views of them."""
-        self._layer, self._ops, self._head_dim = layer, ops, head_dim
-        attention, mlp = layer.self_attn, layer.mlp
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self._qkv = _merge(qkv)
-        self._gate_up = _merge((mlp.gate_proj, mlp.up_proj))
-        rows = attention.q_proj.out_features
+        self._parts, self._ops, self._head_dim = parts, ops, head_dim
+        norms = norm_of(parts.attention_norm), norm_of(parts.ffn_norm)
+        assert norms[0] is not None and norms[1] is not None
+        self._norms = norms[0], norms[1]
+        self._qkv = _merge((parts.queries, parts.keys, parts.values))
+        self._feed = _merge(parts.feed)
+        rows = parts.queries.out_features
         self._q, self._kv = _rows(self._qkv, 0, rows), _rows(self._qkv, rows, None)
-        groups = attention.k_proj.out_features // head_dim
+        groups = parts.keys.out_features // head_dim
         self._split = [rows // head_dim + groups, groups]
-        self._others = self._unshared(layer)
-        self._norms = [
-            (norm.weight, float(norm.variance_epsilon))
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        ]
-        self._output = (attention.o_proj.weight, attention.o_proj.bias)
-        self._down = (mlp.down_proj.weight, mlp.down_proj.bias)
-        self._is_silu = type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        self._output = (parts.output.weight, parts.output.bias)
+        self._down = (parts.down.weight, parts.down.bias)
+        self._activation = parts.known_activation
+        self._others = self._unshared(parts)
 
     @staticmethod
-    def _unshared(layer: Any) -> tuple[Any, ...]:
-        attention, mlp = layer.self_attn, layer.mlp
-        norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-        linears = (attention.o_proj, mlp.down_proj)
-        return (*norms, *(linear.weight for linear in linears), *(m.bias for m in linears))
+    def _unshared(parts: LayerParts) -> tuple[Any, ...]:
+        modules = (parts.attention_norm, parts.ffn_norm, parts.output, parts.down)
+        weights = (getattr(m, name, None) for m in modules for name in ("weight", "bias"))
+        return (parts.activation, *weights)
 
-    def is_current(self) -> bool:
+    def is_current(self, parts: LayerParts) -> bool:
         """Whether the parameters still are what and where they were when this was made."""
-        attention, mlp = self._layer.self_attn, self._layer.mlp
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        gates = (mlp.gate_proj, mlp.up_proj)
-        others = self._unshared(self._layer)
+        qkv = (parts.queries, parts.keys, parts.values)
+        others = self._unshared(parts)
         return (
             _lies_in(self._qkv[0], qkv, "weight")
             and _lies_in(self._qkv[1], qkv, "bias")
-            and _lies_in(self._gate_up[0], gates, "weight")
-            and _lies_in(self._gate_up[1], gates, "bias")
+            and _lies_in(self._feed[0], parts.feed, "weight")
+            and _lies_in(self._feed[1], parts.feed, "bias")
             and all(a is b for a, b in zip(others, self._others, strict=True))
         )
 
     @property
     def is_fusable(self) -> bool:
         """Whether the fused operations compute this layer: its activation is one of theirs."""
-        return self._is_silu
+        return self._activation is not None
 
     def layer_weights(self) -> LayerWeights:
+        """The weights for the fused operations, which have a name for the activation."""
+        assert self._activation is not None
         return LayerWeights(
-            attention_norm=Norm(*self._norms[0]),
+            attention_norm=self._norms[0],
             qkv=Linear(*self._qkv),
             queries=Linear(*self._q),
             keys_values=Linear(*self._kv),
             output=Linear(*self._output),
-            ffn_norm=Norm(*self._norms[1]),
-            feed=Linear(*self._gate_up),
-            activation=Activation.GATED_SILU,
+            ffn_norm=self._norms[1],
+            feed=Linear(*self._feed),
+            activation=self._activation,
             down=Linear(*self._down),
         )
 
     def attention_norm(self, x: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, *self._norms[0])
+        return self._ops.normalize(x, self._norms[0])
 
     def ffn_norm(self, x: Tensor) -> Tensor:
-        return self._ops.rms_norm(x, *self._norms[1])
+        return self._ops.normalize(x, self._norms[1])
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         merged = self._ops.linear(x, *self._qkv).view(len(x), -1, self._head_dim)
@@ -172,25 +169,28 @@ class MergedProducts:
         return self._ops.linear(x, *self._output)
 
     def ffn(self, x: Tensor) -> Tensor:
-        gate_up = self._ops.linear(x, *self._gate_up)
-        if self._is_silu:
-            return self._ops.linear(self._ops.gated_silu(gate_up), *self._down)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._ops.linear(self._layer.mlp.act_fn(gate) * up, *self._down)
+        fed = self._ops.linear(x, *self._feed)
+        if self._activation is None:
+            return self._ops.linear(self._parts.activate(fed), *self._down)
+        return self._ops.linear(self._ops.activate(fed, self._activation), *self._down)
 
 
 class BlockWeights:
-    """One decoder layer's products, in the form that is right at the moment."""
+    """One decoder layer's products, in the form that is right at the moment.
+
+    ``parts``: what the layer was made of when ``refresh`` last looked.
+    """
 
     def __init__(self, layer: Any, head_dim: int, ops: Operations) -> None:
         self.layer = layer
         self._head_dim, self._ops = head_dim, ops
         self._merged: MergedProducts | None = None
-        self.products: Products = ModuleProducts(layer, head_dim)
+        self.parts = parts_of(layer)
+        self.products: Products = ModuleProducts(self.parts, head_dim)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters have storages of their own; merged ones are built on its first use.
-        modules = ModuleProducts(self.layer, self._head_dim)
+        modules = ModuleProducts(self.parts, self._head_dim)
         return {**self.__dict__, "_merged": None, "products": modules}
 
     @property
@@ -205,53 +205,38 @@ class BlockWeights:
     @property
     def can_merge(self) -> bool:
         """Whether the layer's modules are such that the merged form is right."""
-        return _can_merge(self.layer)
+        return _can_merge(parts_of(self.layer))
 
     def refresh(self, *, wants_gradient: bool) -> None:
         """Chooses the form, once per forward or ``generate``.
 
         Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
         """
-        if wants_gradient or not _can_merge(self.layer):
-            self.products = ModuleProducts(self.layer, self._head_dim)
+        parts = self.parts = parts_of(self.layer)
+        if wants_gradient or not _can_merge(parts):
+            self.products = ModuleProducts(parts, self._head_dim)
             return
-        if self._merged is None or not self._merged.is_current():
+        if self._merged is None or not self._merged.is_current(parts):
             self._merged = None  # the old storages go before the new ones come
-            self._merged = MergedProducts(self.layer, self._head_dim, self._ops)
+            self._merged = MergedProducts(parts, self._head_dim, self._ops)
         self.products = self._merged
 
 
-def _can_merge(layer: Any) -> bool:
+def _can_merge(parts: LayerParts) -> bool:
     """Plain linears without hooks, alike within each group, with norms as we know them."""
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    # Looked up by name: another kind of FFN, or a wrapped one, has no such attributes.
-    gates = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj")]
-    others = [attention.o_proj, getattr(mlp, "down_proj", None)]
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
     return (
-        all(_is_plain(module) for module in (*qkv, *gates, *others))
-        and not any(has_hooks(module) for module in (*qkv, *gates, *others, *norms, mlp))
-        and all(hasattr(norm, "variance_epsilon") for norm in norms)
-        and _are_alike(qkv)
-        and _are_alike(gates)
+        all(_is_plain(module) for module in parts.linears)
+        and not any(has_hooks(module) for module in parts.modules)
+        and not any(norm_of(norm) is None for norm in (parts.attention_norm, parts.ffn_norm))
+        and not parts.dropout
+        and _are_alike((parts.queries, parts.keys, parts.values))
+        and _are_alike(parts.feed)
     )
 
 
 def _is_plain(module: Any) -> bool:
     # Quantised and distributed weights are subclasses of Parameter inside a plain nn.Linear.
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter
-
-
-def has_hooks(module: Any) -> bool:
-    """Whether calling the module does more than its own forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)  # as accelerate hooks a module
-    )
 
 
 def _are_alike(modules: Sequence[Any]) -> bool:

@@ -36,6 +36,7 @@ def cache_of(
 
 def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
     """Which of the new columns are no pads: ``[B, T]`` bool, host."""
+    cache.check_batch(batch)
     if mask is None:
         return torch.ones(batch, width, dtype=torch.bool)
     total = cache.columns + width
@@ -67,7 +68,7 @@ def codes_of(text_model: Any, runtime: Runtime, cache: SkipCache, inputs: dict[s
 
 
 def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -> Tensor:
-    """RoPE positions ``[B, T]``, host: what is given, or columns, as in Hugging Face.
+    """Positions ``[B, T]``, host: what is given, or columns, or real columns, as in Hugging Face.
 
     But within ``generate`` new columns follow on from the sequence's last real row: with right
     padding Hugging Face would continue from a pad.
@@ -75,7 +76,7 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
     if runtime.session is not None and cache.columns:
         return cache.last_positions()[:, None] + real.cumsum(1)
     if given is None:
-        positions = torch.arange(cache.columns, cache.columns + real.shape[1]).expand_as(real)
+        positions = _counted(cache, real, counts_pads=runtime.decoder.positions.counts_pads)
     else:
         positions = given.detach().cpu().to(torch.int64)
         if positions.ndim != 2 or positions.shape[1] != real.shape[1]:
@@ -89,6 +90,14 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
         last = positions[:, :end].masked_fill(~real[:, :end], -1).max(dim=1, keepdim=True).values
         return torch.cat((positions[:, :end], last + real[:, end:].cumsum(1)), dim=1)
     return positions
+
+
+def _counted(cache: SkipCache, real: Tensor, *, counts_pads: bool) -> Tensor:
+    """Positions of new columns that nobody gave, ``[B, T]``; pads have any where none counts."""
+    if counts_pads:
+        return torch.arange(cache.columns, cache.columns + real.shape[1]).expand_as(real)
+    before = (cache.codes != PAD).sum(1, keepdim=True) if cache.columns else 0
+    return (before + real.cumsum(1) - 1).clamp_min(0)
 
 
 def classes_of(config: Any, runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:

@@ -49,6 +49,8 @@ class StepLogits:
     def __init__(self, model: Any, runtime: Runtime, cache: PagedCache) -> None:
         self._model, self._runtime, self._cache = model, runtime, cache
         self._step: DeviceStep | None = None
+        next_one = int(cache.last_positions().max()) + 1
+        self._room = runtime.decoder.positions.room(next_one)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         cache, batch = self._cache, len(tokens)
@@ -63,6 +65,9 @@ class StepLogits:
         elif has_grown:
             step.state.load_pages(cache)
         step.state.choice.tokens[:batch] = tokens
+        if self._room == 0:
+            self._runtime.decoder.positions.check(cache.last_positions() + 1)
+        self._room -= 1
         step.run()
         answers = Answers(self._runtime.decoder.record, step, cache)
         answers.note()
@@ -151,6 +156,9 @@ def decode_greedily(
     """All tokens ``[B, T + n]`` from ``input_ids [B, T]`` and the prompt's last ``logits [B, V]``.
 
     The cache then holds every token but the last, as after Hugging Face's loop.
+
+    Raises:
+        ValueError: the model has no position for the next token.
     """
     batch, most = input_ids.shape[0], end.columns - input_ids.shape[1]
     first = torch.argmax(logits, dim=-1)
@@ -170,13 +178,15 @@ def decode_greedily(
         chooses=True,
     )
     step.state.load(cache, first, end.stops)
-    choice = step.state.choice
+    choice, positions = step.state.choice, runtime.decoder.positions
+    next_one = int(cache.last_positions().max()) + 1
+    steps = min(most - 1, positions.room(next_one))
     answers = Answers(runtime.decoder.record, step, cache)
     mails: deque[_Mail] = deque()
     launched = arrived = 0
     try:
-        while arrived < most - 1 and goes_on:
-            if launched < most - 1 and len(mails) < AHEAD:
+        while arrived < steps and goes_on:
+            if launched < steps and len(mails) < AHEAD:
                 if cache.make_room_for_steps(launched, 1):
                     step.state.load_pages(cache)
                 step.run()
@@ -190,5 +200,7 @@ def decode_greedily(
                 streamer.put(tokens)
     finally:  # a streamer may raise, as in Hugging Face's loop
         answers.commit(arrived)
+    if goes_on and arrived < most - 1:
+        positions.check(torch.tensor([next_one + arrived]))
     chosen = choice.history[:arrived, :batch].T
     return torch.cat((input_ids, first[:, None], chosen), dim=1)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastskip.decoder.anatomy import has_hooks, norm_of
 from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_stack import FusedDecoder, run_steps
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepShape, StepState
-from fastskip.decoder.weights import has_hooks
-from fastskip.families import text_model_of
+from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
 from fastskip.generation.graphs import capture, new_pool
 from fastskip.ops import Implementation
@@ -40,7 +40,7 @@ class DeviceStep:
         model: Any,
         decoder: FusedDecoder,
         shape: StepShape,
-        rotation: Rotation,
+        rotation: Rotation | None,
         pool: Any,
         *,
         chooses: bool,
@@ -53,14 +53,16 @@ class DeviceStep:
         if bodies is not None:
             self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
-        self._norm = text_model_of(model).norm
+        self._norm = final_norm_of(text_model_of(model))
         anchor = decoder.anchor
         self.state = StepState(decoder.plan, anchor, rotation, shape, decoder.routers)
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
         # The torch form reads counts on the host.
-        is_plain = all(map(_is_known, _modules_of(model))) and (
-            decoder.ops.implementation is Implementation.TRITON
+        is_plain = (
+            all(map(_is_known, _modules_of(model)))
+            and decoder.positions.is_plain
+            and decoder.ops.implementation is Implementation.TRITON
         )
         self._replay = capture(self._step, anchor.device, pool) if is_plain else self._step
 
@@ -77,10 +79,7 @@ class DeviceStep:
 
     def _step(self) -> None:
         state, ops = self.state, self._decoder.fused
-        if _is_plain(self._embedding, nn.Embedding):
-            ops.embed(state.choice.tokens, self._embedding.weight.detach(), state.h)
-        else:
-            state.h.copy_(self._embedding(state.choice.tokens))
+        self._embed()
         h = run_steps(self._decoder.plan, self._blocks, state.h, state.rows_of, state.store)
         norm = _norm_of(self._norm)
         if norm is None or not _is_plain(self._head, nn.Linear):
@@ -95,6 +94,17 @@ class DeviceStep:
                 self.logits = ops.head_logits(h, norm, head)
         if not self._chooses:
             ops.advance(state.choice)
+
+    def _embed(self) -> None:
+        """The tokens to feed, as rows of the residual stream."""
+        h, choice, positions = self.state.h, self.state.choice, self._decoder.positions
+        if _is_plain(self._embedding, nn.Embedding) and positions.is_plain:
+            table, places = self._embedding.weight.detach(), positions.table
+            self._decoder.fused.embed(
+                choice.tokens, table, h, positions=choice.positions, places=places
+            )
+        else:
+            h.copy_(positions.embed(self._embedding(choice.tokens), choice.positions))
 
 
 class DeviceSteps:
@@ -143,7 +153,7 @@ class DeviceSteps:
         """
         # All that a graph has baked in.
         around = [(id(m), m.weight.data_ptr(), _is_known(m)) for m in _modules_of(model)]
-        version = (decoder.version, decoder.addresses(), *around)
+        version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
         if version != self._version:
             self._steps.clear()
             self._version, self._pool = version, new_pool(decoder.anchor.device)
@@ -167,7 +177,7 @@ class DeviceSteps:
                 self._steps.popitem(last=False)
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.
             with torch.inference_mode(False), torch.no_grad():
-                rotation = decoder.rotation(positions, decoder.anchor)
+                rotation = decoder.positions.rotation(positions, decoder.anchor)
                 step = DeviceStep(
                     model, decoder, shape, rotation, self._pool, chooses=chooses, bodies=bodies
                 )
@@ -199,7 +209,11 @@ def _power_of_two(count: int) -> int:
 
 def _modules_of(model: Any) -> tuple[Any, Any, Any]:
     """What a step runs besides the layers: embedding, final norm, head."""
-    return model.get_input_embeddings(), text_model_of(model).norm, model.get_output_embeddings()
+    return (
+        model.get_input_embeddings(),
+        final_norm_of(text_model_of(model)),
+        model.get_output_embeddings(),
+    )
 
 
 def _is_known(module: Any) -> bool:
@@ -214,6 +228,4 @@ def _is_plain(module: Any, kind: type) -> bool:
 
 def _norm_of(module: Any) -> Norm | None:
     """The final norm as the fused operations read it, or ``None`` if it is something else."""
-    if has_hooks(module) or not hasattr(module, "variance_epsilon"):
-        return None
-    return Norm(module.weight, float(module.variance_epsilon))
+    return None if has_hooks(module) else norm_of(module)

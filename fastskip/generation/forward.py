@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from fastskip.families import check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.columns import cache_of, codes_of, positions_of, real_columns
 from fastskip.generation.runtime import Runtime
@@ -20,10 +21,13 @@ def decode_columns(
 ) -> BaseModelOutputWithPast:
     """Runs the decoder on embedded columns ``h [B, T, D]``; ``inputs`` as Hugging Face names them.
 
+    Raises ``UnsupportedModelError`` in a mode that would run wrongly.
+
     Returns ``last_hidden_state [B, T, D]``, or ``[B, k, D]`` if the outer model said in
     ``kept_columns [B, k]`` which logits it reads; rows of pads are unspecified.
     """
     batch, width = h.shape[:2]
+    check_mode(text_model)
     wants_gradient = torch.is_grad_enabled() and (
         h.requires_grad or any(p.requires_grad for p in text_model.parameters())
     )
@@ -47,7 +51,7 @@ def decode_columns(
         keeps_cache=is_returned,
         watch=(lambda _, rows: seen.append(rows.clone())) if wants_hidden else None,
     )
-    out = text_model.norm(out)
+    out = final_norm_of(text_model)(out)
     hidden = layout.unpack(out) if kept is None or kept.rows is None else kept.unpack(out)
     states = (*(layout.unpack(rows) for rows in seen), hidden) if wants_hidden else None
     if kept is not None and kept.rows is None:

@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.families import text_model_of
+from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
@@ -125,7 +125,7 @@ class _DecodeStep:
     def __init__(self, model: Any, runtime: Runtime, cache: SkipCache) -> None:
         self._embed = model.get_input_embeddings()
         self._head = model.get_output_embeddings()
-        self._norm = text_model_of(model).norm
+        self._norm = final_norm_of(text_model_of(model))
         self._decoder, self._cache = runtime.decoder, cache
         codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])
         positions = cache.last_positions()[:, None] + 1

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.families import MULTIMODAL, text_model_of
+from fastskip.families import MULTIMODAL, final_norm_of, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
@@ -38,9 +38,10 @@ def prepare(model: Any, runtime: Runtime) -> None:
     _adopt(model, PreparedModel, runtime)
 
 
-def _logits_of(model: Any, rows: Tensor) -> Tensor:
-    """Final norm and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
-    logits: Tensor = model.get_output_embeddings()(text_model_of(model).norm(rows))
+def _logits_of(model: Any, rows: Tensor, normed: bool) -> Tensor:
+    """Final norm (if ``normed``) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
+    rows = final_norm_of(text_model_of(model))(rows) if normed else rows
+    logits: Tensor = model.get_output_embeddings()(rows)
     return logits
 
 

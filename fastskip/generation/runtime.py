@@ -9,7 +9,7 @@ from threading import RLock
 from typing import Any
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.device_routes import unsupported_routing
+from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
 from fastskip.generation.cache_name import CACHE_NAME
@@ -65,11 +65,10 @@ class Runtime:
                 need; says what does.
         """
         decoder = self.decoder
-        weight = decoder.text_model.norm.weight
         if not isinstance(decoder, FusedDecoder):
             raise ValueError("attention: 'flash' needs impl='triton'; allowed here: None")
         _require_causal(self.plan)
-        decoder.flash = load_flash(weight.dtype, weight.device)
+        decoder.flash = load_flash(decoder.like.dtype, decoder.like.device)
 
     def set_plan(self, plan: SkipPlan, routers: Sequence[Router] = ()) -> None:
         """Swaps the plan; weights stay where they are."""
@@ -79,9 +78,9 @@ class Runtime:
             self.plan = self.decoder.plan = plan
             self.decoder.routers = routers
 
-    def unsupported_routing(self, plan: SkipPlan) -> str | None:
+    def unsupported_plan(self, plan: SkipPlan) -> str | None:
         """What of a plan's routers this implementation cannot run; ``None`` if it can all."""
-        return unsupported_routing(plan) if isinstance(self.decoder, FusedDecoder) else None
+        return unsupported_plan(plan) if isinstance(self.decoder, FusedDecoder) else None
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecord]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.plan import SkipPlan
-from fastskip.policy import PolicyError, SkipPolicy, Sublayer
+from fastskip.policy import PolicyError, Semantics, SkipPolicy, Sublayer
 
 POLICY_FILE = "fastskip_policy.json"
 ROUTER_FILE = "fastskip_router_{}.safetensors"
@@ -68,9 +68,12 @@ def _read(path: Path, field: str) -> bytes:
 def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
     """The plan's all-token skips as transformers says them; raises where it cannot be said."""
     policy = plan.policy
-    if policy.arrangements or policy.routers:
+    others = policy.arrangements or policy.routers or policy.masks
+    if others or policy.semantics is not Semantics.CLEAN:
         raise PolicyError(
-            "export_per_layer_config", policy.to_dict(), "rules only, no arrangements or routers"
+            "export_per_layer_config",
+            policy.to_dict(),
+            "rules only: no arrangements, routers or masks, clean semantics",
         )
     layers: dict[int, dict[str, list[str]]] = {}
     for layer in plan.layers:

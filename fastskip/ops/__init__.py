@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastskip.ops import fused, reference
+from fastskip.ops.contracts import Activation, Norm
 from fastskip.ops.operations import FusedOperations
 
 
@@ -43,9 +44,9 @@ class Operations:
     """
 
     implementation: Implementation
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    normalize: Callable[[Tensor, Norm], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    gated_silu: Callable[[Tensor], Tensor]
+    activate: Callable[[Tensor, Activation], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend: Callable[..., Tensor]
     fused: FusedOperations | None = None
@@ -57,9 +58,9 @@ class Operations:
 
 REFERENCE = Operations(
     Implementation.REFERENCE,
-    reference.rms_norm,
+    reference.normalize,
     reference.linear,
-    reference.gated_silu,
+    reference.activate,
     reference.rotate,
     reference.attend,
 )

@@ -309,9 +309,22 @@ def advance(choice: Choice) -> None:
     choice.positions.add_(1)
 
 
-def embed(tokens: Tensor, table: Tensor, out: Tensor) -> None:
-    """``out[b] = table[tokens[b]]``: ``[B] -> [B, D]``."""
+def embed(
+    tokens: Tensor,
+    table: Tensor,
+    out: Tensor,
+    *,
+    positions: Tensor | None = None,
+    places: Tensor | None = None,
+) -> None:
+    """``out[b] = table[tokens[b]]``, plus ``places[positions[b]]`` if there are: ``[B] -> [B, D]``.
+
+    ``places [positions, D]``: what a model that learns its positions adds; needs ``positions [B]``.
+    """
     out.copy_(F.embedding(tokens, table))
+    if places is not None:
+        assert positions is not None
+        out.add_(F.embedding(positions, places))
 
 
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,15 @@ class FusedOperations(Protocol):
 
     def advance(self, choice: Choice) -> None: ...
 
-    def embed(self, tokens: Tensor, table: Tensor, out: Tensor) -> None: ...
+    def embed(
+        self,
+        tokens: Tensor,
+        table: Tensor,
+        out: Tensor,
+        *,
+        positions: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> None: ...
 
     def compact(self, mask: Tensor) -> tuple[Tensor, Tensor]: ...
 

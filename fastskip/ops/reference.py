@@ -14,9 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastskip.ops.contracts import Activation, Norm
+
 # Queries of one product: large enough to fill a core, small enough to skip what lies ahead.
 _BLOCK = 128
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """RMS norm or LayerNorm over the last axis, ``[N, D]``."""
+    if norm.is_centred:
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.epsilon)
+    return rms_norm(x, norm.weight, norm.epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -31,6 +40,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``: ``[N, D] x [M, D] -> [N, M]``."""
     return F.linear(x, weight, bias)
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """``[N, 2F] -> [N, F]`` if gated, else ``[N, F] -> [N, F]``."""
+    return gated_silu(x) if activation is Activation.GATED_SILU else F.relu(x)
 
 
 def gated_silu(gate_up: Tensor) -> Tensor:

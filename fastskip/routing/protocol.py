@@ -106,8 +106,9 @@ class RoutingContext(Protocol):
         Where a caller crops or reorders the cache (beams), its tensors stay as they are.
         """
 
-    def logits(self, rows: Tensor | None = None) -> Tensor:
-        """Logit lens: final norm and head on candidates ``rows [m]`` (all): ``[m, V]``."""
+    def logits(self, rows: Tensor | None = None, *, normed: bool = True) -> Tensor:
+        """Logit lens: final norm (unless not ``normed``) and head on candidates ``rows [m]`` (all):
+        ``[m, V]``."""
 
     def attention_of(self, row: int) -> AttentionWeights:
         """How a candidate attended in the nearest layer below; computed again for this call.

@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, select_layers
+from fastskip.routing.paper import PAPER_KINDS, build_paper_router
 from fastskip.routing.protocol import Router
 from fastskip.routing.routers import ScoreRouter
 from fastskip.routing.weights import read_weights
@@ -66,9 +67,11 @@ def _plug_in(rule: RouterRule, field: str, given: Mapping[str, Any]) -> Router:
             problem = "a router that is handed in takes no options"
             raise PolicyError(f"{field}.options", dict(rule.options), "none", problem)
         return _checked(given[rule.kind], rule, field)
+    if rule.kind in PAPER_KINDS:
+        return build_paper_router(rule.kind, rule.options or {}, field)
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if rule.kind not in installed:
-        names = sorted({*given, *installed})
+        names = sorted({*given, *installed, *PAPER_KINDS})
         problem = f"no plug-in {rule.kind!r} is given or installed"
         allowed = f"one of {names}, or routers={{{rule.kind!r}: ...}}"
         raise PolicyError(f"{field}.kind", rule.kind, allowed, problem)

@@ -11,6 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+
+class UncheckedPolicyError(ValueError):
+    """A policy without a form as a masked dense computation: nothing can be said of it."""
+
+
 IMAGE, TEXT, GENERATED = 0, 1, 2
 """The values of a `token_classes` tensor."""
 
@@ -31,6 +36,11 @@ class LayerCells:
     parallel: Norm | None = None
     pair_first: bool = False
     pair_second: Combine | None = None
+    arranged: frozenset[int] = frozenset()
+    """The classes that are parallel, or paired."""
+    hidden: frozenset[int] = frozenset()
+    """Classes that show hidden states as key and value."""
+    unimodal: bool = False
 
 
 def classes_of(config: Any) -> frozenset[int]:
@@ -78,12 +88,20 @@ def read_policy(
 ) -> tuple[LayerCells, ...]:
     """Resolve the rules and arrangements in the plain data of a policy for `depth` layers.
 
-    The policy is taken to be valid. The reserved fields have no meaning yet and are refused. What
-    routers decide is not said here: see `read_routed_kv`.
+    The policy is taken to be valid. What routers decide is not said here: see `read_routed_kv`.
+    `removals`, and pairs under semantics "reference" (whose cache is no cache of what ran), have
+    no form in a masked computation and are refused.
     """
-    for field in ("removals", "masks"):
-        if policy.get(field):
-            raise ValueError(f"{field}: the masked dense computation has no form for it")
+    refers = policy.get("semantics") == "reference"
+    pairs = [rule for rule in policy.get("arrangements", ()) if rule["kind"] == "pair"]
+    if policy.get("removals") or (refers and pairs):
+        what = (
+            "removals" if policy.get("removals") else "arrangements: pairs of semantics reference"
+        )
+        allowed = 'policies without them, or "semantics": "clean"'
+        raise UncheckedPolicyError(
+            f"{what}: the masked dense computation has no form for it; allowed: {allowed}"
+        )
     without: dict[str, list[set[int]]] = {
         sublayer: [set() for _ in range(depth)] for sublayer in ("attention", "ffn")
     }
@@ -95,14 +113,34 @@ def read_policy(
             for sublayer in skipped - {"block"}:
                 without[sublayer][layer] |= _classes(rule["tokens"])
             if "attention" in skipped:
-                kv = rule.get("kv") or "project"
+                kv = rule.get("kv") or ("" if refers else "project")
                 kept[layer] |= dict.fromkeys(_classes(rule["tokens"]), kv)
+    if refers:
+        for layer, own in enumerate(kept):
+            for token_class, kv in own.items():
+                alone = token_class not in without["ffn"][layer]
+                own[token_class] = kv or ("hidden" if alone else "reuse")
     sources = _sources(without["attention"], kept, classes)
-    form = _arrangements(policy.get("arrangements", ()), depth)
+    form = _arrangements(policy.get("arrangements", ()), depth, "shared" if refers else "own")
+    if refers:
+        for layer in range(depth):
+            skipping = (without["attention"][layer] - without["ffn"][layer]) & classes
+            if skipping:
+                arranged = form.get(layer, {}).get("arranged", frozenset()) | skipping
+                form[layer] = {"parallel": "shared", "arranged": arranged}
+    for rule in policy.get("masks", ()):
+        for layer in _indices(rule["layers"], depth):
+            form[layer] = {**form.get(layer, {}), "unimodal": True}
     return tuple(
-        LayerCells(frozenset(attention), frozenset(ffn), source, **form.get(layer, {}))
-        for layer, (attention, ffn, source) in enumerate(
-            zip(without["attention"], without["ffn"], sources, strict=True)
+        LayerCells(
+            frozenset(attention),
+            frozenset(ffn),
+            source,
+            hidden=frozenset(c for c, kv in own.items() if kv == "hidden"),
+            **form.get(layer, {}),
+        )
+        for layer, (attention, ffn, source, own) in enumerate(
+            zip(without["attention"], without["ffn"], sources, kept, strict=True)
         )
     )
 
@@ -153,23 +191,28 @@ def _sources(
             rule = kv.get(token_class, "project")
             below = [s[token_class] for s in reversed(sources) if s[token_class] is not None]
             reused = below[0] if below else None
-            row.append({"project": layer, "reuse": reused, "omit": None}[rule])
+            own = {"project": layer, "hidden": layer, "reuse": reused, "omit": None}
+            row.append(own[rule])
         sources.append(tuple(row))
     return sources
 
 
-def _arrangements(rules: Iterable[Mapping[str, Any]], depth: int) -> dict[int, dict[str, Any]]:
+def _arrangements(
+    rules: Iterable[Mapping[str, Any]], depth: int, unnamed: str
+) -> dict[int, dict[str, Any]]:
     form: dict[int, dict[str, Any]] = {}
     for rule in rules:
-        layers = rule["layers"]
+        layers, arranged = rule["layers"], frozenset(_classes(rule.get("tokens", "all")))
         if rule["kind"] == "parallel":
-            norm = rule.get("norm") or "own"
-            form |= {layer: {"parallel": norm} for layer in _indices(layers, depth)}
+            norm = rule.get("norm") or unnamed
+            own = {"parallel": norm, "arranged": arranged}
+            form |= dict.fromkeys(_indices(layers, depth), own)
             continue
         if isinstance(layers, str):
             flat = _indices(layers, depth)
             layers = list(zip(flat[::2], flat[1::2], strict=True))
         for first, second in layers:
-            form[first] = {"pair_first": True}
-            form[second] = {"pair_second": rule.get("combine") or "sum"}
+            form[first] = {"pair_first": True, "arranged": arranged}
+            combine = rule.get("combine") or "sum"
+            form[second] = {"pair_second": combine, "arranged": arranged}
     return form

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from fastskip.families import text_model_of
+from fastskip.families import final_norm_of, text_model_of
 from fastskip.loading import PolicyLike, apply_, record_routing
 from fastskip.policy import SkipPolicy
 from fastskip.routing import RoutingRecord
@@ -219,7 +219,9 @@ def _expect(
     with MaskedOracle(model, policy.to_dict(), decisions) as oracle:
         scores = oracle.continuation(prompt, tokens)[:, :-1]
         *states, last = oracle.stream
-        return _Expected(logits, scores, [*states, text_model_of(model).norm(last)], prompt)
+        return _Expected(
+            logits, scores, [*states, final_norm_of(text_model_of(model))(last)], prompt
+        )
 
 
 def _decisions(record: RoutingRecord, device: torch.device) -> Decisions:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastskip.verification.cells import LayerCells, is_member
@@ -42,6 +43,8 @@ class HookedLayer:
         keep(self._ffn_norm.register_forward_pre_hook(self._choose_ffn_input))
         keep(self._ffn_norm.register_forward_hook(self._choose_ffn_norm))
         keep(self._ffn_end.register_forward_hook(self._mask_ffn))
+        for name in ("k_proj", "v_proj") if self._cells.hidden else ():
+            keep(getattr(self._module.self_attn, name).register_forward_hook(self._keep_hidden))
         keep(self._module.register_forward_hook(self._combine))
 
     def _see_input(self, module: nn.Module, args: tuple[Tensor, ...], normed: Tensor) -> None:
@@ -53,11 +56,20 @@ class HookedLayer:
 
     def _choose_ffn_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
         """Parallel with a norm of its own: the FFN reads the block's input."""
-        return (self._input.reshape(args[0].shape),) if self._cells.parallel == "own" else args
+        if self._cells.parallel != "own":
+            return args
+        return (self._where_arranged(self._input.reshape(args[0].shape), args[0]),)
 
     def _choose_ffn_norm(self, module: nn.Module, args: Any, normed: Tensor) -> Tensor:
         """Parallel with the shared norm: the FFN reads what the attention read."""
-        return self._normed.reshape(normed.shape) if self._cells.parallel == "shared" else normed
+        if self._cells.parallel != "shared":
+            return normed
+        return self._where_arranged(self._normed.reshape(normed.shape), normed)
+
+    def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Where K or V is what the attention reads: its projection is left out."""
+        rows = is_member(self.token_classes, self._cells.hidden)
+        return torch.where(rows[..., None], args[0], output)
 
     def _mask_ffn(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         self._ffn = self._without(output, self._cells.without_ffn, "ffn")
@@ -67,12 +79,17 @@ class HookedLayer:
         """A pair's first layer leaves the stream alone, so that the second reads the same."""
         self.output = output
         if self._cells.pair_first:
-            self.output = self._input
+            self.output = self._where_arranged(self._input, output)
         elif self._cells.pair_second is not None:
             total = self._before._change() + self._change()
             change = total if self._cells.pair_second == "sum" else total / 2
-            self.output = self._input + change
+            self.output = self._where_arranged(self._input + change, output)
         return self.output
+
+    def _where_arranged(self, arranged: Tensor, others: Tensor) -> Tensor:
+        """The first for rows of the arranged classes, the second for all others."""
+        rows = is_member(self.token_classes, self._cells.arranged)
+        return torch.where(rows.reshape(arranged.shape[:-1])[..., None], arranged, others)
 
     def _change(self) -> Tensor:
         return self._attention + self._ffn.reshape(self._attention.shape)

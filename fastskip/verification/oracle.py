@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from fastskip.verification.cells import (
     GENERATED,
+    IMAGE,
+    UncheckedPolicyError,
     classes_of,
     classify,
     read_policy,
@@ -71,6 +73,10 @@ class MaskedOracle:
         self._decoder = decoder if hasattr(decoder, "layers") else decoder.get_decoder()
         depth = len(self._decoder.layers)
         self._config = model.config
+        if policy.get("semantics") == "reference" and hasattr(self._decoder.layers[0], "fc1"):
+            raise UncheckedPolicyError(
+                "semantics: reference has no form in a masked OPT; allowed: clean"
+            )
         self.cells = read_policy(policy, depth, classes_of(model.config))
         self._layers: list[HookedLayer] = []
         for module, cells in zip(self._decoder.layers, self.cells, strict=True):
@@ -311,6 +317,9 @@ class MaskedOracle:
         shown = run.real & (sources != NOTHING)
         causal = torch.ones(columns, columns, dtype=torch.bool, device=key.device).tril()
         visible = (causal & shown[:, None, :])[:, None]
+        if self.cells[layer].unimodal:
+            is_image = run.token_classes == IMAGE
+            visible = visible & (is_image[:, :, None] == is_image[:, None, :])[:, None]
 
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

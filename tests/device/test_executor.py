@@ -25,7 +25,6 @@ from tests.models import LLAVA_KINDS, Kind, tiny_llama, tiny_llava
 from tests.policies import CELLS, MIXED, cell_policy, pair, parallel, policy_of, skip
 
 ALL = MIXED["each class its own rule"]
-SUPPORTED: tuple[Kind, ...] = tuple(kind for kind in LLAVA_KINDS if kind != "llava_opt")
 WIRING = policy_of(
     skip([0], ["generated"], "attention", kv="omit"),
     skip([0], ["image"], "ffn"),
@@ -67,7 +66,7 @@ def test_cells(trio: Trio, cell: str, token_class: str) -> None:
     trio.check_greedy(policy, batch, 3)
 
 
-@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("kind", LLAVA_KINDS)
 def test_families(kind: Kind) -> None:
     trio = Trio(tiny_llava(kind), IMPL)
     batch = random_batch(trio.plain, 2, images=(2, 0, 1))

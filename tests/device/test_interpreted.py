@@ -85,3 +85,27 @@ def test_logits_that_a_processor_sees(trio: Trio, batch: Batch) -> None:
     with tuning.table(STREAM):
         ahead = generate(model, batch, NEW)
         assert torch.equal(generate(model, batch, NEW, renormalize_logits=True), ahead)
+
+
+@pytest.fixture(scope="module")
+def opt() -> Trio:
+    """LayerNorm, learned positions, ReLU, biases everywhere."""
+    return Trio(tiny_llava("llava_opt", hidden=48, ffn=72, heads=3), impl="triton")
+
+
+@pytest.mark.parametrize(
+    "name", ["each class its own rule", "parallel, shared", "pairs to the end"]
+)
+def test_opt_token_for_token(name: str, opt: Trio) -> None:
+    batch = random_batch(opt.plain, 3, images=(1, 0))
+    tokens = greedy(opt.plain, POLICIES[name], batch, NEW)
+    with tuning.table(STREAM), counted() as account:
+        assert torch.equal(generate(opt.under(POLICIES[name]), batch, NEW), tokens)
+    assert account.by_kernel["head"][0] == account.by_kernel["embed"][0] == NEW - 1
+
+
+def test_opt_in_half_precision(opt: Trio) -> None:
+    half = Trio(copy.deepcopy(opt.plain).to(torch.bfloat16), impl="triton")
+    batch = random_batch(opt.plain, 3, images=(1, 0))
+    with tuning.table(TENSOR):
+        half.check_forward(POLICIES["each class its own rule"], batch)

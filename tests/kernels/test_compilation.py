@@ -127,9 +127,12 @@ def test_each_check_can_fail(finding: Finding, arch: int, says: str | None) -> N
 
 
 def test_changes_against_the_kept_rows_are_named() -> None:
-    row = compile_gate.Compiled("default", "call", "head", "7b", 1, {}, GOOD, ()).record
+    row = compile_gate.Compiled("default", "call", "head", "7b", 1, {}, GOOD, (), "ab").record
     more, other = {**row, "registers": 120}, {**row, "rows": 2}
     assert compile_gate.differences([row], [row]) == {}
+    assert not list(compile_gate.untrue([row], [row, {**row, "key": "cd", "registers": 7}]))
+    (line,) = compile_gate.untrue([row], [{**row, "registers": 7}])
+    assert "'registers': 7" in line
     changes = list(compile_gate.differences([more, other], [row, {**row, "rows": 4}]).values())
     assert changes == ["registers was 100", "new", "gone"]
 
@@ -147,3 +150,12 @@ def test_probes_reach_every_entry_of_a_table(slug: str) -> None:
 def test_an_entry_that_nothing_reaches_is_named() -> None:
     found = [probed for probed in probes.record("default") if probed.launch.name != "embed"]
     assert "embed" in next(compile_gate.unreached("default", found))
+
+
+def test_kept_findings_are_known_but_for_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = compile_gate.Compiled("default", "call", "head", "7b", 1, {}, GOOD, (), "").record
+    keys = [f"{number:08x}" for number in range(3 * compile_gate.ONE_IN)]
+    monkeypatch.setattr(compile_gate, "_kept", lambda arch: [{**row, "key": key} for key in keys])
+    known = compile_gate.known(90)
+    assert len(known) == len(keys) - 3 and keys[0] not in known
+    assert all(finding == GOOD for finding in known.values())

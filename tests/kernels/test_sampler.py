@@ -118,12 +118,20 @@ def test_advance(rows: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 5])
-def test_embed(rows: int, dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("has_places", [False, True])
+def test_embed(has_places: bool, rows: int, dtype: torch.dtype, device: torch.device) -> None:
     table = exact(11, 70, seed=1).to(device, dtype)
+    places, positions = None, torch.tensor([4, 0, 6, 6, 1][:rows], dtype=torch.int32, device=device)
+    if has_places:
+        places = exact(9, 70, seed=2).to(device, dtype)[2:]
     tokens = torch.tensor([10, 0, 3, 3, 9][:rows], dtype=torch.int64, device=device)
     out = torch.full((rows + 1, 80), 5.0, dtype=dtype, device=device)
-    sampler.embed(tokens, table, out[:rows, :70], config={"BLOCK_D": 64, "num_warps": 4})
-    assert torch.equal(out[:rows, :70], table[tokens])
+    expected = torch.empty(rows, 70, dtype=dtype, device=device)
+    for embed, into in ((sampler.embed, out[:rows, :70]), (fused.embed, expected)):
+        embed(tokens, table, into, positions=positions, places=places)
+    assert torch.equal(out[:rows, :70], expected)
+    by_hand = table[tokens] if places is None else table[tokens] + places[positions.long()]
+    assert torch.equal(expected, by_hand)
     assert (out[rows:] == 5).all() and (out[:, 70:] == 5).all()
 
 

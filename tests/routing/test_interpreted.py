@@ -51,6 +51,11 @@ def trio(plain: PreTrainedModel) -> Trio:
 
 
 @pytest.fixture(scope="module")
+def opt() -> Trio:
+    return Trio(tiny_llava("llava_opt", hidden=HIDDEN, ffn=72, heads=3), impl="triton")
+
+
+@pytest.fixture(scope="module")
 def batch(plain: PreTrainedModel) -> Batch:
     return random_batch(plain, 3, images=(1, 0))
 
@@ -61,6 +66,15 @@ def test_generates_what_the_masked_model_does(name: str, trio: Trio, batch: Batc
         _, masks = check_generate(trio, POLICIES[name], batch, new=3)
     assert any(mask.any() for mask in masks.values())
     assert account.by_kernel["head"][0] == 2  # every step ran on kernels
+
+
+@pytest.mark.parametrize("name", ["attention, reuse", "parallel"])
+def test_layer_norms_and_relu(name: str, opt: Trio) -> None:
+    batch = random_batch(opt.plain, 3, images=(1, 0))
+    with tuning.table(STREAM), counted() as account:
+        _, masks = check_generate(opt, POLICIES[name], batch, new=3)
+    assert any(mask.any() for mask in masks.values())
+    assert account.by_kernel["head"][0] == 2
 
 
 def test_learned_scores(trio: Trio, batch: Batch, tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_it_holds(policy: Policy | None, padding: str) -> None:
 def test_a_fault_under_routers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Block._ffn
 
-    def wrong(self: Block, h: Any, rows: Any, norm: Any) -> Any:
-        found = right(self, h, rows, norm)
+    def wrong(self: Block, h: Any, *rest: Any) -> Any:
+        found = right(self, h, *rest)
         return found if self.plan.index != 2 or found is None else 1.01 * found
 
     monkeypatch.setattr(Block, "_ffn", wrong)

@@ -1,0 +1,47 @@
+"""What of a plan the device executor cannot run: the plain runtime runs all of it."""
+
+from __future__ import annotations
+
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.policy import ROUTER_KINDS, Arrangement, Norm, SkippedKV
+
+
+def unsupported_plan(plan: SkipPlan) -> str | None:
+    """What the device executor cannot run of a plan; ``None`` if it can all of it."""
+    for layer in plan.layers:
+        reason = _unsupported_layer(layer)
+        if reason is not None:
+            return f"{reason} in layer {layer.index}"
+    return _unsupported_routing(plan)
+
+
+def _unsupported_layer(layer: LayerPlan) -> str | None:
+    is_stacked = layer.arrangement is Arrangement.PARALLEL and layer.norm is Norm.STACKED
+    reasons = {
+        "kv hidden": layer.leaving_hidden,
+        "an arrangement for some of the token classes": not layer.is_arranged_whole,
+        "a parallel FFN that reads stacked norms": is_stacked,
+        "a residual stream that becomes its norm (semantics reference)": layer.replaced,
+        "a pair that keeps the mean of K and V (semantics reference)": layer.merges_kv,
+        "a unimodal mask": layer.unimodal,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _unsupported_routing(plan: SkipPlan) -> str | None:
+    """What of a plan's routers the device executor cannot run; ``None`` if it can all of it."""
+    plug_ins = sorted({cell.rule.kind for cell in plan.routed if cell.rule.is_plug_in})
+    if plug_ins:
+        return f"routers {', '.join(plug_ins)} of its own; supported: {', '.join(ROUTER_KINDS)}"
+    for layer in plan.layers:
+        kinds = {c: {cell.kv} for c, cell in layer.cells.items()}
+        for routed in plan.routed_by_layer.get(layer.index, ()):
+            kinds[routed.token_class].add(routed.skipped.kv)
+        for token_class, own in kinds.items():
+            sources = plan.kv_sources(layer.index, token_class)
+            if SkippedKV.REUSE in own and plan.layers[sources[0]].hollow:
+                return (
+                    f"kv reuse in layer {layer.index} over layer {sources[0]}, where a router may "
+                    "leave rows without an entry; supported: kv project or omit there"
+                )
+    return None

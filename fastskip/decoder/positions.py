@@ -1,0 +1,163 @@
+"""How rows know where they stand: queries and keys turn, or something is added to embeddings."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fastskip.decoder.anatomy import has_hooks
+from fastskip.decoder.rope import RotaryTable
+from fastskip.ops.contracts import Rotation
+from fastskip.tokens import Rows
+
+
+class Turns(Protocol):
+    """What an attention does to its queries and keys, of all packed rows or some of them."""
+
+    def take(self, rows: Rows) -> Turns:
+        """Of these rows."""
+
+    def turn(self, heads: Tensor) -> Tensor:
+        """``[N, H, K] -> [N, H, K]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTurns:
+    """RoPE: tables ``[N, 1, K]``, as ``ops.rotate`` takes them."""
+
+    cosine: Tensor
+    sine: Tensor
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def take(self, rows: Rows) -> RotaryTurns:
+        return RotaryTurns(rows.take(self.cosine), rows.take(self.sine), self.rotate)
+
+    def turn(self, heads: Tensor) -> Tensor:
+        return self.rotate(heads, self.cosine, self.sine)
+
+
+class NoTurns:
+    """Heads stay as they are."""
+
+    def take(self, rows: Rows) -> NoTurns:
+        return self
+
+    def turn(self, heads: Tensor) -> Tensor:
+        return heads
+
+
+class Positions(Protocol):
+    """A decoder's positions.
+
+    Attributes:
+        counts_pads: whether a row's position, where none is given, is its column.
+        table: ``[positions, D]`` that decode steps add to embeddings; ``None``: nothing.
+        is_plain: whether ``table`` says all that is added.
+    """
+
+    counts_pads: bool
+
+    @property
+    def table(self) -> Tensor | None: ...
+
+    @property
+    def is_plain(self) -> bool: ...
+
+    def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """What enters layer 0, of embeddings ``[N, D]`` at ``positions [N]`` of any device."""
+
+    def check(self, positions: Tensor) -> None:
+        """Raises ``ValueError`` if one of ``positions [N]`` (host) is none."""
+
+    def room(self, next_one: int) -> int:
+        """How many positions there are from ``next_one`` on."""
+
+    def turns(self, positions: Tensor, like: Tensor) -> Turns:
+        """For ``positions [N]`` (host), in the dtype and on the device of ``like``."""
+
+    def rotation(self, needed: int, like: Tensor) -> Rotation | None:
+        """Tables of at least ``needed`` positions as kernels read them; ``None`` without RoPE."""
+
+
+class RotaryPositions:
+    """RoPE: nothing is added, queries and keys turn."""
+
+    counts_pads = True
+    table = None
+    is_plain = True
+
+    def __init__(self, rotary: Any, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        self._tables, self._rotate = RotaryTable(rotary), rotate
+
+    def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return rows
+
+    def check(self, positions: Tensor) -> None:
+        """Every position has its angles."""
+
+    def room(self, next_one: int) -> int:
+        return sys.maxsize
+
+    def turns(self, positions: Tensor, like: Tensor) -> Turns:
+        return RotaryTurns(*self._tables.at(positions, like), self._rotate)
+
+    def rotation(self, needed: int, like: Tensor) -> Rotation | None:
+        return Rotation(*self._tables.halves(needed, like))
+
+
+class LearnedPositions:
+    """A learned row a position is added to the embeddings, as in OPT; pads do not count."""
+
+    counts_pads = False
+
+    def __init__(self, text_model: Any) -> None:
+        # Not its embedding, which users may replace.
+        self._text_model = text_model
+
+    @property
+    def table(self) -> Tensor | None:
+        embedding = self._text_model.embed_positions
+        table: Tensor = embedding.weight.detach()[embedding.offset :]
+        return table
+
+    @property
+    def is_plain(self) -> bool:
+        embedding = self._text_model.embed_positions
+        is_own = type(embedding).__name__ == "OPTLearnedPositionalEmbedding"
+        return is_own and not has_hooks(embedding)
+
+    def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
+        at = positions.to(rows.device)
+        # The mask would only say where the positions are, which are given.
+        added: Tensor = self._text_model.embed_positions(None, position_ids=at)
+        return rows + added
+
+    def check(self, positions: Tensor) -> None:
+        count = self.room(0)
+        wrong = positions[(positions < 0) | (positions >= count)]
+        if len(wrong):
+            raise ValueError(
+                f"position_ids: {int(wrong[0])}; allowed: 0 to {count - 1}, the positions that "
+                "the model has learned (max_position_embeddings)"
+            )
+
+    def room(self, next_one: int) -> int:
+        embedding = self._text_model.embed_positions
+        return max(0, int(embedding.num_embeddings - embedding.offset) - next_one)
+
+    def turns(self, positions: Tensor, like: Tensor) -> Turns:
+        return NoTurns()
+
+    def rotation(self, needed: int, like: Tensor) -> Rotation | None:
+        return None
+
+
+def positions_of(text_model: Any, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Positions:
+    """The positions of a decoder; ``rotate``: the operation that turns heads."""
+    if hasattr(text_model, "embed_positions"):
+        return LearnedPositions(text_model)
+    return RotaryPositions(text_model.rotary_emb, rotate)

@@ -1,0 +1,324 @@
+"""The modes of "Skipping Computations in Multimodal LLMs" (Shukor & Cord, arXiv 2410.09454) and of
+its sister paper (arXiv 2405.16700) as presets `paper/<mode>`.
+
+A layer l is selected where start < l < end and l is a multiple of the interval, as in the papers'
+code: both bounds are exclusive, so that by default the first and the last layer stay dense.
+Negative bounds count from the end. `scope` says whose rows: all, prompt (image and text), image,
+text or generated. `semantics="reference"` gives what the papers' code computes where that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastskip.policy_fields import member, names
+from fastskip.policy_routers import RouterRule
+from fastskip.policy_rules import AnyRule, ArrangementRule, MaskRule, SkipRule
+from fastskip.vocabulary import (
+    Arrangement,
+    Mask,
+    PolicyError,
+    Semantics,
+    SkippedKV,
+    Sublayer,
+    TokenClass,
+)
+
+BLOCK = (Sublayer.ATTENTION, Sublayer.FFN)
+SCOPES: Mapping[str, str | tuple[TokenClass, ...]] = {
+    "all": "all",
+    "prompt": (TokenClass.IMAGE, TokenClass.TEXT),
+    **{token_class.value: (token_class,) for token_class in TokenClass},
+}
+SKIPS = {"block": BLOCK, "ffn": (Sublayer.FFN,), "attention": (Sublayer.ATTENTION,)}
+Interval = int | str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a preset stands for."""
+
+    rules: tuple[AnyRule, ...]
+    semantics: Semantics = Semantics.CLEAN
+
+
+def skip_block(
+    scope: str = "all",
+    interval: Interval = 2,
+    start: int = 0,
+    end: int = -1,
+    depth: int | None = None,
+    kv: str | None = None,
+    semantics: str = "clean",
+) -> Made:
+    """Skip whole blocks; half of them by default."""
+    return _skip("block", scope, selected(interval, start, end, depth), kv, semantics)
+
+
+def skip_ffn(
+    scope: str = "all",
+    interval: Interval = 2,
+    start: int = 0,
+    end: int = -1,
+    depth: int | None = None,
+    semantics: str = "clean",
+) -> Made:
+    """Skip FFNs."""
+    return _skip("ffn", scope, selected(interval, start, end, depth), None, semantics)
+
+
+def skip_attention(
+    scope: str = "all",
+    interval: Interval = 2,
+    start: int = 0,
+    end: int = -1,
+    depth: int | None = None,
+    kv: str | None = None,
+    semantics: str = "clean",
+) -> Made:
+    """Skip self-attention."""
+    return _skip("attention", scope, selected(interval, start, end, depth), kv, semantics)
+
+
+def parallel_attention(
+    scope: str = "all",
+    interval: Interval = 1,
+    start: int = 0,
+    end: int = -1,
+    depth: int | None = None,
+    norm: str | None = None,
+    semantics: str = "clean",
+) -> Made:
+    """Run attention and FFN of a block from the same input."""
+    layers = selected(interval, start, end, depth)
+    rule = ArrangementRule(layers, Arrangement.PARALLEL, norm=norm, tokens=_tokens(scope))
+    return Made((rule,), _semantics(semantics))
+
+
+def parallel_block(
+    scope: str = "all",
+    interval: int = 2,
+    start: int = 0,
+    end: int = -2,
+    depth: int | None = None,
+    combine: str | None = None,
+    semantics: str = "clean",
+) -> Made:
+    """Run pairs of blocks (l, l + 1) from the same input, l as selected."""
+    _integer(interval, "interval", 2)
+    pairs: Any
+    if depth is None:
+        if interval != 2:
+            raise PolicyError("interval", interval, "2, or any from 2 together with a depth")
+        pairs = f"{_first(2, start)}:{_integer(end, 'end')}"
+    else:
+        last = _end(end, depth)
+        chosen = _listed((interval,), start, end, depth)
+        pairs = [[layer, layer + 1] for layer in chosen if layer + 1 < last]
+        if not pairs:
+            problem = f"no pair lies between start and end in a model of {depth} layers"
+            raise PolicyError("end", end, "bounds with room for a pair", problem)
+    tokens = _tokens(scope)
+    rule = ArrangementRule(pairs, Arrangement.PAIR, combine=combine, tokens=tokens)
+    return Made((rule,), _semantics(semantics))
+
+
+def drop(start: int = -4, end: int = -1) -> Made:
+    """Skip the blocks of the late layers start to end - 1 for every row."""
+    layers = f"{_integer(start, 'start')}:{_integer(end, 'end')}"
+    return Made((SkipRule(layers, "all", BLOCK, SkippedKV.OMIT),))
+
+
+def exit_(after: int = -5) -> Made:
+    """Of a prompt only its last row goes on after layer `after`; generated rows all do."""
+    first = _integer(after, "after") + 1
+    layers = f"{first}:{first + 1 or ''}"
+    rule = RouterRule(layers, "all", BLOCK, "paper.exit", kv=SkippedKV.OMIT)
+    return Made((rule,))
+
+
+def visual_withdrawal(after: int = -5) -> Made:
+    """Image rows leave all layers after layer `after`, and their caches."""
+    layers = f"{_integer(after, 'after') + 1}:"
+    return Made((SkipRule(layers, TokenClass.IMAGE, BLOCK, SkippedKV.OMIT),))
+
+
+def random(
+    scope: str = "all",
+    interval: int = 4,
+    start: int = 0,
+    end: int = -1,
+    skip: str = "block",
+    seed: int = 0,
+    semantics: str = "clean",
+) -> Made:
+    """Skip multiples of an interval that each layer of each forward draws from 2 to `interval`."""
+    options = {"interval": _integer(interval, "interval", 2), "seed": _integer(seed, "seed", 0)}
+    layers = f"{_first(1, start)}:{_integer(end, 'end')}"
+    return _route("paper.random", options, scope, layers, skip, semantics)
+
+
+def token_ratio_ffn(
+    ratio: float = 0.5, scope: str = "image", start: int = 0, end: int = -1, seed: int = 0
+) -> Made:
+    """Skip the FFN for a share of the rows, drawn for each layer (2405.16700, figure 11)."""
+    layers = f"{_first(1, start)}:{_integer(end, 'end')}"
+    rule = RouterRule(layers, _tokens(scope), Sublayer.FFN, "random", rate=ratio, seed=seed)
+    return Made((rule,))
+
+
+def unimodal_mask(layers: int = 1) -> Made:
+    """In the first layers image rows and all others do not see each other."""
+    return Made((MaskRule(f":{_integer(layers, 'layers', 1)}", Mask.UNIMODAL),))
+
+
+def entropy(
+    threshold: float = 1.0,
+    scope: str = "all",
+    interval: int | None = None,
+    start: int = 0,
+    end: int = -1,
+    skip: str = "block",
+    semantics: str = "clean",
+) -> Made:
+    """Skip where the logit lens on a sequence's last row has an entropy (nats) below a threshold,
+    and in multiples of `interval`, if there is one."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise PolicyError("threshold", threshold, "a number, in nats")
+    options: dict[str, Any] = {"threshold": float(threshold)}
+    if interval is not None:
+        options["interval"] = _integer(interval, "interval", 1)
+    if _semantics(semantics) is Semantics.REFERENCE:
+        options["normed"] = False
+    layers = f"{_first(1, start)}:{_integer(end, 'end')}"
+    return _route("paper.entropy", options, scope, layers, skip, semantics)
+
+
+def token_index(
+    interval: int = 3,
+    scope: str = "all",
+    start: int = 0,
+    end: int = -1,
+    skip: str = "block",
+    semantics: str = "clean",
+) -> Made:
+    """Skip multiples of `interval`, which is one less (2 at least) where the logit lens on a
+    sequence's last row says the same token as one layer before."""
+    first = _integer(start, "start", 0)
+    options: dict[str, Any] = {"interval": _integer(interval, "interval", 2), "start": first}
+    if _semantics(semantics) is Semantics.REFERENCE:
+        options["normed"] = False
+    # The layer at `start` is looked at, for the one after it, and never skipped.
+    layers = f"{first}:{_integer(end, 'end')}"
+    return _route("paper.token-index", options, scope, layers, skip, semantics)
+
+
+PAPER_PRESETS: Mapping[str, Callable[..., Made]] = {
+    "paper/skip-block": skip_block,
+    "paper/skip-ffn": skip_ffn,
+    "paper/skip-attention": skip_attention,
+    "paper/parallel-attention": parallel_attention,
+    "paper/parallel-block": parallel_block,
+    "paper/drop": drop,
+    "paper/exit": exit_,
+    "paper/visual-withdrawal": visual_withdrawal,
+    "paper/random": random,
+    "paper/token-ratio-ffn": token_ratio_ffn,
+    "paper/unimodal-mask": unimodal_mask,
+    "paper/entropy": entropy,
+    "paper/token-index": token_index,
+}
+
+
+def selected(
+    interval: Interval, start: int = 0, end: int = -1, depth: int | None = None
+) -> str | list[int]:
+    """The layers that an interval selects: a slice string, or a list where that needs the depth.
+
+    Several intervals, a list or "4,3,2,2", cut the depth into as many segments of depth // n
+    layers (the last takes the rest); each segment has its own. Multiples are of the layer's index
+    in the model.
+    """
+    intervals = _intervals(interval)
+    if len(intervals) > 1 and depth is None:
+        raise PolicyError("depth", None, "the model's number of layers, beside several intervals")
+    if depth is None:
+        each = intervals[0]
+        step = "" if each == 1 else f":{each}"
+        return f"{_first(each, start)}:{_integer(end, 'end')}{step}"
+    found = _listed(intervals, start, end, depth)
+    if not found:
+        problem = f"selects none of {depth} layers"
+        raise PolicyError("interval", interval, "an interval with a multiple in range", problem)
+    return found
+
+
+def _listed(intervals: Sequence[int], start: int, end: int, depth: int) -> list[int]:
+    size = _integer(depth, "depth", 1) // len(intervals)
+    if not size:
+        raise PolicyError("interval", list(intervals), f"{depth} intervals at most")
+    first, last = _integer(start, "start", -1), _end(end, depth)
+    segments = [min(layer // size, len(intervals) - 1) for layer in range(depth)]
+    return [
+        layer
+        for layer, segment in enumerate(segments)
+        if first < layer < last and layer % intervals[segment] == 0
+    ]
+
+
+def _intervals(interval: Any) -> tuple[int, ...]:
+    found = interval
+    if isinstance(interval, str):
+        parts = interval.split(",")
+        found = [int(part) for part in parts] if all(p.strip().isdigit() for p in parts) else None
+    items = (found,) if type(found) is int else found
+    is_list = isinstance(items, (list, tuple)) and bool(items)
+    if not is_list or any(type(item) is not int or item < 1 for item in items):
+        raise PolicyError("interval", interval, 'an integer from 1, or several such as "4,3,2,2"')
+    return tuple(items)
+
+
+def _first(interval: int, start: int) -> int:
+    """The first multiple behind `start`."""
+    return (_integer(start, "start", -1) // interval + 1) * interval
+
+
+def _end(value: int, depth: int) -> int:
+    return value + depth if _integer(value, "end") < 0 else value
+
+
+def _skip(what: str, scope: str, layers: str | list[int], kv: str | None, semantics: str) -> Made:
+    return Made((SkipRule(layers, _tokens(scope), SKIPS[what], kv),), _semantics(semantics))
+
+
+def _route(
+    kind: str, options: Mapping[str, Any], scope: str, layers: str, skip: str, semantics: str
+) -> Made:
+    if not isinstance(skip, str) or skip not in SKIPS:
+        raise PolicyError("skip", skip, names(SKIPS))
+    kv = None
+    if _semantics(semantics) is Semantics.REFERENCE and skip != "ffn":
+        if skip == "attention":
+            allowed = '"block" or "ffn" under semantics "reference"'
+            raise PolicyError("skip", skip, allowed)
+        kv = SkippedKV.REUSE
+    rule = RouterRule(layers, _tokens(scope), SKIPS[skip], kind, kv=kv, options=options)
+    return Made((rule,), _semantics(semantics))
+
+
+def _tokens(scope: Any) -> str | tuple[TokenClass, ...]:
+    if not isinstance(scope, str) or scope not in SCOPES:
+        raise PolicyError("scope", scope, names(SCOPES))
+    return SCOPES[scope]
+
+
+def _semantics(value: Any) -> Semantics:
+    return member(Semantics, value, "semantics")
+
+
+def _integer(value: object, option: str, least: int | None = None) -> int:
+    if type(value) is not int or (least is not None and value < least):
+        raise PolicyError(option, value, "an integer" + ("" if least is None else f" >= {least}"))
+    return value
