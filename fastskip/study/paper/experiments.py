@@ -78,8 +78,8 @@ class Schedule:
     @property
     def policy(self) -> SkipPolicy:
         """The same as a policy."""
-        rule = SkipRule(self.layers(), self.scope.classes, self.part.sublayers)
-        return SkipPolicy(rules=(rule,))
+        options = {"scope": self.scope.value, "interval": self.interval, "start": self.start}
+        return SkipPolicy.preset(f"paper/skip-{self.part}", **options)
 
 
 @dataclass(frozen=True, slots=True)
