@@ -19,6 +19,11 @@ class Part(StrEnum):
     ATTENTION = "attention"
 
     @property
+    def label(self) -> str:
+        """As the report names it."""
+        return "FFN" if self is Part.FFN else self.value
+
+    @property
     def sublayers(self) -> frozenset[Sublayer]:
         """The sublayers that are left out."""
         return frozenset(Sublayer) if self is Part.BLOCK else frozenset({Sublayer(self.value)})
@@ -138,7 +143,7 @@ def _skipped(is_quick: bool) -> list[Cell]:
                 each = Schedule(part, scope, interval, start)
                 name = f"skip-{part}-{scope}-every{interval}-from{start}"
                 layers = ", ".join(map(str, each.layers()))
-                label = f"no {part} in {layers} ({scope})"
+                label = f"no {part.label} in {layers} ({scope})"
                 found.append(Cell(name, label, Section.SKIPPING, each.policy, schedule=each))
     return found
 

@@ -75,7 +75,7 @@ def skipping(results: Results) -> Any:
                     style = {"color": COLOURS[scope], "label": scope.value, "capsize": 2, "lw": 1}
                     axis.errorbar(x, y, yerr=spread, fmt=MARKERS[scope], markersize=5, **style)
             axis.axhline(KEPT_LINE, color="#999999", lw=0.8, ls=":")
-            axis.set_title(f"{part.value}: {('questions', 'captions')[line]}", fontsize=10)
+            axis.set_title(f"{part.label}: {('questions', 'captions')[line]}", fontsize=10)
             _plain(axis)
     for axis in axes[-1]:
         axis.set_xlabel("compute left out, %")
@@ -155,7 +155,7 @@ def similarity(results: Results) -> Any:
             x = [each.layer for each in own]
             y = [getattr(each, part.value) for each in own]
             axis.plot(x, y, "o-", color=colour, label=token_class.value, markersize=4, lw=1)
-        axis.set_title(part.value, fontsize=10)
+        axis.set_title(part.label, fontsize=10)
         axis.set_xlabel("layer")
         _plain(axis)
     axes[0, 0].set_ylabel("cosine of input and output")
