@@ -146,13 +146,14 @@ def train_logits(model: Any) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wants_gradient", [True, False])
 @pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
-def test_dropout_in_training(kind: str, wants_gradient: bool) -> None:
+def test_dropout_in_training(kind: str, wants_gradient: bool, impl: str) -> None:
     """Of everything, so that nothing is left to chance."""
     fields: dict[str, Any] = {kind: 1.0}
     stock: Any = tiny_opt(**fields)
-    models = fastskip.apply_(copy.deepcopy(stock)), stock
+    models = fastskip.apply_(copy.deepcopy(stock), impl=impl), stock
     evaluated = logits(models[0])
     with torch.set_grad_enabled(wants_gradient):
         ours, theirs = (train_logits(model) for model in models)

@@ -1,7 +1,6 @@
 """`fastskip train`: training under a policy, which skips its work in forward and backward."""
 
 import json
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,15 +20,12 @@ from fastskip.commands.common import (
     device_of,
     prepare,
     reading,
-    resolve_policy,
 )
+from fastskip.commands.train_inputs import examples_of, masks_of, policy_for
+from fastskip.commands.train_report import numbers, show
 
 if TYPE_CHECKING:
-    from fastskip.study.training import Settings, Trained
-    from fastskip.study.training.measuring import Comparison
-
-DEMO_POLICY = "every_nth_block"
-DEMO_SCENES, DEMO_HELD_OUT = 1000, 64
+    from fastskip.study.training import Settings
 
 
 class Parts(StrEnum):
@@ -184,7 +180,7 @@ def train(
     """Train under a policy: what it skips is skipped in the forward and the backward pass.
 
     Teacher forcing on the answers alone. Each line of the data is an object such as {"image":
-    "a.jpg", "conversations": [{"from": "human", "value": "<image>\\\\nWhat is this?"}, {"from":
+    "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from":
     "gpt", "value": "A cat."}]}; several turns, a list of images, or no image are fine. At the end
     the time of a step is compared with that of dense training on the same batches.
 
@@ -223,24 +219,25 @@ def train(
         lora=(lora_rank, lora_alpha),
     )
     _check(demo=demo, data=data, model=model, merge=merge, mask=mask, parts=parts)
-    chosen = _policy(policy, path, config, demo=demo, parts=parts, out=out, seed=seed)
-    learned, measured = _examples(
+    chosen = policy_for(
+        policy,
+        path,
+        config,
+        demo=demo,
+        learns_routers=parts is Parts.ROUTERS,
+        out=out,
+        seed=seed,
+    )
+    learned, measured = examples_of(
         demo=demo, data=data, images=images, held_out=held_out, settings=settings
     )
-    masks = _masks(mask)
+    masks = masks_of(mask)
 
     import fastskip
     from fastskip.prompts import processor_for
+    from fastskip.study.training import measuring
     from fastskip.study.training import train as run
     from fastskip.study.training.curve import require_plots, write_curve
-    from fastskip.study.training.measuring import (
-        batches_of,
-        held_out_loss,
-        skipped_shares,
-    )
-    from fastskip.study.training.measuring import (
-        compare_dense as compare,
-    )
 
     require_plots()
     processor = processor_for(path)
@@ -251,10 +248,12 @@ def train(
         loaded = fastskip.load_model(
             path, policy=chosen, dtype=_dtype(dtype, demo), device=place, impl=impl
         )
-    test = [] if measured is None else batches_of(measured, processor, settings, 8)
-    report: dict[str, Any] = {"model": path, "parts": parts.value}
+    test = [] if measured is None else measuring.batches_of(measured, processor, settings, 8)
+    timed = measuring.batches_of(learned, processor, settings, 2)
+    policy_name = fastskip.plan_of(loaded).policy.name
+    report: dict[str, Any] = {"model": path, "policy": policy_name, "parts": parts.value}
     if test:
-        report["held_out_loss"] = {"before": held_out_loss(loaded, test)}
+        report["held_out_loss"] = {"before": measuring.held_out_loss(loaded, test)}
     from tqdm import tqdm
 
     with tqdm(desc="steps", disable=None) as bar:
@@ -266,14 +265,13 @@ def train(
 
         trained = run(loaded, processor, learned, out, settings, masks=masks, on_step=on_step)
     if test:
-        report["held_out_loss"]["after"] = held_out_loss(loaded, test)
+        report["held_out_loss"]["after"] = measuring.held_out_loss(loaded, test)
         if parts is Parts.ROUTERS:
-            report["skipped"] = skipped_shares(loaded, test)
+            report["skipped"] = measuring.skipped_shares(loaded, test)
     comparison = None
     if compare_dense and parts is not Parts.ROUTERS:
-        batches = batches_of(learned, processor, settings, 2)
-        comparison = compare(loaded, batches, settings, compare_dense)
-    report |= _numbers(trained, comparison)
+        comparison = measuring.compare_dense(loaded, timed, settings, compare_dense)
+    report |= numbers(trained, comparison)
     saved = out / ("adapters" if parts is Parts.LORA and not merge else "model")
     trained.save(saved, processor, merge=merge)
     if trained.losses:
@@ -282,7 +280,7 @@ def train(
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
-    _show(report, trained, comparison)
+    show(report, trained, comparison)
     typer.echo(f"wrote {saved}, {out / 'loss.png'}, {out / 'report.json'}", err=True)
 
 
@@ -313,142 +311,6 @@ def _check(
         raise CommandError("--merge: would fill pruned weights again; allowed: without --mask")
 
 
-def _policy(
-    policy: str | None, path: str, config: Any, *, demo: bool, parts: Parts, out: Path, seed: int
-) -> Any:
-    """What to train under; linear routers without weights get untrained ones."""
-    if demo and policy is None:
-        if parts is not Parts.ROUTERS:
-            return resolve_policy(DEMO_POLICY, path, config)
-        from fastskip.policy import RouterRule, SkipPolicy
-
-        rule = RouterRule(
-            "2:7", ["image", "text"], ["block"], "linear", 0.0, weights="untrained.safetensors"
-        )
-        chosen = SkipPolicy(routers=(rule,), name="demo routers")
-    else:
-        chosen = resolve_policy(policy, path, config)
-    if parts is not Parts.ROUTERS:
-        return chosen
-    weights = [chosen.path_of(rule.weights) for rule in chosen.routers if rule.weights]
-    if not weights or any(file.exists() for file in weights):
-        return chosen
-    from fastskip.families import shape_of
-    from fastskip.study.training.gates import fresh_routers
-
-    shape = shape_of(config)
-    return fresh_routers(chosen, shape.depth, shape.hidden_size, out / "untrained", seed)
-
-
-def _examples(
-    *,
-    demo: bool,
-    data: Path | None,
-    images: Path | None,
-    held_out: Path | None,
-    settings: "Settings",
-) -> tuple[Sequence[Any], Sequence[Any] | None]:
-    """What to learn from, and what to measure on."""
-    from fastskip.study.training import JsonLines
-
-    skip = settings.skip_broken
-    measured = None if held_out is None else JsonLines(held_out, images, skip_broken=skip)
-    if not demo:
-        assert data is not None
-        return JsonLines(data, images, skip_broken=skip), measured
-    from fastskip.demo.scenes import Split
-
-    learned = _Scenes(DEMO_SCENES, Split.TRAIN, settings.seed)
-    return learned, measured or _Scenes(DEMO_HELD_OUT, Split.VALIDATION, settings.seed)
-
-
-class _Scenes(Sequence[Any]):
-    """Questions about generated pictures, which are drawn when they are asked for."""
-
-    def __init__(self, count: int, split: Any, seed: int) -> None:
-        from fastskip.demo.evaluation import held_out
-
-        self._items = held_out(count, seed, split=split)
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: Any) -> Any:
-        from fastskip.demo.scenes import draw
-        from fastskip.study.training import Example, Turn
-
-        scene, question = self._items[index]
-        where = f"generated scene {index}"
-        return Example((Turn(question.text, question.answer),), (draw(scene),), where)
-
-
-def _masks(mask: Path | None) -> Any:
-    if mask is None:
-        return None
-    try:
-        from fastskip.study.pruning import WeightMasks  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise CommandError("--mask: this version has no pruning; allowed: none") from error
-    return WeightMasks.load(mask)
-
-
 def _dtype(dtype: Dtype, demo: bool) -> str:
     """The demo's weights are stored in bfloat16, in which small steps are lost."""
     return Dtype.FLOAT32.value if demo and dtype is Dtype.AUTO else dtype.value
-
-
-def _numbers(trained: "Trained", comparison: "Comparison | None") -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "steps": len(trained.losses),
-        "first_loss": trained.losses[0] if trained.losses else None,
-        "last_loss": trained.losses[-1] if trained.losses else None,
-        "seconds_per_step": trained.seconds_per_step,
-        "rows_per_second": trained.rows_per_second,
-        "broken": len(trained.broken),
-    }
-    if comparison is not None:
-        found["seconds"] = {
-            name: {"forward": times.forward, "backward": times.backward}
-            for name, times in (("policy", comparison.policy), ("dense", comparison.dense))
-        }
-        found["speed_up"] = comparison.speed_up
-    return found
-
-
-def _show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | None") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if comparison is not None:
-        table = Table("a batch, ms", "forward", "backward", "both", box=box.SIMPLE_HEAD)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, times in (("dense", comparison.dense), ("under the policy", comparison.policy)):
-            parts = (times.forward, times.backward, times.both)
-            table.add_row(name, *(f"{1e3 * seconds:.1f}" for seconds in parts))
-        console.print(table)
-        console.print(
-            f"The policy makes a step [bold]{comparison.speed_up:.2f} times[/] as fast as dense "
-            f"training (medians of {comparison.rounds} rounds, in turn)."
-        )
-    console.print(
-        f"{len(trained.losses)} steps, {trained.seconds_per_step:.3f} s each, "
-        f"{trained.rows_per_second:.0f} rows/s; loss {report['first_loss']:.4f} -> "
-        f"{report['last_loss']:.4f}."
-        if trained.step_seconds
-        else "No step was left to do."
-    )
-    if "held_out_loss" in report:
-        before, after = report["held_out_loss"].values()
-        console.print(f"Held-out loss under the policy: {before:.4f} -> [bold]{after:.4f}[/].")
-    if "skipped" in report:
-        shares = dict(report["skipped"])
-        overall = shares.pop(-1, 0.0)
-        layers = ", ".join(f"{layer}: {share:.0%}" for layer, share in shares.items())
-        console.print(f"Held-out rows that skip: [bold]{overall:.1%}[/] (by layer: {layers}).")
-    if trained.broken:
-        console.print(f"[yellow]{len(trained.broken)} rows were left out[/]; the first ones:")
-        for line in trained.broken[:3]:
-            console.print(f"  {line}", markup=False)

@@ -21,10 +21,10 @@ class Weights(StrEnum):
 
     DENSE: with their zeros, as any others; what every executor runs. BITMAP: a bit an entry and the
     values, the fewest bytes; read as they are by a kernel for few rows on CUDA, expanded for every
-    product elsewhere. CSR: torch's compressed rows, fp32 on a CPU; a column number beside each
-    value, so half of the weights take as many bytes as all of them dense, but products of few rows
-    are faster than dense ones. SEMI_STRUCTURED: 2:4 as tensor cores read it, on CUDA (``sparse.
-    structured``).
+    product elsewhere, which is slow. CSR: torch's compressed rows, fp32 on a CPU; with a column
+    number beside each value half of the weights take as many bytes as all of them dense, but few
+    rows are multiplied faster where enough is zero (``benchmarks/sparse.py`` measures both).
+    SEMI_STRUCTURED: 2:4 as tensor cores read it, on CUDA (``sparse/structured.py``).
     """
 
     DENSE = "dense"

@@ -33,7 +33,7 @@ def test_a_wrong_form_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_main_fails_if_one_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sparse, "cases", lambda device: [CASE])
+    monkeypatch.setattr(sparse, "cases", lambda device, shapes: [CASE])
     assert sparse.main([]) == 0
     assert "24 x 48" in capsys.readouterr().out
 

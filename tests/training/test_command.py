@@ -34,9 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "policy.json").write_text(json.dumps(POLICY))
     picture(1).save(home / "a.png")
     (home / "b.png").write_text("no picture")
-    rows = [json.dumps(ROW)] * 4 + ["{", json.dumps({**ROW, "image": "b.png"})]
-    (home / "train.jsonl").write_text("\n".join(rows))
-    (home / "good.jsonl").write_text("\n".join(rows[:4]))
+    good = [json.dumps(ROW)] * 4
+    broken = json.dumps({**ROW, "image": "b.png"})
+    (home / "train.jsonl").write_text("\n".join([broken, *good, "{"]))
+    (home / "good.jsonl").write_text("\n".join(good))
     return home
 
 
@@ -51,7 +52,7 @@ def test_a_run(folder: Path, tmp_path: Path) -> None:
     data = ("--data", folder / "train.jsonl", "--held-out", folder / "good.jsonl")
     result = succeed(*options(folder, tmp_path, *data, "--steps", 3, "--skip-broken"))
     assert "times as fast as dense" in result.stdout and "Held-out loss" in result.stdout
-    assert "2 rows were left out" in result.stdout and "line 5: not JSON" in result.stdout
+    assert "2 rows were left out" in result.stdout and "line 6: not JSON" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["losses"]) == report["steps"] == 3 and report["broken"] == 2
     assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
@@ -108,7 +109,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path, more: list[Any], mess
 
 def test_broken_rows_stop_a_run(folder: Path, tmp_path: Path) -> None:
     result = run(*options(folder, tmp_path, "--data", folder / "train.jsonl"))
-    assert result.exit_code == 2 and "train.jsonl, line 5: not JSON" in result.stderr
+    assert result.exit_code == 2 and "train.jsonl, line 6: not JSON" in result.stderr
 
 
 def test_the_demo(tmp_path: Path) -> None:

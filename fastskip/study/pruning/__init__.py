@@ -1,6 +1,7 @@
 """Pruning: which weights a model can do without, as masks to apply, combine, store and hold."""
 
-from fastskip.study.pruning.masks import KeptSet, WeightMasks
+from fastskip.study.pruning.kept_set import KeptSet
+from fastskip.study.pruning.masks import WeightMasks
 from fastskip.study.pruning.prune import find_masks, prune_
 from fastskip.study.pruning.recipe import Method, Part, Pattern, Per, PruningError, Recipe
 

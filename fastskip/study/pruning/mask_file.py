@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fastskip.ops.bitmaps import bitmap_bytes, unpack_bits
-from fastskip.study.pruning.masks import KeptSet, WeightMasks
+from fastskip.study.pruning.kept_set import KeptSet
 from fastskip.study.pruning.recipe import PruningError
 
 FORMAT = "fastskip masks"
@@ -23,43 +26,53 @@ SCHEMA_VERSION = "1"
 _ALLOWED = "a file of masks as fastskip writes it"
 
 
-def write(masks: WeightMasks, path: str | os.PathLike[str]) -> None:
-    """Writes masks; a device does not matter."""
-    metadata = {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
-        "fingerprint": masks.fingerprint,
-        "columns": json.dumps({name: own.columns for name, own in masks.kept.items()}),
-        "provenance": json.dumps(dict(masks.provenance)),
-    }
-    tensors = {name: own.bitmap.cpu().contiguous() for name, own in masks.kept.items()}
-    save_file(tensors, os.fspath(path), metadata=metadata)
+@dataclass(frozen=True, slots=True)
+class MaskFile:
+    """What a file of masks holds: sets by the names of matrices, the fingerprint of the model's
+    shapes, and where they come from."""
 
+    kept: Mapping[str, KeptSet]
+    fingerprint: str
+    provenance: Mapping[str, Any]
 
-def read(path: str | os.PathLike[str]) -> WeightMasks:
-    """Reads masks.
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file; a device does not matter."""
+        metadata = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "columns": json.dumps({name: own.columns for name, own in self.kept.items()}),
+            "provenance": json.dumps(dict(self.provenance)),
+        }
+        tensors = {name: own.bitmap.cpu().contiguous() for name, own in self.kept.items()}
+        save_file(tensors, os.fspath(path), metadata=metadata)
 
-    Raises:
-        PruningError: the file is missing, malformed, or something else.
-    """
-    file = Path(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            about = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise PruningError(str(file), error, _ALLOWED) from error
-    if about.get("format") != FORMAT:
-        raise PruningError(str(file), "not a file of masks", _ALLOWED)
-    if about.get("schema_version") != SCHEMA_VERSION:
-        version = repr(about.get("schema_version"))
-        raise PruningError(f"{file}: schema_version", version, SCHEMA_VERSION)
-    try:
-        columns, provenance = json.loads(about["columns"]), json.loads(about["provenance"])
-        kept = {name: _kept(file, name, bitmap, columns[name]) for name, bitmap in tensors.items()}
-        return WeightMasks(kept, about["fingerprint"], provenance)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise PruningError(str(file), f"incomplete ({error})", _ALLOWED) from error
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> MaskFile:
+        """Reads a file.
+
+        Raises:
+            PruningError: the file is missing, malformed, or something else.
+        """
+        file = Path(path)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                about = opened.metadata() or {}
+                names = list(opened.keys())
+                tensors = {name: opened.get_tensor(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise PruningError(str(file), error, _ALLOWED) from error
+        if about.get("format") != FORMAT:
+            raise PruningError(str(file), "not a file of masks", _ALLOWED)
+        if about.get("schema_version") != SCHEMA_VERSION:
+            version = repr(about.get("schema_version"))
+            raise PruningError(f"{file}: schema_version", version, SCHEMA_VERSION)
+        try:
+            columns, provenance = json.loads(about["columns"]), json.loads(about["provenance"])
+            kept = {name: _kept(file, name, own, columns[name]) for name, own in tensors.items()}
+            return cls(kept, about["fingerprint"], provenance)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise PruningError(str(file), f"incomplete ({error})", _ALLOWED) from error
 
 
 def _kept(file: Path, name: str, bitmap: torch.Tensor, columns: int) -> KeptSet:

@@ -16,33 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.ops.bitmaps import pack_bits, unpack_bits
 from fastskip.sparse.matrices import Matrix, matrices
+from fastskip.study.pruning.kept_set import KeptSet, Shape
+from fastskip.study.pruning.mask_file import MaskFile
 from fastskip.study.pruning.recipe import PruningError
-
-Shape = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class KeptSet:
-    """The kept weights of one matrix ``[M, E]``: a bitmap as in ``ops.bitmaps``."""
-
-    bitmap: Tensor
-    columns: int
-
-    @classmethod
-    def of(cls, mask: Tensor) -> KeptSet:
-        """From a boolean ``[M, E]``, True where a weight is kept."""
-        return cls(pack_bits(mask), mask.shape[1])
-
-    @property
-    def shape(self) -> Shape:
-        return len(self.bitmap), self.columns
-
-    @property
-    def mask(self) -> Tensor:
-        """Boolean ``[M, E]``, True where a weight is kept."""
-        return unpack_bits(self.bitmap, self.columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +142,7 @@ class WeightMasks:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: a bit a weight, and where they come from as metadata."""
-        from fastskip.study.pruning.mask_file import write
-
-        write(self, path)
+        MaskFile(self.kept, self.fingerprint, self.provenance).write(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WeightMasks:
@@ -176,9 +151,8 @@ class WeightMasks:
         Raises:
             PruningError: the file cannot be used.
         """
-        from fastskip.study.pruning.mask_file import read
-
-        return read(path)
+        found = MaskFile.read(path)
+        return cls(found.kept, found.fingerprint, found.provenance)
 
     def _weights(self, model: Any) -> list[tuple[str, Tensor]]:
         """The model's weights that there are sets for, once it is known to be the right model."""

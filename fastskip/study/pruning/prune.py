@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastskip import __version__
 from fastskip.sparse.matrices import Matrix, matrices, stack_of
 from fastskip.study.pruning.activations import InputNorms, Walk, walks
-from fastskip.study.pruning.masks import KeptSet, WeightMasks, fingerprint_of, generator_for
+from fastskip.study.pruning.kept_set import KeptSet
+from fastskip.study.pruning.masks import WeightMasks, fingerprint_of, generator_for
 from fastskip.study.pruning.recipe import Method, PruningError, Recipe
 from fastskip.study.pruning.selection import kept_by
 

@@ -18,6 +18,7 @@ from fastskip.study.training.encoding import IGNORED, Encoder, Features
 from fastskip.study.training.examples import Example
 from fastskip.study.training.parts import learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings
+from fastskip.study.training.sources import Shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +54,14 @@ def batches_of(
     """The first ``count`` batches of the data, in their order; fewer where they end.
 
     Raises:
-        DataError: an example cannot be used.
+        DataError: an example cannot be used, and ``settings.skip_broken`` is not set.
     """
-    encoder = Encoder(processor)
+    shelf = Shelf(data, Encoder(processor), skip_broken=settings.skip_broken)
     pad_id = getattr(processor, "tokenizer", processor).pad_token_id
     collate = Collator(pad_id, settings.padding)
     starts = range(0, min(len(data), count * settings.batch), settings.batch)
     numbers = (range(start, min(start + settings.batch, len(data))) for start in starts)
-    return [collate([encoder(data[number]) for number in each]) for each in numbers]
+    return [collate([shelf[number] for number in each]) for each in numbers]
 
 
 def compare_dense(
