@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DEMO = "demo:"
 """What names of the bundled models begin with."""
-DEFAULT = ("demo:large", "demo:large@every_nth_block", "demo:medium", "demo:small")
+DEFAULT = ("demo:large", "demo:large@paper/skip-block", "demo:medium", "demo:small")
 
 study = typer.Typer(
     name="study",

@@ -26,14 +26,15 @@ def score(kept: float) -> Score:
 
 def row(cell: Cell, questions: float, captions: float, compute: float = 0.5) -> Row:
     size = {Size.LARGE: 400, Size.MEDIUM: 100, Size.SMALL: 10}[cell.size]
-    return row_of(cell, score(questions), score(captions), (compute, compute), size, seconds=1.0)
+    scores = score(questions), score(captions), score(captions)
+    return row_of(cell, scores, (compute, compute), size, seconds=1.0)
 
 
 def everything(questions: float, captions: float) -> Results:
     """The same scores for every cell but the dense one."""
     return Results(
         environment={},
-        effort={},
+        effort={"steps": 10},
         seeds=(0, 1),
         is_whole=True,
         seconds=1.0,
@@ -62,7 +63,12 @@ def finding(results: Results, words: str) -> Finding:
 def changed(results: Results, name: str, questions: float, captions: float) -> Results:
     """With other scores in the rows whose names begin so."""
     rows = tuple(
-        replace(each, questions=score(questions), captions=score(captions))
+        replace(
+            each,
+            questions=score(questions),
+            captions=score(captions),
+            whole_captions=score(captions),
+        )
         if each.name.startswith(name)
         else each
         for each in results.rows
@@ -91,8 +97,10 @@ def test_training_the_projector_is_what_the_paper_did() -> None:
     lost = everything(0.3, 0.3)
     assert verdict(changed(lost, "half-language", 0.98, 0.98), "half of") is Verdict.PARTLY
     assert verdict(changed(lost, "half-projector", 0.98, 0.98), "half of") is Verdict.AGREES
-    assert verdict(changed(lost, "half-projector", 0.98, 0.96), "half of") is Verdict.DISAGREES
-    assert "untrained: questions keep 30.0%" in finding(lost, "half of").evidence
+    assert verdict(changed(lost, "half-projector", 0.98, 0.95), "half of") is Verdict.DISAGREES
+    assert verdict(changed(lost, "half-projector-long", 0.98, 0.98), "half of") is Verdict.AGREES
+    told = finding(lost, "half of").evidence
+    assert "untrained: 30.0% and 30.0%" in told and "40 steps" in told
 
 
 def test_scopes_and_starts_are_compared_in_pairs() -> None:

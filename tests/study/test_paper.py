@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fastskip
+from fastskip.cli import app
 from fastskip.demo.model import Size
 from fastskip.demo.smaller import load
 from fastskip.families import text_model_of
@@ -42,7 +44,7 @@ CHOSEN = (DENSE, SKIPPED, PAIRS, TRAINED)
 def few_timed() -> Any:
     """Times of two models are enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastskip.study.paper.runner._contenders", lambda: (DENSE, SKIPPED))
+        patch.setattr("fastskip.study.paper.runner.contenders", lambda: (DENSE, SKIPPED))
         yield
 
 
@@ -92,6 +94,9 @@ def test_all_files_say_what_the_json_says(results: Results, folder: Path) -> Non
         assert (line["name"], line["section"]) == (row.name, row.section.value)
         assert float(line["questions_score"]) == pytest.approx(row.questions.score.mean, abs=1e-5)
         assert float(line["captions_kept"]) == pytest.approx(row.captions.kept, abs=1e-5)
+        whole = float(line["whole_captions_score"])
+        assert whole == pytest.approx(row.whole_captions.score.mean, abs=1e-5)
+        assert whole <= float(line["captions_score"])
         assert float(line["question_compute"]) == pytest.approx(row.question_compute, abs=1e-5)
         told = next(part for part in text.splitlines() if part.startswith(f"| {row.label} |"))
         assert f"{row.questions.score.mean:.1%} (" in told
@@ -220,3 +225,18 @@ def test_a_cell_without_all_seeds_is_told(folder: Path, results: Results) -> Non
     partly = Study(folder, seeds=2, effort=TINY, chosen=(*CHOSEN, more)).results()
     assert not partly.is_whole and partly.row("other") is None
     assert "still missing" in report.markdown(partly)
+
+
+def test_the_command_runs_goes_on_and_looks(
+    folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder of the other tests, so that all cells are there already."""
+    monkeypatch.setattr("fastskip.study.paper.experiments.cells", lambda is_quick: CHOSEN)
+    monkeypatch.setattr("fastskip.study.paper.measuring.QUICK", TINY)
+    (folder / report.REPORT).unlink()
+    options = ["study", "paper", "--out", str(folder), "--seeds", "2"]
+    done = CliRunner().invoke(app, [*options, "--quick"], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.output
+    assert (folder / report.REPORT).exists() and "4 cells, 2 seeds" in done.output
+    looked = CliRunner().invoke(app, [*options, "--look"], env={"COLUMNS": "120"})
+    assert looked.exit_code == 0 and "4 cells, 2 seeds" in looked.output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from fastskip.demo.model import Size
@@ -17,6 +17,11 @@ class Part(StrEnum):
     BLOCK = "block"
     FFN = "ffn"
     ATTENTION = "attention"
+
+    @property
+    def label(self) -> str:
+        """As the report names it."""
+        return "FFN" if self is Part.FFN else self.value
 
     @property
     def sublayers(self) -> frozenset[Sublayer]:
@@ -78,15 +83,16 @@ class Schedule:
     @property
     def policy(self) -> SkipPolicy:
         """The same as a policy."""
-        rule = SkipRule(self.layers(), self.scope.classes, self.part.sublayers)
-        return SkipPolicy(rules=(rule,))
+        options = {"scope": self.scope.value, "interval": self.interval, "start": self.start}
+        return SkipPolicy.preset(f"paper/skip-{self.part}", **options)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One thing to measure; `name` is unique, and the name of its files.
 
-    `removed`: the share of the decoder's weights that are set to zero first.
+    `removed`: the share of the decoder's weights that are set to zero first. `patience`: how many
+    times as long as others it is trained.
     """
 
     name: str
@@ -97,6 +103,7 @@ class Cell:
     schedule: Schedule | None = None
     removed: float = 0.0
     learned: Learned = Learned.NOTHING
+    patience: int = 1
 
 
 DENSE = Cell("dense", "dense", Section.DENSE)
@@ -136,7 +143,7 @@ def _skipped(is_quick: bool) -> list[Cell]:
                 each = Schedule(part, scope, interval, start)
                 name = f"skip-{part}-{scope}-every{interval}-from{start}"
                 layers = ", ".join(map(str, each.layers()))
-                label = f"no {part} in {layers} ({scope})"
+                label = f"no {part.label} in {layers} ({scope})"
                 found.append(Cell(name, label, Section.SKIPPING, each.policy, schedule=each))
     return found
 
@@ -167,15 +174,14 @@ def _trained(is_quick: bool) -> list[Cell]:
             ("most", "blocks 1 to 6 left out", MOST.policy, 0.0, (nothing, language)),
             ("exact-half", "blocks 1, 3, 5, 7 left out", exact, 0.0, (nothing,)),
         ]
-    return [
-        Cell(
-            f"{name}-{learned}",
-            label,
-            Section.TRAINING,
-            policy,
-            removed=removed,
-            learned=learned,
-        )
+    found = [
+        Cell(f"{name}-{each}", label, Section.TRAINING, policy, removed=removed, learned=each)
         for name, label, policy, removed, taught in wanted
-        for learned in taught
+        for each in taught
     ]
+    longer = [
+        replace(cell, name=f"{cell.name}-long", patience=4)
+        for cell in found
+        if cell.policy == HALF.policy and cell.learned is not nothing and not is_quick
+    ]
+    return [*found, *longer]

@@ -16,6 +16,7 @@ COLOURS = {
     Scope.GENERATED: "#2a7f2a",
     Scope.IMAGE: "#c62828",
 }
+MARKERS = {Scope.ALL: "o", Scope.PROMPT: "s", Scope.GENERATED: "^", Scope.IMAGE: "D"}
 CLASS_COLOURS = {
     TokenClass.IMAGE: "#c62828",
     TokenClass.TEXT: "#1f4e79",
@@ -72,9 +73,9 @@ def skipping(results: Results) -> Any:
                 if points:
                     x, y, spread = zip(*points, strict=True)
                     style = {"color": COLOURS[scope], "label": scope.value, "capsize": 2, "lw": 1}
-                    axis.errorbar(x, y, yerr=spread, fmt="o-", markersize=4, **style)
+                    axis.errorbar(x, y, yerr=spread, fmt=MARKERS[scope], markersize=5, **style)
             axis.axhline(KEPT_LINE, color="#999999", lw=0.8, ls=":")
-            axis.set_title(f"{part.value}: {('questions', 'captions')[line]}", fontsize=10)
+            axis.set_title(f"{part.label}: {('questions', 'captions')[line]}", fontsize=10)
             _plain(axis)
     for axis in axes[-1]:
         axis.set_xlabel("compute left out, %")
@@ -92,7 +93,13 @@ def parallel(results: Results) -> Any:
 def training(results: Results) -> Any:
     """Share of the dense score without and with training."""
     rows = results.of(Section.TRAINING)
-    return _bars(rows, [f"{row.label}: {row.learned.value} trained" for row in rows])
+    labels = [
+        f"{row.label}: {row.learned.value} trained, {results.steps(row)} steps"
+        if results.steps(row)
+        else f"{row.label}: untrained"
+        for row in rows
+    ]
+    return _bars(rows, labels)
 
 
 def smaller(results: Results) -> Any:
@@ -126,7 +133,10 @@ def smaller(results: Results) -> Any:
             low = [100 * _judged(row, line).score.low for row in rows]
             high = [100 * _judged(row, line).score.high for row in rows]
             axis.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
-            axis.plot(x, y, "o-", color=colour, label=label, markersize=5, lw=1)
+            # only the three sizes are a curve: policies of equal compute differ in what they skip
+            form = "o-" if colour == "#000000" else "o"
+            if rows:
+                axis.plot(x, y, form, color=colour, label=label, markersize=5, lw=1)
         axis.set_title(("questions", "captions")[line], fontsize=10)
         axis.set_xlabel("compute, % of the dense large model's")
         axis.set_xscale("log")
@@ -145,7 +155,7 @@ def similarity(results: Results) -> Any:
             x = [each.layer for each in own]
             y = [getattr(each, part.value) for each in own]
             axis.plot(x, y, "o-", color=colour, label=token_class.value, markersize=4, lw=1)
-        axis.set_title(part.value, fontsize=10)
+        axis.set_title(part.label, fontsize=10)
         axis.set_xlabel("layer")
         _plain(axis)
     axes[0, 0].set_ylabel("cosine of input and output")
@@ -165,7 +175,7 @@ def _bars(rows: Sequence[Row], labels: Sequence[str]) -> Any:
     axis.invert_yaxis()
     axis.axvline(KEPT_LINE, color="#555555", lw=0.8, ls=":")
     axis.set_xlabel("dense score kept, % (bars: standard deviation between seeds)")
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _plain(axis)
     return figure
 

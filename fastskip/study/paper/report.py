@@ -42,13 +42,14 @@ def markdown(results: Results, drawn: Sequence[str] = ()) -> str:
         _figure("skipping", drawn),
         _table(results.of(Section.SKIPPING)),
         "## 2. Parallel attention and FFN, and block pairs",
-        "Nothing is left out here, so compute stays as it is; what is saved is dependent steps.",
+        "Nothing is left out here but rows of a last pair that nobody reads; what is saved is "
+        "dependent steps.",
         _figure("parallel", drawn),
         _table(results.of(Section.PARALLEL)),
         "## 3. Training with half of the blocks left out, or 70 % of the weights removed",
         _training(results),
         _figure("training", drawn),
-        _table(results.of(Section.TRAINING), trained=True),
+        _table(results.of(Section.TRAINING), results),
         "## 4. Smaller models at equal compute",
         _figure("smaller", drawn),
         _table([row for row in results.rows if row.section in (Section.DENSE, Section.SMALLER)]),
@@ -83,37 +84,40 @@ def _findings(results: Results) -> str:
 
 def _training(results: Results) -> str:
     return (
-        f"{results.effort['steps']} steps of {results.effort['sequences']} conversations about "
-        "training pictures, AdamW, under the very policy or mask that is judged. Projector: the "
-        "language model stays frozen, as in the paper. Language: projector and language model. "
-        'The code of the paper takes "half of the blocks" as every second one that is neither the '
-        "first nor the last: 15 of 32, and here 3 of 8; the exact half is layers 1, 3, 5 and 7. "
-        "Weights are removed by Wanda, row by row, calibrated on training pictures. Compute counts "
-        "removed weights as if they were there."
+        f"Steps of {results.effort['sequences']} conversations about training pictures, AdamW, "
+        "under the very policy or mask that is judged: a small share of what the dense model was "
+        "trained on. Projector: the language model stays frozen, as in the paper. Language: "
+        'projector and language model. The code of the paper takes "half of the blocks" as every '
+        "second one that is neither the first nor the last: 15 of 32, and here 3 of 8; the exact "
+        "half is layers 1, 3, 5 and 7. Weights are removed by Wanda, row by row, calibrated on "
+        "training pictures. Compute counts removed weights as if they were there."
     )
 
 
-def _table(rows: Iterable[Row], trained: bool = False) -> str:
+def _table(rows: Iterable[Row], trained_in: Results | None = None) -> str:
+    """Rows with their scores; `trained_in`: the results whose training steps are told too."""
     rows = list(rows)
     if not rows:
         return "Not part of this run."
     head = [
         "model",
-        *(["trained"] if trained else []),
+        *([] if trained_in is None else ["trained", "steps"]),
         "compute of a question / caption",
         "questions",
         "kept",
-        "captions",
+        "captions, F1",
         "kept",
+        "whole captions",
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [
             row.label,
-            *([row.learned.value] if trained else []),
+            *([] if trained_in is None else [row.learned.value, str(trained_in.steps(row))]),
             f"{row.question_compute:.0%} / {row.caption_compute:.0%}",
             *_told(row.questions),
             *_told(row.captions),
+            f"{row.whole_captions.score.mean:.1%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -149,7 +153,8 @@ def _conditions(results: Results) -> str:
     return (
         f"{len(results.seeds)} seeds; each has {effort['questions']} questions and "
         f"{effort['captions']} captions of its own about held-out pictures, and training pictures "
-        "of its own. Questions are judged by exact match, captions by the F1 of the figures named. "
+        "of its own. Questions are judged by exact match, captions by the F1 of the figures named; "
+        "a whole caption names all of them and no others. "
         "Scores pool all seeds, with 95 % bootstrap intervals over items; several questions are "
         "about one picture, so that intervals are rather too narrow. Kept: the share of the dense "
         "large model's score on the same items, with the standard deviation between seeds; without "

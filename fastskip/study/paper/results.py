@@ -50,6 +50,9 @@ class Score:
 class Row:
     """One cell: what it is, how it scores, and what share of the dense compute it takes.
 
+    `captions`: by the F1 of the figures named; `whole_captions`: of those that name all figures
+    and no others, which is as strict as questions are judged. `patience`: how many times as long
+    as others it was trained.
     `seconds`: of processor time that it took, all seeds together.
     """
 
@@ -59,10 +62,12 @@ class Row:
     size: str
     parameters: int
     learned: Learned
+    patience: int
     removed: float
     schedule: Schedule | None
     questions: Score
     captions: Score
+    whole_captions: Score
     question_compute: float
     caption_compute: float
     seconds: float
@@ -109,6 +114,10 @@ class Results:
         """The rows of one section."""
         return tuple(row for row in self.rows if row.section is section)
 
+    def steps(self, row: Row) -> int:
+        """How many training steps a row had."""
+        return 0 if row.learned is Learned.NOTHING else self.effort["steps"] * row.patience
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"schema_version": SCHEMA_VERSION} | asdict(self)
@@ -152,13 +161,24 @@ class Results:
         )
 
 
-def judge(found: Sequence[Evaluation], dense: Sequence[Evaluation], kinds: Sequence[str]) -> Score:
-    """One cell against the dense model, an evaluation a seed of each, in the same order."""
+def judge(
+    found: Sequence[Evaluation],
+    dense: Sequence[Evaluation],
+    kinds: Sequence[str],
+    *,
+    is_strict: bool = False,
+) -> Score:
+    """One cell against the dense model, an evaluation a seed of each, in the same order.
+
+    `is_strict`: only a full score counts, and counts as 1.
+    """
     # a seed of few items need not have one of every kind
     ours, theirs = (
         [each.scores(*(kind for kind in each.kinds if kind in kinds)) for each in evaluations]
         for evaluations in (found, dense)
     )
+    if is_strict:
+        ours, theirs = ([(each == 1) * 1.0 for each in scores] for scores in (ours, theirs))
     means = tuple(float(each.mean()) for each in ours)
     kept = tuple(a / float(b.mean()) for a, b in zip(means, theirs, strict=True))
     pooled, reference = np.concatenate(ours), np.concatenate(theirs)
@@ -174,13 +194,16 @@ def judge(found: Sequence[Evaluation], dense: Sequence[Evaluation], kinds: Seque
 
 def row_of(
     cell: Cell,
-    questions: Score,
-    captions: Score,
+    scores: tuple[Score, Score, Score],
     compute: tuple[float, float],
     parameters: int,
     seconds: float,
 ) -> Row:
-    """A cell with what was measured; `compute`: of a question and of a caption."""
+    """A cell with what was measured.
+
+    `scores`: of questions, captions and whole captions; `compute`: of a question and a caption.
+    """
+    questions, captions, whole_captions = scores
     return Row(
         name=cell.name,
         label=cell.label,
@@ -188,10 +211,12 @@ def row_of(
         size=cell.size.label,
         parameters=parameters,
         learned=cell.learned,
+        patience=cell.patience,
         removed=cell.removed,
         schedule=cell.schedule,
         questions=questions,
         captions=captions,
+        whole_captions=whole_captions,
         question_compute=compute[0],
         caption_compute=compute[1],
         seconds=seconds,
@@ -215,6 +240,7 @@ def _row(document: Mapping[str, Any]) -> Row:
             ),
             "questions": _score(document["questions"]),
             "captions": _score(document["captions"]),
+            "whole_captions": _score(document["whole_captions"]),
         }
     )
 

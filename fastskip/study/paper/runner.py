@@ -11,19 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
 import fastskip
-from fastskip.demo.evaluation import prompt
+from fastskip.demo.evaluation import Item, prompt
 from fastskip.demo.model import Size
 from fastskip.demo.results import Workload, environment
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.smaller import load, weights_path
 from fastskip.demo.text import build_processor
-from fastskip.demo.timing import race, time_once
 from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
@@ -38,6 +36,7 @@ from fastskip.study.paper.measuring import (
 )
 from fastskip.study.paper.plans import deeds, flops, parameters, plan_of_cell
 from fastskip.study.paper.results import Results, Speed, judge, row_of
+from fastskip.study.paper.speeds import contenders, timed
 from fastskip.study.paper.tuning import remove_weights_, tune_
 from fastskip.study.similarity import LayerSimilarity, similarities
 
@@ -140,14 +139,7 @@ class Study:
 
         def measured() -> dict[str, Any]:
             items = asked(0, self.effort)[:: max(1, self._items // count)][:count]
-            inputs = [
-                self.processor(
-                    images=[draw(scene)],
-                    text=[prompt(self.processor, question.text)],
-                    return_tensors="pt",
-                )
-                for scene, question in items
-            ]
+            inputs = [self._inputs(item) for item in items]
             found = similarities(load(Size.LARGE).to(self.device), inputs, new_tokens=24)
             return {"similarity": [each.to_dict() for each in found]}
 
@@ -157,14 +149,20 @@ class Study:
 
     def speeds(self) -> tuple[Speed, ...]:
         """Measured times of one caption, batch 1: the models, and the large one skipped."""
-        contenders = _contenders()
+        chosen = contenders()
         settings = self._common | {
             "rounds": self.effort.timing_rounds,
-            "models": [self._settings(cell, 0) for cell in contenders],
+            "models": [self._settings(cell, 0) for cell in chosen],
         }
-        found = kept(
-            self.folder / "speeds.json", settings, lambda: {"speeds": self._race(contenders)}
-        )
+
+        def measured() -> dict[str, Any]:
+            item = next(x for x in asked(0, self.effort) if x[1].kind is QuestionKind.CAPTION)
+            inputs = self._inputs(item).to(self.device)
+            rounds = self.effort.timing_rounds
+            found = timed(chosen, inputs, self.loads[1], rounds, self.device)
+            return {"speeds": [asdict(each) for each in found]}
+
+        found = kept(self.folder / "speeds.json", settings, measured)
         return tuple(Speed(**each) for each in found["speeds"])
 
     def results(self) -> Results:
@@ -184,8 +182,11 @@ class Study:
             rows.append(
                 row_of(
                     cell,
-                    judge(evaluations, references, QUESTION_KINDS),
-                    judge(evaluations, references, [CAPTION]),
+                    (
+                        judge(evaluations, references, QUESTION_KINDS),
+                        judge(evaluations, references, [CAPTION]),
+                        judge(evaluations, references, [CAPTION], is_strict=True),
+                    ),
                     self._compute(cell),
                     parameters(cell.size),
                     seconds,
@@ -217,38 +218,10 @@ class Study:
         question, caption = (flops(own, load) / flops(dense, load) for load in self.loads)
         return question, caption
 
-    def _race(self, contenders: Sequence[Cell]) -> list[dict[str, Any]]:
-        items = [each for each in asked(0, self.effort) if each[1].kind is QuestionKind.CAPTION]
-        scene, question = items[0]
-        inputs = self.processor(
-            images=[draw(scene)], text=[prompt(self.processor, question.text)], return_tensors="pt"
-        ).to(self.device)
-        load = self.loads[1]
-        models = {cell.name: self._prepared(cell)[0] for cell in contenders}
-        for model in models.values():
-            model.generation_config.eos_token_id = None
-        runs = race(
-            list(models),
-            lambda name: time_once(models[name], inputs, load.n_new),
-            threads=[torch.get_num_threads()],
-            rounds=self.effort.timing_rounds,
-            budget_s=60.0,
-            on_round=lambda: None,
-        )
-        found = []
-        for cell in contenders:
-            times = runs[cell.name, torch.get_num_threads()]
-            plan = fastskip.plan_of(models[cell.name])
-            speed = Speed(
-                cell.name,
-                cell.label,
-                ttft_s=median(each.ttft for each in times),
-                tpot_s=median(each.decode for each in times),
-                kv_bytes=plan.kv_bytes(load.n_image, load.n_text, load.n_new - 1),
-                flops=flops(plan, load),
-            )
-            found.append(asdict(speed))
-        return found
+    def _inputs(self, item: Item) -> Any:
+        scene, question = item
+        text = prompt(self.processor, question.text)
+        return self.processor(images=[draw(scene)], text=[text], return_tensors="pt")
 
     @property
     def _items(self) -> int:
@@ -278,16 +251,9 @@ class Study:
             "learned": cell.learned.value,
         }
         if cell.learned is not Learned.NOTHING:
-            found |= {"steps": self.effort.steps, "sequences": self.effort.sequences}
+            steps = self.effort.steps * cell.patience
+            found |= {"steps": steps, "sequences": self.effort.sequences}
         return found
-
-
-def _contenders() -> tuple[Cell, ...]:
-    """Who is timed: those that section 4 compares."""
-    by_name = {cell.name: cell for cell in cells()}
-    return tuple(
-        by_name[name] for name in ("dense", "half-nothing", "most-nothing", "medium", "small")
-    )
 
 
 def _similarity(found: Sequence[Mapping[str, Any]]) -> tuple[LayerSimilarity, ...]:

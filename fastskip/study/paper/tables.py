@@ -49,10 +49,12 @@ def cell_line(row: Row) -> dict[str, Any]:
         "start": "" if schedule is None else schedule.start,
         "removed": row.removed,
         "learned": row.learned.value,
+        "patience": row.patience,
         "question_compute": row.question_compute,
         "caption_compute": row.caption_compute,
         **_score("questions", row.questions),
         **_score("captions", row.captions),
+        **_score("whole_captions", row.whole_captions),
         "seconds": row.seconds,
     }
 

@@ -33,15 +33,16 @@ def tune_(
         return []
     from fastskip.study.training import Parts, Settings, train
 
+    steps = effort.steps * cell.patience
     settings = Settings(
         parts=Parts(cell.learned.value),
-        steps=effort.steps,
+        steps=steps,
         batch=effort.sequences,
         learning_rate=RATES[cell.learned],
         warmup=0.1,
         seed=seed,
     )
-    data = conversations(effort.steps * effort.sequences, seed)
+    data = conversations(steps * effort.sequences, seed)
     return list(train(model, processor, data, settings=settings, masks=masks).losses)
 
 
