@@ -54,7 +54,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     is_other = config.option.impl not in (None, "reference")
     # The interpreter takes seconds for what a GPU does at once.
     if not (config.option.every_case or torch.cuda.is_available()):
-        items[:] = _thinned(items)
+        kept = _thinned(items)
+        chosen_ids = {id(item) for item in kept}
+        config.hook.pytest_deselected(items=[i for i in items if id(i) not in chosen_ids])
+        items[:] = kept
     for item in items:
         if "reference" in item.keywords and is_other:
             item.add_marker(pytest.mark.skip(reason="looks into the reference runtime"))
