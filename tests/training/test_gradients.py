@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastskip
-from fastskip.families import DECODERS
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.study.training import Padding
 from fastskip.study.training.batches import Collator
@@ -102,14 +101,14 @@ def test_a_step_is_that_of_the_masked_computation(name: str, side: Padding) -> N
 @pytest.mark.parametrize("kind", LLAVA_KINDS)
 def test_families_and_their_images(kind: Kind) -> None:
     """Several images and crops, and rows without any, in one batch."""
-    if kind == "llava_opt" and "opt" not in DECODERS:
-        pytest.skip("OPT decoders are not supported")
     plain, given = tiny_llava(kind, vocab=VOCAB), batches(kind)
     eager = expected(plain, POLICY, given)
     truth = expected(truth_copy(plain), POLICY, given)
     found = learned(fastskip.apply_(copy.deepcopy(plain), POLICY).train(), given)
     for each, gradient in found.items():
-        assert_within_budget(each, gradient, eager[each], truth[each])
+        # One bias for all keys moves no softmax where keys do not turn: there all is rounding.
+        if not (kind == "llava_opt" and each.endswith("k_proj.bias")):
+            assert_within_budget(each, gradient, eager[each], truth[each])
 
 
 @contextmanager
