@@ -74,7 +74,8 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     kept = []
     for item in items:
         name, is_case, _ = item.nodeid.partition("[")
-        is_thin = bool(is_case) and name.startswith("tests/kernels/")
+        is_slow = name.startswith("tests/kernels/") or "/test_interpreted.py" in name
+        is_thin = bool(is_case) and is_slow
         if not is_thin or name not in seen or zlib.crc32(item.nodeid.encode()) % 3 == 0:
             kept.append(item)
         seen.add(name)

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.gpu.results import Results, Values
 
-
 PATIENCE = 10
 """How much longer cells may take in small, where kernels are interpreted."""
 
