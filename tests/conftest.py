@@ -68,13 +68,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of every parametrised test of kernels its first case and about a third of the others, drawn
-    by their names: in turn, one of three dtypes would be left out."""
+    """Of every parametrised test of interpreted kernels its first case and about a third of the
+    others, drawn by their names: in turn, one of three dtypes would be left out."""
     seen: set[str] = set()
     kept = []
     for item in items:
         name, is_case, _ = item.nodeid.partition("[")
-        is_slow = name.startswith("tests/kernels/") or "/test_interpreted.py" in name
+        is_slow = name.startswith(("tests/kernels/", "tests/test_launches.py"))
+        is_slow = is_slow or "/test_interpreted.py" in name
         is_thin = bool(is_case) and is_slow
         if not is_thin or name not in seen or zlib.crc32(item.nodeid.encode()) % 3 == 0:
             kept.append(item)
