@@ -80,6 +80,12 @@ def test_what_learns_and_what_does_not(parts: Parts) -> None:
     assert trained.rows_per_second > 0 and trained.seconds_per_step > 0
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastskip.study.training.learner.find_spec", lambda name: None)
+    with pytest.raises(TrainingError, match="accelerate: is missing; needed: pip install"):
+        run(prepared())
+
+
 def test_it_learns() -> None:
     model = prepared()
     losses = run(model, parts=Parts.LANGUAGE, steps=30, batch=8, schedule="constant").losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,12 @@ from fastskip.study.training.gates import Gates
 
 class TrainingError(ValueError):
     """A run that cannot be started or gone on with; says why and what is needed."""
+
+
+def require_accelerate() -> None:
+    """Raises ``TrainingError`` without the package that transformers' trainer needs."""
+    if find_spec("accelerate") is None:
+        raise TrainingError("accelerate: is missing; needed: pip install 'fastskip[train]'")
 
 
 class _Loaded(NamedTuple):

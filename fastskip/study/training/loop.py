@@ -21,7 +21,7 @@ from fastskip.study.training.encoding import Encoder
 from fastskip.study.training.events import Events, Masks
 from fastskip.study.training.examples import Example
 from fastskip.study.training.gates import Gates
-from fastskip.study.training.learner import Learner, TrainingError
+from fastskip.study.training.learner import Learner, TrainingError, require_accelerate
 from fastskip.study.training.parts import adapted, learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings, SettingsError
 from fastskip.study.training.sources import source_of
@@ -63,8 +63,10 @@ def train(
         SettingsError: a setting does not go with the model, the data or ``out``.
         DataError: an example cannot be used, and ``settings.skip_broken`` is not set.
         PolicyError: of `Parts.ROUTERS`, a router that cannot learn.
-        TrainingError: the data end too soon, or a checkpoint is of other settings.
+        TrainingError: a package that training needs is missing, the data end too soon, or a
+            checkpoint is of other settings.
     """
+    require_accelerate()
     plan = plan_of(model)
     last = _last_checkpoint(out, settings)
     tokenizer = getattr(processor, "tokenizer", processor)
