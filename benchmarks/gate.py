@@ -49,7 +49,9 @@ def _fault(models: Models, truth: Any, prompt: Prompt, policy: SkipPolicy) -> st
             return_dict_in_generate=True,
         )
     keys = {key for each in record.forwards for key in each.skipped}
-    decisions = {(layer, sub.value): record.skipped(layer, sub) for layer, sub in keys}
+    decisions = {
+        (layer, sub.value): record.skipped(layer, sub).to(ours.device) for layer, sub in keys
+    }
     logits = torch.stack(out.logits, dim=1).to(ours.dtype)
     eager, exact = (
         _continue(model, policy, decisions, prompt, out.sequences[:, :-1])
