@@ -3,7 +3,7 @@
     python -m benchmarks.compile_gate [--arch 90] [--keep] [--all] [--again]
 
 Needs no GPU. Every launch that the probes (``benchmarks.probes``) make is compiled ahead of time:
-for sm_90 under the table of the H200, at the shapes of all models; for sm_80, sm_89, sm_90 and
+for sm_90 under the tables of H200 and H100, at the shapes of all models; for sm_80, sm_89, sm_90 and
 sm_100 with the conservative defaults, at the shapes of a 7B model. Checked are
 
 - that it compiles, spills nothing, and fits into the chip's shared memory;
@@ -36,7 +36,7 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "compile"
 ARCHS = (80, 89, 90, 100)
-TABLES = {90: ("nvidia-h200", "default")}
+TABLES = {90: ("nvidia-h200", "nvidia-h100-80gb-hbm3", "default")}
 """Tables that are compiled for an architecture; others have the default alone."""
 
 PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head"}

@@ -387,6 +387,12 @@ PROBES = (
         most=64,
     ),
     Probe(
+        "add_terms of the attention",
+        ("add_terms",),
+        lambda m, n: residual.add_terms_(m.h(n), [m.output(n)]),
+        most=64,
+    ),
+    Probe(
         "add_terms of both sublayers to indexed rows",
         ("add_terms",),
         lambda m, n: residual.add_terms_(m.h(n), [m.output(n), m.down(n)], index=numbers(n)),

@@ -31,7 +31,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def draw(position, salt):
     """``u`` in (0, 1]: the bits of ``routes.draw``."""
-    value = (position.to(tl.uint32) * 0x9E3779B1) ^ salt.to(tl.uint32)
+    # A number 1 in a tuple arrives as a constant, which has no .to.
+    value = (position.to(tl.uint32) * 0x9E3779B1) ^ tl.cast(salt, tl.uint32)
     value = (value ^ (value >> 16)) * 0x85EBCA6B
     value = (value ^ (value >> 13)) * 0xC2B2AE35
     value = value ^ (value >> 16)

@@ -302,11 +302,12 @@ def test_a_term_without_rows_is_not_read(
 ) -> None:
     rows = config["BLOCK_N"]
     flags: Flags = [[int(number != idle)] * rows for number in range(2)]
-    terms = cast(build_terms(rows, [64, 90], [True, False]), device, torch.float32)
+    made = build_terms(rows, [64, 90], [True, False])
+    terms = cast(made, device, torch.float32)
     plain = exact(rows, WIDTH, seed=5).to(device, torch.float32)
     guarded = plain.clone()
     residual.add_terms_(plain, [terms[1 - idle]], config=config)
-    spoiled = cast(poisoned(terms, flags), device, torch.float32)
+    spoiled = cast(poisoned(made, flags), device, torch.float32)
     with watched(*(term.linear.weight for term in spoiled)) as reads:
         residual.add_terms_(guarded, spoiled, chosen=chosen_of(flags, rows, device), config=config)
     assert torch.equal(guarded, plain)

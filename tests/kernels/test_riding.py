@@ -90,9 +90,15 @@ class Update:
         h = self.scene.h(TRUTH)
         return fused.add_terms_(h, self.terms(TRUTH, "cpu"), chosen=self.rows("cpu"))
 
-    def check(self, found: Sequence[Verdict], dtype: torch.dtype, move: Move) -> Route:
-        """Decides on both ways, on the very same rows."""
-        device = torch.device(found[0].runs.device) if found else torch.device("cpu")
+    def check(
+        self,
+        found: Sequence[Verdict],
+        dtype: torch.dtype,
+        move: Move,
+        device: torch.device | None = None,
+    ) -> Route:
+        """Decides on both ways, on the very same rows; ``device``: needed without verdicts."""
+        device = device or torch.device(found[0].runs.device)
         theirs = [replace(each, runs=each.runs.clone()) for each in found]
         ours, eager = (self.scene.route(dtype, each, device, move) for each in (found, theirs))
         h = self.run(dtype, device, ours)
@@ -145,8 +151,8 @@ def test_every_score_after_every_move(score: Score, move: Move, device: torch.de
 
 
 @pytest.mark.parametrize("move", Move)
-def test_a_trace_moves_without_verdicts(move: Move) -> None:
-    Update(("some",)).check([], torch.bfloat16, move)
+def test_a_trace_moves_without_verdicts(move: Move, device: torch.device) -> None:
+    Update(("some",)).check([], torch.bfloat16, move, device)
 
 
 @pytest.mark.parametrize("agreement", Agreement)
