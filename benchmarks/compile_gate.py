@@ -3,8 +3,8 @@
     python -m benchmarks.compile_gate [--arch 90] [--keep] [--all] [--again]
 
 Needs no GPU. Every launch that the probes (``benchmarks.probes``) make is compiled ahead of time:
-for sm_90 under the tables of H200 and H100, at the shapes of all models; for sm_80, sm_89, sm_90 and
-sm_100 with the conservative defaults, at the shapes of a 7B model. Checked are
+for sm_90 under the tables of H200 and H100, at the shapes of all models; for sm_80, sm_89, sm_90
+and sm_100 with the conservative defaults, at the shapes of a 7B model. Checked are
 
 - that it compiles, spills nothing, and fits into the chip's shared memory;
 - that kernels which stream weights or entries load 16 bytes a thread (``STREAMS``);

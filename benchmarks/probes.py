@@ -38,6 +38,7 @@ from fastskip.ops.bitmaps import Packed, bitmap_bytes
 from fastskip.ops.contracts import (
     PAGE,
     Activation,
+    Bounds,
     Choice,
     Feed,
     Linear,
@@ -175,7 +176,7 @@ class Model:
         return StepReach(numbers(n), 1, n * CONTEXT, numbers(n * self.heads))
 
     def reach(self, n: int) -> Reach:
-        return Reach(numbers(n), numbers(n), (0, n))
+        return Reach(numbers(n), numbers(n), Bounds((0, n), numbers(2)))
 
     def choice(self, n: int) -> Choice:
         wide = torch.int64
@@ -511,7 +512,9 @@ PROBES = (
     Probe(
         "place_entries",
         ("place_entries",),
-        lambda m, n: routing.place_entries(numbers(n), numbers(n), (0, n), numbers(1)),
+        lambda m, n: routing.place_entries(
+            numbers(n), numbers(n), Bounds((0, n), numbers(2)), numbers(1)
+        ),
     ),
     Probe(
         "sparse_linear",

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_parts import Store
-from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.fused_stack import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import LayerWeights
 from fastskip.ops import Implementation, operations_of
@@ -50,7 +51,9 @@ def prefill_launches(
     with counted(is_dry=True, table=table) as account:
         cache.grow(layout, h)
         wanted = torch.arange(1, batch + 1) * (n_image + n_text) - 1
-        rows = ForwardRows(plan, layout, cache, layout.locate(wanted), _routers(plan))
+        numbers = RowNumbers(layout, cache.codes, layout.locate(wanted))
+        send, counts = sender(numbers, anchor.device), cache.device_counts
+        rows = ForwardRows(plan, numbers, send, counts, _routers(plan), anchor)
         store = Store(_rotation(plan.shape), cache.pages_of)
         out = run_steps(plan, _blocks(plan, ops), h, rows.of, store)
         ops.head_logits(out, _norm(plan.shape), _head(plan.shape))

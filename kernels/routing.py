@@ -17,7 +17,6 @@ Tables: kernels ``route``, shape ``(D,)``; ``decide`` and ``place_entries``, sha
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +31,7 @@ from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Bounds
 from fastskip.ops.routes import Group, Move, Route, Verdict
 
 
@@ -200,7 +200,7 @@ def route(h: Tensor, taken: Route, *, config: Mapping[str, Any] | None = None) -
 def place_entries(
     held: Tensor,
     order: Tensor,
-    bounds: tuple[int, ...],
+    bounds: Bounds,
     counts: Tensor,
     *,
     config: Mapping[str, Any] | None = None,
@@ -208,19 +208,18 @@ def place_entries(
     """Slots ``[n]`` of rows that leave entries, -1 for the others, and limits ``[n]`` of all.
 
     ``held [n]``; ``order [n]``: all rows, sequence by sequence; ``counts [B]`` is brought up to
-    date. The first call with some ``bounds`` sends them to the device, so a call that is to be
-    captured needs one before it.
+    date.
     """
-    assert len(held) == len(order) == bounds[-1] and counts.is_contiguous()
+    assert len(held) == len(order) and counts.is_contiguous()
     blocks, options = split(config or tuning.config_for("place_entries", held.device, len(held)))
     slots, limits = (empty((len(held),), torch.int32, held.device) for _ in range(2))
     launch(
         _place_entries_kernel,
-        (len(bounds) - 1,),
+        (bounds.sequences,),
         options,
         held_ptr=held,
         order_ptr=order,
-        bounds_ptr=_bounds_on(bounds, held.device),
+        bounds_ptr=bounds.device,
         counts_ptr=counts,
         slots_ptr=slots,
         limits_ptr=limits,
@@ -319,8 +318,3 @@ def _decide(
         RULE=rule,
         **blocks,
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _bounds_on(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)

@@ -6,20 +6,20 @@ with ``s`` below ``limits[r]``; ``b`` is the sequence of row ``r``, and a row wi
 0 (the torch form does so only if no row of its sequence has any, else NaN). Queries ``[n, H, K]``,
 out ``[n, H * K]``, both in query order. Grid ``(tiles, H)``: a tile is up to ``BLOCK_Q`` rows of
 one sequence, as ``order`` lists them, so that packed sequences need no padding, whatever rows of a
-sequence there are. Limits ascend in a tile: up to the least of them no score is masked, and past
+sequence there are. Where sequences begin is read on the device, so that a captured launch serves
+other lengths; there are as many tiles as ``n`` rows of ``B`` sequences can need, and one that has
+no row leaves at once. Limits ascend in a tile: up to the least of them no score is masked, and past
 the largest nothing is read. Where flags ``runs [n]`` say which rows attend, the others count for
-neither, and a tile that has no row left leaves at once.
+neither, and a tile that has no row left leaves too.
 
 Tables: kernel ``attend_rows``, rows are ``n``, shape ``(H, G, K)``.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,9 +35,30 @@ from fastskip.ops.contracts import Pages, Reach
 
 
 @triton.jit
+def tile_of(tile, bounds_ptr, sequences, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
+    """A tile's sequence, and where its rows begin and end in the order; none past the last tile.
+
+    Later rows of a sequence reach further; their tiles come first, so that none of them is left to
+    run alone at the end.
+    """
+    member = tl.arange(0, BLOCK_B)
+    is_member = member < sequences
+    begin = tl.load(bounds_ptr + member, mask=is_member, other=0)
+    end = tl.load(bounds_ptr + member + 1, mask=is_member, other=0)
+    tiles = tl.cdiv(end - begin, BLOCK_Q)
+    sequence = tl.sum((tl.cumsum(tiles) <= tile).to(tl.int32))
+    sequence = tl.minimum(sequence, sequences - 1)
+    after = tl.sum(tl.where(member <= sequence, tiles, 0)) - 1 - tile
+    is_own = member == sequence
+    first = tl.sum(tl.where(is_own, begin, 0)) + after * BLOCK_Q
+    last = tl.minimum(first + BLOCK_Q, tl.sum(tl.where(is_own, end, 0)))
+    return sequence, first, tl.where(after >= 0, last, first)
+
+
+@triton.jit
 def _attend_rows_kernel(
     q_ptr,
-    tiles_ptr,
+    bounds_ptr,
     order_ptr,
     limits_ptr,
     runs_ptr,
@@ -49,6 +70,7 @@ def _attend_rows_kernel(
     stride_tb,
     offset,
     factor,
+    sequences,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -57,12 +79,14 @@ def _attend_rows_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    tiles_ptr += tl.program_id(0) * 3
     head = tl.program_id(1)
-    sequence = tl.load(tiles_ptr).to(tl.int64)
-    number = tl.load(tiles_ptr + 1) + tl.arange(0, BLOCK_Q)
-    is_row = number < tl.load(tiles_ptr + 2)
+    sequence, first, last = tile_of(tl.program_id(0), bounds_ptr, sequences, BLOCK_Q, BLOCK_B)
+    if first >= last:
+        return
+    number = first + tl.arange(0, BLOCK_Q)
+    is_row = number < last
     row = tl.load(order_ptr + number, mask=is_row, other=0).to(tl.int64)
     if runs_ptr is not None:
         is_row = tl.load(runs_ptr + row, mask=is_row, other=0) != 0
@@ -77,7 +101,7 @@ def _attend_rows_kernel(
     q_ptr += head * stride_qh
     q = tl.load(q_ptr + row[:, None] * stride_qn + column[None], mask=mask, other=0.0)
     entries_ptr = anchor_ptr + offset + head // (HEADS // GROUPS) * PAGE * HEAD_DIM
-    table_ptr += sequence * stride_tb
+    table_ptr += sequence.to(tl.int64) * stride_tb
     out = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     best = tl.full([BLOCK_Q], LOW, tl.float32)
@@ -119,9 +143,8 @@ def attend_rows(
 ) -> Tensor:
     """Softmax attention of ``queries [n, H, K]``, each over the entries it reaches.
 
-    Returns ``[n, H * K]`` in query order; rows that ``reach.runs`` leaves out are not written. The
-    first call with some ``reach.bounds`` sends a list of tiles to the device, so a call that is to
-    be captured needs one before it.
+    Returns ``[n, H * K]`` in query order; rows that ``reach.runs`` leaves out, and those of no
+    sequence, are not written.
     """
     refuse_gradients(queries=queries)
     assert queries.stride(2) == 1 and pages.table.stride(1) == 1
@@ -133,15 +156,17 @@ def attend_rows(
         # Products of full precision keep their operands in registers.
         blocks |= {"BLOCK_Q": 16, "BLOCK_S": 16}
         options |= {"num_warps": 8}
-    tiles = tiles_of(reach.bounds, blocks["BLOCK_Q"], queries.device)
+    sequences, block = reach.bounds.sequences, blocks["BLOCK_Q"]
+    # Each sequence may end in a tile of one row.
+    tiles = (rows + min(rows, sequences) * (block - 1)) // block
     out = empty((rows, heads * width), queries.dtype, queries.device)
     launch(
         _attend_rows_kernel,
-        (len(tiles), heads),
+        (tiles, heads),
         options,
         is_guarded=reach.runs is not None,
         q_ptr=queries,
-        tiles_ptr=tiles,
+        bounds_ptr=reach.bounds.device,
         order_ptr=reach.order,
         limits_ptr=reach.limits,
         runs_ptr=reach.runs,
@@ -153,31 +178,16 @@ def attend_rows(
         stride_tb=pages.table.stride(0),
         offset=pages.offset,
         factor=scale * LOG2_E,
+        sequences=sequences,
         HEADS=heads,
         GROUPS=pages.groups,
         HEAD_DIM=width,
         PAGE=PAGE_SLOTS,
         BLOCK_K=triton.next_power_of_2(width),
+        BLOCK_B=triton.next_power_of_2(max(1, sequences)),
         **blocks,
     )
     return out
-
-
-@functools.lru_cache(maxsize=256)
-def tiles_of(bounds: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """``[tiles, 3]``: sequence, and where its rows begin and end in ``order``, ``block`` at most.
-
-    Later rows of a sequence reach further; their tiles come first, so that none of them is left to
-    run alone at the end.
-    """
-    found = [
-        (sequence, first, min(first + block, bounds[sequence + 1]))
-        for sequence, start in enumerate(bounds[:-1])
-        for first in range(start, bounds[sequence + 1], block)
-    ]
-    found.sort(key=lambda tile: bounds[tile[0]] - tile[1])
-    host = torch.tensor(found, dtype=torch.int32).view(-1, 3)
-    return host.to(device, non_blocking=True)
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastskip.ops.contracts import (
     PAGE,
     Activation,
+    Bounds,
     Choice,
     Feed,
     Linear,
@@ -121,7 +122,8 @@ class Maker:
     def prompt_reach(self, rows: list[int] | range) -> Reach:
         """Queries of these rows of one prompt, each over all before it and itself."""
         limits = self.integers([row + 1 for row in rows])
-        return Reach(limits, self.integers(range(len(limits))), (0, len(limits)))
+        bounds = Bounds.of((0, len(limits)), limits.device)
+        return Reach(limits, self.integers(range(len(limits))), bounds)
 
     def text_rows(self) -> list[int]:
         """Where the text of a prompt is: a little before the image, most behind it."""

@@ -15,17 +15,18 @@ from benchmarks.gpu.nodes import replay_seconds
 from fastskip.decoder.conditional_layer import ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
-from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.fused_stack import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import LayerWeights
 from fastskip.generation.conditional import bodies_on
-from fastskip.generation.graphs import capture
 from fastskip.kernels import tuning
 from fastskip.kernels.tuning import Entry, Table
 from fastskip.ops.contracts import Activation, Linear
+from fastskip.ops.graphs import capture
 from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.routing import build_routers
@@ -94,7 +95,9 @@ class Stack:
         cache = PagedCache(plan, self._anchor)
         h = self._make.noise(len(layout), self._widths.hidden)
         cache.grow(layout, h)
-        rows = ForwardRows(plan, layout, cache, None, routers)
+        numbers = RowNumbers(layout, cache.codes, None)
+        send, counts = sender(numbers, self._anchor.device), cache.device_counts
+        rows = ForwardRows(plan, numbers, send, counts, routers, self._anchor)
         store = Store(self._make.rotation(), cache.pages_of)
         run_steps(plan, own, h, rows.of, store)
         cache.commit(layout, {key: layout.unpack(one.bool()) for key, one in rows.held.items()})

@@ -20,7 +20,7 @@ from benchmarks.gpu.works import (
     projection_of,
     written,
 )
-from fastskip.ops.contracts import Term
+from fastskip.ops.contracts import Bounds, Term
 from fastskip.ops.routes import Agreement, Group, Move, Route, Score, Trace, Verdict
 
 
@@ -124,10 +124,11 @@ def decide(make: Maker, rows: int) -> Work:
 def place_entries(make: Maker, rows: int) -> Work:
     (some, _), _ = _flags(make, rows)
     order, counts = make.integers(range(rows)), make.integers([0])
+    bounds = Bounds.of((0, rows), order.device)
 
     def run(ops: Any) -> Outcome:
         counts.zero_()
-        return [*ops.place_entries(some, order, (0, rows), counts), counts]
+        return [*ops.place_entries(some, order, bounds, counts), counts]
 
     return Work(run, 16 * rows)
 

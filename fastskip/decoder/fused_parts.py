@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastskip.ops.contracts import Pages, Reach, Rotation, StepReach, Targets
+from fastskip.ops.contracts import Bounds, Pages, Reach, Rotation, StepReach, Targets
 from fastskip.ops.routes import Route
 
 
@@ -63,7 +63,7 @@ class Placing:
 
     stored: Tensor | None
     order: Tensor
-    bounds: tuple[int, ...]
+    bounds: Bounds
     counts: Tensor
     note: Callable[[Tensor], None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,51 +19,63 @@ from fastskip.decoder.fused_parts import (
     Selection,
 )
 from fastskip.decoder.guards import Point
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.ops.contracts import Reach, Targets
+from fastskip.decoder.row_numbers import Classes, RowNumbers
+from fastskip.layer_plan import Table
+from fastskip.ops.contracts import Bounds, Reach, Targets
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import SkippedKV, Sublayer, TokenClass
 from fastskip.routing import Router
-from fastskip.tokens import CODES, Rows, TokenLayout, member
+from fastskip.tokens import Rows
 
-Classes = frozenset[TokenClass]
+Recipe = Callable[[RowNumbers], Tensor]
+"""Numbers of a forward. One that is made for a forward holds for every other whose rows are as
+many, class by class: it says which numbers are meant, never which they are."""
+RowsRecipe = Callable[[RowNumbers], Rows]
+Send = Callable[[Recipe], Tensor]
+"""Works a recipe out and returns its numbers on the device, int32."""
+
+
+def sender(numbers: RowNumbers, device: torch.device) -> Send:
+    """Sends each recipe's numbers of one forward at once."""
+    return lambda recipe: recipe(numbers).to(torch.int32).to(device)
 
 
 class ForwardRows:
     """Makes the ``FusedRows`` of a forward; layers that do the same share them.
 
-    Everything is worked out on the host from the layout and sent to the device once; ``narrow``
-    are the rows that go on after the last layer's entries.
+    Everything is worked out on the host and sent to the device once. ``routes`` are the decisions
+    on the device, if any; ``held``, filled by a run: who has entries in each hollow layer, ``[N]``.
     """
 
     def __init__(
         self,
         plan: SkipPlan,
-        layout: TokenLayout,
-        cache: PagedCache,
-        narrow: Rows | None,
-        routers: Sequence[Router] = (),
+        numbers: RowNumbers,
+        send: Send,
+        counts: Mapping[Table, Tensor],
+        routers: Sequence[Router],
+        like: Tensor,
     ) -> None:
-        self._plan, self._layout, self._cache = plan, layout, cache
-        self._device = cache.anchor.device
-        self._codes = torch.cat((cache.codes, layout.source), dim=1)
-        self._narrow = narrow
+        """``counts``: of each hollow table on the device, ``[B]``, which a run brings up to date;
+        ``like``: gives dtype and device of rows."""
+        self._plan, self._numbers, self._send = plan, numbers, send
+        self._layout, self._counts = numbers.layout, counts
         self._made: dict[tuple[object, ...], FusedRows] = {}
-        self._seen: dict[Classes, Tensor] = {}
         self._targets: dict[tuple[Classes, Classes], Targets] = {}
-        self._nothing = self._send_targets(*[torch.empty(0, dtype=torch.int64)] * 3)
+        self._nothing = Targets(*[torch.empty(0, dtype=torch.int32, device=like.device)] * 3)
         self._selections: dict[Classes, Selection] = {}
         self._flags: dict[Classes, Tensor] = {}
+        self._narrow = None
+        if numbers.narrow is not None:
+            self._narrow = self._select_rows(RowNumbers.going_on)
         self.held: dict[int, Tensor] = {}
         self.routes: DeviceRoutes | None = None
         if plan.routed:
-            self._every = Rows(slice(0, len(layout)), len(layout))
-            # Sent once: each of these is a copy that waits for the device.
-            self._routes_positions = self._to_device(layout.positions)
-            self._routes_sequences = self._to_device(layout.sequences)
+            self._routes_positions = send(lambda n: n.positions(n.every()))
+            self._routes_sequences = send(lambda n: n.sequences(n.every()))
             self._all_slots: dict[tuple[Classes, Classes], Tensor] = {}
             self._reaches: dict[tuple[Classes, Classes, bool], Reach] = {}
-            self._order: tuple[Tensor, tuple[int, ...]] | None = None
+            self._order: tuple[Tensor, Bounds] | None = None
             self.routes = DeviceRoutes(
                 plan,
                 routers,
@@ -71,11 +83,13 @@ class ForwardRows:
                 self._flags_of,
                 self._routes_positions,
                 self._routes_sequences,
-                cache.anchor,
+                like,
             )
 
     def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
-        rows = self._static(layer, is_last)
+        """What enters the parts of a layer; ``is_last``: it is in the plan's last step."""
+        is_narrow = is_last and self._narrow is not None
+        rows = self._static(layer, is_narrow)
         return rows if self.routes is None else self._guarded(layer, rows, self.routes)
 
     def _guarded(self, layer: LayerPlan, rows: FusedRows, routes: DeviceRoutes) -> FusedRows:
@@ -121,34 +135,19 @@ class ForwardRows:
         key = layer.holding, layer.attending, is_narrow
         found = self._reaches.get(key)
         if found is None:
-            found = self._reaches[key] = self._make_guarded_reach(layer, is_narrow)
+            going_on = RowNumbers.going_on if is_narrow else RowNumbers.every
+            found = self._reaches[key] = self._reach(layer.holding, layer.attending, going_on)
         return found
 
-    def _make_guarded_reach(self, layer: LayerPlan, is_narrow: bool) -> Reach:
-        going_on = self._every
-        if is_narrow:
-            assert self._narrow is not None
-            going_on = self._narrow
-        layout, holding = self._layout, layer.holding
-        sequences, columns = (going_on.take(t) for t in (layout.sequences, layout.columns))
-        may = member(going_on.take(layout.codes), layer.attending).nonzero().squeeze(1)
-        order = may[torch.argsort(sequences[may] * self._codes.shape[1] + columns[may])]
-        counts = torch.bincount(sequences[may], minlength=layout.batch)
-        limits = self._limits(holding, going_on)
-        bounds = (0, *counts.cumsum(0).tolist())
-        return Reach(self._to_device(limits), self._to_device(order), bounds)
-
     def _placing(self, layer: LayerPlan) -> Placing:
-        layout, index = self._layout, layer.index
+        index, every = layer.index, frozenset(TokenClass)
         if self._order is None:
-            order = torch.argsort(layout.sequences * self._codes.shape[1] + layout.columns)
-            counts = torch.bincount(layout.sequences, minlength=layout.batch)
-            self._order = self._to_device(order), (0, *counts.cumsum(0).tolist())
+            self._order = self._sort(every, RowNumbers.every)
         stored = layer.holding - layer.hollow
         return Placing(
             self._flags_of(stored) if stored else None,
             *self._order,
-            self._cache.device_counts[index],
+            self._counts[index],
             partial(self.held.__setitem__, index),
         )
 
@@ -156,34 +155,32 @@ class ForwardRows:
         """Slots ``[N]`` of rows of some classes on the device; -1 for the others."""
         found = self._all_slots.get((holding, classes))
         if found is None:
-            slots = self._slots(holding, self._every)
-            slots = slots.masked_fill(~member(self._layout.codes, classes), -1)
-            found = self._all_slots[holding, classes] = self._to_device(slots)
+            found = self._send(lambda n: n.masked_slots(holding, classes))
+            self._all_slots[holding, classes] = found
         return found
 
     def _flags_of(self, classes: Classes) -> Tensor:
         found = self._flags.get(classes)
         if found is None:
-            flags = member(self._layout.codes, classes)
-            found = self._flags[classes] = self._to_device(flags)
+            found = self._flags[classes] = self._send(lambda n: n.flags(classes))
         return found
 
-    def _static(self, layer: LayerPlan, is_last: bool) -> FusedRows:
-        narrow = self._narrow if is_last else None
-        key = (layer.row_sets, narrow is not None)
+    def _static(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
+        key = (layer.row_sets, is_narrow)
         found = self._made.get(key)
         if found is None:
-            found = self._made[key] = self._make(layer, narrow)
+            found = self._made[key] = self._make(layer, is_narrow)
         return found
 
-    def _make(self, layer: LayerPlan, narrow: Rows | None) -> FusedRows:
+    def _make(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
         nobody: Classes = frozenset()
-        joint = layer.attending if narrow is None else nobody
+        joint = nobody if is_narrow else layer.attending
         stored = layer.projecting - joint
-        attending = self._going_on(layer.attending, narrow)
-        rows = self._layout.rows(layer.attending)
-        if narrow is not None:
-            rows = _within(narrow, attending)
+        attending = self._select(layer.attending, is_narrow)
+        queries: RowsRecipe = partial(_asking if is_narrow else _of, classes=layer.attending)
+        reach = None
+        if attending.count:
+            reach = self._reach(layer.holding, layer.attending, queries)
         return FusedRows(
             joint=self._select(joint),
             joint_targets=self._targets_of(layer.holding, joint),
@@ -194,91 +191,85 @@ class ForwardRows:
                 for source, classes in layer.reusing.items()
                 if self._layout.rows(classes).count
             ),
-            narrow=None if narrow is None else self._send(narrow),
-            attending=self._select(joint) if narrow is None else self._send(attending),
-            query_targets=self._nothing if narrow is None else self._query_targets(rows),
-            feeding=self._feeding(layer, narrow),
-            reach=self._reach(layer.holding, rows) if attending.count else None,
+            narrow=self._narrow if is_narrow else None,
+            attending=attending,
+            query_targets=self._query_targets(queries) if is_narrow else self._nothing,
+            feeding=self._select(layer.feeding, is_narrow),
+            reach=reach,
         )
 
-    def _feeding(self, layer: LayerPlan, narrow: Rows | None) -> Selection:
-        if narrow is None:
-            return self._select(layer.feeding)
-        return self._send(self._going_on(layer.feeding, narrow))
-
-    def _going_on(self, classes: Classes, narrow: Rows | None) -> Rows:
-        """The rows of some classes among those that go on, indexing those."""
-        if narrow is None:
-            return self._layout.rows(classes)
-        codes = narrow.take(self._layout.codes)
-        wanted = torch.tensor(sorted(CODES[token_class] for token_class in classes))
-        index = torch.isin(codes, wanted).nonzero().squeeze(1)
-        if len(index) == len(codes):
-            return Rows(slice(0, len(codes)), len(codes))
-        return Rows(index, len(index))
-
-    def _select(self, classes: Classes) -> Selection:
+    def _select(self, classes: Classes, is_narrow: bool = False) -> Selection:
+        """The rows of some classes; ``is_narrow``: among those that go on, indexing those."""
+        if is_narrow:
+            return self._select_rows(lambda n: n.narrowed(classes))
         found = self._selections.get(classes)
         if found is None:
-            found = self._selections[classes] = self._send(self._layout.rows(classes))
+            found = self._selections[classes] = self._select_rows(partial(_of, classes=classes))
         return found
 
-    def _send(self, rows: Rows) -> Selection:
+    def _select_rows(self, recipe: RowsRecipe) -> Selection:
+        rows = recipe(self._numbers)
         if isinstance(rows.index, slice):
             return Selection(rows.index, rows.count)
-        return Selection(slice(0, 0), rows.count, self._to_device(rows.index))
+        return Selection(slice(0, 0), rows.count, self._send(lambda n: _index_of(recipe(n))))
 
     def _targets_of(self, holding: Classes, classes: Classes) -> Targets:
-        rows = self._layout.rows(classes)
-        if not rows.count:
+        if not self._layout.rows(classes).count:
             return self._nothing
         found = self._targets.get((holding, classes))
         if found is None:
-            sequences = rows.take(self._layout.sequences)
-            found = self._targets[holding, classes] = self._send_targets(
-                rows.take(self._layout.positions), sequences, self._slots(holding, rows)
+            found = self._targets[holding, classes] = Targets(
+                self._send(lambda n: n.positions(n.of(classes))),
+                self._send(lambda n: n.sequences(n.of(classes))),
+                self._send(lambda n: n.slots(holding, n.of(classes))),
             )
         return found
 
-    def _query_targets(self, rows: Rows) -> Targets:
+    def _query_targets(self, queries: RowsRecipe) -> Targets:
         """Of queries that leave no entry: only their positions matter."""
-        positions = rows.take(self._layout.positions)
-        sequences = rows.take(self._layout.sequences)
-        return self._send_targets(positions, sequences, torch.full_like(positions, -1))
-
-    def _send_targets(self, positions: Tensor, sequences: Tensor, slots: Tensor) -> Targets:
-        return Targets(*map(self._to_device, (positions, sequences, slots)))
-
-    def _copies(self, source: int, classes: Classes, layer: LayerPlan) -> Copies:
-        rows = self._layout.rows(classes)
-        return Copies(
-            source,
-            self._to_device(rows.take(self._layout.sequences)),
-            self._to_device(self._slots(self._plan.layers[source].holding, rows)),
-            self._to_device(self._slots(layer.holding, rows)),
+        return Targets(
+            self._send(lambda n: n.positions(queries(n))),
+            self._send(lambda n: n.sequences(queries(n))),
+            self._send(lambda n: torch.full_like(n.positions(queries(n)), -1)),
         )
 
-    def _slots(self, holding: Classes, rows: Rows) -> Tensor:
-        return self._limits(holding, rows) - 1
+    def _copies(self, source: int, classes: Classes, layer: LayerPlan) -> Copies:
+        held, holding = self._plan.layers[source].holding, layer.holding
+        return Copies(
+            source,
+            self._send(lambda n: n.sequences(n.of(classes))),
+            self._send(lambda n: n.slots(held, n.of(classes))),
+            self._send(lambda n: n.slots(holding, n.of(classes))),
+        )
 
-    def _limits(self, holding: Classes, rows: Rows) -> Tensor:
-        """How many entries lie at or before each row's column: what it sees, itself included."""
-        seen = self._seen.get(holding)
-        if seen is None:
-            seen = self._seen[holding] = member(self._codes, holding).cumsum(1)
-        return seen[rows.take(self._layout.sequences), rows.take(self._layout.columns)]
+    def _reach(self, holding: Classes, attending: Classes, queries: RowsRecipe) -> Reach:
+        """What those of some rows see that are of classes ``attending``."""
+        order, bounds = self._sort(attending, queries)
+        limits = self._send(lambda n: n.limits(holding, queries(n)))
+        is_whole = self._numbers.is_whole(holding, torch.tensor(bounds.host))
+        return Reach(limits, order, bounds, is_whole)
 
-    def _reach(self, holding: Classes, rows: Rows) -> Reach:
-        sequences, columns = (rows.take(t) for t in (self._layout.sequences, self._layout.columns))
-        order = torch.argsort(sequences * self._codes.shape[1] + columns)
-        counts = torch.bincount(sequences, minlength=self._layout.batch)
-        bounds = (0, *counts.cumsum(0).tolist())
-        limits = self._limits(holding, rows)
-        is_whole = torch.equal(self._seen[holding][:, -1], counts)
-        return Reach(self._to_device(limits), self._to_device(order), bounds, is_whole)
+    def _sort(self, classes: Classes, rows: RowsRecipe) -> tuple[Tensor, Bounds]:
+        """The order of those of some rows that are of some classes, and where sequences begin."""
 
-    def _to_device(self, numbers: Tensor) -> Tensor:
-        return numbers.to(torch.int32).to(self._device)
+        def bounds(numbers: RowNumbers) -> Tensor:
+            return numbers.bounds(rows(numbers), classes)
+
+        order = self._send(lambda n: n.order(rows(n), classes))
+        return order, Bounds(tuple(bounds(self._numbers).tolist()), self._send(bounds))
+
+
+def _of(numbers: RowNumbers, classes: Classes) -> Rows:
+    return numbers.of(classes)
+
+
+def _asking(numbers: RowNumbers, classes: Classes) -> Rows:
+    return numbers.asking(classes)
+
+
+def _index_of(rows: Rows) -> Tensor:
+    assert isinstance(rows.index, Tensor)
+    return rows.index
 
 
 def _kv_by_class(plan: SkipPlan, layer: LayerPlan) -> dict[TokenClass, SkippedKV]:
@@ -299,9 +290,3 @@ def _sources(
         source = plan.kv_sources(layer.index, token_class)[0]
         found[source] = found.get(source, frozenset()) | {token_class}
     return found
-
-
-def _within(outer: Rows, inner: Rows) -> Rows:
-    """``inner`` indexes what ``outer`` took: the same rows, indexing the whole."""
-    index = inner.take(outer.ids(torch.device("cpu")))
-    return Rows(index, len(index))

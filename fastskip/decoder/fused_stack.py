@@ -17,10 +17,11 @@ from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_layer import FusedBlock, run_pair
 from fastskip.decoder.fused_parts import FusedRows, Store
-from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.routed_rows import narrows_after
+from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.stack import Decoder, Watch
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
@@ -167,7 +168,11 @@ class FusedDecoder(Decoder):
         narrow = None if wanted is None else layout.locate(wanted)
         late = narrow if narrows_after(self.plan) else None
         narrow = None if late is not None else narrow
-        rows = ForwardRows(self.plan, layout, cache, narrow, self.routers)
+        numbers = RowNumbers(layout, cache.codes, narrow)
+        send = sender(numbers, cache.anchor.device)
+        rows = ForwardRows(
+            self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
+        )
         last = int(layout.positions.max()) + 1 if len(layout) else 1
         store = Store(self.positions.rotation(last, packed), cache.pages_of)
         with span("decoder"):

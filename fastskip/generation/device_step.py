@@ -18,9 +18,9 @@ from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
-from fastskip.generation.graphs import capture, new_pool
 from fastskip.ops import Implementation
 from fastskip.ops.contracts import Linear, Norm, Rotation
+from fastskip.ops.graphs import capture, new_pool
 from fastskip.ops.ranges import are_on, span
 
 # Graphs kept; each holds the activations of one step.

@@ -97,6 +97,29 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
+class Bounds:
+    """Where each of ``B`` sequences begins in a list of rows, and where the last one ends.
+
+    Attributes:
+        host: ``B + 1`` numbers; the torch form reads these.
+        device: ``[B + 1]``: the same for kernels; a replayed graph reads what it finds.
+    """
+
+    host: tuple[int, ...]
+    device: Tensor
+
+    @classmethod
+    def of(cls, host: Sequence[int], device: torch.device) -> Bounds:
+        """With the numbers sent to ``device``."""
+        return cls(tuple(host), torch.tensor(host, dtype=torch.int32, device=device))
+
+    @property
+    def sequences(self) -> int:
+        """``B``."""
+        return len(self.host) - 1
+
+
+@dataclass(frozen=True, slots=True)
 class Reach:
     """What each of ``n`` query rows sees: the first ``limits`` entries of its sequence.
 
@@ -104,8 +127,9 @@ class Reach:
 
     Attributes:
         limits: ``[n]``, in query order.
-        order: ``[n]`` query rows, sequence by sequence, limits ascending within each.
-        bounds: where each sequence's rows begin in ``order``: ``B + 1`` numbers on the host.
+        order: ``[n]`` query rows, sequence by sequence, limits ascending within each; those behind
+            the last sequence reach nothing and yield anything.
+        bounds: where each sequence's rows begin in ``order``.
         is_whole: the rows are all that has entries: plain causal attention of whole sequences.
         runs: ``[n]``, 1 or 0 as decided on the device: rows with 0 reach nothing and yield
             anything; limits then ascend among the others.
@@ -113,7 +137,7 @@ class Reach:
 
     limits: Tensor
     order: Tensor
-    bounds: tuple[int, ...]
+    bounds: Bounds
     is_whole: bool = False
     runs: Tensor | None = None
 

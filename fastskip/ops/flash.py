@@ -63,12 +63,12 @@ def attend_packed(
     ``queries [n, H, K]`` -> ``[n, H * K]``. Entries are read into dense tensors first: the package
     has page layouts of its own.
     """
-    bounds, device = torch.tensor(reach.bounds, dtype=torch.int32), queries.device
+    bounds, device = torch.tensor(reach.bounds.host, dtype=torch.int32), queries.device
     lengths = bounds.diff()
     sequences = torch.repeat_interleave(lengths).to(torch.int32)
     slots = torch.arange(len(sequences), dtype=torch.int32) - bounds[sequences]
     keys, values = ops.read_entries(pages, sequences.to(device), slots.to(device))
-    order, sums, longest = reach.order.long(), bounds.to(device), int(lengths.max())
+    order, sums, longest = reach.order.long(), reach.bounds.device, int(lengths.max())
     found = flash(
         queries[order],
         keys,

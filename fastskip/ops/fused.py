@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -206,8 +207,8 @@ def attend_rows(queries: Tensor, reach: Reach, pages: Pages, scale: float) -> Te
     Returns ``[n, H * K]`` in query order.
     """
     out = empty(tuple(queries.shape), queries.dtype, queries.device)
-    for sequence, start in enumerate(reach.bounds[:-1]):
-        rows = reach.order[start : reach.bounds[sequence + 1]].long()
+    for sequence, (first, last) in enumerate(pairwise(reach.bounds.host)):
+        rows = reach.order[first:last].long()
         if reach.runs is not None:
             rows = rows[reach.runs[rows].bool()]
         if len(rows):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from fastskip.ops.contracts import Bounds
 from fastskip.ops.routes import (
     EPSILON,
     Agreement,
@@ -65,18 +67,19 @@ def choose_rows(runs: Tensor) -> Chosen:
 
 
 def place_entries(
-    held: Tensor, order: Tensor, bounds: tuple[int, ...], counts: Tensor
+    held: Tensor, order: Tensor, bounds: Bounds, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Slots of rows that leave entries, where the host does not know who does.
 
     ``held [n]``: 1 where a row leaves one; ``order [n]``: row numbers, sequence by sequence,
     columns ascending; ``bounds``: where each sequence begins in it; ``counts [B]``: entries that
     each sequence has, which become those that it has afterwards. Returns ``slots [n]`` (-1 where
-    there is no entry) and ``limits [n]`` (entries at or before each row), int32.
+    there is no entry) and ``limits [n]`` (entries at or before each row), int32; those of rows
+    behind the last sequence are unspecified.
     """
     slots, limits = (torch.full_like(held, fill) for fill in (-1, 0))
-    for sequence, start in enumerate(bounds[:-1]):
-        rows = order[start : bounds[sequence + 1]].long()
+    for sequence, (first, last) in enumerate(pairwise(bounds.host)):
+        rows = order[first:last].long()
         seen = counts[sequence] + held[rows].cumsum(0, dtype=torch.int32)
         limits[rows] = seen
         slots[rows] = torch.where(held[rows].bool(), seen - 1, -1)

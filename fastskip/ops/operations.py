@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fastskip.ops.contracts import (
+    Bounds,
     Choice,
     Feed,
     Linear,
@@ -130,5 +131,5 @@ class FusedOperations(Protocol):
     def choose_rows(self, runs: Tensor) -> Chosen: ...
 
     def place_entries(
-        self, held: Tensor, order: Tensor, bounds: tuple[int, ...], counts: Tensor
+        self, held: Tensor, order: Tensor, bounds: Bounds, counts: Tensor
     ) -> tuple[Tensor, Tensor]: ...

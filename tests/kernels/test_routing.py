@@ -13,6 +13,7 @@ from fastskip.kernels.launch import recording
 from fastskip.kernels.routing import candidates, place_entries, route
 from fastskip.ops import fused, fused_routes
 from fastskip.ops.allocate import poisoned
+from fastskip.ops.contracts import Bounds
 from fastskip.ops.routes import Agreement, Group, Move, Score, Verdict, draw
 from tests.budget import assert_within_budget
 from tests.kernels.scenes import SALT, SIZE, TRUTH, UNTOUCHED, Scene
@@ -331,10 +332,11 @@ PLACES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_place_entries(name: str, share: float, device: torch.device) -> None:
-    bounds, before = PLACES[name]
+    host, before = PLACES[name]
+    bounds = Bounds.of(host, device)
     generator = torch.Generator().manual_seed(2)
-    held = (torch.rand(bounds[-1], generator=generator) < share).to(device, torch.int32)
-    order = torch.randperm(bounds[-1], generator=generator).to(device, torch.int32)
+    held = (torch.rand(host[-1], generator=generator) < share).to(device, torch.int32)
+    order = torch.randperm(host[-1], generator=generator).to(device, torch.int32)
     # A row of a table of counts.
     ours, theirs = (
         torch.tensor([[9] * len(before), before], dtype=torch.int32, device=device)

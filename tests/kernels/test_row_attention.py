@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels.launch import recording
-from fastskip.kernels.row_attention import attend_rows, candidates, tiles_of
+from fastskip.kernels.row_attention import attend_rows, candidates, tile_of
 from fastskip.ops import fused
 from fastskip.ops.allocate import poisoned
-from fastskip.ops.contracts import PAGE, Pages, Reach
+from fastskip.ops.contracts import PAGE, Bounds, Pages, Reach
 from tests.budget import assert_within_budget
 from tests.kernels.paging import build_pages, exact, fill_pages
 
@@ -59,7 +61,7 @@ class Case:
         bounds = [0]
         for own in self.limits:
             bounds.append(bounds[-1] + len(own))
-        return Reach(limits.to(device), order.to(device, torch.int32), tuple(bounds))
+        return Reach(limits.to(device), order.to(device, torch.int32), Bounds.of(bounds, device))
 
 
 TEXT = [*range(1, 6), *range(70, 90)]
@@ -85,7 +87,9 @@ def test_attend_rows(name: str, dtype: torch.dtype, device: torch.device) -> Non
     given = case.queries(dtype, device), case.reach(device), case.pages(dtype, device)
     with recording() as account:
         found = attend_rows(*given, scale, config=case.config)
-    tiles = sum(-(-len(own) // CONFIG["BLOCK_Q"]) for own in case.limits)
+    block = CONFIG["BLOCK_Q"]
+    tiles = (case.rows + min(case.rows, len(case.limits)) * (block - 1)) // block
+    assert tiles >= sum(-(-len(own) // block) for own in case.limits)
     assert account.by_kernel() == {"attend_rows": (1, tiles * case.heads)}
     eager = fused.attend_rows(*given, scale)
     double = torch.float64
@@ -183,16 +187,46 @@ def test_no_rows(device: torch.device) -> None:
     none = torch.empty(0, dtype=torch.int32, device=device)
     pages = case.pages(torch.float32, device)
     for bounds in ((0, 0, 0), (0,)):
-        reach = Reach(none, none, bounds)
+        reach = Reach(none, none, Bounds.of(bounds, device))
         queries = torch.empty(0, 2, 16, device=device)
         assert attend_rows(queries, reach, pages, 1.0).shape == (0, 32)
 
 
-def test_tiles() -> None:
-    found = tiles_of((0, 0, 5, 5, 6), 2, CPU)
-    assert found.tolist() == [[1, 4, 5], [1, 2, 4], [1, 0, 2], [3, 5, 6]]
-    assert tiles_of((0, 0, 5, 5, 6), 2, CPU) is found
-    assert tiles_of((0,), 2, CPU).shape == (0, 3)
+@triton.jit
+def _tiles_kernel(  # type: ignore[no-untyped-def]
+    bounds_ptr, found_ptr, sequences, BLOCK_B: tl.constexpr
+):
+    tile = tl.program_id(0)
+    sequence, first, last = tile_of(tile, bounds_ptr, sequences, 2, BLOCK_B)
+    tl.store(found_ptr + 3 * tile, sequence)
+    tl.store(found_ptr + 3 * tile + 1, first)
+    tl.store(found_ptr + 3 * tile + 2, last)
+
+
+def test_tiles(device: torch.device) -> None:
+    """Each row is in one tile; of a sequence the last rows come first."""
+    bounds = Bounds.of((0, 0, 5, 5, 6), device)
+    found = torch.empty(7, 3, dtype=torch.int32, device=device)
+    _tiles_kernel[(7,)](bounds.device, found, bounds.sequences, BLOCK_B=4)
+    own, others = found[:4].tolist(), found[4:]
+    assert own == [[1, 4, 5], [1, 2, 4], [1, 0, 2], [3, 5, 6]]
+    assert torch.equal(others[:, 1], others[:, 2])
+
+
+def test_rows_of_no_sequence(device: torch.device) -> None:
+    """Rows behind the last sequence are neither read nor written."""
+    case = CASES["several sequences"]
+    dtype, reach = torch.float32, case.reach(device)
+    some = replace(reach, bounds=Bounds.of((0, 17, 17, 18), device))
+    queries, pages = case.queries(dtype, device).clone(), case.pages(dtype, device)
+    idle = reach.order[18:].long()
+    queries[idle] = float("nan")
+    with poisoned():
+        found = attend_rows(queries, some, pages, 0.25, config=case.config)
+    expected = fused.attend_rows(case.queries(dtype, device), reach, pages, 0.25)
+    rest = reach.order[:18].long()
+    assert found[idle].isnan().all()
+    torch.testing.assert_close(found[rest], expected[rest])
 
 
 def test_tensors_without_data() -> None:
@@ -203,7 +237,10 @@ def test_tensors_without_data() -> None:
     queries = torch.empty(640, 32, 128, dtype=torch.bfloat16, device=meta)
     with recording(is_dry=True) as account:
         attend_rows(
-            queries, Reach(numbers, numbers, (0, 640)), Pages(anchor, table, 0, 32, 128, []), 1
+            queries,
+            Reach(numbers, numbers, Bounds((0, 640), numbers[:2])),
+            Pages(anchor, table, 0, 32, 128, []),
+            1,
         )
     assert [launch.grid for launch in account.launches] == [(10, 32)]
 

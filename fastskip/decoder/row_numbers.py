@@ -1,0 +1,101 @@
+"""Where the rows of a forward lie and what they see, as numbers on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastskip.policy import TokenClass
+from fastskip.tokens import PAD, Rows, TokenLayout, member
+
+Classes = frozenset[TokenClass]
+
+
+class RowNumbers:
+    """Numbers of the rows of one forward; all tensors int64, on the host.
+
+    Rows of no class (a layout's idle ones) leave no entry, see nothing and are decided on by
+    nobody. Attributes:
+
+        layout: the rows.
+        narrow: those that go on after the last layer's entries; ``None`` for all.
+    """
+
+    def __init__(self, layout: TokenLayout, cached: Tensor, narrow: Rows | None) -> None:
+        """``cached [B, C]``: codes of the columns before the layout's."""
+        self.layout, self.narrow = layout, narrow
+        self._codes = torch.cat((cached, layout.source), dim=1)
+        self._seen: dict[Classes, Tensor] = {}
+
+    def every(self) -> Rows:
+        """All rows."""
+        return Rows(slice(0, len(self.layout)), len(self.layout))
+
+    def of(self, classes: Classes) -> Rows:
+        """The rows of some classes."""
+        return self.layout.rows(classes)
+
+    def going_on(self) -> Rows:
+        """The rows that go on after the last layer's entries."""
+        assert self.narrow is not None
+        return self.narrow
+
+    def narrowed(self, classes: Classes) -> Rows:
+        """The rows of some classes among those that go on, indexing those."""
+        index = member(self.going_on().take(self.layout.codes), classes).nonzero().squeeze(1)
+        if len(index) == self.going_on().count:
+            return Rows(slice(0, len(index)), len(index))
+        return Rows(index, len(index))
+
+    def asking(self, classes: Classes) -> Rows:
+        """The same rows, indexing all."""
+        found = self.narrowed(classes)
+        return Rows(found.take(self.going_on().ids(torch.device("cpu"))), found.count)
+
+    def positions(self, rows: Rows) -> Tensor:
+        return rows.take(self.layout.positions)
+
+    def sequences(self, rows: Rows) -> Tensor:
+        return rows.take(self.layout.sequences)
+
+    def flags(self, classes: Classes) -> Tensor:
+        """``[N]`` bool: which rows are of some classes."""
+        return member(self.layout.codes, classes)
+
+    def limits(self, holding: Classes, rows: Rows) -> Tensor:
+        """How many entries of classes ``holding`` lie at or before each row's column: what it
+        sees, itself included."""
+        seen = self._count(holding)
+        limits = seen[self.sequences(rows), rows.take(self.layout.columns)]
+        return limits.masked_fill(rows.take(self.layout.codes) == PAD, 0)
+
+    def slots(self, holding: Classes, rows: Rows) -> Tensor:
+        """Where rows leave their entries; -1 for those of no class."""
+        return self.limits(holding, rows) - 1
+
+    def masked_slots(self, holding: Classes, classes: Classes) -> Tensor:
+        """``[N]``: slots of rows of some classes, -1 for the others."""
+        return self.slots(holding, self.every()).masked_fill(~self.flags(classes), -1)
+
+    def order(self, rows: Rows, classes: Classes) -> Tensor:
+        """Numbers of ``rows``: those of some classes by sequence and column, then the others."""
+        others = ~member(rows.take(self.layout.codes), classes)
+        place = self.sequences(rows) * self._codes.shape[1] + rows.take(self.layout.columns)
+        return torch.argsort(place.masked_fill(others, self._codes.numel()), stable=True)
+
+    def bounds(self, rows: Rows, classes: Classes) -> Tensor:
+        """``[B + 1]``: where each sequence begins in ``order``."""
+        some = self.sequences(rows)[member(rows.take(self.layout.codes), classes)]
+        counts = torch.bincount(some, minlength=self.layout.batch)
+        return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+    def is_whole(self, holding: Classes, bounds: Tensor) -> bool:
+        """Whether rows with these bounds are all that has entries of classes ``holding``."""
+        return torch.equal(self._count(holding)[:, -1], bounds.diff())
+
+    def _count(self, holding: Classes) -> Tensor:
+        """``[B, C]``: how many entries there are up to each column."""
+        seen = self._seen.get(holding)
+        if seen is None:
+            seen = self._seen[holding] = member(self._codes, holding).cumsum(1)
+        return seen
