@@ -7,12 +7,13 @@ names are one slice: "FFN for text only" is then a matrix product on a view, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastskip.policy import TokenClass
@@ -80,8 +81,12 @@ class TokenLayout:
         batch, width: ``B`` and ``T`` of the columns that the forward was given.
         first_column: the column of ``T``'s first entry; columns before it lie in the cache.
         columns, positions, sequences, codes: ``[N]`` int64, on the host, in packed order.
-        flat: ``[N]`` where each row lies in the flattened ``[B * T]`` input; ``None`` if the rows
-            are all of it, in order.
+        flat: ``[N]`` where each row lies in the flattened ``[B * T]`` input, -1 for idle rows;
+            ``None`` if the rows are all of it, in order.
+        bounds: where each group's rows begin, and the end of the last one.
+
+    Idle rows fill a group up to a size that other layouts share. They have no class (``PAD``) and
+    stand for no column: what they hold is never read.
     """
 
     def __init__(
@@ -90,8 +95,12 @@ class TokenLayout:
         positions: Tensor,
         first_column: int,
         groups: Sequence[frozenset[TokenClass]],
+        rounded: Callable[[int], int] | None = None,
     ) -> None:
-        """Packs ``source [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions."""
+        """Packs ``source [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions.
+
+        ``rounded``: from the rows of a group to how many it gets with idle ones.
+        """
         self.source, self.source_positions = source, positions.expand_as(source)
         self.batch, self.width = source.shape
         self.first_column = first_column
@@ -107,13 +116,20 @@ class TokenLayout:
             : len(self._groups)
         ]
         order = order[: sum(counts)]
-        self._bounds: list[int] = [0, *accumulate(counts)]
         is_whole = len(order) == flat_codes.numel() and sum(map(bool, counts)) <= 1
+        sizes = counts if rounded is None else list(map(rounded, counts))
+        self._real: Tensor | None = None
+        if sizes != counts:
+            order, is_whole = _filled_up(order, counts, sizes), False
+            self._real = (order >= 0).nonzero().squeeze(1)
+        self.bounds = (0, *accumulate(sizes))
         self.flat = None if is_whole else order
-        self.codes = flat_codes[order]
-        self.positions = self.source_positions.reshape(-1)[order]
-        self.sequences = order // self.width if self.width else order
-        self.columns = order % self.width + first_column if self.width else order
+        columns = order.clamp(min=0)
+        self.codes = flat_codes[columns]
+        self.positions = self.source_positions.reshape(-1)[columns].masked_fill(order < 0, 0)
+        self.sequences = columns // self.width if self.width else columns
+        self.columns = columns % self.width + first_column if self.width else columns
+        self.codes = self.codes.masked_fill(order < 0, PAD)
         self._rows: dict[frozenset[TokenClass], Rows] = {}
         self._counts: dict[frozenset[TokenClass], list[int]] = {}
 
@@ -126,6 +142,11 @@ class TokenLayout:
         step.source_positions = self.source_positions + self.width
         return step
 
+    def filled(self, rounded: Callable[[int], int]) -> TokenLayout:
+        """The same columns, each group filled up with idle rows to ``rounded`` of its rows."""
+        given = self.source, self.source_positions, self.first_column, self._groups
+        return TokenLayout(*given, rounded)
+
     def counts(self, classes: frozenset[TokenClass]) -> list[int]:
         """How many columns of ``classes`` each sequence has."""
         found = self._counts.get(classes)
@@ -134,7 +155,8 @@ class TokenLayout:
         return found
 
     def __len__(self) -> int:
-        return self._bounds[-1]
+        rows: int = self.bounds[-1]
+        return rows
 
     @property
     def is_step(self) -> bool:
@@ -149,9 +171,9 @@ class TokenLayout:
         found = self._rows.get(classes)
         if found is None:
             spans = [
-                (self._bounds[number], self._bounds[number + 1])
+                (self.bounds[number], self.bounds[number + 1])
                 for number, group in enumerate(self._groups)
-                if group <= classes and self._bounds[number] < self._bounds[number + 1]
+                if group <= classes and self.bounds[number] < self.bounds[number + 1]
             ]
             found = self._rows[classes] = _join(spans)
         return found
@@ -161,13 +183,15 @@ class TokenLayout:
         if self.flat is None:
             return Rows(flat, len(flat))
         where = torch.full((self.batch * self.width,), -1, dtype=torch.int64)
-        where[self.flat] = torch.arange(len(self))
+        where[self.real(self.flat)] = self.real(torch.arange(len(self)))
         return Rows(where[flat], len(flat))
 
     def pack(self, columns: Tensor) -> Tensor:
         """``[B, T, ...] -> [N, ...]``, always new memory."""
         flat = columns.reshape(-1, *columns.shape[2:])
-        return flat.clone() if self.flat is None else flat[self.flat.to(flat.device)]
+        if self.flat is None:
+            return flat.clone()
+        return flat[self.flat.clamp(min=0).to(flat.device)]
 
     def unpack(self, rows: Tensor) -> Tensor:
         """``[N, ...] -> [B, T, ...]``; pads read zero."""
@@ -175,7 +199,21 @@ class TokenLayout:
         if self.flat is None:
             return rows.view(shape)
         columns = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
-        return columns.index_copy(0, self.flat.to(rows.device), rows).view(shape)
+        spots = self.real(self.flat).to(rows.device)
+        return columns.index_copy(0, spots, self.real(rows)).view(shape)
+
+    def real(self, rows: Tensor) -> Tensor:
+        """``[N, ...]`` without the idle rows, as the layout without these orders them; a copy."""
+        return rows.clone() if self._real is None else rows[self._real.to(rows.device)]
+
+
+def _filled_up(order: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """``order`` of groups that have ``counts`` rows, each with -1 up to its size."""
+    parts = [
+        F.pad(part, (0, size - count), value=-1)
+        for part, count, size in zip(order.split(list(counts)), counts, sizes, strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _join(spans: Sequence[tuple[int, int]]) -> Rows:

@@ -161,7 +161,7 @@ def _decide_kernel(
 
 @triton.jit
 def _place_entries_kernel(
-    held_ptr, order_ptr, bounds_ptr, counts_ptr, slots_ptr, limits_ptr, BLOCK: tl.constexpr
+    held_ptr, order_ptr, bounds_ptr, counts_ptr, slots_ptr, limits_ptr, rows, BLOCK: tl.constexpr
 ):
     sequence = tl.program_id(0)
     bounds_ptr += sequence
@@ -176,6 +176,12 @@ def _place_entries_kernel(
         tl.store(limits_ptr + row, limit, mask=number < last)
         seen += tl.sum(is_held.to(tl.int32))
     tl.store(counts_ptr + sequence, seen)
+    if sequence == tl.num_programs(0) - 1:
+        for start in range(last, rows, BLOCK):
+            number = start + tl.arange(0, BLOCK)
+            row = tl.load(order_ptr + number, mask=number < rows, other=0)
+            tl.store(slots_ptr + row, -1, mask=number < rows)
+            tl.store(limits_ptr + row, 0, mask=number < rows)
 
 
 def route(h: Tensor, taken: Route, *, config: Mapping[str, Any] | None = None) -> None:
@@ -207,8 +213,8 @@ def place_entries(
 ) -> tuple[Tensor, Tensor]:
     """Slots ``[n]`` of rows that leave entries, -1 for the others, and limits ``[n]`` of all.
 
-    ``held [n]``; ``order [n]``: all rows, sequence by sequence; ``counts [B]`` is brought up to
-    date.
+    ``held [n]``; ``order [n]``: all rows, sequence by sequence, then those of none, which get -1
+    and 0; ``counts [B]`` is brought up to date.
     """
     assert len(held) == len(order) and counts.is_contiguous()
     blocks, options = split(config or tuning.config_for("place_entries", held.device, len(held)))
@@ -223,6 +229,7 @@ def place_entries(
         counts_ptr=counts,
         slots_ptr=slots,
         limits_ptr=limits,
+        rows=len(held),
         **blocks,
     )
     return slots, limits

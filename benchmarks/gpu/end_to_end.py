@@ -90,6 +90,8 @@ def first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, devi
     reset_peak(device)
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     contender.tokens = _generate(contender, model, inputs, n_new)
+    if contender.peer.policy is not None:
+        _generate(contender, model, inputs, 1)  # prompts are captured when they come again
     peak = peak_bytes(device)
     if device == "cuda" and peak is not None:
         weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
@@ -117,7 +119,9 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
     """One sample of each quantity."""
     model = contender.select()
     if contender.peer.policy is not None:
-        _generate(contender, model, inputs, n_new)  # a policy just set captures its graphs anew
+        # A policy just set captures its graphs anew: steps at once, prompts that come again.
+        _generate(contender, model, inputs, n_new)
+        _generate(contender, model, inputs, 1)
     with no_collection():
         watch = _Arrivals()
         begin, call = _timed(partial(_generate, contender, model, inputs, n_new, watch), device)

@@ -48,6 +48,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
 
     with recording() as account:  # graphs are captured now
         generate(n_new)
+        generate(1)
     whole, first = (
         _kernels(partial(generate, n_new), device),
         _kernels(partial(generate, 1), device),

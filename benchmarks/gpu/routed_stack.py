@@ -13,10 +13,9 @@ from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.nodes import replay_seconds
 from fastskip.decoder.conditional_layer import ConditionalBlock
-from fastskip.decoder.fused_layer import FusedBlock
+from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
-from fastskip.decoder.fused_stack import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.row_numbers import RowNumbers
@@ -95,7 +94,7 @@ class Stack:
         cache = PagedCache(plan, self._anchor)
         h = self._make.noise(len(layout), self._widths.hidden)
         cache.grow(layout, h)
-        numbers = RowNumbers(layout, cache.codes, None)
+        numbers = RowNumbers(layout, cache.codes)
         send, counts = sender(numbers, self._anchor.device), cache.device_counts
         rows = ForwardRows(plan, numbers, send, counts, routers, self._anchor)
         store = Store(self._make.rotation(), cache.pages_of)

@@ -302,7 +302,7 @@ def _first(way: Way, both: Models, inputs: dict[str, Tensor], n_new: int, device
         first_call(own, inputs, n_new, device)
     if not record.forwards:
         return Seen(own)
-    prompt, *steps = record.forwards
+    prompt, *steps = record.forwards[:n_new]
     idle = [
         bool(each.skipped[layer, Sublayer.ATTENTION].all())
         for each in steps

@@ -5,22 +5,26 @@ The same cells as ``layer.Block``; the same code runs a prompt and a decode step
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fastskip.decoder.fused_parts import Copies, FusedRows, Selection, Store
+from fastskip.decoder.stack import Watch
 from fastskip.decoder.weights import LayerWeights
 from fastskip.ops.contracts import Feed, Linear, Norm, Projection, StepReach, Targets, Term
 from fastskip.ops.flash import attend_packed
 from fastskip.ops.operations import FusedOperations
 from fastskip.ops.ranges import span
 from fastskip.ops.routes import Route
-from fastskip.plan import LayerPlan
+from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Arrangement, Combine
 from fastskip.policy import Norm as NormKind
+
+# From a layer's plan, and whether it is in the last step, to what enters its parts.
+RowsOf = Callable[[LayerPlan, bool], FusedRows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,3 +218,27 @@ def run_pair(
 def narrowed(h: Tensor, rows: FusedRows) -> Tensor:
     """The rows that go on after the entries."""
     return h if rows.narrow is None else rows.narrow.take(h)
+
+
+def run_steps(
+    plan: SkipPlan,
+    blocks: Sequence[FusedBlock],
+    h: Tensor,
+    rows_of: RowsOf,
+    store: Store,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Every step of the plan on ``h [N, D]``, which is written."""
+    for step in plan.steps:
+        is_last = step is plan.steps[-1]
+        own = [blocks[index] for index in step]
+        rows = [rows_of(block.plan, is_last) for block in own]
+        if watch is not None:
+            for index in step:
+                watch(index, h)
+        with span(f"layer {'+'.join(map(str, step))}"):
+            if len(step) == 1:
+                h = own[0].run(h, rows[0], store)
+            else:
+                h = run_pair((own[0], own[1]), h, (rows[0], rows[1]), store)
+    return h

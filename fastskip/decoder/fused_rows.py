@@ -21,6 +21,7 @@ from fastskip.decoder.fused_parts import (
 from fastskip.decoder.guards import Point
 from fastskip.decoder.row_numbers import Classes, RowNumbers
 from fastskip.layer_plan import Table
+from fastskip.ops.allocate import to_device
 from fastskip.ops.contracts import Bounds, Reach, Targets
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import SkippedKV, Sublayer, TokenClass
@@ -37,7 +38,7 @@ Send = Callable[[Recipe], Tensor]
 
 def sender(numbers: RowNumbers, device: torch.device) -> Send:
     """Sends each recipe's numbers of one forward at once."""
-    return lambda recipe: recipe(numbers).to(torch.int32).to(device)
+    return lambda recipe: to_device(recipe(numbers).to(torch.int32), device)
 
 
 class ForwardRows:

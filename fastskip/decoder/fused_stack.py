@@ -13,10 +13,18 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.captured_forward import (
+    MOST_ROWS,
+    CapturedForward,
+    CapturedForwards,
+    ForwardShape,
+    Layers,
+    rounded,
+)
 from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
-from fastskip.decoder.fused_layer import FusedBlock, run_pair
-from fastskip.decoder.fused_parts import FusedRows, Store
+from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
@@ -26,12 +34,10 @@ from fastskip.decoder.stack import Decoder, Watch
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
 from fastskip.ops.operations import FusedOperations
-from fastskip.ops.ranges import span
-from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.ops.ranges import are_on, span
+from fastskip.plan import SkipPlan
 from fastskip.tokens import TokenLayout
 
-# From a layer's plan, and whether it is in the last step, to what enters its parts.
-RowsOf = Callable[[LayerPlan, bool], FusedRows]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -46,6 +52,7 @@ class FusedDecoder(Decoder):
         super().__init__(text_model, plan, ops)
         self.flash: Callable[..., Any] | None = None
         self.version = 0
+        self.captured = CapturedForwards()
         self._fused_blocks: list[FusedBlock] = []
         self._made_of: list[object] = []
         self._anchor: Tensor | None = None
@@ -53,6 +60,7 @@ class FusedDecoder(Decoder):
     def __getstate__(self) -> dict[str, Any]:
         # Blocks and the graphs made of them hold addresses; a copy starts without.
         own: dict[str, Any] = {"_fused_blocks": [], "_made_of": [], "_anchor": None}
+        own["captured"] = CapturedForwards()
         return {**super().__getstate__(), **own}
 
     @property
@@ -163,30 +171,58 @@ class FusedDecoder(Decoder):
             )
         self._check(cache, wants_gradient)
         self.positions.check(layout.positions)
-        packed = self.positions.embed(layout.pack(h), layout.positions)
-        cache.grow(layout, packed)
-        narrow = None if wanted is None else layout.locate(wanted)
-        late = narrow if narrows_after(self.plan) else None
-        narrow = None if late is not None else narrow
-        numbers = RowNumbers(layout, cache.codes, narrow)
-        send = sender(numbers, cache.anchor.device)
-        rows = ForwardRows(
-            self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
-        )
-        last = int(layout.positions.max()) + 1 if len(layout) else 1
-        store = Store(self.positions.rotation(last, packed), cache.pages_of)
-        with span("decoder"):
-            packed = self.run_steps(packed, rows.of, store, watch)
-        cache.commit(layout, {key: layout.unpack(held.bool()) for key, held in rows.held.items()})
-        if self.record is not None and rows.routes is not None:
-            self.record.forwards.append(decisions_of(rows.routes, layout))
-        return packed if late is None else late.take(packed)
+        cache.grow(layout, self.anchor)
+        captured = None if watch is not None else self._captured(h, layout, cache, wanted)
+        if captured is not None:
+            forward, numbers = captured
+            layout = numbers.layout
+            out, held, routes = forward.run(h, numbers, cache), forward.held, forward.routes
+        else:
+            numbers = self._numbers(layout, cache, wanted)
+            packed = self.positions.embed(layout.pack(h), layout.positions)
+            send = sender(numbers, cache.anchor.device)
+            rows = ForwardRows(
+                self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
+            )
+            last = int(layout.positions.max()) + 1 if len(layout) else 1
+            store = Store(self.positions.rotation(last, packed), cache.pages_of)
+            with span("decoder"):
+                out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch)
+            out = out if numbers.read is None else numbers.read.take(out)
+            held, routes = rows.held, rows.routes
+        cache.commit(layout, {key: layout.unpack(own.bool()) for key, own in held.items()})
+        if self.record is not None and routes is not None:
+            self.record.forwards.append(decisions_of(routes, layout))
+        return out
 
-    def run_steps(
-        self, h: Tensor, rows_of: RowsOf, store: Store, watch: Watch | None = None
-    ) -> Tensor:
-        """Every step of the plan on ``h [N, D]``, which is written."""
-        return run_steps(self.plan, self._fused_blocks, h, rows_of, store, watch)
+    def _numbers(self, layout: TokenLayout, cache: PagedCache, wanted: Tensor | None) -> RowNumbers:
+        rows = None if wanted is None else layout.locate(wanted)
+        if narrows_after(self.plan):
+            return RowNumbers(layout, cache.codes, read=rows)
+        return RowNumbers(layout, cache.codes, narrow=rows)
+
+    def _captured(
+        self, h: Tensor, layout: TokenLayout, cache: PagedCache, wanted: Tensor | None
+    ) -> tuple[CapturedForward, RowNumbers] | None:
+        """A graph for this forward, and what to run it with; ``None``: launch by launch."""
+        is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
+        if not is_plain or are_on() or not 0 < len(layout) <= MOST_ROWS:
+            return None
+        filled = layout.filled(rounded)
+        numbers = self._numbers(filled, cache, wanted)
+        shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions)
+        version = self.version, self.addresses(), self.positions.is_plain
+        forward = self.captured.find(shape, version)
+        if forward is None:
+            if not self.captured.has_seen(shape):
+                return None
+            layers = Layers(self.plan, self._fused_blocks, self.positions, self.routers)
+            pool = self.captured.pool(h.device)
+            # Its buffers outlive a caller's inference mode, which would forbid writing them later.
+            with torch.inference_mode(False), torch.no_grad():
+                forward = CapturedForward(layers, shape, h, numbers, cache, pool)
+            self.captured.keep(shape, forward)
+        return forward, numbers
 
     def _check(self, cache: PagedCache, wants_gradient: bool) -> None:
         if wants_gradient:
@@ -205,27 +241,3 @@ class FusedDecoder(Decoder):
                 "past_key_values: this cache was filled by another model, or before this one was "
                 "moved to another device or dtype; start from the whole prompt"
             )
-
-
-def run_steps(
-    plan: SkipPlan,
-    blocks: Sequence[FusedBlock],
-    h: Tensor,
-    rows_of: RowsOf,
-    store: Store,
-    watch: Watch | None = None,
-) -> Tensor:
-    """Every step of the plan on ``h [N, D]``, which is written."""
-    for step in plan.steps:
-        is_last = step is plan.steps[-1]
-        own = [blocks[index] for index in step]
-        rows = [rows_of(block.plan, is_last) for block in own]
-        if watch is not None:
-            for index in step:
-                watch(index, h)
-        with span(f"layer {'+'.join(map(str, step))}"):
-            if len(step) == 1:
-                h = own[0].run(h, rows[0], store)
-            else:
-                h = run_pair((own[0], own[1]), h, (rows[0], rows[1]), store)
-    return h

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.ops.allocate import empty
+from fastskip.ops.allocate import empty, to_device
 from fastskip.ops.contracts import PAGE, Pages
 
 # What a sequence gets when it outgrows what was foreseen by one slot.
@@ -108,7 +108,7 @@ class PagePool:
             width = max(1, *map(len, rows)) if rows else 1
             padded = [row + (row[-1:] or [0]) * (width - len(row)) for row in rows]
             host = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
-            self._table = host.to(self.anchor.device)
+            self._table = to_device(host, self.anchor.device)
         return self._table
 
     def offset_of(self, layer: int) -> int:

@@ -19,11 +19,18 @@ class RowNumbers:
 
         layout: the rows.
         narrow: those that go on after the last layer's entries; ``None`` for all.
+        read: those that are read, where all go on; ``None`` for all.
     """
 
-    def __init__(self, layout: TokenLayout, cached: Tensor, narrow: Rows | None) -> None:
+    def __init__(
+        self,
+        layout: TokenLayout,
+        cached: Tensor,
+        narrow: Rows | None = None,
+        read: Rows | None = None,
+    ) -> None:
         """``cached [B, C]``: codes of the columns before the layout's."""
-        self.layout, self.narrow = layout, narrow
+        self.layout, self.narrow, self.read = layout, narrow, read
         self._codes = torch.cat((cached, layout.source), dim=1)
         self._seen: dict[Classes, Tensor] = {}
 
@@ -51,6 +58,16 @@ class RowNumbers:
         """The same rows, indexing all."""
         found = self.narrowed(classes)
         return Rows(found.take(self.going_on().ids(torch.device("cpu"))), found.count)
+
+    def columns(self) -> Tensor:
+        """``[N]``: where rows lie in the flattened ``[B * T]`` input; idle ones lie anywhere."""
+        flat = self.layout.flat
+        return torch.arange(len(self.layout)) if flat is None else flat.clamp(min=0)
+
+    def reading(self) -> Tensor:
+        """Which of the rows are read, in the order in which they are."""
+        assert self.read is not None
+        return self.read.ids(torch.device("cpu"))
 
     def positions(self, rows: Rows) -> Tensor:
         return rows.take(self.layout.positions)

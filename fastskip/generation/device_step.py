@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import has_hooks, norm_of
 from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
-from fastskip.decoder.fused_layer import FusedBlock
-from fastskip.decoder.fused_stack import FusedDecoder, run_steps
+from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of

@@ -1,4 +1,4 @@
-"""Uninitialised memory, in one place, so that tests can poison it."""
+"""Memory on the device: uninitialised, in one place, so that tests can poison it, or sent there."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     if _poison.get() and dtype.is_floating_point:
         memory.fill_(float("nan"))
     return memory
+
+
+def to_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """``numbers`` of the host on ``device``, without waiting for what the device has to do."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

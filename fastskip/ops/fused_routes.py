@@ -74,8 +74,8 @@ def place_entries(
     ``held [n]``: 1 where a row leaves one; ``order [n]``: row numbers, sequence by sequence,
     columns ascending; ``bounds``: where each sequence begins in it; ``counts [B]``: entries that
     each sequence has, which become those that it has afterwards. Returns ``slots [n]`` (-1 where
-    there is no entry) and ``limits [n]`` (entries at or before each row), int32; those of rows
-    behind the last sequence are unspecified.
+    there is no entry) and ``limits [n]`` (entries at or before each row), int32; rows behind the
+    last sequence get -1 and 0.
     """
     slots, limits = (torch.full_like(held, fill) for fill in (-1, 0))
     for sequence, (first, last) in enumerate(pairwise(bounds.host)):

@@ -44,7 +44,9 @@ GUARDED = {
     "a row": {**STREAM, **WIDE, "PROGRAMS": 5},
     "stream": {**STREAM_2, **WIDE, "PROGRAMS": 3},
     "tensor": {**TENSOR, **WIDE, "PROGRAMS": 1},
-    "norm apart": {**APART, **WIDE, "PROGRAMS": 1},
+    # More than one block along the sum: a loop of one inside the loop over tiles, with the norm
+    # apart, is what the pipeliner of Triton 3.6 fails on (sm_90); no model is that narrow.
+    "norm apart": {**APART, **WIDE, "BLOCK_E": 64, "PROGRAMS": 1},
 }
 GUARDED_FORMS = [
     pytest.param(config, dtype, id=f"{name}-{dtype}")

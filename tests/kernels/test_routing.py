@@ -325,6 +325,7 @@ PLACES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "several": ((0, 5, 5, 17, 40), (3, 0, 64, 1)),
     "one": ((0, 21), (0,)),
     "no rows": ((0, 0), (5,)),
+    "rows of no sequence": ((0, 7, 9), (2, 3)),
     "no sequences": ((0,), ()),
 }
 
@@ -334,9 +335,10 @@ PLACES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 def test_place_entries(name: str, share: float, device: torch.device) -> None:
     host, before = PLACES[name]
     bounds = Bounds.of(host, device)
+    rows = host[-1] + 11 * (name == "rows of no sequence")
     generator = torch.Generator().manual_seed(2)
-    held = (torch.rand(host[-1], generator=generator) < share).to(device, torch.int32)
-    order = torch.randperm(host[-1], generator=generator).to(device, torch.int32)
+    held = (torch.rand(rows, generator=generator) < share).to(device, torch.int32)
+    order = torch.randperm(rows, generator=generator).to(device, torch.int32)
     # A row of a table of counts.
     ours, theirs = (
         torch.tensor([[9] * len(before), before], dtype=torch.int32, device=device)

@@ -1,0 +1,242 @@
+"""Prompts as CUDA graphs: one launch for all layers, whatever the host has to do meanwhile.
+
+A prompt of a 7B model is some three hundred launches of tens of microseconds each, which is about
+what the host needs to make them. A graph is made for a shape of forward: how many rows each class
+has, rounded up with idle rows. Where the rows lie, what they see and which pages hold their entries
+is read from the device, so it serves every forward of that shape.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.device_routes import DeviceRoutes
+from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_parts import FusedRows, Store
+from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.parcel import Parcel
+from fastskip.decoder.positions import Positions
+from fastskip.decoder.row_numbers import RowNumbers
+from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Pages
+from fastskip.ops.graphs import capture, new_pool
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.routing import Router
+
+MOST_ROWS = 8192
+"""Of a captured forward: with more, the host is done before the device anyway."""
+KEPT = 16
+"""Graphs kept; they share their activations' memory."""
+PAGES = 16
+"""Least columns of a page table: calls of up to 1024 columns do not differ in them."""
+SEEN = 256
+"""Shapes remembered of which no graph was made yet."""
+
+
+def rounded(count: int) -> int:
+    """How many rows a group of ``count`` gets: at most a sixteenth more, or up to 15 more."""
+    step = max(16, _power_of_two(count) // 32) if count else 1
+    return -(-count // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardShape:
+    """What a captured forward has baked in.
+
+    Attributes:
+        batch: sequences.
+        bounds: of the layout's groups, in rows.
+        narrow: codes of the rows that go on after the last layer's entries.
+        read: how many rows are read, where all go on.
+        pages: columns of each page table, in the order of the cache's tables.
+        positions: rows of the RoPE tables.
+    """
+
+    batch: int
+    bounds: tuple[int, ...]
+    narrow: tuple[int, ...] | None
+    read: int | None
+    pages: tuple[int, ...]
+    positions: int
+
+    @classmethod
+    def of(cls, numbers: RowNumbers, cache: PagedCache, max_positions: int) -> ForwardShape:
+        layout, narrow = numbers.layout, numbers.narrow
+        last = int(layout.positions.max()) + 1 if len(layout) else 1
+        return cls(
+            layout.batch,
+            layout.bounds,
+            None if narrow is None else tuple(narrow.take(layout.codes).tolist()),
+            None if numbers.read is None else numbers.read.count,
+            tuple(max(PAGES, _power_of_two(p.table.shape[1])) for p in cache.pools.values()),
+            _power_of_two(max(last, max_positions)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """What a decoder runs under one plan."""
+
+    plan: SkipPlan
+    blocks: Sequence[FusedBlock]
+    positions: Positions
+    routers: Sequence[Router]
+
+
+class CapturedForward:
+    """One forward through all layers at fixed addresses."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        shape: ForwardShape,
+        h: Tensor,
+        numbers: RowNumbers,
+        cache: PagedCache,
+        pool: Any,
+    ) -> None:
+        """``h``, ``numbers``, ``cache``: those of a first ``run``, which is still to come.
+        ``pool``: the memory of graphs that never run at the same time."""
+        self._layers, plan, anchor = layers, layers.plan, cache.anchor
+        device = anchor.device
+        self._h = empty((len(numbers.layout), h.shape[-1]), anchor.dtype, device)
+        self._tables = {
+            key: torch.zeros(shape.batch, width, dtype=torch.int64, device=device)
+            for key, width in zip(cache.pools, shape.pages, strict=True)
+        }
+        self._counts = {key: torch.zeros_like(own) for key, own in cache.device_counts.items()}
+        parcel = self._parcel = Parcel(numbers, device)
+        self._columns = parcel.send(RowNumbers.columns)
+        self._read = None if numbers.read is None else parcel.send(RowNumbers.reading)
+        self._positions = parcel.send(lambda n: n.positions(n.every()))
+        self._rows = ForwardRows(plan, numbers, parcel.send, self._counts, layers.routers, anchor)
+        # All of them now: nothing may be sent in a capture.
+        self._rows_of: dict[tuple[int, bool], FusedRows] = {}
+        for step in plan.steps:
+            for index in step:
+                self.rows_of(plan.layers[index], step is plan.steps[-1])
+        pages = {
+            layer.index: self._pages_of(layer, cache) for layer in plan.layers if layer.holding
+        }
+        rotation = layers.positions.rotation(shape.positions, anchor)
+        self._store = Store(rotation, pages.__getitem__)
+        self._out = self._h
+        self._load(h, numbers, cache)
+        self._replay = capture(self._work, device, pool)
+
+    @property
+    def routes(self) -> DeviceRoutes | None:
+        """What was decided in the last run."""
+        return self._rows.routes
+
+    @property
+    def held(self) -> dict[int, Tensor]:
+        """Who left an entry in each hollow layer in the last run, ``[N]``."""
+        return self._rows.held
+
+    def rows_of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
+        """What enters a layer; the same in every run."""
+        key = layer.index, is_last
+        found = self._rows_of.get(key)
+        if found is None:
+            found = self._rows_of[key] = self._rows.of(layer, is_last)
+        return found
+
+    def run(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> Tensor:
+        """All layers on ``h [B, T, D]``, which is not written; rows that are read, ``[n, D]``."""
+        self._load(h, numbers, cache)
+        self._replay()
+        for key, counts in self._counts.items():
+            cache.device_counts[key].copy_(counts)
+        if self._read is not None:
+            return self._out.index_select(0, self._read)
+        # The next run writes to the same memory.
+        return self._out.clone() if numbers.narrow is not None else numbers.layout.real(self._out)
+
+    def _load(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> None:
+        self._parcel.load(numbers)
+        rows = h.flatten(0, 1).index_select(0, self._columns)
+        self._h.copy_(self._layers.positions.embed(rows, self._positions))
+        for key, table in self._tables.items():
+            own = cache.pools[key].table
+            table[:, : own.shape[1]].copy_(own)
+        for key, counts in self._counts.items():
+            counts.copy_(cache.device_counts[key])
+
+    def _work(self) -> None:
+        if self._rows.routes is not None:
+            self._rows.routes.reset()
+        layers = self._layers
+        self._out = run_steps(layers.plan, layers.blocks, self._h, self.rows_of, self._store)
+
+    def _pages_of(self, layer: LayerPlan, cache: PagedCache) -> Pages:
+        pool, key = cache.pools[layer.table], layer.table
+        # Kernels read the table alone, so that no slab is kept alive.
+        return Pages(
+            cache.anchor,
+            self._tables[key],
+            pool.offset_of(layer.index),
+            pool.groups,
+            pool.head_dim,
+            (),
+        )
+
+
+class CapturedForwards:
+    """The captured forwards of one decoder; the least recently used one goes first.
+
+    A shape gets a graph when it comes for the second time: most prompts of a kind share a few
+    shapes, and a capture takes as long as several prompts.
+    """
+
+    def __init__(self) -> None:
+        self._version: object = None
+        self._kept: OrderedDict[ForwardShape, CapturedForward] = OrderedDict()
+        self._seen: OrderedDict[ForwardShape, None] = OrderedDict()
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, shape: ForwardShape, version: object) -> CapturedForward | None:
+        """The graph of a shape, if any; ``version``: all else that graphs have baked in."""
+        if version != self._version:
+            self._version, self._pool = version, None
+            self._kept.clear()
+            self._seen.clear()
+        found = self._kept.get(shape)
+        if found is not None:
+            self._kept.move_to_end(shape)
+        return found
+
+    def has_seen(self, shape: ForwardShape) -> bool:
+        """Whether the shape was asked for before: then a graph of it pays."""
+        has_seen = shape in self._seen
+        self._seen[shape] = None
+        self._seen.move_to_end(shape)
+        if len(self._seen) > SEEN:
+            self._seen.popitem(last=False)
+        return has_seen
+
+    def pool(self, device: torch.device) -> Any:
+        """The memory of all graphs kept."""
+        if self._pool is None:
+            self._pool = new_pool(device)
+        return self._pool
+
+    def keep(self, shape: ForwardShape, forward: CapturedForward) -> None:
+        """Keeps the graph of a shape; the least recently used one goes if there are too many."""
+        if len(self._kept) >= KEPT:
+            self._kept.popitem(last=False)
+        self._kept[shape] = forward
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()

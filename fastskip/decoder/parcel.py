@@ -1,0 +1,59 @@
+"""Numbers of a forward's rows at fixed addresses on the device, sent anew for each forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.fused_rows import Recipe
+from fastskip.decoder.row_numbers import RowNumbers
+
+# Numbers of one chunk of device memory; larger recipes get a chunk of their own.
+CHUNK = 1 << 15
+# Each tensor begins at a multiple of so many numbers, since kernels are compiled for that.
+ALIGNMENT = 16
+
+
+class Parcel:
+    """What recipes yielded, in chunks of device memory, and the recipes to write it again.
+
+    ``send`` is a ``fused_rows.Send``.
+    """
+
+    def __init__(self, numbers: RowNumbers, device: torch.device) -> None:
+        self._numbers, self._device = numbers, device
+        self._recipes: list[tuple[Recipe, Tensor]] = []
+        self._chunks: list[tuple[Tensor, Tensor]] = []
+        self._free = 0
+
+    def send(self, recipe: Recipe) -> Tensor:
+        """The recipe's numbers on the device, int32; those of the next forward after ``load``."""
+        found = recipe(self._numbers).to(torch.int32)
+        size = -(-found.numel() // ALIGNMENT) * ALIGNMENT
+        if not self._chunks or self._free < size:
+            self._add_chunk(max(CHUNK, size))
+        host, device = self._chunks[-1]
+        start = len(host) - self._free
+        self._free -= size
+        there = slice(start, start + found.numel())
+        host[there] = found
+        device[there].copy_(found)
+        self._recipes.append((recipe, host[there]))
+        return device[there]
+
+    def load(self, numbers: RowNumbers) -> None:
+        """Sends the numbers of another forward, whose rows are as many, to the same places."""
+        self._numbers = numbers
+        for recipe, host in self._recipes:
+            found = recipe(numbers)
+            if found.shape != host.shape:  # copy_ would broadcast
+                raise RuntimeError(f"{tuple(found.shape)} numbers, {tuple(host.shape)} wanted")
+            host.copy_(found)
+        for host, device in self._chunks:
+            # Pageable memory: its contents are taken before the call returns.
+            device.copy_(host)
+
+    def _add_chunk(self, size: int) -> None:
+        host = torch.zeros(size, dtype=torch.int32)
+        self._chunks.append((host, torch.zeros(size, dtype=torch.int32, device=self._device)))
+        self._free = size

@@ -1,0 +1,193 @@
+"""Prompts through captured forwards, on interpreted kernels, against launches one by one.
+
+Without CUDA a capture is the work itself on the same fixed memory, so what is shown here is that
+the memory says all that a forward depends on.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import fastskip
+from fastskip.decoder.captured_forward import (
+    KEPT,
+    CapturedForwards,
+    ForwardShape,
+    rounded,
+)
+from fastskip.kernels import tuning
+from fastskip.ops.allocate import poisoned
+from fastskip.profiling import ranges
+from tests.agreement import Trio, generate, greedy
+from tests.batches import Batch, random_batch
+from tests.device.interpreted import STREAM
+from tests.models import tiny_llava
+from tests.policies import MIXED, Policy, parallel, policy_of, skip
+from tests.routing.routed import check_generate, decided, random, routed, similarity
+
+POLICIES: dict[str, Policy] = {
+    "dense": policy_of(),
+    "each class its own rule": MIXED["each class its own rule"],
+    "pairs to the end": MIXED["pairs to the end"],
+}
+ROUTED: dict[str, Policy] = {
+    "omit beside a rule": routed(
+        random([0, 2], "all", "block", kv="omit"), rules=[skip([1], ["image"], "ffn")]
+    ),
+    "attention, reuse": routed(random([1, 2], ["text", "generated"], "attention", kv="reuse")),
+    "last layer": routed(similarity([1, 2], "all", "block", threshold=0.7, group="sequence")),
+    "parallel": routed(
+        random([1], "all", "ffn"),
+        random([1, 2], "all", "attention", kv="omit", seed=7, group="batch", agree="any"),
+        arrangements=(parallel(":"),),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    return tiny_llava(heads=2, kv_heads=1, head_dim=16, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="module")
+def trio(plain: PreTrainedModel) -> Trio:
+    return Trio(plain, impl="triton")
+
+
+@pytest.fixture(scope="module")
+def batches(plain: PreTrainedModel) -> list[Batch]:
+    """Prompts of different lengths, padding and image places that share a shape."""
+    left = [random_batch(plain, seed, images=(1, 1), text=(5, 7)) for seed in (3, 9)]
+    return [*left, random_batch(plain, 8, images=(1, 1), text=(5, 7), padding="right")]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape is captured when it is first seen."""
+    monkeypatch.setattr(CapturedForwards, "has_seen", lambda *_: True)
+
+
+@pytest.fixture(autouse=True)
+def small_programs() -> Iterator[None]:
+    with tuning.table(STREAM), poisoned():
+        yield
+
+
+def captured_of(model: Any) -> CapturedForwards:
+    found: CapturedForwards = model._fastskip.fused_decoder.captured
+    return found
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_capture_serves_other_prompts(name: str, trio: Trio, batches: list[Batch]) -> None:
+    """The first is run launch by launch, the second captured, the third replayed."""
+    model = trio.under(POLICIES[name])
+    for number, batch in enumerate(batches):
+        assert torch.equal(generate(model, batch, 2), greedy(trio.plain, POLICIES[name], batch, 2))
+        assert len(captured_of(model)) == min(number, 1)
+
+
+def scores_of(model: Any, batch: Batch) -> tuple[Tensor, Any]:
+    """Logits of a few steps, and what was decided."""
+    with fastskip.record_routing(model) as record:
+        out = model.generate(
+            **batch.inputs(),
+            max_new_tokens=2,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            eos_token_id=None,
+        )
+    return torch.stack(out.logits, dim=1), decided(record)
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_decisions(name: str, trio: Trio, batches: list[Batch], at_once: None) -> None:
+    """Of a prompt that another one's capture serves."""
+    first, other = batches[:2]
+    check_generate(trio, ROUTED[name], first, new=2)
+    model = trio.prepared
+    (forward,) = captured_of(model)._kept.values()
+    scores, masks = scores_of(model, other)
+    assert list(captured_of(model)._kept.values()) == [forward]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CapturedForwards, "has_seen", lambda *_: False)
+        model = trio.under(ROUTED[name])
+        expected, expected_masks = scores_of(model, other)
+    torch.testing.assert_close(scores, expected)
+    assert masks.keys() == expected_masks.keys()
+    assert all(torch.equal(masks[key], expected_masks[key]) for key in masks)
+    assert any(mask.any() for mask in masks.values())
+
+
+def test_learned_positions(at_once: None) -> None:
+    trio = Trio(tiny_llava("llava_opt", depth=2), impl="triton")
+    policy = policy_of(skip([1], ["image"], "block", kv="omit"))
+    model = trio.under(policy)
+    for seed in (3, 8):
+        batch = random_batch(trio.plain, seed, images=(1, 1), text=(5, 7))
+        assert torch.equal(generate(model, batch, 2), greedy(trio.plain, policy, batch, 2))
+    assert len(captured_of(model)) == 1
+
+
+def test_every_row_and_later_turns(trio: Trio, batches: list[Batch], at_once: None) -> None:
+    """Logits of all columns; and a second forward on a cache that holds the first."""
+    trio.check_forward(POLICIES["each class its own rule"], batches[1])
+    model = trio.under(policy_of(skip([1], "all", "block", kv="omit")))
+    ids = batches[0].input_ids[:, -6:].clamp(max=50)
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        first = model(input_ids=ids[:, :4], use_cache=True)
+        rest = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values).logits
+    assert len(captured_of(model)) == 1, "one for all three"
+    torch.testing.assert_close(torch.cat((first.logits, rest), dim=1), whole)
+
+
+def test_what_is_not_captured(trio: Trio, batches: list[Batch], at_once: None) -> None:
+    model = trio.under(policy_of())
+    generate(model, batches[0], 1)
+    (forward,) = captured_of(model)._kept.values()
+    forward._replay = pytest.fail
+    with torch.no_grad():
+        model(**batches[0].inputs(), output_hidden_states=True)
+        with ranges():
+            generate(model, batches[0], 1)
+        with pytest.raises(pytest.fail.Exception):
+            generate(model, batches[0], 1)
+    assert len(captured_of(model)) == 1
+
+
+def test_another_policy_forgets_them(trio: Trio, batches: list[Batch], at_once: None) -> None:
+    generate(trio.under(policy_of()), batches[0], 2)
+    assert len(captured_of(trio.prepared)) == 1
+    policy = policy_of(skip("1:", ["image"], "block", kv="omit"))
+    tokens = generate(trio.under(policy), batches[0], 2)
+    assert torch.equal(tokens, greedy(trio.plain, policy, batches[0], 2))
+    assert len(captured_of(trio.prepared)) == 1
+
+
+def test_few_are_kept() -> None:
+    captured = CapturedForwards()
+    shapes = [ForwardShape(1, (0, rows), None, None, (1,), 64) for rows in range(KEPT + 1)]
+    forwards = [object() for _ in shapes]
+    for shape, forward in zip(shapes, forwards, strict=True):
+        assert captured.find(shape, "version") is None
+        assert not captured.has_seen(shape) and captured.has_seen(shape)
+        captured.keep(shape, forward)  # type: ignore[arg-type]
+        assert captured.find(shape, "version") is forward
+    assert captured.find(shapes[0], "version") is None
+    assert captured.find(shapes[-1], "version") is forwards[-1]
+    assert captured.find(shapes[-1], "another version") is None
+    assert not captured.has_seen(shapes[-1])
+
+
+def test_rounding() -> None:
+    counts = (0, 1, 16, 17, 64, 576, 577)
+    assert list(map(rounded, counts)) == [0, 16, 16, 32, 64, 576, 608]
+    for count in range(1, 3000):
+        assert count <= rounded(count) <= max(count + 15, count * 17 // 16)
+        assert rounded(rounded(count)) == rounded(count)
