@@ -76,7 +76,8 @@ class GraphBodies:
     def __init__(self, device: torch.device) -> None:
         self._driver = load_driver()
         with torch.cuda.device(device):
-            self._stream = torch.cuda.Stream()
+            # torch's streams come round again: one of them may be captured itself by then.
+            self._streams = torch.cuda.Stream(), torch.cuda.Stream()
             self._pool = torch.cuda.MemPool()
 
     def run_if(self, runs: Tensor, body: Body) -> None:
@@ -96,12 +97,13 @@ class GraphBodies:
             driver,
             driver.cuStreamUpdateCaptureDependencies(outer, [node], *edges, 1, int(flag)),
         )
-        inner = self._stream.cuda_stream
+        stream = next(own for own in self._streams if own.cuda_stream != outer)
+        inner = stream.cuda_stream
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         begun = driver.cuStreamBeginCaptureToGraph(inner, inside, None, None, 0, mode)
         checked(driver, begun)
         try:
-            with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):
                 body()
         finally:
             ended = driver.cuStreamEndCapture(inner)

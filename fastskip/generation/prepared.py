@@ -137,6 +137,10 @@ class PreparedModel(_Prepared):
         runtime = self._runtime
         with runtime.lock:
             inputs["token_classes"] = classes_of(self.config, runtime, inputs)
+            # Read on the host: now, since later that would wait for the vision tower.
+            for name in ("attention_mask", "position_ids"):
+                if isinstance(inputs.get(name), Tensor):
+                    inputs[name] = inputs[name].cpu()
             inputs["kept_columns"] = kept_columns(runtime, inputs)
             return self._fastskip_origin[0].forward(self, **inputs)
 

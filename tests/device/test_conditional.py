@@ -6,6 +6,7 @@ driver builds the graph that its calls describe; the kernel that sets a conditio
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -236,10 +237,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
     monkeypatch.setattr(conditional, "load_driver", lambda: made)
     monkeypatch.setattr(conditional, "set_condition", set_condition)
-    stream = SimpleNamespace(cuda_stream=2)
+    # They come round: the first one is what is being captured.
+    streams = (SimpleNamespace(cuda_stream=number) for number in itertools.cycle((1, 2)))
     stand_ins: dict[str, Any] = {
         "device": lambda device: on(SimpleNamespace(cuda_stream=1)),
-        "Stream": lambda: stream,
+        "Stream": lambda: next(streams),
         "MemPool": object,
         "current_stream": lambda: SimpleNamespace(cuda_stream=made.current),
         "is_current_stream_capturing": lambda: made.current in made.streams,
