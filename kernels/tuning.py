@@ -5,8 +5,8 @@ major + minor, ``measured``: what it was measured with, or null) and one ``<kern
 a list of ``{"rows": .., "shape": [..] or null, "config": {..}}``. ``rows`` is the largest row count
 of the bucket, null for any; ``shape`` is what the kernel's own file says it is.
 
-The rule: the table of this very GPU, else one of the same architecture, else ``default``, which
-names conservative sizes for every kernel. Within a table the entry of this very shape is taken,
+The rule: the table of this very GPU, else one of the same architecture, those that were measured
+before those that were not; else ``default``, which names conservative sizes for every kernel. Within a table the entry of this very shape is taken,
 else the one without shape; of several, the smallest bucket that holds the rows. A table without a
 fitting entry passes the question on to the next. Nothing is ever tuned at run time;
 ``python -m benchmarks.gpu tune`` writes tables.
@@ -95,7 +95,9 @@ def tables_for(name: str | None, arch: int | None) -> tuple[Table, ...]:
     alike = [
         table for table in known if arch is not None and table.arch == arch and table not in own
     ]
-    return (*own, *alike, read_table(DEFAULT))
+    # What was measured on a sister of this GPU is better than what was only thought out for it.
+    found = sorted((*own, *alike), key=lambda table: table.measured is None)
+    return (*found, read_table(DEFAULT))
 
 
 def config_for(
