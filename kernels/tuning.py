@@ -6,10 +6,10 @@ a list of ``{"rows": .., "shape": [..] or null, "config": {..}}``. ``rows`` is t
 of the bucket, null for any; ``shape`` is what the kernel's own file says it is.
 
 The rule: the table of this very GPU, else one of the same architecture, those that were measured
-before those that were not; else ``default``, which names conservative sizes for every kernel. Within a table the entry of this very shape is taken,
-else the one without shape; of several, the smallest bucket that holds the rows. A table without a
-fitting entry passes the question on to the next. Nothing is ever tuned at run time;
-``python -m benchmarks.gpu tune`` writes tables.
+before those that were not; else ``default``, which names conservative sizes for every kernel.
+Within a table the entry of this very shape is taken, else the one without shape; of several, the
+smallest bucket that holds the rows. A table without a fitting entry passes the question on to the
+next. Nothing is ever tuned at run time; ``python -m benchmarks.gpu tune`` writes tables.
 """
 
 from __future__ import annotations
