@@ -130,10 +130,11 @@ def norm_of(module: Any) -> Norm | None:
 
 def has_hooks(module: Any) -> bool:
     """Whether calling the module does more than its own forward."""
+    own = vars(module)
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)  # as accelerate hooks a module
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own  # as accelerate hooks a module
     )

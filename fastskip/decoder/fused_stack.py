@@ -142,10 +142,9 @@ class FusedDecoder(Decoder):
                 for own, block in zip(tensors, self._blocks, strict=True)
             ]
 
-    def new_cache(self, *, reserve: int = 0, wants_gradient: bool = False) -> SkipCache:
-        self.refresh(wants_gradient=wants_gradient)
+    def new_cache(self, *, reserve: int = 0) -> SkipCache:
         if not self.is_fused:
-            return super().new_cache(reserve=reserve, wants_gradient=wants_gradient)
+            return super().new_cache(reserve=reserve)
         return PagedCache(self.plan, self.anchor, reserve=reserve)
 
     def run(

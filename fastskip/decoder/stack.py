@@ -80,8 +80,11 @@ class Decoder:
         """Why this decoder cannot run the model; ``None`` if it can."""
         return None
 
-    def new_cache(self, *, reserve: int = 0, wants_gradient: bool = False) -> SkipCache:
-        """An empty cache for forwards of this decoder; ``reserve``: columns expected in all."""
+    def new_cache(self, *, reserve: int = 0) -> SkipCache:
+        """An empty cache for forwards as the last ``refresh`` left the decoder.
+
+        ``reserve``: columns expected in all.
+        """
         return SkipCache(self.plan, reserve=reserve)
 
     def lay_out(self, codes: Tensor, positions: Tensor, cache: SkipCache) -> TokenLayout:

@@ -175,6 +175,40 @@ class MergedProducts:
         return self._ops.linear(self._ops.activate(fed, self._activation), *self._down)
 
 
+class LayerState:
+    """Which modules and parameters a layer has, where they lie, and who hooks them.
+
+    A look at all of it takes longer than a prompt may wait; that it is as it was is seen at once.
+    """
+
+    def __init__(self, objects: list[object], facts: list[object]) -> None:
+        self._objects, self._facts = objects, facts
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerState:
+        objects: list[object] = []
+        facts: list[object] = []
+        waiting = [layer]
+        while waiting:
+            module = waiting.pop()
+            own = vars(module)  # attributes of a module are slow to look up
+            objects.append(module)
+            facts.append(own["training"])
+            facts.append(has_hooks(module))
+            for parameter in own["_parameters"].values():
+                objects.append(parameter)
+                if parameter is not None:
+                    facts += parameter.data_ptr(), parameter.dtype, parameter.requires_grad
+            waiting += [child for child in own["_modules"].values() if child is not None]
+        return cls(objects, facts)
+
+    def is_same(self, other: LayerState) -> bool:
+        """Whether nothing differs; objects are compared by identity."""
+        return self._facts == other._facts and list(map(id, self._objects)) == list(
+            map(id, other._objects)
+        )
+
+
 class BlockWeights:
     """One decoder layer's products, in the form that is right at the moment.
 
@@ -185,13 +219,14 @@ class BlockWeights:
         self.layer = layer
         self._head_dim, self._ops = head_dim, ops
         self._merged: MergedProducts | None = None
+        self._seen: LayerState | None = None
         self.parts = parts_of(layer)
         self.products: Products = ModuleProducts(self.parts, head_dim)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters have storages of their own; merged ones are built on its first use.
         modules = ModuleProducts(self.parts, self._head_dim)
-        return {**self.__dict__, "_merged": None, "products": modules}
+        return {**self.__dict__, "_merged": None, "_seen": None, "products": modules}
 
     @property
     def is_merged(self) -> bool:
@@ -212,6 +247,10 @@ class BlockWeights:
 
         Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
         """
+        is_settled = self.is_merged and not wants_gradient and not self.layer.training
+        if is_settled and self._seen and self._seen.is_same(LayerState.of(self.layer)):
+            return
+        self._seen = None
         parts = self.parts = parts_of(self.layer)
         if wants_gradient or not _can_merge(parts):
             self.products = ModuleProducts(parts, self._head_dim)
@@ -220,6 +259,7 @@ class BlockWeights:
             self._merged = None  # the old storages go before the new ones come
             self._merged = MergedProducts(parts, self._head_dim, self._ops)
         self.products = self._merged
+        self._seen = LayerState.of(self.layer)
 
 
 def _can_merge(parts: LayerParts) -> bool:

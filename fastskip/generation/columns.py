@@ -31,7 +31,7 @@ def cache_of(
         use_cache = bool(getattr(text_model.config, "use_cache", True))
     if wants_gradient and any(recomputes(layer) for layer in text_model.layers):
         use_cache = False  # as in transformers: what is computed twice would be stored twice
-    return runtime.decoder.new_cache(wants_gradient=wants_gradient), use_cache
+    return runtime.decoder.new_cache(), use_cache
 
 
 def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:

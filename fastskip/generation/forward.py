@@ -31,6 +31,7 @@ def decode_columns(
     wants_gradient = torch.is_grad_enabled() and (
         h.requires_grad or any(p.requires_grad for p in text_model.parameters())
     )
+    runtime.refresh(wants_gradient=wants_gradient)
     cache, is_returned = cache_of(text_model, runtime, inputs, wants_gradient=wants_gradient)
     real = real_columns(inputs.get("attention_mask"), cache, batch, width)
     codes = codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
@@ -40,7 +41,6 @@ def decode_columns(
         wants_hidden = getattr(text_model.config, "output_hidden_states", False)
     kept = _Kept.of(inputs.get("kept_columns"), real, every_row=bool(wants_hidden))
     seen: list[Tensor] = []
-    runtime.decoder.refresh(wants_gradient=wants_gradient)
     layout = runtime.decoder.lay_out(codes, positions, cache)
     out = runtime.decoder.run(
         h,

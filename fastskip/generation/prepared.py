@@ -174,6 +174,7 @@ class PreparedModel(_Prepared):
                 self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
             return
+        assert runtime.session is not None
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: {generation_config.cache_implementation!r}; allowed: None "
@@ -184,6 +185,8 @@ class PreparedModel(_Prepared):
             if generation_config.use_cache is False:
                 _check_guidance(runtime, generation_config)
                 return
+            runtime.decoder.refresh(wants_gradient=False)
+            runtime.session.is_refreshed = True
             cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
@@ -192,7 +195,6 @@ class PreparedModel(_Prepared):
         cache.reserve = max_cache_length
         # An assistant is called once a draft, on one cache: its prompt stays the first one.
         if not (generation_config.is_assistant and cache.columns):
-            assert runtime.session is not None
             cache.prompt_columns = max(runtime.session.prompt_columns, cache.columns)
 
     def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:

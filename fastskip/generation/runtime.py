@@ -23,9 +23,15 @@ from fastskip.routing import Router, RoutingRecord
 
 @dataclass(slots=True)
 class Session:
-    """One ``generate`` call: where its prompt ends, in columns."""
+    """One ``generate`` call.
+
+    Attributes:
+        prompt_columns: where its prompt ends.
+        is_refreshed: the decoder has just looked at the model, and its first forward need not.
+    """
 
     prompt_columns: int
+    is_refreshed: bool = False
 
 
 class Runtime:
@@ -69,6 +75,14 @@ class Runtime:
             raise ValueError("attention: 'flash' needs impl='triton'; allowed here: None")
         _require_causal(self.plan)
         decoder.flash = load_flash(decoder.like.dtype, decoder.like.device)
+
+    def refresh(self, *, wants_gradient: bool) -> None:
+        """Lets the decoder look at the model before a forward, unless it has just done so."""
+        session = self.session
+        if session is not None and session.is_refreshed and not wants_gradient:
+            session.is_refreshed = False
+            return
+        self.decoder.refresh(wants_gradient=wants_gradient)
 
     def set_plan(self, plan: SkipPlan, routers: Sequence[Router] = ()) -> None:
         """Swaps the plan; weights stay where they are."""
