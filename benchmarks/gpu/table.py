@@ -1,6 +1,6 @@
 """Tables of a results file: plain text for a terminal, Markdown for the README.
 
-python -m benchmarks.gpu.table benchmarks/results/<gpu> [--readme README.md]
+python -m benchmarks.gpu.table benchmarks/results/<gpu> ... [--readme README.md]
 """
 
 from __future__ import annotations
@@ -63,18 +63,28 @@ def text_tables(results: Results) -> str:
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def markdown(results: Results) -> str:
-    """The README's GPU tables; ``not measured yet`` while there is no end-to-end line."""
+def markdown(*gpus: Results) -> str:
+    """The README's GPU tables; ``not measured yet`` while there is no end-to-end line.
+
+    Of routers all rows are shown where no GPU has them, measured or not.
+    """
+    routed = [gpu for gpu in gpus if gpu.values("routing.7b.b1.omit")] or gpus[:1]
+    parts = [_markdown_of(gpu, has_routers=gpu in routed) for gpu in gpus]
+    return "\n\n".join(filter(None, parts)) or NOT_MEASURED
+
+
+def _markdown_of(results: Results, *, has_routers: bool) -> str:
     parts = [_markdown_table(title, HEAD, rows) for title, rows in _end_to_end(results)]
     if not parts:
-        return NOT_MEASURED
-    ways = (results.values("routing.7b.b1.omit") or {}).get("ways", {})
-    routed = [
-        _routing_row(ways[name]) if name in ways else (label, *[NOT_MEASURED] * 8)
-        for name, label in ROUTING_ROWS
-    ]
-    title = "LLaVA-1.5-7B shapes with routers, batch 1: blocks skipped at random, row by row"
-    parts.append(_markdown_table(title, ROUTING_HEAD, routed))
+        return ""
+    if has_routers:
+        ways = (results.values("routing.7b.b1.omit") or {}).get("ways", {})
+        routed = [
+            _routing_row(ways[name]) if name in ways else (label, *[NOT_MEASURED] * 8)
+            for name, label in ROUTING_ROWS
+        ]
+        title = "LLaVA-1.5-7B shapes with routers, batch 1: blocks skipped at random, row by row"
+        parts.append(_markdown_table(title, ROUTING_HEAD, routed))
     about = next(line for line in results.lines().values() if line.cell.startswith("e2e."))
     where = about.environment
     parts.append(
@@ -82,7 +92,7 @@ def markdown(results: Results) -> str:
         f"transformers {where.get('transformers')}, commit {where.get('commit')}, {about.date}: "
         "`python -m benchmarks.gpu`"
     )
-    return "\n\n".join(parts)
+    return "\n\n".join([f"#### {where.get('device')}", *parts])
 
 
 def _markdown_table(title: str, head: Row, rows: Sequence[Row]) -> str:
@@ -91,14 +101,14 @@ def _markdown_table(title: str, head: Row, rows: Sequence[Row]) -> str:
     return f"**{title}**\n\n" + "\n".join(lines)
 
 
-def write_readme(readme: Path, results: Results) -> None:
-    """Puts the table between the marks that the README has for it."""
+def write_readme(readme: Path, *gpus: Results) -> None:
+    """Puts the tables between the marks that the README has for them."""
     text = readme.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{readme}: no {BEGIN} ... {END}")
-    table = f"{head}{BEGIN}\n{markdown(results)}\n{END}{tail}"
+    table = f"{head}{BEGIN}\n{markdown(*gpus)}\n{END}{tail}"
     readme.write_text(table, encoding="utf-8")
 
 
@@ -330,14 +340,15 @@ def _aligned(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the README's table, or write it there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.table", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where results.jsonl is")
+    about = "where results.jsonl is, one a GPU"
+    parser.add_argument("folders", type=Path, nargs="+", metavar="folder", help=about)
     parser.add_argument("--readme", type=Path, help="a file with marks around its GPU table")
     options = parser.parse_args(arguments)
-    results = Results(options.folder)
+    gpus = list(map(Results, options.folders))
     if options.readme is None:
-        print(markdown(results))
+        print(markdown(*gpus))
     else:
-        write_readme(options.readme, results)
+        write_readme(options.readme, *gpus)
 
 
 if __name__ == "__main__":

@@ -27,19 +27,16 @@ from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, parallel, policy_of, skip
-from tests.routing.routed import check_generate, decided, random, routed, similarity
+from tests.routing.routed import check_generate, decided, random, routed
 
 POLICIES: dict[str, Policy] = {
-    "dense": policy_of(),
     "each class its own rule": MIXED["each class its own rule"],
     "pairs to the end": MIXED["pairs to the end"],
 }
 ROUTED: dict[str, Policy] = {
     "omit beside a rule": routed(
-        random([0, 2], "all", "block", kv="omit"), rules=[skip([1], ["image"], "ffn")]
+        random([0, 3], "all", "block", kv="omit"), rules=[skip([1], ["image"], "ffn")]
     ),
-    "attention, reuse": routed(random([1, 2], ["text", "generated"], "attention", kv="reuse")),
-    "last layer": routed(similarity([1, 2], "all", "block", threshold=0.7, group="sequence")),
     "parallel": routed(
         random([1], "all", "ffn"),
         random([1, 2], "all", "attention", kv="omit", seed=7, group="batch", agree="any"),
@@ -84,7 +81,10 @@ def captured_of(model: Any) -> CapturedForwards:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_one_capture_serves_other_prompts(name: str, trio: Trio, batches: list[Batch]) -> None:
-    """The first is run launch by launch, the second captured, the third replayed."""
+    """The first is run launch by launch, the second captured, the third replayed.
+
+    Another policy (the case before) has left nothing.
+    """
     model = trio.under(POLICIES[name])
     for number, batch in enumerate(batches):
         assert torch.equal(generate(model, batch, 2), greedy(trio.plain, POLICIES[name], batch, 2))
@@ -159,15 +159,6 @@ def test_what_is_not_captured(trio: Trio, batches: list[Batch], at_once: None) -
         with pytest.raises(pytest.fail.Exception):
             generate(model, batches[0], 1)
     assert len(captured_of(model)) == 1
-
-
-def test_another_policy_forgets_them(trio: Trio, batches: list[Batch], at_once: None) -> None:
-    generate(trio.under(policy_of()), batches[0], 2)
-    assert len(captured_of(trio.prepared)) == 1
-    policy = policy_of(skip("1:", ["image"], "block", kv="omit"))
-    tokens = generate(trio.under(policy), batches[0], 2)
-    assert torch.equal(tokens, greedy(trio.plain, policy, batches[0], 2))
-    assert len(captured_of(trio.prepared)) == 1
 
 
 def test_few_are_kept() -> None:
