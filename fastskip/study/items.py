@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import string
@@ -15,15 +14,20 @@ from typing import Any
 
 from PIL.Image import Image
 
-_ALLOWED = (
-    'one JSON object a line, {"question": "...", "answer": "..." or ["...", ...]}, and, where '
-    'wanted, "image": "a.jpg", "kind": "...", "metric": "exact" or "caption"'
-)
-_FIELDS = frozenset({"question", "answer", "image", "kind", "metric"})
+from fastskip.study.json_lines import Format
 
 
 class ItemError(ValueError):
     """An item that cannot be used; names it, what is wrong and what is allowed."""
+
+
+_FORMAT = Format(
+    what="items",
+    fields=frozenset({"question", "answer", "image", "kind", "metric"}),
+    allowed='one JSON object a line, {"question": "...", "answer": "..." or ["...", ...]}, and, '
+    'where wanted, "image": "a.jpg", "kind": "...", "metric": "exact" or "caption"',
+    error=ItemError,
+)
 
 
 class Metric(StrEnum):
@@ -64,19 +68,7 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
     Raises:
         ItemError: the file or a line of it cannot be used.
     """
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ItemError(f"{file}: {error}; allowed: a readable file, {_ALLOWED}") from error
-    found = [
-        _item(line, file.parent, f"{file}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not found:
-        raise ItemError(f"{file}: no items; allowed: {_ALLOWED}")
-    return found
+    return [_item(document, Path(path).parent, where) for document, where in _FORMAT.read(path)]
 
 
 def words(text: str) -> str:
@@ -104,16 +96,7 @@ def _phrases(text: str) -> Counter[str]:
     return Counter(phrase for part in _PARTING.split(text.lower()) if (phrase := words(part)))
 
 
-def _item(line: str, folder: Path, where: str) -> Item:
-    try:
-        document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ItemError(f"{where}: not JSON ({error}); allowed: {_ALLOWED}") from error
-    if not isinstance(document, dict):
-        raise ItemError(f"{where}: got {document!r}; allowed: {_ALLOWED}")
-    unknown = sorted(document.keys() - _FIELDS)
-    if unknown:
-        raise ItemError(f"{where}: unknown field {unknown[0]!r}; allowed: {_ALLOWED}")
+def _item(document: dict[str, Any], folder: Path, where: str) -> Item:
     answer = document.get("answer")
     references = [answer] if isinstance(answer, str) else answer
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):

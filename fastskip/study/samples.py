@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,20 @@ from torch import Tensor
 
 from fastskip.images import ImageError, load_image
 from fastskip.prompts import PromptError, build_inputs
-
-_ALLOWED = (
-    'one JSON object a line, {"prompt": "...", "image": "a.jpg"}, of which image may be left out'
-)
+from fastskip.study.json_lines import Format
 
 
 class SampleError(ValueError):
     """A file of samples that cannot be used; names the line, what is wrong and what is allowed."""
+
+
+_FORMAT = Format(
+    what="samples",
+    fields=frozenset({"prompt", "image"}),
+    allowed='one JSON object a line, {"prompt": "...", "image": "a.jpg"}, of which image may be '
+    "left out",
+    error=SampleError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +43,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     Raises:
         SampleError: the file or a line of it cannot be used.
     """
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SampleError(f"{file}: {error}; allowed: a readable file, {_ALLOWED}") from error
-    found = [
-        _sample(line, file.parent, f"{file}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not found:
-        raise SampleError(f"{file}: no samples; allowed: {_ALLOWED}")
-    return found
+    return [_sample(document, Path(path).parent, where) for document, where in _FORMAT.read(path)]
 
 
 def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens: int) -> list[Any]:
@@ -83,16 +76,7 @@ def placed(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return {name: moved(value) for name, value in inputs.items()}
 
 
-def _sample(line: str, folder: Path, where: str) -> Sample:
-    try:
-        document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SampleError(f"{where}: not JSON ({error}); allowed: {_ALLOWED}") from error
-    if not isinstance(document, dict):
-        raise SampleError(f"{where}: got {document!r}; allowed: {_ALLOWED}")
-    unknown = sorted(document.keys() - {"prompt", "image"})
-    if unknown:
-        raise SampleError(f"{where}: unknown field {unknown[0]!r}; allowed: {_ALLOWED}")
+def _sample(document: dict[str, Any], folder: Path, where: str) -> Sample:
     prompt, image = document.get("prompt"), document.get("image")
     if not isinstance(prompt, str) or not prompt.strip():
         raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a text that is not empty")
