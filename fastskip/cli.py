@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from fastskip import __version__
 from fastskip.commands.calibrate import calibrate
 from fastskip.commands.demo import demo
+from fastskip.commands.eval import evaluate
 from fastskip.commands.generate import generate
 from fastskip.commands.plan import plan
 from fastskip.commands.policies import policies
@@ -56,6 +57,7 @@ def _help(function: Callable[..., None]) -> str:
 
 for command in (generate, plan, verify, calibrate, train, prune, demo, policies):
     app.command(help=_help(command))(command)
+app.command(name="eval", help=_help(evaluate))(evaluate)
 for part in (paper, compare):
     study.command(help=_help(part))(part)
 app.add_typer(study)

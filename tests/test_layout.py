@@ -106,7 +106,7 @@ FLOORS = {
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
-        ("study.paper", "study.comparison"),
+        ("study.paper", "study.comparison", "study.judging"),
         (
             *PURE,
             "families",

@@ -20,6 +20,7 @@ from fastskip.commands.common import (
     policy_of,
     prepare,
 )
+from fastskip.commands.demo_items import demo_items
 
 if TYPE_CHECKING:
     from fastskip.demo.model import Size
@@ -157,7 +158,7 @@ def compare(
     from fastskip.study.comparison import compare as measure
     from fastskip.study.items import read_items
 
-    chosen = _demo_items(count) if items is None else read_items(items)[:count]
+    chosen = demo_items(count) if items is None else read_items(items)[:count]
     with tqdm(total=len(contenders), disable=None) as bar:
 
         def on_model(label: str) -> None:
@@ -231,13 +232,6 @@ def _load_named(path: str, policy: Any, dtype: Dtype, device: str | None) -> tup
     from fastskip.prompts import processor_for
 
     return load(path, policy, dtype, device), processor_for(path)
-
-
-def _demo_items(count: int) -> list[Any]:
-    from fastskip.study.paper.measuring import Effort, asked, items_of
-
-    captions = count // 4
-    return items_of(asked(0, Effort(questions=count - captions, captions=captions)))
 
 
 def _table(found: Sequence["Compared"], count: int) -> None:

@@ -110,6 +110,16 @@ def compare(
     return tuple(found)
 
 
+def prompt_sizes(inputs: Mapping[str, Any], config: Any) -> tuple[int, int, int]:
+    """Image rows, text rows, and text rows before the first image, of the first prompt."""
+    is_image = torch.isin(
+        inputs["input_ids"][0].cpu(), torch.tensor(image_token_ids(config), dtype=torch.int64)
+    )
+    n_image = int(is_image.sum())
+    n_text = len(is_image) - n_image
+    return n_image, n_text, min(int(is_image.int().argmax()), n_text)
+
+
 def _measured(
     label: str,
     model: Any,
@@ -120,11 +130,7 @@ def _measured(
     rounds: int,
 ) -> Compared:
     inputs = placed(single.inputs(0), model)
-    is_image = torch.isin(
-        inputs["input_ids"][0].cpu(), torch.tensor(image_token_ids(model.config), dtype=torch.int64)
-    )
-    n_image, before = int(is_image.sum()), int(is_image.int().argmax())
-    n_text = len(is_image) - n_image
+    n_image, n_text, before = prompt_sizes(inputs, model.config)
     plan = plan_of(model)
     ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
@@ -140,7 +146,7 @@ def _measured(
         if first is None
         else {name: evaluation.minus(first, *kind) for name, kind in kinds.items()},
         new_tokens=new_tokens,
-        flops=plan.flops(n_image, n_text, new_tokens, text_before=min(before, n_text)),
+        flops=plan.flops(n_image, n_text, new_tokens, text_before=before),
         kv_bytes=plan.kv_bytes(n_image, n_text, new_tokens - 1),
         ttft_s=median(each.ttft for each in times),
         tpot_s=median(each.decode for each in times),

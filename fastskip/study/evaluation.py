@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastskip.images import ImageError, load_image
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
 from fastskip.prompts import PromptError, build_batch
 from fastskip.study.items import Item, ItemError
 from fastskip.study.samples import placed
+
+Watch = Callable[[Sequence[int], Tensor, Tensor], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +145,19 @@ class Exam:
         return len(self._batches)
 
     @torch.inference_mode()
-    def take(self, model: Any, on_batch: Callable[[], object] = lambda: None) -> Evaluation:
+    def take(
+        self,
+        model: Any,
+        on_batch: Callable[[], object] = lambda: None,
+        watch: Watch | None = None,
+    ) -> Evaluation:
         """Let a model answer all items, greedily, and judge the answers.
 
+        Args:
+            model: any that has `generate`.
+            on_batch: called after each batch.
+            watch: called with each batch's answers: which items they are of, their tokens
+                `[B, n]`, and the scores of the first one `[B, V]` (fp32).
         Raises:
             ItemError: an item's image or prompt cannot be used.
         """
@@ -153,9 +166,16 @@ class Exam:
         for number, batch in enumerate(self._batches):
             inputs = placed(self.inputs(number), model)
             out = model.generate(
-                **inputs, do_sample=False, num_beams=1, max_new_tokens=self._new_tokens
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=self._new_tokens,
+                return_dict_in_generate=True,
+                output_logits=watch is not None,
             )
-            new = out[:, inputs["input_ids"].shape[1] :]
+            new = out.sequences[:, inputs["input_ids"].shape[1] :]
+            if watch is not None:
+                watch(batch, new, out.logits[0].float())
             told = tokenizer.batch_decode(new, skip_special_tokens=True)
             answers.update(zip(batch, (text.strip() for text in told), strict=True))
             on_batch()
@@ -172,6 +192,14 @@ class Exam:
             )
         )
 
+    def single(self, index: int) -> Any:
+        """The model inputs of one item alone, on the host.
+
+        Raises:
+            ItemError: its image or prompt cannot be used.
+        """
+        return self._build([self.items[index]])
+
     def inputs(self, number: int) -> Any:
         """The model inputs of one batch, on the host.
 
@@ -180,21 +208,35 @@ class Exam:
         """
         if self._kept is not None and number in self._kept:
             return self._kept[number]
-        items = [self.items[index] for index in self._batches[number]]
+        inputs = self._build([self.items[index] for index in self._batches[number]])
+        if self._kept is not None:
+            self._kept[number] = inputs
+        return inputs
+
+    def _build(self, items: Sequence[Item]) -> Any:
         try:
-            images = [_images(item) for item in items]
-            inputs = build_batch(
+            return build_batch(
                 self._processor,
                 [item.question for item in items],
-                images,
+                [_images(item) for item in items],
                 config=self._config,
                 max_new_tokens=self._new_tokens,
             )
         except (ImageError, PromptError) as error:
             raise ItemError(f"{items[0].where} to {items[-1].where}: {error}") from error
-        if self._kept is not None:
-            self._kept[number] = inputs
-        return inputs
+
+
+def usable(items: Sequence[Item]) -> tuple[list[Item], list[str]]:
+    """The items whose images can be read, and of the others what is wrong with each."""
+    found, broken = [], []
+    for item in items:
+        try:
+            _images(item)
+        except ImageError as error:
+            broken.append(f"{item.where}: {error}")
+        else:
+            found.append(item)
+    return found, broken
 
 
 def _images(item: Item) -> list[Any]:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-import string
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
 from fastskip.study.json_lines import Format
+from fastskip.study.metrics import Metric
 
 
 class ItemError(ValueError):
@@ -25,23 +22,10 @@ _FORMAT = Format(
     what="items",
     fields=frozenset({"question", "answer", "image", "kind", "metric"}),
     allowed='one JSON object a line, {"question": "...", "answer": "..." or ["...", ...]}, and, '
-    'where wanted, "image": "a.jpg", "kind": "...", "metric": "exact" or "caption"',
+    'where wanted, "image": "a.jpg", "kind": "...", '
+    '"metric": "exact", "caption", "vqa" or "yes-no"',
     error=ItemError,
 )
-
-
-class Metric(StrEnum):
-    """How an answer is judged; in each case by the reference that it fits best."""
-
-    EXACT = "exact"
-    """1 if the words are the same, else 0; case, punctuation and articles do not count."""
-    CAPTION = "caption"
-    """F1 of the phrases named, in any order: parted by "and", commas and full stops."""
-
-    def score(self, answer: str, references: Sequence[str]) -> float:
-        """In [0, 1]: how well the answer fits the best of the references."""
-        judge = _exact if self is Metric.EXACT else _phrases_f1
-        return max(judge(answer, reference) for reference in references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +42,9 @@ class Item:
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise ItemError(f"{self.where}: question is {self.question!r}; allowed: some words")
-        if not self.references or not all(words(each) for each in self.references):
-            raise ItemError(f"{self.where}: answer is {self.references}; allowed: some words")
+        problem = self.metric.problem(self.references)
+        if problem is not None:
+            raise ItemError(f"{self.where}: {problem}")
 
 
 def read_items(path: str | os.PathLike[str]) -> list[Item]:
@@ -69,31 +54,6 @@ def read_items(path: str | os.PathLike[str]) -> list[Item]:
         ItemError: the file or a line of it cannot be used.
     """
     return [_item(document, Path(path).parent, where) for document, where in _FORMAT.read(path)]
-
-
-def words(text: str) -> str:
-    """A text in lower case, without punctuation and articles, parted by single spaces."""
-    bare = text.lower().translate(_BARE)
-    return " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
-
-
-_BARE = str.maketrans(string.punctuation, " " * len(string.punctuation))
-_PARTING = re.compile(r"\band\b|[,.;]")
-
-
-def _exact(answer: str, reference: str) -> float:
-    return float(words(answer) == words(reference))
-
-
-def _phrases_f1(answer: str, reference: str) -> float:
-    told, true = _phrases(answer), _phrases(reference)
-    if not told:
-        return 0.0
-    return 2 * (told & true).total() / (told.total() + true.total())
-
-
-def _phrases(text: str) -> Counter[str]:
-    return Counter(phrase for part in _PARTING.split(text.lower()) if (phrase := words(part)))
 
 
 def _item(document: dict[str, Any], folder: Path, where: str) -> Item:

@@ -12,7 +12,8 @@ from fastskip.demo.evaluation import answers, held_out
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.prompts import processor_for
 from fastskip.study.evaluation import Evaluation, Exam
-from fastskip.study.items import Item, ItemError, Metric, read_items
+from fastskip.study.items import Item, ItemError, read_items
+from fastskip.study.metrics import Metric
 
 
 @pytest.fixture(scope="module")

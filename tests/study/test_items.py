@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastskip.study.items import Item, ItemError, Metric, read_items, words
+from fastskip.study.items import Item, ItemError, read_items
+from fastskip.study.metrics import Metric, words
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from fastskip.demo.results import Workload
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.text import ASSISTANT, IMAGE_TOKENS
 from fastskip.study.evaluation import Exam
-from fastskip.study.items import Item, Metric
+from fastskip.study.items import Item
+from fastskip.study.metrics import Metric
 
 CAPTION = QuestionKind.CAPTION.value
 QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)

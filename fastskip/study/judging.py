@@ -1,0 +1,246 @@
+"""Policies of one model, judged on the same items: scores, agreement with dense, compute, times.
+
+Every policy is held to the dense model, item by item. Times are taken in turn, so that what
+disturbs the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fastskip.demo.timing import time_once
+from fastskip.intervals import Estimate, bootstrap
+from fastskip.loading import plan_of, set_policy
+from fastskip.policy import SkipPolicy
+from fastskip.study.agreement import AnswerAgreement, AnswerLog, end_tokens
+from fastskip.study.comparison import prompt_sizes
+from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.fingerprints import (
+    combined,
+    items_fingerprint,
+    model_fingerprint,
+    policy_fingerprint,
+)
+from fastskip.study.items import Item
+from fastskip.study.metrics import Metric, YesNo
+from fastskip.study.samples import placed
+
+DENSE = "dense"
+
+
+class Verdict(StrEnum):
+    """What the items say of a policy's answers against the dense model's, at 95 %."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_TOLD_APART = "not told apart"
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of the first item, batch 1: medians in seconds, TTFT with the vision tower in it."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One policy, judged.
+
+    Attributes:
+        label: how it was named.
+        policy: as in a policy file.
+        evaluation: its answers and their scores.
+        agreement: with the dense model's answers.
+        flops: of the decoder and lm_head for the first item, with as many tokens as are timed.
+        speed: `None` where times were not taken.
+    """
+
+    label: str
+    policy: Mapping[str, Any]
+    evaluation: Evaluation
+    agreement: AnswerAgreement
+    flops: int
+    speed: Speed | None = None
+
+    def change(self, dense: Judgement) -> Estimate:
+        """How much better than dense its answers score, item by item."""
+        return self.evaluation.minus(dense.evaluation)
+
+    def verdict(self, dense: Judgement) -> Verdict:
+        """What the items say."""
+        change = self.change(dense)
+        if change.is_above_zero:
+            return Verdict.BETTER
+        return Verdict.WORSE if change.is_below_zero else Verdict.NOT_TOLD_APART
+
+    def agreement_estimates(self) -> tuple[Estimate, Estimate]:
+        """Means and intervals of the agreement of tokens, and of the divergence in nats."""
+        return bootstrap(self.agreement.tokens), bootstrap(self.agreement.divergence)
+
+    def yes_no(self, items: Sequence[Item]) -> YesNo | None:
+        """Of the items under that metric together; `None` without any."""
+        asked = [n for n, item in enumerate(items) if item.metric is Metric.YES_NO]
+        if not asked:
+            return None
+        answers = [self.evaluation.judged[n].answer for n in asked]
+        return YesNo.of(answers, [items[n].references[0] for n in asked])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "label": self.label,
+            "policy": dict(self.policy),
+            "evaluation": self.evaluation.to_dict(),
+            "agreement": asdict(self.agreement),
+            "flops": self.flops,
+            "speed": None if self.speed is None else asdict(self.speed),
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Judgement:
+        """What `to_dict` gave."""
+        speed = document["speed"]
+        agreement = {name: tuple(values) for name, values in document["agreement"].items()}
+        return cls(
+            label=document["label"],
+            policy=document["policy"],
+            evaluation=Evaluation.from_dict(document["evaluation"]),
+            agreement=AnswerAgreement(**agreement),
+            flops=document["flops"],
+            speed=None if speed is None else Speed(**speed),
+        )
+
+
+class JudgementFile:
+    """Judgements as they are made, a line of JSON each, so that a run that was cut off goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> dict[str, Judgement]:
+        """By fingerprint of what was judged; half a line of a killed process is none."""
+        found = {}
+        if self._path.is_file():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    document = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                found[document["of"]] = Judgement.from_dict(document["judgement"])
+        return found
+
+    def append(self, of: str, judgement: Judgement) -> None:
+        """Adds a line."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"of": of, "judgement": judgement.to_dict()}) + "\n")
+
+
+def judge(
+    model: Any,
+    policies: Sequence[tuple[str, SkipPolicy]],
+    exam: Exam,
+    *,
+    new_tokens: int = 16,
+    rounds: int = 5,
+    kept: JudgementFile | None = None,
+    on_policy: Callable[[str], object] = lambda label: None,
+    on_batch: Callable[[], object] = lambda: None,
+) -> tuple[Judgement, ...]:
+    """Judge the dense model and each policy; the dense one comes first.
+
+    Args:
+        model: a prepared one; it is left with the policy that it came with.
+        policies: labels and policies; one that is dense is the first one again.
+        exam: the items; its first one is what compute and times are of.
+        new_tokens: tokens that are timed.
+        rounds: timed runs of each, 0 for none.
+        kept: where judgements are kept; what is there already is not asked again. Times always are.
+        on_policy: called with each label before its items are answered.
+        on_batch: called after each batch.
+    Raises:
+        ValueError: `new_tokens` or `rounds` is too small.
+        ItemError: an item cannot be used.
+    """
+    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 0)):
+        if value < least:
+            raise ValueError(f"{name}: {value}; allowed: {least} or more")
+    every = [(DENSE, SkipPolicy()), *policies]
+    before = plan_of(model).policy
+    try:
+        found = _answered(model, every, exam, new_tokens, kept, on_policy, on_batch)
+        if rounds:
+            speeds = _timed(model, every, exam, new_tokens, rounds)
+            found = [replace(own, speed=speed) for own, speed in zip(found, speeds, strict=True)]
+    finally:
+        set_policy(model, before)
+    return tuple(found)
+
+
+def _answered(
+    model: Any,
+    every: Sequence[tuple[str, SkipPolicy]],
+    exam: Exam,
+    new_tokens: int,
+    kept: JudgementFile | None,
+    on_policy: Callable[[str], object],
+    on_batch: Callable[[], object],
+) -> list[Judgement]:
+    known = {} if kept is None else kept.load()
+    asked = combined(model_fingerprint(model), items_fingerprint(exam.items), new_tokens)
+    keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
+    dense: AnswerLog | None = None
+    if not all(key in known for key in keys):
+        # Its answers are what the others' are compared with, so it answers again.
+        known.pop(keys[0], None)
+    found = []
+    for key, (label, policy) in zip(keys, every, strict=True):
+        on_policy(label)
+        judgement = known.get(key)
+        if judgement is None:
+            set_policy(model, policy)
+            log = AnswerLog(end_tokens(model))
+            evaluation = exam.take(model, on_batch, log.note)
+            dense = dense or log
+            agreement = log.against(dense)
+            flops = _flops(model, exam, new_tokens)
+            judgement = Judgement(label, policy.to_dict(), evaluation, agreement, flops)
+            if kept is not None:
+                kept.append(key, judgement)
+        found.append(replace(judgement, label=label))
+    return found
+
+
+def _flops(model: Any, exam: Exam, new_tokens: int) -> int:
+    n_image, n_text, before = prompt_sizes(exam.single(0), model.config)
+    return plan_of(model).flops(n_image, n_text, new_tokens, text_before=before)
+
+
+def _timed(
+    model: Any,
+    every: Sequence[tuple[str, SkipPolicy]],
+    exam: Exam,
+    new_tokens: int,
+    rounds: int,
+) -> list[Speed]:
+    inputs = placed(exam.single(0), model)
+    times: list[list[Any]] = [[] for _ in every]
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        for number in range(rounds):
+            first = number * len(every) // rounds
+            order = [*range(first, len(every)), *range(first)]
+            for place in order:
+                set_policy(model, every[place][1])
+                times[place].append(time_once(model, inputs, new_tokens))
+    finally:
+        model.generation_config.eos_token_id = ends
+    return [Speed(median(t.ttft for t in own), median(t.decode for t in own)) for own in times]

@@ -1,0 +1,199 @@
+"""Policies judged on the bundled model: agreement, verdicts, going on, the command."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import fastskip
+from fastskip.cli import app
+from fastskip.demo import checkpoint_path
+from fastskip.policy import SkipPolicy
+from fastskip.prompts import processor_for
+from fastskip.study.agreement import AnswerLog, end_tokens
+from fastskip.study.evaluation import Exam
+from fastskip.study.fingerprints import (
+    items_fingerprint,
+    model_fingerprint,
+    policy_fingerprint,
+)
+from fastskip.study.items import Item
+from fastskip.study.judging import Judgement, JudgementFile, Verdict, judge
+from fastskip.study.metrics import Metric
+from fastskip.study.paper.measuring import Effort, asked, items_of
+
+ITEMS = items_of(asked(0, Effort(questions=10, captions=4)))
+HALF = ("half", SkipPolicy.preset("every_nth_block"))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return fastskip.load_model(checkpoint_path(), "image_ffn", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def exam(model: Any) -> Exam:
+    return Exam(ITEMS, processor_for(checkpoint_path()), config=model.config, batch_size=8)
+
+
+def log(answers: list[list[int]], scores: Tensor | None = None) -> AnswerLog:
+    made = AnswerLog({9})
+    tokens = torch.tensor(answers)
+    made.note(
+        range(len(answers)), tokens, torch.zeros(len(answers), 4) if scores is None else scores
+    )
+    return made
+
+
+def test_tokens_agree_up_to_the_first_that_differs() -> None:
+    dense = log([[1, 2, 3, 9], [1, 2, 9, 0], [1, 9, 0, 0], [1, 2, 3, 4]])
+    other = log([[1, 2, 4, 9], [1, 2, 9, 7], [1, 2, 9, 0], [1, 2, 3, 4]])
+    # What stands behind the token that ends an answer is filling.
+    assert other.against(dense).tokens == (2 / 4, 1.0, 1 / 2, 1.0)
+    assert dense.against(dense).tokens == (1.0,) * 4
+
+
+def test_divergence_is_that_of_the_definition() -> None:
+    scores = torch.tensor([[0.0, 1.0, 2.0, -1.0], [3.0, 0.0, 0.0, 0.0]])
+    other = torch.tensor([[0.5, 0.5, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
+    found = log([[1], [1]], other).against(log([[1], [1]], scores)).divergence
+    p, q = scores[0].softmax(0), other[0].softmax(0)
+    assert found[0] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert found[1] == 0
+    ruled_out = torch.tensor([[0.0, -math.inf]])
+    assert log([[1]], ruled_out).against(log([[1]], ruled_out)).divergence == (0.0,)
+    with pytest.raises(ValueError, match="different items"):
+        log([[1]]).against(log([[1], [2]]))
+
+
+def test_a_policy_is_held_to_the_dense_model(model: Any, exam: Exam) -> None:
+    labels: list[str] = []
+    before = fastskip.plan_of(model).policy
+    dense, half = judge(model, [HALF], exam, new_tokens=3, rounds=1, on_policy=labels.append)
+    assert labels == ["dense", "half"] and fastskip.plan_of(model).policy == before
+    assert dense.agreement.tokens == (1.0,) * len(ITEMS) and not any(dense.agreement.divergence)
+    assert dense.verdict(dense) is Verdict.NOT_TOLD_APART
+    assert 0.5 < half.flops / dense.flops < 0.7
+    assert min(half.agreement.divergence) > 0 and min(half.agreement.tokens) < 1
+    change = half.change(dense)
+    assert change.mean == pytest.approx(half.evaluation.mean() - dense.evaluation.mean())
+    assert half.speed is not None and half.speed.ttft_s > half.speed.tpot_s > 0
+    fastskip.set_policy(model, HALF[1])
+    assert half.evaluation == exam.take(model)
+    assert Judgement.from_dict(json.loads(json.dumps(half.to_dict()))) == half
+    with pytest.raises(ValueError, match="rounds: -1"):
+        judge(model, [], exam, rounds=-1)
+
+
+def test_a_run_goes_on(
+    model: Any, exam: Exam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = JudgementFile(tmp_path / "runs" / "kept.jsonl")
+    options: dict[str, Any] = {"new_tokens": 3, "rounds": 0, "kept": kept}
+    first = judge(model, [HALF], exam, **options)
+    with (tmp_path / "runs" / "kept.jsonl").open("a") as file:
+        file.write('{"of": "half a li')
+    asked_again: list[int] = []
+    take = Exam.take
+
+    def counted(self: Exam, *given: Any) -> Any:
+        asked_again.append(1)
+        return take(self, *given)
+
+    monkeypatch.setattr(Exam, "take", counted)
+    assert judge(model, [HALF], exam, **options) == first and not asked_again
+    # A policy more: dense answers again, since its answers are what others are compared with.
+    another = ("another", SkipPolicy.preset("image_ffn"))
+    assert judge(model, [HALF, another], exam, **options)[:2] == first and len(asked_again) == 2
+    # Another exam is another question.
+    other = Exam(ITEMS[:3], exam._processor, config=model.config)
+    judge(model, [], other, **options)
+    assert len(asked_again) == 3
+
+
+def test_fingerprints(model: Any) -> None:
+    own = model_fingerprint(model)
+    with torch.no_grad():
+        weight = model.lm_head.weight
+        weight[0, 0] += 1
+        assert model_fingerprint(model) != own
+        weight[0, 0] -= 1
+    assert model_fingerprint(model) == own
+    assert (
+        items_fingerprint(ITEMS) == items_fingerprint(list(ITEMS)) != items_fingerprint(ITEMS[1:])
+    )
+    same = SkipPolicy.from_dict(HALF[1].to_dict())
+    assert policy_fingerprint(same) == policy_fingerprint(HALF[1])
+    assert policy_fingerprint(same) != policy_fingerprint(SkipPolicy())
+
+
+def test_tokens_that_end_an_answer(model: Any) -> None:
+    assert end_tokens(model) == {model.generation_config.eos_token_id}
+    assert end_tokens(object()) == frozenset()
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["eval", "--threads", "1", "--rounds", "0", *arguments])
+
+
+def write(folder: Path, lines: list[dict[str, Any]]) -> str:
+    image = ITEMS[0].image
+    assert image is not None and not isinstance(image, Path)
+    image.save(folder / "a.png")
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder / "items.jsonl")
+
+
+YES = {"question": "is there a circle?", "answer": "yes", "image": "a.png", "metric": "yes-no"}
+
+
+def test_the_command(tmp_path: Path) -> None:
+    items = write(tmp_path, [YES, {**YES, "answer": "no"}, {**YES, "image": "gone.png"}])
+    found = run("-p", "image_ffn", "--items", items)
+    assert found.exit_code == 2 and "gone.png" in found.output and "--skip-broken" in found.output
+    found = run("-p", "image_ffn", "--items", items, "--skip-broken", "--out", str(tmp_path))
+    assert found.exit_code == 0, found.output
+    assert "1 of 3 items left out" in found.output and "image_ffn: yes/no accuracy" in found.output
+    assert "not told apart" in found.output
+    again = run(
+        "-p", "image_ffn", "--items", items, "--skip-broken", "--out", str(tmp_path), "--json"
+    )
+    text = again.output[again.output.index("[\n") :]
+    dense, other = json.loads(text[: text.rindex("]") + 1])
+    assert (dense["label"], other["label"], other["speed"]) == ("dense", "image_ffn", None)
+    assert len((tmp_path / "judgements.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "some/model"], "--items: needed with --model"),
+        (["-p", "dense", "-p", "dense"], "one is there twice"),
+        (["-p", "nonsense"], "nonsense"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str) -> None:
+    found = run(*arguments)
+    assert found.exit_code == 2 and message in found.output
+
+
+def test_verdicts(model: Any, exam: Exam) -> None:
+    """By where the interval of the differences lies."""
+    (dense,) = judge(model, [], exam, rounds=0)
+
+    def scored(score: float) -> Judgement:
+        judged = [replace(each, score=score) for each in dense.evaluation.judged]
+        return replace(dense, evaluation=type(dense.evaluation)(tuple(judged)))
+
+    worst, best = scored(0.0), scored(1.0)
+    assert worst.verdict(best) is Verdict.WORSE and best.verdict(worst) is Verdict.BETTER
+    assert best.yes_no(ITEMS) is None
+    yes = [Item("is it?", ("yes",), metric=Metric.YES_NO)] * len(ITEMS)
+    found = best.yes_no(yes)
+    assert found is not None and found.said_yes == found.accuracy
