@@ -39,6 +39,8 @@ def prefill_launches(
 ) -> Account:
     """Launches of the decoder for ``batch`` prompts of this many positions, and of its head.
 
+    A captured prompt has the same launches on rows filled up to its shape.
+
     ``table``: the GPU's tuning table, since it decides how a launch is split.
     """
     ops, anchor = _triton(), _empty(plan.shape, 16)

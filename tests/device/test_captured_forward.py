@@ -19,6 +19,7 @@ from fastskip.decoder.captured_forward import (
     ForwardShape,
     rounded,
 )
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.kernels import tuning
 from fastskip.ops.allocate import poisoned
 from fastskip.profiling import ranges
@@ -142,7 +143,7 @@ def test_every_row_and_later_turns(trio: Trio, batches: list[Batch], at_once: No
     with torch.no_grad():
         whole = model(input_ids=ids).logits
         first = model(input_ids=ids[:, :4], use_cache=True)
-        rest = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values).logits
+        rest = model(input_ids=ids[:, 4:], **{CACHE_NAME: first[CACHE_NAME]}).logits
     assert len(captured_of(model)) == 1, "one for all three"
     torch.testing.assert_close(torch.cat((first.logits, rest), dim=1), whole)
 
