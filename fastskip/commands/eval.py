@@ -110,6 +110,8 @@ def evaluate(
     from fastskip.study.judging import JudgementFile, judge
 
     path = checkpoint(model)
+    if model is None and dtype is Dtype.AUTO:
+        dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
     prepared = load(path, "dense", dtype, device)
     exam = Exam(
         chosen,
@@ -158,11 +160,11 @@ def _show(found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int
     from rich.table import Table
 
     dense = found[0]
-    titles = ["policy", "score", "from dense", "same\ntokens", "KL\nnats", "compute"]
+    titles = ["policy", "score", "from dense", "agrees\nKL, nats", "FLOPs"]
     is_timed = dense.speed is not None
     titles += ["TTFT\nms", "TPOT\nms"] if is_timed else []
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow = "fold"
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 16
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for each in found:
@@ -170,11 +172,10 @@ def _show(found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int
         tokens, divergence = each.agreement_estimates()
         row = [
             each.label,
-            f"{score.mean:.1%}\n({100 * score.low:.0f} to {100 * score.high:.0f})",
-            f"{100 * change.mean:+.1f}\n({100 * change.low:+.1f} to {100 * change.high:+.1f})\n"
+            f"{score.mean:.1%}\n{100 * score.low:.0f} to {100 * score.high:.0f}",
+            f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}\n"
             f"{'' if each is dense else each.verdict(dense).value}",
-            f"{tokens.mean:.0%}",
-            f"{divergence.mean:.2g}",
+            f"{tokens.mean:.0%}\n{divergence.mean:.2g}",
             f"{each.flops / dense.flops:.0%}",
         ]
         if each.speed is not None and dense.speed is not None:
@@ -196,6 +197,7 @@ def _show(found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int
             )
     timed = f", times with {new_tokens} new tokens, batch 1" if is_timed else ""
     console.print(
-        f"{len(items)} items, 95 % intervals, differences item by item; compute of the first "
-        f"item{timed}. Not told apart: these items show no difference."
+        f"{len(items)} items, 95 % intervals, differences item by item; agrees: tokens as dense, "
+        f"up to the first that differs; FLOPs of the first item{timed}. Not told apart: these "
+        "items show no difference."
     )

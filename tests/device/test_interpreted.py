@@ -81,7 +81,7 @@ def test_half_precision(dtype: torch.dtype, batch: Batch, plain: PreTrainedModel
 
 def test_logits_that_a_processor_sees(trio: Trio, batch: Batch) -> None:
     """Steps that leave logits to the host say the same as those that choose by themselves."""
-    model = trio.under(POLICIES["dense"])
+    model = trio.under(POLICIES["every second block"])
     with tuning.table(STREAM):
         ahead = generate(model, batch, NEW)
         assert torch.equal(generate(model, batch, NEW, renormalize_logits=True), ahead)
