@@ -67,6 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="long form; select it with -m full"))
 
 
+INTERPRETED = ("/test_interpreted.py", "/test_captured_forward.py")
+"""Whole models on interpreted kernels."""
+
+
 def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     """Of every parametrised test of interpreted kernels its first case and about a third of the
     others, drawn by their names: in turn, one of three dtypes would be left out."""
@@ -75,7 +79,7 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     for item in items:
         name, is_case, _ = item.nodeid.partition("[")
         is_slow = name.startswith(("tests/kernels/", "tests/test_launches.py"))
-        is_slow = is_slow or "/test_interpreted.py" in name
+        is_slow = is_slow or name.partition("::")[0].endswith(INTERPRETED)
         is_thin = bool(is_case) and is_slow
         if not is_thin or name not in seen or zlib.crc32(item.nodeid.encode()) % 3 == 0:
             kept.append(item)

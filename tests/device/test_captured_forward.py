@@ -4,6 +4,7 @@ Without CUDA a capture is the work itself on the same fixed memory, so what is s
 the memory says all that a forward depends on.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import fastskip
 from fastskip.decoder.captured_forward import (
     KEPT,
+    CapturedForward,
     CapturedForwards,
     ForwardShape,
     rounded,
@@ -183,3 +185,39 @@ def test_rounding() -> None:
     for count in range(1, 3000):
         assert count <= rounded(count) <= max(count + 15, count * 17 // 16)
         assert rounded(rounded(count)) == rounded(count)
+
+
+@pytest.mark.parametrize("begins_inside", [True, False])
+def test_inside_of_inference_mode_and_outside(
+    begins_inside: bool, trio: Trio, batches: list[Batch], at_once: None
+) -> None:
+    """What one of them captured serves the other: entries omitted by decisions, too."""
+    model = trio.under(routed(random([0, 3], "all", "block", kv="omit")))
+    found = []
+    for is_inside in (begins_inside, not begins_inside):
+        with torch.inference_mode(is_inside):
+            found.append(generate(model, batches[0], 2))
+    assert len(captured_of(model)) == 1 and torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"use_cache": False}], ids=str)
+def test_loops_of_whole_forwards(
+    options: dict[str, Any], at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams, whose pages are copied and reordered, and prompts that grow by every token."""
+    runs: list[object] = []
+    run = CapturedForward.run
+
+    def counted(self: CapturedForward, *given: Any) -> Tensor:
+        runs.append(self)
+        return run(self, *given)
+
+    monkeypatch.setattr(CapturedForward, "run", counted)
+    plain = tiny_llava(depth=2, heads=2, kv_heads=1, head_dim=16)
+    policy = policy_of(skip([0], ["image"], "block", kv="omit"))
+    batch = random_batch(plain, 3, images=(1, 1), text=(5, 7))
+    found = [
+        generate(fastskip.apply_(copy.deepcopy(plain), policy, impl=impl), batch, 4, **options)
+        for impl in ("triton", "reference")
+    ]
+    assert torch.equal(*found) and len(runs) == 4 > len(set(map(id, runs)))
