@@ -20,7 +20,7 @@ from benchmarks.gpu.correctness import worst_output
 from benchmarks.gpu.inputs import TINY
 from benchmarks.gpu.nodes import reader
 from benchmarks.gpu.prefill_works import PREFILL
-from benchmarks.gpu.results import Line, Results, Values
+from benchmarks.gpu.results import ROOT, Line, Results, Values
 from benchmarks.gpu.routed_stack import programs_at_most
 from benchmarks.gpu.routed_works import DECODE_ROUTED
 from benchmarks.gpu.running import run, supervise
@@ -109,6 +109,16 @@ def test_failed_cells_are_tried_again_and_done_ones_are_not(
     assert runs == ["bad", "good", "bad"]
     assert main([*arguments, "--again"]) == 0
     assert runs[3:] == ["bad", "good"]
+
+
+def test_lines_do_not_say_where_things_lie(results: Results) -> None:
+    """Tracebacks name files of the project and of packages, not the machine's folders."""
+    own = f'File "{ROOT}/benchmarks/gpu/running.py", line 3'
+    package = 'File "/home/me/.venv/lib/python3.12/site-packages/torch/nn.py", line 4'
+    results.append(Line("a.bad", 1.0, error=f"{own}\n{package}\n/opt/x/bin/python: no"))
+    (line,) = results.lines().values()
+    files = 'File "benchmarks/gpu/running.py", line 3', 'File "torch/nn.py", line 4'
+    assert line.error == "\n".join([*files, "python: no"])
 
 
 def test_half_a_line_is_no_line_and_spoils_no_other(results: Results) -> None:

@@ -24,7 +24,7 @@ from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
 from benchmarks.gpu.models import policies, tiny_model
 from benchmarks.gpu.prefill_works import PREFILL
-from benchmarks.gpu.results import Values
+from benchmarks.gpu.results import Values, without_places
 from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_works
 from benchmarks.shapes import Shape, models, prompts
@@ -58,7 +58,8 @@ def kernel_tests(setting: Setting) -> Values:
             )
         except subprocess.TimeoutExpired:
             done = None
-    tail = log.read_text(errors="replace").splitlines()[-60:]
+    log.write_text(without_places(log.read_text(errors="replace")))
+    tail = log.read_text().splitlines()[-60:]
     last = tail[-1] if tail else ""
     if done is None:
         raise Wrong("\n".join([*tail[-20:], f"not finished after {limit:.0f} s; see {log.name}"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +13,17 @@ from typing import Any
 
 Values = Mapping[str, Any]
 FILE = "results.jsonl"
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = re.compile(r"/[^\s\"']*/site-packages/")
+INTERPRETERS = re.compile(r"/[^\s\"']*/bin/python")
+
+
+def without_places(text: str) -> str:
+    """Tracebacks and logs without where things lie on the machine that wrote them."""
+    text = PACKAGES.sub("", text.replace(f"{ROOT}/", ""))
+    return INTERPRETERS.sub("python", text)
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         record = asdict(line)
         record["date"] = record["date"] or f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
-        text = json.dumps(record) + "\n"
+        text = without_places(json.dumps(record)) + "\n"
         with self.path.open("a+b") as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
