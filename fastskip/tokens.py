@@ -159,6 +159,11 @@ class TokenLayout:
         return rows
 
     @property
+    def positions_needed(self) -> int:
+        """Positions from 0 to the largest of a row, at least one."""
+        return int(self.positions.max()) + 1 if len(self) else 1
+
+    @property
     def is_step(self) -> bool:
         """One row a sequence, in the order of the sequences: what a decode step is.
 
@@ -203,8 +208,9 @@ class TokenLayout:
         return columns.index_copy(0, spots, self.real(rows)).view(shape)
 
     def real(self, rows: Tensor) -> Tensor:
-        """``[N, ...]`` without the idle rows, as the layout without these orders them; a copy."""
-        return rows.clone() if self._real is None else rows[self._real.to(rows.device)]
+        """``[N, ...]`` without the idle rows, as the layout without these orders them; where there
+        are none, the very tensor."""
+        return rows if self._real is None else rows[self._real.to(rows.device)]
 
 
 def _filled_up(order: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Tensor:

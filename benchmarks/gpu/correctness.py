@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +23,13 @@ from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
 from benchmarks.gpu.models import policies, tiny_model
 from benchmarks.gpu.prefill_works import PREFILL
-from benchmarks.gpu.results import Values, without_places
+from benchmarks.gpu.results import ROOT, Values, without_places
 from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_works
 from benchmarks.shapes import Shape, models, prompts
 from fastskip.ops import fused
 from fastskip.verification.budget import measure
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_TESTS = ("tests/kernels/test_compaction.py", "--maxfail=1")
 

@@ -12,7 +12,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import load, policies, shape
-from benchmarks.gpu.results import Values
+from benchmarks.gpu.results import ROOT, Values
 from benchmarks.gpu.timing import synchronize
 from benchmarks.shapes import prompts
 from fastskip.kernels.launch import Account, recording
 from fastskip.profiling import ranges
 
-ROOT = Path(__file__).parents[2]
 N_NEW = 16
 TOP = 15
 

@@ -13,8 +13,6 @@ from typing import Any
 
 Values = Mapping[str, Any]
 FILE = "results.jsonl"
-
-
 ROOT = Path(__file__).parents[2]
 PACKAGES = re.compile(r"/[^\s\"']*/site-packages/")
 INTERPRETERS = re.compile(r"/[^\s\"']*/bin/python")

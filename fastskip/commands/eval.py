@@ -159,6 +159,8 @@ def _show(found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int
     from rich.console import Console
     from rich.table import Table
 
+    from fastskip.study.judging import Verdict
+
     dense = found[0]
     titles = ["policy", "score", "from dense", "agrees\nKL, nats", "FLOPs"]
     is_timed = dense.speed is not None
@@ -169,13 +171,14 @@ def _show(found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int
         column.justify, column.no_wrap = "right", True
     for each in found:
         score, change = each.evaluation.estimate(), each.change(dense)
-        tokens, divergence = each.agreement_estimates()
+        tokens, divergence = each.agreement.means
+        verdict = "" if each is dense else Verdict.of(change).value
         row = [
             each.label,
             f"{score.mean:.1%}\n{100 * score.low:.0f} to {100 * score.high:.0f}",
             f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}\n"
-            f"{'' if each is dense else each.verdict(dense).value}",
-            f"{tokens.mean:.0%}\n{divergence.mean:.2g}",
+            f"{verdict}",
+            f"{tokens:.0%}\n{divergence:.2g}",
             f"{each.flops / dense.flops:.0%}",
         ]
         if each.speed is not None and dense.speed is not None:

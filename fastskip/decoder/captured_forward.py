@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
-from fastskip.decoder.fused_parts import FusedRows, Store
+from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.row_numbers import RowNumbers
+from fastskip.decoder.sizes import power_of_two
 from fastskip.ops.allocate import empty
-from fastskip.ops.contracts import Pages
 from fastskip.ops.graphs import capture, new_pool
-from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.plan import SkipPlan
 from fastskip.routing import Router
 
 MOST_ROWS = 8192
@@ -38,12 +38,6 @@ PAGES = 16
 """Least columns of a page table: calls of up to 1024 columns do not differ in them."""
 SEEN = 256
 """Shapes remembered of which no graph was made yet."""
-
-
-def rounded(count: int) -> int:
-    """How many rows a group of ``count`` gets: at most a sixteenth more, or up to 15 more."""
-    step = max(16, _power_of_two(count) // 32) if count else 1
-    return -(-count // step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +63,13 @@ class ForwardShape:
     @classmethod
     def of(cls, numbers: RowNumbers, cache: PagedCache, max_positions: int) -> ForwardShape:
         layout, narrow = numbers.layout, numbers.narrow
-        last = int(layout.positions.max()) + 1 if len(layout) else 1
         return cls(
             layout.batch,
             layout.bounds,
             None if narrow is None else tuple(narrow.take(layout.codes).tolist()),
             None if numbers.read is None else numbers.read.count,
-            tuple(max(PAGES, _power_of_two(p.table.shape[1])) for p in cache.pools.values()),
-            _power_of_two(max(last, max_positions)),
+            tuple(max(PAGES, power_of_two(p.table.shape[1])) for p in cache.pools.values()),
+            power_of_two(max(layout.positions_needed, max_positions)),
         )
 
 
@@ -118,17 +111,23 @@ class CapturedForward:
         self._positions = parcel.send(lambda n: n.positions(n.every()))
         self._rows = ForwardRows(plan, numbers, parcel.send, self._counts, layers.routers, anchor)
         # All of them now: nothing may be sent in a capture.
-        self._rows_of: dict[tuple[int, bool], FusedRows] = {}
-        for step in plan.steps:
-            for index in step:
-                self.rows_of(plan.layers[index], step is plan.steps[-1])
+        self._rows_of = {
+            index: self._rows.of(plan.layers[index], step is plan.steps[-1])
+            for step in plan.steps
+            for index in step
+        }
+        # Kernels read the table alone, so that no slab is kept alive.
         pages = {
-            layer.index: self._pages_of(layer, cache) for layer in plan.layers if layer.holding
+            layer.index: replace(
+                cache.pages_of(layer.index), table=self._tables[layer.table], slabs=()
+            )
+            for layer in plan.layers
+            if layer.holding
         }
         rotation = layers.positions.rotation(shape.positions, anchor)
         self._store = Store(rotation, pages.__getitem__)
         self._out = self._h
-        self._load(h, numbers, cache)
+        self._load(h, cache)
         self._replay = capture(self._work, device, pool)
 
     @property
@@ -141,27 +140,20 @@ class CapturedForward:
         """Who left an entry in each hollow layer in the last run, ``[N]``."""
         return self._rows.held
 
-    def rows_of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
-        """What enters a layer; the same in every run."""
-        key = layer.index, is_last
-        found = self._rows_of.get(key)
-        if found is None:
-            found = self._rows_of[key] = self._rows.of(layer, is_last)
-        return found
-
     def run(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> Tensor:
         """All layers on ``h [B, T, D]``, which is not written; rows that are read, ``[n, D]``."""
-        self._load(h, numbers, cache)
+        self._parcel.load(numbers)
+        self._load(h, cache)
         self._replay()
         for key, counts in self._counts.items():
             cache.device_counts[key].copy_(counts)
         if self._read is not None:
             return self._out.index_select(0, self._read)
+        out = self._out if numbers.narrow is not None else numbers.layout.real(self._out)
         # The next run writes to the same memory.
-        return self._out.clone() if numbers.narrow is not None else numbers.layout.real(self._out)
+        return out.clone() if out is self._out else out
 
-    def _load(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> None:
-        self._parcel.load(numbers)
+    def _load(self, h: Tensor, cache: PagedCache) -> None:
         rows = h.flatten(0, 1).index_select(0, self._columns)
         self._h.copy_(self._layers.positions.embed(rows, self._positions))
         for key, table in self._tables.items():
@@ -173,19 +165,9 @@ class CapturedForward:
     def _work(self) -> None:
         if self._rows.routes is not None:
             self._rows.routes.reset()
-        layers = self._layers
-        self._out = run_steps(layers.plan, layers.blocks, self._h, self.rows_of, self._store)
-
-    def _pages_of(self, layer: LayerPlan, cache: PagedCache) -> Pages:
-        pool, key = cache.pools[layer.table], layer.table
-        # Kernels read the table alone, so that no slab is kept alive.
-        return Pages(
-            cache.anchor,
-            self._tables[key],
-            pool.offset_of(layer.index),
-            pool.groups,
-            pool.head_dim,
-            (),
+        layers, rows = self._layers, self._rows_of
+        self._out = run_steps(
+            layers.plan, layers.blocks, self._h, lambda layer, _: rows[layer.index], self._store
         )
 
 
@@ -236,7 +218,3 @@ class CapturedForwards:
         if len(self._kept) >= KEPT:
             self._kept.popitem(last=False)
         self._kept[shape] = forward
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

@@ -178,7 +178,8 @@ class ForwardRows:
         joint = nobody if is_narrow else layer.attending
         stored = layer.projecting - joint
         attending = self._select(layer.attending, is_narrow)
-        queries: RowsRecipe = partial(_asking if is_narrow else _of, classes=layer.attending)
+        asking = RowNumbers.asking if is_narrow else RowNumbers.of
+        queries: RowsRecipe = partial(asking, classes=layer.attending)
         reach = None
         if attending.count:
             reach = self._reach(layer.holding, layer.attending, queries)
@@ -202,10 +203,11 @@ class ForwardRows:
     def _select(self, classes: Classes, is_narrow: bool = False) -> Selection:
         """The rows of some classes; ``is_narrow``: among those that go on, indexing those."""
         if is_narrow:
-            return self._select_rows(lambda n: n.narrowed(classes))
+            return self._select_rows(partial(RowNumbers.narrowed, classes=classes))
         found = self._selections.get(classes)
         if found is None:
-            found = self._selections[classes] = self._select_rows(partial(_of, classes=classes))
+            found = self._select_rows(partial(RowNumbers.of, classes=classes))
+            self._selections[classes] = found
         return found
 
     def _select_rows(self, recipe: RowsRecipe) -> Selection:
@@ -258,14 +260,6 @@ class ForwardRows:
 
         order = self._send(lambda n: n.order(rows(n), classes))
         return order, Bounds(tuple(bounds(self._numbers).tolist()), self._send(bounds))
-
-
-def _of(numbers: RowNumbers, classes: Classes) -> Rows:
-    return numbers.of(classes)
-
-
-def _asking(numbers: RowNumbers, classes: Classes) -> Rows:
-    return numbers.asking(classes)
 
 
 def _index_of(rows: Rows) -> Tensor:

@@ -19,7 +19,6 @@ from fastskip.decoder.captured_forward import (
     CapturedForwards,
     ForwardShape,
     Layers,
-    rounded,
 )
 from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
@@ -30,6 +29,7 @@ from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.row_numbers import RowNumbers
+from fastskip.decoder.sizes import rounded_rows
 from fastskip.decoder.stack import Decoder, Watch
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
@@ -183,8 +183,8 @@ class FusedDecoder(Decoder):
             rows = ForwardRows(
                 self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
             )
-            last = int(layout.positions.max()) + 1 if len(layout) else 1
-            store = Store(self.positions.rotation(last, packed), cache.pages_of)
+            rotation = self.positions.rotation(layout.positions_needed, packed)
+            store = Store(rotation, cache.pages_of)
             with span("decoder"):
                 out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch)
             out = out if numbers.read is None else numbers.read.take(out)
@@ -207,10 +207,10 @@ class FusedDecoder(Decoder):
         is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
         if not is_plain or are_on() or not 0 < len(layout) <= MOST_ROWS:
             return None
-        filled = layout.filled(rounded)
+        filled = layout.filled(rounded_rows)
         numbers = self._numbers(filled, cache, wanted)
         shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions)
-        version = self.version, self.addresses(), self.positions.is_plain
+        version = self.version, self.addresses()
         forward = self.captured.find(shape, version)
         if forward is None:
             if not self.captured.has_seen(shape):

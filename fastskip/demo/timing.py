@@ -105,9 +105,20 @@ def best(runs: Runs, name: str, phase: Phase) -> Timing:
     return min(timings, key=lambda timing: timing.seconds)
 
 
+@contextmanager
+def endless(model: Any) -> Iterator[None]:
+    """Within this block the model knows no token that ends an answer."""
+    config = model.generation_config
+    ends, config.eos_token_id = config.eos_token_id, None
+    try:
+        yield
+    finally:
+        config.eos_token_id = ends
+
+
 @torch.inference_mode()
 def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Times:
-    """One greedy call of `generate`; the model must know no token that ends an answer."""
+    """One greedy call of `generate`; the model must be `endless`."""
 
     def generate(count: int) -> _Clock:
         clock = _Clock()

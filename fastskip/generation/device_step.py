@@ -15,6 +15,7 @@ from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.sizes import power_of_two
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
@@ -159,7 +160,7 @@ class DeviceSteps:
             self._version, self._pool = version, new_pool(decoder.anchor.device)
             self._bodies = None
         # Rounded up far, since every size is a capture of its own.
-        slots = max(SLOTS, _power_of_two(columns))
+        slots = max(SLOTS, power_of_two(columns))
         shape = StepShape(
             batch=bucket(cache.codes.shape[0]),
             slots=slots,
@@ -168,7 +169,7 @@ class DeviceSteps:
         )
         # Positions that a caller gave may run ahead of columns.
         ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
-        positions = _power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
+        positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
         key = (shape, positions, chooses, bodies is not None, self._depth)
         step = self._steps.get(key)
@@ -200,11 +201,7 @@ class DeviceSteps:
 
 def bucket(count: int) -> int:
     """The power of two that holds ``count``; above 64 the multiple of 64."""
-    return _power_of_two(count) if count <= 64 else -(-count // 64) * 64
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return power_of_two(count) if count <= 64 else -(-count // 64) * 64
 
 
 def _modules_of(model: Any) -> tuple[Any, Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ class AnswerAgreement:
 
     tokens: tuple[float, ...]
     divergence: tuple[float, ...]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Of the tokens, and of the divergence."""
+        return fmean(self.tokens), fmean(self.divergence)
 
 
 class AnswerLog:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastskip.demo.timing import time_once
+from fastskip.demo.timing import endless, time_once
 from fastskip.families import image_token_ids, text_model_of
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of
@@ -132,11 +132,8 @@ def _measured(
     inputs = placed(single.inputs(0), model)
     n_image, n_text, before = prompt_sizes(inputs, model.config)
     plan = plan_of(model)
-    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    try:
+    with endless(model):
         times = [time_once(model, inputs, new_tokens) for _ in range(rounds)]
-    finally:
-        model.generation_config.eos_token_id = ends
     kinds: dict[str, tuple[str, ...]] = {ALL: (), **{kind: (kind,) for kind in evaluation.kinds}}
     return Compared(
         label=label,

@@ -77,9 +77,7 @@ class Evaluation:
         Raises:
             ValueError: the other one answered other items.
         """
-        ours, theirs = (
-            [(x.kind, x.question, x.references) for x in e.judged] for e in (self, other)
-        )
+        ours, theirs = ([each.item for each in one.judged] for one in (self, other))
         if ours != theirs:
             raise ValueError("evaluations: of different items; allowed: two of the same exam")
         return paired_bootstrap(other.scores(*kinds), self.scores(*kinds), seed=seed)
@@ -128,7 +126,8 @@ class Exam:
             if value < 1:
                 raise ItemError(f"{name}: {value}; allowed: 1 or more")
         self.items = tuple(items)
-        self._processor, self._config, self._new_tokens = processor, config, new_tokens
+        self.new_tokens = new_tokens
+        self._processor, self._config = processor, config
         self._kept: dict[int, Any] | None = {} if keeps_inputs else None
         # prompts with images and without make no batch; like answers together end together
         order = sorted(range(len(items)), key=lambda i: _like(self.items[i]))
@@ -169,7 +168,7 @@ class Exam:
                 **inputs,
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=self._new_tokens,
+                max_new_tokens=self.new_tokens,
                 return_dict_in_generate=True,
                 output_logits=watch is not None,
             )
@@ -220,7 +219,7 @@ class Exam:
                 [item.question for item in items],
                 [_images(item) for item in items],
                 config=self._config,
-                max_new_tokens=self._new_tokens,
+                max_new_tokens=self.new_tokens,
             )
         except (ImageError, PromptError) as error:
             raise ItemError(f"{items[0].where} to {items[-1].where}: {error}") from error

@@ -20,6 +20,11 @@ _LOOKED_AT = 64
 """Numbers that are read of each weight."""
 
 
+def fingerprint(data: bytes) -> str:
+    """What tells one content from another."""
+    return hashlib.sha256(data).hexdigest()[:LENGTH]
+
+
 def model_fingerprint(model: torch.nn.Module) -> str:
     """The same for the same weights, wherever they lie and under any policy.
 
@@ -50,13 +55,12 @@ def items_fingerprint(items: Sequence[Item]) -> str:
 
 def policy_fingerprint(policy: SkipPolicy) -> str:
     """The same for policies that say the same."""
-    text = json.dumps(policy.to_dict(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+    return fingerprint(json.dumps(policy.to_dict(), sort_keys=True).encode())
 
 
 def combined(*parts: Any) -> str:
     """One fingerprint of several."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:LENGTH]
+    return fingerprint(json.dumps(parts).encode())
 
 
 def _bytes_of(image: Image | Path | None) -> bytes:

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastskip.demo.timing import time_once
-from fastskip.intervals import Estimate, bootstrap
+from fastskip.demo.timing import endless, time_once
+from fastskip.intervals import Estimate
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.agreement import AnswerAgreement, AnswerLog, end_tokens
@@ -40,6 +40,13 @@ class Verdict(StrEnum):
     BETTER = "better"
     WORSE = "worse"
     NOT_TOLD_APART = "not told apart"
+
+    @classmethod
+    def of(cls, change: Estimate) -> Verdict:
+        """By where the interval of the differences lies."""
+        if change.is_above_zero:
+            return cls.BETTER
+        return cls.WORSE if change.is_below_zero else cls.NOT_TOLD_APART
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,7 @@ class Judgement:
 
     def verdict(self, dense: Judgement) -> Verdict:
         """What the items say."""
-        change = self.change(dense)
-        if change.is_above_zero:
-            return Verdict.BETTER
-        return Verdict.WORSE if change.is_below_zero else Verdict.NOT_TOLD_APART
-
-    def agreement_estimates(self) -> tuple[Estimate, Estimate]:
-        """Means and intervals of the agreement of tokens, and of the divergence in nats."""
-        return bootstrap(self.agreement.tokens), bootstrap(self.agreement.divergence)
+        return Verdict.of(self.change(dense))
 
     def yes_no(self, items: Sequence[Item]) -> YesNo | None:
         """Of the items under that metric together; `None` without any."""
@@ -233,14 +233,11 @@ def _timed(
 ) -> list[Speed]:
     inputs = placed(exam.single(0), model)
     times: list[list[Any]] = [[] for _ in every]
-    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    try:
+    with endless(model):
         for number in range(rounds):
             first = number * len(every) // rounds
             order = [*range(first, len(every)), *range(first)]
             for place in order:
                 set_policy(model, every[place][1])
                 times[place].append(time_once(model, inputs, new_tokens))
-    finally:
-        model.generation_config.eos_token_id = ends
     return [Speed(median(t.ttft for t in own), median(t.decode for t in own)) for own in times]

@@ -19,8 +19,8 @@ from fastskip.decoder.captured_forward import (
     CapturedForward,
     CapturedForwards,
     ForwardShape,
-    rounded,
 )
+from fastskip.decoder.sizes import rounded_rows
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.kernels import tuning
 from fastskip.ops.allocate import poisoned
@@ -181,10 +181,10 @@ def test_few_are_kept() -> None:
 
 def test_rounding() -> None:
     counts = (0, 1, 16, 17, 64, 576, 577)
-    assert list(map(rounded, counts)) == [0, 16, 16, 32, 64, 576, 608]
+    assert list(map(rounded_rows, counts)) == [0, 16, 16, 32, 64, 576, 608]
     for count in range(1, 3000):
-        assert count <= rounded(count) <= max(count + 15, count * 17 // 16)
-        assert rounded(rounded(count)) == rounded(count)
+        assert count <= rounded_rows(count) <= max(count + 15, count * 17 // 16)
+        assert rounded_rows(rounded_rows(count)) == rounded_rows(count)
 
 
 @pytest.mark.parametrize("begins_inside", [True, False])

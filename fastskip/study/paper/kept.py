@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from fastskip.study.fingerprints import fingerprint
 
 Document = dict[str, Any]
 
@@ -37,8 +38,3 @@ def read(path: Path, settings: Mapping[str, Any]) -> Document | None:
 def name_of(settings: Mapping[str, Any]) -> str:
     """A file's name by what was measured: two cells may be the same thing."""
     return fingerprint(json.dumps(settings).encode())
-
-
-def fingerprint(data: bytes) -> str:
-    """What tells one content from another."""
-    return hashlib.sha256(data).hexdigest()[:16]

@@ -24,8 +24,9 @@ from fastskip.demo.smaller import load, weights_path
 from fastskip.demo.text import build_processor
 from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.fingerprints import fingerprint
 from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
-from fastskip.study.paper.kept import fingerprint, kept, name_of, read
+from fastskip.study.paper.kept import kept, name_of, read
 from fastskip.study.paper.measuring import (
     CAPTION,
     QUESTION_KINDS,

@@ -1,0 +1,14 @@
+"""Sizes that graphs are made for: rounded up, so that a few graphs serve all calls."""
+
+from __future__ import annotations
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that holds ``count``, which is not 0."""
+    return 1 << (count - 1).bit_length()
+
+
+def rounded_rows(count: int) -> int:
+    """How many rows a group of ``count`` gets: at most a sixteenth more, or up to 15 more."""
+    step = max(16, power_of_two(count) // 32) if count else 1
+    return -(-count // step) * step
