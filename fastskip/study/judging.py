@@ -195,7 +195,8 @@ def _answered(
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
     known = {} if kept is None else kept.load()
-    asked = combined(model_fingerprint(model), items_fingerprint(exam.items), new_tokens)
+    items = items_fingerprint(exam.items)
+    asked = combined(model_fingerprint(model), items, exam.new_tokens, new_tokens)
     keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):

@@ -115,6 +115,10 @@ def test_a_run_goes_on(
     other = Exam(ITEMS[:3], exam._processor, config=model.config)
     judge(model, [], other, **options)
     assert len(asked_again) == 3
+    # And so are longer answers.
+    longer = Exam(ITEMS[:3], exam._processor, config=model.config, new_tokens=33)
+    judge(model, [], longer, **options)
+    assert len(asked_again) == 4
 
 
 def test_fingerprints(model: Any) -> None:
