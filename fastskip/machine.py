@@ -70,14 +70,19 @@ def measure_ceilings(
 
 def machine_key(dtype: torch.dtype, device: torch.device) -> str:
     """What a measurement holds for."""
+    name = device_name(device)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
         tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         setting = "tf32" if tf32 else ""
     else:
-        name, setting = _cpu_name(), f"{torch.get_num_threads()} threads"
+        setting = f"{torch.get_num_threads()} threads"
     parts = (name, setting, str(dtype).removeprefix("torch."), f"torch {torch.__version__}")
     return ", ".join(part for part in parts if part)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def cache_file() -> Path:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastskip import __version__
 from fastskip.loading import plan_of, record_routing, set_policy, watching_routers
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, TokenClass, select_layers
 from fastskip.routing import Decisions, Router
 from fastskip.study.observation import Observer, Scores
+from fastskip.study.provenance import circumstances
 from fastskip.study.samples import placed
 from fastskip.study.shares import Share, by_threshold, pooled
 from fastskip.study.thresholds import bar_for, bounds_of, threshold_of
@@ -164,7 +162,7 @@ def calibrate(
             **found.to_dict(),
             "samples": len(samples),
             "new_tokens": new_tokens,
-            **_circumstances(model),
+            **circumstances(model),
             **(about or {}),
         }
         provenance = {**best.policy.provenance, "calibration": written}
@@ -317,16 +315,3 @@ def _between(seen: Sequence[_Sweep], number: int, bar: float, rate: float) -> fl
     if too_low < bar < too_high or not math.isfinite(too_high - too_low) or too_low >= too_high:
         return bar
     return (too_low + too_high) / 2
-
-
-def _circumstances(model: Any) -> dict[str, Any]:
-    return {
-        "model": str(model.name_or_path),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {
-            "fastskip": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastskip import __version__
 from fastskip.sparse.matrices import Matrix, matrices, stack_of
+from fastskip.study.provenance import circumstances
 from fastskip.study.pruning.activations import InputNorms, Walk, walks
 from fastskip.study.pruning.kept_set import KeptSet
 from fastskip.study.pruning.masks import WeightMasks, fingerprint_of, generator_for
@@ -78,7 +76,7 @@ def find_masks(
     provenance = {
         **recipe.to_dict(),
         "samples": len(samples) if recipe.method is Method.WANDA else 0,
-        **_circumstances(model),
+        **circumstances(model),
         **(about or {}),
     }
     return WeightMasks(found, fingerprint_of(every), provenance)
@@ -158,15 +156,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _circumstances(model: Any) -> dict[str, Any]:
-    return {
-        "model": str(getattr(model, "name_or_path", "")),
-        "versions": {
-            "fastskip": __version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }

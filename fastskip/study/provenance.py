@@ -1,0 +1,29 @@
+"""Under what circumstances something was measured: what a result, or a policy's provenance, says."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fastskip import __version__
+from fastskip.machine import device_name
+
+
+def circumstances(model: Any) -> dict[str, Any]:
+    """The model, its dtype and device, the versions and the date, as plain data for JSON."""
+    device = torch.device(model.device)
+    return {
+        "model": str(getattr(model, "name_or_path", "")),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "versions": {
+            "fastskip": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
