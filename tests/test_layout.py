@@ -95,7 +95,7 @@ FLOORS = {
     "study": Floor(
         ("study",),
         (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
-        + ("prompts", "intervals"),
+        + ("prompts", "intervals", "machine"),
         ("torch", "numpy", "PIL", "safetensors"),
     ),
     # Learned by transformers' trainer; what routers learn by is the definition of their score.

@@ -1,4 +1,4 @@
-"""Under what circumstances something was measured: what a result, or a policy's provenance, says."""
+"""Under what circumstances something was measured, as results and provenance say it."""
 
 from __future__ import annotations
 
