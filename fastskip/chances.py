@@ -14,7 +14,7 @@ from typing import Any
 
 from fastskip.layer_plan import LayerPlan, ModelShape
 from fastskip.plan_cells import RoutedCell
-from fastskip.policy import Group, PolicyError, RouterRule, Sublayer, TokenClass
+from fastskip.policy import Group, PolicyError, RemovalRule, RouterRule, Sublayer, TokenClass
 
 Rate = float | Mapping[int, float]
 """One share for all routers, or shares by the router's number in the policy."""
@@ -55,17 +55,19 @@ class Ruled:
 
 @dataclass(frozen=True)
 class LayerChance:
-    """The chances of one layer; `ruled`: who decides about a sublayer; `unimodal`: as in a plan."""
+    """The chances of one layer; `ruled`: who decides about a sublayer; `unimodal` and `stage`: as
+    in a plan. Chances are those of rows that are left."""
 
     index: int
     cells: Mapping[TokenClass, CellChance]
     ruled: Mapping[Sublayer, tuple[Ruled, ...]]
     unimodal: bool = False
+    stage: int = 0
 
     @property
     def key(self) -> object:
         """Equal for layers with equal chances."""
-        return tuple(self.cells.items()), tuple(self.ruled.items()), self.unimodal
+        return tuple(self.cells.items()), tuple(self.ruled.items()), self.unimodal, self.stage
 
     def sees(self, query: TokenClass, other: TokenClass) -> bool:
         """Whether rows of a class see entries of another, where there are some."""
@@ -109,6 +111,7 @@ class ExpectedPlan:
     shape: ModelShape
     steps: tuple[tuple[int, ...], ...]
     chances: tuple[LayerChance, ...]
+    removals: tuple[RemovalRule, ...] = ()
 
 
 def certain(layer: LayerPlan) -> LayerChance:
@@ -123,7 +126,7 @@ def certain(layer: LayerPlan) -> LayerChance:
         )
         for c in layer.cells
     }
-    return LayerChance(layer.index, cells, {}, layer.unimodal)
+    return LayerChance(layer.index, cells, {}, layer.unimodal, layer.stage)
 
 
 def expected(

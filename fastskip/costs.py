@@ -3,7 +3,8 @@
 Counted: the decoder's linears, attention and the lm_head, 2 FLOPs a multiply-add. Not counted:
 the vision tower, activations, norms and other elementwise work. Bytes are weights and biases (once
 for the whole batch), K and V read and K and V written. Attention counts visible pairs only. The
-last-layer rule holds: in the last step only rows whose logits are wanted go past K and V.
+last-layer rule holds: in the last step only rows whose logits are wanted go past K and V. What a
+removal computes to choose its rows is not counted: one query, and K of image rows at the most.
 
 Where routers decide, counts are what is to be expected at their rates (`fastskip.chances`), rounded
 to whole numbers, operation by operation.
@@ -19,7 +20,8 @@ from typing import Protocol
 from fastskip.chances import LayerChance
 from fastskip.layer_plan import ModelShape
 from fastskip.layer_work import LayerWork, held, work_of
-from fastskip.policy import TokenClass
+from fastskip.policy import RemovalRule, TokenClass
+from fastskip.survivors import counts_left, left
 
 KINDS = ("qkv", "scores", "output", "ffn", "lm_head")
 
@@ -33,6 +35,8 @@ class Planned(Protocol):
     def chances(self) -> tuple[LayerChance, ...]: ...
     @property
     def steps(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def removals(self) -> tuple[RemovalRule, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +154,12 @@ def prefill_cost(
     wanted = min(wanted, len(classes))
     ops: list[Operation] = []
     known: dict[object, LayerWork] = {}  # most layers repeat another
+    stages = [_stage(plan, classes, past, wanted, n) for n in range(len(plan.removals) + 1)]
     for layer in plan.chances:
-        first = len(classes) - wanted if layer.index in plan.steps[-1] else 0
+        rows, kept, last = stages[layer.stage]
+        first = last if layer.index in plan.steps[-1] else 0
         key = (layer.key, first)
-        work = known.get(key) or known.setdefault(key, work_of(layer, classes, past, first, batch))
+        work = known.get(key) or known.setdefault(key, work_of(layer, rows, kept, first, batch))
         ops += _linears(plan.shape, layer.index, work, batch)
         ops.append(_attention(plan.shape, layer.index, work, batch))
     ops.append(_lm_head(plan.shape, wanted * batch))
@@ -170,7 +176,8 @@ def decode_cost(
     context = _checked(plan, context)
     ops: list[Operation] = []
     for layer in plan.chances:
-        work = work_of(layer, (TokenClass.GENERATED,), context, 0, batch)
+        seen = counts_left(plan.removals[: layer.stage], context)
+        work = work_of(layer, (TokenClass.GENERATED,), seen, 0, batch)
         ops += (replace(op, times=steps) for op in _linears(plan.shape, layer.index, work, batch))
         more = work.attending * layer.cells[TokenClass.GENERATED].holds
         for step in range(steps if work.attending else 0):  # each step may add one entry
@@ -211,7 +218,9 @@ def prompt_counts(n_image: int, n_text: int, n_generated: int = 0) -> dict[Token
 def cache_bytes(plan: Planned, context: Mapping[TokenClass, int], batch: int = 1) -> int:
     """Bytes of live cache entries of `batch` sequences with these rows a class."""
     context = _checked(plan, context)
-    entries = sum(held(layer, context) for layer in plan.chances)
+    entries = sum(
+        held(layer, counts_left(plan.removals[: layer.stage], context)) for layer in plan.chances
+    )
     return round(entries * plan.shape.kv_entry_bytes * batch)
 
 
@@ -244,6 +253,21 @@ def ideal_speedup(
         floor_seconds(a.prefill, ceilings) / floor_seconds(b.prefill, ceilings),
         floor_seconds(a.decode, ceilings) / decode if decode else 1.0,
     )
+
+
+def _stage(
+    plan: Planned,
+    classes: Sequence[TokenClass],
+    past: Mapping[TokenClass, int],
+    wanted: int,
+    stage: int,
+) -> tuple[list[TokenClass], Mapping[TokenClass, int], int]:
+    """What a forward is after so many removals: its rows, those of the cache, and how many rows
+    come before those whose logits are wanted."""
+    removals = plan.removals[:stage]
+    rows = left(removals, classes)
+    last = sum(row < len(classes) - wanted for row in rows)
+    return [classes[row] for row in rows], counts_left(removals, past), last
 
 
 def _linears(shape: ModelShape, layer: int, work: LayerWork, batch: int) -> list[Operation]:

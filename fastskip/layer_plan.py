@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from fastskip.policy import Arrangement, Combine, Norm, SkippedKV, TokenClass
 
@@ -60,8 +61,22 @@ class Cell:
     kv_fallbacks: tuple[int, ...] = ()
 
 
-# Layers of one table hold entries of the same rows: a set of classes, or a layer of its own.
-Table = frozenset[TokenClass] | int
+class Staged(NamedTuple):
+    """Rows of some classes that are left after the first `stage` removals."""
+
+    classes: frozenset[TokenClass]
+    stage: int
+
+
+# Layers of one table hold entries of the same rows: a set of classes, what removals leave of one,
+# or a layer of its own.
+Table = frozenset[TokenClass] | Staged | int
+
+
+def classes_of(table: Table) -> frozenset[TokenClass]:
+    """Whose rows have entries in the layers of a table that is no layer's own."""
+    assert not isinstance(table, int)
+    return table.classes if isinstance(table, Staged) else table
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class LayerPlan:
     others run one sublayer after the other. `replaced`: classes whose residual stream is what the
     attention norm makes of it, and `merges_kv`: whether the two layers of a pair keep the mean of
     their K and V (both of semantics "reference"). `unimodal`: image rows and all others do not see
-    each other.
+    each other. `stage`: how many removals come before the layer.
     """
 
     index: int
@@ -87,6 +102,7 @@ class LayerPlan:
     replaced: frozenset[TokenClass] = frozenset()
     merges_kv: bool = False
     unimodal: bool = False
+    stage: int = 0
 
     @cached_property
     def attending(self) -> frozenset[TokenClass]:
@@ -144,7 +160,9 @@ class LayerPlan:
     @property
     def table(self) -> Table:
         """Where the layer's entries are counted: layers of a table hold those of the same rows."""
-        return self.index if self.hollow else self.holding
+        if self.hollow:
+            return self.index
+        return Staged(self.holding, self.stage) if self.stage else self.holding
 
     @property
     def is_even(self) -> bool:
@@ -156,7 +174,7 @@ class LayerPlan:
         """All that decides which rows enter which part; layers alike in it share their rows."""
         stored = self.projecting, self.leaving_hidden, tuple(self.reusing.items())
         wiring = self.beside, self.replaced, self.arrangement is Arrangement.PAIR and self.arranged
-        return self.attending, stored, self.feeding, wiring, self.unimodal
+        return self.attending, stored, self.feeding, wiring, self.unimodal, self.stage
 
     def treats(self, token_class: TokenClass) -> tuple[object, ...]:
         """All that the layer does with rows of a class; equal for classes treated alike."""

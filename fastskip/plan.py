@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from math import prod
 
 from fastskip import costs
 from fastskip.chances import ExpectedPlan, LayerChance, Rate, certain, expected, rates_of
@@ -19,6 +20,7 @@ from fastskip.layer_plan import Cell, LayerPlan, ModelShape
 from fastskip.plan_cells import RoutedCell, resolve_layers
 from fastskip.policy import (
     Arrangement,
+    RemovalRule,
     SkippedKV,
     SkipPolicy,
     Sublayer,
@@ -57,6 +59,11 @@ class SkipPlan:
         """The token classes that the model has."""
         return self.shape.classes
 
+    @property
+    def removals(self) -> tuple[RemovalRule, ...]:
+        """What sends rows away, from the lowest layer up; the `n`-th one ends stage `n`."""
+        return self.policy.removals
+
     @cached_property
     def steps(self) -> tuple[tuple[int, ...], ...]:
         """Layers in execution order, the two of a pair together."""
@@ -86,14 +93,16 @@ class SkipPlan:
             cell.attention and cell.ffn for plan in self.layers for cell in plan.cells.values()
         )
         seen = not any(plan.unimodal for plan in self.layers)
-        return plain and full and seen and not self.routed
+        return plain and full and seen and not self.routed and not self.removals
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that affects execution, equal across processes; not of names."""
         layers = [asdict(plan) for plan in self.layers]
         routed = [(r.layer, r.token_class, r.rule.to_dict()) for r in self.routed]
-        text = json.dumps([asdict(self.shape), layers, routed], sort_keys=True, default=sorted)
+        away = [rule.to_dict() for rule in self.removals]
+        parts = [asdict(self.shape), layers, routed, away]
+        text = json.dumps(parts, sort_keys=True, default=sorted)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
@@ -161,7 +170,7 @@ class SkipPlan:
         rates, skipping = rates_of(self.policy.routers, rate), self.when_skipping
         layers = zip(self.layers, skipping.layers, strict=True)
         chances = (expected(a, b, self.routed_by_layer.get(a.index, ()), rates) for a, b in layers)
-        return ExpectedPlan(self.shape, self.steps, tuple(chances))
+        return ExpectedPlan(self.shape, self.steps, tuple(chances), self.removals)
 
     def expected_cost(
         self,
@@ -243,7 +252,11 @@ class SkipPlan:
             parts.append(_LEFT[cell.kv or SkippedKV.PROJECT])
         if cell.ffn:
             parts.append("ffn" + ("?" if "ffn" in routed else ""))
-        return " + ".join(parts) or "-"
+        text = " + ".join(parts) or "-"
+        away = [r for r in self.removals[: plan.stage] if token_class in r.classes]
+        if not parts or not away:
+            return text
+        return f"{text}, {prod(rule.keep.ratio for rule in away):.3g} of the rows"
 
 
 def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:

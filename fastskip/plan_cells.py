@@ -11,6 +11,7 @@ from fastskip.policy import (
     Combine,
     Norm,
     PolicyError,
+    Ranking,
     RouterRule,
     Semantics,
     SkippedKV,
@@ -114,12 +115,14 @@ def resolve_layers(
             if plan.holds_kv and any(_may_lack(each, token_class, resolved) for each in possible):
                 hollow.add(token_class)
         # A class that never holds an entry is not hollow: it is not looked for.
-        resolved.append(replace(plan, cells=cells, hollow=frozenset(hollow)))
+        stage = sum(rule.after_layer < plan.index for rule in policy.removals)
+        resolved.append(replace(plan, cells=cells, hollow=frozenset(hollow), stage=stage))
         for (layer, token_class), numbers in routers.items():
             for number in numbers if layer == plan.index else ():
                 rule = policy.routers[number]
                 if rule.is_plug_in:  # it may send rows past all later layers
                     leaving[token_class].add(rule.kv or SkippedKV.PROJECT)
+    _check_removals(policy, resolved, shape)
     return tuple(resolved), tuple(routed)
 
 
@@ -148,6 +151,28 @@ def _routers(
                 raise PolicyError(f"{name}.skip", _list(rule.skip), _ONE_DECISION, problem)
             found[layer, token_class].append(number)
     return found
+
+
+def _check_removals(policy: SkipPolicy, layers: Sequence[LayerPlan], shape: ModelShape) -> None:
+    """Removals lie between layers, and where they look at attention there is some."""
+    for number, rule in enumerate(policy.removals):
+        name, last = f"removals[{number}]", shape.depth - 1
+        _classes(rule.tokens, shape, name)
+        if rule.after_layer >= last:
+            allowed = f"a layer in [0, {last}), below the last one"
+            raise PolicyError(f"{name}.after_layer", rule.after_layer, allowed)
+        before, by = layers[rule.after_layer], rule.keep.by
+        if before.partner == before.index + 1:
+            problem = f"layers {before.index} and {before.partner} are a pair"
+            raise PolicyError(f"{name}.after_layer", rule.after_layer, _NO_PAIR, problem)
+        if by not in (Ranking.ATTENTION, Ranking.NEXT_ATTENTION):
+            continue
+        seen = layers[rule.after_layer + (by is Ranking.NEXT_ATTENTION)]
+        shown = TokenClass.TEXT in seen.attending and rule.classes <= seen.projecting
+        if seen.partner is not None or seen.unimodal or not shown:
+            allowed = "a layer outside pairs in which text attends, and sees K and V of image rows"
+            problem = f'"{by}" looks at layer {seen.index}'
+            raise PolicyError(f"{name}.keep.by", by.value, allowed, problem)
 
 
 def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -> bool:

@@ -1,7 +1,8 @@
 """What the user wants left out: typed, pure data that knows no model, and its file format.
 
 A `SkipPolicy` holds rules (layers x token classes x sublayers to skip), arrangements (how a layer's
-sublayers are wired) and routers (cells decided from data at run time). Strings are accepted at this
+sublayers are wired), routers (cells decided from data at run time) and removals (rows of a prompt
+that leave all later layers). Strings are accepted at this
 edge and become enums here; everything that needs a model's depth is checked by `plan.make_plan`.
 """
 
@@ -19,12 +20,14 @@ from fastskip.policy_fields import (
     json_object,
     member,
     names,
+    plain,
     select_layers,
     select_pairs,
     sequence,
     set_fields,
 )
 from fastskip.policy_file import SUFFIXES, read_document, write_document
+from fastskip.policy_removals import Keep, RemovalRule
 from fastskip.policy_routers import ROUTER_KINDS, RouterRule
 from fastskip.policy_rules import (
     AnyRule,
@@ -44,6 +47,7 @@ from fastskip.vocabulary import (
     Measure,
     Norm,
     PolicyError,
+    Ranking,
     Semantics,
     SkippedKV,
     Sublayer,
@@ -58,11 +62,14 @@ __all__ = [
     "ArrangementRule",
     "Combine",
     "Group",
+    "Keep",
     "Mask",
     "MaskRule",
     "Measure",
     "Norm",
     "PolicyError",
+    "Ranking",
+    "RemovalRule",
     "RouterRule",
     "Semantics",
     "SkipPolicy",
@@ -79,7 +86,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class SkipPolicy:
-    """Rules, arrangements, routers and masks; the empty policy is the dense model.
+    """Rules, arrangements, routers, removals and masks; the empty policy is the dense model.
 
     Equality compares what is skipped, as written; `name`, `provenance` and `folder` (where relative
     paths of router weights start; the policy file's own) do not take part. Every malformed field
@@ -89,7 +96,7 @@ class SkipPolicy:
     rules: tuple[SkipRule, ...] = ()
     arrangements: tuple[ArrangementRule, ...] = ()
     routers: tuple[RouterRule, ...] = ()
-    removals: tuple[Any, ...] = ()
+    removals: tuple[RemovalRule, ...] = ()
     masks: tuple[MaskRule, ...] = ()
     semantics: Semantics = Semantics.CLEAN
     name: str = field(default="", compare=False)
@@ -102,15 +109,26 @@ class SkipPolicy:
             rules=instances(SkipRule, self.rules, "rules"),
             arrangements=instances(ArrangementRule, self.arrangements, "arrangements"),
             routers=instances(RouterRule, self.routers, "routers"),
+            removals=instances(RemovalRule, self.removals, "removals"),
             masks=instances(MaskRule, self.masks, "masks"),
             semantics=member(Semantics, self.semantics, "semantics"),
             provenance=json_object(self.provenance, "provenance"),
         )
-        if sequence(self.removals, "removals"):
-            raise PolicyError("removals", self.removals, "none: not available yet")
-        set_fields(self, removals=())
+        self._check_removals()
         if not isinstance(self.name, str):
             raise PolicyError("name", self.name, "a string")
+
+    def _check_removals(self) -> None:
+        last = -1
+        for number, rule in enumerate(self.removals):
+            if rule.after_layer <= last:
+                allowed = f"layers in rising order, so more than {last}"
+                raise PolicyError(f"removals[{number}].after_layer", rule.after_layer, allowed)
+            last = rule.after_layer
+        others = {"routers": self.routers, "semantics": self.semantics is Semantics.REFERENCE}
+        for name, is_there in others.items() if self.removals else ():
+            if is_there:
+                raise PolicyError("removals", plain(len(self.removals)), f"none beside {name}")
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> SkipPolicy:
@@ -133,8 +151,9 @@ class SkipPolicy:
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back to an equal policy."""
         rules = {key: [rule.to_dict() for rule in getattr(self, key)] for key in _RULES}
-        if not self.masks:
-            del rules["masks"]
+        for key in ("removals", "masks"):
+            if not rules[key]:
+                del rules[key]
         head = {"schema_version": SCHEMA_VERSION, "name": self.name}
         if self.semantics is not Semantics.CLEAN:
             head["semantics"] = self.semantics.value
@@ -203,5 +222,6 @@ _RULES: dict[str, type[AnyRule]] = {
     "rules": SkipRule,
     "arrangements": ArrangementRule,
     "routers": RouterRule,
+    "removals": RemovalRule,
     "masks": MaskRule,
 }

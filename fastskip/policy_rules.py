@@ -1,4 +1,4 @@
-"""The statements of a policy: skips, arrangements and masks here, routers in `policy_routers`.
+"""The statements of a policy: skips, arrangements and masks; routers and removals have own files.
 
 Each takes strings, lists or enums, checks what needs no model, and holds one immutable form.
 """
@@ -22,6 +22,7 @@ from fastskip.policy_fields import (
     sublayer_set,
     token_set,
 )
+from fastskip.policy_removals import RemovalRule
 from fastskip.policy_routers import RouterRule
 from fastskip.vocabulary import (
     Arrangement,
@@ -133,7 +134,7 @@ class MaskRule:
         return {"layers": plain(self.layers), "kind": self.kind.value}
 
 
-AnyRule = SkipRule | ArrangementRule | RouterRule | MaskRule
+AnyRule = SkipRule | ArrangementRule | RouterRule | RemovalRule | MaskRule
 
 
 def check_fields(

@@ -9,14 +9,22 @@ dense by default (`end=-1`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastskip.paper_presets import BLOCK, PAPER_PRESETS, Made
+from fastskip.policy_removals import Keep, RemovalRule
 from fastskip.policy_rules import AnyRule, ArrangementRule, SkipRule
-from fastskip.vocabulary import Arrangement, PolicyError, SkippedKV, Sublayer, TokenClass
+from fastskip.vocabulary import (
+    Arrangement,
+    PolicyError,
+    Ranking,
+    SkippedKV,
+    Sublayer,
+    TokenClass,
+)
 
-Rule = SkipRule | ArrangementRule
+Rule = SkipRule | ArrangementRule | RemovalRule
 
 
 def dense() -> tuple[Rule, ...]:
@@ -66,6 +74,30 @@ def visual_withdrawal(after: int = 15) -> tuple[Rule, ...]:
     return (rule,)
 
 
+def fastv(after: int = 1, ratio: float = 0.5) -> tuple[Rule, ...]:
+    """After layer `after` the image rows that the prompt's last row attended to most stay, a share
+    `ratio` of them (FastV, arXiv 2403.06764, whose K is `after` + 1 and R is 1 - `ratio`)."""
+    return (_removal(after, Ranking.ATTENTION, ratio),)
+
+
+def pyramid_drop(stages: Sequence[int] = (7, 15, 23), ratio: float = 0.5) -> tuple[Rule, ...]:
+    """After each layer of `stages` a share `ratio` of the image rows that are left stay, by the
+    attention of the layer to come (PyramidDrop, arXiv 2410.17247)."""
+    if not isinstance(stages, (list, tuple)) or not stages:
+        raise PolicyError("stages", stages, "a list of layers")
+    return tuple(_removal(after, Ranking.NEXT_ATTENTION, ratio, "stages") for after in stages)
+
+
+def random_removal(after: int = 1, ratio: float = 0.5, seed: int = 0) -> tuple[Rule, ...]:
+    """After layer `after` a share `ratio` of the image rows stay, drawn at random."""
+    return (_removal(after, Ranking.RANDOM, ratio, seed=seed),)
+
+
+def even_removal(after: int = 1, ratio: float = 0.5) -> tuple[Rule, ...]:
+    """After layer `after` a share `ratio` of the image rows stay, evenly spaced."""
+    return (_removal(after, Ranking.SPACING, ratio),)
+
+
 def image_ffn(start: int = 2, end: int = -1) -> tuple[Rule, ...]:
     """Skip the FFN for image rows in a range of layers."""
     rule = SkipRule(_range(start, end), TokenClass.IMAGE, Sublayer.FFN)
@@ -91,6 +123,10 @@ _OWN: tuple[Callable[..., tuple[Rule, ...]], ...] = (
     every_nth_attention,
     frozen_visual,
     visual_withdrawal,
+    fastv,
+    pyramid_drop,
+    random_removal,
+    even_removal,
     image_ffn,
     parallel_blocks,
     block_pairs,
@@ -124,6 +160,17 @@ def build_preset(name: str, options: Mapping[str, Any]) -> Made:
     except PolicyError as error:
         raise error.under(name) from None
     return made if isinstance(made, Made) else Made(made)
+
+
+def _removal(
+    after: int, by: Ranking, ratio: float, option: str = "after", seed: int | None = None
+) -> RemovalRule:
+    try:
+        return RemovalRule(_integer(after, option, 0), keep=Keep(by, ratio), seed=seed)
+    except PolicyError as error:
+        raise PolicyError(
+            error.field.rpartition(".")[2], error.value, error.allowed, error.problem
+        ) from None
 
 
 def _every_nth(

@@ -147,6 +147,12 @@ class TokenLayout:
         given = self.source, self.source_positions, self.first_column, self._groups
         return TokenLayout(*given, rounded)
 
+    def without(self, gone: Tensor) -> TokenLayout:
+        """The same columns without some rows, ``gone [N]`` bool, whose columns become pads."""
+        source = self.source.clone()
+        source[self.sequences[gone], self.columns[gone] - self.first_column] = PAD
+        return TokenLayout(source, self.source_positions, self.first_column, self._groups)
+
     def counts(self, classes: frozenset[TokenClass]) -> list[int]:
         """How many columns of ``classes`` each sequence has."""
         found = self._counts.get(classes)
@@ -190,6 +196,10 @@ class TokenLayout:
         where = torch.full((self.batch * self.width,), -1, dtype=torch.int64)
         where[self.real(self.flat)] = self.real(torch.arange(len(self)))
         return Rows(where[flat], len(flat))
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where packed ``rows [n]`` (host) lie in the flattened ``[B * T]`` input."""
+        return rows if self.flat is None else self.flat[rows]
 
     def pack(self, columns: Tensor) -> Tensor:
         """``[B, T, ...] -> [N, ...]``, always new memory."""

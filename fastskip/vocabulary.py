@@ -96,6 +96,17 @@ class Agreement(StrEnum):
     ANY = "any"
 
 
+class Ranking(StrEnum):
+    """Which rows a removal keeps: those that the last row of the prompt attended to most
+    (ATTENTION) or would attend to most in the layer to come (NEXT_ATTENTION), RANDOM ones, or
+    evenly spaced ones (SPACING)."""
+
+    ATTENTION = "attention"
+    NEXT_ATTENTION = "next_attention"
+    RANDOM = "random"
+    SPACING = "spacing"
+
+
 class PolicyError(ValueError):
     """A policy that cannot be used; names the field, its value and what is allowed."""
 

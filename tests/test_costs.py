@@ -31,13 +31,16 @@ from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import (
     ArrangementRule,
     Group,
+    Keep,
     PolicyError,
+    RemovalRule,
     RouterRule,
     SkipPolicy,
     SkipRule,
     TokenClass,
 )
-from tests.test_plan import simulate, skip_plans
+from fastskip.survivors import left
+from tests.test_plan import shape, simulate, skip_plans
 
 IMAGE, TEXT, GENERATED = TokenClass
 PROMPT = (TEXT, TEXT, IMAGE, IMAGE, IMAGE, TEXT, TEXT)
@@ -559,3 +562,25 @@ def test_table_of_weights_read() -> None:
 def test_readme_tells_what_groups_cost() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert weights_read_table() in readme
+
+
+def test_removals_cost_what_the_rows_left_cost() -> None:
+    """After a removal layers cost what they cost in a prompt without the rows that left."""
+    rules = (RemovalRule(1, keep=Keep("spacing", 0.5)), RemovalRule(2, keep=Keep("spacing", 0.2)))
+    removing, dense = (make_plan(SkipPolicy(removals=r), shape(5)) for r in (rules, ()))
+    rows = (20, 20, 10, 2, 2)  # image rows in each layer, all before the text
+    found = removing.cost(20, 6, 4, 3)
+    for layer, count in enumerate(rows):
+        own = dense.cost(count, 6, 4, 3)
+        for phase in ("prefill", "decode"):
+            expected, actual = (
+                [op for op in getattr(cost, phase).ops if op.layer == layer]
+                for cost in (own, found)
+            )
+            assert actual == expected, (phase, layer)
+    each = [dense.kv_bytes(count, 6, 2, batch=3) // 5 for count in rows]
+    assert removing.kv_bytes(20, 6, 2, batch=3) == sum(each)
+    # several images, text between them: as many rows leave, evenly spaced
+    classes = [IMAGE] * 10 + [TEXT] * 2 + [IMAGE] * 10 + [TEXT] * 4
+    assert sum(classes[row] is IMAGE for row in left(rules, classes)) == 2
+    assert left(rules[:1], classes)[:7] == [1, 3, 5, 7, 9, 10, 11]

@@ -31,11 +31,13 @@ PURE = ("policy", "plan")
 FLOORS = {
     "policy": Floor(
         ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
+        + ("policy_removals",)
         + ("policy_file", "paper_presets", "presets"),
         outside=("yaml",),
     ),
     "plan": Floor(
-        ("layer_plan", "plan_cells", "chances", "layer_work", "costs", "plan"), ("policy",)
+        ("layer_plan", "plan_cells", "chances", "survivors", "layer_work", "costs", "plan"),
+        ("policy",),
     ),
     "tokens": Floor(("tokens",), ("policy",), ("torch",)),
     "reference": Floor(

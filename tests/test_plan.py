@@ -17,8 +17,11 @@ from fastskip.policy import (
     Arrangement,
     ArrangementRule,
     Combine,
+    Keep,
+    MaskRule,
     Norm,
     PolicyError,
+    RemovalRule,
     RouterRule,
     SkippedKV,
     SkipPolicy,
@@ -349,3 +352,49 @@ def test_entries_agree_with_a_simulation(plan: SkipPlan) -> None:
             assert (cell.kv is SkippedKV.OMIT) == (c not in entries)
             if cell.kv_source is not None:
                 assert held[cell.kv_source][c] == entries[c]
+
+
+def removing(*afters: int, by: str = "attention", **others: Any) -> SkipPolicy:
+    rules = (RemovalRule(after, keep=Keep(by, 0.5)) for after in afters)
+    return SkipPolicy(removals=tuple(rules), **others)
+
+
+def test_removals_part_the_layers_into_stages() -> None:
+    plan = make_plan(removing(1, 4), shape())
+    assert [layer.stage for layer in plan.layers] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({layer.table for layer in plan.layers}) == 3
+    assert not plan.is_dense and plan.fingerprint != plan_of().fingerprint
+    assert "0.25 of the rows" in plan.table()
+
+
+SKIPPING = {
+    "no text": SkipRule([1], [TEXT], "block"),
+    "image leaves nothing": SkipRule([1], [IMAGE], "block", "omit"),
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        (removing(7), "removals[0].after_layer"),
+        (removing(1, 9), "removals[1].after_layer"),
+        (removing(1, rules=(SKIPPING["no text"],)), "removals[0].keep.by"),
+        (removing(1, rules=(SKIPPING["image leaves nothing"],)), "removals[0].keep.by"),
+        (removing(0, by="next_attention", rules=(SKIPPING["no text"],)), "removals[0].keep.by"),
+        (
+            removing(2, by="random", arrangements=(ArrangementRule([[2, 3]], "pair"),)),
+            "removals[0].after_layer",
+        ),
+        (removing(3, arrangements=(ArrangementRule([[2, 3]], "pair"),)), "removals[0].keep.by"),
+        (removing(1, masks=(MaskRule([1], "unimodal"),)), "removals[0].keep.by"),
+    ],
+)
+def test_removals_that_do_not_fit(policy: SkipPolicy, field: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        make_plan(policy, shape())
+    assert caught.value.field == field
+
+
+def test_removals_need_images() -> None:
+    with pytest.raises(PolicyError, match="text-only"):
+        make_plan(removing(1), shape(has_images=False))

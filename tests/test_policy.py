@@ -19,10 +19,12 @@ from fastskip.policy import (
     ArrangementRule,
     Combine,
     Group,
+    Keep,
     MaskRule,
     Measure,
     Norm,
     PolicyError,
+    RemovalRule,
     RouterRule,
     Semantics,
     SkippedKV,
@@ -113,6 +115,15 @@ THRESHOLD = "routers[0].threshold"
 def router(kind: str, tokens: Any = ("text",), **fields: Any) -> dict[str, Any]:
     """A router rule; not a valid one by itself."""
     return {"layers": ":", "tokens": tokens, "skip": ["ffn"], "kind": kind} | fields
+
+
+def removal(**fields: Any) -> dict[str, Any]:
+    """A removal rule, with some fields in another form."""
+    return {"after_layer": 2, "keep": keep()} | fields
+
+
+def keep(by: str = "attention", ratio: float = 0.5) -> dict[str, Any]:
+    return {"by": by, "ratio": ratio}
 
 
 MALFORMED: list[tuple[str, object, str, str]] = [
@@ -233,8 +244,37 @@ MALFORMED: list[tuple[str, object, str, str]] = [
         "routers[0].threshold",
         "",
     ),
-    ("removals", [{"after_layer": 2}], "removals", "not available yet"),
+    ("removals", [{"after_layer": 2}], "removals[0].keep", "a value"),
     ("removals", "none", "removals", "list"),
+    ("removals", [removal(after_layer=-1)], "removals[0].after_layer", "from 0"),
+    ("removals", [removal(after_layer=True)], "removals[0].after_layer", "from 0"),
+    ("removals", [removal(tokens="all")], "removals[0].tokens", '"image"'),
+    ("removals", [removal(tokens=["text"])], "removals[0].tokens", '"image"'),
+    ("removals", [removal(keep=0.5)], "removals[0].keep", "by"),
+    ("removals", [removal(keep={"by": "random"})], "removals[0].keep.ratio", "a value"),
+    ("removals", [removal(keep={"by": "luck", "ratio": 0})], "removals[0].keep.by", "spacing"),
+    ("removals", [removal(keep={"by": "random", "ratio": 1})], "removals[0].keep.ratio", "[0, 1)"),
+    (
+        "removals",
+        [removal(keep={"by": "random", "ratio": math.nan})],
+        "removals[0].keep.ratio",
+        "[0",
+    ),
+    (
+        "removals",
+        [removal(keep={"by": "random", "ratio": 0.5, "rows": 3})],
+        "removals[0].keep.rows",
+        "ratio",
+    ),
+    ("removals", [removal(seed=1)], "removals[0].seed", "random"),
+    (
+        "removals",
+        [removal(keep={"by": "random", "ratio": 0.5}, seed=-1)],
+        "removals[0].seed",
+        "integer",
+    ),
+    ("removals", [removal(), removal()], "removals[1].after_layer", "rising order"),
+    ("removals", [removal()], "removals", "none beside routers"),
     ("masks", [{"layers": ":", "kind": "bimodal"}], "masks[0].kind", "unimodal"),
     ("masks", [{"kind": "unimodal"}], "masks[0].layers", "a value"),
     ("masks", "none", "masks", "list"),
@@ -256,9 +296,7 @@ def test_malformed(path: str, value: object, field: str, allowed: str) -> None:
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_reserved_and_newer_and_missing_say_so() -> None:
-    with pytest.raises(PolicyError, match="not available yet"):
-        SkipPolicy.from_dict(changed("removals", [{"after_layer": 2}]))
+def test_newer_and_missing_say_so() -> None:
     with pytest.raises(PolicyError, match="newer"):
         SkipPolicy.from_dict(changed("schema_version", 7))
     with pytest.raises(PolicyError, match="schema_version: is missing"):
@@ -460,3 +498,33 @@ def test_any_value_parses_or_raises_policy_error(path: str, value: object) -> No
         SkipPolicy.from_dict(changed(path, value))
     except PolicyError as error:
         assert error.field
+
+
+def test_removals_round_trip() -> None:
+    document = {
+        "schema_version": 1,
+        "removals": [
+            {"after_layer": 1, "tokens": ["image"], "keep": {"by": "attention", "ratio": 0.5}},
+            {
+                "after_layer": 4,
+                "tokens": ["image"],
+                "keep": {"by": "random", "ratio": 0.0},
+                "seed": 3,
+            },
+        ],
+    }
+    policy = SkipPolicy.from_dict(document)
+    assert policy.to_dict()["removals"] == document["removals"]
+    assert SkipPolicy.from_dict(policy.to_dict()) == policy != SkipPolicy()
+    assert "removals" not in SkipPolicy().to_dict()
+    assert policy.removals[0].keep.count(9) == 4
+    # 0.29 * 100 is a little less than 29 in binary
+    assert Keep("spacing", 0.29).count(100) == 29
+
+
+def test_removals_and_the_semantics_of_the_papers() -> None:
+    with pytest.raises(PolicyError, match="none beside semantics"):
+        SkipPolicy(
+            removals=(RemovalRule(1, keep=keep("spacing")),),
+            semantics=Semantics.REFERENCE,
+        )

@@ -38,7 +38,7 @@ def test_table_names_functions_and_describes_them() -> None:
         assert made.name == name and line and "\n" not in line
         if not name.startswith("paper/"):
             assert function.__name__ == name
-            assert (*made.rules, *made.arrangements) == function()
+            assert (*made.rules, *made.arrangements, *made.removals) == function()
 
 
 OWN = [name for name in PRESETS if not name.startswith("paper/")]
@@ -112,3 +112,21 @@ def test_errors(name: str, options: dict[str, object], field: str, allowed: str)
         SkipPolicy.preset(name, **options)
     assert caught.value.field == field
     assert allowed in caught.value.allowed
+
+
+def test_removal_presets() -> None:
+    made = SkipPolicy.preset("pyramid_drop", stages=[1, 3], ratio=0.25)
+    assert [(r.after_layer, r.keep.by.value, r.keep.ratio) for r in made.removals] == [
+        (1, "next_attention", 0.25),
+        (3, "next_attention", 0.25),
+    ]
+    assert SkipPolicy.preset("random_removal", seed=4).removals[0].seed == 4
+    for name, options, field in (
+        ("fastv", {"ratio": 1}, "fastv.ratio"),
+        ("fastv", {"after": "2"}, "fastv.after"),
+        ("pyramid_drop", {"stages": []}, "pyramid_drop.stages"),
+        ("pyramid_drop", {"stages": [3, -1]}, "pyramid_drop.stages"),
+    ):
+        with pytest.raises(PolicyError) as caught:
+            SkipPolicy.preset(name, **options)
+        assert caught.value.field == field

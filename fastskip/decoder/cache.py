@@ -20,11 +20,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastskip.decoder.slots import EntryTable, Segment
-from fastskip.layer_plan import Table
+from fastskip.layer_plan import Staged, Table, classes_of
 from fastskip.ops.allocate import empty
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
 from fastskip.tokens import PAD, TokenLayout, member
+
+STAYS = torch.iinfo(torch.int64).max
 
 
 class LayerEntries:
@@ -56,6 +58,8 @@ class SkipCache(Cache):
 
     Attributes:
         codes: ``[B, C]`` class of every column seen (``tokens.CODES``; ``PAD`` for pads), host.
+        gone: ``[B, C]`` from which stage of the plan's removals on a column is no row any more,
+            host; ``STAYS`` where it stays.
         positions: ``[B, C]`` RoPE position of every column, host.
         prompt_columns: inside ``generate``, where the prompt ends; ``None`` outside.
     """
@@ -68,6 +72,7 @@ class SkipCache(Cache):
         self.prompt_columns: int | None = None
         self.codes = torch.empty(0, 0, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.gone = torch.empty(0, 0, dtype=torch.int64)
         self.tables: dict[Table, EntryTable] = {}
         self.entries: dict[int, LayerEntries] = {}
         # What routers keep from forward to forward, by the number of their rule.
@@ -104,11 +109,19 @@ class SkipCache(Cache):
             self.reset()  # what a cropped cache still allocates has another batch size
             self.codes = torch.empty(batch, 0, dtype=torch.int64)
             self.positions = torch.empty(batch, 0, dtype=torch.int64)
+            self.gone = torch.empty(batch, 0, dtype=torch.int64)
         for table in self._layers_by_table:
             if table not in self.tables:
                 self.tables[table] = EntryTable(batch, is_hollow=isinstance(table, int))
-            if like is not None and not isinstance(table, int):
-                needed = list(map(add, self.tables[table].counts, layout.counts(table)))
+        self.enter(0, layout, like)
+
+    def enter(self, stage: int, layout: TokenLayout, like: Tensor | None) -> None:
+        """As ``grow``, in the layers after so many removals, whose rows ``layout`` has."""
+        for table, layers in self._layers_by_table.items():
+            is_here = not isinstance(table, int) and self.plan.layers[layers[0]].stage == stage
+            if like is not None and is_here:
+                new = layout.counts(classes_of(table))
+                needed = list(map(add, self.tables[table].counts, new))
                 self._make_room(table, needed, layout, like)
 
     def make_room(
@@ -144,18 +157,33 @@ class SkipCache(Cache):
     def held(self, key: Table) -> Tensor:
         """``[B, C]``: which columns have entries in the layers of a table, host."""
         table = self.tables[key]
-        return member(self.codes, key) if table.held is None else table.held  # type: ignore[arg-type]
+        if table.held is not None:
+            return table.held
+        found = member(self.codes, classes_of(key))
+        return found & (self.gone > key.stage) if isinstance(key, Staged) else found
 
-    def commit(self, layout: TokenLayout, held: Mapping[Table, Tensor] | None = None) -> None:
+    def commit(
+        self,
+        layout: TokenLayout,
+        held: Mapping[Table, Tensor] | None = None,
+        left: Sequence[TokenLayout] = (),
+    ) -> None:
         """Counts the columns of the forward that just wrote its entries.
 
-        ``held [B, T]``: which of them have entries in each hollow layer.
+        ``held [B, T]``: which of them have entries in each hollow layer; ``left``: the rows that
+        each of the plan's removals has left.
         """
+        stages = (layout, *left)
         self.codes = torch.cat((self.codes, layout.source), dim=1)
         self.positions = torch.cat((self.positions, layout.source_positions), dim=1)
+        gone = torch.full_like(layout.source, STAYS)
+        for stage in reversed(range(1, len(stages))):
+            gone[stages[stage].source != layout.source] = stage
+        self.gone = torch.cat((self.gone, gone), dim=1)
         for key, table in self.tables.items():
             if table.held is None:
-                new = layout.counts(key)  # type: ignore[arg-type]
+                own = stages[key.stage] if isinstance(key, Staged) else layout
+                new = own.counts(classes_of(key))
             else:
                 columns = (held or {})[key]
                 table.held = torch.cat((table.held, columns), dim=1)
@@ -220,6 +248,7 @@ class SkipCache(Cache):
         keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
         keep = min(max(keep, 0), self.columns)
         self.codes, self.positions = self.codes[:, :keep], self.positions[:, :keep]
+        self.gone = self.gone[:, :keep]
         for key, table in self.tables.items():
             table.held = None if table.held is None else table.held[:, :keep]
             table.counts = self.held(key).sum(1).tolist()
@@ -231,6 +260,7 @@ class SkipCache(Cache):
         """Keeps (or repeats) the given sequences."""
         host = indices.cpu()
         self.codes, self.positions = self.codes[host], self.positions[host]
+        self.gone = self.gone[host]
         for table in self.tables.values():
             table.counts = [table.counts[sequence] for sequence in host.tolist()]
             table.held = None if table.held is None else table.held[host]
@@ -245,6 +275,7 @@ class SkipCache(Cache):
         """Forgets every column; buffers are given back."""
         self.codes = torch.empty(0, 0, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
+        self.gone = torch.empty(0, 0, dtype=torch.int64)
         self.tables.clear()
         self.entries.clear()
         self.routing.clear()

@@ -14,6 +14,7 @@ from fastskip.decoder.attention import IMAGE
 from fastskip.decoder.entries import Entries
 from fastskip.decoder.layer import Block
 from fastskip.decoder.positions import Turns
+from fastskip.decoder.removing import attention_weights
 from fastskip.decoder.trace import RowTrace
 from fastskip.policy import Sublayer
 from fastskip.routing import AttentionWeights, RouterError
@@ -112,16 +113,12 @@ class Candidates:
         assert seen is not None
         block, sequence = seen.blocks[layer], int(self._layout.sequences[packed])
         at = seen.rotation.take(Rows(slice(packed, packed + 1), 1))
-        queries = block.products.queries(block.products.attention_norm(h))
-        queries = at.turn(queries)[0]
         columns = seen.entries.columns(layer, sequence)
         columns = columns[columns <= self._layout.columns[packed]]
         keys, _ = seen.entries.read(layer, slice(sequence, sequence + 1), len(columns))
-        key = torch.cat(keys, dim=2)[0].float()
+        key = torch.cat(keys, dim=2)[0]
         if block.plan.unimodal:
             codes = seen.entries.codes(layer, sequence)[: len(columns)]
             alike = (codes == IMAGE) == (self._layout.codes[packed] == IMAGE)
             columns, key = columns[alike], key[:, alike.to(key.device)]
-        heads = queries.float().view(key.shape[0], -1, key.shape[-1])
-        scores = (heads @ key.transpose(-1, -2) * block.scale).flatten(0, 1)
-        return AttentionWeights(layer, columns, scores.softmax(-1))
+        return AttentionWeights(layer, columns, attention_weights(block, h, at, key))

@@ -7,7 +7,7 @@ one, gets detached copies).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import add
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import Placement
-from fastskip.layer_plan import Table
+from fastskip.layer_plan import Staged, Table, classes_of
 from fastskip.plan import SkipPlan
 from fastskip.tokens import Rows, TokenLayout, member
 
@@ -46,6 +46,12 @@ class Entries(Protocol):
     def counts(self, layer: int) -> list[int]:
         """Entries of each sequence, new ones included."""
 
+    def past(self, layer: int, sequence: int) -> list[Tensor]:
+        """Segments ``[1, G, n_i, K]`` of the keys that earlier forwards left of a sequence."""
+
+    def enter(self, layout: TokenLayout) -> None:
+        """Says which rows are left for the layers after the next removal."""
+
     def average(self, first: int, second: int, rows: Rows) -> None:
         """Makes the rows' new entries in both layers the mean of the two."""
 
@@ -56,12 +62,18 @@ class Entries(Protocol):
     def held(self) -> Mapping[Table, Tensor]:
         """What ``hold`` was told, for the cache: ``[B, T]`` by table."""
 
+    @property
+    def left(self) -> Sequence[TokenLayout]:
+        """What ``enter`` was told, for the cache."""
+
 
 class _SlotMap:
     """Slots of a forward's rows, per entry table; shared by all layers of the table."""
 
     def __init__(self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout) -> None:
         self._plan, self._cache, self._layout = plan, cache, layout
+        # The rows of each stage; layers of a stage index those.
+        self.stages = [layout]
         self.held: dict[Table, Tensor] = {}
         self._counts: dict[Table, list[int]] = {}
         self._placements: dict[tuple[Table, int], tuple[Rows, Placement]] = {}
@@ -80,13 +92,15 @@ class _SlotMap:
             found = self._counts[table] = list(map(add, have, new))
         return found
 
-    def placement(self, layer: int, rows: Rows) -> Placement:
-        """Where packed ``rows`` go in ``layer``."""
-        table = self._plan.layers[layer].table
+    def placement(self, layer: int, rows: Rows, stage: int | None = None) -> Placement:
+        """Where packed ``rows``, of the layer's own stage or another one, lie in ``layer``."""
+        own = self._plan.layers[layer]
+        table = own.table
         # The rows are kept beside their placement, so an id is not reused while it is a key.
         found = self._placements.get((table, id(rows)))
         if found is None:
-            found = self._placements[table, id(rows)] = (rows, self._place(table, rows))
+            layout = self.stages[own.stage if stage is None else stage]
+            found = self._placements[table, id(rows)] = (rows, self._place(table, rows, layout))
         return found[1]
 
     def columns(self, layer: int, sequence: int) -> Tensor:
@@ -106,14 +120,19 @@ class _SlotMap:
         """New entries of each sequence."""
         if isinstance(table, int):
             return self.held[table].sum(1).tolist()
-        return self._layout.counts(table)
+        return self._rows_of(table).counts(classes_of(table))
+
+    def _rows_of(self, table: Table) -> TokenLayout:
+        return self.stages[table.stage if isinstance(table, Staged) else 0]
 
     def _mask(self, table: Table) -> Tensor:
         """Which of the new columns have entries: ``[B, T]``."""
-        return self.held[table] if isinstance(table, int) else member(self._layout.source, table)
+        if isinstance(table, int):
+            return self.held[table]
+        return member(self._rows_of(table).source, classes_of(table))
 
-    def _place(self, table: Table, rows: Rows) -> Placement:
-        layout, counts = self._layout, self._cache.tables[table].counts
+    def _place(self, table: Table, rows: Rows, layout: TokenLayout) -> Placement:
+        counts = self._cache.tables[table].counts
         if layout.is_step and rows.count == layout.batch and len(set(counts)) == 1:
             return Placement.level(rows.count, counts[0])
         sequences = rows.take(layout.sequences)
@@ -145,11 +164,24 @@ class CachedEntries:
         if self._like is not None:
             self._cache.make_room(layer, needed, self._layout, self._like)
 
+    @property
+    def left(self) -> Sequence[TokenLayout]:
+        return self._map.stages[1:]
+
+    def enter(self, layout: TokenLayout) -> None:
+        self._cache.enter(len(self._map.stages), layout, self._like)
+        self._map.stages.append(layout)
+
+    def past(self, layer: int, sequence: int) -> list[Tensor]:
+        count = self._cache.tables[self._plan.layers[layer].table].counts[sequence]
+        return self.read(layer, slice(sequence, sequence + 1), count)[0] if count else []
+
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         self._write(layer, self._map.placement(layer, rows), keys, values)
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        self._write(layer, self._map.placement(layer, rows), *self._read(source, rows))
+        stage = self._plan.layers[layer].stage
+        self._write(layer, self._map.placement(layer, rows), *self._read(source, rows, stage))
 
     def average(self, first: int, second: int, rows: Rows) -> None:
         both = zip(self._read(first, rows), self._read(second, rows), strict=True)
@@ -165,10 +197,10 @@ class CachedEntries:
             for own, other in zip(kept, taken, strict=True):
                 own.copy_(other)
 
-    def _read(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, G, K]`` of new entries."""
+    def _read(self, layer: int, rows: Rows, stage: int | None = None) -> tuple[Tensor, Tensor]:
+        """K and V ``[n, G, K]`` of new entries of rows of a stage."""
         segments = self._cache.tables[self._plan.layers[layer].table].segments
-        origin, entries = self._map.placement(layer, rows), self._cache.entries[layer]
+        origin, entries = self._map.placement(layer, rows, stage), self._cache.entries[layer]
         return origin.read(segments, entries.keys), origin.read(segments, entries.values)
 
     def _write(self, layer: int, placement: Placement, keys: Tensor, values: Tensor) -> None:
@@ -208,11 +240,20 @@ class GradientEntries:
         self._past = {name: list(table.counts) for name, table in cache.tables.items()}
         self.counts, self.columns = self._stored.counts, self._stored.columns
         self.codes, self.hold = self._stored.codes, self._stored.hold
-        self.adopt = self._stored.adopt
+        self.adopt, self.past = self._stored.adopt, self._stored.past
+        self._stages = [layout]
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
         return self._stored.held
+
+    @property
+    def left(self) -> Sequence[TokenLayout]:
+        return self._stored.left
+
+    def enter(self, layout: TokenLayout) -> None:
+        self._stored.enter(layout)
+        self._stages.append(layout)
 
     def forget(self, layer: int) -> None:
         """Before a layer runs once more, for its activations: it stores its entries anew."""
@@ -224,11 +265,13 @@ class GradientEntries:
         self._new.setdefault(layer, []).append((rows.ids(torch.device("cpu")), keys, values))
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        self.append(layer, rows, *self._of(source, rows))
+        self.append(layer, rows, *self._of(source, rows, self._rows_of(layer)))
 
     def average(self, first: int, second: int, rows: Rows) -> None:
         # What this forward still reads in these layers are copies of the mean, by layers above.
-        both = zip(self._of(first, rows), self._of(second, rows), strict=True)
+        both = zip(
+            *(self._of(layer, rows, self._rows_of(layer)) for layer in (first, second)), strict=True
+        )
         keys, values = ((a + b) / 2 for a, b in both)
         own = rows.ids(torch.device("cpu"))
         for layer in (first, second):
@@ -240,21 +283,24 @@ class GradientEntries:
         if self.is_kept:
             self._stored.average(first, second, rows)
 
-    def _of(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, G, K]`` of new entries."""
+    def _rows_of(self, layer: int) -> TokenLayout:
+        return self._stages[self._plan.layers[layer].stage]
+
+    def _of(self, layer: int, rows: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """K and V ``[n, G, K]`` of new entries of rows of ``layout``."""
         ids, keys, values = self._merged(layer)
-        where = torch.full((len(self._layout),), -1, dtype=torch.int64)
-        where[ids] = torch.arange(len(ids))
-        index = where[rows.ids(torch.device("cpu"))].to(keys.device)
+        where = torch.full((self._layout.batch * self._layout.width,), -1, dtype=torch.int64)
+        where[self._rows_of(layer).places(ids)] = torch.arange(len(ids))
+        index = where[layout.places(rows.ids(torch.device("cpu")))].to(keys.device)
         return keys[index], values[index]
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         ids, new_keys, new_values = self._merged(layer)
-        table = self._plan.layers[layer].table
+        table, layout = self._plan.layers[layer].table, self._rows_of(layer)
         keys, values = [], []
-        for sequence in range(*sequences.indices(self._layout.batch)):
-            mine = (self._layout.sequences[ids] == sequence).nonzero().squeeze(1)
-            mine = mine[torch.argsort(self._layout.columns[ids[mine]])].to(new_keys.device)
+        for sequence in range(*sequences.indices(layout.batch)):
+            mine = (layout.sequences[ids] == sequence).nonzero().squeeze(1)
+            mine = mine[torch.argsort(layout.columns[ids[mine]])].to(new_keys.device)
             past = self._past[table][sequence]
             old_keys: list[Tensor] = []
             old_values: list[Tensor] = []  # a cache that is not kept has no buffers

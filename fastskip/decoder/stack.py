@@ -16,13 +16,14 @@ from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.positions import Turns, positions_of
 from fastskip.decoder.recomputing import maybe_recomputed
+from fastskip.decoder.removing import RowsLeft
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine, TokenClass
 from fastskip.routing import Router, RoutingRecord
-from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
+from fastskip.tokens import CODES, Rows, TokenLayout, add, add_, member
 
 HOST = torch.device("cpu")
 Watch = Callable[[int, Tensor], None]
@@ -127,9 +128,11 @@ class Decoder:
             entries = CachedEntries(self.plan, cache, layout, packed)
         rotation = self.positions.turns(layout.positions, packed)
         narrow = None if wanted is None else layout.locate(wanted)
-        late = narrow if narrows_after(self.plan) else None
+        late = narrow if narrows_after(self.plan) or self._may_leave(layout, narrow) else None
         narrow = None if late is not None else narrow
         static = _StepRows(self.plan, layout, entries, narrow)
+        keeps_gone = watch is not None or wanted is None or late is not None
+        rest = RowsLeft(self.plan, self._blocks, layout, rotation, entries, keeps_gone=keeps_gone)
         routed = None
         if self.plan.routed:
             routed = self._route(layout, cache, entries, narrow, static.of, rotation)
@@ -138,11 +141,12 @@ class Decoder:
             blocks = [self._blocks[index] for index in step]
             if routed is not None:
                 routed.enter(step, packed)
+            rest.look(step[-1], packed)
             rows_of = static.of if routed is None else routed.of
             inputs = [rows_of(block.plan, step is self.plan.steps[-1]) for block in blocks]
             if watch is not None:
                 for index in step:
-                    watch(index, packed)
+                    watch(index, rest.whole(packed))
             runs = [
                 maybe_recomputed(
                     block.run if len(step) == 1 else block.change,
@@ -153,14 +157,33 @@ class Decoder:
                 for index, block in zip(step, blocks, strict=True)
             ]
             if len(step) == 1:
-                packed = runs[0](packed, inputs[0], rotation, entries, combine)
+                packed = runs[0](packed, inputs[0], rest.rotation, entries, combine)
             else:
                 plans = [block.plan for block in blocks]
-                packed = _run_pair(packed, plans, runs, inputs, rotation, entries, combine)
-        cache.commit(layout, entries.held)
-        if routed is not None and self.record is not None:
-            self.record.forwards.append(routed.decisions())
-        return packed if late is None else late.take(packed)
+                packed = _run_pair(packed, plans, runs, inputs, rest.rotation, entries, combine)
+            if step[-1] in self._removing:
+                packed = rest.remove(step[-1], packed)
+                narrow = None if narrow is None or wanted is None else rest.layout.locate(wanted)
+                static = _StepRows(self.plan, rest.layout, entries, narrow)
+        cache.commit(layout, entries.held, entries.left)
+        if self.record is not None and (routed is not None or self.plan.removals):
+            self.record.forwards.append(
+                rest.decisions(self.plan) if routed is None else routed.decisions()
+            )
+        if wanted is not None and late is None:
+            return packed
+        return rest.whole(packed) if late is None else late.take(rest.whole(packed))
+
+    @property
+    def _removing(self) -> frozenset[int]:
+        return frozenset(rule.after_layer for rule in self.plan.removals)
+
+    def _may_leave(self, layout: TokenLayout, wanted: Rows | None) -> bool:
+        """Whether a removal may take rows whose output is read."""
+        if wanted is None:
+            return False
+        codes = wanted.take(layout.codes)
+        return any(bool(member(codes, rule.classes).any()) for rule in self.plan.removals)
 
     def _route(
         self,

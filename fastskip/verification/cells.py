@@ -88,19 +88,16 @@ def read_policy(
 ) -> tuple[LayerCells, ...]:
     """Resolve the rules and arrangements in the plain data of a policy for `depth` layers.
 
-    The policy is taken to be valid. What routers decide is not said here: see `read_routed_kv`.
-    `removals`, and pairs under semantics "reference" (whose cache is no cache of what ran), have
+    The policy is taken to be valid. What routers and removals decide is not said here: see
+    `read_routed_kv`. Pairs under semantics "reference" (whose cache is no cache of what ran) have
     no form in a masked computation and are refused.
     """
     refers = policy.get("semantics") == "reference"
     pairs = [rule for rule in policy.get("arrangements", ()) if rule["kind"] == "pair"]
-    if policy.get("removals") or (refers and pairs):
-        what = (
-            "removals" if policy.get("removals") else "arrangements: pairs of semantics reference"
-        )
-        allowed = 'policies without them, or "semantics": "clean"'
+    if refers and pairs:
         raise UncheckedPolicyError(
-            f"{what}: the masked dense computation has no form for it; allowed: {allowed}"
+            "arrangements: pairs of semantics reference: the masked dense computation has no form "
+            'for it; allowed: policies without them, or "semantics": "clean"'
         )
     without: dict[str, list[set[int]]] = {
         sublayer: [set() for _ in range(depth)] for sublayer in ("attention", "ffn")
@@ -148,7 +145,8 @@ def read_policy(
 def read_routed_kv(policy: Mapping[str, Any], depth: int) -> tuple[tuple[str, ...], ...]:
     """What a row that skips attention by a decision leaves, by layer and class.
 
-    In layers that no router guards only rows skip that a plug-in sent past them: by its rule.
+    In layers that no router guards only rows skip that a plug-in sent past them: by its rule. What
+    a removal sends away leaves nothing.
     """
     kept = [["project"] * len(CLASS_NAMES) for _ in range(depth)]
     for rule in sorted(policy.get("routers", ()), key=lambda rule: "." not in rule["kind"]):
@@ -159,6 +157,10 @@ def read_routed_kv(policy: Mapping[str, Any], depth: int) -> tuple[tuple[str, ..
         for layer in layers if guards_attention else ():
             for token_class in _classes(rule["tokens"]):
                 kept[layer][token_class] = rule.get("kv") or "project"
+    for removal in policy.get("removals", ()):
+        for layer in range(removal["after_layer"] + 1, depth):
+            for token_class in _classes(removal.get("tokens", ["image"])):
+                kept[layer][token_class] = "omit"
     return tuple(map(tuple, kept))
 
 

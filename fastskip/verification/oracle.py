@@ -56,8 +56,8 @@ class MaskedOracle:
         with MaskedOracle(model, policy.to_dict()) as oracle:
             logits = oracle.forward(**processor(images=image, text=text, return_tensors="pt"))
 
-    `decisions` says what routers let rows skip, by (layer, "attention" or "ffn"): boolean,
-    [batch, columns], for the columns of `forward`. A policy with routers needs them.
+    `decisions` says what routers and removals let rows skip, by (layer, "attention" or "ffn"):
+    boolean, [batch, columns], for the columns of `forward`. A policy with either needs them.
     """
 
     def __init__(
@@ -66,8 +66,10 @@ class MaskedOracle:
         policy: Mapping[str, Any],
         decisions: Mapping[tuple[int, str], Tensor] | None = None,
     ) -> None:
-        if policy.get("routers") and decisions is None:
-            raise ValueError("decisions: needed for a policy with routers; what they decided")
+        if decisions is None and (policy.get("routers") or policy.get("removals")):
+            raise ValueError(
+                "decisions: needed for a policy with routers or removals; what they decided"
+            )
         self.model = model
         decoder = model.get_decoder()
         self._decoder = decoder if hasattr(decoder, "layers") else decoder.get_decoder()

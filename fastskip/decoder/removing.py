@@ -1,0 +1,206 @@
+"""Rows that leave a prompt between two layers: which ones, and what is left of the forward.
+
+After a removal the rows that stay are a smaller forward of their own: the columns that left are
+pads to all later layers, which compute, store and see nothing of them. Sources of the rankings:
+FastV (arXiv 2403.06764), PyramidDrop (arXiv 2410.17247).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.entries import Entries
+from fastskip.decoder.layer import Block
+from fastskip.decoder.positions import Turns
+from fastskip.ops.routes import draw, mixed
+from fastskip.plan import SkipPlan
+from fastskip.policy import Ranking, RemovalRule, Sublayer, TokenClass
+from fastskip.routing import Decisions
+from fastskip.survivors import spaced
+from fastskip.tokens import CODES, PAD, Rows, TokenLayout, member
+
+GENERATED = CODES[TokenClass.GENERATED]
+HOST = torch.device("cpu")
+
+
+def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tensor:
+    """How one row attends: ``[H, s]`` fp32 over ``keys [G, s, K]``, rotated.
+
+    ``h [1, D]``: the row as it enters the layer; ``at``: where it stands.
+    """
+    queries = at.turn(block.products.queries(block.products.attention_norm(h)))[0]
+    keys = keys.float()
+    heads = queries.float().view(keys.shape[0], -1, keys.shape[-1])
+    scores = (heads @ keys.transpose(-1, -2) * block.scale).flatten(0, 1)
+    return scores.softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """In one sequence: who may leave ``[n]``, in column order, and the prompt's last row."""
+
+    candidates: Tensor
+    last: int
+
+
+class RowsLeft:
+    """The rows of one forward that removals have left so far.
+
+    Attributes:
+        layout: of these rows; the one that the forward began with where none has left.
+        rotation: of these rows.
+    """
+
+    def __init__(
+        self,
+        plan: SkipPlan,
+        blocks: Sequence[Block],
+        layout: TokenLayout,
+        rotation: Turns,
+        entries: Entries,
+        *,
+        keeps_gone: bool,
+    ) -> None:
+        """``keeps_gone``: whether somebody will ask for ``whole``."""
+        self.layout, self.rotation = layout, rotation
+        self._blocks, self._entries, self._keeps_gone = blocks, entries, keeps_gone
+        self._rules = {rule.after_layer: rule for rule in plan.removals}
+        self._choices: list[_Choice] = []
+        self._entering = torch.empty(0)
+        # Which rows of the whole forward these are, and those that left, as they left.
+        self._ids: Tensor | None = None
+        self._gone: list[tuple[Tensor, Tensor]] = []
+        # For proofs: the forward as it began, and ``[B, T]`` who might leave after a layer.
+        self._start, self._asked = layout, dict[int, Tensor]()
+
+    def look(self, layer: int, h: Tensor) -> None:
+        """Rows ``h [N, D]`` stand before a layer: what a removal after it has to know of that."""
+        rule = self._rules.get(layer)
+        if rule is None:
+            return
+        self._choices = self._choose(rule)
+        if rule.keep.by is Ranking.ATTENTION and self._choices:
+            last = torch.tensor([choice.last for choice in self._choices])
+            self._entering = h.detach()[last.to(h.device)]
+
+    def remove(self, layer: int, h: Tensor) -> Tensor:
+        """Rows ``[N, D]`` stand behind a layer: those that stay after it, ``[n, D]``."""
+        rule = self._rules.get(layer)
+        if rule is None:
+            return h
+        gone = torch.zeros(len(self.layout), dtype=torch.bool)
+        asked = gone.clone()
+        with torch.no_grad():
+            for number, choice in enumerate(self._choices):
+                asked[choice.candidates] = True
+                gone[choice.candidates] = True
+                gone[self._kept(rule, number, choice, h.detach())] = False
+        self._asked[layer] = self.layout.unpack(asked)
+        before, self._choices = self.layout, []
+        if bool(gone.any()):
+            h = self._leave(gone, h)
+            self.layout = before.without(gone)
+        self._entries.enter(self.layout)
+        return h
+
+    def whole(self, h: Tensor) -> Tensor:
+        """All rows of the forward ``[N, D]``, in the order that it began with; rows that left are
+        as they left."""
+        if self._ids is None:
+            return h
+        ids, rows = zip(*self._gone, (self._ids, h), strict=True)
+        return torch.cat(rows)[torch.argsort(torch.cat(ids)).to(h.device)]
+
+    def decisions(self, plan: SkipPlan) -> Decisions:
+        """Who left, by column: in every layer after a removal all whom it sent away."""
+        start = self._start
+        left = [start, *self._entries.left]
+        skipped, asked = {}, {}
+        for layer in plan.layers if plan.removals else ():
+            gone = left[layer.stage].source != start.source
+            for sublayer in Sublayer if layer.stage else ():
+                skipped[layer.index, sublayer] = gone
+                if layer.index - 1 in self._asked:
+                    asked[layer.index, sublayer] = self._asked[layer.index - 1]
+        return Decisions(start.first_column, start.source, skipped, asked)
+
+    def _leave(self, gone: Tensor, h: Tensor) -> Tensor:
+        stay = (~gone).nonzero().squeeze(1)
+        ids = torch.arange(len(gone)) if self._ids is None else self._ids
+        if self._keeps_gone:
+            away = gone.nonzero().squeeze(1)
+            self._gone.append((ids[away], h[away.to(h.device)]))
+        self._ids = ids[stay]
+        self.rotation = self.rotation.take(Rows(stay, len(stay)))
+        return h[stay.to(h.device)]
+
+    def _choose(self, rule: RemovalRule) -> list[_Choice]:
+        layout = self.layout
+        is_prompt = (layout.codes != GENERATED) & (layout.codes != PAD)
+        may_leave = member(layout.codes, rule.classes)
+        found = []
+        for sequence in sorted(set(layout.sequences[may_leave].tolist())):
+            own = layout.sequences == sequence
+            prompt = (own & is_prompt).nonzero().squeeze(1)
+            last = int(prompt[layout.columns[prompt].argmax()])
+            candidates = (own & may_leave).nonzero().squeeze(1)
+            candidates = candidates[layout.columns[candidates].argsort()]
+            candidates = candidates[candidates != last]
+            if len(candidates):
+                found.append(_Choice(candidates, last))
+        return found
+
+    def _kept(self, rule: RemovalRule, number: int, choice: _Choice, h: Tensor) -> Tensor:
+        """The candidates that stay, at equal scores the earlier ones."""
+        candidates, by = choice.candidates, rule.keep.by
+        count = rule.keep.count(len(candidates))
+        if not count:
+            return candidates[:0]
+        if by is Ranking.SPACING:
+            return candidates[spaced(len(candidates), count)]
+        if by is Ranking.RANDOM:
+            salt = mixed(mixed(rule.seed or 0) ^ mixed(4 * rule.after_layer))
+            scores = draw(self.layout.positions[candidates], salt)
+        elif by is Ranking.ATTENTION:
+            scores = self._attended(rule.after_layer, self._entering[number : number + 1], choice)
+        else:
+            scores = self._to_attend(rule.after_layer + 1, h, choice)
+        order = torch.sort(scores, descending=True, stable=True).indices
+        return candidates[order[:count].cpu()]
+
+    def _attended(self, layer: int, entering: Tensor, choice: _Choice) -> Tensor:
+        """How the last row attended to each candidate in a layer, the mean over its heads."""
+        layout = self.layout
+        sequence, last = int(layout.sequences[choice.last]), layout.columns[choice.last]
+        columns = self._entries.columns(layer, sequence)
+        count = int((columns <= last).sum())
+        here = slice(sequence, sequence + 1)
+        keys = torch.cat(self._entries.read(layer, here, count)[0], dim=2)[0]
+        weights = attention_weights(self._blocks[layer], entering, self._at(choice.last), keys)
+        spots = torch.searchsorted(columns[:count], layout.columns[choice.candidates])
+        return weights.mean(0)[spots.to(weights.device)]
+
+    def _to_attend(self, layer: int, h: Tensor, choice: _Choice) -> Tensor:
+        """The same of a layer that has not run yet, by its projections of the rows as they are."""
+        layout, block = self.layout, self._blocks[layer]
+        sequence, last = int(layout.sequences[choice.last]), layout.columns[choice.last]
+        seen = (layout.sequences == sequence) & (layout.columns <= last)
+        rows = (seen & member(layout.codes, block.plan.projecting)).nonzero().squeeze(1)
+        x = block.products.attention_norm(h[rows.to(h.device)])
+        keys, _ = block.products.keys_values(x)
+        keys = self.rotation.take(Rows(rows, len(rows))).turn(keys).transpose(0, 1)
+        past = [segment[0] for segment in self._entries.past(layer, sequence)]
+        before = sum(segment.shape[1] for segment in past)
+        row = h[choice.last : choice.last + 1]
+        every = torch.cat((*past, keys), dim=1)
+        weights = attention_weights(block, row, self._at(choice.last), every).mean(0)
+        where = torch.empty(len(layout), dtype=torch.int64)
+        where[rows] = torch.arange(len(rows))
+        return weights[(before + where[choice.candidates]).to(weights.device)]
+
+    def _at(self, row: int) -> Turns:
+        return self.rotation.take(Rows(slice(row, row + 1), 1))

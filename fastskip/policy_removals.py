@@ -1,0 +1,103 @@
+"""Statements of a policy that send rows of a prompt away, out of all layers that are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from fastskip.policy_fields import TokenSet, member, names, plain, set_fields, token_set
+from fastskip.vocabulary import PolicyError, Ranking, TokenClass
+
+SEEDS = 1 << 32
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Keep:
+    """Which rows stay: the share `ratio` of those at hand, the first ones by `by`.
+
+    Of `n` rows of a sequence `floor(ratio * n)` stay, all of its images together.
+    """
+
+    by: Ranking
+    ratio: float
+
+    def __init__(self, by: Ranking | str, ratio: float) -> None:
+        is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if not is_number or not math.isfinite(ratio) or not 0 <= ratio < 1:
+            raise PolicyError("ratio", ratio, "a number in [0, 1)")
+        set_fields(self, by=member(Ranking, by, "by"), ratio=float(ratio))
+
+    def count(self, rows: int) -> int:
+        """How many of `rows` stay; a share that is a whole number but for rounding is that."""
+        return math.floor(self.ratio * rows + 1e-6)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class RemovalRule:
+    """After layer `after_layer` rows of `tokens` that `keep` does not name leave: no later layer
+    computes them, none holds an entry of theirs.
+
+    The last row of a prompt always stays. `seed`: of RANDOM, where draws start (0). Sources: FastV
+    (arXiv 2403.06764) for ATTENTION, PyramidDrop (arXiv 2410.17247) for NEXT_ATTENTION, VTW (arXiv
+    2405.05803) for a ratio of 0.
+    """
+
+    after_layer: int
+    tokens: TokenSet
+    keep: Keep
+    seed: int | None
+    required: ClassVar[tuple[str, ...]] = ("after_layer", "keep")
+
+    def __init__(
+        self,
+        after_layer: int,
+        tokens: str | Iterable[TokenClass | str] = (TokenClass.IMAGE,),
+        keep: Keep | Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if type(after_layer) is not int or after_layer < 0:
+            raise PolicyError("after_layer", after_layer, "the index of a layer, from 0")
+        classes = token_set(tokens)
+        if classes != frozenset({TokenClass.IMAGE}):
+            raise PolicyError("tokens", plain(classes), f'["{TokenClass.IMAGE}"]')
+        set_fields(self, after_layer=after_layer, tokens=classes, keep=_keep(keep), seed=seed)
+        if seed is not None:
+            if self.keep.by is not Ranking.RANDOM:
+                raise PolicyError("seed", seed, f'no seed, or by "{Ranking.RANDOM}"')
+            if type(seed) is not int or not 0 <= seed < SEEDS:
+                raise PolicyError("seed", seed, f"an integer in [0, {SEEDS})")
+
+    @property
+    def classes(self) -> frozenset[TokenClass]:
+        """Whose rows may leave."""
+        assert self.tokens != "all"
+        return self.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as in the policy file."""
+        result = {
+            "after_layer": self.after_layer,
+            "tokens": plain(self.tokens),
+            "keep": {"by": self.keep.by.value, "ratio": self.keep.ratio},
+        }
+        return result if self.seed is None else result | {"seed": self.seed}
+
+
+def _keep(value: object) -> Keep:
+    if isinstance(value, Keep):
+        return value
+    known = [f.name for f in fields(Keep)]
+    if not isinstance(value, Mapping):
+        raise PolicyError("keep", value, f"an object with {names(known)}")
+    for key in value:
+        if key not in known:
+            raise PolicyError(f"keep.{key}", value[key], names(known), "unknown field")
+    for key in known:
+        if key not in value:
+            raise PolicyError(f"keep.{key}", None, "a value", "is missing")
+    try:
+        return Keep(**value)
+    except PolicyError as error:
+        raise error.under("keep") from None
