@@ -7,6 +7,8 @@ rows skip shows as programs that may leave at once (``Account.guarded_programs``
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,11 @@ from fastskip.ops.account import Account, counted, tables
 from fastskip.ops.contracts import Activation, Linear, Norm, Rotation
 from fastskip.ops.operations import FusedOperations
 from fastskip.plan import ModelShape, SkipPlan
-from fastskip.policy import RouterRule, TokenClass, select_layers
+from fastskip.policy import RemovalRule, RouterRule, TokenClass, select_layers
 from fastskip.routing import ScoreRouter
 from fastskip.routing.weights import LayerScore
-from fastskip.tokens import CODES, TokenLayout
+from fastskip.survivors import spaced
+from fastskip.tokens import CODES, TokenLayout, member
 
 __all__ = ["Account", "decode_launches", "prefill_launches", "tables"]
 
@@ -39,7 +42,8 @@ def prefill_launches(
 ) -> Account:
     """Launches of the decoder for ``batch`` prompts of this many positions, and of its head.
 
-    A captured prompt has the same launches on rows filled up to its shape.
+    A captured prompt has the same launches on rows filled up to its shape. After a removal the rows
+    are taken as evenly spaced; what it computes to choose them is not counted.
 
     ``table``: the GPU's tuning table, since it decides how a launch is split.
     """
@@ -53,13 +57,29 @@ def prefill_launches(
     with counted(is_dry=True, table=table) as account:
         cache.grow(layout, h)
         wanted = torch.arange(1, batch + 1) * (n_image + n_text) - 1
-        numbers = RowNumbers(layout, cache.codes, layout.locate(wanted))
-        send, counts = sender(numbers, anchor.device), cache.device_counts
-        rows = ForwardRows(plan, numbers, send, counts, _routers(plan), anchor)
-        store = Store(_rotation(plan.shape), cache.pages_of)
-        out = run_steps(plan, _blocks(plan, ops), h, rows.of, store)
-        ops.head_logits(out, _norm(plan.shape), _head(plan.shape))
+        store, routers = Store(_rotation(plan.shape), cache.pages_of), _routers(plan)
+        blocks = _blocks(plan, ops)
+        for stage, steps in groupby(plan.steps, lambda step: plan.layers[step[0]].stage):
+            if stage:
+                layout = layout.without(_gone(layout, plan.removals[stage - 1]))
+                cache.enter(stage, layout, anchor)
+                h = _empty(plan.shape, len(layout), plan.shape.hidden_size)
+            numbers = RowNumbers(layout, cache.codes, layout.locate(wanted))
+            send, counts = sender(numbers, anchor.device), cache.device_counts
+            rows = ForwardRows(plan, numbers, send, counts, routers, anchor)
+            h = run_steps(plan, blocks, h, rows.of, store, steps=list(steps))
+        ops.head_logits(h, _norm(plan.shape), _head(plan.shape))
     return account
+
+
+def _gone(layout: TokenLayout, rule: RemovalRule) -> Tensor:
+    """``[N]``: rows that are not among the evenly spaced ones of their sequences."""
+    gone = member(layout.codes, rule.classes)
+    for sequence in range(layout.batch):
+        mine = (gone & (layout.sequences == sequence)).nonzero().squeeze(1)
+        mine = mine[layout.columns[mine].argsort()]
+        gone[mine[spaced(len(mine), rule.keep.count(len(mine)))]] = False
+    return gone
 
 
 def decode_launches(plan: SkipPlan, batch: int, context: int, table: str | None = None) -> Account:

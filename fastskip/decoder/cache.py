@@ -154,13 +154,17 @@ class SkipCache(Cache):
         expected = self.reserve - layout.first_column - layout.width
         return max(0, expected) if is_dense and TokenClass.GENERATED in holding else 0
 
+    def codes_at(self, stage: int) -> Tensor:
+        """``codes`` as layers after so many removals know them: who left before is a pad."""
+        return self.codes.masked_fill(self.gone <= stage, PAD) if stage else self.codes
+
     def held(self, key: Table) -> Tensor:
         """``[B, C]``: which columns have entries in the layers of a table, host."""
         table = self.tables[key]
         if table.held is not None:
             return table.held
-        found = member(self.codes, classes_of(key))
-        return found & (self.gone > key.stage) if isinstance(key, Staged) else found
+        stage = key.stage if isinstance(key, Staged) else 0
+        return member(self.codes_at(stage), classes_of(key))
 
     def commit(
         self,

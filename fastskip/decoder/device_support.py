@@ -12,6 +12,11 @@ def unsupported_plan(plan: SkipPlan) -> str | None:
         reason = _unsupported_layer(layer)
         if reason is not None:
             return f"{reason} in layer {layer.index}"
+        for source in layer.reusing:
+            if plan.layers[source].stage != layer.stage:
+                return (
+                    f"kv reuse in layer {layer.index} over layer {source}, with a removal between"
+                )
     return _unsupported_routing(plan)
 
 

@@ -46,8 +46,11 @@ class Entries(Protocol):
     def counts(self, layer: int) -> list[int]:
         """Entries of each sequence, new ones included."""
 
-    def past(self, layer: int, sequence: int) -> list[Tensor]:
-        """Segments ``[1, G, n_i, K]`` of the keys that earlier forwards left of a sequence."""
+    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
+        """``[G, count, K]``: the keys of a sequence's first entries."""
+
+    def past(self, layer: int, sequence: int) -> Tensor | None:
+        """``[G, n, K]``: the keys that earlier forwards left of a sequence, if any."""
 
     def enter(self, layout: TokenLayout) -> None:
         """Says which rows are left for the layers after the next removal."""
@@ -67,7 +70,7 @@ class Entries(Protocol):
         """What ``enter`` was told, for the cache."""
 
 
-class _SlotMap:
+class SlotMap:
     """Slots of a forward's rows, per entry table; shared by all layers of the table."""
 
     def __init__(self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout) -> None:
@@ -150,7 +153,7 @@ class CachedEntries:
         cache.grow(layout, like)
         self._plan, self._cache, self._batch = plan, cache, layout.batch
         self._layout, self._like = layout, like
-        self._map = _SlotMap(plan, cache, layout)
+        self._map = SlotMap(plan, cache, layout)
         self.counts, self.columns = self._map.counts, self._map.columns
         self.codes = self._map.codes
 
@@ -172,9 +175,13 @@ class CachedEntries:
         self._cache.enter(len(self._map.stages), layout, self._like)
         self._map.stages.append(layout)
 
-    def past(self, layer: int, sequence: int) -> list[Tensor]:
+    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
+        here = slice(sequence, sequence + 1)
+        return torch.cat(self.read(layer, here, count)[0], dim=2)[0]
+
+    def past(self, layer: int, sequence: int) -> Tensor | None:
         count = self._cache.tables[self._plan.layers[layer].table].counts[sequence]
-        return self.read(layer, slice(sequence, sequence + 1), count)[0] if count else []
+        return self.keys(layer, sequence, count) if count else None
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         self._write(layer, self._map.placement(layer, rows), keys, values)
@@ -293,6 +300,9 @@ class GradientEntries:
         where[self._rows_of(layer).places(ids)] = torch.arange(len(ids))
         index = where[layout.places(rows.ids(torch.device("cpu")))].to(keys.device)
         return keys[index], values[index]
+
+    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
+        return self.read(layer, slice(sequence, sequence + 1), count)[0][0][0]
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         ids, new_keys, new_values = self._merged(layer)

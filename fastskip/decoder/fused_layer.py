@@ -227,9 +227,10 @@ def run_steps(
     rows_of: RowsOf,
     store: Store,
     watch: Watch | None = None,
+    steps: Sequence[tuple[int, ...]] | None = None,
 ) -> Tensor:
-    """Every step of the plan on ``h [N, D]``, which is written."""
-    for step in plan.steps:
+    """Every step of the plan, or those of ``steps``, on ``h [N, D]``, which is written."""
+    for step in plan.steps if steps is None else steps:
         is_last = step is plan.steps[-1]
         own = [blocks[index] for index in step]
         rows = [rows_of(block.plan, is_last) for block in own]

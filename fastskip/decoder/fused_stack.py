@@ -31,6 +31,7 @@ from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import rounded_rows
 from fastskip.decoder.stack import Decoder, Watch
+from fastskip.decoder.staged_forward import StagedForward
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
 from fastskip.ops.operations import FusedOperations
@@ -171,6 +172,10 @@ class FusedDecoder(Decoder):
         self._check(cache, wants_gradient)
         self.positions.check(layout.positions)
         cache.grow(layout, self.anchor)
+        if self.plan.removals:
+            record = None if self.record is None else self.record.forwards.append
+            staged = StagedForward(self.plan, self._fused_blocks, self._blocks, self.positions)
+            return staged.run(h, layout, cache, wanted, watch, record)
         captured = None if watch is not None else self._captured(h, layout, cache, wanted)
         if captured is not None:
             forward, numbers = captured

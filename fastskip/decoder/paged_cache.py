@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.cache import STAYS, SkipCache
 from fastskip.decoder.pages import PagePool
 from fastskip.layer_plan import Table
 from fastskip.ops.contracts import Pages
@@ -106,6 +106,7 @@ class PagedCache(SkipCache):
         positions = self.last_positions()[:, None] + 1 + torch.arange(steps)
         self.codes = torch.cat((self.codes, new), dim=1)
         self.positions = torch.cat((self.positions, positions), dim=1)
+        self.gone = torch.cat((self.gone, torch.full_like(new, STAYS)), dim=1)
         for key, table in self.tables.items():
             if table.held is not None:
                 columns = (held or {})[key]

@@ -126,6 +126,18 @@ class PagePool:
             self.slabs,
         )
 
+    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
+        """``[G, count, K]`` keys of a sequence's first entries, as a new tensor."""
+        size, start = self.groups * PAGE * self.head_dim, self.offset_of(layer)
+        parts = []
+        for slab, page in self._pages[sequence][: -(-count // PAGE)]:
+            first = page * self.page_elements + start
+            flat = self.slabs[slab][first : first + size]
+            parts.append(flat.view(self.groups, PAGE, self.head_dim))
+        if not parts:
+            return self.anchor.new_empty(self.groups, 0, self.head_dim)
+        return torch.cat(parts, dim=1)[:, :count]
+
     def select(self, sequences: Sequence[int]) -> None:
         """Keeps (or repeats) sequences: each gets pages of its own in one new slab."""
         chosen = [self._pages[sequence] for sequence in sequences]

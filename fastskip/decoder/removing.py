@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastskip.decoder.entries import Entries
 from fastskip.decoder.layer import Block
 from fastskip.decoder.positions import Turns
 from fastskip.ops.routes import draw, mixed
@@ -39,12 +39,38 @@ def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tenso
     return scores.softmax(-1)
 
 
+class Keys(Protocol):
+    """What a removal asks of the entries of a forward."""
+
+    def columns(self, layer: int, sequence: int) -> Tensor:
+        """The column of each entry of a sequence, new ones included: ``[count]``, host."""
+
+    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
+        """``[G, count, K]``: the keys of a sequence's first entries."""
+
+    def past(self, layer: int, sequence: int) -> Tensor | None:
+        """``[G, n, K]``: the keys that earlier forwards left of a sequence, if any."""
+
+    def enter(self, layout: TokenLayout) -> None:
+        """Says which rows are left for the layers after the next removal."""
+
+    @property
+    def left(self) -> Sequence[TokenLayout]:
+        """What ``enter`` was told."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Choice:
     """In one sequence: who may leave ``[n]``, in column order, and the prompt's last row."""
 
     candidates: Tensor
     last: int
+
+
+def may_leave(plan: SkipPlan, layout: TokenLayout, rows: Rows) -> bool:
+    """Whether a removal may take some of these rows."""
+    codes = rows.take(layout.codes)
+    return any(bool(member(codes, rule.classes).any()) for rule in plan.removals)
 
 
 class RowsLeft:
@@ -61,7 +87,7 @@ class RowsLeft:
         blocks: Sequence[Block],
         layout: TokenLayout,
         rotation: Turns,
-        entries: Entries,
+        entries: Keys,
         *,
         keeps_gone: bool,
     ) -> None:
@@ -178,8 +204,7 @@ class RowsLeft:
         sequence, last = int(layout.sequences[choice.last]), layout.columns[choice.last]
         columns = self._entries.columns(layer, sequence)
         count = int((columns <= last).sum())
-        here = slice(sequence, sequence + 1)
-        keys = torch.cat(self._entries.read(layer, here, count)[0], dim=2)[0]
+        keys = self._entries.keys(layer, sequence, count)
         weights = attention_weights(self._blocks[layer], entering, self._at(choice.last), keys)
         spots = torch.searchsorted(columns[:count], layout.columns[choice.candidates])
         return weights.mean(0)[spots.to(weights.device)]
@@ -193,10 +218,10 @@ class RowsLeft:
         x = block.products.attention_norm(h[rows.to(h.device)])
         keys, _ = block.products.keys_values(x)
         keys = self.rotation.take(Rows(rows, len(rows))).turn(keys).transpose(0, 1)
-        past = [segment[0] for segment in self._entries.past(layer, sequence)]
-        before = sum(segment.shape[1] for segment in past)
+        past = self._entries.past(layer, sequence)
+        before = 0 if past is None else past.shape[1]
+        every = keys if past is None else torch.cat((past, keys), dim=1)
         row = h[choice.last : choice.last + 1]
-        every = torch.cat((*past, keys), dim=1)
         weights = attention_weights(block, row, self._at(choice.last), every).mean(0)
         where = torch.empty(len(layout), dtype=torch.int64)
         where[rows] = torch.arange(len(rows))

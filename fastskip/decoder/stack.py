@@ -16,14 +16,14 @@ from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.positions import Turns, positions_of
 from fastskip.decoder.recomputing import maybe_recomputed
-from fastskip.decoder.removing import RowsLeft
+from fastskip.decoder.removing import RowsLeft, may_leave
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
 from fastskip.decoder.weights import BlockWeights
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine, TokenClass
 from fastskip.routing import Router, RoutingRecord
-from fastskip.tokens import CODES, Rows, TokenLayout, add, add_, member
+from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
 
 HOST = torch.device("cpu")
 Watch = Callable[[int, Tensor], None]
@@ -128,7 +128,9 @@ class Decoder:
             entries = CachedEntries(self.plan, cache, layout, packed)
         rotation = self.positions.turns(layout.positions, packed)
         narrow = None if wanted is None else layout.locate(wanted)
-        late = narrow if narrows_after(self.plan) or self._may_leave(layout, narrow) else None
+        late = narrow if narrows_after(self.plan) else None
+        if narrow is not None and may_leave(self.plan, layout, narrow):
+            late = narrow
         narrow = None if late is not None else narrow
         static = _StepRows(self.plan, layout, entries, narrow)
         keeps_gone = watch is not None or wanted is None or late is not None
@@ -177,13 +179,6 @@ class Decoder:
     @property
     def _removing(self) -> frozenset[int]:
         return frozenset(rule.after_layer for rule in self.plan.removals)
-
-    def _may_leave(self, layout: TokenLayout, wanted: Rows | None) -> bool:
-        """Whether a removal may take rows whose output is read."""
-        if wanted is None:
-            return False
-        codes = wanted.take(layout.codes)
-        return any(bool(member(codes, rule.classes).any()) for rule in self.plan.removals)
 
     def _route(
         self,

@@ -114,8 +114,12 @@ class Answers:
     def note(self) -> None:
         """A step was launched."""
         self._held.append(self._state.held(self._batch))
-        if self._record is not None and self._state.routes is not None:
+        if self._record is None:
+            return
+        if self._state.routes is not None:
             self._answers.append(self._state.routes.answers())
+        elif self._state.plan.removals:  # whose steps send nobody away
+            self._answers.append({})
 
     def commit(self, steps: int) -> None:
         """The first ``steps`` of them count."""

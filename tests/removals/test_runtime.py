@@ -72,6 +72,9 @@ def test_result_is_the_masked_one(
     except fastskip.PolicyError as error:
         assert error.field.endswith("keep.by")  # nobody attends where the rule looks
         return
+    except fastskip.UnsupportedModelError as error:
+        assert "kv reuse" in str(error)  # on the device, over a removal
+        return
     check_forward(trio, policy, batches[number])
     check_generate(trio, policy, batches[number], new=3)
 
@@ -189,10 +192,10 @@ def test_cache_holds_what_the_plan_says(trio: Trio) -> None:
     with torch.no_grad():
         cache = model(**batch.inputs())[CACHE_NAME]
     assert isinstance(cache, SkipCache)
+    assert cache.get_seq_length() == batch.columns
     n_image = int((batch.token_classes == IMAGE).sum())
     n_text = int(batch.real.sum()) - n_image
     assert cache.live_bytes() == fastskip.plan_of(model).kv_bytes(n_image, n_text)
-    assert cache.get_seq_length() == batch.columns
     # cropped to before the image and fed again, the same rows leave again
     expected = [tensor.clone() for tensor in (cache.gone, cache.codes)]
     cache.crop(-batch.columns)
