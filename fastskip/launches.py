@@ -7,8 +7,6 @@ rows skip shows as programs that may leave at once (``Account.guarded_programs``
 
 from __future__ import annotations
 
-from itertools import groupby
-
 import torch
 from torch import Tensor
 
@@ -59,7 +57,7 @@ def prefill_launches(
         wanted = torch.arange(1, batch + 1) * (n_image + n_text) - 1
         store, routers = Store(_rotation(plan.shape), cache.pages_of), _routers(plan)
         blocks = _blocks(plan, ops)
-        for stage, steps in groupby(plan.steps, lambda step: plan.layers[step[0]].stage):
+        for stage, steps in enumerate(plan.stages):
             if stage:
                 layout = layout.without(_gone(layout, plan.removals[stage - 1]))
                 cache.enter(stage, layout, anchor)
@@ -67,7 +65,7 @@ def prefill_launches(
             numbers = RowNumbers(layout, cache.codes, layout.locate(wanted))
             send, counts = sender(numbers, anchor.device), cache.device_counts
             rows = ForwardRows(plan, numbers, send, counts, routers, anchor)
-            h = run_steps(plan, blocks, h, rows.of, store, steps=list(steps))
+            h = run_steps(plan, blocks, h, rows.of, store, steps=steps)
         ops.head_logits(h, _norm(plan.shape), _head(plan.shape))
     return account
 

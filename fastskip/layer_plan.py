@@ -79,6 +79,11 @@ def classes_of(table: Table) -> frozenset[TokenClass]:
     return table.classes if isinstance(table, Staged) else table
 
 
+def stage_of(table: Table) -> int:
+    """How many removals come before the layers of a table."""
+    return table.stage if isinstance(table, Staged) else 0
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """One layer: its cells, its wiring, and the class sets that the runtime makes rows of.

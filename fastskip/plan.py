@@ -76,6 +76,15 @@ class SkipPlan:
         return tuple(steps)
 
     @cached_property
+    def stages(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The steps between removals: those before the first one, and so on."""
+
+        def stage(step: tuple[int, ...]) -> int:
+            return self.layers[step[0]].stage
+
+        return tuple(tuple(steps) for _, steps in groupby(self.steps, stage))
+
+    @cached_property
     def groups(self) -> tuple[frozenset[TokenClass], ...]:
         """Classes that every layer treats alike, merged; in the order of `TokenClass`."""
         merged: dict[object, set[TokenClass]] = {}

@@ -25,6 +25,7 @@ from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two
+from fastskip.layer_plan import stage_of
 from fastskip.ops.allocate import empty
 from fastskip.ops.graphs import capture, new_pool
 from fastskip.plan import SkipPlan
@@ -51,6 +52,7 @@ class ForwardShape:
         read: how many rows are read, where all go on.
         pages: columns of each page table, in the order of the cache's tables.
         positions: rows of the RoPE tables.
+        stage: which of the plan's stages it runs.
     """
 
     batch: int
@@ -59,17 +61,25 @@ class ForwardShape:
     read: int | None
     pages: tuple[int, ...]
     positions: int
+    stage: int = 0
 
     @classmethod
-    def of(cls, numbers: RowNumbers, cache: PagedCache, max_positions: int) -> ForwardShape:
+    def of(
+        cls, numbers: RowNumbers, cache: PagedCache, max_positions: int, stage: int = 0
+    ) -> ForwardShape:
         layout, narrow = numbers.layout, numbers.narrow
         return cls(
             layout.batch,
             layout.bounds,
             None if narrow is None else tuple(narrow.take(layout.codes).tolist()),
             None if numbers.read is None else numbers.read.count,
-            tuple(max(PAGES, power_of_two(p.table.shape[1])) for p in cache.pools.values()),
+            tuple(
+                max(PAGES, power_of_two(pool.table.shape[1]))
+                for key, pool in cache.pools.items()
+                if stage_of(key) == stage
+            ),
             power_of_two(max(layout.positions_needed, max_positions)),
+            stage,
         )
 
 
@@ -84,7 +94,8 @@ class Layers:
 
 
 class CapturedForward:
-    """One forward through all layers at fixed addresses."""
+    """One forward through the layers of a stage, which are all without removals, at fixed
+    addresses."""
 
     def __init__(
         self,
@@ -99,21 +110,29 @@ class CapturedForward:
         ``pool``: the memory of graphs that never run at the same time."""
         self._layers, plan, anchor = layers, layers.plan, cache.anchor
         device = anchor.device
+        self._stage, self._steps = shape.stage, plan.stages[shape.stage]
+        # Whose input a removal behind the stage looks at.
+        self._asked = self._steps[-1][-1] if shape.stage < len(plan.removals) else None
+        self._entered: Tensor | None = None
         self._h = empty((len(numbers.layout), h.shape[-1]), anchor.dtype, device)
         self._tables = {
             key: torch.zeros(shape.batch, width, dtype=torch.int64, device=device)
-            for key, width in zip(cache.pools, shape.pages, strict=True)
+            for key, width in zip(
+                (key for key in cache.pools if stage_of(key) == shape.stage),
+                shape.pages,
+                strict=True,
+            )
         }
         self._counts = {key: torch.zeros_like(own) for key, own in cache.device_counts.items()}
         parcel = self._parcel = Parcel(numbers, device)
-        self._columns = parcel.send(RowNumbers.columns)
+        self._columns = parcel.send(RowNumbers.packed if self._stage else RowNumbers.columns)
         self._read = None if numbers.read is None else parcel.send(RowNumbers.reading)
         self._positions = parcel.send(lambda n: n.positions(n.every()))
         self._rows = ForwardRows(plan, numbers, parcel.send, self._counts, layers.routers, anchor)
         # All of them now: nothing may be sent in a capture.
         self._rows_of = {
             index: self._rows.of(plan.layers[index], step is plan.steps[-1])
-            for step in plan.steps
+            for step in self._steps
             for index in step
         }
         # Kernels read the table alone, so that no slab is kept alive.
@@ -122,7 +141,7 @@ class CapturedForward:
                 cache.pages_of(layer.index), table=self._tables[layer.table], slabs=()
             )
             for layer in plan.layers
-            if layer.holding
+            if layer.holding and layer.stage == self._stage
         }
         rotation = layers.positions.rotation(shape.positions, anchor)
         self._store = Store(rotation, pages.__getitem__)
@@ -140,8 +159,15 @@ class CapturedForward:
         """Who left an entry in each hollow layer in the last run, ``[N]``."""
         return self._rows.held
 
+    @property
+    def entered(self) -> Tensor | None:
+        """What entered the last layer of the stage in the last run, if a removal asks for it:
+        ``[N, D]``, idle rows included; the next run writes to it."""
+        return self._entered
+
     def run(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> Tensor:
-        """All layers on ``h [B, T, D]``, which is not written; rows that are read, ``[n, D]``."""
+        """The layers on ``h [B, T, D]``, in later stages on packed rows ``[n, D]``, which is not
+        written; rows that are read, ``[n, D]``."""
         self._parcel.load(numbers)
         self._load(h, cache)
         self._replay()
@@ -154,8 +180,10 @@ class CapturedForward:
         return out.clone() if out is self._out else out
 
     def _load(self, h: Tensor, cache: PagedCache) -> None:
-        rows = h.flatten(0, 1).index_select(0, self._columns)
-        self._h.copy_(self._layers.positions.embed(rows, self._positions))
+        rows = h.flatten(0, -2).index_select(0, self._columns)
+        if not self._stage:
+            rows = self._layers.positions.embed(rows, self._positions)
+        self._h.copy_(rows)
         for key, table in self._tables.items():
             own = cache.pools[key].table
             table[:, : own.shape[1]].copy_(own)
@@ -167,8 +195,18 @@ class CapturedForward:
             self._rows.routes.reset()
         layers, rows = self._layers, self._rows_of
         self._out = run_steps(
-            layers.plan, layers.blocks, self._h, lambda layer, _: rows[layer.index], self._store
+            layers.plan,
+            layers.blocks,
+            self._h,
+            lambda layer, _: rows[layer.index],
+            self._store,
+            None if self._asked is None else self._note,
+            self._steps,
         )
+
+    def _note(self, layer: int, h: Tensor) -> None:
+        if layer == self._asked:
+            self._entered = h.clone()
 
 
 class CapturedForwards:

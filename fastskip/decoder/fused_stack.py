@@ -174,47 +174,93 @@ class FusedDecoder(Decoder):
         cache.grow(layout, self.anchor)
         if self.plan.removals:
             record = None if self.record is None else self.record.forwards.append
-            staged = StagedForward(self.plan, self._fused_blocks, self._blocks, self.positions)
+            staged = StagedForward(self.plan, self._run_stage, self._blocks, self.positions)
             return staged.run(h, layout, cache, wanted, watch, record)
-        captured = None if watch is not None else self._captured(h, layout, cache, wanted)
+        captured = None if watch is not None else self._captured(h, layout, cache, wanted, 0)
         if captured is not None:
             forward, numbers = captured
             layout = numbers.layout
             out, held, routes = forward.run(h, numbers, cache), forward.held, forward.routes
         else:
-            numbers = self._numbers(layout, cache, wanted)
+            numbers = self._numbers(layout, cache.codes, wanted)
             packed = self.positions.embed(layout.pack(h), layout.positions)
-            send = sender(numbers, cache.anchor.device)
-            rows = ForwardRows(
-                self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
-            )
-            rotation = self.positions.rotation(layout.positions_needed, packed)
-            store = Store(rotation, cache.pages_of)
-            with span("decoder"):
-                out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch)
-            out = out if numbers.read is None else numbers.read.take(out)
+            rows, out = self._launch(packed, numbers, cache, watch, 0)
             held, routes = rows.held, rows.routes
         cache.commit(layout, {key: layout.unpack(own.bool()) for key, own in held.items()})
         if self.record is not None and routes is not None:
             self.record.forwards.append(decisions_of(routes, layout))
         return out
 
-    def _numbers(self, layout: TokenLayout, cache: PagedCache, wanted: Tensor | None) -> RowNumbers:
+    def _run_stage(
+        self,
+        h: Tensor,
+        layout: TokenLayout,
+        cache: PagedCache,
+        wanted: Tensor | None,
+        watch: Watch | None,
+        stage: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``staged_forward.RunStage``."""
+        captured = None if watch is not None else self._captured(h, layout, cache, wanted, stage)
+        if captured is not None:
+            forward, numbers = captured
+            out, entered = forward.run(h, numbers, cache), forward.entered
+            return out, None if entered is None else numbers.layout.real(entered)
+        numbers = self._numbers(layout, cache.codes_at(stage), wanted)
+        packed = h if stage else self.positions.embed(layout.pack(h), layout.positions)
+        is_asked, last = stage < len(self.plan.removals), self.plan.stages[stage][-1][-1]
+        found: list[Tensor] = []
+
+        def see(layer: int, rows: Tensor) -> None:
+            if is_asked and layer == last:
+                found.append(rows.clone())
+            if watch is not None:
+                watch(layer, rows)
+
+        _, out = self._launch(packed, numbers, cache, see, stage)
+        return out, found[0] if found else None
+
+    def _launch(
+        self,
+        packed: Tensor,
+        numbers: RowNumbers,
+        cache: PagedCache,
+        watch: Watch | None,
+        stage: int,
+    ) -> tuple[ForwardRows, Tensor]:
+        """The layers of a stage on ``packed [N, D]``, which is written, one launch at a time."""
+        send = sender(numbers, cache.anchor.device)
+        rows = ForwardRows(
+            self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
+        )
+        rotation = self.positions.rotation(numbers.layout.positions_needed, packed)
+        store, steps = Store(rotation, cache.pages_of), self.plan.stages[stage]
+        with span("decoder"):
+            out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch, steps)
+        return rows, out if numbers.read is None else numbers.read.take(out)
+
+    def _numbers(self, layout: TokenLayout, cached: Tensor, wanted: Tensor | None) -> RowNumbers:
         rows = None if wanted is None else layout.locate(wanted)
         if narrows_after(self.plan):
-            return RowNumbers(layout, cache.codes, read=rows)
-        return RowNumbers(layout, cache.codes, narrow=rows)
+            return RowNumbers(layout, cached, read=rows)
+        return RowNumbers(layout, cached, narrow=rows)
 
     def _captured(
-        self, h: Tensor, layout: TokenLayout, cache: PagedCache, wanted: Tensor | None
+        self,
+        h: Tensor,
+        layout: TokenLayout,
+        cache: PagedCache,
+        wanted: Tensor | None,
+        stage: int,
     ) -> tuple[CapturedForward, RowNumbers] | None:
         """A graph for this forward, and what to run it with; ``None``: launch by launch."""
         is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
         if not is_plain or are_on() or not 0 < len(layout) <= MOST_ROWS:
             return None
-        filled = layout.filled(rounded_rows)
-        numbers = self._numbers(filled, cache, wanted)
-        shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions)
+        # The last-layer rule is of the last stage.
+        wanted = wanted if stage == len(self.plan.removals) else None
+        numbers = self._numbers(layout.filled(rounded_rows), cache.codes_at(stage), wanted)
+        shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions, stage)
         version = self.version, self.addresses()
         forward = self.captured.find(shape, version)
         if forward is None:

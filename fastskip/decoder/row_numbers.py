@@ -64,6 +64,13 @@ class RowNumbers:
         flat = self.layout.flat
         return torch.arange(len(self.layout)) if flat is None else flat.clamp(min=0)
 
+    def packed(self) -> Tensor:
+        """``[N]``: where rows lie among those that are not idle; idle ones lie anywhere."""
+        flat = self.layout.flat
+        if flat is None:
+            return torch.arange(len(self.layout))
+        return ((flat >= 0).cumsum(0) - 1).clamp(min=0)
+
     def reading(self) -> Tensor:
         """Which of the rows are read, in the order in which they are."""
         assert self.read is not None

@@ -1,31 +1,42 @@
 """A prompt under removals on the fused operations: stage by stage, each a smaller forward.
 
 How many rows a removal leaves is known beforehand, which ones only the device knows: the host waits
-for that once a removal, and launches the layers of each stage one by one.
+for that once a removal. Each stage is a forward of its own, captured like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Protocol
 
 from torch import Tensor
 
 from fastskip.decoder.entries import SlotMap
-from fastskip.decoder.fused_layer import FusedBlock, run_steps
-from fastskip.decoder.fused_parts import Store
-from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.layer import Block
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.removing import RowsLeft, may_leave
-from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.stack import Watch
-from fastskip.ops.ranges import span
 from fastskip.plan import SkipPlan
 from fastskip.routing import Decisions
 from fastskip.tokens import TokenLayout
+
+
+class RunStage(Protocol):
+    """Runs the layers of one stage."""
+
+    def __call__(
+        self,
+        h: Tensor,
+        layout: TokenLayout,
+        cache: PagedCache,
+        wanted: Tensor | None,
+        watch: Watch | None,
+        stage: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``h``: columns ``[B, T, D]``, in later stages rows ``[N, D]``. Returns the rows that go
+        on, and what entered the last layer, ``[N, D]``, if a removal comes after it."""
 
 
 class PagedKeys:
@@ -55,10 +66,10 @@ class PagedKeys:
 
 @dataclass(frozen=True, slots=True)
 class StagedForward:
-    """One decoder's layers: as fused operations run them, and as scores are computed with."""
+    """One decoder's layers: how stages run, and what scores are computed with."""
 
     plan: SkipPlan
-    fused: Sequence[FusedBlock]
+    run_stage: RunStage
     blocks: Sequence[Block]
     positions: Positions
 
@@ -73,31 +84,25 @@ class StagedForward:
     ) -> Tensor:
         """As ``Decoder.run``; the cache has room for ``layout``, and counts its columns."""
         plan, keys = self.plan, PagedKeys(self.plan, cache, layout)
-        h = self.positions.embed(layout.pack(h), layout.positions)
         late = None if wanted is None else layout.locate(wanted)
         if late is not None and not may_leave(plan, layout, late):
             late = None
         keeps_gone = watch is not None or wanted is None or late is not None
-        turns = self.positions.turns(layout.positions, h)
+        turns = self.positions.turns(layout.positions, cache.anchor)
         rest = RowsLeft(plan, self.blocks, layout, turns, keys, keeps_gone=keeps_gone)
-        store = Store(self.positions.rotation(layout.positions_needed, h), cache.pages_of)
 
-        def look(layer: int, rows: Tensor) -> None:
-            rest.look(layer, rows)
-            if watch is not None:
-                watch(layer, rest.whole(rows))
+        def see(layer: int, rows: Tensor) -> None:
+            assert watch is not None
+            watch(layer, rest.whole(rows))
 
-        with span("decoder"):
-            for stage, steps in groupby(plan.steps, lambda step: plan.layers[step[0]].stage):
-                own = list(steps)
-                narrow = None
-                if wanted is not None and late is None:
-                    narrow = rest.layout.locate(wanted)
-                numbers = RowNumbers(rest.layout, cache.codes_at(stage), narrow)
-                send = sender(numbers, cache.anchor.device)
-                rows = ForwardRows(plan, numbers, send, {}, (), cache.anchor)
-                h = run_steps(plan, self.fused, h, rows.of, store, look, own)
-                h = rest.remove(own[-1][-1], h)
+        for stage, steps in enumerate(plan.stages):
+            last = steps[-1][-1]
+            goes_on = None if late is not None else wanted
+            seen = None if watch is None else see
+            h, entered = self.run_stage(h, rest.layout, cache, goes_on, seen, stage)
+            if entered is not None:
+                rest.look(last, entered)
+                h = rest.remove(last, h)
         cache.commit(layout, left=keys.left)
         if record is not None:
             record(rest.decisions(plan))

@@ -1,34 +1,70 @@
 """Removals over interpreted kernels (compiled on a GPU), and the launches that they leave."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 import fastskip
+from fastskip.decoder.captured_forward import CapturedForward
 from fastskip.kernels import tuning
 from fastskip.launches import decode_launches, prefill_launches
+from fastskip.ops.allocate import poisoned
 from fastskip.plan import make_plan
 from fastskip.policy import SkipPolicy
 from tests.agreement import Trio
-from tests.batches import random_batch
+from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
 from tests.removals.removing import removal, removing
-from tests.routing.routed import check_generate
+from tests.routing.routed import decided
 from tests.test_plan import shape
 
 TABLE = "nvidia-h200"
 
 
-def test_steps_and_stages_run_on_kernels() -> None:
-    trio = Trio(tiny_llava(hidden=48, ffn=72, heads=4, kv_heads=2, head_dim=16), impl="triton")
-    batch = random_batch(trio.plain, 3, images=(1,))
+def test_stages_one_by_one_captured_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prompt is launched, the second captured, the third served by the same graphs: three
+    stages each, on poisoned memory."""
+    plain = tiny_llava(hidden=48, ffn=72, heads=4, kv_heads=2, head_dim=16)
+    trio = Trio(plain, impl="triton")
     policy = removing(removal(0, "attention"), removal(2, "next_attention", 0.3))
-    with tuning.table(STREAM):
-        tokens, masks = check_generate(trio, policy, batch, 2)
-    assert masks[3, "ffn"].sum() > masks[1, "ffn"].sum() > 0
-    expected = fastskip.set_policy(fastskip.apply_(trio.plain, policy), policy)
-    again = expected.generate(**batch.inputs(), max_new_tokens=2, do_sample=False)
-    assert torch.equal(again[:, batch.columns :], tokens)
+    runs: list[object] = []
+    run = CapturedForward.run
+
+    def counted(self: CapturedForward, *given: Any) -> Tensor:
+        runs.append(self)
+        return run(self, *given)
+
+    monkeypatch.setattr(CapturedForward, "run", counted)
+    for number, seed in enumerate((3, 4, 13)):
+        batch = random_batch(trio.plain, seed, images=(1, 1), text=(5, 7))
+        with tuning.table(STREAM), poisoned():
+            model = trio.prepared if number else trio.under(policy)
+            with fastskip.record_routing(model) as record:
+                scores = scores_of(model, batch)
+        reference = fastskip.apply_(copy.deepcopy(plain), policy, impl="reference")
+        with fastskip.record_routing(reference) as expected:
+            torch.testing.assert_close(scores, scores_of(reference, batch))
+        masks = decided(record)
+        assert masks.keys() == decided(expected).keys()
+        assert all(torch.equal(mask, decided(expected)[key]) for key, mask in masks.items())
+        assert masks[3, "ffn"].sum() > masks[1, "ffn"].sum() > 0
+        assert len(runs) == 3 * number and len(set(runs)) == min(3, 3 * number)
+
+
+def scores_of(model: Any, batch: Batch) -> Tensor:
+    out = model.generate(
+        **batch.inputs(),
+        max_new_tokens=2,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        eos_token_id=None,
+    )
+    return torch.stack(out.logits, dim=1)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
