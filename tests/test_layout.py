@@ -110,7 +110,7 @@ FLOORS = {
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
-        ("study.paper", "study.comparison", "study.judging", "study.judgements"),
+        ("study.paper", "study.comparison", "study.judging", "study.evaluation_result"),
         (
             *PURE,
             "families",

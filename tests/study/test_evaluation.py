@@ -31,7 +31,7 @@ def items_of(count: int, seed: int = 21) -> list[Item]:
         Item(
             question.text,
             (question.answer,),
-            draw(scene),
+            (draw(scene),),
             kind=question.kind.value,
             metric=Metric.CAPTION if question.kind is QuestionKind.CAPTION else Metric.EXACT,
         )
@@ -57,7 +57,7 @@ def test_batches_and_kept_inputs_change_nothing(model: Any, processor: Any) -> N
     items = items_of(9)
     whole = Exam(items, processor, batch_size=9)
     assert whole.take(model) == whole.take(model)
-    single = Exam(items, processor, batch_size=1, keeps_inputs=False)
+    single = Exam(items, processor, batch_size=1, most_kept=0)
     assert single.take(model) == whole.take(model)
 
 
@@ -107,7 +107,7 @@ def test_errors(model: Any, processor: Any, tmp_path: Path) -> None:
         Exam([], processor)
     with pytest.raises(ItemError, match="batch_size: 0"):
         Exam(items_of(1), processor, batch_size=0)
-    missing = Item("a?", ("b",), tmp_path / "none.png", where="the first")
+    missing = Item("a?", ("b",), (tmp_path / "none.png",), where="the first")
     with pytest.raises(ItemError, match="the first"):
         Exam([missing], processor).take(model)
     long = Item("red " * 2000, ("b",), where="the long one")

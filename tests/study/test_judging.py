@@ -147,8 +147,8 @@ def run(*arguments: str) -> Any:
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> str:
-    image = ITEMS[0].image
-    assert image is not None and not isinstance(image, Path)
+    (image,) = ITEMS[0].images
+    assert not isinstance(image, Path)
     image.save(folder / "a.png")
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return str(folder / "items.jsonl")
