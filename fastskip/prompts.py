@@ -72,9 +72,7 @@ def build_batch(
     all prompts have images, or none has.
     """
     prompts = [_render(processor, *each) for each in zip(texts, map(len, images), strict=True)]
-    return encode_prompts(
-        processor, prompts, images, config=config, max_new_tokens=max_new_tokens
-    )
+    return encode_prompts(processor, prompts, images, config=config, max_new_tokens=max_new_tokens)
 
 
 def encode_prompts(

@@ -84,7 +84,9 @@ def score_all(
         found = dict(zip(together, scores, strict=True))
     return [
         found[index] if index in found else metric.score(answer, own)
-        for index, (metric, answer, own) in enumerate(zip(metrics, answers, references, strict=True))
+        for index, (metric, answer, own) in enumerate(
+            zip(metrics, answers, references, strict=True)
+        )
     ]
 
 

@@ -76,9 +76,12 @@ def scenes(split: Split, count: int, seed: int) -> list[Scene]:
     return list(found.values())
 
 
-def sample(rng: np.random.Generator) -> Scene:
-    """Any scene. Small palettes are as likely as large ones, so that counts above one occur."""
-    count = int(rng.integers(1, MAX_FIGURES + 1))
+def sample(rng: np.random.Generator, figures: int | None = None) -> Scene:
+    """Any scene, of so many figures if that is said.
+
+    Small palettes are as likely as large ones, so that counts above one occur.
+    """
+    count = int(rng.integers(1, MAX_FIGURES + 1)) if figures is None else figures
     colours, shapes = _palette(rng, count)
     kinds = rng.permutation(len(colours) * len(shapes))[:count]
     cells = np.sort(rng.permutation(GRID * GRID)[:count])

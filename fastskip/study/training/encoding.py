@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.conversations import DataError, Example
 from fastskip.images import ImageError, load_image
 from fastskip.rendering import Renderer, Span
-from fastskip.conversations import DataError, Example
 
 IGNORED = -100
 """The label of a token that is not learned."""
