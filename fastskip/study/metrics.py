@@ -80,7 +80,8 @@ def score_all(
     together = [index for index, metric in enumerate(metrics) if metric is Metric.CIDER]
     found = {}
     if together:
-        scores = captions.cider(*([one[n] for n in together] for one in (answers, references)))
+        told, true = [answers[n] for n in together], [references[n] for n in together]
+        scores = captions.cider(told, true)
         found = dict(zip(together, scores, strict=True))
     return [
         found[index] if index in found else metric.score(answer, own)

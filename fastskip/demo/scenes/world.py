@@ -86,11 +86,11 @@ def sample(rng: np.random.Generator, figures: int | None = None) -> Scene:
     kinds = rng.permutation(len(colours) * len(shapes))[:count]
     cells = np.sort(rng.permutation(GRID * GRID)[:count])
     jitter = rng.random((count, 3))
-    figures = []
+    placed = []
     for kind, cell, (x, y, size) in zip(kinds.tolist(), cells.tolist(), jitter, strict=True):
         radius = 4.5 + 2.0 * size
         slack = 7.5 - radius  # half a pixel stays free, so that neighbours never touch
-        figures.append(
+        placed.append(
             Figure(
                 colour=COLOURS[colours[kind // len(shapes)]],
                 shape=SHAPES[shapes[kind % len(shapes)]],
@@ -102,7 +102,7 @@ def sample(rng: np.random.Generator, figures: int | None = None) -> Scene:
             )
         )
     background, noise_seed = rng.integers(0, (48, 2**31)).tolist()
-    return Scene(tuple(figures), background, noise_seed)
+    return Scene(tuple(placed), background, noise_seed)
 
 
 def _palette(rng: np.random.Generator, count: int) -> tuple[list[int], list[int]]:
