@@ -123,12 +123,12 @@ FLOORS = {
             "study",
             "training",
         ),
-        ("torch", "numpy", "matplotlib", "transformers", "tqdm"),
+        ("torch", "numpy", "matplotlib", "PIL", "transformers", "tqdm"),
     ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("sparse", "demo", "study", "training", "paper"),
+        + ("intervals", "sparse", "demo", "study", "training", "paper"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

@@ -63,12 +63,16 @@ def _whole(found: Sequence["Judgement"]) -> "Table":
 
 def _kinds(found: Sequence["Judgement"], items: Sequence["Item"]) -> "Table":
     dense, counts = found[0], Counter(item.kind for item in items)
-    table = _table(["kind", "policy", "score", "from dense"])
+    table = _table(["kind", "policy", "score", "95 %", "from dense", "95 %"])
     for kind in dense.evaluation.kinds:
         for each in found:
-            name = f"{kind}\n{counts[kind]} items" if each is dense else ""
-            change = "" if each is dense else _change(each.evaluation.minus(dense.evaluation, kind))
-            table.add_row(name, each.label, _score(each.evaluation.estimate(kind)), change)
+            name = ""
+            if each is dense:
+                name = f"{kind}, {counts[kind]} item{'s' * (counts[kind] > 1)}"
+            score, change = each.evaluation.estimate(kind), ["", ""]
+            if each is not dense:
+                change = _change(each.evaluation.minus(dense.evaluation, kind)).split("\n")
+            table.add_row(name, each.label, *_score(score).split("\n"), *change)
         table.add_section()
     return table
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
 from fastskip.study.captions import check as check_captions
 from fastskip.study.item_inputs import MOST_KEPT, ItemInputs
 from fastskip.study.items import Item, ItemError
@@ -68,8 +68,15 @@ class Evaluation:
         return float(self.scores(*kinds).mean())
 
     def estimate(self, *kinds: str, seed: int = 0) -> Estimate:
-        """The mean score of these kinds with its bootstrap interval."""
-        return bootstrap(self.scores(*kinds), seed=seed)
+        """The mean score of these kinds with its interval.
+
+        Wilson's where all items are right or wrong, which holds for few items and near 1, too; else
+        that of the bootstrap.
+        """
+        scores = self.scores(*kinds)
+        if np.isin(scores, (0.0, 1.0)).all():
+            return wilson(float(scores.sum()), len(scores))
+        return bootstrap(scores, seed=seed)
 
     def minus(self, other: Evaluation, *kinds: str, seed: int = 0) -> Estimate:
         """How much better this model does than another one on the same items (paired bootstrap).

@@ -80,9 +80,12 @@ def test_inputs_are_kept_while_there_is_room(
 ) -> None:
     made: list[int] = []
     build = ItemInputs.build
-    monkeypatch.setattr(
-        ItemInputs, "build", lambda self, items: made.append(len(items)) or build(self, items)
-    )
+
+    def counted(self: ItemInputs, items: Any) -> Any:
+        made.append(len(items))
+        return build(self, items)
+
+    monkeypatch.setattr(ItemInputs, "build", counted)
     items = items_of(6)
     size = 3 * 64 * 64 * 4  # bytes of one image; the tokens of some items take less
     exam = Exam(items, processor, batch_size=2, most_kept=5 * size)
