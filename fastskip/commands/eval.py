@@ -22,6 +22,7 @@ from fastskip.commands.common import (
 )
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.commands.eval_tables import show
+from fastskip.study.metrics import Metric
 
 if TYPE_CHECKING:
     from fastskip.study.evaluation import Exam
@@ -63,13 +64,8 @@ def evaluate(
         ),
     ] = None,
     metric: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="How answers are judged whose item does not say it: exact, vqa, yes-no, caption "
-            "or cider.",
-        ),
-    ] = "exact",
+        Metric, typer.Option(help="How answers are judged whose item does not say it.")
+    ] = Metric.EXACT,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
     answer_tokens: Annotated[
@@ -164,7 +160,7 @@ def evaluate(
             on_batch=bar.update,
         )
     if out is not None:
-        write_result(out, prepared, exam.items, found, new_tokens)
+        write_result(out, prepared, exam, found, new_tokens)
     if as_json:
         typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
     else:
@@ -174,16 +170,13 @@ def evaluate(
 def _read(
     file: Path,
     images: Path | None,
-    metric: str,
+    metric: Metric,
     count: int,
     on_broken: Callable[[str], object] | None,
 ) -> list[Any]:
     from fastskip.study.items import read_items
-    from fastskip.study.metrics import Metric
 
-    if metric not in tuple(Metric):
-        raise CommandError(f"--metric {metric}: no such metric; allowed: {', '.join(Metric)}")
-    return read_items(file, images, metric=Metric(metric), most=count, on_broken=on_broken)
+    return read_items(file, images, metric=metric, most=count, on_broken=on_broken)
 
 
 def _checked(exam: "Exam", broken: list[str], skip_broken: bool) -> "Exam":

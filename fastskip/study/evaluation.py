@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
 from fastskip.study.captions import check as check_captions
+from fastskip.study.fingerprints import items_fingerprint
 from fastskip.study.item_inputs import MOST_KEPT, ItemInputs
 from fastskip.study.items import Item, ItemError
 from fastskip.study.metrics import Metric, score_all
@@ -159,6 +161,15 @@ class Exam:
     def __len__(self) -> int:
         """The number of batches: how often `on_batch` is called."""
         return len(self._batches)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells these items from others; image files are read for it, once.
+
+        Raises:
+            OSError: an image file cannot be read.
+        """
+        return items_fingerprint(self.items)
 
     def problems(self, on_batch: Callable[[], object] = lambda: None) -> dict[int, str]:
         """What is wrong with the items that cannot be asked, by their numbers.

@@ -11,7 +11,8 @@ from typing import Any
 from PIL.Image import Image
 
 from fastskip.images import load_image
-from fastskip.study.fingerprints import items_fingerprint, model_fingerprint
+from fastskip.study.evaluation import Exam
+from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.items import Item
 from fastskip.study.judging import Judgement
 from fastskip.study.provenance import circumstances
@@ -23,14 +24,14 @@ LONGEST = 336
 
 
 def write_result(
-    folder: Path, model: Any, items: Sequence[Item], found: Sequence[Judgement], new_tokens: int
+    folder: Path, model: Any, exam: Exam, found: Sequence[Judgement], new_tokens: int
 ) -> Path:
     """Write the items, their pictures and how they were answered; what was there is replaced.
 
     Args:
         folder: made where it is missing.
         model: the one that was judged.
-        items: in the order in which they were asked.
+        exam: what was asked.
         found: how they were answered, the dense model first.
         new_tokens: tokens that were timed.
     Returns:
@@ -44,10 +45,10 @@ def write_result(
         "circumstances": {
             **circumstances(model),
             "model_fingerprint": model_fingerprint(model),
-            "items_fingerprint": items_fingerprint(items),
+            "items_fingerprint": exam.fingerprint,
         },
         "new_tokens": new_tokens,
-        "items": [_item(item, shown) for item in items],
+        "items": [_item(item, shown) for item in exam.items],
         "judgements": [each.to_dict() for each in found],
     }
     path = folder / FILE

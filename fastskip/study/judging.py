@@ -25,7 +25,6 @@ from fastskip.study.comparison import prompt_sizes
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.fingerprints import (
     combined,
-    items_fingerprint,
     model_fingerprint,
     policy_fingerprint,
 )
@@ -214,8 +213,7 @@ def _answered(
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
     known = {} if kept is None else kept.load()
-    items = items_fingerprint(exam.items)
-    asked = combined(model_fingerprint(model), items, exam.new_tokens, new_tokens)
+    asked = combined(model_fingerprint(model), exam.fingerprint, exam.new_tokens, new_tokens)
     keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):
