@@ -72,6 +72,18 @@ def build_batch(
     all prompts have images, or none has.
     """
     prompts = [_render(processor, *each) for each in zip(texts, map(len, images), strict=True)]
+    return encode_prompts(processor, prompts, images, config=config, max_new_tokens=max_new_tokens)
+
+
+def encode_prompts(
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image]],
+    *,
+    config: Any = None,
+    max_new_tokens: int = 0,
+) -> Any:
+    """The inputs of whole prompts, with a placeholder for each image, as `build_batch` has them."""
     if len({bool(own) for own in images}) > 1:
         raise PromptError("images: some prompts have none; allowed: images in all or in none")
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -106,7 +118,7 @@ def image_only_onevision() -> Any:
 
 def _render(processor: Any, text: str, images: int) -> str:
     """The whole prompt, with one placeholder for each image."""
-    _check_text(text)
+    check_text(text)
     if not hasattr(processor, "image_processor"):
         if images:
             raise PromptError(f"images: got {images}; allowed: none, this model reads text only")
@@ -144,7 +156,8 @@ def _converse(processor: Any, content: Any) -> str:
         raise PromptError(f"chat template: {error}; allowed: {allowed}") from error
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raises `PromptError` for a text that is empty or is no Unicode."""
     if not text.strip():
         raise PromptError(f"prompt: got {text!r}; allowed: a text that is not empty")
     try:

@@ -84,7 +84,9 @@ FLOORS = {
         (*PURE, "routing", "families", "loading", "public", "oracle"),
         ("torch", "transformers"),
     ),
-    "prompts": Floor(("images", "prompts"), (), ("PIL", "numpy", "transformers")),
+    "prompts": Floor(
+        ("images", "prompts", "conversations", "rendering"), (), ("PIL", "numpy", "transformers")
+    ),
     "machine": Floor(("machine",), PURE, ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
     "demo": Floor(
@@ -98,7 +100,7 @@ FLOORS = {
         ("study",),
         (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
         + ("prompts", "intervals", "machine"),
-        ("torch", "numpy", "PIL", "safetensors"),
+        ("torch", "numpy", "PIL", "safetensors", "pycocoevalcap"),
     ),
     # Learned by transformers' trainer; what routers learn by is the definition of their score.
     "training": Floor(
@@ -108,7 +110,7 @@ FLOORS = {
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
-        ("study.paper", "study.comparison", "study.judging"),
+        ("study.paper", "study.comparison", "study.judging", "study.evaluation_result"),
         (
             *PURE,
             "families",
@@ -121,12 +123,12 @@ FLOORS = {
             "study",
             "training",
         ),
-        ("torch", "numpy", "matplotlib", "transformers", "tqdm"),
+        ("torch", "numpy", "matplotlib", "PIL", "transformers", "tqdm"),
     ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("sparse", "demo", "study", "training", "paper"),
+        + ("intervals", "sparse", "demo", "study", "training", "paper"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
@@ -248,7 +250,7 @@ def test_outside_packages() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton", "peft"])
+@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton", "peft", "pycocoevalcap"])
 def test_imported_only_when_needed(package: str) -> None:
     """A file format, an optional extra, a GPU: not everyone has them or wants to wait for them."""
     wrong = [str(found) for found in imports() if found.on_import and _root(found) == package]

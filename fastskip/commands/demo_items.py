@@ -2,6 +2,9 @@
 
 from typing import Any
 
+MULTI_TURN, DETAIL = "multi-turn", "detail"
+"""Kinds beside those of the questions themselves."""
+
 
 def demo_items(count: int) -> list[Any]:
     """So many items: three questions to one caption."""
@@ -9,3 +12,26 @@ def demo_items(count: int) -> list[Any]:
 
     captions = count // 4
     return items_of(asked(0, Effort(questions=count - captions, captions=captions)))
+
+
+def demo_tasks(count: int) -> list[Any]:
+    """So many items: a quarter of them captions, one late in a conversation, one about details."""
+    from dataclasses import replace
+
+    from fastskip.conversations import Turn
+    from fastskip.demo.evaluation import held_out_conversations, held_out_details
+    from fastskip.study.paper.measuring import FIRST_SEED, Effort, asked, items_of
+
+    part = count // 4
+    plain = items_of(asked(0, Effort(questions=count - 3 * part, captions=part)))
+    details = items_of(held_out_details(part, FIRST_SEED))
+    talks = held_out_conversations(part, FIRST_SEED)
+    late = items_of([(scene, second) for scene, (_, second) in talks])
+    return [
+        *plain,
+        *(
+            replace(item, kind=MULTI_TURN, history=(Turn(first.text, first.answer),))
+            for item, (_, (first, _)) in zip(late, talks, strict=True)
+        ),
+        *(replace(item, kind=DETAIL) for item in details),
+    ]

@@ -1,7 +1,7 @@
 """`fastskip eval`: what policies cost in answers and gain in time, on items of one's own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,15 +15,17 @@ from fastskip.commands.common import (
     ModelOption,
     ThreadsOption,
     checkpoint,
+    config_of,
     load,
     policy_of,
     prepare,
 )
-from fastskip.commands.demo_items import demo_items
+from fastskip.commands.demo_items import demo_tasks
+from fastskip.commands.eval_tables import show
+from fastskip.study.metrics import Metric
 
 if TYPE_CHECKING:
-    from fastskip.study.items import Item
-    from fastskip.study.judging import Judgement
+    from fastskip.study.evaluation import Exam
 
 FILE = "judgements.jsonl"
 """What `--out` keeps."""
@@ -47,11 +49,23 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             help='JSON lines: {"question": "...", "answer": "..." or ["...", ...], "image": '
-            '"a.jpg"}, and "kind" and "metric" (exact, caption, vqa, yes-no) where wanted. '
-            "Default, for the demo's model alone: its held-out ones.",
+            '"a.jpg" or ["a.jpg", ...]}, and "kind", "metric" and "history" where wanted; or '
+            "LLaVA's conversations (lines or one array), of which each answer is an item, with the "
+            "turns before it as given. Default, for the demo's model alone: its held-out ones.",
             show_default=False,
         ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where image paths start. Default: the folder of the items.",
+            show_default=False,
+        ),
+    ] = None,
+    metric: Annotated[
+        Metric, typer.Option(help="How answers are judged whose item does not say it.")
+    ] = Metric.EXACT,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
     answer_tokens: Annotated[
@@ -64,7 +78,9 @@ def evaluate(
     skip_broken: Annotated[
         bool,
         typer.Option(
-            "--skip-broken", help="Leave out items whose image cannot be read, and say which."
+            "--skip-broken",
+            help="Leave out rows that cannot be read and items that cannot be asked (image, "
+            "prompt), say which and count them.",
         ),
     ] = False,
     out: Annotated[
@@ -73,10 +89,14 @@ def evaluate(
             "--out",
             "-o",
             metavar="DIR",
-            help=f"Keep every answer in DIR/{FILE}; a run that was cut off goes on from there.",
+            help=f"Keep every answer in DIR/{FILE}; a run that was cut off goes on from there. "
+            "What reports read is DIR/eval.json, with small pictures.",
             show_default=False,
         ),
     ] = None,
+    by_kind: Annotated[
+        bool, typer.Option("--by-kind", help="Scores and differences of each kind of item, too.")
+    ] = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -91,35 +111,43 @@ def evaluate(
 
     [bold]Examples[/]
 
-    [cyan]fastskip eval -p image_ffn -p frozen_visual[/] (the demo's model on its own items)
+    [cyan]fastskip eval -p image_ffn -p frozen_visual --by-kind[/] (the demo's model on its own
+    items: a quarter captions, a quarter about details, a quarter late in a conversation)
 
     [cyan]fastskip eval -m llava-hf/llava-1.5-7b-hf -p mine.json --items vqa.jsonl --out runs/eval
     --dtype bfloat16[/]
+
+    [cyan]fastskip eval -m MODEL -p mine.json --items llava.json --images photos --metric cider[/]
     """
     prepare(threads)
-    if items is None and model is not None:
-        raise CommandError("--items: needed with --model; a file of JSON lines, see --help")
+    if items is None and (model is not None or images is not None):
+        option = "--images" if model is None else "--model"
+        raise CommandError(f"--items: needed with {option}; a file of JSON lines, see --help")
     named = [(name, policy_of(name)) for name in policies or ()]
     if len({name for name, _ in named}) < len(named):
         raise CommandError(f"--policy {policies}: one is there twice; allowed: each once")
-    chosen = _items(items, count, skip_broken)
+    broken: list[str] = []
+    on_broken = broken.append if skip_broken else None
+    chosen = demo_tasks(count) if items is None else _read(items, images, metric, count, on_broken)
     from tqdm import tqdm
 
     from fastskip.prompts import processor_for
     from fastskip.study.evaluation import Exam
+    from fastskip.study.evaluation_result import write_result
     from fastskip.study.judging import JudgementFile, judge
 
     path = checkpoint(model)
     if model is None and dtype is Dtype.AUTO:
         dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
-    prepared = load(path, "dense", dtype, device)
     exam = Exam(
         chosen,
         processor_for(path),
-        config=prepared.config,
+        config=config_of(path),
         batch_size=batch,
         new_tokens=answer_tokens,
     )
+    exam = _checked(exam, broken, skip_broken)
+    prepared = load(path, "dense", dtype, device)
     with tqdm(total=(1 + len(named)) * len(exam), disable=None) as bar:
         found = judge(
             prepared,
@@ -131,76 +159,41 @@ def evaluate(
             on_policy=bar.set_description,
             on_batch=bar.update,
         )
+    if out is not None:
+        write_result(out, prepared, exam, found, new_tokens)
     if as_json:
         typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
     else:
-        _show(found, chosen, new_tokens)
+        show(found, exam.items, new_tokens, by_kind=by_kind)
 
 
-def _items(file: Path | None, count: int, skip_broken: bool) -> list[Any]:
-    """The items asked for; a broken one stops here, unless it is to be left out."""
-    from fastskip.study.evaluation import usable
-    from fastskip.study.items import ItemError, read_items
+def _read(
+    file: Path,
+    images: Path | None,
+    metric: Metric,
+    count: int,
+    on_broken: Callable[[str], object] | None,
+) -> list[Any]:
+    from fastskip.study.items import read_items
 
-    chosen = demo_items(count) if file is None else read_items(file)[:count]
-    found, broken = usable(chosen)
-    if broken and not (skip_broken and found):
+    return read_items(file, images, metric=metric, most=count, on_broken=on_broken)
+
+
+def _checked(exam: "Exam", broken: list[str], skip_broken: bool) -> "Exam":
+    """The exam, if all can be asked; what cannot stops here, or is left out, told and counted."""
+    from tqdm import tqdm
+
+    from fastskip.study.items import ItemError
+
+    total = len(exam.items) + len(broken)
+    with tqdm(total=len(exam), desc="reading", disable=None) as bar:
+        found = exam.problems(bar.update)
+    broken = [*broken, *found.values()]
+    if broken and not skip_broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ItemError(f"{broken[0]}{more}; --skip-broken leaves such items out")
     for problem in broken:
         typer.echo(f"left out: {problem}", err=True)
     if broken:
-        typer.echo(f"{len(broken)} of {len(chosen)} items left out", err=True)
-    return found
-
-
-def _show(found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from fastskip.study.judging import Verdict
-
-    dense = found[0]
-    titles = ["policy", "score", "from dense", "agrees\nKL, nats", "FLOPs"]
-    is_timed = dense.speed is not None
-    titles += ["TTFT\nms", "TPOT\nms"] if is_timed else []
-    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", 16
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for each in found:
-        score, change = each.evaluation.estimate(), each.change(dense)
-        tokens, divergence = each.agreement.means
-        verdict = "" if each is dense else Verdict.of(change).value
-        row = [
-            each.label,
-            f"{score.mean:.1%}\n{100 * score.low:.0f} to {100 * score.high:.0f}",
-            f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}\n"
-            f"{verdict}",
-            f"{tokens:.0%}\n{divergence:.2g}",
-            f"{each.flops / dense.flops:.0%}",
-        ]
-        if each.speed is not None and dense.speed is not None:
-            for own, base in (
-                (each.speed.ttft_s, dense.speed.ttft_s),
-                (each.speed.tpot_s, dense.speed.tpot_s),
-            ):
-                row.append(f"{1e3 * own:.3g}\n{base / own:.2f}x")
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table)
-    for each in found:
-        answers = each.yes_no(items)
-        if answers is not None:
-            console.print(
-                f"{each.label}: yes/no accuracy {answers.accuracy:.1%}, F1 {answers.f1:.1%}, "
-                f"precision {answers.precision:.1%}, recall {answers.recall:.1%}, said yes "
-                f"{answers.said_yes:.0%}"
-            )
-    timed = f", times with {new_tokens} new tokens, batch 1" if is_timed else ""
-    console.print(
-        f"{len(items)} items, 95 % intervals, differences item by item; agrees: tokens as dense, "
-        f"up to the first that differs; FLOPs of the first item{timed}. Not told apart: these "
-        "items show no difference."
-    )
+        typer.echo(f"{len(broken)} of {total} items left out", err=True)
+    return exam.without(found) if found else exam

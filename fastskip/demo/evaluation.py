@@ -10,11 +10,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from fastskip.demo import checkpoint_path
-from fastskip.demo.scenes import Question, QuestionKind, Scene, Split, draw, questions, scenes
+from fastskip.demo.scenes import (
+    DETAIL_KINDS,
+    Question,
+    QuestionKind,
+    Scene,
+    Split,
+    ask_detail,
+    converse,
+    draw,
+    is_detailed,
+    questions,
+    scenes,
+    split_of,
+)
+from fastskip.demo.scenes.world import MAX_FIGURES, sample
 
 Item = tuple[Scene, Question]
 
@@ -58,6 +73,31 @@ def held_out(
         if len(found) >= count:
             break
     return found[:count]
+
+
+def held_out_details(count: int, seed: int = 0, split: Split = Split.TEST) -> list[Item]:
+    """So many questions about small figures, and about how many, in full scenes; kinds in turn."""
+    rng = np.random.default_rng([seed, list(Split).index(split), MAX_FIGURES])
+    found: list[Item] = []
+    while len(found) < count:
+        scene = sample(rng, MAX_FIGURES)
+        if is_detailed(scene) and split_of(scene) is split:
+            kind = DETAIL_KINDS[len(found) % len(DETAIL_KINDS)]
+            question = ask_detail(scene, kind, seed)
+            found += [] if question is None else [(scene, question)]
+    return found
+
+
+def held_out_conversations(
+    count: int, seed: int = 0, split: Split = Split.TEST
+) -> list[tuple[Scene, tuple[Question, Question]]]:
+    """So many pairs of questions of different kinds, each on one scene; captions are left out."""
+    kinds = [kind for kind in QuestionKind if kind is not QuestionKind.CAPTION]
+    found = []
+    for scene in scenes(split, count, seed):
+        first, second = converse(scene, seed, kinds)  # every scene can be counted and located
+        found.append((scene, (first, second)))
+    return found
 
 
 def prompt(processor: LlavaProcessor, text: str) -> str:

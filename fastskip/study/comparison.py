@@ -100,7 +100,7 @@ def compare(
             config=model.config,
             batch_size=batch_size,
             new_tokens=answer_tokens,
-            keeps_inputs=False,
+            most_kept=0,
         )
         evaluation = exam.take(model)
         single = Exam(items[:1], processor, config=model.config, new_tokens=new_tokens)

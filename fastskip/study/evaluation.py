@@ -6,9 +6,9 @@ smaller one and a pruned one are judged by the same yardstick.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskip.images import ImageError, load_image
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
-from fastskip.prompts import PromptError, build_batch
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
+from fastskip.study.captions import check as check_captions
+from fastskip.study.fingerprints import items_fingerprint
+from fastskip.study.item_inputs import MOST_KEPT, ItemInputs
 from fastskip.study.items import Item, ItemError
+from fastskip.study.metrics import Metric, score_all
 from fastskip.study.samples import placed
 
 Watch = Callable[[Sequence[int], Tensor, Tensor], object]
@@ -27,7 +29,7 @@ Watch = Callable[[Sequence[int], Tensor, Tensor], object]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One item, what the model answered, and the item's score in [0, 1]."""
+    """One item, what the model answered, and its score: in [0, 1], under CIDEr in [0, 10]."""
 
     kind: str
     question: str
@@ -68,8 +70,15 @@ class Evaluation:
         return float(self.scores(*kinds).mean())
 
     def estimate(self, *kinds: str, seed: int = 0) -> Estimate:
-        """The mean score of these kinds with its bootstrap interval."""
-        return bootstrap(self.scores(*kinds), seed=seed)
+        """The mean score of these kinds with its interval.
+
+        Wilson's where all items are right or wrong, which holds for few items and near 1, too; else
+        that of the bootstrap.
+        """
+        scores = self.scores(*kinds)
+        if np.isin(scores, (0.0, 1.0)).all():
+            return wilson(float(scores.sum()), len(scores))
+        return bootstrap(scores, seed=seed)
 
     def minus(self, other: Evaluation, *kinds: str, seed: int = 0) -> Estimate:
         """How much better this model does than another one on the same items (paired bootstrap).
@@ -108,9 +117,9 @@ class Exam:
         config: Any = None,
         batch_size: int = 32,
         new_tokens: int = 32,
-        keeps_inputs: bool = True,
+        most_kept: int = MOST_KEPT,
     ) -> None:
-        """Takes items as they are; inputs are made when the first model comes.
+        """Takes items as they are; inputs are made when the first model comes, or by `problems`.
 
         Args:
             items: what is asked, in the order in which results are wanted.
@@ -118,30 +127,85 @@ class Exam:
             config: the model's; prompts are then checked against its positions.
             batch_size: prompts at once, padded on the left.
             new_tokens: most tokens of an answer.
-            keeps_inputs: whether to keep them for the next model, or to make them anew.
+            most_kept: bytes of inputs that are kept for the next model; others are made anew.
+        Raises:
+            ItemError: there are no items, or a number is too small.
+            CaptionError: items under CIDEr are too few, or its scorers are not installed.
         """
         if not items:
             raise ItemError("items: none; allowed: one or more")
-        for name, value in (("batch_size", batch_size), ("new_tokens", new_tokens)):
-            if value < 1:
-                raise ItemError(f"{name}: {value}; allowed: 1 or more")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("new_tokens", new_tokens, 1),
+            ("most_kept", most_kept, 0),
+        ):
+            if value < least:
+                raise ItemError(f"{name}: {value}; allowed: {least} or more")
+        if captions := sum(item.metric is Metric.CIDER for item in items):
+            check_captions(captions)
         self.items = tuple(items)
         self.new_tokens = new_tokens
-        self._processor, self._config = processor, config
-        self._kept: dict[int, Any] | None = {} if keeps_inputs else None
+        self._batch_size = batch_size
+        self._inputs = ItemInputs(processor, config, new_tokens, most_kept)
+        self._processor = processor
         # prompts with images and without make no batch; like answers together end together
         order = sorted(range(len(items)), key=lambda i: _like(self.items[i]))
         self._batches: list[list[int]] = []
         for index in order:
             last = self._batches[-1] if self._batches else []
-            has_image = self.items[index].image is not None
-            if not last or len(last) == batch_size or _has_image(self.items[last[0]]) != has_image:
+            has_images = bool(self.items[index].images)
+            if not last or len(last) == batch_size or bool(items[last[0]].images) != has_images:
                 self._batches.append(last := [])
             last.append(index)
 
     def __len__(self) -> int:
         """The number of batches: how often `on_batch` is called."""
         return len(self._batches)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells these items from others; image files are read for it, once.
+
+        Raises:
+            OSError: an image file cannot be read.
+        """
+        return items_fingerprint(self.items)
+
+    def problems(self, on_batch: Callable[[], object] = lambda: None) -> dict[int, str]:
+        """What is wrong with the items that cannot be asked, by their numbers.
+
+        Makes all inputs, so that no model has to come to find out.
+
+        Raises:
+            ItemError: items that can be asked one by one can not be asked together.
+        """
+        found: dict[int, str] = {}
+        for number, batch in enumerate(self._batches):
+            try:
+                self.inputs(number)
+            except ItemError:
+                own = {index: self._problem(index) for index in batch}
+                told = {index: problem for index, problem in own.items() if problem is not None}
+                if not told:
+                    raise  # what only all of them together have is no item's own
+                found |= told
+            on_batch()
+        return dict(sorted(found.items()))
+
+    def without(self, numbers: Collection[int]) -> Exam:
+        """The exam without some items.
+
+        Raises:
+            ItemError: none are left.
+        """
+        return Exam(
+            [item for number, item in enumerate(self.items) if number not in numbers],
+            self._processor,
+            config=self._inputs.config,
+            batch_size=self._batch_size,
+            new_tokens=self.new_tokens,
+            most_kept=self._inputs.most_kept,
+        )
 
     @torch.inference_mode()
     def take(
@@ -161,7 +225,7 @@ class Exam:
             ItemError: an item's image or prompt cannot be used.
         """
         tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        answers: dict[int, str] = {}
+        found: dict[int, str] = {}
         for number, batch in enumerate(self._batches):
             inputs = placed(self.inputs(number), model)
             out = model.generate(
@@ -176,18 +240,18 @@ class Exam:
             if watch is not None:
                 watch(batch, new, out.logits[0].float())
             told = tokenizer.batch_decode(new, skip_special_tokens=True)
-            answers.update(zip(batch, (text.strip() for text in told), strict=True))
+            found.update(zip(batch, (text.strip() for text in told), strict=True))
             on_batch()
+        answers = [found[index] for index in range(len(self.items))]
+        scores = score_all(
+            [item.metric for item in self.items],
+            answers,
+            [item.references for item in self.items],
+        )
         return Evaluation(
             tuple(
-                Judged(
-                    item.kind,
-                    item.question,
-                    item.references,
-                    answers[index],
-                    item.metric.score(answers[index], item.references),
-                )
-                for index, item in enumerate(self.items)
+                Judged(item.kind, item.question, item.references, answer, score)
+                for item, answer, score in zip(self.items, answers, scores, strict=True)
             )
         )
 
@@ -195,58 +259,25 @@ class Exam:
         """The model inputs of one item alone, on the host.
 
         Raises:
-            ItemError: its image or prompt cannot be used.
+            ItemError: its images or prompt cannot be used.
         """
-        return self._build([self.items[index]])
+        return self._inputs.build([self.items[index]])
 
     def inputs(self, number: int) -> Any:
         """The model inputs of one batch, on the host.
 
         Raises:
-            ItemError: an item's image or prompt cannot be used.
+            ItemError: an item's images or prompt cannot be used.
         """
-        if self._kept is not None and number in self._kept:
-            return self._kept[number]
-        inputs = self._build([self.items[index] for index in self._batches[number]])
-        if self._kept is not None:
-            self._kept[number] = inputs
-        return inputs
+        return self._inputs.of(number, [self.items[index] for index in self._batches[number]])
 
-    def _build(self, items: Sequence[Item]) -> Any:
+    def _problem(self, index: int) -> str | None:
         try:
-            return build_batch(
-                self._processor,
-                [item.question for item in items],
-                [_images(item) for item in items],
-                config=self._config,
-                max_new_tokens=self.new_tokens,
-            )
-        except (ImageError, PromptError) as error:
-            raise ItemError(f"{items[0].where} to {items[-1].where}: {error}") from error
-
-
-def usable(items: Sequence[Item]) -> tuple[list[Item], list[str]]:
-    """The items whose images can be read, and of the others what is wrong with each."""
-    found, broken = [], []
-    for item in items:
-        try:
-            _images(item)
-        except ImageError as error:
-            broken.append(f"{item.where}: {error}")
-        else:
-            found.append(item)
-    return found, broken
-
-
-def _images(item: Item) -> list[Any]:
-    if item.image is None:
-        return []
-    return [load_image(item.image) if isinstance(item.image, Path) else item.image]
-
-
-def _has_image(item: Item) -> bool:
-    return item.image is not None
+            self.single(index)
+        except ItemError as error:
+            return str(error)
+        return None
 
 
 def _like(item: Item) -> tuple[bool, int]:
-    return _has_image(item), max(len(reference.split()) for reference in item.references)
+    return bool(item.images), max(len(reference.split()) for reference in item.references)

@@ -40,16 +40,18 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def items_fingerprint(items: Sequence[Item]) -> str:
-    """The same for the same questions, answers, metrics and pictures, in the same order.
+    """The same for the same questions, histories, answers, metrics and pictures, in the same order.
 
     Raises:
         OSError: an image file cannot be read.
     """
     found = hashlib.sha256()
     for item in items:
-        told = [item.question, item.references, item.kind, item.metric.value]
-        found.update(json.dumps(told).encode())
-        found.update(_bytes_of(item.image))
+        history = [(turn.question, turn.answer) for turn in item.history]
+        told = [item.question, item.references, item.kind, item.metric.value, history]
+        found.update(json.dumps([*told, len(item.images)]).encode())
+        for image in item.images:
+            found.update(_bytes_of(image))
     return found.hexdigest()[:LENGTH]
 
 
@@ -63,9 +65,7 @@ def combined(*parts: Any) -> str:
     return fingerprint(json.dumps(parts).encode())
 
 
-def _bytes_of(image: Image | Path | None) -> bytes:
-    if image is None:
-        return b"none"
+def _bytes_of(image: Image | Path) -> bytes:
     if isinstance(image, Path):
         return hashlib.sha256(image.read_bytes()).digest()
     return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()

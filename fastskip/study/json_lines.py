@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, as users write them: every error names the line."""
+"""Files of one JSON object a line, or of one array, as users write them: errors name the row."""
 
 from __future__ import annotations
 
@@ -19,42 +19,72 @@ class Format:
         fields: the names that an object may have.
         allowed: the format in words, for errors.
         error: what is raised.
+        free: a field by which objects of somebody else's format are known, who may have any others.
+        takes_array: whether one array of objects is allowed, too.
     """
 
     what: str
     fields: frozenset[str]
     allowed: str
     error: type[ValueError]
+    free: str | None = None
+    takes_array: bool = False
 
     def read(self, path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], str]]:
-        """Each line's object, and how errors name the line; empty lines are passed over.
+        """Each row's object, and how errors name the row; empty lines are passed over.
 
         Raises:
-            ValueError: of the kind ``error``: the file or a line of it cannot be used.
+            ValueError: of the kind ``error``: the file or a row of it cannot be used.
+        """
+        for text, where in self.rows(path):
+            yield self.parse(text, where), where
+
+    def rows(self, path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+        """Each row as text, and how errors name it; empty lines are passed over.
+
+        Raises:
+            ValueError: of the kind ``error``: the file cannot be read, or has no rows.
         """
         file, is_empty = Path(path), True
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            text = f"{file}: {error}; allowed: a readable file, {self.allowed}"
-            raise self.error(text) from error
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
+            problem = f"{file}: {error}; allowed: a readable file, {self.allowed}"
+            raise self.error(problem) from error
+        if self.takes_array and text.lstrip()[:1] == "[":
+            found: Any = ((json.dumps(entry), "entry") for entry in self._array(text, file))
+        else:
+            found = ((line, "line") for line in text.split("\n"))
+        for number, (row, name) in enumerate(found, start=1):
+            if row.strip():
                 is_empty = False
-                where = f"{file}, line {number}"
-                yield self._object(line, where), where
+                yield row, f"{file}, {name} {number}"
         if is_empty:
             raise self.error(f"{file}: no {self.what}; allowed: {self.allowed}")
 
-    def _object(self, line: str, where: str) -> dict[str, Any]:
+    def parse(self, text: str, where: str) -> dict[str, Any]:
+        """The object of a row.
+
+        Raises:
+            ValueError: of the kind ``error``: it is none, or has a field too many.
+        """
         try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            text = f"{where}: not JSON ({error}); allowed: {self.allowed}"
-            raise self.error(text) from error
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"{where}: not JSON ({error}); allowed: {self.allowed}"
+            raise self.error(problem) from error
         if not isinstance(document, dict):
             raise self.error(f"{where}: got {document!r}; allowed: {self.allowed}")
         unknown = sorted(document.keys() - self.fields)
-        if unknown:
+        if unknown and self.free not in document:
             raise self.error(f"{where}: unknown field {unknown[0]!r}; allowed: {self.allowed}")
         return document
+
+    def _array(self, text: str, file: Path) -> list[Any]:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            problem = f"{file}: not JSON ({error}); allowed: {self.allowed}"
+            raise self.error(problem) from error
+        assert isinstance(found, list), "begins with a bracket"
+        return found

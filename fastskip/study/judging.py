@@ -7,6 +7,7 @@ disturbs the machine hits all alike.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -19,11 +20,11 @@ from fastskip.intervals import Estimate
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.agreement import AnswerAgreement, AnswerLog, end_tokens
+from fastskip.study.captions import CaptionScores
 from fastskip.study.comparison import prompt_sizes
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.fingerprints import (
     combined,
-    items_fingerprint,
     model_fingerprint,
     policy_fingerprint,
 )
@@ -93,6 +94,19 @@ class Judgement:
         answers = [self.evaluation.judged[n].answer for n in asked]
         return YesNo.of(answers, [items[n].references[0] for n in asked])
 
+    def captions(self, items: Sequence[Item]) -> CaptionScores | None:
+        """Of the items under CIDEr together; `None` without any."""
+        asked = [n for n, item in enumerate(items) if item.metric is Metric.CIDER]
+        if not asked:
+            return None
+        answers = [self.evaluation.judged[n].answer for n in asked]
+        return CaptionScores.of(answers, [items[n].references for n in asked])
+
+    @property
+    def empty(self) -> int:
+        """Answers without any text: the model's own, as nothing else is taken for one."""
+        return sum(not each.answer for each in self.evaluation.judged)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
@@ -140,8 +154,12 @@ class JudgementFile:
     def append(self, of: str, judgement: Judgement) -> None:
         """Adds a line."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"of": of, "judgement": judgement.to_dict()}) + "\n")
+        with self._path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")  # behind half a line of a killed process
+            file.write(json.dumps({"of": of, "judgement": judgement.to_dict()}).encode() + b"\n")
 
 
 def judge(
@@ -195,8 +213,7 @@ def _answered(
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
     known = {} if kept is None else kept.load()
-    items = items_fingerprint(exam.items)
-    asked = combined(model_fingerprint(model), items, exam.new_tokens, new_tokens)
+    asked = combined(model_fingerprint(model), exam.fingerprint, exam.new_tokens, new_tokens)
     keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):

@@ -6,6 +6,7 @@
 - Yes or no (Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", POPE,
   2023): an answer that says "no" or "not" in its first sentence means no, any other yes.
 - F1 of the phrases of a caption.
+- CIDEr of a caption (see `fastskip.study.captions`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
+
+from fastskip.study import captions
 
 LEAST_PEOPLE = 4
 """Answers that VQA accuracy needs: one is compared with the others, of which three are enough."""
@@ -33,9 +36,18 @@ class Metric(StrEnum):
     """The mean, over the people asked, of min(1, how many of the others said the same / 3)."""
     YES_NO = "yes-no"
     """1 if answer and reference both mean yes, or both no."""
+    CIDER = "cider"
+    """Of captions: how many of their n-grams people use too, the rarer ones counting more; 0 to 10.
+    Only items together have it: what is rare, their references say."""
 
     def score(self, answer: str, references: Sequence[str]) -> float:
-        """In [0, 1]: how well the answer fits the references."""
+        """In [0, 1]: how well the answer fits the references.
+
+        Raises:
+            ValueError: under this metric one answer has no score of its own.
+        """
+        if self is Metric.CIDER:
+            raise ValueError("metric: cider; allowed: one that scores answers one by one")
         if self is Metric.VQA:
             return _vqa(answer, references)
         judge = {
@@ -55,6 +67,28 @@ class Metric(StrEnum):
         if self is Metric.YES_NO and not {words(each) for each in references} <= {"yes", "no"}:
             return f"answer is {references} under metric yes-no; allowed: yes or no"
         return None
+
+
+def score_all(
+    metrics: Sequence[Metric], answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[float]:
+    """The score of each answer, under the metric of each.
+
+    Raises:
+        CaptionError: captions are too few, or their scorers are not installed.
+    """
+    together = [index for index, metric in enumerate(metrics) if metric is Metric.CIDER]
+    found = {}
+    if together:
+        told, true = [answers[n] for n in together], [references[n] for n in together]
+        scores = captions.cider(told, true)
+        found = dict(zip(together, scores, strict=True))
+    return [
+        found[index] if index in found else metric.score(answer, own)
+        for index, (metric, answer, own) in enumerate(
+            zip(metrics, answers, references, strict=True)
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from fastskip.demo.evaluation import held_out_conversations, held_out_details
 from fastskip.demo.scenes import (
     COLOURS,
     GRID,
@@ -17,6 +18,7 @@ from fastskip.demo.scenes import (
     ask,
     caption,
     draw,
+    is_detailed,
     questions,
     scenes,
     split_of,
@@ -172,3 +174,28 @@ def test_what_cannot_be_asked_is_not_asked() -> None:
     assert ask(alone, QuestionKind.RELATION, np.random.default_rng(0)) is None
     asked = {question.kind for question in questions(alone, 0)}
     assert asked == set(QuestionKind) - {QuestionKind.RELATION}
+
+
+def test_details_are_about_the_smallest_figure_or_a_number() -> None:
+    found = held_out_details(20, seed=1)
+    assert found == held_out_details(20, seed=1) and len(found) == 20
+    assert len({question.kind for _, question in found}) == 5
+    for scene, question in found:
+        assert split_of(scene) is Split.TEST and is_detailed(scene)
+        small = min(scene.figures, key=lambda figure: figure.radius)
+        assert small.radius < 4.8 and len(scene.figures) == 5
+        if question.kind is QuestionKind.COUNT:
+            assert NUMBERS.index(question.answer) >= 2
+        elif question.kind in (QuestionKind.COLOUR, QuestionKind.SHAPE):
+            assert question.answer in (small.colour, small.shape)
+            assert {small.colour, small.shape} & set(re.findall(r"\w+", question.text))
+        else:
+            assert small.name in question.text
+
+
+def test_conversations_ask_two_different_things_of_one_scene() -> None:
+    found = held_out_conversations(30, seed=1)
+    assert found == held_out_conversations(30, seed=1) and len(found) == 30
+    for scene, (first, second) in found:
+        assert split_of(scene) is Split.TEST and first.kind is not second.kind
+        assert QuestionKind.CAPTION not in (first.kind, second.kind)

@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 
 import fastskip
+from fastskip.conversations import Turn
 from fastskip.demo import checkpoint_path
 from fastskip.demo.evaluation import answers, held_out
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.prompts import processor_for
 from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.item_inputs import ItemInputs
 from fastskip.study.items import Item, ItemError, read_items
 from fastskip.study.metrics import Metric
+from tests.checkpoints import VOCAB, build_processor
+from tests.models import Kind, tiny_llava
+from tests.training.conversations import examples
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def items_of(count: int, seed: int = 21) -> list[Item]:
         Item(
             question.text,
             (question.answer,),
-            draw(scene),
+            (draw(scene),),
             kind=question.kind.value,
             metric=Metric.CAPTION if question.kind is QuestionKind.CAPTION else Metric.EXACT,
         )
@@ -57,7 +62,7 @@ def test_batches_and_kept_inputs_change_nothing(model: Any, processor: Any) -> N
     items = items_of(9)
     whole = Exam(items, processor, batch_size=9)
     assert whole.take(model) == whole.take(model)
-    single = Exam(items, processor, batch_size=1, keeps_inputs=False)
+    single = Exam(items, processor, batch_size=1, most_kept=0)
     assert single.take(model) == whole.take(model)
 
 
@@ -68,6 +73,72 @@ def test_prompts_without_images_go_together(model: Any, processor: Any) -> None:
     assert len(exam) == 2
     found = exam.take(model)
     assert [each.question for each in found.judged] == [item.question for item in items]
+
+
+def test_inputs_are_kept_while_there_is_room(
+    processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    build = ItemInputs.build
+
+    def counted(self: ItemInputs, items: Any) -> Any:
+        made.append(len(items))
+        return build(self, items)
+
+    monkeypatch.setattr(ItemInputs, "build", counted)
+    items = items_of(6)
+    size = 3 * 64 * 64 * 4  # bytes of one image; the tokens of some items take less
+    exam = Exam(items, processor, batch_size=2, most_kept=5 * size)
+    for _ in range(2):
+        for number in range(len(exam)):
+            exam.inputs(number)
+    assert made == [2, 2, 2, 2]  # two batches found room, the third is made anew
+
+
+def test_what_cannot_be_asked_is_told_item_by_item(
+    model: Any, processor: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n and no more")
+    items = items_of(4)
+    bad = [
+        Item("is there a circle?", ("yes",), (tmp_path / "none.png",), where="the first"),
+        Item("is there a circle?", ("yes",), (tmp_path / "broken.png",), where="the second"),
+        Item("red " * 2000, ("b",), items[0].images, where="the third"),
+        Item("is it?", ("no",), where="the fourth", history=(Turn("is <pad>?", "</s>"),)),
+    ]
+    exam = Exam([*bad[:2], *items, *bad[2:]], processor, config=model.config, batch_size=3)
+    batches: list[int] = []
+    found = exam.problems(lambda: batches.append(1))
+    assert list(found) == [0, 1, 6, 7] and len(batches) == len(exam)
+    told = zip(found.values(), ("no such file", "broken.png", "at most 1024", "</s>"), strict=True)
+    assert all(part in text for text, part in told)
+    assert [text.partition(":")[0] for text in found.values()] == [item.where for item in bad]
+    rest = exam.without(found)
+    assert list(rest.items) == items and not rest.problems()
+    assert rest.take(model) == Exam(items, processor, batch_size=4).take(model)
+    with pytest.raises(ItemError, match="items: none"):
+        rest.without(range(4))
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next_vicuna", "llava_onevision"])
+def test_histories_and_images_go_together(kind: Kind) -> None:
+    """A batch of conversations, with two images, one or none, is what they are one by one."""
+    items = []
+    for number, example in enumerate(examples(6)):
+        *history, last = example.turns
+        items.append(
+            Item(last.question, (last.answer,), example.images, str(number), history=tuple(history))
+        )
+    tiny, own = tiny_llava(kind, vocab=VOCAB), build_processor(kind, chat_template=None)
+    tiny.generation_config.eos_token_id = None
+    fastskip.apply_(tiny, {"schema_version": 1, "rules": [
+        {"layers": [1], "tokens": ["image"], "skip": ["block"]}
+    ]})  # fmt: skip
+    exams = [Exam(items, own, config=tiny.config, batch_size=n, new_tokens=4) for n in (6, 1)]
+    assert [len(exam) for exam in exams] == [2, 6]
+    together, alone = (exam.take(tiny) for exam in exams)
+    assert together == alone
+    assert len({each.answer for each in alone.judged}) > 1
 
 
 def test_two_models_are_compared_item_by_item(model: Any, processor: Any) -> None:
@@ -107,7 +178,7 @@ def test_errors(model: Any, processor: Any, tmp_path: Path) -> None:
         Exam([], processor)
     with pytest.raises(ItemError, match="batch_size: 0"):
         Exam(items_of(1), processor, batch_size=0)
-    missing = Item("a?", ("b",), tmp_path / "none.png", where="the first")
+    missing = Item("a?", ("b",), (tmp_path / "none.png",), where="the first")
     with pytest.raises(ItemError, match="the first"):
         Exam([missing], processor).take(model)
     long = Item("red " * 2000, ("b",), where="the long one")

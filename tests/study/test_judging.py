@@ -2,17 +2,20 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
 import fastskip
 from fastskip.cli import app
+from fastskip.commands.demo_items import demo_tasks
 from fastskip.demo import checkpoint_path
 from fastskip.policy import SkipPolicy
 from fastskip.prompts import processor_for
@@ -147,8 +150,8 @@ def run(*arguments: str) -> Any:
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> str:
-    image = ITEMS[0].image
-    assert image is not None and not isinstance(image, Path)
+    (image,) = ITEMS[0].images
+    assert not isinstance(image, Path)
     image.save(folder / "a.png")
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return str(folder / "items.jsonl")
@@ -174,10 +177,90 @@ def test_the_command(tmp_path: Path) -> None:
     assert len((tmp_path / "judgements.jsonl").read_text().splitlines()) == 2
 
 
+def test_conversations_and_captions_by_the_command(tmp_path: Path) -> None:
+    """LLaVA's array with a folder of images; what a report reads; a run that goes on."""
+    (tmp_path / "photos").mkdir()
+    for name, size in (("a.png", (64, 64)), ("b.png", (700, 350))):
+        Image.new("RGB", size, "red").save(tmp_path / "photos" / name)
+    rows: list[dict[str, Any]] = [
+        {
+            "id": 1,
+            "image": ["a.png", "b.png"],
+            "conversations": [
+                {"from": "human", "value": "<image>\n<image>\nis there a circle?"},
+                {"from": "gpt", "value": "yes"},
+                {"from": "human", "value": "describe the image."},
+                {"from": "gpt", "value": "a red circle"},
+            ],
+        },
+        {"question": "how many objects are there?", "answer": "zero", "metric": "exact"},
+        {"question": "is it?", "answer": "no", "image": "gone.png"},
+        {"conversations": [{"from": "human", "value": "odd"}]},
+    ]
+    (tmp_path / "items.json").write_text(json.dumps(rows))
+    out = tmp_path / "runs" / "eval"
+    arguments = ["-p", "image_ffn", "--items", str(tmp_path / "items.json"), "--images"]
+    arguments += [str(tmp_path / "photos"), "--metric", "cider", "--by-kind", "--out", str(out)]
+    arguments += ["--answer-tokens", "4"]
+    found = run(*arguments)
+    assert found.exit_code == 2 and "entry 4: conversations" in found.output
+    found = run(*arguments, "--skip-broken")
+    assert found.exit_code == 0, found.output
+    assert "2 of 5 items left out" in found.output and "gone.png" in found.output
+    assert "image_ffn: captions CIDEr" in found.output and "multi-turn, 1 item" in found.output
+    document = json.loads((out / "eval.json").read_text())
+    assert (document["schema_version"], document["kind"]) == (1, "eval")
+    assert document["circumstances"].keys() > {"model_fingerprint", "items_fingerprint", "date"}
+    first, late, bare = document["items"]
+    assert first["images"] == late["images"] == ["images/0.jpg", "images/1.jpg"]
+    assert (first["image"], bare["image"]) == ("images/0.jpg", None)
+    assert (late["kind"], late["metric"], bare["metric"]) == ("multi-turn", "cider", "exact")
+    assert late["history"][0]["answer"] == "yes"
+    with Image.open(out / "images" / "0.jpg") as small, Image.open(out / "images/1.jpg") as large:
+        assert (small.size, large.size) == ((64, 64), (336, 168))
+    assert [each["label"] for each in document["judgements"]] == ["dense", "image_ffn"]
+    # cut off within the last line, and while the file for reports was written
+    kept = (out / "judgements.jsonl").read_bytes()
+    (out / "judgements.jsonl").write_bytes(kept[:-40])
+    (out / "eval.json").unlink()
+    again = run(*arguments, "--skip-broken")
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "eval.json").read_text())["judgements"] == document["judgements"]
+    known = JudgementFile(out / "judgements.jsonl").load()
+    assert sorted(each.label for each in known.values()) == ["dense", "image_ffn"]
+
+
+def test_the_demos_own_tasks() -> None:
+    items = demo_tasks(14)
+    kinds = [item.kind for item in items]
+    assert len(items) == 14 and demo_tasks(1)
+    assert [kinds.count(kind) for kind in ("caption", "multi-turn", "detail")] == [3, 3, 3]
+    for item in items:
+        assert len(item.history) == (item.kind == "multi-turn")
+        assert item.question not in {turn.question for turn in item.history}
+    assert items_fingerprint(items) == items_fingerprint(demo_tasks(14))
+    late = next(item for item in items if item.kind == "multi-turn")
+    assert items_fingerprint([late]) != items_fingerprint([replace(late, history=())])
+
+
+def test_nothing_is_judged_without_the_scorers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = write(tmp_path, [YES | {"metric": "cider"}] * 2)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
+    found = run("--items", items)
+    assert found.exit_code == 2 and "fastskip[captions]" in found.output
+    (tmp_path / "items.jsonl").write_text("")
+    found = run("--items", items)
+    assert found.exit_code == 2 and "no items" in found.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["-m", "some/model"], "--items: needed with --model"),
+        (["--images", "."], "--items: needed with --images"),
+        (["--items", "x", "--metric", "bleu"], "bleu"),
         (["-p", "dense", "-p", "dense"], "one is there twice"),
         (["-p", "nonsense"], "nonsense"),
     ],

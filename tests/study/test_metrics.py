@@ -1,9 +1,13 @@
 """Metrics against worked examples of the rules that their papers and evaluations state."""
 
+import math
+import sys
+
 import pytest
 
+from fastskip.study.captions import CaptionError, CaptionScores, cider, tokens
 from fastskip.study.items import Item, ItemError
-from fastskip.study.metrics import Metric, YesNo, means_yes, vqa_words
+from fastskip.study.metrics import Metric, YesNo, means_yes, score_all, vqa_words
 
 
 @pytest.mark.parametrize(
@@ -86,3 +90,65 @@ def test_references_that_do_not_fit(
 ) -> None:
     with pytest.raises(ItemError, match=problem):
         Item("what?", references, metric=metric)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A man\u2019s dog, running.", "a man 's dog running"),
+        ("It DOESN'T cost 3.50!", "it does n't cost 3.50"),
+        ("two red-brown cats (asleep)", "two red-brown cats asleep"),
+        ("...", ""),
+    ],
+)
+def test_words_of_captions(text: str, expected: str) -> None:
+    assert " ".join(tokens(text)) == expected
+
+
+def test_cider_by_hand() -> None:
+    """Two items, so that an n-gram of one item weighs log 2 and one of both weighs nothing."""
+    references = [["A red dog."], ["a cat sleeps"]]
+    # "a" is of both items. Of the first answer: red and dog match, of its pairs "red dog" does not
+    # ("red big"); the mean over four lengths, of which only 1-grams and 2-grams have something.
+    # 1-grams: answer (red, big, dog), reference (red, dog): 2 / (sqrt 3 * sqrt 2).
+    # 2-grams: answer (a red, red big, big dog), reference (a red, red dog): 1 / (sqrt 3 * sqrt 2).
+    # 3-grams: (a red big, red big dog) and (a red dog): 0. One pair more: exp(-1 / 72).
+    first = 10 / 4 * (2 + 1) / math.sqrt(6) * math.exp(-1 / 72)
+    # word by word the same: 1 for each length that the text has, 3 of 4
+    second = 10 / 4 * 3
+    found = cider(["a red, big dog", "A cat sleeps!"], references)
+    assert found == pytest.approx([first, second])
+    assert cider(["", "a"], references) == [0.0, 0.0]
+    # With two references, their mean; words of both items are weighed the same.
+    both = cider(["a red dog", "a cat sleeps"], [["a red dog", "it is"], ["a cat sleeps"]])
+    assert both == pytest.approx([second / 2, second])
+
+
+def test_captions_together() -> None:
+    answers, references = ["a red dog", "a cat"], [["a red dog"], ["a cat sleeps", "cats"]]
+    found = CaptionScores.of(answers, references)
+    assert found.cider == pytest.approx(sum(cider(answers, references)) / 2)
+    # 5 of 5 words, 3 of 3 pairs; the nearest length of the second is 3 or 1, of which 1 is shorter
+    assert found.bleu[:2] == pytest.approx((1.0, 1.0))
+    # recall 2/3, precision 1, beta 1.2
+    second = (1 + 1.44) * (2 / 3) / (2 / 3 + 1.44)
+    assert found.rouge_l == pytest.approx((1 + second) / 2)
+
+
+def test_metrics_are_mixed() -> None:
+    metrics = [Metric.CIDER, Metric.EXACT, Metric.CIDER]
+    answers, references = ["a red dog", "No", "a cow"], [["a red dog"], ["no"], ["a cat sleeps"]]
+    found = score_all(metrics, answers, references)
+    assert found[1] == 1 and [found[0], found[2]] == cider(
+        [answers[0], answers[2]], [references[0], references[2]]
+    )
+    with pytest.raises(ValueError, match="one by one"):
+        Metric.CIDER.score("a", ["a"])
+
+
+def test_captions_that_cannot_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CaptionError, match="1 items; allowed: 2 or more"):
+        cider(["a"], [["a"]])
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
+    with pytest.raises(CaptionError, match=r"pip install 'fastskip\[captions\]'"):
+        cider(["a", "b"], [["a"], ["b"]])

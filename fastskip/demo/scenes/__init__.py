@@ -1,6 +1,7 @@
 """Scenes of coloured shapes: what they hold, how they look, what can be asked about them."""
 
 from fastskip.demo.scenes.drawing import IMAGE_SIZE, draw, render
+from fastskip.demo.scenes.harder import DETAIL_KINDS, ask_detail, converse, is_detailed
 from fastskip.demo.scenes.questions import Question, QuestionKind, ask, caption, questions
 from fastskip.demo.scenes.world import (
     COLOURS,
@@ -15,6 +16,7 @@ from fastskip.demo.scenes.world import (
 
 __all__ = [
     "COLOURS",
+    "DETAIL_KINDS",
     "GRID",
     "IMAGE_SIZE",
     "SHAPES",
@@ -24,8 +26,11 @@ __all__ = [
     "Scene",
     "Split",
     "ask",
+    "ask_detail",
     "caption",
+    "converse",
     "draw",
+    "is_detailed",
     "questions",
     "render",
     "scenes",

@@ -76,18 +76,21 @@ def scenes(split: Split, count: int, seed: int) -> list[Scene]:
     return list(found.values())
 
 
-def sample(rng: np.random.Generator) -> Scene:
-    """Any scene. Small palettes are as likely as large ones, so that counts above one occur."""
-    count = int(rng.integers(1, MAX_FIGURES + 1))
+def sample(rng: np.random.Generator, figures: int | None = None) -> Scene:
+    """Any scene, of so many figures if that is said.
+
+    Small palettes are as likely as large ones, so that counts above one occur.
+    """
+    count = int(rng.integers(1, MAX_FIGURES + 1)) if figures is None else figures
     colours, shapes = _palette(rng, count)
     kinds = rng.permutation(len(colours) * len(shapes))[:count]
     cells = np.sort(rng.permutation(GRID * GRID)[:count])
     jitter = rng.random((count, 3))
-    figures = []
+    placed = []
     for kind, cell, (x, y, size) in zip(kinds.tolist(), cells.tolist(), jitter, strict=True):
         radius = 4.5 + 2.0 * size
         slack = 7.5 - radius  # half a pixel stays free, so that neighbours never touch
-        figures.append(
+        placed.append(
             Figure(
                 colour=COLOURS[colours[kind // len(shapes)]],
                 shape=SHAPES[shapes[kind % len(shapes)]],
@@ -99,7 +102,7 @@ def sample(rng: np.random.Generator) -> Scene:
             )
         )
     background, noise_seed = rng.integers(0, (48, 2**31)).tolist()
-    return Scene(tuple(figures), background, noise_seed)
+    return Scene(tuple(placed), background, noise_seed)
 
 
 def _palette(rng: np.random.Generator, count: int) -> tuple[list[int], list[int]]:

@@ -54,7 +54,7 @@ def items_of(found: Sequence[Asked]) -> list[Item]:
         Item(
             question.text,
             (question.answer,),
-            draw(scene),
+            (draw(scene),),
             kind=question.kind.value,
             metric=Metric.CAPTION if question.kind is QuestionKind.CAPTION else Metric.EXACT,
         )

@@ -15,11 +15,11 @@ import transformers
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
+from fastskip.conversations import Example
 from fastskip.loading import plan_of, set_policy, watching_routers
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import Encoder
 from fastskip.study.training.events import Events, Masks
-from fastskip.study.training.examples import Example
 from fastskip.study.training.gates import Gates
 from fastskip.study.training.learner import Learner, TrainingError, require_accelerate
 from fastskip.study.training.parts import adapted, learning, names_of

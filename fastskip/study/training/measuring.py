@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from fastskip.conversations import Example
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import IGNORED, Encoder, Features
-from fastskip.study.training.examples import Example
 from fastskip.study.training.parts import learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings
 from fastskip.study.training.sources import Shelf

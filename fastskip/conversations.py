@@ -1,4 +1,4 @@
-"""What to learn from: conversations about images, as objects or as LLaVA's JSON lines.
+"""Conversations about images, as objects or as LLaVA's JSON lines: to learn from, or to judge by.
 
 A row is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value":
 "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``: several turns, one image or a
@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is asked, with one ``<image>`` where an image stands, and the answer to be learned."""
+    """What is asked, with one ``<image>`` where an image stands, and the answer given."""
 
     question: str
     answer: str
@@ -139,25 +139,45 @@ class JsonLines(Sequence[Example]):
         except ValueError as error:  # not JSON, or not UTF-8
             hint = " (a JSON array? one object a line is needed)" if line[:1] == b"[" else ""
             raise DataError(f"{where}: not JSON ({error}){hint}; allowed: {_ALLOWED}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: a {type(row).__name__}; allowed: {_ALLOWED}")
-        named = row.get("image")
-        named = [] if named is None else [named] if isinstance(named, str) else named
-        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-            raise DataError(
-                f"{where}: image is {row['image']!r}; allowed: a path or a list of them"
-            )
-        return Example(
-            _turns(row.get("conversations"), where),
-            tuple(self._images / name for name in named),
-            where,
-        )
+        return example_of(row, self._images, where)
 
     @staticmethod
     def _check_files(example: Example) -> None:
         for image in example.images:
             if isinstance(image, Path) and not image.is_file():
                 raise DataError(f"{example.where}: no image {image}; allowed: an existing file")
+
+
+def example_of(row: Any, images: Path, where: str) -> Example:
+    """The conversation of one row.
+
+    Args:
+        row: as JSON gives it; other fields than those of a conversation are passed over.
+        images: the folder that image paths start at.
+        where: how errors name the row.
+    Raises:
+        DataError: the row cannot be used.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}; allowed: {_ALLOWED}")
+    return Example(
+        _turns(row.get("conversations"), where),
+        tuple(images / name for name in image_names(row, where)),
+        where,
+    )
+
+
+def image_names(row: dict[str, Any], where: str) -> list[str]:
+    """What a row's field "image" names: nothing, a path, or a list of them.
+
+    Raises:
+        DataError: it is something else.
+    """
+    named = row.get("image")
+    named = [] if named is None else [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise DataError(f"{where}: image is {row['image']!r}; allowed: a path or a list of them")
+    return named
 
 
 def _turns(said: Any, where: str) -> tuple[Turn, ...]:

@@ -1,0 +1,178 @@
+"""Conversations as text, by the checkpoint's own chat template.
+
+The template is rendered turn by turn, so that an answer begins exactly where a prompt of
+``generate`` ends. It ends with the template's own end token; where a template writes none (that of
+LLaVA-1.5 on the hub), the tokenizer's end-of-sequence token is put there, as LLaVA was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastskip.conversations import PLACEHOLDER, DataError, Example, Turn
+from fastskip.prompts import PromptError, check_text
+
+Span = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Written:
+    """A conversation so far: what the template was given, what it wrote, and what is made of it."""
+
+    unplaced: int
+    """Images that no turn places: they stand before the first one."""
+    where: str
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    rendered: str = ""
+    text: str = ""
+
+
+class Renderer:
+    """Writes conversations for one processor (of a text-only model: its tokenizer)."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._reads_images = hasattr(processor, "image_processor")
+        self._image = str(processor.image_token) if self._reads_images else None
+
+    def render(self, example: Example) -> tuple[str, list[Span]]:
+        """The conversation as text, and where its answers lie in it, their end tokens included.
+
+        Raises:
+            DataError: the template cannot say it.
+        """
+        written, spans = self._begin(example.turns, len(example.images), example.where), []
+        for turn in example.turns:
+            self._ask(written, turn.question)
+            spans.append(self._answer(written, turn.answer))
+        return written.text[: spans[-1][1]], spans
+
+    def prompt(self, history: Sequence[Turn], question: str, images: int, where: str) -> str:
+        """Earlier turns with the answers given, and a question, up to where its answer begins.
+
+        Args:
+            history: earlier turns; may be empty.
+            question: what is asked now.
+            images: how many there are, all turns together.
+            where: how errors name it.
+        Raises:
+            DataError: the template cannot say it, or the model reads no images.
+        """
+        if images and not self._reads_images:
+            raise DataError(f"{where}: has images; allowed: none, this model reads text")
+        written = self._begin((*history, Turn(question, "")), images, where)
+        for turn in history:
+            self._ask(written, turn.question)
+            self._answer(written, turn.answer)
+        self._ask(written, question)
+        self._check_placeholders(written.text, images, where)
+        return written.text
+
+    def _check_placeholders(self, text: str, images: int, where: str) -> None:
+        if self._image is not None and text.count(self._image) != images:
+            found = f"writes {text.count(self._image)} {self._image} for {images} images"
+            raise DataError(f"{where}: chat template: {found}; allowed: one each")
+        video = getattr(self._processor, "video_token", None) if self._reads_images else None
+        if video and video in text:
+            raise DataError(f"{where}: contains {video}; allowed: text and images, no videos")
+
+    def _begin(self, turns: Sequence[Turn], images: int, where: str) -> _Written:
+        is_placed = any(PLACEHOLDER in turn.question for turn in turns)
+        return _Written(0 if is_placed else images, where)
+
+    def _ask(self, written: _Written, question: str) -> None:
+        try:
+            check_text(question)
+        except PromptError as error:
+            raise DataError(f"{written.where}: {error}") from error
+        content = self._content(question, written.unplaced)
+        written.messages.append({"role": "user", "content": content})
+        written.unplaced = 0
+        self._append(written, self._converse(written, is_prompt=True))
+
+    def _answer(self, written: _Written, answer: str) -> Span:
+        self._check_answer(answer, written.where)
+        answer = answer.strip()
+        content = [{"type": "text", "text": answer}] if self._reads_images else answer
+        written.messages.append({"role": "assistant", "content": content})
+        begin, prompt = len(written.text), len(written.rendered)
+        whole = self._converse(written, is_prompt=False)
+        piece, end = self._ended(whole[prompt:], written.where)
+        self._append(written, whole)
+        written.text = written.text[:begin] + piece
+        return begin, begin + end
+
+    def _append(self, written: _Written, whole: str) -> None:
+        if not whole.startswith(written.rendered):
+            raise DataError(
+                f"{written.where}: chat template: writes earlier turns anew as a conversation goes "
+                "on; allowed: one that only appends"
+            )
+        written.text += whole[len(written.rendered) :]
+        written.rendered = whole
+
+    def _content(self, question: str, unplaced: int) -> Any:
+        """A user's turn for the template; images at its begin or end stand first, as in prompts."""
+        if not self._reads_images:
+            return question.strip()
+        question, count = question.strip(), unplaced
+        while question.startswith(PLACEHOLDER):
+            question, count = question.removeprefix(PLACEHOLDER).lstrip(), count + 1
+        while question.endswith(PLACEHOLDER):
+            question, count = question.removesuffix(PLACEHOLDER).rstrip(), count + 1
+        assert self._image is not None
+        question = question.replace(PLACEHOLDER, self._image)
+        return [{"type": "image"}] * count + [{"type": "text", "text": question}]
+
+    def _converse(self, written: _Written, *, is_prompt: bool) -> str:
+        if not self._processor.chat_template:
+            return self._without_template(written.messages)
+        try:
+            text = self._processor.apply_chat_template(
+                written.messages, add_generation_prompt=is_prompt, tokenize=False
+            )
+        # a template is a program of the checkpoint's author: it can fail in any way
+        except Exception as error:
+            allowed = "one that takes user and assistant in turn"
+            raise DataError(
+                f"{written.where}: chat template: {error}; allowed: {allowed}"
+            ) from error
+        return str(text)
+
+    def _without_template(self, messages: list[dict[str, Any]]) -> str:
+        """As LLaVA-1.5 was trained; of a text-only model, the bare texts."""
+        text = ""
+        for message in messages:
+            content = message["content"]
+            if not self._reads_images:
+                text += f" {content}" if text else content
+            elif message["role"] == "assistant":
+                text += f" {content[0]['text']}{self._tokenizer.eos_token}"
+            else:
+                images = f"{self._image}\n" * (len(content) - 1)
+                text += f"USER: {images}{content[-1]['text']} ASSISTANT:"
+        return text
+
+    def _ended(self, piece: str, where: str) -> tuple[str, int]:
+        """What a template wrote after a prompt, and where the answer in it ends."""
+        ends = [
+            piece.rfind(token) + len(token)
+            for token in self._tokenizer.all_special_tokens
+            if token in piece
+        ]
+        if ends:
+            return piece, max(ends)
+        if not self._tokenizer.eos_token:
+            raise DataError(
+                f"{where}: processor: no end-of-sequence token; allowed: a tokenizer with one"
+            )
+        piece = piece.rstrip() + self._tokenizer.eos_token
+        return piece, len(piece)
+
+    def _check_answer(self, answer: str, where: str) -> None:
+        for token in self._tokenizer.all_special_tokens:
+            if token in answer:
+                raise DataError(f"{where}: an answer holds {token!r}; allowed: plain text")

@@ -1,0 +1,73 @@
+"""Prompts with a history: what training learns up to an answer, and what one turn has been."""
+
+from typing import Any
+
+import pytest
+
+from fastskip.conversations import DataError, Turn
+from fastskip.demo.text import build_processor as build_demo_processor
+from fastskip.prompts import build_inputs, encode_prompts
+from fastskip.rendering import Renderer
+from tests.checkpoints import CHAT_TEMPLATE, build_processor, build_tokenizer
+from tests.training.conversations import examples, picture
+from tests.training.test_labels import CHATML, HUB_TEMPLATE
+
+PROCESSORS = {
+    "none": build_processor(chat_template=None),
+    "hub": build_processor(chat_template=HUB_TEMPLATE),
+    "chatml": build_processor("llava_onevision", chat_template=CHATML),
+    "demo": build_demo_processor(),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_prompt_ends_where_an_answer_begins(name: str) -> None:
+    renderer = Renderer(PROCESSORS[name])
+    for example in examples(6):
+        text, spans = renderer.render(example)
+        *history, last = example.turns
+        prompt = renderer.prompt(history, last.question, len(example.images), "it")
+        assert prompt == text[: spans[-1][0]] and text[spans[-1][0] :].strip().startswith(
+            last.answer
+        )
+        assert all(turn.answer in prompt for turn in history)
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_one_turn_is_what_build_inputs_makes(name: str) -> None:
+    processor: Any = PROCESSORS[name]
+    prompt = Renderer(processor).prompt((), "what is it?", 1, "it")
+    found = encode_prompts(processor, [prompt], [[picture(0)]])
+    expected = build_inputs(processor, "what is it?", [picture(0)])
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+
+
+def test_a_text_model_reads_no_images() -> None:
+    renderer = Renderer(build_tokenizer())
+    assert renderer.prompt([Turn("a", "b")], "c", 0, "it") == "a b</s> c"
+    with pytest.raises(DataError, match="it: has images"):
+        renderer.prompt((), "a", 1, "it")
+
+
+@pytest.mark.parametrize(
+    ("template", "history", "question", "message"),
+    [
+        ("{{ raise_exception('no') }}", (), "a?", "chat template: no"),
+        ("hello", (), "a?", "writes 0 <image> for 1 images"),
+        (CHAT_TEMPLATE, (Turn("b", "c"),), "a?", "writes earlier turns anew"),
+        (HUB_TEMPLATE, (Turn("b", "c</s>"),), "a?", "an answer holds '</s>'"),
+        (HUB_TEMPLATE, (), "\ud800?", "allowed: Unicode text"),
+    ],
+)
+def test_what_cannot_be_said(
+    template: str, history: tuple[Turn, ...], question: str, message: str
+) -> None:
+    renderer = Renderer(build_processor(chat_template=template))
+    with pytest.raises(DataError, match=f"the item: .*{message}"):
+        renderer.prompt(history, question, 1, "the item")
+
+
+def test_videos_are_refused() -> None:
+    renderer = Renderer(build_processor("llava_onevision", chat_template=CHATML))
+    with pytest.raises(DataError, match="contains <video>"):
+        renderer.prompt((), "<video> a?", 0, "it")
