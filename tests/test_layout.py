@@ -87,9 +87,11 @@ FLOORS = {
     "prompts": Floor(("images", "prompts"), (), ("PIL", "numpy", "transformers")),
     "machine": Floor(("machine",), PURE, ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
+    # Of any model that has Hugging Face's `generate`, ours or not.
+    "timing": Floor(("timing",), (), ("torch", "transformers")),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine", "intervals"),
+        (*PURE, "loading", "public", "machine", "intervals", "timing"),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
@@ -117,6 +119,7 @@ FLOORS = {
             "prompts",
             "machine",
             "intervals",
+            "timing",
             "demo",
             "study",
             "training",

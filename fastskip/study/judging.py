@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastskip.demo.timing import endless, time_once
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy
@@ -30,6 +29,7 @@ from fastskip.study.fingerprints import (
 from fastskip.study.items import Item
 from fastskip.study.metrics import Metric, YesNo
 from fastskip.study.samples import placed
+from fastskip.timing import endless, time_once
 
 DENSE = "dense"
 
