@@ -110,7 +110,7 @@ FLOORS = {
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
-        ("study.paper", "study.comparison", "study.judging"),
+        ("study.paper", "study.comparison", "study.judging", "study.bench"),
         (
             *PURE,
             "families",
