@@ -110,7 +110,7 @@ FLOORS = {
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
-        ("study.paper", "study.comparison", "study.judging", "study.bench"),
+        ("study.paper", "study.comparison", "study.judging"),
         (
             *PURE,
             "families",
@@ -126,10 +126,16 @@ FLOORS = {
         ),
         ("torch", "numpy", "matplotlib", "transformers", "tqdm"),
     ),
+    "bench": Floor(
+        ("study.bench",),
+        (*PURE, "routing", "families", "loading", "public", "prompts", "intervals", "timing")
+        + ("demo", "study", "paper"),
+        ("PIL", "torch", "transformers"),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("sparse", "demo", "study", "training", "paper"),
+        + ("intervals", "sparse", "demo", "study", "training", "paper", "bench"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

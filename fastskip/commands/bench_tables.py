@@ -32,10 +32,10 @@ def _table(found: BenchResult, seen: str, inner: str) -> Table:
     is_prompt = seen == "ttft"
     has_peak = not is_prompt and any(each.peak_bytes is not None for each in found.contenders)
     titles = ["", f"{seen.upper()}, ms\nquartiles", "vs HF", "vs dense\n95 %"]
-    titles += [f"{inner}, ms\nfloor", "of floor", "of ideal"]
-    titles += ["KV, MB"] if is_prompt else ["tokens/s", *(["peak, GB"] if has_peak else [])]
+    titles += [f"{inner}, ms\nfloor", "of floor\nof ideal"]
+    titles += ["KV\nMB"] if is_prompt else ["tokens\n/s", *(["peak\nGB"] if has_peak else [])]
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", 14
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 12
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     hf = next((each.times for each in found.contenders if each.label == HF), None)
@@ -45,12 +45,13 @@ def _table(found: BenchResult, seen: str, inner: str) -> Table:
         time, part = getattr(each.times, f"{seen}_s"), getattr(each.times, f"{inner}_s")
         base, floor = getattr(hf, f"{seen}_s", None), getattr(each.floor_s, inner, None)
         row = [
-            f"{_ms(time.median)}\n{_ms(time.low)} to {_ms(time.high)}",
+            f"{_ms(time.median)}\n{_ms(time.low)}-{_ms(time.high)}",
             base and f"{base.median / time.median:.2f}x",
             _gain(getattr(each.speedup, seen, None)),
             _ms(part.median) + (f"\n{_ms(floor)}" if floor else ""),
-            floor and f"{floor / part.median:.0%}",
-            _number(getattr(each.ideal_share, inner, None), ".2f"),
+            (f"{floor / part.median:.0%}" if floor else "")
+            + "\n"
+            + _number(getattr(each.ideal_share, inner, None), ".0%"),
         ]
         if is_prompt:
             row.append(_number(each.kv_bytes, ".3g", 1e6))
@@ -63,13 +64,14 @@ def _table(found: BenchResult, seen: str, inner: str) -> Table:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _gain(speedup: Spread | None) -> str:
     if speedup is None:
         return ""
-    return f"{speedup.median:.2f}x\n{speedup.low:.2f} to {speedup.high:.2f}"
+    return f"{speedup.median:.2f}x\n{speedup.low:.2f}-{speedup.high:.2f}"
 
 
 def _number(value: float | None, form: str, unit: float = 1) -> str:
