@@ -63,8 +63,10 @@ FLOORS = {
         ("torch",),
     ),
     "families": Floor(("families",), PURE, ("torch",)),
+    "fingerprints": Floor(("fingerprints",), (), ("torch",)),
     # Modules of a model and files of a checkpoint: above what multiplies, below what loads.
     "sparse": Floor(("sparse",), (*PURE, "reference", "kernels"), ("torch",)),
+    "fit": Floor(("policy_fit",), ("policy", "families", "fingerprints", "sparse")),
     "generation": Floor(
         ("generation",),
         (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "families", "sparse"),
@@ -72,7 +74,7 @@ FLOORS = {
     ),
     "loading": Floor(
         ("loading",),
-        (*PURE, "ops", "routing", "families", "sparse", "generation"),
+        (*PURE, "ops", "routing", "families", "fit", "sparse", "generation"),
         ("torch", "transformers"),
     ),
     "profiling": Floor(("profiling",), ("ops",)),
@@ -99,6 +101,7 @@ FLOORS = {
     "study": Floor(
         ("study",),
         (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
+        + ("fingerprints", "fit")
         + ("prompts", "intervals", "machine"),
         ("torch", "numpy", "PIL", "safetensors"),
     ),
@@ -129,7 +132,7 @@ FLOORS = {
     "bench": Floor(
         ("study.bench",),
         (*PURE, "routing", "families", "loading", "public", "prompts", "intervals", "timing")
-        + ("demo", "study", "paper"),
+        + ("fit", "demo", "study", "paper"),
         ("PIL", "torch", "transformers"),
     ),
     "commands": Floor(
@@ -316,7 +319,8 @@ def test_kernels_folder() -> None:
 
 NAMES = """load_model apply_ set_policy plan_of record_routing
 SkipPolicy SkipRule RouterRule TokenClass Sublayer SkippedKV Arrangement SkipPlan
-Router RoutingContext Decision Scope RouterError PolicyError UnsupportedModelError __version__"""
+Router RoutingContext Decision Scope RouterError PolicyError PolicyFitWarning
+UnsupportedModelError __version__"""
 
 
 def test_public_names() -> None:

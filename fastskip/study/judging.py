@@ -196,7 +196,7 @@ def _answered(
 ) -> list[Judgement]:
     known = {} if kept is None else kept.load()
     items = items_fingerprint(exam.items)
-    asked = combined(model_fingerprint(model), items, exam.new_tokens, new_tokens)
+    asked = combined(model_fingerprint(model), str(model.dtype), items, exam.new_tokens, new_tokens)
     keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):

@@ -15,6 +15,7 @@ from fastskip.intervals import Spread, paired_speedup, quartiles
 from fastskip.loading import plan_of, set_policy
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
+from fastskip.policy_fit import check_fit
 from fastskip.study.bench.contenders import (
     DENSE,
     Contender,
@@ -71,6 +72,8 @@ def bench(
             Face's.
         PolicyError: a policy does not fit the model.
         UnsupportedModelError: the device cannot run a policy.
+    Warns:
+        PolicyFitWarning: a policy was made for another model.
     """
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, LEAST_ROUNDS)):
         if value < least:
@@ -79,6 +82,8 @@ def bench(
     before = plan_of(models.ours).policy
     given = placed(inputs, models.ours)
     load = workload_of(given, models.ours.config, new_tokens)
+    for _, policy in policies:
+        check_fit(models.ours, policy)
     try:
         # Whatever does not fit the model is found before anything takes time.
         plans = {each.label: each.plan(models) for each in every}
