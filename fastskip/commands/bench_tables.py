@@ -100,7 +100,8 @@ def footer(found: BenchResult) -> str:
     """Where the numbers come from, and how to read them."""
     about, ceilings = found.circumstances, found.ceilings
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    threads = f", {about['threads']} threads" if about["threads"] else ""
+    count = about["threads"]
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
     lines = [
         f"{about['device']}{threads}, {about['dtype']}; {versions}; {found.rounds} rounds, medians",
         f"floors at {ceilings.bandwidth_bytes_per_s / 1e9:.3g} GB/s and "

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import fastskip
 from fastskip.cli import app
 from fastskip.costs import Ceilings, floor_seconds
+from fastskip.demo import checkpoint_path
 from fastskip.intervals import Spread
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.prompts import build_inputs, processor_for
@@ -155,6 +156,18 @@ def test_what_cannot_be_compiled_is_left_out(
     lost = found.of(HF_COMPILED)
     assert lost.left_out == "RuntimeError: no compiler here" and lost.times is None
     assert BenchResult.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.gpu
+def test_memory_is_told_on_a_gpu() -> None:
+    models = Models.load(str(checkpoint_path()), dtype="bfloat16", device="cuda")
+    config, processor = models.hf.config, processor_for(checkpoint_path())
+    made = made_up_inputs(processor, config, [drawn_image(None)], text_tokens=40, new_tokens=9)
+    found = run(models, made, IMAGE_FFN, new_tokens=9)
+    weights = sum(weight.nbytes for weight in models.hf.parameters())
+    for each in found.contenders:
+        assert each.peak_bytes > weights + each.kv_bytes
+        assert each.times.ttft_s.median > each.times.prefill_s.median > 0
 
 
 def test_time_is_limited(models: Models, inputs: dict[str, Any]) -> None:
