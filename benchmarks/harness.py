@@ -13,10 +13,10 @@ from benchmarks.gate import faults
 from benchmarks.peers import DEFAULT, DENSE, HF, Peer, dense
 from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import Builder, Models, Shape, models, prompts
-from fastskip.demo.timing import threads_set
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 from fastskip.routing import RoutingRecord
+from fastskip.timing import threads_set
 
 # The default first: what a first call does once must not count against fewer threads.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))

@@ -18,7 +18,7 @@ from benchmarks.runs import median
 from benchmarks.shapes import models
 from fastskip import machine
 from fastskip.costs import Ceilings, floor_seconds
-from fastskip.demo.timing import threads_set
+from fastskip.timing import threads_set
 
 Record = dict[str, Any]
 

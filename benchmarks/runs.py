@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from benchmarks.memory import peak_bytes, reset_peak
-from fastskip.demo.timing import no_collection
+from fastskip.timing import no_collection
 
 GROUPS = ("prefill", "decode", "e2e")
 

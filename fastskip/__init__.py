@@ -12,6 +12,7 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import (
     Arrangement,
     PolicyError,
+    PolicyFitWarning,
     RouterRule,
     SkippedKV,
     SkipPolicy,
@@ -31,6 +32,7 @@ __all__ = [
     "Arrangement",
     "Decision",
     "PolicyError",
+    "PolicyFitWarning",
     "Router",
     "RouterError",
     "RouterRule",

@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fastskip import __version__
+from fastskip.commands.bench import bench
 from fastskip.commands.calibrate import calibrate
 from fastskip.commands.demo import demo
 from fastskip.commands.eval import evaluate
@@ -57,6 +58,7 @@ def _help(function: Callable[..., None]) -> str:
 
 for command in (generate, plan, verify, calibrate, train, prune, demo, policies):
     app.command(help=_help(command))(command)
+app.command(help=_help(bench))(bench)
 app.command(name="eval", help=_help(evaluate))(evaluate)
 for part in (paper, compare):
     study.command(help=_help(part))(part)
@@ -83,7 +85,8 @@ def main(
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
     so that a wanted share of rows skips, [bold]train[/] mends by training what skipping costs,
-    [bold]prune[/] sets weights to zero, [bold]study[/] shows what all that costs.
+    [bold]prune[/] sets weights to zero, [bold]bench[/] measures what policies gain here,
+    [bold]study[/] shows what all that costs.
     """
 
 

@@ -1,4 +1,5 @@
-"""How sure a score is: intervals of shares, of means, and of differences between two models.
+"""How sure a number is: intervals of shares, of means, of differences between two models, and of
+how many times as fast one is.
 
 Differences are taken item by item (a paired bootstrap; Efron and Tibshirani, "An Introduction to
 the Bootstrap", 1993, chapters 8 and 13): two models that answer the same items share what makes an
@@ -38,6 +39,15 @@ class Estimate:
     def is_below_zero(self) -> bool:
         """Whether the whole interval is."""
         return self.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median, and the ends of what it is told with: quartiles, or a confidence interval."""
+
+    median: float
+    low: float
+    high: float
 
 
 def wilson(right: float, asked: int, level: float = LEVEL) -> Estimate:
@@ -105,6 +115,59 @@ def paired_bootstrap(
     if a.shape != b.shape:
         raise ValueError(f"scores: shapes {a.shape} and {b.shape}; allowed: the same items in both")
     return bootstrap(b - a, resamples=resamples, level=level, seed=seed)
+
+
+def quartiles(values: Sequence[float]) -> Spread:
+    """The median and the two quartiles.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not len(values):
+        raise ValueError("values: none; allowed: one or more")
+    low, middle, high = np.percentile(np.asarray(values, np.float64), [25, 50, 75])
+    return Spread(float(middle), float(low), float(high))
+
+
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Two-sided 95 % quantiles of Student's t, by the number of values."""
+
+
+def paired_speedup(base: Sequence[float], own: Sequence[float]) -> Spread:
+    """How many times as fast `own` is as `base`, from seconds in the same rounds: the median of the
+    rounds' ratios with its 95 % interval.
+
+    Of six rounds or more, the interval lies between two of the ratios, whatever their distribution
+    (the sign test, turned round: Conover, "Practical Nonparametric Statistics", 1999, section 3.2);
+    one round that something disturbed does not move it much. Fewer can give no such interval; there
+    it is Student's, of the ratios' logarithms.
+
+    Raises:
+        ValueError: the two have not as many rounds, fewer than two, or times that are not positive.
+    """
+    before, after = np.asarray(base, np.float64), np.asarray(own, np.float64)
+    if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
+        shapes = f"{before.shape} and {after.shape}"
+        raise ValueError(f"rounds: {shapes}; allowed: the same number of rounds, two or more")
+    if not (np.isfinite(before) & np.isfinite(after) & (before > 0) & (after > 0)).all():
+        raise ValueError("seconds: allowed: positive numbers")
+    ratios = np.sort(before / after)
+    middle, count = float(np.median(ratios)), len(ratios)
+    if count in _STUDENT:
+        logs = np.log(ratios)
+        half = _STUDENT[count] * float(logs.std(ddof=1)) / math.sqrt(count)
+        centre = float(logs.mean())
+        return Spread(middle, math.exp(centre - half), math.exp(centre + half))
+    outside = _outside(count)
+    return Spread(middle, float(ratios[outside]), float(ratios[-1 - outside]))
+
+
+def _outside(count: int) -> int:
+    """How many values lie below the 95 % interval of a median, and as many above it."""
+    most, chance, found = (1 - LEVEL) / 2, 0.0, -1
+    while (chance := chance + math.comb(count, found + 1) / 2**count) <= most:
+        found += 1
+    return found
 
 
 def _checked(level: float) -> float:

@@ -27,6 +27,7 @@ from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import POLICY_FILE, policy_of_config
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
+from fastskip.policy_fit import check_fit, origin_of
 from fastskip.routing import Router, RoutingRecord, build_routers
 from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed, read_sparse
 from fastskip.sparse.convert import hold_
@@ -87,6 +88,8 @@ def load_model(
         SparseError: the files of a sparse checkpoint do not fit together, or the weights cannot be
             held as asked.
         ValueError: another argument is malformed, or weights are missing.
+    Warns:
+        PolicyFitWarning: the policy's provenance says that it was made for another model.
     """
     _check_arguments(from_pretrained_kwargs)
     if weights not in tuple(Weights):
@@ -107,6 +110,7 @@ def load_model(
     chosen = _choose_policy(policy, path, config, hub)
     shape = shape_of(config)
     make_plan(chosen, shape)
+    origin_of(chosen)
     build_routers(chosen, shape.depth, shape.hidden_size, routers)
     model_class = getattr(transformers, model_class_name(config))
     options = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
@@ -148,6 +152,7 @@ def apply_(
     shape = shape_of(model.config, weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
+    check_fit(model, chosen)
     runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device), own)
     if attention is not None:
         runtime.use_flash()
@@ -166,7 +171,7 @@ def set_policy(
     """Swaps the policy of a prepared model without reloading; returns the model.
 
     Caches that were filled under the old policy are refused afterwards. ``routers`` as in
-    ``load_model``.
+    ``load_model``. Warns as ``load_model`` does.
     """
     runtime, chosen = _runtime_of(model), SkipPolicy.coerce(policy)
     shape = shape_of(model.config, final_norm_of(text_model_of(model)).weight.dtype)
@@ -175,6 +180,7 @@ def set_policy(
     reason = runtime.unsupported_plan(plan)
     if reason is not None:
         _refuse(runtime, reason)
+    check_fit(model, chosen)
     runtime.set_plan(plan, own)
     return model
 

@@ -122,3 +122,7 @@ class PolicyError(ValueError):
     def under(self, path: str) -> PolicyError:
         """The same error, its field seen from one level further out."""
         return PolicyError(f"{path}.{self.field}", self.value, self.allowed, self.problem)
+
+
+class PolicyFitWarning(UserWarning):
+    """A policy is loaded onto another model than its provenance says that it was made for."""

@@ -21,7 +21,7 @@ from benchmarks.report import Results, main, markdown, tables
 from benchmarks.runs import GROUPS
 from benchmarks.shapes import Shape, models, random_model
 from fastskip import machine
-from fastskip.demo.timing import threads_set
+from fastskip.timing import threads_set
 
 TINY_CEILINGS = {"BUFFER_BYTES": {"cpu": 1 << 22}, "MATRIX_SIZES": {"cpu": (64,)}}
 

@@ -20,6 +20,7 @@ from PIL import Image
 import fastskip
 from fastskip.loading import watching_routers
 from fastskip.policy import PolicyError, SkipPolicy
+from fastskip.policy_fit import made_for
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.calibration import Calibration, CalibrationError, calibrate
@@ -195,7 +196,7 @@ def test_provenance(stock: Any, samples: Samples, tmp_path: Path) -> None:
     found = calibrate(model, samples, 0.5, new_tokens=NEW, about={"source": "here"})
     found.policy.save(tmp_path / "found.json")
     written = json.loads((tmp_path / "found.json").read_text())["provenance"]
-    assert written["by"] == "me"
+    assert written["by"] == "me" and written["made_for"] == made_for(model)
     told = written["calibration"]
     assert (told["wanted"], told["per"], told["samples"]) == (0.5, "layer", 6)
     assert (told["new_tokens"], told["source"], told["dtype"]) == (NEW, "here", "float32")

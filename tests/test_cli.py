@@ -22,7 +22,9 @@ from fastskip.images import load_image
 from fastskip.prompts import build_inputs, processor_for
 from tests.checkpoints import save_checkpoint
 
-COMMANDS = ("generate", "plan", "verify", "calibrate", "train", "prune", "demo", "policies")
+COMMANDS = (
+    *("generate", "plan", "verify", "calibrate", "train", "prune", "bench", "demo", "policies"),
+)
 MACHINE = ("--bandwidth", "20", "--tflops", "0.1")
 
 

@@ -5,7 +5,15 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
+from fastskip.intervals import (
+    Estimate,
+    Spread,
+    bootstrap,
+    paired_bootstrap,
+    paired_speedup,
+    quartiles,
+    wilson,
+)
 
 
 def every_resample(values: list[float]) -> np.ndarray:
@@ -80,3 +88,53 @@ def test_wilson_known_values() -> None:
 def test_errors(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_speedups_of_many_rounds_lie_between_two_of_them() -> None:
+    base = [2.0, 2.2, 2.4, 2.6, 2.8, 3.0, 3.2, 3.4, 90.0]
+    # Nine rounds: P(at most one ratio below the median) = 10 / 512, so the second and the eighth.
+    found = paired_speedup(base, [2.0] * 9)
+    assert (found.median, found.low, found.high) == pytest.approx((1.4, 1.1, 1.7))
+    # Six rounds: P(none below) = 1 / 64, so the first and the last.
+    found = paired_speedup(base[:6], [2.0] * 6)
+    assert (found.median, found.low, found.high) == pytest.approx((1.25, 1.0, 1.5))
+
+
+@pytest.mark.parametrize("count", [6, 9, 20])
+def test_medians_are_covered(count: int) -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(1000):
+        noise = rng.lognormal(0, 0.3, (2, count)) * np.where(rng.random((2, count)) < 0.1, 5, 1)
+        found = paired_speedup(noise[0], noise[1])
+        hits += found.low <= 1 <= found.high
+    assert hits >= 935
+
+
+def test_speedups_of_few_rounds_are_students() -> None:
+    # Logarithms 0, 1, 2: mean 1, deviation 1; t = 4.303 with two degrees of freedom.
+    found = paired_speedup([np.exp(2), 1.0, np.e], [1.0, 1.0, 1.0])
+    half = 4.303 / np.sqrt(3)
+    ends = pytest.approx((np.exp(1 - half), np.exp(1 + half)))
+    assert (found.low, found.high) == ends and found.median == pytest.approx(np.e)
+
+
+def test_quartiles() -> None:
+    assert quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+    assert quartiles([7.0]) == Spread(7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="values: none"):
+        quartiles([])
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "message"),
+    [
+        ([1.0, 2.0], [1.0], "rounds:"),
+        ([1.0], [1.0], "two or more"),
+        ([1.0, 0.0], [1.0, 1.0], "seconds:"),
+        ([1.0, 1.0], [1.0, float("nan")], "seconds:"),
+    ],
+)
+def test_no_speedup_of_these(base: list[float], own: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        paired_speedup(base, own)

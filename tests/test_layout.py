@@ -63,8 +63,10 @@ FLOORS = {
         ("torch",),
     ),
     "families": Floor(("families",), PURE, ("torch",)),
+    "fingerprints": Floor(("fingerprints",), (), ("torch",)),
     # Modules of a model and files of a checkpoint: above what multiplies, below what loads.
     "sparse": Floor(("sparse",), (*PURE, "reference", "kernels"), ("torch",)),
+    "fit": Floor(("policy_fit",), ("policy", "families", "fingerprints", "sparse")),
     "generation": Floor(
         ("generation",),
         (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "families", "sparse"),
@@ -72,7 +74,7 @@ FLOORS = {
     ),
     "loading": Floor(
         ("loading",),
-        (*PURE, "ops", "routing", "families", "sparse", "generation"),
+        (*PURE, "ops", "routing", "families", "fit", "sparse", "generation"),
         ("torch", "transformers"),
     ),
     "profiling": Floor(("profiling",), ("ops",)),
@@ -89,9 +91,11 @@ FLOORS = {
     ),
     "machine": Floor(("machine",), PURE, ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
+    # Of any model that has Hugging Face's `generate`, ours or not.
+    "timing": Floor(("timing",), (), ("torch", "transformers")),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine", "intervals"),
+        (*PURE, "loading", "public", "machine", "intervals", "timing"),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
@@ -99,6 +103,7 @@ FLOORS = {
     "study": Floor(
         ("study",),
         (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
+        + ("fingerprints", "fit")
         + ("prompts", "intervals", "machine"),
         ("torch", "numpy", "PIL", "safetensors", "pycocoevalcap"),
     ),
@@ -119,16 +124,23 @@ FLOORS = {
             "prompts",
             "machine",
             "intervals",
+            "timing",
             "demo",
             "study",
             "training",
         ),
         ("torch", "numpy", "matplotlib", "PIL", "transformers", "tqdm"),
     ),
+    "bench": Floor(
+        ("study.bench",),
+        (*PURE, "routing", "families", "loading", "public", "prompts", "intervals", "timing")
+        + ("fit", "demo", "study", "paper"),
+        ("PIL", "torch", "transformers"),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("intervals", "sparse", "demo", "study", "training", "paper"),
+        + ("intervals", "sparse", "demo", "study", "training", "paper", "bench"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
@@ -309,7 +321,8 @@ def test_kernels_folder() -> None:
 
 NAMES = """load_model apply_ set_policy plan_of record_routing
 SkipPolicy SkipRule RouterRule TokenClass Sublayer SkippedKV Arrangement SkipPlan
-Router RoutingContext Decision Scope RouterError PolicyError UnsupportedModelError __version__"""
+Router RoutingContext Decision Scope RouterError PolicyError PolicyFitWarning
+UnsupportedModelError __version__"""
 
 
 def test_public_names() -> None:

@@ -25,8 +25,8 @@ from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
 from fastskip.costs import floor_seconds
-from fastskip.demo.timing import no_collection
 from fastskip.plan import SkipPlan
+from fastskip.timing import no_collection
 
 N_NEW = 128
 ROUNDS, LEAST_ROUNDS = 5, 2

@@ -64,6 +64,18 @@ DeviceOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="CPU threads. Default: torch's choice.")
 ]
+BandwidthOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="GB/S",
+        help="Memory bandwidth of floors, with --tflops. Default: this machine, measured.",
+        show_default=False,
+    ),
+]
+TflopsOption = Annotated[
+    float | None,
+    typer.Option(metavar="TFLOP/S", help="Matrix product rate of floors.", show_default=False),
+]
 
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -147,6 +159,23 @@ def device_of(name: str | None) -> Any:
         count = torch.cuda.device_count()
         allowed = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         raise CommandError(f"--device {name}: {reason}; allowed here: {allowed}") from error
+
+
+def ceilings_of(
+    bandwidth: float | None, tflops: float | None, dtype: Any, device: str | None
+) -> Any:
+    """Those asked for, else those of this machine."""
+    from fastskip.costs import Ceilings
+    from fastskip.machine import ceilings
+
+    if bandwidth is None and tflops is None:
+        return ceilings(dtype, device_of(device))
+    if not (bandwidth and tflops and bandwidth > 0 and tflops > 0):
+        raise CommandError(
+            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as positive numbers, or "
+            "none (then this machine is measured)"
+        )
+    return Ceilings(bandwidth * 1e9, tflops * 1e12)
 
 
 def policy_of(policy: str | None) -> Any:

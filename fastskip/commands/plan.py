@@ -3,21 +3,23 @@
 import json
 import math
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastskip.commands.common import (
+    BandwidthOption,
     CommandError,
     DeviceOption,
     Dtype,
     DtypeOption,
     ModelOption,
     PolicyOption,
+    TflopsOption,
     ThreadsOption,
+    ceilings_of,
     checkpoint,
     config_of,
-    device_of,
     prepare,
     resolve_policy,
 )
@@ -51,20 +53,8 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    bandwidth: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GB/S",
-            help="Memory bandwidth to plan for, with --tflops. Default: this machine, measured.",
-            show_default=False,
-        ),
-    ] = None,
-    tflops: Annotated[
-        float | None,
-        typer.Option(
-            metavar="TFLOP/S", help="Matrix product rate to plan for.", show_default=False
-        ),
-    ] = None,
+    bandwidth: BandwidthOption = None,
+    tflops: TflopsOption = None,
     launches: Annotated[
         str | None,
         typer.Option(
@@ -113,7 +103,7 @@ def plan(
         batch,
     )
     number = forecast.dtype_of(config, dtype.value)
-    machine = _ceilings(bandwidth, tflops, number, device)
+    machine = ceilings_of(bandwidth, tflops, number, device)
     result = forecast.forecast(config, chosen, load, number, machine, rate)
     counted = _launches(result, launches)
     if as_json:
@@ -174,20 +164,6 @@ def _show_launches(
             counts = [str(each.by_kernel.get(kernel, (0, 0))[0]) for each in (before, after)]
             table.add_row(f"  {kernel}", *counts)
     Console(highlight=False).print(table)
-
-
-def _ceilings(bandwidth: float | None, tflops: float | None, dtype: Any, device: str | None) -> Any:
-    from fastskip.costs import Ceilings
-    from fastskip.machine import ceilings
-
-    if bandwidth is None and tflops is None:
-        return ceilings(dtype, device_of(device))
-    if not (bandwidth and tflops and bandwidth > 0 and tflops > 0):
-        raise CommandError(
-            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as positive numbers, or "
-            "none (then this machine is measured)"
-        )
-    return Ceilings(bandwidth * 1e9, tflops * 1e12)
 
 
 def _show(model: str, result: "Forecast") -> None:

@@ -14,9 +14,9 @@ from fastskip.demo.policies import Candidate
 from fastskip.demo.results import Example, Quality, Score, Workload
 from fastskip.demo.scenes import QuestionKind, Split, draw, questions, scenes
 from fastskip.demo.scenes.questions import CAPTION_PROMPT
-from fastskip.demo.timing import Runs, promising, race, threads_set, time_once
 from fastskip.loading import load_model, plan_of, set_policy
 from fastskip.plan import SkipPlan
+from fastskip.timing import Runs, promising, race, threads_set, time_once
 
 QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)
 SEED = 7

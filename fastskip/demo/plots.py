@@ -10,9 +10,9 @@ import numpy as np
 
 from fastskip.demo.results import Example, Report, Row
 from fastskip.demo.scenes import draw
-from fastskip.demo.timing import PHASES, Phase
 from fastskip.plan import Cell, LayerPlan
 from fastskip.policy import Arrangement, SkippedKV
+from fastskip.timing import PHASES, Phase
 
 CELLS = (
     ("attention and FFN", "#1f4e79"),

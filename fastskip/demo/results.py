@@ -11,9 +11,9 @@ from fastskip import __version__, machine
 from fastskip.costs import Ceilings, Cost, floor_seconds
 from fastskip.demo.policies import DENSE, HF, Candidate
 from fastskip.demo.scenes import Question, Scene
-from fastskip.demo.timing import Phase, Runs, Timing, best
 from fastskip.intervals import wilson
 from fastskip.plan import SkipPlan
+from fastskip.timing import Phase, Runs, Timing, best
 
 SCHEMA_VERSION = 1
 

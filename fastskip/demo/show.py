@@ -24,7 +24,7 @@ from fastskip.demo.measure import (
 )
 from fastskip.demo.policies import DENSE, HF, candidates
 from fastskip.demo.results import Report, Row, Score, environment, speed
-from fastskip.demo.timing import PHASES, threads_set
+from fastskip.timing import PHASES, threads_set
 
 DTYPE = torch.float32
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastskip.loading import plan_of, record_routing, set_policy, watching_routers
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, TokenClass, select_layers
+from fastskip.policy_fit import made_for
 from fastskip.routing import Decisions, Router
 from fastskip.study.observation import Observer, Scores
 from fastskip.study.provenance import circumstances
@@ -165,7 +166,11 @@ def calibrate(
             **circumstances(model),
             **(about or {}),
         }
-        provenance = {**best.policy.provenance, "calibration": written}
+        provenance = {
+            **best.policy.provenance,
+            "calibration": written,
+            "made_for": made_for(model),
+        }
         found = replace(found, policy=replace(best.policy, provenance=provenance))
         set_policy(model, found.policy)
     except BaseException:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from fastskip.demo.timing import endless, time_once
 from fastskip.families import image_token_ids, text_model_of
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.items import Item
 from fastskip.study.samples import placed
+from fastskip.timing import endless, time_once
 
 
 @dataclass(frozen=True, slots=True)

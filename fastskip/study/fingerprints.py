@@ -8,35 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
+from fastskip.fingerprints import LENGTH, fingerprint, model_fingerprint
 from fastskip.policy import SkipPolicy
 from fastskip.study.items import Item
 
-LENGTH = 16
-"""Hexadecimal digits: enough that two results of one person never meet."""
-_LOOKED_AT = 64
-"""Numbers that are read of each weight."""
-
-
-def fingerprint(data: bytes) -> str:
-    """What tells one content from another."""
-    return hashlib.sha256(data).hexdigest()[:LENGTH]
-
-
-def model_fingerprint(model: torch.nn.Module) -> str:
-    """The same for the same weights, wherever they lie and under any policy.
-
-    Names, shapes, dtypes and a few numbers of each weight: a model of 7B is not read whole.
-    """
-    found = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        flat = weight.detach().flatten()
-        step = max(1, len(flat) // _LOOKED_AT)
-        numbers = flat[::step][:_LOOKED_AT].double().cpu().numpy().tobytes()
-        found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + numbers)
-    return found.hexdigest()[:LENGTH]
+__all__ = [
+    "combined",
+    "fingerprint",
+    "items_fingerprint",
+    "model_fingerprint",
+    "policy_fingerprint",
+]
 
 
 def items_fingerprint(items: Sequence[Item]) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastskip.demo.timing import endless, time_once
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy
@@ -31,6 +30,7 @@ from fastskip.study.fingerprints import (
 from fastskip.study.items import Item
 from fastskip.study.metrics import Metric, YesNo
 from fastskip.study.samples import placed
+from fastskip.timing import endless, time_once
 
 DENSE = "dense"
 
@@ -213,7 +213,8 @@ def _answered(
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
     known = {} if kept is None else kept.load()
-    asked = combined(model_fingerprint(model), exam.fingerprint, exam.new_tokens, new_tokens)
+    about = model_fingerprint(model), str(model.dtype), exam.fingerprint
+    asked = combined(*about, exam.new_tokens, new_tokens)
     keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):

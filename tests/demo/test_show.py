@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
+from fastskip import timing
 from fastskip.costs import Ceilings
-from fastskip.demo import checkpoint_path, plots, show, terminal, timing
+from fastskip.demo import checkpoint_path, plots, show, terminal
 from fastskip.demo.measure import Bench, Effort, _judge
 from fastskip.demo.policies import DENSE, HF, Candidate, candidates
 from fastskip.demo.results import Example, Report, Score
 from fastskip.demo.scenes import Figure, Question, QuestionKind, Scene, Split, scenes
-from fastskip.demo.timing import Times, best, promising, race, time_once
 from fastskip.families import shape_of
 from fastskip.plan import make_plan
+from fastskip.timing import Times, best, promising, race, time_once
 
 CEILINGS = Ceilings(2e10, 1e11)
 TINY = Effort(

@@ -11,10 +11,10 @@ import torch
 import fastskip
 from fastskip.demo.results import Workload
 from fastskip.demo.smaller import load
-from fastskip.demo.timing import race, time_once
 from fastskip.study.paper.experiments import Cell, cells
 from fastskip.study.paper.plans import flops
 from fastskip.study.paper.results import Speed
+from fastskip.timing import race, time_once
 
 BUDGET_S = 60.0
 

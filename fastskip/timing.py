@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,23 +48,24 @@ class Timing:
 
 Runs = Mapping[tuple[str, int], Sequence[Times]]
 """By name and number of threads."""
+T = TypeVar("T")
 
 
 def race(
     names: Sequence[str],
-    run: Callable[[str], Times],
+    run: Callable[[str], T],
     *,
     threads: Sequence[int],
     rounds: int,
     budget_s: float,
-    on_round: Callable[[], None],
-) -> Runs:
+    on_round: Callable[[], object],
+) -> Mapping[tuple[str, int], Sequence[T]]:
     """Let all contenders run in turn, in up to `rounds` rounds or until `budget_s` is used.
 
     Every round starts elsewhere, so that what disturbs the machine hits all of them alike.
     """
     contenders = [(name, count) for name in names for count in threads]
-    runs: dict[tuple[str, int], list[Times]] = {each: [] for each in contenders}
+    runs: dict[tuple[str, int], list[T]] = {each: [] for each in contenders}
     began = time.perf_counter()
     for number in range(rounds):
         spent = time.perf_counter() - began

@@ -1,0 +1,219 @@
+"""`fastskip bench`: how fast policies are here, beside Hugging Face and the floors."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    BandwidthOption,
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImageOption,
+    ModelOption,
+    TflopsOption,
+    ThreadsOption,
+    ceilings_of,
+    checkpoint,
+    config_of,
+    device_of,
+    policy_of,
+    prepare,
+    reading,
+)
+
+FILE = "bench.json"
+"""What `--out` keeps."""
+
+
+def bench(
+    model: ModelOption = None,
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            "-p",
+            metavar="POLICY",
+            help="A policy file or a preset; repeat the option for several. Each is held to "
+            "fastskip's dense model, which is always there.",
+            show_default=False,
+        ),
+    ] = None,
+    image: ImageOption = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-q",
+            metavar="TEXT",
+            help="Time this prompt, about the images given. Default: a made-up one.",
+            show_default=False,
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens of text in the made-up prompt, the template's included.  [default: 64]",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="So many equal prompts at once.")
+    ] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens of each answer.")
+    ] = 32,
+    rounds: Annotated[
+        int, typer.Option(min=3, metavar="N", help="Rounds in which everybody is timed once.")
+    ] = 9,
+    budget_seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="S",
+            help="No more rounds than fit into this time, but three at the least.",
+            show_default=False,
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compiled/--no-compiled",
+            help="Hugging Face with a static cache and torch.compile, too. Default: on CUDA.",
+            show_default=False,
+        ),
+    ] = None,
+    no_hf: Annotated[
+        bool, typer.Option("--no-hf", help="Leave Hugging Face out: policies and dense alone.")
+    ] = False,
+    bandwidth: BandwidthOption = None,
+    tflops: TflopsOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help=f"Write DIR/{FILE}, which [bold]fastskip report[/] reads.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how fast policies are on your model, machine, batch and lengths.
+
+    Hugging Face's model, fastskip's dense model and all policies take turns in one process, on one
+    set of weights; every round starts with another one. First the dense model must give Hugging
+    Face's greedy tokens: in float32 every one, in half precision they are counted, as rounding
+    decides near-ties. No token ends an answer. ([bold]fastskip verify[/] proves a policy right.)
+
+    TTFT: from the call to the first token, vision tower included. Prefill: the decoder's part of
+    it. TPOT: the mean of the further tokens, as a streamer sees them come. Floors are the least
+    times that this machine's memory and arithmetic allow; [italic]of ideal[/] is the gain over
+    dense, divided by what the floors promise.
+
+    Gains over dense are taken round by round, with 95 % intervals. One that holds 1 is "not told
+    apart"; one below it is "slower here". More rounds tell more apart.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip bench -p image_ffn -p every_nth_block[/] (the demo's model)
+
+    [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json --batch 4 --text-tokens 128
+    --dtype bfloat16 --out runs/bench[/]
+
+    [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json -i photo.jpg -q "what is this?"
+    --budget-seconds 300[/]
+    """
+    prepare(threads)
+    named = [(name, policy_of(name)) for name in policies or ()]
+    _check(prompt, text_tokens, no_hf, compiled)
+    from tqdm import tqdm
+
+    from fastskip.study.bench.contenders import Models
+    from fastskip.study.bench.run import bench as measure
+    from fastskip.study.bench.workload import repeated
+
+    path = checkpoint(model)
+    inputs = _inputs(path, image, prompt, text_tokens, new_tokens, is_demo=model is None)
+    if model is None and dtype is Dtype.AUTO:
+        dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
+    place = device_of(device)
+    with reading(path):
+        models = Models.load(path, dtype=dtype.value, device=place, hf=not no_hf)
+    ceilings = ceilings_of(bandwidth, tflops, models.ours.dtype, device)
+    is_compiled = not no_hf and (place.type == "cuda" if compiled is None else compiled)
+    count = 1 + len(named) + (not no_hf) + is_compiled
+    with tqdm(total=count * (1 + rounds), disable=None, unit="calls") as bar:
+
+        def tell(label: str) -> None:
+            bar.set_description(label)
+            bar.update()
+
+        found = measure(
+            models,
+            named,
+            repeated(inputs, batch),
+            ceilings,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            is_compiled=is_compiled,
+            on_call=tell,
+            **({} if budget_seconds is None else {"budget_s": budget_seconds}),
+        )
+    command = shlex.join(["fastskip", *sys.argv[1:]])
+    found = replace(found, circumstances={**found.circumstances, "command": command})
+    if out is not None:
+        found.save(out)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        from fastskip.commands.bench_tables import show
+
+        show(found)
+        if out is not None:
+            typer.echo(f"wrote {out / FILE}", err=True)
+
+
+def _check(prompt: str | None, text_tokens: int | None, no_hf: bool, compiled: bool | None) -> None:
+    if prompt is not None and text_tokens is not None:
+        raise CommandError(f"--text-tokens {text_tokens}: allowed: none beside --prompt")
+    if no_hf and compiled:
+        raise CommandError("--compiled: allowed: not beside --no-hf, it is Hugging Face that does")
+
+
+def _inputs(
+    path: str,
+    images: list[Path] | None,
+    prompt: str | None,
+    text_tokens: int | None,
+    new_tokens: int,
+    *,
+    is_demo: bool,
+) -> Any:
+    """One prompt, as asked for or made up; what is wrong with it is found before weights load."""
+    from fastskip.families import shape_of
+    from fastskip.images import load_image
+    from fastskip.prompts import build_inputs, processor_for
+    from fastskip.study.bench.workload import drawn_image, made_up_inputs
+
+    pictures = [load_image(each) for each in images or ()]
+    config = config_of(path)
+    processor = processor_for(path)
+    if prompt is not None:
+        return build_inputs(processor, prompt, pictures, config=config, max_new_tokens=new_tokens)
+    if not pictures and shape_of(config).has_images:
+        pictures = [drawn_image(None) if is_demo else drawn_image()]
+    count = 64 if text_tokens is None else text_tokens
+    return made_up_inputs(processor, config, pictures, text_tokens=count, new_tokens=new_tokens)

@@ -1,0 +1,115 @@
+"""What `fastskip bench` prints: the prompt, the steps, and what is said of each policy."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastskip.intervals import Spread
+from fastskip.study.bench.contenders import HF
+from fastskip.study.bench.results import BenchResult, Contest, Verdict
+
+
+def show(found: BenchResult) -> None:
+    """Two tables, the verdicts, and where the numbers come from."""
+    console = Console(highlight=False)
+    load = found.workload
+    console.print(
+        f"[bold]prompt[/]: batch {load.batch}, {load.n_image} image and {load.n_text} text tokens"
+    )
+    console.print(_table(found, "ttft", "prefill"))
+    console.print(f"[bold]steps[/]: {load.new_tokens} new tokens")
+    console.print(_table(found, "tpot", "decode"))
+    for each in found.contenders:
+        text = verdict(each)
+        if text:
+            console.print(text, soft_wrap=True)
+    console.print(footer(found), soft_wrap=True)
+
+
+def _table(found: BenchResult, seen: str, inner: str) -> Table:
+    """`seen`: the quantity that users see; `inner`: the phase that floors are of."""
+    is_prompt = seen == "ttft"
+    has_peak = not is_prompt and any(each.peak_bytes is not None for each in found.contenders)
+    titles = ["", f"{seen.upper()}, ms\nquartiles", "vs HF", "vs dense\n95 %"]
+    titles += [f"{inner}, ms\nfloor", "of floor\nof ideal"]
+    titles += ["KV\nMB"] if is_prompt else ["tokens\n/s", *(["peak\nGB"] if has_peak else [])]
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 12
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    hf = next((each.times for each in found.contenders if each.label == HF), None)
+    for each in found.contenders:
+        if each.times is None:
+            continue
+        time, part = getattr(each.times, f"{seen}_s"), getattr(each.times, f"{inner}_s")
+        base, floor = getattr(hf, f"{seen}_s", None), getattr(each.floor_s, inner, None)
+        row = [
+            f"{_ms(time.median)}\n{_ms(time.low)}-{_ms(time.high)}",
+            base and f"{base.median / time.median:.2f}x",
+            _gain(getattr(each.speedup, seen, None)),
+            _ms(part.median) + (f"\n{_ms(floor)}" if floor else ""),
+            (f"{floor / part.median:.0%}" if floor else "")
+            + "\n"
+            + _number(getattr(each.ideal_share, inner, None), ".0%"),
+        ]
+        if is_prompt:
+            row.append(_number(each.kv_bytes, ".3g", 1e6))
+        else:
+            row.append(_number(each.tokens_per_s, ".3g"))
+        if has_peak:
+            row.append(_number(each.peak_bytes, ".3g", 1e9))
+        table.add_row(escape(each.label), *(cell or "" for cell in row))
+    return table
+
+
+def _ms(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _gain(speedup: Spread | None) -> str:
+    if speedup is None:
+        return ""
+    return f"{speedup.median:.2f}x\n{speedup.low:.2f}-{speedup.high:.2f}"
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "" if value is None else format(value / unit, form)
+
+
+WORDS = {
+    Verdict.FASTER: "faster",
+    Verdict.SLOWER: "[red]slower here[/]",
+    Verdict.NOT_TOLD_APART: "not told apart",
+}
+
+
+def verdict(each: Contest) -> str:
+    """One line on a policy, or on what was left out; nothing on the others."""
+    if each.left_out is not None:
+        return f"{escape(each.label)}: left out: {escape(each.left_out)}"
+    if each.speedup is None or each.policy is None:
+        return ""
+    found = each.speedup.verdicts
+    parts = [f"{name.upper()} {WORDS[found[name]]}" for name in ("ttft", "tpot")]
+    return f"{escape(each.label)} against dense: " + ", ".join(parts)
+
+
+def footer(found: BenchResult) -> str:
+    """Where the numbers come from, and how to read them."""
+    about, ceilings = found.circumstances, found.ceilings
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    count = about["threads"]
+    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
+    lines = [
+        f"{about['device']}{threads}, {about['dtype']}; {versions}; {found.rounds} rounds, medians",
+        f"floors at {ceilings.bandwidth_bytes_per_s / 1e9:.3g} GB/s and "
+        f"{ceilings.flops_per_s / 1e12:.3g} TFLOP/s; KV of the plan, when the last token is made",
+    ]
+    lines += [
+        f"{each.label}: {each.as_hf.equal} of {each.as_hf.of} greedy tokens are Hugging Face's"
+        for each in found.contenders
+        if each.as_hf is not None and each.label != HF
+    ]
+    return "\n".join(lines)

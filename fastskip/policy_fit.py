@@ -1,0 +1,114 @@
+"""What model a policy was made for: written into its provenance, compared when it is loaded.
+
+Policies know no model, and one that was found on some model may be used on any. But what it costs
+was measured on that one; whoever loads it onto another is told.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from fastskip.families import shape_of
+from fastskip.fingerprints import model_fingerprint
+from fastskip.policy import PolicyError, PolicyFitWarning, SkipPolicy
+from fastskip.sparse.convert import sparse_matrices
+
+FIELD = "made_for"
+_KINDS: Mapping[str, type] = {
+    "model": str,
+    "fingerprint": str,
+    "depth": int,
+    "hidden_size": int,
+    "dtype": str,
+}
+_WORDS = {
+    "model": "model",
+    "depth": "depth",
+    "hidden_size": "hidden size",
+    "fingerprint": "weights' fingerprint",
+    "dtype": "dtype, which alone would not matter",
+}
+
+
+def made_for(model: Any) -> dict[str, Any]:
+    """What a policy that was found on this model says in `provenance["made_for"]`."""
+    return {
+        "model": _name(model),
+        "fingerprint": model_fingerprint(model),
+        **_sizes(model),
+        "dtype": _dtype(model),
+    }
+
+
+def origin_of(policy: SkipPolicy) -> Mapping[str, Any]:
+    """What a policy says that it was made for; nothing if it does not say.
+
+    Raises:
+        PolicyError: a field is malformed; fields that are not known here may be there.
+    """
+    field = f"provenance.{FIELD}"
+    told = policy.provenance.get(FIELD, {})
+    if not isinstance(told, dict):
+        raise PolicyError(field, told, f"an object with {', '.join(_KINDS)}, or none")
+    for key, kind in _KINDS.items():
+        if key in told and type(told[key]) is not kind:
+            allowed = "a string" if kind is str else "a whole number"
+            raise PolicyError(f"{field}.{key}", told[key], allowed)
+    return told
+
+
+def check_fit(model: Any, policy: SkipPolicy) -> None:
+    """Warn if the policy says that it was made for another model, and tell what differs.
+
+    Names and dtypes are told, but are no difference by themselves where weights can be compared:
+    those of a model that is sparse in memory cannot. A policy that says nothing costs nothing, as
+    then no weight is read.
+
+    Args:
+        model: a Hugging Face model, prepared or not.
+        policy: what is loaded onto it.
+    Raises:
+        PolicyError: what the policy says is malformed.
+    """
+    told = origin_of(policy)
+    if not told:
+        return
+    own: dict[str, Any] = _sizes(model) | {"dtype": _dtype(model)}
+    differs = {key for key in ("depth", "hidden_size") if told.get(key, own[key]) != own[key]}
+    can_compare = "fingerprint" in told and not sparse_matrices(model)
+    if can_compare and not differs:
+        own["fingerprint"] = model_fingerprint(model)
+        differs |= {"fingerprint"} if own["fingerprint"] != told["fingerprint"] else set()
+    own["model"] = _name(model)
+    is_renamed = _short(told.get("model", own["model"])) != _short(own["model"])
+    if not differs and (can_compare or not is_renamed):
+        return
+    differs |= {"model"} if is_renamed else set()
+    differs |= {"dtype"} if told.get("dtype", own["dtype"]) != own["dtype"] else set()
+    parts = [f"{_WORDS[key]}: {told[key]}, here {own[key]}" for key in _WORDS if key in differs]
+    warnings.warn(
+        f"policy {policy.name!r} was made for another model, and what it costs on this one is "
+        f"unknown; {'; '.join(parts)}",
+        PolicyFitWarning,
+        stacklevel=3,
+    )
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    shape = shape_of(model.config)
+    return {"depth": shape.depth, "hidden_size": shape.hidden_size}
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "name_or_path", ""))
+
+
+def _short(name: str) -> str:
+    """Without the folder or the owner: the same checkpoint lies elsewhere on another machine."""
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")

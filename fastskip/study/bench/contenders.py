@@ -1,0 +1,140 @@
+"""Who is timed: Hugging Face's model, our dense one, and policies, all on one set of weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+import torch
+import transformers
+from transformers import CompileConfig
+
+from fastskip.families import check_config, model_class_name
+from fastskip.loading import apply_, load_model, plan_of, set_policy
+from fastskip.plan import SkipPlan
+from fastskip.policy import SkipPolicy
+from fastskip.study.bench.errors import BenchError
+
+DENSE = "dense"
+HF = "Hugging Face"
+HF_COMPILED = "Hugging Face, static cache + compile"
+
+
+class Source(StrEnum):
+    """Whose `generate` runs."""
+
+    HF = "hf"
+    HF_COMPILED = "hf-compiled"
+    FASTSKIP = "fastskip"
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A checkpoint under our decoder, and under Hugging Face's where that is wanted.
+
+    Both hold the same parameters, so that the second one takes no memory. Our decoder keeps the
+    rows of q, k, v (and of gate and up) together; Hugging Face multiplies by slices of that.
+    """
+
+    ours: Any
+    hf: Any = None
+
+    @classmethod
+    def load(cls, path: str, *, dtype: str = "auto", device: Any = None, hf: bool = True) -> Models:
+        """From a folder or the hub.
+
+        Raises:
+            BenchError: Hugging Face cannot read the weights, as those of a sparse checkpoint.
+            UnsupportedModelError: not a model for fastskip.
+            OSError: no such checkpoint.
+        """
+        if not hf:
+            return cls(load_model(path, "dense", dtype=dtype, device=device))
+        config = transformers.AutoConfig.from_pretrained(path)
+        check_config(config)
+        model_class = getattr(transformers, model_class_name(config))
+        model, found = model_class.from_pretrained(
+            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if found["missing_keys"]:
+            raise BenchError(
+                f"{path}: Hugging Face finds no {min(found['missing_keys'])}; allowed: a complete "
+                "checkpoint, or measuring without Hugging Face"
+            )
+        return cls.sharing(model.to(device or "cpu"))
+
+    @classmethod
+    def sharing(cls, hf: Any, **options: Any) -> Models:
+        """Of Hugging Face's model; `options` as in `fastskip.apply_`."""
+        hf.eval()
+        # Told that they are copied already, deepcopy keeps the parameters.
+        shared = {id(parameter): parameter for parameter in hf.parameters()}
+        return cls(apply_(copy.deepcopy(hf, shared), **options), hf)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to run the model; without a policy it is Hugging Face's own."""
+
+    label: str
+    source: Source
+    policy: SkipPolicy | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self, models: Models) -> Any:
+        """The model that it runs, under its policy."""
+        if self.policy is None:
+            return models.hf
+        return set_policy(models.ours, self.policy)
+
+    def plan(self, models: Models) -> SkipPlan:
+        """What it computes; Hugging Face's model that of the dense plan.
+
+        Raises:
+            PolicyError: the policy does not fit the model.
+            UnsupportedModelError: the device cannot run it.
+        """
+        return plan_of(set_policy(models.ours, self.policy or SkipPolicy()))
+
+    @property
+    def has_ideal(self) -> bool:
+        """Whether floors say what it can gain: no floor counts the launches of arrangements."""
+        return self.policy is not None and not self.policy.arrangements
+
+
+def contenders_of(
+    models: Models, policies: Sequence[tuple[str, SkipPolicy]], *, is_compiled: bool
+) -> tuple[Contender, ...]:
+    """Hugging Face's ways, then our dense model, then the policies.
+
+    Raises:
+        BenchError: two have one label.
+    """
+    labels = [HF, HF_COMPILED, DENSE, *(label for label, _ in policies)]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise BenchError(f"policies: {twice[0]!r} is there twice; allowed: each once, dense is set")
+    found = []
+    if models.hf is not None:
+        found.append(Contender(HF, Source.HF))
+        if is_compiled:
+            found.append(
+                Contender(HF_COMPILED, Source.HF_COMPILED, options=_compiling(models.hf.device))
+            )
+    found.append(Contender(DENSE, Source.FASTSKIP, SkipPolicy(name=DENSE)))
+    for label, policy in policies:
+        # What a policy says of its origin is compared with the model once, not in every round.
+        found.append(Contender(label, Source.FASTSKIP, replace(policy, provenance={})))
+    return tuple(found)
+
+
+def _compiling(device: torch.device) -> dict[str, Any]:
+    options: dict[str, Any] = {"cache_implementation": "static"}
+    if device.type != "cuda":
+        # By itself Hugging Face compiles on accelerators alone.
+        options["compile_config"] = CompileConfig()
+        options["compile_config"]._compile_all_devices = True
+    return options

@@ -1,0 +1,198 @@
+"""What was measured, as data: for tables, for the report, and for JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from fastskip.costs import Ceilings
+from fastskip.intervals import Spread
+from fastskip.study.bench.contenders import DENSE, Source
+from fastskip.study.bench.workload import Workload
+
+SCHEMA_VERSION = 1
+KIND = "bench"
+FILE = "bench.json"
+
+
+class Verdict(StrEnum):
+    """What the rounds say of a contender's times against our dense model's, at 95 %."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    NOT_TOLD_APART = "not told apart"
+
+    @classmethod
+    def of(cls, speedup: Spread) -> Verdict:
+        """By where the interval lies."""
+        if speedup.low > 1:
+            return cls.FASTER
+        return cls.SLOWER if speedup.high < 1 else cls.NOT_TOLD_APART
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Medians and quartiles over rounds, in seconds; see `samples.Sample`."""
+
+    ttft_s: Spread
+    prefill_s: Spread
+    tpot_s: Spread
+    decode_s: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """A number for the prompt, and one for a decode step."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Over our dense model, round by round, with 95 % intervals."""
+
+    ttft: Spread
+    tpot: Spread
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """By quantity."""
+        return {"ttft": Verdict.of(self.ttft), "tpot": Verdict.of(self.tpot)}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How many of the new tokens are Hugging Face's, up to the first of a row that is not."""
+
+    equal: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """One contender's results.
+
+    Attributes:
+        label: its name.
+        source: whose `generate` ran.
+        policy: as in a policy file; Hugging Face has none.
+        times: `None` if it was left out.
+        tokens_per_s: of all sequences together, over the whole call.
+        peak_bytes: on a GPU, what it needs beside the weights, and the weights.
+        kv_bytes: of live cache entries when the last token is made.
+        flops: of the decoder and lm_head in one call.
+        floor_s: the least that memory and arithmetic allow, for the prompt and a mean step.
+        ideal_share: of the gain over our dense model that the floors promise; `None` where they
+            promise none, as for arrangements.
+        speedup: `None` for our dense model itself.
+        as_hf: of what should give Hugging Face's tokens.
+        left_out: why it was not timed.
+    """
+
+    label: str
+    source: Source
+    policy: Mapping[str, Any] | None = None
+    times: Times | None = None
+    tokens_per_s: float | None = None
+    peak_bytes: int | None = None
+    kv_bytes: int | None = None
+    flops: int | None = None
+    floor_s: Phases | None = None
+    ideal_share: Phases | None = None
+    speedup: Speedup | None = None
+    as_hf: Agreement | None = None
+    left_out: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        document = asdict(self)
+        times = document.pop("times")
+        document |= times or dict.fromkeys(Times.__slots__)
+        verdicts = None if self.speedup is None else self.speedup.verdicts
+        document["verdict"] = verdicts and {key: each.value for key, each in verdicts.items()}
+        return document | {"source": self.source.value}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Contest:
+        """What `to_dict` gave."""
+        values = {key: value for key, value in document.items() if key != "verdict"}
+        times = {name: values.pop(name) for name in Times.__slots__}
+        is_timed = times["ttft_s"] is not None
+        for name, kind in (("floor_s", Phases), ("ideal_share", Phases), ("as_hf", Agreement)):
+            values[name] = None if values[name] is None else kind(**values[name])
+        if values["speedup"] is not None:
+            spreads = {key: Spread(**each) for key, each in values["speedup"].items()}
+            values["speedup"] = Speedup(**spreads)
+        values["times"] = (
+            Times(**{name: Spread(**each) for name, each in times.items()}) if is_timed else None
+        )
+        return cls(**values | {"source": Source(values["source"])})
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """All contenders, Hugging Face's ways first, then our dense model, then the policies."""
+
+    circumstances: Mapping[str, Any]
+    workload: Workload
+    rounds: int
+    ceilings: Ceilings
+    contenders: tuple[Contest, ...]
+
+    @property
+    def dense(self) -> Contest:
+        """Our dense model, which all others are held to."""
+        return self.of(DENSE)
+
+    def of(self, label: str) -> Contest:
+        """By label; `KeyError` without it."""
+        for each in self.contenders:
+            if each.label == label:
+                return each
+        raise KeyError(label)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "circumstances": dict(self.circumstances),
+            "workload": asdict(self.workload) | {"rounds": self.rounds},
+            "ceilings": asdict(self.ceilings),
+            "contenders": [each.to_dict() for each in self.contenders],
+        }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> BenchResult:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: of another kind or version.
+        """
+        found = document.get("kind"), document.get("schema_version")
+        if found != (KIND, SCHEMA_VERSION):
+            raise ValueError(f"kind, schema_version: {found}; allowed: {(KIND, SCHEMA_VERSION)}")
+        load = dict(document["workload"])
+        rounds = load.pop("rounds")
+        return cls(
+            circumstances=document["circumstances"],
+            workload=Workload(**load),
+            rounds=rounds,
+            ceilings=Ceilings(**document["ceilings"]),
+            contenders=tuple(Contest.from_dict(each) for each in document["contenders"]),
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Writes `bench.json` in one go; returns where."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        return path

@@ -1,0 +1,217 @@
+"""Everybody is checked, then timed in turn, then held to our dense model and to the floors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastskip.costs import Ceilings, GenerationCost, Planned, floor_seconds, generation_cost
+from fastskip.intervals import Spread, paired_speedup, quartiles
+from fastskip.loading import plan_of, set_policy
+from fastskip.plan import SkipPlan
+from fastskip.policy import SkipPolicy
+from fastskip.policy_fit import check_fit
+from fastskip.study.bench.contenders import (
+    DENSE,
+    Contender,
+    Models,
+    contenders_of,
+)
+from fastskip.study.bench.errors import BenchError
+from fastskip.study.bench.first_calls import Rates, agreements_of, first_call
+from fastskip.study.bench.results import (
+    BenchResult,
+    Contest,
+    Phases,
+    Speedup,
+    Times,
+)
+from fastskip.study.bench.samples import Inputs, Sample, sample
+from fastskip.study.bench.workload import Workload, workload_of
+from fastskip.study.fingerprints import model_fingerprint
+from fastskip.study.provenance import circumstances
+from fastskip.study.samples import placed
+from fastskip.timing import LEAST_ROUNDS, endless, race
+
+
+def bench(
+    models: Models,
+    policies: Sequence[tuple[str, SkipPolicy]],
+    inputs: Inputs,
+    ceilings: Ceilings,
+    *,
+    new_tokens: int = 32,
+    rounds: int = 9,
+    budget_s: float = math.inf,
+    is_compiled: bool = False,
+    on_call: Callable[[str], object] = lambda label: None,
+) -> BenchResult:
+    """Time Hugging Face, our dense model and each policy on the same inputs, in turn.
+
+    Before that every contender makes its first call, and our dense model must give Hugging Face's
+    greedy tokens: in float32 all of them.
+
+    Args:
+        models: on the device that is measured; ours is left with the policy that it came with.
+        policies: labels and policies.
+        inputs: equal prompts, as `workload.made_up_inputs` or a processor gives them.
+        ceilings: of this device.
+        new_tokens: how many each prompt gets; no token ends an answer.
+        rounds: in which everybody is timed once.
+        budget_s: no more rounds than fit into so many seconds, but three at the least.
+        is_compiled: whether Hugging Face also runs with a static cache and `torch.compile`; if it
+            cannot, it is left out, with the reason.
+        on_call: called with a label before its first call, and before it is timed.
+    Raises:
+        BenchError: a number is too small, a label comes twice, or dense tokens are not Hugging
+            Face's.
+        PolicyError: a policy does not fit the model.
+        UnsupportedModelError: the device cannot run a policy.
+    Warns:
+        PolicyFitWarning: a policy was made for another model.
+    """
+    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, LEAST_ROUNDS)):
+        if value < least:
+            raise BenchError(f"{name}: {value}; allowed: {least} or more")
+    every = contenders_of(models, policies, is_compiled=is_compiled)
+    before = plan_of(models.ours).policy
+    given = placed(inputs, models.ours)
+    load = workload_of(given, models.ours.config, new_tokens)
+    for _, policy in policies:
+        check_fit(models.ours, policy)
+    try:
+        # Whatever does not fit the model is found before anything takes time.
+        plans = {each.label: each.plan(models) for each in every}
+        with endless(models.ours), endless(models.hf or models.ours):
+            firsts = {}
+            for each in every:
+                on_call(each.label)
+                firsts[each.label] = first_call(each, models, plans[each.label], given, new_tokens)
+            agreements = agreements_of(every, firsts, models.ours.dtype)
+            timed = {each.label: each for each in every if firsts[each.label].left_out is None}
+
+            def run(label: str) -> Sample:
+                on_call(label)
+                return sample(timed[label], models, given, new_tokens)
+
+            threads = torch.get_num_threads()
+            runs = race(
+                list(timed),
+                run,
+                threads=[threads],
+                rounds=rounds,
+                budget_s=budget_s,
+                on_round=lambda: None,
+            )
+    finally:
+        set_policy(models.ours, before)
+    made = {label: runs[label, threads] for label in timed}
+    costs = {label: _cost(plan, firsts[label].rates, load) for label, plan in plans.items()}
+    return BenchResult(
+        circumstances=circumstances(models.ours)
+        | {"model_fingerprint": model_fingerprint(models.ours)},
+        workload=load,
+        rounds=len(made[DENSE]),
+        ceilings=ceilings,
+        contenders=tuple(
+            replace(
+                _contest(each, made, costs, load, ceilings),
+                policy=_document(each, policies),
+                peak_bytes=firsts[each.label].peak_bytes,
+                kv_bytes=plans[each.label].kv_bytes(
+                    load.n_image, load.n_text, new_tokens - 1, load.batch
+                ),
+                as_hf=agreements.get(each.label),
+                left_out=firsts[each.label].left_out,
+            )
+            for each in every
+        ),
+    )
+
+
+def _cost(plan: SkipPlan, rates: tuple[Rates, Rates] | None, load: Workload) -> GenerationCost:
+    """Of the plan; where routers decide, at the rates that were seen."""
+
+    def at(planned: Planned) -> GenerationCost:
+        return generation_cost(
+            planned,
+            load.n_image,
+            load.n_text,
+            load.new_tokens,
+            load.batch,
+            text_before=load.text_before,
+        )
+
+    if rates is None:
+        return at(plan)
+    prompt, steps = (at(plan.expected(each)) for each in rates)
+    return GenerationCost(prompt.prefill, steps.decode)
+
+
+def _contest(
+    contender: Contender,
+    made: Mapping[str, Sequence[Sample]],
+    costs: Mapping[str, GenerationCost],
+    load: Workload,
+    ceilings: Ceilings,
+) -> Contest:
+    cost = costs[contender.label]
+    floor = _floor(cost, ceilings)
+    found = Contest(contender.label, contender.source, flops=cost.flops, floor_s=floor)
+    if contender.label not in made:
+        return found
+    own, dense = made[contender.label], made[DENSE]
+
+    def over(quantity: str) -> Spread:
+        base, mine = ([getattr(each, quantity) for each in runs] for runs in (dense, own))
+        return paired_speedup(base, mine)
+
+    ideal = None
+    if contender.has_ideal:
+        ideal = ideal_share(
+            Phases(over("prefill").median, over("decode").median),
+            _floor(costs[DENSE], ceilings),
+            floor,
+        )
+    is_dense = contender.label == DENSE
+    return replace(
+        found,
+        times=Times(
+            **{f"{name}_s": quartiles([getattr(each, name) for each in own]) for name in _NAMES}
+        ),
+        tokens_per_s=load.batch * load.new_tokens / median(each.call for each in own),
+        ideal_share=ideal,
+        speedup=None if is_dense else Speedup(over("ttft"), over("tpot")),
+    )
+
+
+_NAMES = ("ttft", "prefill", "tpot", "decode")
+
+
+def ideal_share(speedup: Phases, dense_floor: Phases, own_floor: Phases) -> Phases:
+    """What was gained over what the floors promise: speed-up / (dense floor / own floor)."""
+    return Phases(
+        speedup.prefill * own_floor.prefill / dense_floor.prefill,
+        speedup.decode * own_floor.decode / dense_floor.decode,
+    )
+
+
+def _floor(cost: GenerationCost, ceilings: Ceilings) -> Phases:
+    return Phases(
+        floor_seconds(cost.prefill, ceilings),
+        floor_seconds(cost.decode, ceilings) / cost.decode.steps,
+    )
+
+
+def _document(
+    contender: Contender, policies: Sequence[tuple[str, SkipPolicy]]
+) -> dict[str, Any] | None:
+    """The policy as it was given, with its provenance."""
+    if contender.policy is None:
+        return None
+    return dict(policies).get(contender.label, contender.policy).to_dict()

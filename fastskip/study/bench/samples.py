@@ -1,0 +1,156 @@
+"""One call of `generate`, timed as its caller sees it.
+
+A streamer notes when tokens reach the host. Unlike a stopping criterion it changes nothing: our
+loop on a GPU launches ahead of it, and compiled code stays compiled.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastskip.study.bench.contenders import Contender, Models, Source
+from fastskip.study.bench.errors import BenchError
+from fastskip.timing import WARM_TOKENS, no_collection
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Seconds of one call.
+
+    `ttft`: from the call to the first token on the host, vision tower and all. `prefill`: the part
+    of it from where the decoder is entered. `tpot`: the mean time of each further token. `decode`:
+    the median one. `call`: all of it.
+    """
+
+    ttft: float
+    prefill: float
+    tpot: float
+    decode: float
+    call: float
+
+
+def sample(contender: Contender, models: Models, inputs: Inputs, new_tokens: int) -> Sample:
+    """One timed call; models must be `endless`.
+
+    Before it comes one that is not timed, since a policy is set once and used often. On a GPU a
+    policy that was just set captures its steps again, and a prompt when its shape comes again.
+    """
+    model = contender.model(models)
+    is_cuda = model.device.type == "cuda"
+    generate(contender, model, inputs, new_tokens if is_cuda else WARM_TOKENS)
+    if is_cuda:
+        generate(contender, model, inputs, 1)
+    # A hook makes compiled code compile again, and a GPU's clock is not the host's.
+    is_apart = is_cuda or contender.source is Source.HF_COMPILED
+    arrivals, entry = _Arrivals(), _Entry(model.device)
+    with no_collection():
+        if not is_apart:
+            entry.watch(model)
+        try:
+            _wait(model.device)
+            began = time.perf_counter()
+            generate(contender, model, inputs, new_tokens, arrivals)
+            _wait(model.device)
+            call = time.perf_counter() - began
+            if is_apart:
+                entry.watch(model)
+                generate(contender, model, inputs, 1)
+                prefill = entry.seconds_since()
+            else:
+                prefill = arrivals.tokens[0] - entry.began
+        finally:
+            entry.leave()
+    first, *_, last = arrivals.tokens
+    return Sample(
+        ttft=first - began,
+        prefill=prefill,
+        tpot=(last - first) / (new_tokens - 1),
+        decode=statistics.median(b - a for a, b in pairwise(arrivals.tokens)),
+        call=call,
+    )
+
+
+def generate(
+    contender: Contender, model: Any, inputs: Inputs, count: int, streamer: Any = None
+) -> Tensor:
+    """The greedy new tokens `[B, count]`.
+
+    Raises:
+        BenchError: there are not so many.
+    """
+    out: Tensor = model.generate(
+        **inputs, do_sample=False, max_new_tokens=count, streamer=streamer, **contender.options
+    )
+    made = out[:, inputs["input_ids"].shape[1] :]
+    if made.shape[1] != count:
+        raise BenchError(f"{contender.label}: {made.shape[1]} tokens were made, {count} wanted")
+    return made.cpu()
+
+
+class _Arrivals:
+    """A streamer: when each token of the answer reached the host; the prompt comes first."""
+
+    def __init__(self) -> None:
+        self._stamps: list[float] = []
+
+    @property
+    def tokens(self) -> list[float]:
+        return self._stamps[1:]
+
+    def put(self, tokens: Tensor) -> None:
+        self._stamps.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class _Entry:
+    """When the decoder was entered with the prompt: on the host's clock, or on the device's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.began = 0.0
+        self._device, self._is_in = device, False
+        self._event: Any = None
+        self._hook: Any = None
+
+    def watch(self, model: Any) -> None:
+        self._hook = model.get_decoder().register_forward_pre_hook(self._enter)
+
+    def leave(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _enter(self, *_: Any) -> None:
+        if self._is_in:
+            return
+        self._is_in, self.began = True, time.perf_counter()
+        if self._device.type == "cuda":
+            self._event = self._mark()
+
+    def _mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds_since(self) -> float:
+        """Until now."""
+        if self._event is None:
+            return time.perf_counter() - self.began
+        end = self._mark()
+        end.synchronize()
+        return float(self._event.elapsed_time(end)) / 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,99 @@
+"""What everybody is timed on: a prompt, as often as the batch wants it, and how many new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image, Resampling
+from torch import Tensor
+
+from fastskip.demo.scenes import Split, draw, scenes
+from fastskip.families import image_token_ids
+from fastskip.prompts import build_inputs
+from fastskip.study.bench.errors import BenchError
+from fastskip.study.comparison import prompt_sizes
+
+QUESTION = "describe the image."
+WORDS = "what is the colour of the shape in the image and how many are there"
+"""What prompts are made longer with."""
+PHOTO = (640, 480)
+"""Pixels of the drawn image: models that cut images into crops see as many as of a photo."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Equal prompts: rows of one of them, and how many of its text rows precede its image's.
+
+    Equal lengths favour Hugging Face, which computes what pads would be, too.
+    """
+
+    batch: int
+    n_image: int
+    n_text: int
+    text_before: int
+    new_tokens: int
+
+
+def workload_of(inputs: Mapping[str, Any], config: Any, new_tokens: int) -> Workload:
+    """What inputs of equal prompts hold."""
+    return Workload(len(inputs["input_ids"]), *prompt_sizes(inputs, config), new_tokens)
+
+
+def drawn_image(size: tuple[int, int] | None = PHOTO) -> Image:
+    """Coloured shapes; without a size as the demo's model knows them."""
+    image = draw(scenes(Split.TEST, 1, 0)[0])
+    return image if size is None else image.resize(size, Resampling.BICUBIC)
+
+
+def made_up_inputs(
+    processor: Any, config: Any, images: Sequence[Image], *, text_tokens: int, new_tokens: int
+) -> dict[str, Any]:
+    """A prompt about the images with just so many tokens of text, the template's included.
+
+    Raises:
+        BenchError: the template alone takes more, or the model has not so many positions.
+        PromptError: the processor cannot make a prompt of them.
+    """
+    inputs = dict(build_inputs(processor, QUESTION, images, config=config))
+    n_image, n_text, before = prompt_sizes(inputs, config)
+    if text_tokens < n_text:
+        raise BenchError(f"text_tokens: {text_tokens}; allowed: {n_text} or more with this model")
+    positions = config.get_text_config().max_position_embeddings
+    if n_image + text_tokens + new_tokens > positions:
+        raise BenchError(
+            f"positions: {n_image} of images, {text_tokens} of text, {new_tokens} new; allowed: "
+            f"{positions} in all with this model"
+        )
+    if text_tokens == n_text:
+        return inputs
+    tokenizer = getattr(processor, "tokenizer", processor)
+    words = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    missing = text_tokens - n_text
+    more = torch.tensor([(words * (missing // len(words) + 1))[:missing]])
+    ids = inputs["input_ids"]
+    # Behind the last image, or behind what begins a text: a word of the question follows.
+    place = _behind_images(ids[0], config) if n_image else min(1, n_text - 1)
+
+    def longer(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape != ids.shape:
+            return value  # pixels and sizes
+        new = more if name == "input_ids" else value[:, place : place + 1].expand(1, missing)
+        return torch.cat([value[:, :place], new.to(value.dtype), value[:, place:]], 1)
+
+    return {name: longer(name, value) for name, value in inputs.items()}
+
+
+def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """The prompt and its images `batch` times."""
+    return {
+        name: torch.cat([value] * batch) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def _behind_images(ids: Tensor, config: Any) -> int:
+    is_image = torch.isin(ids, torch.tensor(image_token_ids(config), dtype=ids.dtype))
+    return int(is_image.nonzero()[-1]) + 1
