@@ -75,6 +75,17 @@ def evaluate(
     rounds: Annotated[
         int, typer.Option(min=0, metavar="N", help="Timed runs of each policy; 0: none.")
     ] = 5,
+    smaller_images: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--smaller-images",
+            min=2,
+            metavar="N",
+            help="Judge the dense model on images with sides N times smaller, too: the cheapest "
+            "way to fewer image rows (LLaVA-1.5 only). Repeat for several.",
+            show_default=False,
+        ),
+    ] = None,
     skip_broken: Annotated[
         bool,
         typer.Option(
@@ -147,12 +158,14 @@ def evaluate(
         new_tokens=answer_tokens,
     )
     exam = _checked(exam, broken, skip_broken)
+    smaller = {factor: _shrunk(exam, path, factor, batch) for factor in smaller_images or ()}
     prepared = load(path, "dense", dtype, device)
-    with tqdm(total=(1 + len(named)) * len(exam), disable=None) as bar:
+    with tqdm(total=(1 + len(named) + len(smaller)) * len(exam), disable=None) as bar:
         found = judge(
             prepared,
             named,
             exam,
+            smaller=smaller,
             new_tokens=new_tokens,
             rounds=rounds,
             kept=None if out is None else JudgementFile(out / FILE),
@@ -165,6 +178,21 @@ def evaluate(
         typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
     else:
         show(found, exam.items, new_tokens, by_kind=by_kind)
+
+
+def _shrunk(exam: "Exam", path: str, factor: int, batch: int) -> "Exam":
+    """The same items with smaller images."""
+    from fastskip.prompts import processor_for
+    from fastskip.study.evaluation import Exam
+    from fastskip.study.smaller_images import shrunk_processor
+
+    return Exam(
+        exam.items,
+        shrunk_processor(processor_for(path), factor),
+        config=config_of(path),
+        batch_size=batch,
+        new_tokens=exam.new_tokens,
+    )
 
 
 def _read(

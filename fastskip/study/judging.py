@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastskip.study.fingerprints import (
 from fastskip.study.items import Item
 from fastskip.study.metrics import Metric, YesNo
 from fastskip.study.samples import placed
+from fastskip.study.smaller_images import taking_smaller_images
 from fastskip.timing import endless, time_once
 
 DENSE = "dense"
@@ -162,11 +164,34 @@ class JudgementFile:
             file.write(json.dumps({"of": of, "judgement": judgement.to_dict()}).encode() + b"\n")
 
 
+@dataclass(frozen=True, slots=True)
+class _Contender:
+    """Who answers which exam; `images`: by how much its images are smaller."""
+
+    label: str
+    policy: SkipPolicy
+    exam: Exam
+    images: int = 1
+
+    def key(self, asked: str) -> str:
+        """What a judgement of it is kept under."""
+        own = combined(asked, policy_fingerprint(self.policy))
+        return own if self.images == 1 else combined(own, self.images)
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[None]:
+        """The model as it answers within this block."""
+        set_policy(model, self.policy)
+        with nullcontext() if self.images == 1 else taking_smaller_images(model):
+            yield
+
+
 def judge(
     model: Any,
     policies: Sequence[tuple[str, SkipPolicy]],
     exam: Exam,
     *,
+    smaller: Mapping[int, Exam] | None = None,
     new_tokens: int = 16,
     rounds: int = 5,
     kept: JudgementFile | None = None,
@@ -179,6 +204,8 @@ def judge(
         model: a prepared one; it is left with the policy that it came with.
         policies: labels and policies; one that is dense is the first one again.
         exam: the items; its first one is what compute and times are of.
+        smaller: by how much the images of a dense rival are smaller, and the same items with them
+            (`smaller_images.shrunk_processor`).
         new_tokens: tokens that are timed.
         rounds: timed runs of each, 0 for none.
         kept: where judgements are kept; what is there already is not asked again. Times always are.
@@ -187,16 +214,21 @@ def judge(
     Raises:
         ValueError: `new_tokens` or `rounds` is too small.
         ItemError: an item cannot be used.
+        SmallerImagesError: the model takes no smaller images.
     """
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 0)):
         if value < least:
             raise ValueError(f"{name}: {value}; allowed: {least} or more")
-    every = [(DENSE, SkipPolicy()), *policies]
+    every = [
+        _Contender(label, policy, exam) for label, policy in ((DENSE, SkipPolicy()), *policies)
+    ]
+    for factor, own in (smaller or {}).items():
+        every.append(_Contender(f"images 1/{factor}", SkipPolicy(), own, factor))
     before = plan_of(model).policy
     try:
-        found = _answered(model, every, exam, new_tokens, kept, on_policy, on_batch)
+        found = _answered(model, every, new_tokens, kept, on_policy, on_batch)
         if rounds:
-            speeds = _timed(model, every, exam, new_tokens, rounds)
+            speeds = _timed(model, every, new_tokens, rounds)
             found = [replace(own, speed=speed) for own, speed in zip(found, speeds, strict=True)]
     finally:
         set_policy(model, before)
@@ -205,36 +237,35 @@ def judge(
 
 def _answered(
     model: Any,
-    every: Sequence[tuple[str, SkipPolicy]],
-    exam: Exam,
+    every: Sequence[_Contender],
     new_tokens: int,
     kept: JudgementFile | None,
     on_policy: Callable[[str], object],
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
-    known = {} if kept is None else kept.load()
+    known, exam = {} if kept is None else kept.load(), every[0].exam
     about = model_fingerprint(model), str(model.dtype), exam.fingerprint
     asked = combined(*about, exam.new_tokens, new_tokens)
-    keys = [combined(asked, policy_fingerprint(policy)) for _, policy in every]
+    keys = [each.key(asked) for each in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):
         # Its answers are what the others' are compared with, so it answers again.
         known.pop(keys[0], None)
     found = []
-    for key, (label, policy) in zip(keys, every, strict=True):
-        on_policy(label)
+    for key, each in zip(keys, every, strict=True):
+        on_policy(each.label)
         judgement = known.get(key)
         if judgement is None:
-            set_policy(model, policy)
             log = AnswerLog(end_tokens(model))
-            evaluation = exam.take(model, on_batch, log.note)
+            with each.on(model):
+                evaluation = each.exam.take(model, on_batch, log.note)
+                flops = _flops(model, each.exam, new_tokens)
             dense = dense or log
             agreement = log.against(dense)
-            flops = _flops(model, exam, new_tokens)
-            judgement = Judgement(label, policy.to_dict(), evaluation, agreement, flops)
+            judgement = Judgement(each.label, each.policy.to_dict(), evaluation, agreement, flops)
             if kept is not None:
                 kept.append(key, judgement)
-        found.append(replace(judgement, label=label))
+        found.append(replace(judgement, label=each.label))
     return found
 
 
@@ -243,20 +274,14 @@ def _flops(model: Any, exam: Exam, new_tokens: int) -> int:
     return plan_of(model).flops(n_image, n_text, new_tokens, text_before=before)
 
 
-def _timed(
-    model: Any,
-    every: Sequence[tuple[str, SkipPolicy]],
-    exam: Exam,
-    new_tokens: int,
-    rounds: int,
-) -> list[Speed]:
-    inputs = placed(exam.single(0), model)
+def _timed(model: Any, every: Sequence[_Contender], new_tokens: int, rounds: int) -> list[Speed]:
+    inputs = [placed(each.exam.single(0), model) for each in every]
     times: list[list[Any]] = [[] for _ in every]
     with endless(model):
         for number in range(rounds):
             first = number * len(every) // rounds
             order = [*range(first, len(every)), *range(first)]
             for place in order:
-                set_policy(model, every[place][1])
-                times[place].append(time_once(model, inputs, new_tokens))
+                with every[place].on(model):
+                    times[place].append(time_once(model, inputs[place], new_tokens))
     return [Speed(median(t.ttft for t in own), median(t.decode for t in own)) for own in times]

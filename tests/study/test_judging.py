@@ -30,6 +30,7 @@ from fastskip.study.items import Item
 from fastskip.study.judging import Judgement, JudgementFile, Verdict, judge
 from fastskip.study.metrics import Metric
 from fastskip.study.paper.measuring import Effort, asked, items_of
+from fastskip.study.smaller_images import shrunk_processor, taking_smaller_images
 
 ITEMS = items_of(asked(0, Effort(questions=10, captions=4)))
 HALF = ("half", SkipPolicy.preset("every_nth_block"))
@@ -284,3 +285,26 @@ def test_verdicts(model: Any, exam: Exam) -> None:
     yes = [Item("is it?", ("yes",), metric=Metric.YES_NO)] * len(ITEMS)
     found = best.yes_no(yes)
     assert found is not None and found.said_yes == found.accuracy
+
+
+def test_smaller_images_are_a_rival(model: Any, exam: Exam, tmp_path: Path) -> None:
+    few = Exam(ITEMS[:3], processor_for(checkpoint_path()), config=model.config, new_tokens=8)
+    half = Exam(
+        few.items,
+        shrunk_processor(processor_for(checkpoint_path()), 2),
+        config=model.config,
+        new_tokens=8,
+    )
+    kept = JudgementFile(tmp_path / "judgements.jsonl")
+    dense, small = judge(model, [], few, smaller={2: half}, rounds=1, kept=kept)
+    assert (dense.label, small.label) == ("dense", "images 1/2")
+    # 16 of 64 image rows
+    plan = fastskip.plan_of(fastskip.set_policy(model, "dense"))
+    n_text = few.single(0)["input_ids"].shape[1] - 64
+    before = int((few.single(0)["input_ids"][0] == model.config.image_token_id).int().argmax())
+    assert small.flops == plan.flops(16, n_text, 16, text_before=before) < dense.flops
+    with taking_smaller_images(model):
+        assert small.evaluation == half.take(model)
+    assert small.speed is not None
+    again = judge(model, [], few, smaller={2: half}, rounds=0, kept=kept)
+    assert [each.evaluation for each in again] == [dense.evaluation, small.evaluation]
