@@ -120,11 +120,16 @@ class RowsLeft:
             return h
         gone = torch.zeros(len(self.layout), dtype=torch.bool)
         asked = gone.clone()
-        with torch.no_grad():
-            for number, choice in enumerate(self._choices):
-                asked[choice.candidates] = True
-                gone[choice.candidates] = True
-                gone[self._kept(rule, number, choice, h.detach())] = False
+        if self._choices:
+            sizes = [len(choice.candidates) for choice in self._choices]
+            with torch.no_grad():
+                # The one time that the host waits for the device.
+                scores = torch.cat(self._scores(rule, h.detach())).cpu().split(sizes)
+            for choice, own in zip(self._choices, scores, strict=True):
+                asked[choice.candidates] = gone[choice.candidates] = True
+                # At equal scores the earlier ones stay.
+                order = torch.sort(own, descending=True, stable=True).indices
+                gone[choice.candidates[order[: rule.keep.count(len(own))]]] = False
         self._asked[layer] = self.layout.unpack(asked)
         before, self._choices = self.layout, []
         if bool(gone.any()):
@@ -180,23 +185,27 @@ class RowsLeft:
                 found.append(_Choice(candidates, last))
         return found
 
-    def _kept(self, rule: RemovalRule, number: int, choice: _Choice, h: Tensor) -> Tensor:
-        """The candidates that stay, at equal scores the earlier ones."""
-        candidates, by = choice.candidates, rule.keep.by
-        count = rule.keep.count(len(candidates))
-        if not count:
-            return candidates[:0]
-        if by is Ranking.SPACING:
-            return candidates[spaced(len(candidates), count)]
+    def _scores(self, rule: RemovalRule, h: Tensor) -> list[Tensor]:
+        """What ranks the candidates of each sequence, the most first, ``[n]`` each."""
+        layer, by = rule.after_layer, rule.keep.by
+        if by is Ranking.ATTENTION:
+            entering = self._entering.split(1)
+            return [
+                self._attended(layer, own, choice)
+                for own, choice in zip(entering, self._choices, strict=True)
+            ]
+        if by is Ranking.NEXT_ATTENTION:
+            return [self._to_attend(layer + 1, h, choice) for choice in self._choices]
+        candidates = [choice.candidates for choice in self._choices]
         if by is Ranking.RANDOM:
-            salt = mixed(mixed(rule.seed or 0) ^ mixed(4 * rule.after_layer))
-            scores = draw(self.layout.positions[candidates], salt)
-        elif by is Ranking.ATTENTION:
-            scores = self._attended(rule.after_layer, self._entering[number : number + 1], choice)
-        else:
-            scores = self._to_attend(rule.after_layer + 1, h, choice)
-        order = torch.sort(scores, descending=True, stable=True).indices
-        return candidates[order[:count].cpu()]
+            salt = mixed(mixed(rule.seed or 0) ^ mixed(4 * layer))
+            return [draw(self.layout.positions[own], salt) for own in candidates]
+        found = []
+        for own in candidates:
+            scores = torch.zeros(len(own))
+            scores[spaced(len(own), rule.keep.count(len(own)))] = 1
+            found.append(scores)
+        return found
 
     def _attended(self, layer: int, entering: Tensor, choice: _Choice) -> Tensor:
         """How the last row attended to each candidate in a layer, the mean over its heads."""
