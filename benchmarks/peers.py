@@ -30,6 +30,10 @@ def _frozen_visual(depth: int) -> SkipPolicy:
     return SkipPolicy.preset("frozen_visual", start=depth - 1 - round(0.6 * depth))
 
 
+def _pyramid_drop(depth: int) -> SkipPolicy:
+    return SkipPolicy.preset("pyramid_drop", stages=[depth * n // 4 - 1 for n in (1, 2, 3)])
+
+
 dense = _preset("dense")
 HF = Peer("hf", "Hugging Face")
 DENSE = Peer("dense", "dense", dense)
@@ -40,6 +44,7 @@ DEFAULT = (
     Peer("half_blocks", "every 2nd block skipped", _preset("every_nth_block", start=0)),
     Peer("image_ffn", "no FFN for image rows", _preset("image_ffn")),
     Peer("frozen_visual", "image rows frozen in 60 %", _frozen_visual),
+    Peer("fastv", "half of the image rows gone after layer 1", _preset("fastv")),
     Peer("parallel_blocks", "parallel blocks", _preset("parallel_blocks")),
     Peer("block_pairs", "pairs of blocks", _preset("block_pairs")),
 )
@@ -52,6 +57,7 @@ MORE = (
         "image rows gone after half",
         lambda depth: SkipPolicy.preset("visual_withdrawal", after=depth // 2 - 1),
     ),
+    Peer("pyramid_drop", "half of the image rows gone after every quarter", _pyramid_drop),
 )
 
 

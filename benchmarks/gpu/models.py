@@ -27,7 +27,7 @@ PEERS = tuple(
     _KNOWN[name]
     for name in (
         *("hf", "hf_static", "dense", "half_blocks"),
-        *("image_ffn_all", "frozen_visual", "parallel_blocks"),
+        *("image_ffn_all", "frozen_visual", "fastv", "parallel_blocks"),
     )
 )
 
