@@ -137,10 +137,14 @@ FLOORS = {
         + ("fit", "demo", "study", "paper"),
         ("PIL", "torch", "transformers"),
     ),
+    # Reads what the study wrote, as files; no model and no tensor.
+    "report": Floor(
+        ("study.report",), (*PURE, "public", "intervals"), ("matplotlib", "jinja2", "markupsafe")
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("intervals", "sparse", "demo", "study", "training", "paper", "bench"),
+        + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "report"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

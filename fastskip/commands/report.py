@@ -1,0 +1,120 @@
+"""`fastskip report`: one page of what eval, bench and search found."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastskip.commands.common import CommandError, ModelOption, config_of
+
+if TYPE_CHECKING:
+    from fastskip.layer_plan import ModelShape
+    from fastskip.study.report.circumstances import Circumstances
+    from fastskip.study.report.maps import ShapeOf
+
+
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="What eval, bench and search wrote with --out: folders with eval.json, bench.json "
+            "or search.json.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path(
+        "report.html"
+    ),
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png",
+            metavar="DIR",
+            help="Where the charts go as PNG files. Default: beside the page, in a folder of its "
+            "name and _files.",
+            show_default=False,
+        ),
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Items with both answers, at the most.")
+    ] = 12,
+    model: ModelOption = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="The model's layers, where neither the result's own model nor --model is at hand.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make one page of the results of eval, bench and search.
+
+    Score against TTFT and TPOT with intervals, what each policy runs layer by layer, sensitivity,
+    measured times against the floor, tables with verdicts ("slower here" included), items that
+    dense and skipped answer differently, and under what circumstances all that was measured. The
+    page is one file that loads nothing, in light and dark, for phones, screens and paper; the
+    charts also go into PNG files. No model runs: maps of policies need the model's config, which
+    is taken from where the results' own model lies, or from --model; --layers is enough too.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip eval -p image_ffn --out runs/eval && fastskip report runs/eval[/]
+
+    [cyan]fastskip report runs/eval runs/bench runs/search --out runs/report.html[/]
+    """
+    if model is not None and layers is not None:
+        raise CommandError(f"--layers {layers}: --model says it already; allowed: one of the two")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise CommandError(f"--out {out}: allowed: a file that ends in .html")
+    from tqdm import tqdm
+
+    from fastskip.study.report import write_report
+
+    with tqdm(total=None, disable=None, bar_format="{desc}") as bar:
+        written = write_report(
+            folders,
+            out,
+            png or out.with_name(f"{out.stem}_files"),
+            _shapes(model, layers),
+            examples=examples,
+            on_part=bar.set_description,
+        )
+    typer.echo(f"wrote {written[0]} ({written[0].stat().st_size / 1e6:.1f} MB)", err=True)
+    if len(written) > 1:
+        typer.echo(f"wrote {len(written) - 1} charts in {written[1].parent}", err=True)
+
+
+def _shapes(model: str | None, layers: int | None) -> "ShapeOf":
+    """What the maps go by: what was named, else the config of a result's own model, if at hand."""
+    from fastskip.study.report.policy_map import shape_of_depth
+
+    known: dict[str, ModelShape | None] = {}
+    if layers is not None:
+        return lambda circumstances: shape_of_depth(layers)
+    if model is not None:
+        from fastskip.families import shape_of
+
+        named = shape_of(config_of(model))
+        return lambda circumstances: named
+
+    def find(circumstances: "Circumstances") -> "ModelShape | None":
+        if circumstances.model not in known:
+            known[circumstances.model] = _local_shape(circumstances.model)
+        return known[circumstances.model]
+
+    return find
+
+
+def _local_shape(model: str) -> "ModelShape | None":
+    """The shape of a checkpoint that lies on this machine; nothing is downloaded."""
+    from transformers import AutoConfig
+
+    from fastskip.families import shape_of
+
+    try:
+        return shape_of(AutoConfig.from_pretrained(model, local_files_only=True))
+    except (OSError, ValueError):
+        return None  # the page says that there is no map, and why

@@ -1,0 +1,7 @@
+"""One page of all that `fastskip eval`, `bench` and `search` found, to read, print and hand on."""
+
+from fastskip.study.report.drawing import DrawingError
+from fastskip.study.report.fields import ReportError
+from fastskip.study.report.writing import write_report
+
+__all__ = ["DrawingError", "ReportError", "write_report"]

@@ -1,0 +1,131 @@
+"""What sections of a page are made of; plain data, told apart by `form`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import ClassVar
+
+from fastskip.study.report.drawing import Picture
+
+NOTHING = "–"
+"""In a cell without a value."""
+
+
+class Tone(StrEnum):
+    """How a cell is coloured; its text says the same in words."""
+
+    PLAIN = "plain"
+    GOOD = "good"
+    BAD = "bad"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell of a table: what it says, what stands below it in small, and badges in a tone."""
+
+    text: str
+    small: str = ""
+    badges: tuple[str, ...] = ()
+    tone: Tone = Tone.PLAIN
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say."""
+        return self.text == NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table. `name_at`: the column that says what a row is of; behind it are numbers, unless
+    `has_numbers` is false. `is_folded`: shown on a click."""
+
+    form: ClassVar[str] = "table"
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    name_at: int = 1
+    has_numbers: bool = True
+    is_folded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A picture with its caption."""
+
+    form: ClassVar[str] = "figure"
+    picture: Picture
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph."""
+
+    form: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """A list."""
+
+    form: ClassVar[str] = "points"
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading within a section."""
+
+    form: ClassVar[str] = "heading"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Names and values."""
+
+    form: ClassVar[str] = "facts"
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownAnswer:
+    """An answer to an example's question."""
+
+    label: str
+    text: str
+    score: str
+    tone: Tone
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An item that policies answered otherwise than dense; `image`: a data URI."""
+
+    form: ClassVar[str] = "example"
+    question: str
+    references: str
+    kind: str
+    image: str | None
+    answers: tuple[ShownAnswer, ...]
+
+
+Block = Table | Figure | Text | Points | Heading | Facts | Example
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page; `name` is what links lead to."""
+
+    name: str
+    title: str
+    blocks: Sequence[Block] = field(default_factory=tuple)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Its pictures, in order."""
+        return tuple(each.picture for each in self.blocks if isinstance(each, Figure))

@@ -1,0 +1,59 @@
+"""Under what circumstances a result was measured, as its file tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastskip.study.report.fields import Field
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """Whatever a result file says of them; nothing in it is needed but the model's name."""
+
+    told: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The checkpoint's name or folder."""
+        return str(self.told.get("model", ""))
+
+    @property
+    def model_name(self) -> str:
+        """What a page says of it: a name on the hub, the end of a path."""
+        return "/".join(Path(self.model).parts[-2:]) or "a model without a name"
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the weights; empty where the file has none."""
+        return str(self.told.get("model_fingerprint") or "")
+
+    def is_same_model(self, other: Circumstances) -> bool:
+        """By the fingerprints where both have one, else by name."""
+        mine, theirs = self.model_fingerprint, other.model_fingerprint
+        return mine == theirs if mine and theirs else self.model == other.model
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Names and values, nested ones unfolded; what is null is left out."""
+        yield from _lines("", {**self.told, "model": self.model_name})
+
+
+def read_circumstances(document: Field) -> Circumstances:
+    """Those of a result file."""
+    found = document.get("circumstances")
+    found.get("model").text()
+    return Circumstances(found.object())
+
+
+def _lines(prefix: str, told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in told.items():
+        label = f"{prefix}{name}".replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from _lines("" if name == "versions" else f"{name}: ", value)
+        elif isinstance(value, list):
+            yield label, ", ".join(map(str, value))
+        elif value is not None:
+            yield label, str(value)

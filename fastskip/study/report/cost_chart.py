@@ -1,0 +1,85 @@
+"""Prefill and decode as measured, against the floor below which the machine cannot go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastskip.study.report.bench_file import BenchResult, Contender, Timed
+from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture
+
+PHASES = ("prefill", "decode")
+_COLOURS = {"prefill": Colour.BLUE, "decode": Colour.ORANGE}
+
+
+def cost_chart(name: str, result: BenchResult) -> Picture:
+    """The chart of one run."""
+    told = []
+    for contender, timed in result.timed:
+        line = f"{contender.label}: prefill {_ms(timed.prefill_s.median)}"
+        line += f", a call's decode {_ms(timed.decode_s.median)}"
+        if timed.floor_s is not None:
+            line += f", floors {_ms(timed.floor_s.prefill)} and {_ms(timed.floor_s.decode)}"
+        told.append(line)
+    text = f"Measured times against their floors. {'; '.join(told)}."
+    return picture(name, text, lambda form: draw(result.timed, form))
+
+
+def draw(timed: Sequence[tuple[Contender, Timed]], form: Form) -> Any:
+    """Bars of medians with quartiles; a black stroke is the floor."""
+    lines = len(timed)
+    if form.is_narrow:
+        figure = figure_of(form.width, 0.9 + 2 * (0.42 * lines + 0.55), layout="constrained")
+        axes = figure.subplots(2, 1)
+    else:
+        figure = figure_of(form.width, 1.0 + 0.32 * lines, layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+    for axis, phase in zip(axes, PHASES, strict=True):
+        _bars(axis, phase, timed)
+        names = [_short(each.label, 16 if form.is_narrow else 26) for each, _ in timed]
+        axis.set_yticks(range(lines), names, color=Colour.INK.value)
+        axis.set_ylim(lines - 0.4, -0.6)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower left", frameon=False)
+    return figure
+
+
+def _bars(axis: Any, phase: str, timed: Sequence[tuple[Contender, Timed]]) -> None:
+    spreads = [each.prefill_s if phase == "prefill" else each.decode_s for _, each in timed]
+    middle = [1e3 * spread.median for spread in spreads]
+    sides = [
+        [1e3 * (spread.median - spread.low) for spread in spreads],
+        [1e3 * (spread.high - spread.median) for spread in spreads],
+    ]
+    places = range(len(timed))
+    style = {"ecolor": Colour.MUTED.value, "error_kw": {"elinewidth": 1.2, "capsize": 2}}
+    axis.barh(places, middle, 0.62, xerr=sides, color=_COLOURS[phase].value, alpha=0.75, **style)
+    floors = [
+        (place, 1e3 * getattr(each.floor_s, phase))
+        for place, (_, each) in enumerate(timed)
+        if each.floor_s is not None
+    ]
+    for place, floor in floors:
+        label = "floor: the least that this machine needs" if place == floors[0][0] else None
+        axis.vlines(floor, place - 0.4, place + 0.4, color=Colour.INK.value, lw=2.2, label=label)
+    longest = max([*(1e3 * spread.high for spread in spreads), *(floor for _, floor in floors)])
+    for place, (_, each) in enumerate(timed):
+        if each.ideal_share is not None:
+            end = max([1e3 * spreads[place].high, *(f for p, f in floors if p == place)])
+            share = f"{getattr(each.ideal_share, phase):.2f} of ideal"
+            axis.text(end + 0.02 * longest, place, share, va="center", ha="left")
+    has_shares = any(each.ideal_share is not None for _, each in timed)
+    axis.set_xlim(0, longest * (1.5 if has_shares else 1.05) or 1)
+    axis.set_title(phase, loc="left", fontweight="bold")
+    axis.set_xlabel("ms a call")
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(axis="y", length=0)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

@@ -1,0 +1,170 @@
+"""Pictures by matplotlib: each as SVG for a page, wide and narrow, and as PNG.
+
+In a page, colours are the page's own, by name, so that they follow light and dark; text stays text.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+DPI = 160
+_LARGER = 1.15
+"""How much a picture may grow in a page that has room."""
+
+
+class Colour(StrEnum):
+    """The palette on white; in a page each is a variable of the same name."""
+
+    INK = "#1b1f24"
+    MUTED = "#59636e"
+    GRID = "#d9dee3"
+    PAPER = "#ffffff"
+    BLUE = "#1f5fa8"
+    ORANGE = "#b3610a"
+    GREEN = "#2a7a3b"
+    PURPLE = "#7a4bb0"
+    RED = "#b3261e"
+    GREY = "#6b7580"
+    SHADE = "#eef1f4"
+    HEAT0 = "#f0f4f9"
+    HEAT1 = "#d3e2f1"
+    HEAT2 = "#abcbe6"
+    HEAT3 = "#7aafd8"
+    HEAT4 = "#4c90c5"
+    HEAT5 = "#2b70ac"
+    HEAT6 = "#16508a"
+    HEAT7 = "#0a3163"
+
+    @property
+    def variable(self) -> str:
+        """Its name in a page."""
+        return f"var(--{self.name.lower()})"
+
+
+HEAT = tuple(colour for colour in Colour if colour.name.startswith("HEAT"))
+
+
+class DrawingError(ImportError):
+    """Pictures were asked for and cannot be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a picture is drawn: its width in inches, and the size of its text in points."""
+
+    width: float
+    font: float
+    is_narrow: bool
+
+
+WIDE = Form(7.2, 9, False)
+NARROW = Form(3.4, 8, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture in all its forms; `text` says what is seen, for those who do not see it."""
+
+    name: str
+    text: str
+    wide: str
+    narrow: str
+    png: bytes
+
+
+def require() -> None:
+    """Raise `DrawingError` without matplotlib: better before the reading than after."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DrawingError(
+            "report: matplotlib is missing; install it with: pip install 'fastskip[plots]'"
+        ) from error
+
+
+def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:
+    """A picture of the figures that `draw` makes; `name` is its file's, and unique in a page."""
+    with _style(WIDE):
+        figure = draw(WIDE)
+        wide, png = _svg(figure, f"{name}-w"), _png(figure)
+    with _style(NARROW):
+        narrow = _svg(draw(NARROW), f"{name}-n")
+    return Picture(name, text, wide, narrow, png)
+
+
+def figure_of(width: float, height: float, **options: Any) -> Any:
+    """An empty figure, apart from pyplot: nothing is kept that would have to be closed."""
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), **options)
+
+
+@contextmanager
+def _style(form: Form) -> Iterator[None]:
+    from matplotlib import rc_context
+
+    ink, muted = Colour.INK.value, Colour.MUTED.value
+    settings = {
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": form.font,
+        "axes.titlesize": form.font + 1,
+        "axes.labelsize": form.font,
+        "xtick.labelsize": form.font - 0.5,
+        "ytick.labelsize": form.font - 0.5,
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "axes.edgecolor": muted,
+        "xtick.color": muted,
+        "ytick.color": muted,
+        "grid.color": Colour.GRID.value,
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        # names of policies come from data: a dollar is no mathematics there
+        "text.parse_math": False,
+        "text.usetex": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fastskip",
+        "hatch.linewidth": 1.2,
+    }
+    with rc_context(settings):
+        yield
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(figure: Any, name: str) -> str:
+    """An element for a page: no prolog, ids of its own, the page's colours and fonts."""
+    file = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    width = figure.get_figwidth() * 96 * _LARGER
+    # a style element here would be one of the whole page
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"\A<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", _opening(width), text, count=1)
+    text = re.sub(r' font-family: [^;"]*;?', "", text).replace("xlink:href", "href")
+    text = re.sub(r'\b(id|href)="(#?)([^"]+)"', rf'\1="\2{name}-\3"', text)
+    text = text.replace("url(#", f"url(#{name}-")
+    for colour in Colour:
+        text = text.replace(colour.value, colour.variable)
+    return re.sub(r"\n\s*", "\n", text)
+
+
+def _opening(width: float) -> str:
+    return rf'<svg \1 style="max-width: {width:.0f}px" aria-hidden="true" focusable="false">'

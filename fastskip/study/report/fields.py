@@ -1,0 +1,130 @@
+"""Fields of result files, checked as they are read: every error names file, field and value."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+SCHEMA_VERSION = 1
+
+
+class ReportError(ValueError):
+    """A report that cannot be made; names the file, the field, its value and what is allowed."""
+
+    def __init__(self, file: Path, field: str, value: object, allowed: str) -> None:
+        self.file, self.field, self.value, self.allowed = file, field, value, allowed
+        shown = value if isinstance(value, Problem) else f"got {_short(value)}"
+        where = f"{file}: {field}" if field else f"{file}"
+        super().__init__(f"{where}: {shown}; allowed: {allowed}")
+
+
+class Problem(str):
+    """What is wrong where there is no value to show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A value of a result file, and where it stands."""
+
+    file: Path
+    name: str
+    value: Any
+
+    def refuse(self, allowed: str, problem: str | None = None) -> NoReturn:
+        """Raise what is wrong with the value."""
+        told = self.value if problem is None else Problem(problem)
+        raise ReportError(self.file, self.name, told, allowed)
+
+    def get(self, name: str) -> Field:
+        """A field of an object, which must be there."""
+        found = self._inner(name)
+        if name not in self.object():
+            found.refuse("this field, as fastskip writes it", "missing")
+        return found
+
+    def may(self, name: str) -> Field | None:
+        """A field of an object; `None` where it is null or not there."""
+        return None if self.object().get(name) is None else self._inner(name)
+
+    def object(self) -> Mapping[str, Any]:
+        """The value as an object."""
+        if not isinstance(self.value, dict):
+            self.refuse("an object")
+        return self.value
+
+    def each(self) -> Iterator[Field]:
+        """The values of a list."""
+        if not isinstance(self.value, list):
+            self.refuse("a list")
+        for number, value in enumerate(self.value):
+            yield Field(self.file, f"{self.name}[{number}]", value)
+
+    def text(self) -> str:
+        """The value as a text."""
+        if not isinstance(self.value, str):
+            self.refuse("a text")
+        return self.value
+
+    def one_of(self, allowed: tuple[str, ...]) -> str:
+        """The value as one of some texts."""
+        if self.value not in allowed:
+            self.refuse(", ".join(allowed))
+        return str(self.value)
+
+    def truth(self) -> bool:
+        """The value as true or false."""
+        if not isinstance(self.value, bool):
+            self.refuse("true or false")
+        return self.value
+
+    def number(self, least: float = -math.inf, most: float = math.inf) -> float:
+        """The value as a finite number in a range."""
+        is_number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
+        if not is_number or not math.isfinite(self.value) or not least <= self.value <= most:
+            bounds = "" if (least, most) == (-math.inf, math.inf) else f" in [{least:g}, {most:g}]"
+            self.refuse(f"a finite number{bounds}")
+        return float(self.value)
+
+    def count(self, least: int = 0) -> int:
+        """The value as a whole number."""
+        if type(self.value) is not int or self.value < least:
+            self.refuse(f"a whole number, {least} or more")
+        return int(self.value)
+
+    def _inner(self, name: str) -> Field:
+        value = self.object().get(name)
+        return Field(self.file, f"{self.name}.{name}" if self.name else name, value)
+
+
+def read_document(path: Path, kind: str) -> Field:
+    """The document of a result file of this kind.
+
+    Raises:
+        ReportError: the file cannot be read, is of another kind, or of a newer fastskip.
+    """
+    allowed = f"JSON that fastskip {kind} wrote"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(path, "", Problem(f"cannot be read ({error})"), allowed) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ReportError(path, "", Problem(f"not JSON ({error})"), allowed) from error
+    document = Field(path, "", value)
+    if not isinstance(value, dict):
+        document.refuse(f"an object, {allowed}")
+    written = document.get("kind")
+    if written.value != kind:
+        written.refuse(f'"{kind}"')
+    version = document.get("schema_version")
+    if version.count(1) != SCHEMA_VERSION:
+        version.refuse(f"{SCHEMA_VERSION}; a newer fastskip wrote this file")
+    return document
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."

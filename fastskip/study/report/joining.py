@@ -1,0 +1,118 @@
+"""Results of several commands put together: the same policy, the same model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastskip.study.report.accuracy_chart import DENSE, KINDS, POLICY, Point
+from fastskip.study.report.bench_file import BenchResult, Spread, Timed
+from fastskip.study.report.eval_file import EvalResult
+from fastskip.study.report.search_file import SearchResult
+
+QUANTITIES = ("TTFT", "TPOT")
+
+
+def policy_key(policy: Mapping[str, Any] | None) -> str:
+    """The same for policies that say the same, whatever they are called."""
+    told = {
+        name: value
+        for name, value in (policy or {}).items()
+        if name not in ("name", "provenance", "schema_version") and value not in ([], None, "clean")
+    }
+    return json.dumps(told, sort_keys=True)
+
+
+IS_DENSE = policy_key(None)
+
+
+@dataclass(frozen=True, slots=True)
+class TimedPoints:
+    """The points of one chart, and where their times are from."""
+
+    quantity: str
+    points: tuple[Point, ...]
+    times: str
+
+
+def timed_by(result: EvalResult, benches: Sequence[BenchResult]) -> BenchResult | None:
+    """The first bench of the same model that has dense and another of the policies, if any."""
+    wanted = {policy_key(each.policy) for each in result.judged}
+    for bench in benches:
+        found = wanted & bench_times(bench).keys()
+        same = result.circumstances.is_same_model(bench.circumstances)
+        if same and IS_DENSE in found and len(found) > 1:
+            return bench
+    return None
+
+
+def bench_times(bench: BenchResult) -> dict[str, Timed]:
+    """What was measured of fastskip's own contenders, by their policies."""
+    found: dict[str, Timed] = {}
+    for contender, timed in bench.timed:
+        if contender.source == "fastskip":
+            found.setdefault(policy_key(contender.policy), timed)
+    return found
+
+
+def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[TimedPoints]:
+    """Scores against times: those of a bench, which have intervals, else the run's own."""
+    bench = timed_by(result, benches)
+    found = []
+    for quantity in QUANTITIES:
+        points = []
+        for number, each in enumerate(result.judged, start=1):
+            key = policy_key(each.policy)
+            own = each.ttft_s if quantity == "TTFT" else each.tpot_s
+            spread = None if own is None else Spread(own, own, own)
+            if bench is not None:
+                timed = bench_times(bench).get(key)
+                spread = None if timed is None else _of(timed, quantity)
+            if spread is not None:
+                points.append(
+                    Point(
+                        number,
+                        each.label,
+                        DENSE if key == IS_DENSE else POLICY,
+                        time_s=spread.median,
+                        low_s=None if bench is None else spread.low,
+                        high_s=None if bench is None else spread.high,
+                        score=each.score,
+                    )
+                )
+        told = f"the first item, batch 1, {result.new_tokens} new tokens; medians of this run"
+        if bench is not None:
+            told = f"the bench in {bench.source} ({workload_text(bench)}); bars are quartiles"
+        found.append(TimedPoints(quantity, tuple(points), told))
+    return [each for each in found if each.points]
+
+
+def search_points(result: SearchResult) -> list[TimedPoints]:
+    """Candidates that were scored and timed."""
+    found = []
+    for quantity in QUANTITIES:
+        points = []
+        for number, each in enumerate(result.candidates, start=1):
+            time = each.ttft_s if quantity == "TTFT" else each.tpot_s
+            if time is not None and each.score is not None:
+                flags = each.is_on_front, each.is_recommended
+                kind = KINDS[each.source]
+                points.append(Point(number, each.name, kind, time, None, None, each.score, *flags))
+        told = "medians that the search measured"
+        found.append(TimedPoints(quantity, tuple(points), told))
+    return [each for each in found if each.points]
+
+
+def workload_text(bench: BenchResult) -> str:
+    """Its workload in words."""
+    load = bench.workload
+    return (
+        f"batch {load['batch']}, {load['n_image']} image and {load['n_text']} text rows, "
+        f"{load['new_tokens']} new tokens, {load['rounds']} rounds"
+    )
+
+
+def _of(timed: Timed, quantity: str) -> Spread:
+    return timed.ttft_s if quantity == "TTFT" else timed.tpot_s

@@ -1,0 +1,88 @@
+"""Names beside points, each where it covers nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastskip.study.report.drawing import Colour
+
+OFFSETS = sorted(
+    ((x, y) for x in range(-150, 151, 6) for y in range(-90, 91, 5) if abs(y) >= 9 or abs(x) >= 30),
+    key=lambda offset: math.hypot(offset[0], 2.2 * offset[1]),
+)
+"""Where a name may stand, in points from what it names, the nearest first."""
+_HALF = 4.5
+"""Points that a mark needs to each side."""
+_NEAR = 13
+"""Points from which on a line leads from a name to its mark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A text for a place in an axis' data; `low`, `high`: the ends of the whisker there."""
+
+    text: str
+    x: float
+    y: float
+    low: float
+    high: float
+    colour: Colour
+
+
+def place(axis: Any, labels: Sequence[Label]) -> None:
+    """Write the labels; where all is taken, where least is covered.
+
+    The axis' limits must be final.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure = axis.figure
+    figure.draw_without_rendering()  # settles where points are
+    scale = figure.dpi / 72
+    inside = axis.get_window_extent()
+    taken = []
+    for label in labels:
+        x, y = axis.transData.transform((label.x, label.y))
+        half = _HALF * scale
+        taken.append(Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half))
+        low, high = (axis.transData.transform((label.x, end))[1] for end in (label.low, label.high))
+        taken.append(Bbox.from_extents(x - scale, low, x + scale, high))
+    for label in labels:
+        x, y = axis.transData.transform((label.x, label.y))
+        draft = axis.text(0, 0, label.text, ha="center", va="center")
+        size = draft.get_window_extent()
+        draft.remove()
+        best, least = OFFSETS[0], math.inf
+        for offset in OFFSETS:
+            middle = x + offset[0] * scale, y + offset[1] * scale
+            box = _box(middle, size)
+            if not (inside.contains(*box.min) and inside.contains(*box.max)):
+                continue
+            covered = box.count_overlaps(taken)
+            if covered < least:
+                best, least = offset, covered
+            if not covered:
+                break
+        taken.append(_box((x + best[0] * scale, y + best[1] * scale), size).padded(1.5 * scale))
+        far = math.hypot(best[0] - math.copysign(size.width / 2 / scale, best[0]), best[1]) > _NEAR
+        line = {"arrowstyle": "-", "color": Colour.GREY.value, "lw": 0.6, "shrinkB": 4}
+        axis.annotate(
+            label.text,
+            (label.x, label.y),
+            xytext=best,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            color=label.colour.value,
+            arrowprops=line if far else None,
+        ).set_in_layout(False)
+
+
+def _box(middle: tuple[float, float], size: Any) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = middle
+    return Bbox.from_bounds(x - size.width / 2, y - size.height / 2, size.width, size.height)

@@ -1,0 +1,198 @@
+"""What a policy runs, layer by layer and token class by token class, as the plan says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from fastskip.plan import Cell, LayerPlan, ModelShape, SkipPlan, make_plan
+from fastskip.policy import (
+    Arrangement,
+    PolicyError,
+    SkippedKV,
+    SkipPolicy,
+    Sublayer,
+    TokenClass,
+    select_layers,
+)
+
+
+class State(StrEnum):
+    """What rows do in one half of a layer, attention or FFN."""
+
+    RUNS = "runs"
+    ROUTED = "decided row by row"
+    OWN_KV = "own K, V only"
+    COPIED_KV = "copied K, V only"
+    HIDDEN_KV = "hidden state as K, V"
+    NOTHING = "nothing"
+
+
+_LEFT = {
+    SkippedKV.PROJECT: State.OWN_KV,
+    SkippedKV.REUSE: State.COPIED_KV,
+    SkippedKV.HIDDEN: State.HIDDEN_KV,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MapCell:
+    """One layer, one token class; `share`: of its prompt rows, what removals have left."""
+
+    attention: State
+    ffn: State
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MapLine:
+    """Consecutive layers that do the same, in words, one a token class."""
+
+    layers: str
+    arrangement: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyMap:
+    """One policy on one model.
+
+    `cells`: by class, one a layer. `removals`: after which layer what share of whose rows is kept.
+    """
+
+    depth: int
+    classes: tuple[TokenClass, ...]
+    cells: Mapping[TokenClass, tuple[MapCell, ...]]
+    parallel: frozenset[int]
+    pairs: tuple[int, ...]
+    removals: tuple[Removal, ...]
+    lines: tuple[MapLine, ...]
+
+    @property
+    def text(self) -> str:
+        """The map in words."""
+        told = []
+        for line in self.lines:
+            cells = zip(self.classes, line.cells, strict=True)
+            what = ", ".join(f"{name} rows: {cell}" for name, cell in cells)
+            told.append(f"layers {line.layers} ({line.arrangement}): {what}")
+        told += [removal.text for removal in self.removals]
+        return "; ".join(told)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Rows that leave all layers after one: of these classes, `ratio` of what is there stays."""
+
+    after_layer: int
+    classes: frozenset[TokenClass]
+    ratio: float
+    by: str
+
+    @property
+    def text(self) -> str:
+        """The removal in words."""
+        rows = ", ".join(each for each in TokenClass if each in self.classes)
+        return f"after layer {self.after_layer}: {self.ratio:.0%} of {rows} rows stay, by {self.by}"
+
+
+def shape_of_depth(depth: int) -> ModelShape:
+    """A shape of so many layers, for what depends on the depth alone: it has no sizes."""
+    return ModelShape(
+        depth=depth,
+        hidden_size=1,
+        ffn_size=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=1,
+        vocab_size=1,
+        has_images=True,
+        dtype_bytes=1,
+        max_positions=1,
+    )
+
+
+def map_policy(policy: Mapping[str, Any], shape: ModelShape) -> PolicyMap:
+    """The map of a policy's plain data on a model of a shape.
+
+    Raises:
+        PolicyError: the policy is none, or does not fit the shape.
+    """
+    removals = _removals(policy, shape.depth)
+    plan = make_plan(_parsed(policy), shape)
+    routed: dict[tuple[int, TokenClass], frozenset[Sublayer]] = {}
+    for each in plan.routed:
+        place = each.layer, each.token_class
+        routed[place] = routed.get(place, frozenset()) | each.skip
+    cells = {
+        token_class: tuple(_cell(layer, token_class, routed, removals) for layer in plan.layers)
+        for token_class in plan.classes
+    }
+    return PolicyMap(
+        depth=shape.depth,
+        classes=plan.classes,
+        cells=cells,
+        parallel=frozenset(
+            each.index for each in plan.layers if each.arrangement is Arrangement.PARALLEL
+        ),
+        pairs=tuple(step[0] for step in plan.steps if len(step) == 2),
+        removals=removals,
+        lines=_lines(plan),
+    )
+
+
+def _parsed(policy: Mapping[str, Any]) -> SkipPolicy:
+    """The policy; without its removals where this version does not know them as rules."""
+    try:
+        return SkipPolicy.from_dict(policy)
+    except PolicyError as error:
+        if not error.field.startswith("removals"):
+            raise
+        return SkipPolicy.from_dict({**policy, "removals": []})
+
+
+def _cell(
+    layer: LayerPlan,
+    token_class: TokenClass,
+    routed: Mapping[tuple[int, TokenClass], frozenset[Sublayer]],
+    removals: Sequence[Removal],
+) -> MapCell:
+    cell, maybe = layer.cells[token_class], routed.get((layer.index, token_class), frozenset())
+    share = 1.0
+    for removal in removals:
+        if token_class in removal.classes and layer.index > removal.after_layer:
+            share *= removal.ratio
+    return MapCell(_attention(cell, maybe), _ffn(cell, maybe), share)
+
+
+def _attention(cell: Cell, routed: frozenset[Sublayer]) -> State:
+    if cell.attention:
+        return State.ROUTED if Sublayer.ATTENTION in routed else State.RUNS
+    return State.NOTHING if cell.kv is None else _LEFT.get(cell.kv, State.NOTHING)
+
+
+def _ffn(cell: Cell, routed: frozenset[Sublayer]) -> State:
+    if not cell.ffn:
+        return State.NOTHING
+    return State.ROUTED if Sublayer.FFN in routed else State.RUNS
+
+
+def _lines(plan: SkipPlan) -> tuple[MapLine, ...]:
+    return tuple(MapLine(row.layers, row.arrangement, row.cells) for row in plan.rows())
+
+
+def _removals(policy: Mapping[str, Any], depth: int) -> tuple[Removal, ...]:
+    found = []
+    for number, rule in enumerate(policy.get("removals") or ()):
+        name = f"removals[{number}]"
+        try:
+            after, keep, tokens = rule["after_layer"], rule["keep"], rule["tokens"]
+            classes = frozenset(TokenClass if tokens == "all" else map(TokenClass, tokens))
+            removal = Removal(int(after), classes, float(keep["ratio"]), str(keep["by"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyError(name, rule, "after_layer, tokens, keep: {by, ratio}") from error
+        select_layers((removal.after_layer,), depth, f"{name}.after_layer")
+        found.append(removal)
+    return tuple(sorted(found, key=lambda each: each.after_layer))

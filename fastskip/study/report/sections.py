@@ -1,0 +1,172 @@
+"""The sections of a report, each from the results that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fastskip.study.report.accuracy_chart import accuracy_chart
+from fastskip.study.report.blocks import Block, Cell, Figure, Heading, Points, Section, Table, Text
+from fastskip.study.report.cost_chart import cost_chart
+from fastskip.study.report.examples import differences_table, examples
+from fastskip.study.report.heat_chart import heat_chart
+from fastskip.study.report.joining import TimedPoints, eval_points, search_points, workload_text
+from fastskip.study.report.maps import Mapped
+from fastskip.study.report.policy_chart import policy_chart
+from fastskip.study.report.results import Results
+from fastskip.study.report.tables import (
+    bench_table,
+    eval_table,
+    floor_table,
+    kinds_table,
+    search_table,
+    sensitivity_table,
+    speedup_text,
+    verdict_of,
+)
+
+
+def summary(results: Results) -> Section:
+    """What the results say, in a few lines."""
+    return Section("summary", "In short", (Points(tuple(_findings(results))),))
+
+
+def _findings(results: Results) -> Iterator[str]:
+    for search in results.searches:
+        yield f"Search ({search.budget}): {search.conclusion}"
+    for run in results.evals:
+        groups: dict[str, list[str]] = {}
+        for each in run.judged[1:]:
+            change = each.minus(run.dense)
+            told = f"{each.label} ({100 * change.mean:+.1f} points)"
+            groups.setdefault(verdict_of(change)[0], []).append(told)
+        for verdict in ("better", "not told apart", "worse"):
+            if verdict in groups:
+                against = "from dense" if verdict == "not told apart" else "than dense"
+                names = ", ".join(groups[verdict])
+                yield f"Answers, {len(run.items)} items, {verdict} {against}: {names}."
+    for bench in results.benches:
+        for verdict, words in (("faster", "Faster here"), ("slower", "Slower here")):
+            ratios = [
+                f"{contender.label} ({quantity.upper()} {speedup_text(timed.speedup[quantity])})"
+                for quantity in ("ttft", "tpot")
+                for contender, timed in bench.timed
+                if timed.verdict.get(quantity) == verdict and quantity in timed.speedup
+            ]
+            if ratios:
+                yield f"{words} than fastskip's own dense model: {', '.join(ratios)}."
+
+
+def search_section(results: Results) -> Section:
+    """Conclusions, candidates and sensitivity."""
+    blocks: list[Block] = []
+    for number, search in enumerate(results.searches, start=1):
+        blocks += _titled(search.source, len(results.searches))
+        blocks += [Text(f"Budget: {search.budget}. {search.conclusion}")]
+        blocks += _charts(f"search{number}", search_points(search))
+        if search.candidates:
+            blocks.append(search_table(search))
+        if search.sensitivity:
+            chart = heat_chart(f"search{number}_sensitivity", search.sensitivity)
+            caption = (
+                "Sensitivity: how far the distribution of the answers moves from dense (KL) if "
+                "this one cell alone is changed. What is far up the scale should better run."
+            )
+            blocks += [Figure(chart, caption), sensitivity_table(search)]
+    return Section("search", "Search under a budget", blocks)
+
+
+def eval_section(results: Results) -> Section:
+    """Scores against times, and the numbers."""
+    blocks: list[Block] = []
+    for number, run in enumerate(results.evals, start=1):
+        blocks += _titled(run.source, len(results.evals))
+        blocks += _charts(f"eval{number}", eval_points(run, results.benches))
+        blocks.append(eval_table(run))
+        kinds = kinds_table(run)
+        blocks += [] if kinds is None else [kinds]
+    return Section("accuracy", "Accuracy against time", blocks)
+
+
+def bench_section(results: Results) -> Section:
+    """Times, verdicts and floors."""
+    blocks: list[Block] = []
+    for number, bench in enumerate(results.benches, start=1):
+        blocks += _titled(bench.source, len(results.benches))
+        blocks.append(Text(f"{bench.circumstances.model_name}: {workload_text(bench)}."))
+        caption = (
+            "Bars: median time of a call's prefill and of its decode steps together, with "
+            "quartiles. Black stroke: the floor. A floor above a time means that its ceilings were "
+            "measured at a bad moment."
+        )
+        blocks.append(Figure(cost_chart(f"bench{number}_cost", bench), caption))
+        floors = floor_table(bench)
+        blocks += [bench_table(bench), *([] if floors is None else [floors])]
+        blocks += [Points(tuple(f"{c.label}: left out, {c.left_out}" for c in bench.left_out))]
+    return Section("cost", "Cost against the floor", [b for b in blocks if b != Points(())])
+
+
+def maps_section(mapped: Sequence[Mapped]) -> Section:
+    """What each policy runs."""
+    blocks: list[Block] = [
+        Text(
+            "A box is one layer and one class of tokens: image, other prompt text, generated. Its "
+            "upper half is attention, its lower half the FFN; coloured: it runs, hatched: a router "
+            "decides row by row, empty: left out. A mark in an empty upper half: rows that skip "
+            "attention still leave an entry in the layer's cache. Two strokes above a layer: "
+            "attention and FFN from one input; a bracket: two layers from one input. A red line: "
+            "rows leave there, and boxes behind it are filled to the share that stays. Dense runs "
+            "everything."
+        )
+    ]
+    for number, each in enumerate((one for one in mapped if one.found is not None), start=1):
+        assert each.found is not None
+        caption = "; ".join(removal.text for removal in each.found.removals)
+        chart = policy_chart(f"policy{number}", each.label, each.found)
+        blocks += [Heading(each.label), Figure(chart, caption)]
+        rows = tuple(
+            (Cell(line.layers), Cell(line.arrangement), *map(Cell, line.cells))
+            for line in each.found.lines
+        )
+        told, head = f"{each.label} in words", ("layers", "arrangement", *each.found.classes)
+        blocks.append(Table(told, head, rows, name_at=0, has_numbers=False, is_folded=True))
+    missing = tuple(f"{each.label}: no map, {each.problem}" for each in mapped if not each.found)
+    if missing:
+        blocks.append(Points(missing))
+    return Section("policies", "What each policy runs", blocks)
+
+
+def examples_section(results: Results, most: int) -> Section:
+    """Answers that differ."""
+    blocks: list[Block] = []
+    for run in results.evals:
+        if len(run.judged) < 2:
+            continue
+        blocks += _titled(run.source, len(results.evals))
+        blocks.append(differences_table(run))
+        found = examples(run, most)
+        blocks += found
+        if found:
+            what = f"{len(found)} items on which answers differ, each policy's greatest losses"
+            told = f"{what} first: they are no fair sample, the table above is."
+            blocks.insert(len(blocks) - len(found), Text(told[0].upper() + told[1:]))
+        else:
+            blocks.append(Text("No policy answers any item otherwise than dense."))
+    return Section("examples", "Where answers differ", blocks)
+
+
+def _charts(name: str, found: Sequence[TimedPoints]) -> list[Block]:
+    blocks: list[Block] = []
+    for each in found:
+        chart = accuracy_chart(f"{name}_{each.quantity.lower()}", each.quantity, each.points)
+        caption = (
+            f"Score against {each.quantity}; upright bars are 95 % intervals over items, dotted "
+            f"lines are dense, numbers those of the table. Times: {each.times}."
+        )
+        blocks.append(Figure(chart, caption))
+    if not blocks:
+        blocks.append(Text("No times were taken of scored policies, so there is no chart."))
+    return blocks
+
+
+def _titled(source: str, count: int) -> list[Block]:
+    return [Heading(source)] if count > 1 else []

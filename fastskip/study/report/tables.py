@@ -1,0 +1,229 @@
+"""The tables of a report: every number that a chart shows, with intervals and verdicts."""
+
+from __future__ import annotations
+
+from fastskip.intervals import Estimate
+from fastskip.study.report.bench_file import BenchResult, Contender, PerPhase, Spread, Timed
+from fastskip.study.report.blocks import NOTHING, Cell, Table, Tone
+from fastskip.study.report.eval_file import EvalResult, JudgedPolicy
+from fastskip.study.report.heat_chart import HeatMap
+from fastskip.study.report.search_file import Candidate, SearchResult
+
+EMPTY = Cell(NOTHING)
+
+
+def eval_table(result: EvalResult) -> Table:
+    """Scores, differences, agreement, compute and times of a run's policies."""
+    has_times = any(each.ttft_s is not None for each in result.judged)
+    head = ["no.", "policy", "score (95 %)", "points from dense (95 %)"]
+    head += ["tokens as dense", "KL, nats", "FLOPs", *(["TTFT", "TPOT"] if has_times else [])]
+    rows = []
+    for number, each in enumerate(result.judged, start=1):
+        row = [Cell(str(number)), Cell(each.label), score_cell(each.score)]
+        row.append(EMPTY if each is result.dense else change_cell(each.minus(result.dense)))
+        row += [Cell(f"{each.tokens:.0%}"), Cell(f"{each.divergence:.2g}")]
+        row.append(_share(each.flops, result.dense.flops))
+        if has_times:
+            row += [_own_time(each, result.dense, name) for name in ("ttft_s", "tpot_s")]
+        rows.append(tuple(row))
+    count, tokens = len(result.items), result.new_tokens
+    caption = (
+        f"{count} items. Differences are taken item by item; tokens as dense: up to the first that "
+        f"differs; KL: of the first answer token; FLOPs: decoder and lm_head, first item, {tokens} "
+        "new tokens."
+    )
+    if has_times:
+        caption += " Times: medians, first item, batch 1; they have no interval here."
+    return Table(caption, tuple(head), tuple(rows))
+
+
+def kinds_table(result: EvalResult) -> Table | None:
+    """Mean scores by kind of item; `None` where there is one kind."""
+    if len(result.kinds) < 2:
+        return None
+    places = {
+        kind: [n for n, item in enumerate(result.items) if item.kind == kind]
+        for kind in result.kinds
+    }
+    rows = []
+    for number, each in enumerate(result.judged, start=1):
+        row = [Cell(str(number)), Cell(each.label)]
+        for own in places.values():
+            mean, dense = (
+                sum(one.answers[n].score for n in own) / len(own) for one in (each, result.dense)
+            )
+            small = "" if each is result.dense else f"{100 * (mean - dense):+.1f}"
+            row.append(Cell(f"{mean:.1%}", small))
+        rows.append(tuple(row))
+    head = ("no.", "policy", *(f"{kind} ({len(own)})" for kind, own in places.items()))
+    return Table(
+        "Mean scores by kind of item, below them the points from dense.", head, tuple(rows)
+    )
+
+
+def bench_table(result: BenchResult) -> Table:
+    """Times against fastskip's own dense model, and memory."""
+    head = ("no.", "contender", "TTFT", "against dense", "TPOT", "against dense")
+    rows = []
+    for number, (contender, timed) in enumerate(result.timed, start=1):
+        row = [Cell(str(number)), Cell(contender.label, _source(contender))]
+        for quantity, spread in (("ttft", timed.ttft_s), ("tpot", timed.tpot_s)):
+            row += [time_cell(spread), _speedup(timed, quantity)]
+        row += [Cell(f"{timed.tokens_per_s:.3g}")]
+        row += [_megabytes(timed.peak_bytes), _megabytes(timed.kv_bytes)]
+        rows.append(tuple(row))
+    caption = (
+        "Medians, below them the quartiles. Against dense: how many times as fast as fastskip's "
+        "own dense model in the same round, with the interval of that ratio."
+    )
+    return Table(caption, (*head, "tokens/s", "peak, MB", "KV, MB"), tuple(rows))
+
+
+def floor_table(result: BenchResult) -> Table | None:
+    """Measured, floor and share of ideal of both phases; `None` where no floor is known."""
+    rows = []
+    for number, (contender, timed) in enumerate(result.timed, start=1):
+        row = [Cell(str(number)), Cell(contender.label, _source(contender))]
+        for phase, spread in (("prefill", timed.prefill_s), ("decode", timed.decode_s)):
+            row += [time_cell(spread), _floor(timed.floor_s, phase, spread)]
+            row.append(_ideal(timed.ideal_share, phase))
+        rows.append(tuple(row))
+    if all(timed.floor_s is None for _, timed in result.timed):
+        return None
+    head = [
+        f"{phase}{what}"
+        for phase in ("prefill", "decode")
+        for what in ("", ": floor", ": of ideal")
+    ]
+    caption = (
+        "Medians with quartiles, of a whole call. Floor: the sum over operations of what memory or "
+        "arithmetic needs at the least, with ceilings measured on this machine; decoder and lm_head "
+        "only. Of ideal: the speed-up over fastskip's dense, divided by floor(dense) / "
+        "floor(policy); 1 is all that the skipped work can give."
+    )
+    return Table(caption, ("no.", "contender", *head), tuple(rows))
+
+
+def search_table(result: SearchResult) -> Table:
+    """Candidates, their cost and how they did on held-out items."""
+    quantity = {"flops": "FLOPs"}.get(result.quantity, result.quantity.upper())
+    head = ("no.", "candidate", "cost of dense", "FLOPs", "TTFT", "TPOT")
+    rows = []
+    for number, each in enumerate(result.candidates, start=1):
+        times = [_milliseconds(each.ttft_s), _milliseconds(each.tpot_s)]
+        row = [Cell(str(number)), _name(each), _percent(each.cost), _percent(each.flops), *times]
+        row.append(EMPTY if each.score is None else score_cell(each.score))
+        has_change = each.change is not None and each.source != "dense"
+        row.append(change_cell(each.change) if has_change and each.change else EMPTY)
+        row.append(EMPTY if each.tokens is None else Cell(f"{each.tokens:.0%}"))
+        found = each.calibration_kl
+        row.append(EMPTY if found is None else Cell(f"{found:.2g}"))
+        rows.append(tuple(row))
+    rest = ("score (95 %)", "points from dense (95 %)", "tokens as dense", "calibration KL, nats")
+    caption = (
+        f"Cost is the estimate, in the budget's quantity ({quantity}), that the search went by; "
+        "times are measured medians. Scores are of held-out items, differences item by item."
+    )
+    return Table(caption, (*head, *rest), tuple(rows))
+
+
+def sensitivity_table(result: SearchResult) -> Table:
+    """The numbers of the heat map: a line a layer."""
+    found = HeatMap.of(result.sensitivity)
+    rows = []
+    for layer in found.layers:
+        values = [found.values.get((layer, kind)) for kind in found.kinds]
+        cells = (EMPTY if value is None else Cell(f"{value:.2g}") for value in values)
+        rows.append((Cell(str(layer)), *cells))
+    head = ("layer", *found.kinds)
+    return Table("KL in nats, by layer and change.", head, tuple(rows), name_at=0, is_folded=True)
+
+
+def score_cell(score: Estimate) -> Cell:
+    """A score with its interval."""
+    return Cell(f"{score.mean:.1%}", f"{100 * score.low:.1f} to {100 * score.high:.1f}")
+
+
+def change_cell(change: Estimate) -> Cell:
+    """A difference from dense with its interval, and what it says."""
+    verdict, tone = verdict_of(change)
+    text, interval = (
+        f"{100 * change.mean:+.1f}",
+        f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+    )
+    return Cell(text, interval, (verdict,), tone)
+
+
+def verdict_of(change: Estimate) -> tuple[str, Tone]:
+    """What the items say of a difference at 95 %."""
+    if change.is_above_zero:
+        return "better", Tone.GOOD
+    return ("worse", Tone.BAD) if change.is_below_zero else ("not told apart", Tone.OPEN)
+
+
+def time_cell(spread: Spread) -> Cell:
+    """A time with its quartiles."""
+    low, high = (f"{1e3 * each:.3g}" for each in (spread.low, spread.high))
+    return Cell(f"{1e3 * spread.median:.3g} ms", f"{low} to {high}")
+
+
+def speedup_text(spread: Spread) -> str:
+    """A ratio with its interval."""
+    return f"{spread.median:.2f}x ({spread.low:.2f} to {spread.high:.2f})"
+
+
+def _speedup(timed: Timed, quantity: str) -> Cell:
+    spread, verdict = timed.speedup.get(quantity), timed.verdict.get(quantity, "")
+    if spread is None:
+        return EMPTY
+    badges = {"slower": ("slower here", Tone.BAD), "faster": ("faster", Tone.GOOD)}
+    badge, tone = badges.get(verdict, (verdict, Tone.OPEN if verdict else Tone.PLAIN))
+    interval = f"{spread.low:.2f} to {spread.high:.2f}"
+    return Cell(f"{spread.median:.2f}x", interval, (badge,) if badge else (), tone)
+
+
+def _own_time(each: JudgedPolicy, dense: JudgedPolicy, name: str) -> Cell:
+    own, base = getattr(each, name), getattr(dense, name)
+    if own is None:
+        return EMPTY
+    ratio = f"{base / own:.2f}x as fast" if base and own and each is not dense else ""
+    return Cell(f"{1e3 * own:.3g} ms", ratio)
+
+
+def _name(each: Candidate) -> Cell:
+    holds = (("recommended", each.is_recommended), ("on the front", each.is_on_front))
+    tone = Tone.GOOD if each.is_recommended else Tone.OPEN
+    return Cell(each.name, each.source, tuple(text for text, is_so in holds if is_so), tone)
+
+
+def _source(contender: Contender) -> str:
+    names = {"hf": "Hugging Face", "hf-compiled": "Hugging Face, compiled", "fastskip": ""}
+    return "" if contender.label == names[contender.source] else names[contender.source]
+
+
+def _floor(found: PerPhase | None, phase: str, measured: Spread) -> Cell:
+    if found is None:
+        return EMPTY
+    least = float(getattr(found, phase))
+    ratio = f"measured: {measured.median / least:.2f}x" if least else ""
+    return Cell(f"{1e3 * least:.3g} ms", ratio)
+
+
+def _ideal(found: PerPhase | None, phase: str) -> Cell:
+    return EMPTY if found is None else Cell(f"{getattr(found, phase):.2f}")
+
+
+def _share(value: float, of: float) -> Cell:
+    return Cell(f"{value / of:.0%}") if of else EMPTY
+
+
+def _percent(value: float | None) -> Cell:
+    return EMPTY if value is None else Cell(f"{value:.1%}")
+
+
+def _milliseconds(value: float | None) -> Cell:
+    return EMPTY if value is None else Cell(f"{1e3 * value:.3g} ms")
+
+
+def _megabytes(value: int | None) -> Cell:
+    return EMPTY if value is None else Cell(f"{value / 1e6:.4g}")
