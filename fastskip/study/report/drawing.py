@@ -91,11 +91,18 @@ def require() -> None:
 def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:
     """A picture of the figures that `draw` makes; `name` is its file's, and unique in a page."""
     with _style(WIDE):
-        figure = draw(WIDE)
+        figure = _settled(draw(WIDE))
         wide, png = _svg(figure, f"{name}-w"), _png(figure)
     with _style(NARROW):
-        narrow = _svg(draw(NARROW), f"{name}-n")
+        narrow = _svg(_settled(draw(NARROW)), f"{name}-n")
     return Picture(name, text, wide, narrow, png)
+
+
+def _settled(figure: Any) -> Any:
+    """The figure as it lies: laid out once, not once a file."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def figure_of(width: float, height: float, **options: Any) -> Any:

@@ -12,6 +12,9 @@ from typing import Any
 from fastskip.study.report.drawing import HEAT, Colour, Form, Picture, figure_of, picture
 from fastskip.study.report.search_file import Sensitivity
 
+_WRAPPED = 6
+"""Columns up to which names are wrapped in a narrow picture."""
+
 
 @dataclass(frozen=True)
 class HeatMap:
@@ -64,14 +67,15 @@ def draw(found: HeatMap, form: Form) -> Any:
     across, down = (len(found.layers), len(found.kinds))
     if form.is_narrow:
         across, down = down, across
-        figure = figure_of(form.width, 2.0 + 0.2 * down, layout="constrained")
+        # names stand upright under their columns, in as many lines as a column has room for
+        wrapped = [fill(kind, 16 if across <= _WRAPPED else 60) for kind in found.kinds]
+        longest = max(len(line) for name in wrapped for line in name.split("\n"))
+        height = 1.1 + 0.2 * down + 0.065 * longest
+        figure = figure_of(form.width, height, layout="constrained")
     else:
         figure = figure_of(form.width, 1.1 + 0.27 * down, layout="constrained")
     axis = figure.subplots()
-    for place, kind in enumerate(found.kinds):
-        for layer in found.layers:
-            at = (place, layer) if form.is_narrow else (layer, place)
-            _cell(axis, at, found, layer, kind)
+    _cells(axis, found, form)
     axis.set_xlim(0, across)
     axis.set_ylim(down, 0)
     axis.grid(visible=False)
@@ -82,7 +86,7 @@ def draw(found: HeatMap, form: Form) -> Any:
     ink = {"color": Colour.INK.value}
     if form.is_narrow:
         axis.set_yticks(ticks, layers)
-        axis.set_xticks(kinds, [fill(k, 16) for k in found.kinds], rotation=90, **ink)
+        axis.set_xticks(kinds, wrapped, rotation=90, fontsize=form.font - 1, **ink)
         axis.set_ylabel("layer")
     else:
         axis.set_xticks(ticks, layers)
@@ -92,16 +96,24 @@ def draw(found: HeatMap, form: Form) -> Any:
     return figure
 
 
-def _cell(axis: Any, at: tuple[int, int], found: HeatMap, layer: int, kind: str) -> None:
+def _cells(axis: Any, found: HeatMap, form: Form) -> None:
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    value = found.values.get((layer, kind))
-    if value is None:
-        x, y = at[0] + 0.5, at[1] + 0.5
-        axis.plot(x, y, ".", color=Colour.GREY.value, ms=2.5)
-        return
-    colour, edge = found.colour(value).value, Colour.PAPER.value
-    axis.add_patch(Rectangle(at, 1, 1, facecolor=colour, edgecolor=edge, lw=1))
+    boxes, colours, missing = [], [], []
+    for place, kind in enumerate(found.kinds):
+        for layer in found.layers:
+            at = (place, layer) if form.is_narrow else (layer, place)
+            value = found.values.get((layer, kind))
+            if value is None:
+                missing.append((at[0] + 0.5, at[1] + 0.5))
+            else:
+                boxes.append(Rectangle(at, 1, 1))
+                colours.append(found.colour(value).value)
+    edge = Colour.PAPER.value
+    axis.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors=edge, linewidths=1))
+    if missing:
+        axis.plot(*zip(*missing, strict=True), ".", color=Colour.GREY.value, ms=2.5)
 
 
 def _legend(figure: Any, found: HeatMap, form: Form) -> None:

@@ -97,9 +97,20 @@ def search_points(result: SearchResult) -> list[TimedPoints]:
         for number, each in enumerate(result.candidates, start=1):
             time = each.ttft_s if quantity == "TTFT" else each.tpot_s
             if time is not None and each.score is not None:
-                flags = each.is_on_front, each.is_recommended
-                kind = KINDS[each.source]
-                points.append(Point(number, each.name, kind, time, None, None, each.score, *flags))
+                points.append(
+                    Point(
+                        number,
+                        each.name,
+                        KINDS[each.source],
+                        time_s=time,
+                        low_s=None,
+                        high_s=None,
+                        score=each.score,
+                        # the front is one of the budget's quantity, and no line in another
+                        is_on_front=each.is_on_front and result.quantity == quantity.lower(),
+                        is_recommended=each.is_recommended,
+                    )
+                )
         told = "medians that the search measured"
         found.append(TimedPoints(quantity, tuple(points), told))
     return [each for each in found if each.points]

@@ -40,12 +40,12 @@ def draw(found: PolicyMap, form: Form) -> Any:
     box = min(_WIDEST, room / per_line)
     width = 72 * NARROW.width if form.is_narrow else _NAMES + 2 * _MARGIN + per_line * box
     width = max(width, 72 * NARROW.width)
-    line = _WIRING + len(found.classes) * (2 * _HALF + _GAP) + _NUMBERS
+    line = _above(found) + len(found.classes) * (2 * _HALF + _GAP) + _NUMBERS
     entries = list(_entries(found))
     columns = int((width - 2 * _MARGIN) // _ENTRY)
     legend = _LEGEND * -(-len(entries) // columns)
     height = count * line + legend + _MARGIN
-    figure = figure_of(form.width, height / 72)
+    figure = figure_of(width / 72, height / 72)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
     axis.set_xlim(0, width)
@@ -64,17 +64,15 @@ def draw(found: PolicyMap, form: Form) -> Any:
 
 def _line(axis: Any, found: PolicyMap, layers: range, top: float, box: float, form: Form) -> None:
     """The boxes of some layers."""
-    boxes = top + _WIRING
+    boxes = top + _above(found)
     for place, token_class in enumerate(found.classes):
         y = boxes + place * (2 * _HALF + _GAP)
         axis.text(_MARGIN, y + _HALF, token_class.value, va="center", fontsize=form.font - 0.5)
         cells = found.cells[token_class][layers.start : layers.stop]
         _runs(axis, cells, y, box, is_attention=True)
         _runs(axis, cells, y + _HALF, box, is_attention=False)
-        for number in range(1, len(layers)):
-            x = _NAMES + number * box
-            style = {"color": Colour.PAPER.value, "lw": 1.4}
-            axis.plot([x, x], [y, y + 2 * _HALF], "-", **style)
+        between = [_NAMES + number * box for number in range(1, len(layers))]
+        axis.vlines(between, y, y + 2 * _HALF, color=Colour.PAPER.value, lw=1.4, zorder=2)
     bottom = boxes + len(found.classes) * (2 * _HALF + _GAP)
     step = next(each for each in (1, 2, 4, 8) if each * box >= 2.1 * form.font)
     step = 1 if box >= 1.5 * form.font else step
@@ -97,6 +95,11 @@ def _line(axis: Any, found: PolicyMap, layers: range, top: float, box: float, fo
             x = _NAMES + (removal.after_layer - layers.start + 1) * box
             style = {"color": Colour.RED.value, "lw": 1.8}
             axis.plot([x, x], [boxes - 4, bottom - _GAP + 2], "-", **style)
+
+
+def _above(found: PolicyMap) -> float:
+    """Room above the boxes, where anything stands there."""
+    return _WIRING if found.parallel or found.pairs else 5.0
 
 
 def _bracket(axis: Any, layer: int, first: int, layers: range, boxes: float, box: float) -> None:

@@ -15,7 +15,7 @@ EMPTY = Cell(NOTHING)
 def eval_table(result: EvalResult) -> Table:
     """Scores, differences, agreement, compute and times of a run's policies."""
     has_times = any(each.ttft_s is not None for each in result.judged)
-    head = ["no.", "policy", "score (95 %)", "points from dense (95 %)"]
+    head = ["no.", "policy", "score (95\u00a0%)", "points from dense (95\u00a0%)"]
     head += ["tokens as dense", "KL, nats", "FLOPs", *(["TTFT", "TPOT"] if has_times else [])]
     rows = []
     for number, each in enumerate(result.judged, start=1):
@@ -97,9 +97,9 @@ def floor_table(result: BenchResult) -> Table | None:
     ]
     caption = (
         "Medians with quartiles, of a whole call. Floor: the sum over operations of what memory or "
-        "arithmetic needs at the least, with ceilings measured on this machine; decoder and lm_head "
-        "only. Of ideal: the speed-up over fastskip's dense, divided by floor(dense) / "
-        "floor(policy); 1 is all that the skipped work can give."
+        "arithmetic needs at the least, with ceilings measured here; decoder and lm_head only. "
+        "Of ideal: the speed-up over fastskip's dense, divided by floor(dense) / floor(policy); 1 "
+        "is all that the skipped work can give."
     )
     return Table(caption, ("no.", "contender", *head), tuple(rows))
 
@@ -119,7 +119,12 @@ def search_table(result: SearchResult) -> Table:
         found = each.calibration_kl
         row.append(EMPTY if found is None else Cell(f"{found:.2g}"))
         rows.append(tuple(row))
-    rest = ("score (95 %)", "points from dense (95 %)", "tokens as dense", "calibration KL, nats")
+    rest = (
+        "score (95\u00a0%)",
+        "points from dense (95\u00a0%)",
+        "tokens as dense",
+        "calibration KL, nats",
+    )
     caption = (
         f"Cost is the estimate, in the budget's quantity ({quantity}), that the search went by; "
         "times are measured medians. Scores are of held-out items, differences item by item."
