@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from fastskip.intervals import Estimate
@@ -12,6 +13,19 @@ from fastskip.study.report.labels import Label, place
 
 MOST_NAMES = 12
 """Points up to which names are written in a wide picture; from there on, numbers."""
+
+
+class Quantity(StrEnum):
+    """What is to become less."""
+
+    TTFT = "TTFT"
+    TPOT = "TPOT"
+    FLOPS = "FLOPs"
+
+    @property
+    def unit(self) -> str:
+        """What points give it in."""
+        return "% of dense" if self is Quantity.FLOPS else "ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,40 +51,39 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A policy: times in seconds (`low`, `high`: quartiles, where known) and its score.
-
-    `number` is its place in the table beside the chart.
+    """A policy: what it costs, in the unit of the axis (`low`, `high`: quartiles, where known), and
+    its score. `number` is its place in the table beside the chart.
     """
 
     number: int
     name: str
     kind: Kind
-    time_s: float
-    low_s: float | None
-    high_s: float | None
+    cost: float
+    low: float | None
+    high: float | None
     score: Estimate
     is_on_front: bool = False
     is_recommended: bool = False
 
 
-def accuracy_chart(name: str, quantity: str, points: Sequence[Point]) -> Picture:
-    """The chart of one quantity, "TTFT" or "TPOT"."""
+def accuracy_chart(name: str, quantity: Quantity, points: Sequence[Point]) -> Picture:
+    """The chart of one quantity."""
     told = "; ".join(
-        f"{each.name}: {1e3 * each.time_s:.3g} ms, {each.score.mean:.1%} "
+        f"{each.name}: {each.cost:.3g} {quantity.unit}, {each.score.mean:.1%} "
         f"({each.score.low:.1%} to {each.score.high:.1%})"
         for each in points
     )
-    text = f"Score against {quantity} of {len(points)} policies, with 95 % intervals. {told}."
+    text = f"Score against {quantity.value} of {len(points)} policies, with 95 % intervals. {told}."
     return picture(name, text, lambda form: draw(quantity, points, form))
 
 
-def draw(quantity: str, points: Sequence[Point], form: Form) -> Any:
+def draw(quantity: Quantity, points: Sequence[Point], form: Form) -> Any:
     """The figure: up and to the left is better."""
     figure = figure_of(form.width, 3.6 if form.is_narrow else 4.4, layout="constrained")
     axis = figure.subplots()
     for kind in dict.fromkeys(point.kind for point in points):
         own = [point for point in points if point.kind == kind]
-        x = [1e3 * point.time_s for point in own]
+        x = [point.cost for point in own]
         y = [100 * point.score.mean for point in own]
         spread = [
             [100 * (point.score.mean - point.score.low) for point in own],
@@ -85,9 +98,9 @@ def draw(quantity: str, points: Sequence[Point], form: Form) -> Any:
     dense = next((point for point in points if point.kind is DENSE), None)
     if dense is not None:
         style: dict[str, Any] = {"color": Colour.MUTED.value, "lw": 0.8, "ls": ":", "zorder": 0}
-        axis.axvline(1e3 * dense.time_s, **style)
+        axis.axvline(dense.cost, **style)
         axis.axhline(100 * dense.score.mean, **style)
-    axis.set_xlabel(f"{quantity}, ms (further left is faster)")
+    axis.set_xlabel(f"{quantity.value}, {quantity.unit} (further left is less)")
     axis.set_ylabel("score, %")
     if len(axis.get_legend_handles_labels()[0]) > 1:
         columns = 2 if form.is_narrow else 4
@@ -96,7 +109,7 @@ def draw(quantity: str, points: Sequence[Point], form: Form) -> Any:
     labels = [
         Label(
             f"{point.number} {_short(point.name)}" if has_names else str(point.number),
-            1e3 * point.time_s,
+            point.cost,
             100 * point.score.mean,
             100 * point.score.low,
             100 * point.score.high,
@@ -109,40 +122,37 @@ def draw(quantity: str, points: Sequence[Point], form: Form) -> Any:
 
 
 def _sideways(points: Sequence[Point]) -> list[list[float]] | None:
-    if any(point.low_s is None or point.high_s is None for point in points):
+    ends = [(p.cost, p.low, p.high) for p in points if p.low is not None and p.high is not None]
+    if len(ends) < len(points):
         return None
-    return [
-        [1e3 * (point.time_s - (point.low_s or 0)) for point in points],
-        [1e3 * ((point.high_s or 0) - point.time_s) for point in points],
-    ]
+    return [[cost - low for cost, low, _ in ends], [high - cost for cost, _, high in ends]]
 
 
 def _mark(axis: Any, points: Sequence[Point]) -> None:
     """The front as a line from point to point, and a ring around what is recommended."""
-    front = sorted((p.time_s, p.score.mean) for p in points if p.is_on_front)
+    front = sorted((p.cost, p.score.mean) for p in points if p.is_on_front)
     if len(front) > 1:
-        x, y = ([scale * each[at] for each in front] for at, scale in ((0, 1e3), (1, 100)))
+        x, y = ([scale * each[at] for each in front] for at, scale in ((0, 1), (1, 100)))
         axis.plot(x, y, "-", color=Colour.BLUE.value, lw=1, alpha=0.5, zorder=1, label="front")
     for point in points:
         if point.is_recommended:
             style = {"mfc": "none", "mec": Colour.RED.value, "mew": 1.5, "ms": 13, "ls": "none"}
-            at = [1e3 * point.time_s], [100 * point.score.mean]
+            at = [point.cost], [100 * point.score.mean]
             axis.plot(*at, marker="o", label="recommended", **style)
 
 
 def _limit(axis: Any, points: Sequence[Point]) -> None:
-    """Room at the sides for names; no marks above 100 %."""
-    x = [1e3 * point.time_s for point in points]
-    x += [1e3 * end for p in points for end in (p.low_s, p.high_s) if end is not None]
+    """Room at the sides for names; no marks above what can be scored."""
+    x = [point.cost for point in points]
+    x += [end for p in points for end in (p.low, p.high) if end is not None]
     margin = 0.12 * (max(x) - min(x)) or 0.1 * max(x)
     axis.set_xlim(max(0, min(x) - margin), max(x) + margin)
     low = min(100 * point.score.low for point in points)
     high = max(100 * point.score.high for point in points)
     margin = max(2.0, 0.12 * (high - low))
     axis.set_ylim(low - margin, high + margin)
-    axis.set_yticks(
-        [t for t in axis.get_yticks() if max(0, low - margin) <= t <= min(100, high + margin)]
-    )
+    top = 100 if high <= 100 else high + margin
+    axis.set_yticks([tick for tick in axis.get_yticks() if low - margin <= tick <= top])
 
 
 def _short(name: str) -> str:

@@ -35,7 +35,8 @@ class PerPhase:
 class Timed:
     """What was measured of a contender; seconds, `low` and `high` are quartiles.
 
-    `speedup` and `verdict`, by "ttft" and "tpot": over fastskip's dense, round by round.
+    `decode_s`: of one step, the median one. `floor_s`: of the prefill, and of a step. `speedup` and
+    `verdict`, by "ttft" and "tpot": over fastskip's dense, round by round.
     """
 
     prefill_s: Spread

@@ -104,13 +104,14 @@ class ShownAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An item that policies answered otherwise than dense; `image`: a data URI."""
+    """An item that policies answered otherwise than dense; `images`: data URIs; `before`: turns."""
 
     form: ClassVar[str] = "example"
     question: str
     references: str
     kind: str
-    image: str | None
+    images: tuple[str, ...]
+    before: tuple[tuple[str, str], ...]
     answers: tuple[ShownAnswer, ...]
 
 

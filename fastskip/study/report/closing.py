@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fastskip.study.report.bench_file import BenchResult
 from fastskip.study.report.blocks import Block, Facts, Heading, Points, Section
 from fastskip.study.report.maps import Mapped
 from fastskip.study.report.results import Results
+from fastskip.study.report.search_file import SearchResult
 
 FEW_ITEMS = 100
 
@@ -17,9 +19,23 @@ def provenance(results: Results, made: str) -> Section:
     for result in results.every:
         kind = type(result).__name__.removesuffix("Result").lower()
         blocks.append(Heading(f"{kind} in {result.source}"))
-        blocks.append(Facts(tuple(result.circumstances.lines())))
+        facts = [*result.circumstances.lines()]
+        if isinstance(result, SearchResult):
+            facts += [
+                (name.replace("_", " "), str(value)) for name, value in result.settings.items()
+            ]
+        elif isinstance(result, BenchResult):
+            facts += _ceilings(result)
+        blocks.append(Facts(tuple(facts)))
     blocks += [Heading("this report"), Facts((("made", made),))]
     return Section("provenance", "Under what circumstances", blocks)
+
+
+def _ceilings(result: BenchResult) -> Iterator[tuple[str, str]]:
+    if result.bandwidth is not None:
+        yield "memory reaches", f"{result.bandwidth / 1e9:.3g} GB/s"
+    if result.flops_rate is not None:
+        yield "arithmetic reaches", f"{result.flops_rate / 1e9:.3g} GFLOP/s"
 
 
 def limits(results: Results, mapped: list[Mapped]) -> Section:
@@ -44,6 +60,8 @@ def _limits(results: Results, mapped: list[Mapped]) -> Iterator[str]:
     for run in results.evals:
         if len(run.items) < FEW_ITEMS:
             yield f"{len(run.items)} items ({run.source}) show large differences only."
+        if any(item.metric == "cider" for item in run.items):
+            yield f"Captions under CIDEr score from 0 to 10 ({run.source}); 100 % is 1."
         if run.dense.score.mean > 0.99:
             yield (
                 f"Dense scores {run.dense.score.mean:.1%} ({run.source}): nothing can be better, "

@@ -17,7 +17,7 @@ def cost_chart(name: str, result: BenchResult) -> Picture:
     told = []
     for contender, timed in result.timed:
         line = f"{contender.label}: prefill {_ms(timed.prefill_s.median)}"
-        line += f", a call's decode {_ms(timed.decode_s.median)}"
+        line += f", a decode step {_ms(timed.decode_s.median)}"
         if timed.floor_s is not None:
             line += f", floors {_ms(timed.floor_s.prefill)} and {_ms(timed.floor_s.decode)}"
         told.append(line)
@@ -71,8 +71,9 @@ def _bars(axis: Any, phase: str, timed: Sequence[tuple[Contender, Timed]]) -> No
             axis.text(end + 0.02 * longest, place, share, va="center", ha="left")
     has_shares = any(each.ideal_share is not None for _, each in timed)
     axis.set_xlim(0, longest * (1.5 if has_shares else 1.05) or 1)
-    axis.set_title(phase, loc="left", fontweight="bold")
-    axis.set_xlabel("ms a call")
+    title = "prefill" if phase == "prefill" else "one decode step"
+    axis.set_title(title, loc="left", fontweight="bold")
+    axis.set_xlabel("ms")
     axis.grid(axis="y", visible=False)
     axis.tick_params(axis="y", length=0)
 

@@ -8,25 +8,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
 from fastskip.study.report.fields import Field, read_document
 
 
 @dataclass(frozen=True, slots=True)
 class AskedItem:
-    """One question; `image`: a small copy of its picture, which is there."""
+    """One question; `images`: small copies of its pictures, which are there; `history`: questions
+    and answers before it."""
 
     question: str
     references: tuple[str, ...]
     kind: str
     metric: str
-    image: Path | None
+    images: tuple[Path, ...]
+    history: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a policy answered to one item, and the item's score in [0, 1]."""
+    """What a policy answered to one item, and its score: in [0, 1], under CIDEr in [0, 10]."""
 
     text: str
     score: float
@@ -51,8 +53,12 @@ class JudgedPolicy:
 
     @cached_property
     def score(self) -> Estimate:
-        """The mean score with its 95 % interval over items."""
-        return bootstrap([each.score for each in self.answers])
+        """The mean score with its 95 % interval over items: Wilson's where all are right or wrong,
+        which holds for few items and near 1 too, else that of the bootstrap."""
+        scores = [each.score for each in self.answers]
+        if set(scores) <= {0.0, 1.0}:
+            return wilson(sum(scores), len(scores))
+        return bootstrap(scores)
 
     def minus(self, dense: JudgedPolicy) -> Estimate:
         """How much better than dense, item by item."""
@@ -105,13 +111,18 @@ def read_eval(folder: Path) -> EvalResult:
 
 
 def _item(field: Field, folder: Path) -> AskedItem:
-    image = field.may("image")
+    first, every, history = field.may("image"), field.may("images"), field.may("history")
+    images = list(every.each()) if every is not None else [] if first is None else [first]
     return AskedItem(
         question=field.get("question").text(),
         references=tuple(each.text() for each in field.get("references").each()),
         kind=field.get("kind").text(),
         metric=field.get("metric").text(),
-        image=None if image is None else _image(image, folder),
+        images=tuple(_image(each, folder) for each in images),
+        history=tuple(
+            (each.get("question").text(), each.get("answer").text())
+            for each in ([] if history is None else history.each())
+        ),
     )
 
 
@@ -135,7 +146,7 @@ def _judged(field: Field, items: tuple[AskedItem, ...]) -> JudgedPolicy:
         asked = each.get("question")
         if number < len(items) and asked.text() != items[number].question:
             asked.refuse(f"{items[number].question!r}, as in items[{number}]")
-        answers.append(Answer(each.get("answer").text(), each.get("score").number(0, 1)))
+        answers.append(Answer(each.get("answer").text(), each.get("score").number(0, 10)))
     if len(answers) != len(items):
         judged.refuse(f"one answer an item, {len(items)}", f"{len(answers)} answers")
     agreement, speed = field.get("agreement"), field.may("speed")

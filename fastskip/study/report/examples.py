@@ -58,7 +58,8 @@ def _example(result: EvalResult, number: int) -> Example:
         question=item.question,
         references=" / ".join(dict.fromkeys(item.references)),
         kind=item.kind,
-        image=None if item.image is None else data_uri(item.image),
+        images=tuple(data_uri(path) for path in item.images),
+        before=item.history,
         answers=(_shown(result.dense, number, None), *answers),
     )
 

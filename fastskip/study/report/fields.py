@@ -106,7 +106,23 @@ def read_document(path: Path, kind: str) -> Field:
     Raises:
         ReportError: the file cannot be read, is of another kind, or of a newer fastskip.
     """
-    allowed = f"JSON that fastskip {kind} wrote"
+    document = read_object(path)
+    written = document.get("kind")
+    if written.value != kind:
+        written.refuse(f'"{kind}"')
+    version = document.get("schema_version")
+    if version.count(1) != SCHEMA_VERSION:
+        version.refuse(f"{SCHEMA_VERSION}; a newer fastskip wrote this file")
+    return document
+
+
+def read_object(path: Path) -> Field:
+    """The object that a JSON file holds.
+
+    Raises:
+        ReportError: the file cannot be read, or holds something else.
+    """
+    allowed = "a JSON file that fastskip wrote"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -114,14 +130,7 @@ def read_document(path: Path, kind: str) -> Field:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ReportError(path, "", Problem(f"not JSON ({error})"), allowed) from error
     document = Field(path, "", value)
-    if not isinstance(value, dict):
-        document.refuse(f"an object, {allowed}")
-    written = document.get("kind")
-    if written.value != kind:
-        written.refuse(f'"{kind}"')
-    version = document.get("schema_version")
-    if version.count(1) != SCHEMA_VERSION:
-        version.refuse(f"{SCHEMA_VERSION}; a newer fastskip wrote this file")
+    document.object()
     return document
 
 

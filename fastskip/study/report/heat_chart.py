@@ -12,6 +12,8 @@ from typing import Any
 from fastskip.study.report.drawing import HEAT, Colour, Form, Picture, figure_of, picture
 from fastskip.study.report.search_file import Sensitivity
 
+_COLUMNS = 16
+"""Columns at the most of one panel of a narrow picture."""
 _WRAPPED = 6
 """Columns up to which names are wrapped in a narrow picture."""
 
@@ -63,47 +65,61 @@ def heat_chart(name: str, cells: Sequence[Sensitivity]) -> Picture:
 
 
 def draw(found: HeatMap, form: Form) -> Any:
-    """Layers from left to right; in a narrow picture from top to bottom."""
-    across, down = (len(found.layers), len(found.kinds))
+    """Layers from left to right; in a narrow picture from top to bottom, some kinds at a time."""
     if form.is_narrow:
-        across, down = down, across
-        # names stand upright under their columns, in as many lines as a column has room for
-        wrapped = [fill(kind, 16 if across <= _WRAPPED else 60) for kind in found.kinds]
-        longest = max(len(line) for name in wrapped for line in name.split("\n"))
-        height = 1.1 + 0.2 * down + 0.065 * longest
-        figure = figure_of(form.width, height, layout="constrained")
-    else:
-        figure = figure_of(form.width, 1.1 + 0.27 * down, layout="constrained")
+        return _upright(found, form)
+    down = len(found.kinds)
+    figure = figure_of(form.width, 1.1 + min(0.27, 9 / down) * down, layout="constrained")
     axis = figure.subplots()
-    _cells(axis, found, form)
-    axis.set_xlim(0, across)
+    _cells(axis, found, found.kinds, is_upright=False)
+    axis.set_xlim(0, len(found.layers))
     axis.set_ylim(down, 0)
-    axis.grid(visible=False)
-    axis.tick_params(length=0)
-    axis.spines[["left", "bottom"]].set_visible(False)
-    layers = [n for n in found.layers if n % (1 if len(found.layers) <= 24 else 2) == 0]
-    ticks, kinds = [n + 0.5 for n in layers], [n + 0.5 for n in range(len(found.kinds))]
-    ink = {"color": Colour.INK.value}
-    if form.is_narrow:
-        axis.set_yticks(ticks, layers)
-        axis.set_xticks(kinds, wrapped, rotation=90, fontsize=form.font - 1, **ink)
-        axis.set_ylabel("layer")
-    else:
-        axis.set_xticks(ticks, layers)
-        axis.set_yticks(kinds, [_short(kind) for kind in found.kinds], **ink)
-        axis.set_xlabel("layer")
+    layers = _numbered(found.layers)
+    axis.set_xticks([n + 0.5 for n in layers], layers)
+    names = [_short(kind) for kind in found.kinds]
+    axis.set_yticks([n + 0.5 for n in range(down)], names, color=Colour.INK.value)
+    axis.set_xlabel("layer")
     _legend(figure, found, form)
     return figure
 
 
-def _cells(axis: Any, found: HeatMap, form: Form) -> None:
+def _upright(found: HeatMap, form: Form) -> Any:
+    count = -(-len(found.kinds) // _COLUMNS)
+    columns = -(-len(found.kinds) // count)
+    panels = [found.kinds[n * columns : (n + 1) * columns] for n in range(count)]
+    # names stand upright under their columns, in as many lines as a column has room for
+    width = 16 if columns <= _WRAPPED else 60
+    wrapped = {kind: fill(kind, width) for kind in found.kinds}
+    longest = max(len(line) for name in wrapped.values() for line in name.split("\n"))
+    height = 0.9 + count * (0.3 + 0.2 * len(found.layers) + 0.065 * longest)
+    figure = figure_of(form.width, height, layout="constrained")
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for axis, kinds in zip(axes, panels, strict=True):
+        _cells(axis, found, kinds, is_upright=True)
+        axis.set_xlim(0, columns)
+        axis.set_ylim(len(found.layers), 0)
+        layers = _numbered(found.layers)
+        axis.set_yticks([n + 0.5 for n in layers], layers)
+        style = {"rotation": 90, "fontsize": form.font - 1, "color": Colour.INK.value}
+        places = [n + 0.5 for n in range(len(kinds))]
+        axis.set_xticks(places, [wrapped[kind] for kind in kinds], **style)
+        axis.set_ylabel("layer")
+    _legend(figure, found, form)
+    return figure
+
+
+def _numbered(layers: Sequence[int]) -> list[int]:
+    return [layer for layer in layers if layer % (1 if len(layers) <= 24 else 2) == 0]
+
+
+def _cells(axis: Any, found: HeatMap, kinds: Sequence[str], *, is_upright: bool) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
     boxes, colours, missing = [], [], []
-    for place, kind in enumerate(found.kinds):
+    for place, kind in enumerate(kinds):
         for layer in found.layers:
-            at = (place, layer) if form.is_narrow else (layer, place)
+            at = (place, layer) if is_upright else (layer, place)
             value = found.values.get((layer, kind))
             if value is None:
                 missing.append((at[0] + 0.5, at[1] + 0.5))
@@ -114,6 +130,9 @@ def _cells(axis: Any, found: HeatMap, form: Form) -> None:
     axis.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors=edge, linewidths=1))
     if missing:
         axis.plot(*zip(*missing, strict=True), ".", color=Colour.GREY.value, ms=2.5)
+    axis.grid(visible=False)
+    axis.tick_params(length=0)
+    axis.spines[["left", "bottom"]].set_visible(False)
 
 
 def _legend(figure: Any, found: HeatMap, form: Form) -> None:

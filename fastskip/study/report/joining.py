@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastskip.study.report.accuracy_chart import DENSE, KINDS, POLICY, Point
+from fastskip.study.report.accuracy_chart import DENSE, KINDS, POLICY, Point, Quantity
 from fastskip.study.report.bench_file import BenchResult, Spread, Timed
 from fastskip.study.report.eval_file import EvalResult
 from fastskip.study.report.search_file import SearchResult
-
-QUANTITIES = ("TTFT", "TPOT")
 
 
 def policy_key(policy: Mapping[str, Any] | None) -> str:
@@ -32,7 +30,7 @@ IS_DENSE = policy_key(None)
 class TimedPoints:
     """The points of one chart, and where their times are from."""
 
-    quantity: str
+    quantity: Quantity
     points: tuple[Point, ...]
     times: str
 
@@ -61,11 +59,11 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
     """Scores against times: those of a bench, which have intervals, else the run's own."""
     bench = timed_by(result, benches)
     found = []
-    for quantity in QUANTITIES:
+    for quantity in (Quantity.TTFT, Quantity.TPOT):
         points = []
         for number, each in enumerate(result.judged, start=1):
             key = policy_key(each.policy)
-            own = each.ttft_s if quantity == "TTFT" else each.tpot_s
+            own = each.ttft_s if quantity is Quantity.TTFT else each.tpot_s
             spread = None if own is None else Spread(own, own, own)
             if bench is not None:
                 timed = bench_times(bench).get(key)
@@ -76,9 +74,9 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
                         number,
                         each.label,
                         DENSE if key == IS_DENSE else POLICY,
-                        time_s=spread.median,
-                        low_s=None if bench is None else spread.low,
-                        high_s=None if bench is None else spread.high,
+                        cost=1e3 * spread.median,
+                        low=None if bench is None else 1e3 * spread.low,
+                        high=None if bench is None else 1e3 * spread.high,
                         score=each.score,
                     )
                 )
@@ -90,30 +88,37 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
 
 
 def search_points(result: SearchResult) -> list[TimedPoints]:
-    """Candidates that were scored and timed."""
+    """Candidates that were scored, against the budget's quantity and against times."""
     found = []
-    for quantity in QUANTITIES:
+    for quantity in Quantity:
+        if quantity is Quantity.FLOPS and result.quantity is not quantity:
+            continue
         points = []
         for number, each in enumerate(result.candidates, start=1):
-            time = each.ttft_s if quantity == "TTFT" else each.tpot_s
-            if time is not None and each.score is not None:
+            cost = {
+                Quantity.TTFT: each.ttft_s and 1e3 * each.ttft_s,
+                Quantity.TPOT: each.tpot_s and 1e3 * each.tpot_s,
+                Quantity.FLOPS: each.flops and 100 * each.flops,
+            }[quantity]
+            if cost is not None and each.score is not None:
                 points.append(
                     Point(
                         number,
                         each.name,
                         KINDS[each.source],
-                        time_s=time,
-                        low_s=None,
-                        high_s=None,
+                        cost=cost,
+                        low=None,
+                        high=None,
                         score=each.score,
                         # the front is one of the budget's quantity, and no line in another
-                        is_on_front=each.is_on_front and result.quantity == quantity.lower(),
+                        is_on_front=each.is_on_front and result.quantity is quantity,
                         is_recommended=each.is_recommended,
                     )
                 )
         told = "medians that the search measured"
+        told = "from the plan" if quantity is Quantity.FLOPS else told
         found.append(TimedPoints(quantity, tuple(points), told))
-    return [each for each in found if each.points]
+    return sorted((p for p in found if p.points), key=lambda p: p.quantity is not result.quantity)
 
 
 def workload_text(bench: BenchResult) -> str:
@@ -125,5 +130,5 @@ def workload_text(bench: BenchResult) -> str:
     )
 
 
-def _of(timed: Timed, quantity: str) -> Spread:
-    return timed.ttft_s if quantity == "TTFT" else timed.tpot_s
+def _of(timed: Timed, quantity: Quantity) -> Spread:
+    return timed.ttft_s if quantity is Quantity.TTFT else timed.tpot_s

@@ -10,7 +10,7 @@ from fastskip.plan import ModelShape
 from fastskip.policy import PolicyError
 from fastskip.study.report.circumstances import Circumstances
 from fastskip.study.report.joining import IS_DENSE, policy_key
-from fastskip.study.report.policy_map import PolicyMap, map_policy
+from fastskip.study.report.policy_map import PolicyMap, map_policy, shape_of_depth
 from fastskip.study.report.results import Results
 
 ShapeOf = Callable[[Circumstances], ModelShape | None]
@@ -40,7 +40,21 @@ def maps(results: Results, shape_of: ShapeOf) -> list[Mapped]:
             labels, _, _ = grouped.setdefault(place, ([], policy, circumstances))
             if label not in labels:
                 labels.append(label)
-    return [_mapped(*each, shape_of) for each in grouped.values()]
+    known = _with_depths(results, shape_of)
+    return [_mapped(*each, known) for each in grouped.values()]
+
+
+def _with_depths(results: Results, shape_of: ShapeOf) -> ShapeOf:
+    """Where a model is not at hand, the depth that a search of the same model tells will do."""
+
+    def find(circumstances: Circumstances) -> ModelShape | None:
+        found = shape_of(circumstances)
+        for search in results.searches if found is None else ():
+            if search.depth is not None and search.circumstances.is_same_model(circumstances):
+                return shape_of_depth(search.depth)
+        return found
+
+    return find
 
 
 def _policies(results: Results) -> Iterator[tuple[str, Mapping[str, Any], Circumstances]]:

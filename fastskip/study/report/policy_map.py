@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 from typing import Any
 
 from fastskip.plan import Cell, LayerPlan, ModelShape, SkipPlan, make_plan
 from fastskip.policy import (
     Arrangement,
-    PolicyError,
+    RemovalRule,
     SkippedKV,
     SkipPolicy,
     Sublayer,
     TokenClass,
-    select_layers,
 )
 
 
@@ -120,14 +120,15 @@ def map_policy(policy: Mapping[str, Any], shape: ModelShape) -> PolicyMap:
     Raises:
         PolicyError: the policy is none, or does not fit the shape.
     """
-    removals = _removals(policy, shape.depth)
-    plan = make_plan(_parsed(policy), shape)
+    plan = make_plan(SkipPolicy.from_dict(policy), shape)
     routed: dict[tuple[int, TokenClass], frozenset[Sublayer]] = {}
     for each in plan.routed:
         place = each.layer, each.token_class
         routed[place] = routed.get(place, frozenset()) | each.skip
     cells = {
-        token_class: tuple(_cell(layer, token_class, routed, removals) for layer in plan.layers)
+        token_class: tuple(
+            _cell(layer, token_class, routed, plan.removals) for layer in plan.layers
+        )
         for token_class in plan.classes
     }
     return PolicyMap(
@@ -138,32 +139,23 @@ def map_policy(policy: Mapping[str, Any], shape: ModelShape) -> PolicyMap:
             each.index for each in plan.layers if each.arrangement is Arrangement.PARALLEL
         ),
         pairs=tuple(step[0] for step in plan.steps if len(step) == 2),
-        removals=removals,
+        removals=tuple(
+            Removal(each.after_layer, each.classes, each.keep.ratio, each.keep.by.value)
+            for each in plan.removals
+        ),
         lines=_lines(plan),
     )
-
-
-def _parsed(policy: Mapping[str, Any]) -> SkipPolicy:
-    """The policy; without its removals where this version does not know them as rules."""
-    try:
-        return SkipPolicy.from_dict(policy)
-    except PolicyError as error:
-        if not error.field.startswith("removals"):
-            raise
-        return SkipPolicy.from_dict({**policy, "removals": []})
 
 
 def _cell(
     layer: LayerPlan,
     token_class: TokenClass,
     routed: Mapping[tuple[int, TokenClass], frozenset[Sublayer]],
-    removals: Sequence[Removal],
+    removals: Sequence[RemovalRule],
 ) -> MapCell:
     cell, maybe = layer.cells[token_class], routed.get((layer.index, token_class), frozenset())
-    share = 1.0
-    for removal in removals:
-        if token_class in removal.classes and layer.index > removal.after_layer:
-            share *= removal.ratio
+    away = (rule for rule in removals[: layer.stage] if token_class in rule.classes)
+    share = prod(rule.keep.ratio for rule in away)
     return MapCell(_attention(cell, maybe), _ffn(cell, maybe), share)
 
 
@@ -181,18 +173,3 @@ def _ffn(cell: Cell, routed: frozenset[Sublayer]) -> State:
 
 def _lines(plan: SkipPlan) -> tuple[MapLine, ...]:
     return tuple(MapLine(row.layers, row.arrangement, row.cells) for row in plan.rows())
-
-
-def _removals(policy: Mapping[str, Any], depth: int) -> tuple[Removal, ...]:
-    found = []
-    for number, rule in enumerate(policy.get("removals") or ()):
-        name = f"removals[{number}]"
-        try:
-            after, keep, tokens = rule["after_layer"], rule["keep"], rule["tokens"]
-            classes = frozenset(TokenClass if tokens == "all" else map(TokenClass, tokens))
-            removal = Removal(int(after), classes, float(keep["ratio"]), str(keep["by"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise PolicyError(name, rule, "after_layer, tokens, keep: {by, ratio}") from error
-        select_layers((removal.after_layer,), depth, f"{name}.after_layer")
-        found.append(removal)
-    return tuple(sorted(found, key=lambda each: each.after_layer))

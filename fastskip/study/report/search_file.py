@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.intervals import Estimate
+from fastskip.policy import Sublayer, TokenClass
+from fastskip.study.report.accuracy_chart import Quantity
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
-from fastskip.study.report.fields import Field, read_document
+from fastskip.study.report.fields import Field, read_document, read_object
 
 SOURCES = ("dense", "search", "uniform", "random", "peer", "router")
 
@@ -45,21 +47,38 @@ class Candidate:
     tokens: float | None
     is_on_front: bool
     is_recommended: bool
-    file: str | None
+    keeps_budget: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """How much better the search's best scores than another candidate, item by item."""
+
+    name: str
+    source: str
+    difference: Estimate
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """One run of `fastskip search`."""
+    """One run of `fastskip search`.
+
+    `left_out`: names and reasons. `depth`: of the model, where a policy file beside says it.
+    `settings`: whatever the run says of how it searched.
+    """
 
     source: str
     circumstances: Circumstances
     budget: str
-    quantity: str
+    quantity: Quantity
     sensitivity: tuple[Sensitivity, ...]
     candidates: tuple[Candidate, ...]
+    rivals: tuple[Rival, ...]
+    left_out: tuple[tuple[str, str], ...]
     recommended: str | None
     conclusion: str
+    depth: int | None
+    settings: Mapping[str, Any]
 
 
 def read_search(folder: Path) -> SearchResult:
@@ -71,6 +90,8 @@ def read_search(folder: Path) -> SearchResult:
     document = read_document(folder / "search.json", "search")
     budget, conclusion = document.get("budget"), document.get("conclusion")
     candidates = tuple(_candidate(each) for each in document.get("candidates").each())
+    rivals, left_out = document.may("comparisons"), document.may("left_out")
+    quantities = {each.value.lower(): each for each in Quantity}
     recommended = conclusion.may("recommended")
     if recommended is not None:
         recommended.one_of(tuple(each.name for each in candidates))
@@ -78,11 +99,17 @@ def read_search(folder: Path) -> SearchResult:
         source=str(folder),
         circumstances=read_circumstances(document),
         budget=budget.get("text").text(),
-        quantity=budget.get("quantity").text(),
+        quantity=quantities[budget.get("quantity").one_of(tuple(quantities))],
         sensitivity=tuple(_sensitivity(each) for each in document.get("sensitivity").each()),
         candidates=candidates,
         recommended=None if recommended is None else recommended.text(),
         conclusion=conclusion.get("text").text(),
+        rivals=() if rivals is None else tuple(_rival(each) for each in rivals.each()),
+        left_out=()
+        if left_out is None
+        else tuple((e.get("name").text(), e.get("reason").text()) for e in left_out.each()),
+        depth=_depth(document.get("candidates"), folder),
+        settings=_settings(document),
     )
 
 
@@ -98,22 +125,18 @@ def _sensitivity(field: Field) -> Sensitivity:
 
 def _kind(field: Field) -> str:
     """What is changed: tokens and what they skip, or how the layer is wired."""
-    arrangement, kv, tokens = field.may("arrangement"), field.may("kv"), field.may("tokens")
-    rows = "all" if tokens is None else _joined(tokens, ", ")
+    arrangement, kv = field.may("arrangement"), field.may("kv")
+    classes = field.get("tokens").text().split("+")
+    rows = "all" if set(classes) >= set(TokenClass) else " + ".join(classes)
     if arrangement is not None:
         return f"{rows}: {arrangement.text()}"
-    skipped = _joined(field.get("skip"), " + ").replace("ffn", "FFN")
-    return f"{rows}: no {skipped}" + ("" if kv is None else f", K/V {kv.text()}")
-
-
-def _joined(field: Field, mark: str) -> str:
-    if isinstance(field.value, str):
-        return field.text()
-    return mark.join(each.text() for each in field.each())
+    skipped = {each.one_of(tuple(Sublayer)) for each in field.get("skip").each()}
+    part = "block" if len(skipped) > 1 else "".join(skipped).replace("ffn", "FFN")
+    return f"{rows}: no {part}" + ("" if kv is None else f", K/V {kv.text()}")
 
 
 def _candidate(field: Field) -> Candidate:
-    agreement, file = field.may("agreement"), field.may("file")
+    agreement, keeps_budget = field.may("agreement"), field.may("keeps_budget")
     return Candidate(
         name=field.get("name").text(),
         source=field.get("source").one_of(SOURCES),
@@ -128,14 +151,14 @@ def _candidate(field: Field) -> Candidate:
         tokens=None if agreement is None else _number(agreement, "tokens"),
         is_on_front=field.get("is_on_front").truth(),
         is_recommended=field.get("is_recommended").truth(),
-        file=None if file is None else file.text(),
+        keeps_budget=keeps_budget is None or keeps_budget.truth(),
     )
 
 
 def _estimate(field: Field | None) -> Estimate | None:
     if field is None:
         return None
-    mean, low, high = (field.get(name).number(-1, 1) for name in ("mean", "low", "high"))
+    mean, low, high = (field.get(name).number() for name in ("mean", "low", "high"))
     if not low <= high:
         field.refuse("low <= high")
     return Estimate(mean, low, high)
@@ -144,3 +167,37 @@ def _estimate(field: Field | None) -> Estimate | None:
 def _number(field: Field, name: str) -> float | None:
     found = field.may(name)
     return None if found is None else found.number()
+
+
+def _rival(field: Field) -> Rival:
+    difference = _estimate(field)
+    assert difference is not None
+    return Rival(field.get("name").text(), field.get("source").one_of(SOURCES), difference)
+
+
+def _settings(document: Field) -> Mapping[str, Any]:
+    found = (document.may("settings"), document.may("workload"))
+    return {
+        name: value
+        for each in found
+        if each is not None
+        for name, value in each.object().items()
+        if isinstance(value, str | int | float)
+    }
+
+
+def _depth(candidates: Field, folder: Path) -> int | None:
+    """What the first policy file that is there says of the model that it was made for."""
+    for each in candidates.each():
+        file = each.may("file")
+        path = folder / ("" if file is None else file.text())
+        if (
+            file is None
+            or not path.is_file()
+            or not path.resolve().is_relative_to(folder.resolve())
+        ):
+            continue
+        made_for = read_object(path).get("provenance").may("made_for")
+        depth = None if made_for is None else made_for.may("depth")
+        return None if depth is None else depth.count(1)
+    return None

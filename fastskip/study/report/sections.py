@@ -18,8 +18,10 @@ from fastskip.study.report.tables import (
     eval_table,
     floor_table,
     kinds_table,
+    left_out_table,
+    rivals_table,
     search_table,
-    sensitivity_table,
+    sensitivity_tables,
     speedup_text,
     verdict_of,
 )
@@ -65,13 +67,17 @@ def search_section(results: Results) -> Section:
         blocks += _charts(f"search{number}", search_points(search))
         if search.candidates:
             blocks.append(search_table(search))
+        if search.rivals:
+            blocks.append(rivals_table(search))
+        if search.left_out:
+            blocks.append(left_out_table(search))
         if search.sensitivity:
             chart = heat_chart(f"search{number}_sensitivity", search.sensitivity)
             caption = (
                 "Sensitivity: how far the distribution of the answers moves from dense (KL) if "
                 "this one cell alone is changed. What is far up the scale should better run."
             )
-            blocks += [Figure(chart, caption), sensitivity_table(search)]
+            blocks += [Figure(chart, caption), *sensitivity_tables(search)]
     return Section("search", "Search under a budget", blocks)
 
 
@@ -94,8 +100,8 @@ def bench_section(results: Results) -> Section:
         blocks += _titled(bench.source, len(results.benches))
         blocks.append(Text(f"{bench.circumstances.model_name}: {workload_text(bench)}."))
         caption = (
-            "Bars: median time of a call's prefill and of its decode steps together, with "
-            "quartiles. Black stroke: the floor. A floor above a time means that its ceilings were "
+            "Bars: median time of the prefill and of one decode step, with quartiles. Stroke: the "
+            "floor. A floor above a time means that its ceilings were "
             "measured at a bad moment."
         )
         blocks.append(Figure(cost_chart(f"bench{number}_cost", bench), caption))
@@ -159,8 +165,9 @@ def _charts(name: str, found: Sequence[TimedPoints]) -> list[Block]:
     for each in found:
         chart = accuracy_chart(f"{name}_{each.quantity.lower()}", each.quantity, each.points)
         caption = (
-            f"Score against {each.quantity}; upright bars are 95 % intervals over items, dotted "
-            f"lines are dense, numbers those of the table. Times: {each.times}."
+            f"Score against {each.quantity.value}; upright bars are 95 % intervals over items, "
+            f"dotted lines are dense, numbers those of the table. {each.quantity.value}: "
+            f"{each.times}."
         )
         blocks.append(Figure(chart, caption))
     if not blocks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastskip.intervals import Estimate
 from fastskip.study.report.bench_file import BenchResult, Contender, PerPhase, Spread, Timed
 from fastskip.study.report.blocks import NOTHING, Cell, Table, Tone
@@ -10,6 +12,8 @@ from fastskip.study.report.heat_chart import HeatMap
 from fastskip.study.report.search_file import Candidate, SearchResult
 
 EMPTY = Cell(NOTHING)
+MOST_KINDS = 8
+"""Columns of a table of sensitivities."""
 
 
 def eval_table(result: EvalResult) -> Table:
@@ -74,7 +78,7 @@ def bench_table(result: BenchResult) -> Table:
         rows.append(tuple(row))
     caption = (
         "Medians, below them the quartiles. Against dense: how many times as fast as fastskip's "
-        "own dense model in the same round, with the interval of that ratio."
+        "own dense model in the same round, with the 95 % interval of that ratio."
     )
     return Table(caption, (*head, "tokens/s", "peak, MB", "KV, MB"), tuple(rows))
 
@@ -91,22 +95,19 @@ def floor_table(result: BenchResult) -> Table | None:
     if all(timed.floor_s is None for _, timed in result.timed):
         return None
     head = [
-        f"{phase}{what}"
-        for phase in ("prefill", "decode")
-        for what in ("", ": floor", ": of ideal")
+        f"{phase}{what}" for phase in ("prefill", "step") for what in ("", ": floor", ": of ideal")
     ]
     caption = (
-        "Medians with quartiles, of a whole call. Floor: the sum over operations of what memory or "
-        "arithmetic needs at the least, with ceilings measured here; decoder and lm_head only. "
-        "Of ideal: the speed-up over fastskip's dense, divided by floor(dense) / floor(policy); 1 "
-        "is all that the skipped work can give."
+        "Medians with quartiles, of the prefill and of one decode step. Floor: the sum over "
+        "operations of what memory or arithmetic needs at the least, with ceilings measured here; "
+        "decoder and lm_head only. Of ideal: the speed-up over fastskip's dense, divided by "
+        "floor(dense) / floor(policy); 1 is all that the skipped work can give."
     )
     return Table(caption, ("no.", "contender", *head), tuple(rows))
 
 
 def search_table(result: SearchResult) -> Table:
     """Candidates, their cost and how they did on held-out items."""
-    quantity = {"flops": "FLOPs"}.get(result.quantity, result.quantity.upper())
     head = ("no.", "candidate", "cost of dense", "FLOPs", "TTFT", "TPOT")
     rows = []
     for number, each in enumerate(result.candidates, start=1):
@@ -126,22 +127,49 @@ def search_table(result: SearchResult) -> Table:
         "calibration KL, nats",
     )
     caption = (
-        f"Cost is the estimate, in the budget's quantity ({quantity}), that the search went by; "
-        "times are measured medians. Scores are of held-out items, differences item by item."
+        f"Cost is the estimate, in the budget's quantity ({result.quantity.value}), that the "
+        "search went by; times are measured medians. Scores are of held-out items, differences item by item."
     )
     return Table(caption, (*head, *rest), tuple(rows))
 
 
-def sensitivity_table(result: SearchResult) -> Table:
-    """The numbers of the heat map: a line a layer."""
-    found = HeatMap.of(result.sensitivity)
+def rivals_table(result: SearchResult) -> Table:
+    """The search's best against others at the same budget."""
     rows = []
-    for layer in found.layers:
-        values = [found.values.get((layer, kind)) for kind in found.kinds]
-        cells = (EMPTY if value is None else Cell(f"{value:.2g}") for value in values)
-        rows.append((Cell(str(layer)), *cells))
-    head = ("layer", *found.kinds)
-    return Table("KL in nats, by layer and change.", head, tuple(rows), name_at=0, is_folded=True)
+    for number, each in enumerate(result.rivals, start=1):
+        told = {"better": ("beaten", Tone.GOOD), "worse": ("better than the find", Tone.BAD)}
+        verdict, tone = told.get(verdict_of(each.difference)[0], ("not told apart", Tone.OPEN))
+        cell = replace(change_cell(each.difference), badges=(verdict,), tone=tone)
+        rows.append((Cell(str(number)), Cell(each.name, each.source), cell))
+    caption = "How many points the search's own best is above others at the same budget."
+    return Table(caption, ("no.", "against", "points (95\u00a0%)"), tuple(rows))
+
+
+def left_out_table(result: SearchResult) -> Table:
+    """What was no candidate, and why."""
+    rows = tuple((Cell(name), Cell(reason)) for name, reason in result.left_out)
+    caption, head = "What was left out, and why", ("policy", "reason")
+    return Table(caption, head, rows, name_at=0, has_numbers=False, is_folded=True)
+
+
+def sensitivity_tables(result: SearchResult) -> list[Table]:
+    """The numbers of the heat map: a line a layer, some kinds of cells a table."""
+    found = HeatMap.of(result.sensitivity)
+    tables = []
+    for first in range(0, len(found.kinds), MOST_KINDS):
+        kinds = found.kinds[first : first + MOST_KINDS]
+        rows = []
+        for layer in found.layers:
+            values = [found.values.get((layer, kind)) for kind in kinds]
+            cells = (EMPTY if value is None else Cell(f"{value:.2g}") for value in values)
+            rows.append((Cell(str(layer)), *cells))
+        which = f", {first + 1} to {first + len(kinds)} of {len(found.kinds)} changes"
+        caption = "KL in nats, by layer and change" + (
+            which if len(found.kinds) > len(kinds) else ""
+        )
+        head = ("layer", *kinds)
+        tables.append(Table(caption, head, tuple(rows), name_at=0, is_folded=True))
+    return tables
 
 
 def score_cell(score: Estimate) -> Cell:
@@ -196,7 +224,11 @@ def _own_time(each: JudgedPolicy, dense: JudgedPolicy, name: str) -> Cell:
 
 
 def _name(each: Candidate) -> Cell:
-    holds = (("recommended", each.is_recommended), ("on the front", each.is_on_front))
+    holds = (
+        ("recommended", each.is_recommended),
+        ("on the front", each.is_on_front),
+        ("over the budget", not each.keeps_budget and each.source != "dense"),
+    )
     tone = Tone.GOOD if each.is_recommended else Tone.OPEN
     return Cell(each.name, each.source, tuple(text for text, is_so in holds if is_so), tone)
 
