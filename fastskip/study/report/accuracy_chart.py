@@ -11,6 +11,8 @@ from fastskip.intervals import Estimate
 from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture
 from fastskip.study.report.labels import Label, place
 
+NEAR = 0.1
+"""How far from dense points are that are drawn once more where others lie far below."""
 MOST_NAMES = 12
 """Points up to which names are written in a wide picture; from there on, numbers."""
 
@@ -78,9 +80,42 @@ def accuracy_chart(name: str, quantity: Quantity, points: Sequence[Point]) -> Pi
 
 
 def draw(quantity: Quantity, points: Sequence[Point], form: Form) -> Any:
-    """The figure: up and to the left is better."""
-    figure = figure_of(form.width, 3.6 if form.is_narrow else 4.4, layout="constrained")
-    axis = figure.subplots()
+    """The figure: up and to the left is better. Where points lie far below dense, those near it are
+    drawn once more, enlarged."""
+    near = _near(points)
+    height = 3.6 if form.is_narrow else 4.4
+    figure = figure_of(form.width, height * (1.75 if near else 1), layout="constrained")
+    axes = figure.subplots(2 if near else 1, 1, squeeze=False)[:, 0]
+    _points(axes[0], points)
+    if near:
+        _points(axes[1], near)
+        axes[0].set_title("all", loc="left")
+        axes[1].set_title(
+            f"those less than {100 * NEAR:.0f} points below dense, enlarged", loc="left"
+        )
+    axes[-1].set_xlabel(f"{quantity.value}, {quantity.unit} (further left is less)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(handles) > 1:
+        columns = 2 if form.is_narrow else 4
+        style = {"ncols": columns, "frameon": False, "handletextpad": 0.2}
+        figure.legend(handles, labels, loc="outside upper left", **style)
+    named = len(points) <= MOST_NAMES and not form.is_narrow
+    place(axes[0], [_label(p, named) for p in points if p not in near or p.kind is DENSE])
+    if near:
+        place(axes[1], [_label(point, named) for point in near])
+    return figure
+
+
+def _near(points: Sequence[Point]) -> list[Point]:
+    """Those near dense, where the others would press them together."""
+    dense = next((point.score.mean for point in points if point.kind is DENSE), None)
+    if dense is None or dense - min(point.score.mean for point in points) < 3 * NEAR:
+        return []
+    near = [point for point in points if point.score.mean >= dense - NEAR]
+    return near if len(near) > 2 else []
+
+
+def _points(axis: Any, points: Sequence[Point]) -> None:
     for kind in dict.fromkeys(point.kind for point in points):
         own = [point for point in points if point.kind == kind]
         x = [point.cost for point in own]
@@ -100,25 +135,18 @@ def draw(quantity: Quantity, points: Sequence[Point], form: Form) -> Any:
         style: dict[str, Any] = {"color": Colour.MUTED.value, "lw": 0.8, "ls": ":", "zorder": 0}
         axis.axvline(dense.cost, **style)
         axis.axhline(100 * dense.score.mean, **style)
-    axis.set_xlabel(f"{quantity.value}, {quantity.unit} (further left is less)")
     axis.set_ylabel("score, %")
-    if len(axis.get_legend_handles_labels()[0]) > 1:
-        columns = 2 if form.is_narrow else 4
-        figure.legend(loc="outside upper left", ncols=columns, frameon=False, handletextpad=0.2)
-    has_names = len(points) <= MOST_NAMES and not form.is_narrow
-    labels = [
-        Label(
-            f"{point.number} {_short(point.name)}" if has_names else str(point.number),
-            point.cost,
-            100 * point.score.mean,
-            100 * point.score.low,
-            100 * point.score.high,
-            point.kind.colour,
-        )
-        for point in points
-    ]
-    place(axis, labels)
-    return figure
+
+
+def _label(point: Point, is_named: bool) -> Label:
+    return Label(
+        f"{point.number} {_short(point.name)}" if is_named else str(point.number),
+        point.cost,
+        100 * point.score.mean,
+        100 * point.score.low,
+        100 * point.score.high,
+        point.kind.colour,
+    )
 
 
 def _sideways(points: Sequence[Point]) -> list[list[float]] | None:

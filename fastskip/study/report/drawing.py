@@ -91,17 +91,20 @@ def require() -> None:
 def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:
     """A picture of the figures that `draw` makes; `name` is its file's, and unique in a page."""
     with _style(WIDE):
-        figure = _settled(draw(WIDE))
+        figure = settled(draw(WIDE))
         wide, png = _svg(figure, f"{name}-w"), _png(figure)
     with _style(NARROW):
-        narrow = _svg(_settled(draw(NARROW)), f"{name}-n")
+        narrow = _svg(settled(draw(NARROW)), f"{name}-n")
     return Picture(name, text, wide, narrow, png)
 
 
-def _settled(figure: Any) -> Any:
-    """The figure as it lies: laid out once, not once a file."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+def settled(figure: Any) -> Any:
+    """The figure with everything where it stays: laid out once, not once a file."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from textwrap import fill
@@ -31,7 +31,7 @@ class HeatMap:
         """The map of these cells; layers are all from the first on."""
         return cls(
             layers=tuple(range(max(each.layer for each in cells) + 1)),
-            kinds=tuple(dict.fromkeys(each.kind for each in cells)),
+            kinds=_gathered(dict.fromkeys(each.kind for each in cells)),
             values={(each.layer, each.kind): each.kl for each in cells},
         )
 
@@ -49,6 +49,19 @@ class HeatMap:
     def colour(self, value: float) -> Colour:
         """Of a KL: the more, the further up the scale."""
         return HEAT[sum(value >= bound for bound in self.bounds)]
+
+
+def _gathered(kinds: Iterable[str]) -> tuple[str, ...]:
+    """The same tokens and parts next to each other, else in the order in which they came."""
+    parts = [(kind.partition(":")[0], kind.partition(", K/V")[0]) for kind in kinds]
+    rows, halves = ([each[at] for each in parts] for at in (0, 1))
+    return tuple(
+        kind
+        for _, _, kind in sorted(
+            zip(map(rows.index, rows), map(halves.index, halves), kinds, strict=True),
+            key=lambda each: each[:2],
+        )
+    )
 
 
 def heat_chart(name: str, cells: Sequence[Sensitivity]) -> Picture:
@@ -165,4 +178,4 @@ def _legend(figure: Any, found: HeatMap, form: Form) -> None:
 
 
 def _short(kind: str) -> str:
-    return kind if len(kind) <= 40 else kind[:39] + "…"
+    return kind if len(kind) <= 46 else kind[:45] + "…"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastskip.study.report.drawing import Colour
+from fastskip.study.report.drawing import Colour, settled
 
 OFFSETS = sorted(
     ((x, y) for x in range(-150, 151, 6) for y in range(-90, 91, 5) if abs(y) >= 9 or abs(x) >= 30),
@@ -40,7 +40,7 @@ def place(axis: Any, labels: Sequence[Label]) -> None:
     from matplotlib.transforms import Bbox
 
     figure = axis.figure
-    figure.draw_without_rendering()  # settles where points are
+    settled(figure)  # where points are, names must know
     scale = figure.dpi / 72
     inside = axis.get_window_extent()
     taken = []

@@ -63,7 +63,9 @@ def search_section(results: Results) -> Section:
     blocks: list[Block] = []
     for number, search in enumerate(results.searches, start=1):
         blocks += _titled(search.source, len(results.searches))
-        blocks += [Text(f"Budget: {search.budget}. {search.conclusion}")]
+        blocks += [
+            Text(f"Budget: {search.budget}. Recommended: {search.recommended or 'nothing'}.")
+        ]
         blocks += _charts(f"search{number}", search_points(search))
         if search.candidates:
             blocks.append(search_table(search))

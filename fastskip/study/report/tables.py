@@ -128,7 +128,8 @@ def search_table(result: SearchResult) -> Table:
     )
     caption = (
         f"Cost is the estimate, in the budget's quantity ({result.quantity.value}), that the "
-        "search went by; times are measured medians. Scores are of held-out items, differences item by item."
+        "search went by; times are measured medians. Scores are of held-out items, differences "
+        "item by item."
     )
     return Table(caption, (*head, *rest), tuple(rows))
 
