@@ -177,4 +177,4 @@ def _svg(figure: Any, name: str) -> str:
 
 
 def _opening(width: float) -> str:
-    return rf'<svg \1 style="max-width: {width:.0f}px" aria-hidden="true" focusable="false">'
+    return rf'<svg \1 style="--width: {width:.0f}px" aria-hidden="true" focusable="false">'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,30 +19,45 @@ ShapeOf = Callable[[Circumstances], ModelShape | None]
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """One policy: its names in the results, and its map, or why there is none."""
+    """One policy: what it is called in the results, and its map, or why there is none."""
 
-    labels: tuple[str, ...]
+    label: str
     found: PolicyMap | None
     problem: str = ""
 
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A policy as a result names it; `where`: the command that wrote the result."""
+
+    label: str
+    policy: Mapping[str, Any]
+    circumstances: Circumstances
+    where: str
+
     @property
-    def label(self) -> str:
-        """All of its names."""
-        return " = ".join(self.labels)
+    def key(self) -> tuple[str, str]:
+        """The same for the same policy of the same model."""
+        told = self.circumstances
+        return told.model_fingerprint or told.model, policy_key(self.policy)
 
 
 def maps(results: Results, shape_of: ShapeOf) -> list[Mapped]:
     """A map of every policy but dense, once a model; searches' random ones only on the front."""
-    grouped: dict[tuple[str, str], tuple[list[str], Mapping[str, Any], Circumstances]] = {}
-    for label, policy, circumstances in _policies(results):
-        key = policy_key(policy)
-        if key != IS_DENSE:
-            place = circumstances.model_fingerprint or circumstances.model, key
-            labels, _, _ = grouped.setdefault(place, ([], policy, circumstances))
-            if label not in labels:
-                labels.append(label)
+    grouped: dict[tuple[str, str], list[_Named]] = {}
+    for named in _policies(results):
+        if named.key[1] != IS_DENSE:
+            grouped.setdefault(named.key, []).append(named)
+    names = [dict.fromkeys(named.label for named in group) for group in grouped.values()]
+    counts = Counter(label for labels in names for label in labels)
     known = _with_depths(results, shape_of)
-    return [_mapped(*each, known) for each in grouped.values()]
+    found = []
+    for labels, group in zip(names, grouped.values(), strict=True):
+        # commands may call different policies by one name
+        where = {each.label: each.where for each in group}
+        told = (f"{x} ({where[x]})" if counts[x] > 1 else x for x in labels)
+        found.append(_mapped(" = ".join(told), group[0], known))
+    return found
 
 
 def _with_depths(results: Results, shape_of: ShapeOf) -> ShapeOf:
@@ -57,28 +73,27 @@ def _with_depths(results: Results, shape_of: ShapeOf) -> ShapeOf:
     return find
 
 
-def _policies(results: Results) -> Iterator[tuple[str, Mapping[str, Any], Circumstances]]:
+def _policies(results: Results) -> Iterator[_Named]:
     for search in results.searches:
         for each in sorted(search.candidates, key=lambda one: not one.is_recommended):
             is_shown = each.source != "random" and each.score is not None
             if is_shown or each.is_on_front or each.is_recommended:
-                yield each.name, each.policy, search.circumstances
+                yield _Named(each.name, each.policy, search.circumstances, "search")
     for run in results.evals:
         for judged in run.judged:
-            yield judged.label, judged.policy, run.circumstances
+            yield _Named(judged.label, judged.policy, run.circumstances, "eval")
     for bench in results.benches:
         for contender in bench.contenders:
             if contender.policy is not None:
-                yield contender.label, contender.policy, bench.circumstances
+                yield _Named(contender.label, contender.policy, bench.circumstances, "bench")
 
 
-def _mapped(
-    labels: list[str], policy: Mapping[str, Any], circumstances: Circumstances, shape_of: ShapeOf
-) -> Mapped:
-    shape = shape_of(circumstances)
+def _mapped(label: str, named: _Named, shape_of: ShapeOf) -> Mapped:
+    shape = shape_of(named.circumstances)
     if shape is None:
-        return Mapped(tuple(labels), None, f"the depth of {circumstances.model_name} is not known")
+        model = named.circumstances.model_name
+        return Mapped(label, None, f"the depth of {model} is not known")
     try:
-        return Mapped(tuple(labels), map_policy(policy, shape))
+        return Mapped(label, map_policy(named.policy, shape))
     except PolicyError as error:
-        return Mapped(tuple(labels), None, str(error))
+        return Mapped(label, None, str(error))

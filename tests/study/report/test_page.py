@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from fastskip.cli import app
 from fastskip.study.report import drawing, write_report
 from fastskip.study.report.drawing import Colour, DrawingError
+from fastskip.study.report.maps import maps
 from fastskip.study.report.policy_map import shape_of_depth
+from fastskip.study.report.results import read_results
 from tests.study.report.files import (
     DEPTH,
     EVIL,
@@ -181,6 +183,28 @@ def test_a_part_of_the_results_is_enough(tmp_path: Path) -> None:
     assert "image_ffn: no map, the depth of a/small is not known" in text
     assert [path.name for path in (out.parent / "r_files").iterdir()] == ["bench1_cost.png"]
     assert not list(out.parent.glob("*.part"))
+
+
+def test_a_map_for_each_policy_of_each_model(tmp_path: Path) -> None:
+    bench, run = bench_document(), eval_document()
+    other = {**bench["circumstances"], "model": "other/model", "model_fingerprint": "another"}
+    folders = [write(tmp_path / "e", run), write(tmp_path / "s", search_document())]
+    shape = shape_of_depth(DEPTH)
+    labels = ["image_ffn", "every_nth_block", "block_pairs", "removing"]
+    assert [each.label for each in maps(read_results(folders), lambda _: shape)] == labels
+    bench["circumstances"] = other
+    folders = [folders[0], write(tmp_path / "b", bench)]
+    found = maps(read_results(folders), lambda told: None if told.model == "other/model" else shape)
+    assert [(each.label, each.found is None) for each in found] == [
+        ("image_ffn (eval)", False),
+        ("every_nth_block (eval)", False),
+        ("block_pairs", False),
+        ("image_ffn (bench)", True),
+        ("every_nth_block (bench)", True),
+    ]
+    assert found[-1].problem == "the depth of other/model is not known"
+    deep = maps(read_results(folders[:1]), lambda _: shape_of_depth(1))
+    assert "bounds" in deep[0].problem and deep[0].found is None
 
 
 def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
