@@ -7,20 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastskip.intervals import Spread
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
 from fastskip.study.report.fields import Field, read_document
 
 SOURCES = ("hf", "hf-compiled", "fastskip")
 VERDICTS = ("faster", "slower", "not told apart")
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """A median and two quantiles around it."""
-
-    median: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastskip.intervals import Spread
 from fastskip.study.report.accuracy_chart import DENSE, KINDS, POLICY, Point, Quantity
-from fastskip.study.report.bench_file import BenchResult, Spread, Timed
+from fastskip.study.report.bench_file import BenchResult, Timed
 from fastskip.study.report.eval_file import EvalResult
 from fastskip.study.report.search_file import SearchResult
 
@@ -62,18 +63,20 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
     for quantity in (Quantity.TTFT, Quantity.TPOT):
         points = []
         for number, each in enumerate(result.judged, start=1):
-            key = policy_key(each.policy)
+            is_dense = each is result.dense
             own = each.ttft_s if quantity is Quantity.TTFT else each.tpot_s
             spread = None if own is None else Spread(own, own, own)
             if bench is not None:
-                timed = bench_times(bench).get(key)
+                # a rival without a policy of its own, such as smaller images, is in no bench
+                is_rival = policy_key(each.policy) == IS_DENSE and not is_dense
+                timed = None if is_rival else bench_times(bench).get(policy_key(each.policy))
                 spread = None if timed is None else _of(timed, quantity)
             if spread is not None:
                 points.append(
                     Point(
                         number,
                         each.label,
-                        DENSE if key == IS_DENSE else POLICY,
+                        DENSE if is_dense else POLICY,
                         cost=1e3 * spread.median,
                         low=None if bench is None else 1e3 * spread.low,
                         high=None if bench is None else 1e3 * spread.high,

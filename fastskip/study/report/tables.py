@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastskip.intervals import Estimate
-from fastskip.study.report.bench_file import BenchResult, Contender, PerPhase, Spread, Timed
+from fastskip.intervals import Estimate, Spread
+from fastskip.study.report.bench_file import BenchResult, Contender, PerPhase, Timed
 from fastskip.study.report.blocks import NOTHING, Cell, Table, Tone
 from fastskip.study.report.eval_file import EvalResult, JudgedPolicy
 from fastskip.study.report.heat_chart import HeatMap

@@ -118,12 +118,13 @@ def bench_document() -> dict[str, Any]:
                 "ideal_share": {"prefill": 0.91, "decode": 0.87} if is_policy else None,
                 "speedup": {"ttft": spread(1.4), "tpot": spread(0.9)} if is_policy else None,
                 "verdict": {"ttft": "faster", "tpot": "slower"} if is_policy else None,
+                "as_hf": None,
                 "left_out": None,
             }
         )
-    contenders.append(
-        {"label": "compiled", "source": "hf-compiled", "policy": None, "left_out": "no compiler"}
-    )
+    nothing = dict.fromkeys(contenders[0])
+    left_out = {"label": "compiled", "source": "hf-compiled", "left_out": "no compiler"}
+    contenders.append(nothing | left_out)
     names = ("batch", "n_image", "n_text", "text_before", "new_tokens", "rounds")
     return {
         "schema_version": 1,

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from fastskip.intervals import paired_bootstrap
+from fastskip.study.bench.results import BenchResult
+from fastskip.study.judging import Judgement
+from fastskip.study.report.accuracy_chart import DENSE, POLICY
 from fastskip.study.report.eval_file import read_eval
 from fastskip.study.report.examples import data_uri
 from fastskip.study.report.fields import ReportError
@@ -42,6 +45,30 @@ def test_what_is_in_a_folder_is_read(tmp_path: Path) -> None:
     kinds = {"image: no FFN", "image: no attention, K/V project", "all: parallel"}
     assert {each.kind for each in search.sensitivity} == kinds
     assert search.left_out == (("fastv", "takes too much"),) and search.settings == {"seed": 7}
+
+
+def test_the_files_of_these_tests_are_as_the_commands_write_them() -> None:
+    document = bench_document()
+    written = BenchResult.from_dict(document).to_dict()
+    # verdicts follow from the ratios there
+    for each, own in zip(written["contenders"], document["contenders"], strict=True):
+        assert each.keys() == own.keys()
+        assert {**each, "verdict": own["verdict"]} == own
+    assert {**written, "contenders": document["contenders"]} == document
+    for judgement in eval_document()["judgements"]:
+        read = Judgement.from_dict(judgement).to_dict()
+        assert json.loads(json.dumps(read)) == judgement
+
+
+def test_a_rival_without_a_policy_of_its_own_is_not_dense(tmp_path: Path) -> None:
+    document = eval_document()
+    document["judgements"].append({**document["judgements"][2], "label": "images 1/2"})
+    document["judgements"][-1]["policy"] = policy("dense")
+    found = read_results([write(tmp_path / "e", document), write(tmp_path / "b", bench_document())])
+    own, _ = eval_points(found.evals[0], ())
+    assert [point.kind for point in own.points] == [DENSE, *[POLICY] * 4]
+    timed, _ = eval_points(found.evals[0], found.benches)
+    assert "images 1/2" not in {point.name for point in timed.points}
 
 
 def test_depth_is_that_of_the_policy_files(tmp_path: Path) -> None:
