@@ -143,9 +143,12 @@ def _label(point: Point, is_named: bool) -> Label:
         f"{point.number} {_short(point.name)}" if is_named else str(point.number),
         point.cost,
         100 * point.score.mean,
-        100 * point.score.low,
-        100 * point.score.high,
-        point.kind.colour,
+        upright=(100 * point.score.low, 100 * point.score.high),
+        sideways=(
+            point.cost if point.low is None else point.low,
+            point.cost if point.high is None else point.high,
+        ),
+        colour=point.kind.colour,
     )
 
 

@@ -86,6 +86,9 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
         told = f"the first item, batch 1, {result.new_tokens} new tokens; medians of this run"
         if bench is not None:
             told = f"the bench in {bench.source} ({workload_text(bench)}); bars are quartiles"
+            shown = {point.number for point in points}
+            missing = [e.label for n, e in enumerate(result.judged, start=1) if n not in shown]
+            told += f"; not timed there: {', '.join(missing)}" if missing else ""
         found.append(TimedPoints(quantity, tuple(points), told))
     return [each for each in found if each.points]
 

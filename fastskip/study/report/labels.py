@@ -22,13 +22,13 @@ _NEAR = 13
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A text for a place in an axis' data; `low`, `high`: the ends of the whisker there."""
+    """A text for a place in an axis' data; `upright`, `sideways`: the ends of the whiskers there."""
 
     text: str
     x: float
     y: float
-    low: float
-    high: float
+    upright: tuple[float, float]
+    sideways: tuple[float, float]
     colour: Colour
 
 
@@ -48,8 +48,10 @@ def place(axis: Any, labels: Sequence[Label]) -> None:
         x, y = axis.transData.transform((label.x, label.y))
         half = _HALF * scale
         taken.append(Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half))
-        low, high = (axis.transData.transform((label.x, end))[1] for end in (label.low, label.high))
+        low, high = (axis.transData.transform((label.x, end))[1] for end in label.upright)
         taken.append(Bbox.from_extents(x - scale, low, x + scale, high))
+        low, high = (axis.transData.transform((end, label.y))[0] for end in label.sideways)
+        taken.append(Bbox.from_extents(low, y - scale, high, y + scale))
     for label in labels:
         x, y = axis.transData.transform((label.x, label.y))
         draft = axis.text(0, 0, label.text, ha="center", va="center")

@@ -205,6 +205,7 @@ def test_a_bench_of_the_same_model_times_what_an_eval_scored(tmp_path: Path) -> 
     named = [(point.number, point.name) for point in ttft.points]
     assert named == [(1, "dense"), (2, "image_ffn"), (3, "every_nth_block")]
     assert ttft.points[1].cost == pytest.approx(70) and ttft.points[1].low == pytest.approx(66.5)
+    assert ttft.times.endswith("not timed there: block_pairs")
     own, _ = eval_points(run, ())
     assert own.points[1].cost == pytest.approx(21) and own.points[1].low is None
     document["circumstances"] = {**document["circumstances"], "model_fingerprint": "another"}
