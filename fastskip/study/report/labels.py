@@ -22,7 +22,7 @@ _NEAR = 13
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A text for a place in an axis' data; `upright`, `sideways`: the ends of the whiskers there."""
+    """A text for a place in an axis' data, and the ends of the whiskers there."""
 
     text: str
     x: float
