@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastskip.commands.common import CommandError, ModelOption, config_of
+from fastskip.commands.common import CommandError, config_of
 
 if TYPE_CHECKING:
     from fastskip.layer_plan import ModelShape
@@ -39,7 +39,16 @@ def report(
     examples: Annotated[
         int, typer.Option(min=0, metavar="N", help="Items with both answers, at the most.")
     ] = 12,
-    model: ModelOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="PATH",
+            help="Checkpoint whose config the maps go by. Default: the results' own, if at hand.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         int | None,
         typer.Option(
