@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="looks into the reference runtime"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "full" in item.keywords and not long_form:
+        if item.get_closest_marker("full") and not long_form:
             item.add_marker(pytest.mark.skip(reason="long form; select it with -m full"))
 
 
