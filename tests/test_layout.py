@@ -137,6 +137,12 @@ FLOORS = {
         + ("fit", "demo", "study", "paper"),
         ("PIL", "torch", "transformers"),
     ),
+    # What other programs load; one imports only the program that it plugs into.
+    "integrations": Floor(
+        ("integrations",),
+        (*PURE, "tokens", "families", "loading", "public", "prompts", "timing", "study"),
+        ("PIL", "lmms_eval", "loguru", "torch", "tqdm"),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
