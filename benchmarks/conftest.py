@@ -35,7 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Without `-m full` the long form is left out."""
     if "full" in config.option.markexpr:
         return
-    long = [item for item in items if item.get_closest_marker("full") and _HERE in item.path.parents]
+    long = [
+        item for item in items if item.get_closest_marker("full") and _HERE in item.path.parents
+    ]
     items[:] = [item for item in items if item not in long]
     config.hook.pytest_deselected(items=long)
 

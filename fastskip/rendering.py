@@ -50,7 +50,9 @@ class Renderer:
             spans.append(self._answer(written, turn.answer))
         return written.text[: spans[-1][1]], spans
 
-    def prompt(self, history: Sequence[Turn], question: str, images: int, where: str) -> str:
+    def prompt(
+        self, history: Sequence[Turn], question: str, images: int, where: str, system: str = ""
+    ) -> str:
         """Earlier turns with the answers given, and a question, up to where its answer begins.
 
         Args:
@@ -58,12 +60,17 @@ class Renderer:
             question: what is asked now.
             images: how many there are, all turns together.
             where: how errors name it.
+            system: what stands before all turns; "": nothing.
         Raises:
             DataError: the template cannot say it, or the model reads no images.
         """
         if images and not self._reads_images:
             raise DataError(f"{where}: has images; allowed: none, this model reads text")
         written = self._begin((*history, Turn(question, "")), images, where)
+        if system.strip():
+            self._check_words(system, where)
+            content = self._words(system.strip())
+            written.messages.append({"role": "system", "content": content})
         for turn in history:
             self._ask(written, turn.question)
             self._answer(written, turn.answer)
@@ -84,10 +91,7 @@ class Renderer:
         return _Written(0 if is_placed else images, where)
 
     def _ask(self, written: _Written, question: str) -> None:
-        try:
-            check_text(question)
-        except PromptError as error:
-            raise DataError(f"{written.where}: {error}") from error
+        self._check_words(question, written.where)
         content = self._content(question, written.unplaced)
         written.messages.append({"role": "user", "content": content})
         written.unplaced = 0
@@ -96,14 +100,23 @@ class Renderer:
     def _answer(self, written: _Written, answer: str) -> Span:
         self._check_answer(answer, written.where)
         answer = answer.strip()
-        content = [{"type": "text", "text": answer}] if self._reads_images else answer
-        written.messages.append({"role": "assistant", "content": content})
+        written.messages.append({"role": "assistant", "content": self._words(answer)})
         begin, prompt = len(written.text), len(written.rendered)
         whole = self._converse(written, is_prompt=False)
         piece, end = self._ended(whole[prompt:], written.where)
         self._append(written, whole)
         written.text = written.text[:begin] + piece
         return begin, begin + end
+
+    def _check_words(self, text: str, where: str) -> None:
+        try:
+            check_text(text.replace(PLACEHOLDER, "") if self._reads_images else text)
+        except PromptError as error:
+            raise DataError(f"{where}: {error}") from error
+
+    def _words(self, text: str) -> Any:
+        """A turn without images for the template."""
+        return [{"type": "text", "text": text}] if self._reads_images else text
 
     def _append(self, written: _Written, whole: str) -> None:
         if not whole.startswith(written.rendered):
@@ -136,7 +149,8 @@ class Renderer:
             )
         # a template is a program of the checkpoint's author: it can fail in any way
         except Exception as error:
-            allowed = "one that takes user and assistant in turn"
+            has_system = written.messages[0]["role"] == "system"
+            allowed = f"one that takes {'system, then ' * has_system}user and assistant in turn"
             raise DataError(
                 f"{written.where}: chat template: {error}; allowed: {allowed}"
             ) from error
@@ -149,6 +163,8 @@ class Renderer:
             content = message["content"]
             if not self._reads_images:
                 text += f" {content}" if text else content
+            elif message["role"] == "system":
+                text += f"{content[0]['text']} "
             elif message["role"] == "assistant":
                 text += f" {content[0]['text']}{self._tokenizer.eos_token}"
             else:
@@ -173,6 +189,8 @@ class Renderer:
         return piece, len(piece)
 
     def _check_answer(self, answer: str, where: str) -> None:
+        if not answer.strip():
+            raise DataError(f"{where}: answer {answer!r}; allowed: a text that is not empty")
         for token in self._tokenizer.all_special_tokens:
             if token in answer:
                 raise DataError(f"{where}: an answer holds {token!r}; allowed: plain text")

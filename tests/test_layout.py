@@ -141,6 +141,12 @@ FLOORS = {
     "report": Floor(
         ("study.report",), (*PURE, "public", "intervals"), ("matplotlib", "jinja2", "markupsafe")
     ),
+    # What other programs load; one imports only the program that it plugs into.
+    "integrations": Floor(
+        ("integrations",),
+        (*PURE, "tokens", "families", "loading", "public", "prompts", "timing", "study"),
+        ("PIL", "lmms_eval", "loguru", "torch", "tqdm"),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")

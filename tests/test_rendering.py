@@ -42,9 +42,29 @@ def test_one_turn_is_what_build_inputs_makes(name: str) -> None:
     assert found.input_ids.tolist() == expected.input_ids.tolist()
 
 
+SYSTEM = {
+    "none": "be brief USER: ",
+    "hub": "SYSTEM: be brief USER: ",
+    "chatml": "<s>system\nbe brief</s>\n<s>user\n",
+    "demo": "USER: be brief USER: ",
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_system_stands_before_all_turns(name: str) -> None:
+    renderer = Renderer(PROCESSORS[name])
+    history, question = [Turn("<image>what is it?", "red")], "and <image> this?"
+    plain = renderer.prompt(history, question, 2, "it")
+    found = renderer.prompt(history, question, 2, "it", system=" be brief\n")
+    assert found.startswith(SYSTEM[name])
+    assert found.removeprefix("USER: " * (name == "demo")).endswith(plain)
+    assert "and <image> this?" in plain
+
+
 def test_a_text_model_reads_no_images() -> None:
     renderer = Renderer(build_tokenizer())
     assert renderer.prompt([Turn("a", "b")], "c", 0, "it") == "a b</s> c"
+    assert renderer.prompt([Turn("a", "b")], "c", 0, "it", "d") == "d a b</s> c"
     with pytest.raises(DataError, match="it: has images"):
         renderer.prompt((), "a", 1, "it")
 
@@ -57,6 +77,8 @@ def test_a_text_model_reads_no_images() -> None:
         (CHAT_TEMPLATE, (Turn("b", "c"),), "a?", "writes earlier turns anew"),
         (HUB_TEMPLATE, (Turn("b", "c</s>"),), "a?", "an answer holds '</s>'"),
         (HUB_TEMPLATE, (), "\ud800?", "allowed: Unicode text"),
+        (HUB_TEMPLATE, (), " <image>", "allowed: a text that is not empty"),
+        (HUB_TEMPLATE, (Turn("b", " "),), "a?", "answer ' '; allowed: a text that is not empty"),
     ],
 )
 def test_what_cannot_be_said(
@@ -65,6 +87,19 @@ def test_what_cannot_be_said(
     renderer = Renderer(build_processor(chat_template=template))
     with pytest.raises(DataError, match=f"the item: .*{message}"):
         renderer.prompt(history, question, 1, "the item")
+
+
+def test_a_template_that_knows_no_system() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}"
+        "{% endif %}{{ m['content'][-1]['text'] }}{% endfor %}"
+    )
+    renderer = Renderer(build_processor(chat_template=template))
+    assert renderer.prompt((), "a?", 0, "it") == "a?"
+    with pytest.raises(DataError, match="it: chat template: no; allowed: one that takes system"):
+        renderer.prompt((), "a?", 0, "it", system="be brief")
+    with pytest.raises(DataError, match="it: .*allowed: Unicode text"):
+        renderer.prompt((), "a?", 0, "it", system="\ud800")
 
 
 def test_videos_are_refused() -> None:

@@ -26,7 +26,7 @@ from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
 from fastskip.costs import floor_seconds
 from fastskip.plan import SkipPlan
-from fastskip.timing import no_collection
+from fastskip.timing import Arrivals, no_collection
 
 N_NEW = 128
 ROUNDS, LEAST_ROUNDS = 5, 2
@@ -123,7 +123,7 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
         _generate(contender, model, inputs, n_new)
         _generate(contender, model, inputs, 1)
     with no_collection():
-        watch = _Arrivals()
+        watch = Arrivals()
         begin, call = _timed(partial(_generate, contender, model, inputs, n_new, watch), device)
         entry = _Entry(device)
         # Only here: a hook would make compiled code compile again.
@@ -133,8 +133,8 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
             prefill = entry.seconds_since()
         finally:
             hook.remove()
-    _, first, *_ = stamps = watch.stamps  # before them the prompt itself
-    gaps = [b - a for a, b in pairwise(stamps[1:])]
+    first, *_ = stamps = watch.tokens
+    gaps = [b - a for a, b in pairwise(stamps)]
     found = {
         "ttft": first - begin,
         "prefill": prefill,
@@ -145,19 +145,6 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
     for quantity, value in found.items():
         if value is not None:
             contender.samples.setdefault(quantity, []).append(value)
-
-
-class _Arrivals:
-    """A streamer that notes when tokens reach the host; all loops run as fast with one."""
-
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-
-    def put(self, tokens: Tensor) -> None:
-        self.stamps.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 class _Entry:
@@ -193,7 +180,7 @@ def _generate(
     model: Any,
     inputs: dict[str, Tensor],
     n_new: int,
-    streamer: _Arrivals | None = None,
+    streamer: Arrivals | None = None,
 ) -> Tensor:
     cache = contender.peer.hf_cache
     options = {} if cache is None else {"cache_implementation": cache}

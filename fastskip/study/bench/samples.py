@@ -1,8 +1,4 @@
-"""One call of `generate`, timed as its caller sees it.
-
-A streamer notes when tokens reach the host. Unlike a stopping criterion it changes nothing: our
-loop on a GPU launches ahead of it, and compiled code stays compiled.
-"""
+"""One call of `generate`, timed as its caller sees it: a streamer notes when tokens arrive."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from torch import Tensor
 
 from fastskip.study.bench.contenders import Contender, Models, Source
 from fastskip.study.bench.errors import BenchError
-from fastskip.timing import WARM_TOKENS, no_collection
+from fastskip.timing import WARM_TOKENS, Arrivals, no_collection
 
 Inputs = Mapping[str, Any]
 
@@ -52,7 +48,7 @@ def sample(contender: Contender, models: Models, inputs: Inputs, new_tokens: int
         generate(contender, model, inputs, 1)
     # A hook makes compiled code compile again, and a GPU's clock is not the host's.
     is_apart = is_cuda or contender.source is Source.HF_COMPILED
-    arrivals, entry = _Arrivals(), _Entry(model.device)
+    arrivals, entry = Arrivals(), _Entry(model.device)
     with no_collection():
         if not is_apart:
             entry.watch(model)
@@ -95,23 +91,6 @@ def generate(
     if made.shape[1] != count:
         raise BenchError(f"{contender.label}: {made.shape[1]} tokens were made, {count} wanted")
     return made.cpu()
-
-
-class _Arrivals:
-    """A streamer: when each token of the answer reached the host; the prompt comes first."""
-
-    def __init__(self) -> None:
-        self._stamps: list[float] = []
-
-    @property
-    def tokens(self) -> list[float]:
-        return self._stamps[1:]
-
-    def put(self, tokens: Tensor) -> None:
-        self._stamps.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 class _Entry:

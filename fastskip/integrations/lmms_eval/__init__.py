@@ -1,0 +1,15 @@
+"""The model `fastskip` of lmms-eval; found by lmms-eval through the package's entry point.
+
+lmms-eval --model fastskip --model_args pretrained=llava-hf/llava-1.5-7b-hf,policy=image_ffn ...
+"""
+
+from typing import Any
+
+
+def manifest() -> Any:
+    """What lmms-eval asks for when it lists models: a name, and where the class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(
+        model_id="fastskip", chat_class_path="fastskip.integrations.lmms_eval.model.FastSkip"
+    )

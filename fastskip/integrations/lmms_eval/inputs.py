@@ -1,0 +1,68 @@
+"""Questions become what the model takes, and one that cannot be used is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastskip.conversations import DataError
+from fastskip.integrations.lmms_eval.messages import RequestError
+from fastskip.integrations.lmms_eval.requests import Question, named
+from fastskip.prompts import PromptError, encode_prompts
+from fastskip.rendering import Renderer
+
+
+def prompt_of(processor: Any, question: Question) -> str:
+    """A question's whole prompt, as the checkpoint's template writes it.
+
+    Raises:
+        RequestError: the template cannot say it.
+    """
+    said = question.said
+    try:
+        return Renderer(processor).prompt(
+            said.history, said.question, len(said.images), named([question]), said.system
+        )
+    except DataError as error:
+        raise RequestError(str(error)) from error
+
+
+def model_inputs(
+    model: Any, processor: Any, questions: Sequence[Question], prompts: Sequence[str]
+) -> dict[str, Any]:
+    """Prompts with their questions' images, padded on the left, where the model is.
+
+    Raises:
+        RequestError: a prompt has too many tokens, or its images do not fit.
+    """
+    images = [each.images for each in questions]
+    try:
+        inputs = encode_prompts(processor, prompts, images, config=model.config)
+    except PromptError as error:
+        raise _blamed(model, processor, questions, prompts, error) from error
+    return {name: _placed(value, model) for name, value in inputs.items()}
+
+
+def _blamed(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question],
+    prompts: Sequence[str],
+    error: PromptError,
+) -> RequestError:
+    """The error of the one question that cannot be used; of all, if each could alone."""
+    for each, prompt in zip(questions, prompts, strict=True):
+        try:
+            encode_prompts(processor, [prompt], [each.images], config=model.config)
+        except PromptError as own:
+            return RequestError(f"{named([each])}: {own}")
+    return RequestError(f"{named(questions)}: {error}")
+
+
+def _placed(value: Any, model: Any) -> Any:
+    """A tensor where the model is; pixels in its dtype."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)

@@ -1,0 +1,129 @@
+"""How likely a model finds continuations: one forward over contexts and continuations together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from fastskip.families import image_token_ids
+from fastskip.integrations.lmms_eval.inputs import model_inputs, prompt_of
+from fastskip.integrations.lmms_eval.messages import RequestError, conversation_of
+from fastskip.integrations.lmms_eval.requests import Question, filled, named
+from fastskip.policy import TokenClass
+from fastskip.tokens import CODES
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A question, and a text that may follow on it."""
+
+    question: Question
+    text: str
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Its question's."""
+        return self.question.images
+
+
+def continuations(requests: Sequence[Any], documents: Mapping[str, Any]) -> Iterator[Continuation]:
+    """Requests of `loglikelihood`, long contexts first.
+
+    Args:
+        requests: with `args` of context, continuation (or a function of the document),
+            `doc_to_visual`, document, task, split.
+        documents: of each task, by split.
+    Raises:
+        RequestError: a request cannot be used.
+    """
+    for place, request in sorted(enumerate(requests), key=lambda each: -len(each[1].args[0])):
+        if len(request.args) != 6:
+            raise RequestError(
+                f"loglikelihood: {len(request.args)} arguments; allowed: 6 (context, continuation, "
+                "doc_to_visual, doc, task, split)"
+            )
+        context, target, visual, number, task, split = request.args
+        try:
+            document = documents[task][split][number]
+            text = target if isinstance(target, str) else str(target(document))
+            pictures = (visual(document) if visual else None) or ()
+            content = [{"type": "image", "url": each} for each in pictures]
+            said = conversation_of([{"role": "user", "content": [*content, context]}])
+        # tasks are programs of their authors: what goes wrong in one is told with its document
+        except Exception as error:
+            raise RequestError(f"task {task!r}, doc {number}: {error}") from error
+        yield Continuation(Question(place, task, number, said), text)
+
+
+def score_all(
+    model: Any, processor: Any, asked: Iterator[Continuation], size: int
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Places, and of each the sum of log-probabilities and whether the text is the greedy one.
+
+    Raises:
+        RequestError: one cannot be answered.
+    """
+    for batch in filled(asked, size):
+        scores = score(model, processor, batch)
+        for each, found in zip(batch, scores, strict=True):
+            yield each.question.place, found
+
+
+@torch.inference_mode()
+def score(model: Any, processor: Any, batch: Sequence[Continuation]) -> list[tuple[float, bool]]:
+    """Of each text the sum of log-probabilities and whether it is the greedy one.
+
+    To the policy the texts' rows are generated ones, as they are when a model writes them.
+
+    Raises:
+        RequestError: one cannot be answered.
+    """
+    questions = [each.question for each in batch]
+    lengths, whole = [], []
+    for each in batch:
+        prompt = prompt_of(processor, each.question)
+        whole.append(prompt + each.text)
+        lengths.append(_tokens(processor, whole[-1]) - _tokens(processor, prompt))
+        if lengths[-1] < 1:
+            where = named([each.question])
+            raise RequestError(f"{where}: continuation {each.text!r}; allowed: one token or more")
+    inputs = model_inputs(model, processor, questions, whole)
+    ids, longest = inputs["input_ids"], max(lengths)
+    try:
+        logits = model(
+            **inputs,
+            token_classes=_classes(ids.cpu(), lengths, model.config),
+            logits_to_keep=longest + 1,
+            use_cache=False,
+        ).logits
+    except Exception as error:
+        raise RequestError(f"{named(questions)}: {error}") from error
+    logs = F.log_softmax(logits[:, :-1].float(), dim=-1)
+    targets = ids[:, -longest:]
+    told = logs.gather(-1, targets[..., None])[..., 0].cpu()
+    best = (logs.argmax(-1) == targets).cpu()
+    return [
+        (float(row[-n:].double().sum()), bool(greedy[-n:].all()))
+        for row, greedy, n in zip(told, best, lengths, strict=True)
+    ]
+
+
+def _tokens(processor: Any, text: str) -> int:
+    """Tokens of a text, every image's placeholder as one."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return len(tokenizer(text)["input_ids"])
+
+
+def _classes(ids: Tensor, lengths: Sequence[int], config: Any) -> Tensor:
+    """The class of every column, `[B, T]`; of pads any."""
+    codes = torch.full_like(ids, CODES[TokenClass.TEXT])
+    codes[torch.isin(ids, torch.tensor(image_token_ids(config)))] = CODES[TokenClass.IMAGE]
+    for row, length in zip(codes, lengths, strict=True):
+        row[-length:] = CODES[TokenClass.GENERATED]
+    return codes

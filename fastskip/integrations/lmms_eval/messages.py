@@ -1,0 +1,106 @@
+"""lmms-eval's messages as a conversation that `fastskip.rendering` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from fastskip.conversations import PLACEHOLDER, Turn
+from fastskip.images import load_image
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered; names the task, the document, and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Earlier turns and a question, with one ``<image>`` where each of the images stands.
+
+    `system`: what stands before all turns; may be empty.
+    """
+
+    question: str
+    images: tuple[Image, ...] = ()
+    history: tuple[Turn, ...] = ()
+    system: str = ""
+
+
+def conversation_of(messages: Iterable[Mapping[str, Any]]) -> Conversation:
+    """A conversation of dicts of a role and a text, or a list of dicts of type and text or url.
+
+    A system's message may come first, then user and assistant in turn; images are the user's.
+
+    Raises:
+        RequestError: messages are in another order, or a kind of content is not known.
+        ImageError: the file of an image cannot be used.
+    """
+    said = [(message.get("role"), *_read(message)) for message in messages]
+    system = ""
+    if said and said[0][0] == "system":
+        _, system, _ = said.pop(0)
+    roles = [role for role, _, _ in said]
+    if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles) // 2 * 2 + 1)]:
+        raise RequestError(
+            f"roles: {', '.join(map(str, roles)) or 'none'}; allowed: user and assistant in turn, "
+            "a user at the end, and one system before them"
+        )
+    texts = [text for _, text, _ in said]
+    turns = zip(texts[:-1:2], texts[1::2], strict=True)
+    images = tuple(image for _, _, own in said for image in own)
+    return Conversation(texts[-1], images, tuple(Turn(*turn) for turn in turns), system)
+
+
+def _read(message: Mapping[str, Any]) -> tuple[str, list[Image]]:
+    """A message's text, with a placeholder for each of its images, and these."""
+    role, content = message.get("role"), message.get("content")
+    parts = [_part(each) for each in ([content] if isinstance(content, str) else content or ())]
+    images = [part for part in parts if not isinstance(part, str)]
+    text = _joined([part for part in parts if isinstance(part, str)])
+    if not images:
+        return text, images
+    if role != "user":
+        raise RequestError(f"{role}: {len(images)} images; allowed: images of the user only")
+    placed = text.count(PLACEHOLDER)
+    if placed not in (0, len(images)):
+        raise RequestError(
+            f"{role}: {placed} {PLACEHOLDER} in the text for {len(images)} images; allowed: one "
+            "for each image, or none (images then stand where the message has them)"
+        )
+    if not placed:
+        text = _joined([part if isinstance(part, str) else PLACEHOLDER for part in parts])
+    return text, images
+
+
+def _part(part: Any) -> str | Image:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type")
+    if kind == "text":
+        return str(part["text"])
+    if kind == "image":
+        return picture(part["url"])
+    raise RequestError(f"content: {kind!r}; allowed: text, image")
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Parts of a message as one text, in which no two words become one."""
+    text = ""
+    for part in parts:
+        is_apart = not text or not part or text[-1].isspace() or part[0].isspace()
+        text += part if is_apart else f" {part}"
+    return text
+
+
+def picture(source: Any) -> Image:
+    """An image in memory, or a file of one, in RGB.
+
+    Raises:
+        ImageError: the file cannot be used.
+    """
+    if isinstance(source, Image):
+        return source if source.mode == "RGB" else source.convert("RGB")
+    return load_image(source)
