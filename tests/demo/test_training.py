@@ -120,7 +120,7 @@ def test_a_run_cut_off_goes_on_as_if_it_had_not_been(
         pass
 
     parts = tmp_path / "parts"
-    for stage, step in [(0, 1), (1, 2), (2, 1)]:
+    for stage, step in [(0, 1), (2, 1)]:
         trainer = Trainer(short(parts), processor.tokenizer)
         plain = trainer._loss
 

@@ -29,13 +29,14 @@ from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
-from tests.policies import MIXED, Policy, parallel, policy_of, skip
+from tests.policies import MIXED, Policy, pair, parallel, policy_of, skip
 from tests.routing.routed import check_generate, decided, random, routed
 
-POLICIES: dict[str, Policy] = {
-    "each class its own rule": MIXED["each class its own rule"],
-    "pairs to the end": MIXED["pairs to the end"],
-}
+RULES_AND_PAIR: Policy = policy_of(
+    skip([1], ["image"], "block", kv="omit"),
+    skip([1], ["text"], "attention", kv="reuse"),
+    arrangements=(pair([[2, 3]]),),
+)
 ROUTED: dict[str, Policy] = {
     "omit beside a rule": routed(
         random([0, 3], "all", "block", kv="omit"), rules=[skip([1], ["image"], "ffn")]
@@ -82,15 +83,13 @@ def captured_of(model: Any) -> CapturedForwards:
     return found
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_one_capture_serves_other_prompts(name: str, trio: Trio, batches: list[Batch]) -> None:
-    """The first is run launch by launch, the second captured, the third replayed.
-
-    Another policy (the case before) has left nothing.
-    """
-    model = trio.under(POLICIES[name])
-    for number, batch in enumerate(batches):
-        assert torch.equal(generate(model, batch, 2), greedy(trio.plain, POLICIES[name], batch, 2))
+def test_one_capture_serves_other_prompts(trio: Trio, batches: list[Batch]) -> None:
+    """The first is run launch by launch, the second captured, the third replayed."""
+    model = trio.under(RULES_AND_PAIR)
+    for number, (batch, new) in enumerate(zip(batches, (1, 1, 2), strict=True)):
+        assert torch.equal(
+            generate(model, batch, new), greedy(trio.plain, RULES_AND_PAIR, batch, new)
+        )
         assert len(captured_of(model)) == min(number, 1)
 
 
@@ -131,15 +130,15 @@ def test_learned_positions(at_once: None) -> None:
     trio = Trio(tiny_llava("llava_opt", depth=2), impl="triton")
     policy = policy_of(skip([1], ["image"], "block", kv="omit"))
     model = trio.under(policy)
-    for seed in (3, 8):
+    for seed, new in ((3, 1), (8, 2)):
         batch = random_batch(trio.plain, seed, images=(1, 1), text=(5, 7))
-        assert torch.equal(generate(model, batch, 2), greedy(trio.plain, policy, batch, 2))
+        assert torch.equal(generate(model, batch, new), greedy(trio.plain, policy, batch, new))
     assert len(captured_of(model)) == 1
 
 
 def test_every_row_and_later_turns(trio: Trio, batches: list[Batch], at_once: None) -> None:
     """Logits of all columns; and a second forward on a cache that holds the first."""
-    trio.check_forward(POLICIES["each class its own rule"], batches[1])
+    trio.check_forward(MIXED["each class its own rule"], batches[1])
     model = trio.under(policy_of(skip([1], "all", "block", kv="omit")))
     ids = batches[0].input_ids[:, -6:].clamp(max=50)
     with torch.no_grad():
