@@ -84,8 +84,8 @@ class Costing:
         steps = max(cost.steps, 1)
         attention = [op for op in cost.ops if op.kind not in ("ffn", "lm_head")]
         ffn = [op for op in cost.ops if op.kind == "ffn"]
-        running = {op.layer for op in attention if op.kind == "scores"}
-        feeding = {op.layer for op in ffn}
+        running = {op.layer for op in attention if op.kind == "scores" and op.layer is not None}
+        feeding = {op.layer for op in ffn if op.layer is not None}
         arranged = _arranged(plan)
         return [
             sum(map(self._floor, attention)) / steps,

@@ -39,7 +39,12 @@ class Timed:
     def saved(self, dense: Timed, phase: str) -> float:
         """The median of what it takes less than dense, round by round."""
         own, base = (getattr(each, TIMES[phase]) for each in (self, dense))
-        return median(b - a for a, b in zip(own, base, strict=True))
+        return float(median(b - a for a, b in zip(own, base, strict=True)))
+
+    def share(self, dense: Timed, phase: str) -> float:
+        """Its median time as a share of the dense model's."""
+        name = TIMES[phase]
+        return float(median(getattr(self, name)) / median(getattr(dense, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
