@@ -8,6 +8,10 @@ from dataclasses import dataclass
 _LEAST = {"seed": 0, "tries": 1, "points": 0, "new_tokens": 2, "rounds": 1, "randoms": 0}
 
 
+class SettingsError(ValueError):
+    """A setting that a search cannot have; says what is allowed."""
+
+
 @dataclass(frozen=True, slots=True)
 class SearchSettings:
     """How much is done.
@@ -37,9 +41,9 @@ class SearchSettings:
     def __post_init__(self) -> None:
         for name, low in _LEAST.items():
             if getattr(self, name) < low:
-                raise ValueError(f"{name}: {getattr(self, name)}; allowed: {low} or more")
+                raise SettingsError(f"{name}: {getattr(self, name)}; allowed: {low} or more")
         if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: {self.minutes}; allowed: more than 0")
+            raise SettingsError(f"minutes: {self.minutes}; allowed: more than 0")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,327 @@
+"""`fastskip search`: the best policy for a model, this machine and a budget."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastskip.commands.common import (
+    CommandError,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    ThreadsOption,
+    checkpoint,
+    config_of,
+    device_of,
+    prepare,
+    reading,
+)
+
+if TYPE_CHECKING:
+    from fastskip.study.items import Item
+    from fastskip.study.search import SearchResult, Watcher
+    from fastskip.study.similarity import LayerSimilarity
+
+CALIBRATION_SEED = 5
+"""The demo's calibration questions are drawn by seeds from here on, its held-out ones by 0."""
+
+
+def search(
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="BUDGET",
+            help='"tpot 1.5x" or "ttft 1.3x": so many times faster than dense here; "ttft 80ms": '
+            'at the most; "flops 0.7": this share of the dense FLOPs.',
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="Where search.json, policies/*.json and plots go, and what was measured, so that "
+            "a run that was cut off goes on from there.",
+        ),
+    ],
+    model: ModelOption = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='JSON lines: {"question": "...", "answer": "..." or ["...", ...], "image": '
+            '"a.jpg"}, and "kind" and "metric" where wanted. Some of them calibrate, others judge. '
+            "Default, for the demo's model alone: its own.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Items that the search sees.")
+    ] = 32,
+    count: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Held-out items that judge, at the most.")
+    ] = 200,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Of all that is drawn; the same gives the same.")
+    ] = 0,
+    tries: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Policies measured to better what the solver found."),
+    ] = 120,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MIN",
+            help="End the bettering after so long; the result then depends on the machine's speed.",
+            show_default=False,
+        ),
+    ] = None,
+    points: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Milder budgets to search for too.")
+    ] = 3,
+    randoms: Annotated[int, typer.Option(min=0, metavar="N", help="Random policies.")] = 3,
+    no_routers: Annotated[
+        bool, typer.Option("--no-routers", help="Do not calibrate routers as candidates.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")
+    ] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens of the call that is timed.")
+    ] = 16,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each.")] = 5,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print search.json instead.")] = False,
+) -> None:
+    """Find the best policy for a model on this machine under a budget, and say if it is worth it.
+
+    Leaves out every part of every layer once, class by class, and sees how far the dense model's
+    answers move; takes by mixed-integer programming what costs least under the budget; betters
+    that by measuring whole policies. Costs come from the plan, times from a fit to policies timed
+    here. Uniform intervals, random policies, published methods and calibrated routers are held to
+    the same budget, and all answer items that the search did not see. What is recommended keeps the
+    budget as measured and is not told to be worse than dense; if nothing is, it says so.
+
+    [bold]Examples[/]
+
+    [cyan]fastskip search --budget "flops 0.6" --out runs/search[/] (the demo's model, some minutes)
+
+    [cyan]fastskip search -m llava-hf/llava-1.5-7b-hf --items vqa.jsonl --budget "ttft 1.5x"
+    --out runs/search --dtype bfloat16[/]
+    """
+    prepare(threads)
+    if items is None and model is not None:
+        raise CommandError("--items: needed with --model; a file of JSON lines, see --help")
+    from fastskip.study.search import Search, SearchSettings, parse_budget, plots
+    from fastskip.study.search.solver import require
+
+    require()
+    wanted = parse_budget(budget)
+    settings = SearchSettings(
+        seed, tries, points, minutes, new_tokens, rounds, randoms, routers=not no_routers
+    )
+    seen, held_out = _parted(items, calibration, count, seed)
+
+    import fastskip
+    from fastskip.machine import ceilings
+    from fastskip.prompts import processor_for
+    from fastskip.study.evaluation import Exam
+
+    path = checkpoint(model)
+    if model is None and dtype is Dtype.AUTO:
+        dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
+    plain = _plain_model(path, dtype, device)
+    processor = processor_for(path)
+    options: dict[str, Any] = {
+        "config": plain.config,
+        "batch_size": batch,
+        "new_tokens": answer_tokens,
+    }
+    exam = Exam(seen, processor, **options)
+    watcher, close = _bars()
+    alike = _similarity(plain, exam, out, watcher)
+    prepared = fastskip.apply_(plain, "dense")
+    try:
+        result = Search(
+            prepared,
+            wanted,
+            exam,
+            Exam(held_out, processor, **options),
+            ceilings(prepared.dtype, prepared.device),
+            similarity=alike,
+            settings=settings,
+            folder=out,
+            watcher=watcher,
+        ).run()
+    finally:
+        close()
+    if plots.is_available():
+        plots.write(result, out)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        _show(result, out)
+
+
+def _parted(
+    file: Path | None, calibration: int, count: int, seed: int
+) -> tuple[list["Item"], list["Item"]]:
+    """Items to calibrate on, and others to judge by; broken ones are found before the work."""
+    import random
+
+    from fastskip.study.evaluation import usable
+    from fastskip.study.items import ItemError, read_items
+
+    if file is None:
+        from fastskip.commands.demo_items import demo_items
+        from fastskip.study.paper.measuring import Effort, asked, items_of
+
+        captions = calibration // 4
+        effort = Effort(questions=calibration - captions, captions=captions)
+        return items_of(asked(CALIBRATION_SEED + seed, effort)), demo_items(count)
+    every = read_items(file)
+    if len(every) <= calibration:
+        raise ItemError(
+            f"--items {file}: {len(every)} items; allowed: more than the {calibration} that "
+            "--calibration takes, since others judge"
+        )
+    _, broken = usable(every)
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ItemError(f"{broken[0]}{more}")
+    order = list(range(len(every)))
+    random.Random(seed).shuffle(order)
+    shuffled = [every[place] for place in order]
+    return shuffled[:calibration], shuffled[calibration:][:count]
+
+
+def _plain_model(path: str, dtype: Dtype, device: str | None) -> Any:
+    """The checkpoint as Hugging Face gives it: hidden states are compared before it is prepared."""
+    import torch
+    import transformers
+
+    from fastskip.families import model_class_name
+
+    config = config_of(path)
+    wanted: Any = "auto" if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+    with reading(path):
+        made = getattr(transformers, model_class_name(config)).from_pretrained(
+            path, dtype=wanted, use_safetensors=True
+        )
+    return made.to(device_of(device)).eval()
+
+
+def _similarity(
+    plain: Any, exam: Any, out: Path, watcher: "Watcher"
+) -> tuple["LayerSimilarity", ...]:
+    """How alike hidden states are from layer to layer; kept like all that is measured."""
+    from dataclasses import replace
+
+    from fastskip.policy import TokenClass
+    from fastskip.study.fingerprints import combined, items_fingerprint, model_fingerprint
+    from fastskip.study.search.kept import FILE, Kept
+    from fastskip.study.similarity import LayerSimilarity, similarities
+
+    def measure() -> list[dict[str, Any]]:
+        watcher.on_stage("hidden states", len(exam))
+        inputs = [exam.inputs(number) for number in range(len(exam))]
+        found = similarities(plain, inputs, new_tokens=exam.new_tokens, on_sample=watcher.on_step)
+        return [each.to_dict() for each in found]
+
+    items = items_fingerprint(exam.items)
+    key = combined("similarity", model_fingerprint(plain), items, exam.new_tokens, len(exam))
+    kept = Kept(out / FILE).value(key, measure)
+    return tuple(
+        replace(LayerSimilarity(**each), token_class=TokenClass(each["token_class"]))
+        for each in kept
+    )
+
+
+def _bars() -> tuple["Watcher", Any]:
+    """A bar for each stage, with the time that it has left; and what ends the last one."""
+    from tqdm import tqdm
+
+    from fastskip.study.search import Watcher
+
+    bars: list[Any] = []
+
+    def close() -> None:
+        while bars:
+            bars.pop().close()
+
+    def on_stage(stage: str, steps: int | None) -> None:
+        close()
+        bars.append(tqdm(total=steps, desc=stage, disable=None))
+
+    def on_step() -> None:
+        if bars:
+            bars[-1].update()
+
+    return Watcher(on_stage, on_step), close
+
+
+def _show(result: "SearchResult", out: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    dense = next(each for each in result.candidates if each.source == "dense")
+    quantity = result.budget["quantity"]
+    titles = ["candidate", "FLOPs", "TTFT", "TPOT", "KL", "score", "from dense"]
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 18
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for each in sorted(result.candidates, key=lambda one: -one.score.mean):
+        marks = ("[green]>[/] " if each.is_recommended else "") + each.name
+        marks += " *" if each.is_on_front else ""
+        times = []
+        for own, base in ((each.ttft_s, dense.ttft_s), (each.tpot_s, dense.tpot_s)):
+            times.append("" if own is None or base is None else f"{base / own:.2f}x")
+        change = each.change
+        table.add_row(
+            marks if each.keeps_budget or each.source == "dense" else f"[dim]{marks}[/]",
+            f"{each.flops:.0%}",
+            *times,
+            f"{each.calibration_kl:.3g}",
+            f"{each.score.mean:.1%}",
+            f"{100 * change.mean:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+        )
+    console.print(table)
+    workload, settings = result.workload, result.settings
+    console.print(
+        f"* nothing beats it in both score and {quantity.upper()}; dim: over the budget "
+        f"({result.budget['text']}). KL: nats an answer token on {settings['calibration_items']} "
+        f"calibration items; scores on {settings['held_out_items']} others, 95 % intervals, item "
+        f"by item. Dense: TTFT {_ms(dense.ttft_s)}, TPOT {_ms(dense.tpot_s)}, batch 1, "
+        f"{workload['n_image']} image and {workload['n_text']} text rows, {workload['n_new']} new "
+        "tokens."
+    )
+    if result.left_out:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in result.left_out)
+        console.print(f"[dim]Left out: {reasons}.[/]")
+    if result.latency is not None:
+        errors = result.latency["errors"]
+        console.print(
+            f"Times are foretold by a least-squares fit of what {result.latency['probes']} "
+            f"policies saved here; it misses them by {errors['prefill']:.1%} of TTFT and "
+            f"{errors['decode']:.1%} of TPOT (root mean square)."
+        )
+    if result.settings["is_cut_short"]:
+        console.print("[yellow]--minutes ended the search early.[/]")
+    console.print(f"[bold]{result.text}[/]")
+    typer.echo(f"wrote {out}", err=True)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g} ms"
