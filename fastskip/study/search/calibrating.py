@@ -8,7 +8,7 @@ answer are GENERATED, as they would be in `generate`, so that nothing needs to b
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,18 +107,26 @@ def _answered(model: Any, inputs: dict[str, Any], exam: Exam) -> _Batch:
     # The last token is asked for and never fed: what it would lead to is no part of the answer.
     whole = torch.cat([mask, asked[:, 1:].to(mask.dtype)], 1)
     codes = _codes(model, ids, inputs, told.shape[1] - 1)
+    embeddings = torch.cat(
+        [_embedded(model, inputs), model.get_input_embeddings()(told[:, :-1])], 1
+    )
+    empty = told.new_zeros(0, dtype=torch.float32)
+    batch = _Batch(embeddings, whole, codes, empty, told, asked)
+    return replace(batch, logs=_logs(model, batch))
+
+
+def _embedded(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Prompts `[B, P, D]` as the decoder reads them, image features in their places."""
     seen: dict[str, Any] = {}
     hook = model.get_decoder().register_forward_pre_hook(
         lambda _, args, given: seen.update(given), with_kwargs=True
     )
     try:
-        given = {**inputs, "input_ids": out[:, :-1], "attention_mask": whole}
-        model(**given, use_cache=False, logits_to_keep=told.shape[1])
+        model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    empty = told.new_zeros(0, dtype=torch.float32)
-    batch = _Batch(seen["inputs_embeds"], whole, codes, empty, told, asked)
-    return _Batch(batch.embeddings, whole, codes, _logs(model, batch), told, asked)
+    found: Tensor = seen["inputs_embeds"]
+    return found
 
 
 def _logs(model: Any, batch: _Batch) -> Tensor:

@@ -10,7 +10,7 @@ from fastskip.plan import ModelShape
 from fastskip.study.search import solver
 from fastskip.study.search.bench import Bench
 from fastskip.study.search.budget import Budget, Quantity, impossible
-from fastskip.study.search.changes import changes_of, choices_of
+from fastskip.study.search.changes import BLOCK, changes_of, choices_of
 from fastskip.study.search.conclusion import FOUND
 from fastskip.study.search.latency import Timed
 from fastskip.study.search.pricing import Pricing
@@ -98,24 +98,27 @@ class Seeker:
         return found
 
 
-def offers_of(
-    shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities | None = None
-) -> list[Offer]:
-    """Every choice of every layer, with what it saves and, if known, what it costs."""
-    found = []
-    for layer in range(shape.depth):
-        if sensitivities is None:
-            changes = changes_of(layer, shape.depth, shape.classes)
-        else:
-            changes = tuple(sensitivities.changes(layer))
-        for choice in choices_of(changes, shape.classes):
-            kl = 0.0 if sensitivities is None else sensitivities.kl(layer, choice)
-            found.append(Offer(layer, choice, kl, pricing.saved(layer, choice)))
-    return found
+def offers_of(shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities) -> list[Offer]:
+    """Every choice of every layer, with what it costs and saves."""
+    return [
+        Offer(layer, choice, sensitivities.kl(layer, choice), pricing.saved(layer, choice))
+        for layer in range(shape.depth)
+        for choice in choices_of(sensitivities.changes(layer), shape.classes)
+    ]
 
 
 def check_possible(shape: ModelShape, pricing: Pricing, budget: Budget) -> None:
     """Before the long part: raise `BudgetError` if skipping everything does not keep the budget."""
-    least = 1 - solver.most_saved(offers_of(shape, pricing), shape.depth)
+    every = frozenset(shape.classes)
+    harshest = [
+        (layer, change)
+        for layer in range(shape.depth)
+        for change in changes_of(layer, shape.depth, shape.classes)
+        if change.tokens == every and change.skip in (BLOCK, frozenset())
+    ]
+    offers = [
+        Offer(layer, (change,), 0.0, pricing.saved(layer, (change,))) for layer, change in harshest
+    ]
+    least = 1 - solver.most_saved(offers, shape.depth)
     if least > budget.limit(pricing.dense_s) + SLACK:
         raise impossible(budget, max(least, 1e-9), pricing.dense_s)
