@@ -22,7 +22,7 @@ from fastskip.study.search.peers import without_blocks
 from fastskip.study.search.visual_contribution import FROZEN, frozen_in, least_contribution_first
 from fastskip.study.similarity import similarities
 
-ITEMS = items_of(asked(7, Effort(questions=3, captions=1)))
+ITEMS = items_of(asked(7, Effort(questions=3, captions=0)))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def plain() -> Any:
 
 @pytest.fixture(scope="module")
 def exam(plain: Any) -> Exam:
-    return Exam(ITEMS, processor_for(checkpoint_path()), config=plain.config, batch_size=4)
+    return Exam(
+        ITEMS, processor_for(checkpoint_path()), config=plain.config, batch_size=4, new_tokens=6
+    )
 
 
 def test_block_influence_is_one_minus_the_mean_cosine(plain: Any, exam: Exam) -> None:
@@ -90,7 +92,8 @@ def test_contribution_is_how_far_frozen_image_rows_move_the_answer(exam: Exam) -
 
     def logs() -> torch.Tensor:
         with torch.inference_mode():
-            return model(**given).logits[:, width - 1 :].log_softmax(-1)
+            found: torch.Tensor = model(**given).logits[:, width - 1 :].log_softmax(-1)
+        return found
 
     dense = logs()
     prepared = fastskip.load_model(checkpoint_path(), "dense", dtype="float32")

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 import fastskip
 from fastskip.cli import app
-from fastskip.costs import Ceilings
+from fastskip.costs import Ceilings, floor_seconds
+from fastskip.demo.timing import Times
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.study.evaluation import Exam
 from fastskip.study.items import Item
@@ -209,11 +210,27 @@ def test_a_search_that_was_killed_goes_on(
     assert again.text == result.text
 
 
-def test_a_budget_in_time(model: Any) -> None:
-    settings = replace(SETTINGS, tries=2, points=0, randoms=0)
-    result = search(model, None, "tpot 1.01x", settings=settings).run()
+def test_a_budget_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of which all times are known, since real ones are as loud as the machine."""
+
+    def foretold(model: Any, inputs: Any, new_tokens: int) -> Times:
+        cost = fastskip.plan_of(model).cost(4, 7, new_tokens)
+        prefill, step = (floor_seconds(own, CEILINGS) for own in (cost.prefill, cost.decode))
+        return Times(prefill, 1e-6 + step / (new_tokens - 1), 1e-5 + prefill)
+
+    monkeypatch.setattr("fastskip.study.search.latency.time_once", foretold)
+    monkeypatch.setattr("fastskip.study.judging.time_once", foretold)
+    settings = replace(SETTINGS, tries=2, points=0, randoms=0, wirings=False)
+    model = fastskip.apply_(tiny_llava(depth=2), "dense")
+    result = search(model, None, "tpot 1.2x", settings=settings).run()
     assert result.latency is not None and result.latency["probes"] >= 14
-    assert all(each.tpot_s for each in result.candidates)
+    assert result.latency["errors"]["decode"] < 0.01
+    by_name = {each.name: each for each in result.candidates}
+    dense, found = by_name["dense"], by_name["search"]
+    assert dense.tpot_s and found.tpot_s and found.tpot_s <= dense.tpot_s / 1.2
+    assert found.keeps_budget and found.cost == pytest.approx(found.tpot_s / dense.tpot_s, 0.02)
+    with pytest.raises(BudgetError, match=r"TPOT 20x faster cannot be reached; .*: TPOT [\d.]+x"):
+        search(model, None, "tpot 20x", settings=settings).run()
 
 
 def test_impossible_budgets(model: Any) -> None:
