@@ -73,7 +73,7 @@ def search(
     tries: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="Policies measured to better what the solver found."),
-    ] = 120,
+    ] = 80,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -84,7 +84,7 @@ def search(
     ] = None,
     points: Annotated[
         int, typer.Option(min=0, metavar="N", help="Milder budgets to search for too.")
-    ] = 3,
+    ] = 2,
     randoms: Annotated[int, typer.Option(min=0, metavar="N", help="Random policies.")] = 3,
     no_routers: Annotated[
         bool, typer.Option("--no-routers", help="Do not calibrate routers as candidates.")

@@ -29,8 +29,8 @@ class SearchSettings:
     """
 
     seed: int = 0
-    tries: int = 120
-    points: int = 3
+    tries: int = 80
+    points: int = 2
     minutes: float | None = None
     new_tokens: int = 16
     rounds: int = 5
