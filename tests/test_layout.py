@@ -151,7 +151,7 @@ FLOORS = {
     "search": Floor(
         ("study.search",),
         (*PURE, "tokens", "families", "loading", "public", "machine", "intervals", "timing")
-        + ("fit", "study", "paper"),
+        + ("fingerprints", "fit", "study", "paper"),
         ("torch", "numpy", "scipy", "matplotlib"),
     ),
     "commands": Floor(
@@ -280,7 +280,9 @@ def test_outside_packages() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton", "peft", "pycocoevalcap", "scipy"])
+@pytest.mark.parametrize(
+    "package", ["yaml", "matplotlib", "triton", "peft", "pycocoevalcap", "scipy"]
+)
 def test_imported_only_when_needed(package: str) -> None:
     """A file format, an optional extra, a GPU: not everyone has them or wants to wait for them."""
     wrong = [str(found) for found in imports() if found.on_import and _root(found) == package]

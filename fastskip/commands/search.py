@@ -19,11 +19,12 @@ from fastskip.commands.common import (
     prepare,
     reading,
 )
+from fastskip.commands.demo_items import demo_tasks
 
 if TYPE_CHECKING:
+    from fastskip.study.evaluation import Exam
     from fastskip.study.items import Item
     from fastskip.study.search import SearchResult, Watcher
-    from fastskip.study.similarity import LayerSimilarity
 
 CALIBRATION_SEED = 5
 """The demo's calibration questions are drawn by seeds from here on, its held-out ones by 0."""
@@ -56,8 +57,16 @@ def search(
         typer.Option(
             metavar="FILE",
             help='JSON lines: {"question": "...", "answer": "..." or ["...", ...], "image": '
-            '"a.jpg"}, and "kind" and "metric" where wanted. Some of them calibrate, others judge. '
-            "Default, for the demo's model alone: its own.",
+            '"a.jpg"}, or LLaVA\'s conversations, as fastskip eval reads them. Some '
+            "of them calibrate, others judge. Default, for the demo's model alone: its own.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where image paths start. Default: the file's own folder.",
             show_default=False,
         ),
     ] = None,
@@ -119,9 +128,11 @@ def search(
     --out runs/search --dtype bfloat16[/]
     """
     prepare(threads)
-    if items is None and model is not None:
-        raise CommandError("--items: needed with --model; a file of JSON lines, see --help")
+    if items is None and (model is not None or images is not None):
+        option = "--images" if model is None else "--model"
+        raise CommandError(f"--items: needed with {option}; a file of JSON lines, see --help")
     from fastskip.study.search import Search, SearchSettings, parse_budget, plots
+    from fastskip.study.search.hidden_states import compared
     from fastskip.study.search.solver import require
 
     require()
@@ -129,33 +140,25 @@ def search(
     settings = SearchSettings(
         seed, tries, points, minutes, new_tokens, rounds, randoms, routers=not no_routers
     )
-    seen, held_out = _parted(items, calibration, count, seed)
+    path = checkpoint(model)
+    seen, others = _parted(items, images, calibration, count, seed)
+    exam, held_out = (_exam(each, path, batch, answer_tokens) for each in (seen, others))
 
     import fastskip
     from fastskip.machine import ceilings
-    from fastskip.prompts import processor_for
-    from fastskip.study.evaluation import Exam
 
-    path = checkpoint(model)
     if model is None and dtype is Dtype.AUTO:
         dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
     plain = _plain_model(path, dtype, device)
-    processor = processor_for(path)
-    options: dict[str, Any] = {
-        "config": plain.config,
-        "batch_size": batch,
-        "new_tokens": answer_tokens,
-    }
-    exam = Exam(seen, processor, **options)
     watcher, close = _bars()
-    alike = _similarity(plain, exam, out, watcher)
+    alike = compared(plain, exam, out, watcher)
     prepared = fastskip.apply_(plain, "dense")
     try:
         result = Search(
             prepared,
             wanted,
             exam,
-            Exam(held_out, processor, **options),
+            held_out,
             ceilings(prepared.dtype, prepared.device),
             similarity=alike,
             settings=settings,
@@ -173,35 +176,49 @@ def search(
 
 
 def _parted(
-    file: Path | None, calibration: int, count: int, seed: int
+    file: Path | None, images: Path | None, calibration: int, count: int, seed: int
 ) -> tuple[list["Item"], list["Item"]]:
-    """Items to calibrate on, and others to judge by; broken ones are found before the work."""
+    """Items to calibrate on, and others to judge by."""
     import random
 
-    from fastskip.study.evaluation import usable
+    from fastskip.study.fingerprints import items_fingerprint
     from fastskip.study.items import ItemError, read_items
 
     if file is None:
-        from fastskip.commands.demo_items import demo_items
-        from fastskip.study.paper.measuring import Effort, asked, items_of
-
-        captions = calibration // 4
-        effort = Effort(questions=calibration - captions, captions=captions)
-        return items_of(asked(CALIBRATION_SEED + seed, effort)), demo_items(count)
-    every = read_items(file)
+        held_out = demo_tasks(count)
+        known = {items_fingerprint([each]) for each in held_out}
+        seen = demo_tasks(calibration, CALIBRATION_SEED + seed)
+        return [each for each in seen if items_fingerprint([each]) not in known], held_out
+    every = read_items(file, images)
     if len(every) <= calibration:
         raise ItemError(
             f"--items {file}: {len(every)} items; allowed: more than the {calibration} that "
             "--calibration takes, since others judge"
         )
-    _, broken = usable(every)
-    if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise ItemError(f"{broken[0]}{more}")
     order = list(range(len(every)))
     random.Random(seed).shuffle(order)
     shuffled = [every[place] for place in order]
     return shuffled[:calibration], shuffled[calibration:][:count]
+
+
+def _exam(items: list["Item"], path: str, batch: int, answer_tokens: int) -> "Exam":
+    """The items as inputs; a broken one is found before anything is measured."""
+    from fastskip.prompts import processor_for
+    from fastskip.study.evaluation import Exam
+    from fastskip.study.items import ItemError
+
+    exam = Exam(
+        items,
+        processor_for(path),
+        config=config_of(path),
+        batch_size=batch,
+        new_tokens=answer_tokens,
+    )
+    broken = list(exam.problems().values())
+    if broken:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise ItemError(f"{broken[0]}{more}")
+    return exam
 
 
 def _plain_model(path: str, dtype: Dtype, device: str | None) -> Any:
@@ -218,32 +235,6 @@ def _plain_model(path: str, dtype: Dtype, device: str | None) -> Any:
             path, dtype=wanted, use_safetensors=True
         )
     return made.to(device_of(device)).eval()
-
-
-def _similarity(
-    plain: Any, exam: Any, out: Path, watcher: "Watcher"
-) -> tuple["LayerSimilarity", ...]:
-    """How alike hidden states are from layer to layer; kept like all that is measured."""
-    from dataclasses import replace
-
-    from fastskip.policy import TokenClass
-    from fastskip.study.fingerprints import combined, items_fingerprint, model_fingerprint
-    from fastskip.study.search.kept import FILE, Kept
-    from fastskip.study.similarity import LayerSimilarity, similarities
-
-    def measure() -> list[dict[str, Any]]:
-        watcher.on_stage("hidden states", len(exam))
-        inputs = [exam.inputs(number) for number in range(len(exam))]
-        found = similarities(plain, inputs, new_tokens=exam.new_tokens, on_sample=watcher.on_step)
-        return [each.to_dict() for each in found]
-
-    items = items_fingerprint(exam.items)
-    key = combined("similarity", model_fingerprint(plain), items, exam.new_tokens, len(exam))
-    kept = Kept(out / FILE).value(key, measure)
-    return tuple(
-        replace(LayerSimilarity(**each), token_class=TokenClass(each["token_class"]))
-        for each in kept
-    )
 
 
 def _bars() -> tuple["Watcher", Any]:

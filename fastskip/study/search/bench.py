@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.costs import Ceilings
+from fastskip.fingerprints import model_fingerprint
 from fastskip.loading import plan_of
 from fastskip.policy import SkipPolicy
 from fastskip.study.comparison import prompt_sizes
 from fastskip.study.evaluation import Exam
-from fastskip.study.fingerprints import combined, items_fingerprint, model_fingerprint
+from fastskip.study.fingerprints import combined
 from fastskip.study.samples import placed
 from fastskip.study.search.budget import Quantity
 from fastskip.study.search.calibrating import Calibrator, Moved
@@ -53,11 +54,10 @@ class Bench:
         workload = Workload(*prompt_sizes(typical, model.config), settings.new_tokens)
         self.costing = Costing(self.shape, workload, ceilings)
         self.model_print = model_fingerprint(model)
-        self.items_print = items_fingerprint(calibration.items)
         self._kept = Kept(None if folder is None else folder / FILE)
         self._base = combined(
             self.model_print,
-            self.items_print,
+            calibration.fingerprint,
             calibration.new_tokens,
             len(calibration),
             str(model.device),

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from fastskip.demo.timing import endless, time_once
 from fastskip.loading import plan_of, set_policy
 from fastskip.plan import ModelShape
 from fastskip.policy import Arrangement, SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.search.changes import ATTENTION, BLOCK, FFN, Change, policy_of
 from fastskip.study.search.costing import Costing, Numbers, phase_of
+from fastskip.timing import endless, time_once
 
 _SIGNS = np.array([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
 """Parallel blocks and pairs save by being there."""

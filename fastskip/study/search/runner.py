@@ -9,8 +9,8 @@ from typing import Any
 
 from fastskip.costs import Ceilings
 from fastskip.loading import plan_of, set_policy
+from fastskip.policy_fit import made_for
 from fastskip.study.evaluation import Exam
-from fastskip.study.fingerprints import items_fingerprint
 from fastskip.study.judging import Judgement, JudgementFile, judge
 from fastskip.study.provenance import circumstances
 from fastskip.study.search import conclusion, sensitivity, solver
@@ -179,8 +179,8 @@ class Search:
         about = {
             **circumstances(self.model),
             "model_fingerprint": bench.model_print,
-            "items_fingerprint": items_fingerprint(self.held_out.items),
-            "calibration_fingerprint": bench.items_print,
+            "items_fingerprint": self.held_out.fingerprint,
+            "calibration_fingerprint": bench.calibration.fingerprint,
         }
         return SearchResult(
             budget=self.budget.to_dict(),
@@ -203,11 +203,5 @@ class Search:
             recommended=None if best is None else best.name,
             text=conclusion.told(candidates, best, comparisons, items, self.budget.text),
             latency=None if latency is None else latency.to_dict(),
-            made_for={
-                "model": about["model"],
-                "fingerprint": bench.model_print,
-                "depth": bench.shape.depth,
-                "hidden_size": bench.shape.hidden_size,
-                "dtype": about["dtype"],
-            },
+            made_for=made_for(self.model),
         )

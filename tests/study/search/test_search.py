@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 import fastskip
 from fastskip.cli import app
 from fastskip.costs import Ceilings, floor_seconds
-from fastskip.demo.timing import Times
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.study.evaluation import Exam
 from fastskip.study.items import Item
@@ -30,6 +29,7 @@ from fastskip.study.search.changes import changes_of, policy_of
 from fastskip.study.search.kept import Kept
 from fastskip.study.search.settings import SettingsError
 from fastskip.study.similarity import LayerSimilarity
+from fastskip.timing import Times
 from tests.models import tiny_llava
 
 CEILINGS = Ceilings(1e10, 1e11)
@@ -71,7 +71,7 @@ def items(count: int, first: int = 0) -> list[Item]:
 
     picture = Image.new("RGB", (8, 8))
     return [
-        Item(f"what is {number}?", (WORDS[number % len(WORDS)],), picture)
+        Item(f"what is {number}?", (WORDS[number % len(WORDS)],), (picture,))
         for number in range(first, first + count)
     ]
 
