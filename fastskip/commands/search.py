@@ -95,6 +95,14 @@ def search(
         int, typer.Option(min=0, metavar="N", help="Milder budgets to search for too.")
     ] = 2,
     randoms: Annotated[int, typer.Option(min=0, metavar="N", help="Random policies.")] = 3,
+    multi_turn: Annotated[
+        bool,
+        typer.Option(
+            "--multi-turn",
+            help="Answers stay visible to later turns on a kept cache: where their rows skip "
+            "attention they leave K and V all the same, which costs time.",
+        ),
+    ] = False,
     no_routers: Annotated[
         bool, typer.Option("--no-routers", help="Do not calibrate routers as candidates.")
     ] = False,
@@ -138,7 +146,15 @@ def search(
     require()
     wanted = parse_budget(budget)
     settings = SearchSettings(
-        seed, tries, points, minutes, new_tokens, rounds, randoms, routers=not no_routers
+        seed=seed,
+        tries=tries,
+        points=points,
+        minutes=minutes,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        randoms=randoms,
+        keeps_answers=multi_turn,
+        routers=not no_routers,
     )
     path = checkpoint(model)
     seen, others = _parted(items, images, calibration, count, seed)
@@ -286,7 +302,7 @@ def _show(result: "SearchResult", out: Path) -> None:
             *times,
             f"{each.calibration_kl:.3g}",
             f"{each.score.mean:.1%}",
-            f"{100 * change.mean:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+            f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}",
         )
     console.print(table)
     workload, settings = result.workload, result.settings

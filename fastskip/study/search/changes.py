@@ -73,25 +73,31 @@ def span_of(choice: Choice) -> int:
 
 
 def changes_of(
-    layer: int, depth: int, classes: Sequence[TokenClass], *, wirings: bool = True
+    layer: int,
+    depth: int,
+    classes: Sequence[TokenClass],
+    *,
+    wirings: bool = True,
+    keeps_answers: bool = False,
 ) -> tuple[Change, ...]:
     """All that is measured of one layer: by class, for the answer with the text, and for all.
 
     A row of the lowest layer has no entry below to reuse. Where all classes skip attention nobody
-    is left to read what K and V they leave, so that there is one form of it.
+    is left to read what K and V they leave, so that there is one form of it. What GENERATED rows
+    leave where they skip attention only later turns on a kept cache read: reusing an entry is then
+    no better than having none, and `keeps_answers` has them leave their own in any case.
     """
-    kvs = [SkippedKV.PROJECT, SkippedKV.OMIT] + ([SkippedKV.REUSE] if layer else [])
+    every, generated = frozenset(classes), TokenClass.GENERATED
+    answer = frozenset({TokenClass.TEXT, generated})
     found = []
-    every = frozenset(classes)
-    unions = [frozenset({TokenClass.TEXT, TokenClass.GENERATED})]
-    for tokens in (*(frozenset({c}) for c in classes), *(u for u in unions if u < every)):
+    for tokens in (*(frozenset({c}) for c in classes), *([answer] if answer < every else [])):
+        kvs = [SkippedKV.PROJECT]
+        if not (keeps_answers and generated in tokens):
+            kvs.append(SkippedKV.OMIT)
+        if layer and generated not in tokens:
+            kvs.append(SkippedKV.REUSE)
         found.append(Change(tokens, FFN))
-        for skip in (ATTENTION, BLOCK):
-            found += (
-                Change(tokens, skip, kv)
-                for kv in kvs
-                if len(tokens) == 1 or kv is not SkippedKV.REUSE
-            )
+        found += (Change(tokens, skip, kv) for skip in (ATTENTION, BLOCK) for kv in kvs)
     found.append(Change(every, FFN))
     found += (Change(every, skip, SkippedKV.PROJECT) for skip in (ATTENTION, BLOCK))
     if wirings:

@@ -42,9 +42,9 @@ class Timed:
         return float(median(b - a for a, b in zip(own, base, strict=True)))
 
     def share(self, dense: Timed, phase: str) -> float:
-        """Its median time as a share of the dense model's."""
-        name = TIMES[phase]
-        return float(median(getattr(self, name)) / median(getattr(dense, name)))
+        """The median of its times as shares of the dense model's, round by round."""
+        own, base = (getattr(each, TIMES[phase]) for each in (self, dense))
+        return float(median(a / b for a, b in zip(own, base, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

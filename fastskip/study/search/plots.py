@@ -98,7 +98,9 @@ def sensitivity(result: SearchResult) -> Any:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    labels = list(dict.fromkeys(each.change.label() for each in result.sensitivity))
+    labels = [
+        x.label() for x in sorted({x.change for x in result.sensitivity}, key=lambda x: x.key)
+    ]
     depth = 1 + max(each.layer for each in result.sensitivity)
     table = [[float("nan")] * depth for _ in labels]
     for each in result.sensitivity:
@@ -109,14 +111,14 @@ def sensitivity(result: SearchResult) -> Any:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_xticks(range(0, depth, max(1, depth // 16)))
     axis.set_xlabel("layer (of a pair, the first one)")
-    axis.set_title("how far leaving it out moves the answers", fontsize=10)
+    axis.set_title("how far leaving it out moves answers", fontsize=10)
     figure.colorbar(image, ax=axis, label="KL, nats an answer token", shrink=0.8)
     return figure
 
 
 def _named(candidates: Sequence[Found]) -> list[Found]:
     """Which ones have their names beside them: the best of what lies together."""
-    shown = [each for each in candidates if each.source in ("search", "peer", "dense")]
+    shown = [each for each in candidates if each.source in ("search", "peer")]
     return [each for each in shown if each.score.mean > 0.25]
 
 

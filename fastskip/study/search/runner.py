@@ -106,14 +106,18 @@ class Search:
         return self._concluded(sought, sensitivities, candidates, judged, left_out)
 
     def _sensitivities(self, pricing: Pricing) -> Sensitivities:
-        shape, wirings = self._bench.shape, self.settings.wirings
-        self._watcher.on_stage("sensitivity", sensitivity.count(shape, wirings=wirings))
+        shape = self._bench.shape
+        options = {
+            "wirings": self.settings.wirings,
+            "keeps_answers": self.settings.keeps_answers,
+        }
+        self._watcher.on_stage("sensitivity", sensitivity.count(shape, **options))
         return sensitivity.measure(
             shape,
             self._bench.divergence,
             lambda layer, change: pricing.saved(layer, (change,)),
             self._similarity,
-            wirings=wirings,
+            **options,
             on_cell=self._watcher.on_step,
         )
 

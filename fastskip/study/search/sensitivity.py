@@ -87,6 +87,7 @@ def measure(
     similarity: Sequence[LayerSimilarity] = (),
     *,
     wirings: bool = True,
+    keeps_answers: bool = False,
     on_cell: Callable[[], object] = lambda: None,
 ) -> Sensitivities:
     """Measure every change of every layer.
@@ -97,12 +98,14 @@ def measure(
         saved: what a change of a layer saves, as a share of dense.
         similarity: of hidden states, by layer and class.
         wirings: whether parallel blocks and pairs are measured too.
+        keeps_answers: as in `changes_of`.
         on_cell: called after each change.
     """
     known = {(each.layer, each.token_class): each for each in similarity}
+    options = {"wirings": wirings, "keeps_answers": keeps_answers}
     found = []
     for layer in range(shape.depth):
-        for change in changes_of(layer, shape.depth, shape.classes, wirings=wirings):
+        for change in changes_of(layer, shape.depth, shape.classes, **options):
             kl = divergence(policy_of([(layer, (change,))]))
             alike = _similarity(layer, change, known)
             found.append(Sensitivity(layer, change, kl, alike, saved(layer, change)))
@@ -110,10 +113,10 @@ def measure(
     return Sensitivities(found)
 
 
-def count(shape: ModelShape, *, wirings: bool = True) -> int:
+def count(shape: ModelShape, **options: bool) -> int:
     """How many changes `measure` measures."""
     return sum(
-        len(changes_of(layer, shape.depth, shape.classes, wirings=wirings))
+        len(changes_of(layer, shape.depth, shape.classes, **options))
         for layer in range(shape.depth)
     )
 

@@ -25,6 +25,8 @@ class SearchSettings:
         rounds: timed runs of each policy.
         randoms: random policies.
         wirings: whether parallel blocks and pairs are measured too.
+        keeps_answers: whether GENERATED rows that skip attention leave K and V all the same, for
+            later turns on a kept cache; no single answer shows what that is worth.
         routers: whether calibrated routers are held to the find.
     """
 
@@ -36,6 +38,7 @@ class SearchSettings:
     rounds: int = 5
     randoms: int = 3
     wirings: bool = True
+    keeps_answers: bool = False
     routers: bool = True
 
     def __post_init__(self) -> None:
