@@ -125,7 +125,9 @@ def _embedded(model: Any, inputs: dict[str, Any]) -> Tensor:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    found: Tensor = seen["inputs_embeds"]
+    found: Tensor | None = seen.get("inputs_embeds")
+    if found is None:  # a text-only model's decoder embeds by itself
+        found = model.get_input_embeddings()(inputs["input_ids"])
     return found
 
 

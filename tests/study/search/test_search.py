@@ -1,6 +1,7 @@
 """The search from end to end on the bundled model, small; resuming; seeds; errors."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import fastskip
 from fastskip.cli import app
 from fastskip.costs import Ceilings, floor_seconds
 from fastskip.policy import SkipPolicy, TokenClass
+from fastskip.policy_fit import check_fit
 from fastskip.study.evaluation import Exam
 from fastskip.study.items import Item
 from fastskip.study.search import (
@@ -30,7 +32,7 @@ from fastskip.study.search.kept import Kept
 from fastskip.study.search.settings import SettingsError
 from fastskip.study.similarity import LayerSimilarity
 from fastskip.timing import Times
-from tests.models import tiny_llava
+from tests.models import tiny_llama, tiny_llava
 
 CEILINGS = Ceilings(1e10, 1e11)
 SETTINGS = SearchSettings(
@@ -154,7 +156,11 @@ def test_a_whole_search(model: Any, result: SearchResult, folder: Path) -> None:
     found = by_name["search"]
     assert found["cost"] <= 0.7 + 1e-6 and found["keeps_budget"]
     assert {"search", "uniform", "random", "peer"} <= {each["source"] for each in by_name.values()}
-    assert {"shortgpt", "sleb", "shortv", "visual_withdrawal", "fastv"} & by_name.keys()
+    peers = "visual_withdrawal frozen_visual image_ffn v_skip fastv pyramid_drop random_removal "
+    peers += "even_removal shortv parallel_blocks block_pairs shortgpt sleb"
+    told = by_name.keys() | {each["name"] for each in document["left_out"]}
+    assert set(peers.split()) <= told
+    assert {"shortgpt", "sleb"} <= by_name.keys()
     for each in by_name.values():
         if each["source"] not in ("dense", "search"):
             assert each["cost"] <= 0.7 + 1e-6, each["name"]
@@ -162,6 +168,9 @@ def test_a_whole_search(model: Any, result: SearchResult, folder: Path) -> None:
             policy = SkipPolicy.from_file(folder / each["file"])
             assert policy == SkipPolicy.from_dict(each["policy"])
             assert policy.provenance["made_for"]["depth"] == 3
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                check_fit(model, policy)
             assert policy.provenance["search"]["measured"]["cost"] == each["cost"]
     kls = [each["calibration_kl"] for each in by_name.values() if each["source"] == "uniform"]
     assert found["calibration_kl"] <= min(kls) + 1e-9
@@ -231,6 +240,19 @@ def test_a_budget_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.keeps_budget and found.cost == pytest.approx(found.tpot_s / dense.tpot_s, 0.02)
     with pytest.raises(BudgetError, match=r"TPOT 20x faster cannot be reached; .*: TPOT [\d.]+x"):
         search(model, None, "tpot 20x", settings=settings).run()
+
+
+def test_a_text_only_model() -> None:
+    model = fastskip.apply_(tiny_llama(depth=2), "dense")
+    given = [replace(each, images=()) for each in items(6)]
+    seen, other = (
+        Exam(own, Tokens(), batch_size=4, new_tokens=3) for own in (given[:3], given[3:])
+    )
+    settings = replace(SETTINGS, tries=2, points=0, randoms=1)
+    found = Search(model, parse_budget("flops 0.8"), seen, other, CEILINGS, settings=settings).run()
+    names = {each.name for each in found.candidates}
+    assert {"dense", "search", "sleb"} <= names and not {"shortv", "fastv"} & names
+    assert {each.name for each in found.left_out} >= {"shortgpt"}  # nothing was compared
 
 
 def test_impossible_budgets(model: Any) -> None:
