@@ -6,6 +6,9 @@ if TYPE_CHECKING:
     from fastskip.study.search import SearchResult
 
 
+_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "flops": "FLOPs"}
+
+
 def show(result: "SearchResult") -> None:
     """Print every candidate with its numbers, what was left out, and the conclusion."""
     from rich import box
@@ -38,7 +41,7 @@ def show(result: "SearchResult") -> None:
     console.print(table)
     workload, settings = result.workload, result.settings
     console.print(
-        f"* nothing beats it in both score and {quantity.upper()}; dim: over the budget "
+        f"* nothing beats it in both score and {_NAMES[quantity]}; dim: over the budget "
         f"({result.budget['text']}). KL: nats an answer token on {settings['calibration_items']} "
         f"calibration items; scores on {settings['held_out_items']} others, 95 % intervals, item "
         f"by item. Dense: TTFT {_ms(dense.ttft_s)}, TPOT {_ms(dense.tpot_s)}, batch 1, "
