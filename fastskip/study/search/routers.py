@@ -83,9 +83,11 @@ def _one(
 ) -> Entrant | LeftOut:
     from fastskip.loading import set_policy
 
-    wanted = limit
+    wanted, missing = limit, 0.0
     for _ in range(_ATTEMPTS):
         rate = rate_for(lambda r: share(policy, {0: r}), wanted)
+        if rate is None and wanted < limit:
+            break
         if rate is None:
             least = share(policy, {0: 1.0})
             return LeftOut(name, f"takes {least:.3g} of dense at the least, {limit:.3g} wanted")

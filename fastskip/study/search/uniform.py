@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fastskip.policy import SkippedKV, SkipPolicy, Sublayer
+from fastskip.policy import SkippedKV, SkipPolicy
 from fastskip.study.search.changes import Change, changes_of, policy_of
 from fastskip.study.search.matching import Entrant, LeftOut, Match
 
@@ -58,16 +58,12 @@ def at_random(match: Match, seed: int) -> Entrant | LeftOut:
         if match.fits(policy):
             break
         layer, change = places[int(number)]
-        if any(change.tokens & other.tokens for other in taken.get(layer, ())):
-            continue
-        tried = {**taken, layer: (*taken.get(layer, ()), change)}
+        # What was drawn before gives way, if more is saved so.
+        others = [x for x in taken.get(layer, ()) if not x.tokens & change.tokens]
+        tried = {**taken, layer: (*others, change)}
         following = policy_of(sorted(tried.items()), name)
         if match.share(following) < match.share(policy) - 1e-9:
             taken, policy = tried, following
     if not match.fits(policy):
-        # what was drawn first stands in the way of what saves more: all of it, then
-        every = Change(frozenset(shape.classes), frozenset(Sublayer))
-        policy = policy_of(((n, (every,)) for n in range(shape.depth)), name)
-        if not match.fits(policy):
-            return LeftOut(name, "all layers left out are not enough")
+        return LeftOut(name, "what was drawn saves too little")
     return Entrant(name, "random", policy)

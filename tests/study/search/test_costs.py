@@ -10,7 +10,9 @@ from fastskip.study.search.budget import parse_budget
 from fastskip.study.search.changes import Choice, changes_of, choices_of, merged, policy_of, span_of
 from fastskip.study.search.costing import PARTS, Costing, Workload, flops_of, phase_of
 from fastskip.study.search.latency import Timed, fit, probes
+from fastskip.study.search.matching import Entrant, Match
 from fastskip.study.search.pricing import Pricing
+from fastskip.study.search.uniform import at_random
 
 SHAPE = ModelShape(
     depth=5,
@@ -79,6 +81,16 @@ def test_choices_are_each_said_once() -> None:
         whole = make_plan(policy_of([(2, (change,))]), SHAPE).fingerprint
         apart = next(c for c in choices if merged(c, changes) == (change,))
         assert make_plan(policy_of([(2, apart)]), SHAPE).fingerprint == whole
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.5, 0.2])
+def test_random_policies_keep_the_budget(limit: float) -> None:
+    pricing = Pricing(COSTING, parse_budget("flops 0.5").quantity)
+    match = Match(SHAPE, pricing.share, limit, lambda policy: 0.0)
+    found = [at_random(match, seed) for seed in range(4)]
+    assert all(isinstance(each, Entrant) and match.fits(each.policy) for each in found)
+    assert found == [at_random(match, seed) for seed in range(4)]
+    assert len({each.policy for each in found if isinstance(each, Entrant)}) == 4
 
 
 def test_times_are_fitted_to_what_was_measured() -> None:
