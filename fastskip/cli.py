@@ -18,6 +18,7 @@ from fastskip.commands.plan import plan
 from fastskip.commands.policies import policies
 from fastskip.commands.prune import prune
 from fastskip.commands.report import report
+from fastskip.commands.search import search
 from fastskip.commands.study import compare, paper, study
 from fastskip.commands.train import train
 from fastskip.commands.verify import verify
@@ -57,7 +58,7 @@ def _help(function: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (generate, plan, verify, calibrate, train, prune, demo, policies, report):
+for command in (generate, plan, verify, calibrate, search, train, prune, demo, policies, report):
     app.command(help=_help(command))(command)
 app.command(help=_help(bench))(bench)
 app.command(name="eval", help=_help(evaluate))(evaluate)
@@ -85,9 +86,10 @@ def main(
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
     policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
     promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
-    so that a wanted share of rows skips, [bold]train[/] mends by training what skipping costs,
-    [bold]prune[/] sets weights to zero, [bold]bench[/] measures what policies gain here,
-    [bold]study[/] shows what all that costs, [bold]report[/] makes one page of what was found.
+    so that a wanted share of rows skips, [bold]search[/] finds a policy for a budget,
+    [bold]train[/] mends by training what skipping costs, [bold]prune[/] sets weights to zero,
+    [bold]bench[/] measures what policies gain here, [bold]study[/] shows what all that costs,
+    [bold]report[/] makes one page of what was found.
     """
 
 

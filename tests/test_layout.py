@@ -147,10 +147,18 @@ FLOORS = {
         (*PURE, "tokens", "families", "loading", "public", "prompts", "timing", "study"),
         ("PIL", "lmms_eval", "loguru", "torch", "tqdm"),
     ),
+    # Policies are sought by all that judges and calibrates them.
+    "search": Floor(
+        ("study.search",),
+        (*PURE, "tokens", "families", "loading", "public", "machine", "intervals", "timing")
+        + ("fingerprints", "fit", "study", "paper"),
+        ("torch", "numpy", "scipy", "matplotlib"),
+    ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
-        + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "report"),
+        + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "search")
+        + ("report",),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
@@ -272,7 +280,9 @@ def test_outside_packages() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["yaml", "matplotlib", "triton", "peft", "pycocoevalcap"])
+@pytest.mark.parametrize(
+    "package", ["yaml", "matplotlib", "triton", "peft", "pycocoevalcap", "scipy"]
+)
 def test_imported_only_when_needed(package: str) -> None:
     """A file format, an optional extra, a GPU: not everyone has them or wants to wait for them."""
     wrong = [str(found) for found in imports() if found.on_import and _root(found) == package]

@@ -14,7 +14,7 @@ def demo_items(count: int) -> list[Any]:
     return items_of(asked(0, Effort(questions=count - captions, captions=captions)))
 
 
-def demo_tasks(count: int) -> list[Any]:
+def demo_tasks(count: int, seed: int = 0) -> list[Any]:
     """So many items: a quarter of them captions, one late in a conversation, one about details."""
     from dataclasses import replace
 
@@ -23,9 +23,9 @@ def demo_tasks(count: int) -> list[Any]:
     from fastskip.study.paper.measuring import FIRST_SEED, Effort, asked, items_of
 
     part = count // 4
-    plain = items_of(asked(0, Effort(questions=count - 3 * part, captions=part)))
-    details = items_of(held_out_details(part, FIRST_SEED))
-    talks = held_out_conversations(part, FIRST_SEED)
+    plain = items_of(asked(seed, Effort(questions=count - 3 * part, captions=part)))
+    details = items_of(held_out_details(part, FIRST_SEED + seed))
+    talks = held_out_conversations(part, FIRST_SEED + seed)
     late = items_of([(scene, second) for scene, (_, second) in talks])
     return [
         *plain,

@@ -1,0 +1,67 @@
+"""What `fastskip search` found, as a table in the terminal."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastskip.study.search import SearchResult
+
+
+_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "flops": "FLOPs"}
+
+
+def show(result: "SearchResult") -> None:
+    """Print every candidate with its numbers, what was left out, and the conclusion."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    dense = next(each for each in result.candidates if each.source == "dense")
+    quantity = result.budget["quantity"]
+    titles = ["candidate", "FLOPs", "TTFT", "TPOT", "KL", "score", "from dense"]
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.columns[0].overflow, table.columns[0].min_width = "fold", 18
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for each in sorted(result.candidates, key=lambda one: -one.score.mean):
+        marks = ("[green]>[/] " if each.is_recommended else "") + each.name
+        marks += " *" if each.is_on_front else ""
+        times = []
+        for own, base in ((each.ttft_s, dense.ttft_s), (each.tpot_s, dense.tpot_s)):
+            times.append("" if own is None or base is None else f"{base / own:.2f}x")
+        change = each.change
+        table.add_row(
+            marks if each.keeps_budget or each.source == "dense" else f"[dim]{marks}[/]",
+            f"{each.flops:.0%}",
+            *times,
+            f"{each.calibration_kl:.3g}",
+            f"{each.score.mean:.1%}",
+            f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+        )
+    console.print(table)
+    workload, settings = result.workload, result.settings
+    console.print(
+        f"* nothing beats it in both score and {_NAMES[quantity]}; dim: over the budget "
+        f"({result.budget['text']}). KL: nats an answer token on {settings['calibration_items']} "
+        f"calibration items; scores on {settings['held_out_items']} others, 95 % intervals, item "
+        f"by item. Dense: TTFT {_ms(dense.ttft_s)}, TPOT {_ms(dense.tpot_s)}, batch 1, "
+        f"{workload['n_image']} image and {workload['n_text']} text rows, {workload['n_new']} new "
+        "tokens."
+    )
+    if result.left_out:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in result.left_out)
+        console.print(f"[dim]Left out: {reasons}.[/]")
+    if result.latency is not None:
+        errors = result.latency["errors"]
+        console.print(
+            f"Times are foretold by a least-squares fit of what {result.latency['probes']} "
+            f"policies saved here; it misses them by {errors['prefill']:.1%} of TTFT and "
+            f"{errors['decode']:.1%} of TPOT (root mean square)."
+        )
+    if result.settings["is_cut_short"]:
+        console.print("[yellow]--minutes ended the search early.[/]")
+    console.print(f"[bold]{result.text}[/]")
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.3g} ms"

@@ -1,0 +1,105 @@
+"""What policies do to a model's answers and what they take, each measured once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastskip.costs import Ceilings
+from fastskip.fingerprints import model_fingerprint
+from fastskip.loading import plan_of
+from fastskip.policy import SkipPolicy
+from fastskip.study.comparison import prompt_sizes
+from fastskip.study.evaluation import Exam
+from fastskip.study.fingerprints import combined
+from fastskip.study.samples import placed
+from fastskip.study.search.budget import Quantity
+from fastskip.study.search.calibrating import Calibrator, Moved
+from fastskip.study.search.costing import Costing, Workload
+from fastskip.study.search.kept import FILE, Kept, key_of
+from fastskip.study.search.latency import Timed, fit, probes, time_in_turn
+from fastskip.study.search.pricing import Pricing
+from fastskip.study.search.settings import SearchSettings, Watcher
+
+
+class Bench:
+    """Measures policies of one model; what is kept in the folder is not measured again."""
+
+    def __init__(
+        self,
+        model: Any,
+        calibration: Exam,
+        typical: Any,
+        ceilings: Ceilings,
+        settings: SearchSettings,
+        folder: Path | None,
+        watcher: Watcher,
+    ) -> None:
+        """Measures nothing yet.
+
+        Args:
+            model: a prepared one.
+            calibration: items whose answers are looked at.
+            typical: the inputs of one prompt, of which costs and times are.
+            ceilings: of the machine.
+            settings: how much is done.
+            folder: where what is measured is kept.
+            watcher: who is told.
+        """
+        self.model, self.calibration = model, calibration
+        self.shape = plan_of(model).shape
+        self._typical, self._settings, self._watcher = placed(typical, model), settings, watcher
+        workload = Workload(*prompt_sizes(typical, model.config), settings.new_tokens)
+        self.costing = Costing(self.shape, workload, ceilings)
+        self.model_print = model_fingerprint(model)
+        self._kept = Kept(None if folder is None else folder / FILE)
+        self._base = combined(
+            self.model_print,
+            calibration.fingerprint,
+            calibration.new_tokens,
+            len(calibration),
+            str(model.device),
+        )
+        self._calibrator: Calibrator | None = None
+
+    def moved(self, policy: SkipPolicy) -> Moved:
+        """How far a policy moves the calibration set's answers."""
+
+        def measure() -> Any:
+            if self._calibrator is None:
+                self._calibrator = Calibrator(self.model, self.calibration)
+            return asdict(self._calibrator.moved(policy))
+
+        return Moved(**self._kept.value(key_of(self._base, "moved", policy), measure))
+
+    def divergence(self, policy: SkipPolicy) -> float:
+        """The same in nats an answer token, from the dense model's."""
+        return self.moved(policy).kl
+
+    def loss(self, policy: SkipPolicy) -> float:
+        """How surprised the model is by the dense answers, nats an answer token."""
+        return self.moved(policy).loss
+
+    def timed(self, what: str, policies: Sequence[SkipPolicy]) -> list[Timed]:
+        """The dense model and these policies in turn."""
+        rounds, new = self._settings.rounds, self._settings.new_tokens
+
+        def measure() -> Any:
+            self._watcher.on_stage(f"timing {what}", rounds)
+            found = time_in_turn(
+                self.model, policies, self._typical, new, rounds, self._watcher.on_step
+            )
+            return [each.to_dict() for each in found]
+
+        named = combined([each.to_dict() for each in policies], self.costing.workload.to_dict())
+        key = key_of(self._base, f"timed {what} {named} {rounds}")
+        return [Timed.from_dict(each) for each in self._kept.value(key, measure)]
+
+    def pricing(self, quantity: Quantity, more: Sequence[Sequence[Timed]] = ()) -> Pricing:
+        """Prices in a budget's quantity; of times, fitted to some probes and to `more`."""
+        if quantity is Quantity.FLOPS:
+            return Pricing(self.costing, quantity)
+        groups = [self.timed("probes", probes(self.shape)), *more]
+        return Pricing(self.costing, quantity, fit(self.costing, groups))

@@ -1,0 +1,89 @@
+"""What a search comes to: which policy to take, and whether searching was worth it.
+
+The rule. Of the candidates that keep the budget, those stay whose score on held-out items is not
+told to be below the dense model's (95 % interval of the differences, item by item); of them the one
+is recommended that moves the answers of the calibration set least. The held-out items only rule
+out; they do not choose, so that the winner's score is not flattered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastskip.study.search.result import Comparison, Found
+
+FOUND = "search"
+"""The name of the search's best policy at the budget."""
+RULE = (
+    "of the candidates within the budget that held-out items do not show to be worse than dense, "
+    "the one that moves the calibration set's answers least"
+)
+
+
+def recommended(candidates: Sequence[Found]) -> Found | None:
+    """The one to take, by the rule; `None` if nothing is worth it."""
+    fit = [
+        each
+        for each in candidates
+        if each.source != "dense" and each.keeps_budget and not each.change.is_below_zero
+    ]
+    return min(fit, key=lambda each: (each.calibration_kl or 0.0, each.cost), default=None)
+
+
+def told(
+    candidates: Sequence[Found],
+    best: Found | None,
+    comparisons: Sequence[Comparison],
+    items: int,
+    budget: str,
+) -> str:
+    """The conclusion in words."""
+    return (
+        f"{_advice(candidates, best, items, budget)} {_standing(candidates, comparisons)}".strip()
+    )
+
+
+def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget: str) -> str:
+    if best is not None:
+        return (
+            f"Take {best.name!r}: {_points(best)} from dense on {items} held-out items, within the "
+            f"budget ({budget}); the rule: {RULE}."
+        )
+    within = [each for each in candidates if each.source != "dense" and each.keeps_budget]
+    if not within:
+        return f"Nothing keeps the budget ({budget}) as measured here, so nothing is recommended."
+    least = max(within, key=lambda each: each.score.mean)
+    return (
+        f"Nothing is worth it here: every candidate within the budget ({budget}) scores worse than "
+        f"dense on {items} held-out items. The mildest is {least.name!r} with {_points(least)}."
+    )
+
+
+def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) -> str:
+    if not any(each.name == FOUND for each in candidates):
+        return "The search found no policy of its own within the budget."
+    rivals = [each for each in comparisons if each.source in ("uniform", "peer")]
+    if not rivals:
+        return "No uniform interval and no peer keeps the budget."
+    better = [each for each in rivals if each.difference.is_below_zero]
+    level = [each for each in rivals if not each.is_beaten and not each.difference.is_below_zero]
+    beaten = len(rivals) - len(better) - len(level)
+    if beaten == len(rivals):
+        return (
+            f"The search's policy beats every uniform interval and every peer at this budget "
+            f"({len(rivals)}) by more than the noise."
+        )
+    text = (
+        "The search's policy does not beat every uniform interval and every peer at this budget "
+        f"by more than the noise: {beaten} of {len(rivals)} are beaten"
+    )
+    if level:
+        text += f"; not told apart: {', '.join(each.name for each in level)}"
+    if better:
+        text += f"; better than it: {', '.join(each.name for each in better)}"
+    return text + "."
+
+
+def _points(each: Found) -> str:
+    change = each.change
+    return f"{100 * change.mean:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f})"

@@ -1,0 +1,128 @@
+"""What a plan takes, as numbers that add up over layers, and what a budget makes of them.
+
+Counted from the plan's own operations: FLOPs, and for prefill and decode apart the least time of
+attention and FFN (a floor: memory or arithmetic, whichever is slower, operation by operation), how
+many of them run at all, and how many are arranged in parallel or in pairs. Layers do not disturb
+each other's numbers, but for entries that are reused, and those of the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastskip.costs import Ceilings, Cost, Operation, Planned, generation_cost
+from fastskip.plan import ModelShape, SkipPlan, make_plan
+from fastskip.policy import Arrangement, SkipPolicy
+from fastskip.study.search.changes import Choice, policy_of, span_of
+
+Numbers = NDArray[np.float64]
+
+PHASES = ("prefill", "decode")
+PARTS = ("attention", "ffn", "attentions", "ffns", "parallel", "pairs")
+"""Of a phase: floors in seconds; how many run; how many layers are so arranged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One `generate` call: rows of one sequence, batch 1; `text_before` come before the image."""
+
+    n_image: int
+    n_text: int
+    text_before: int
+    n_new: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain data for JSON."""
+        return {
+            "n_image": self.n_image,
+            "n_text": self.n_text,
+            "text_before": self.text_before,
+            "n_new": self.n_new,
+        }
+
+
+@dataclass(frozen=True)
+class Costing:
+    """What plans of one model take for one workload on one machine."""
+
+    shape: ModelShape
+    workload: Workload
+    ceilings: Ceilings
+
+    def numbers(self, plan: Planned) -> Numbers:
+        """`[1 + 2 * 6]`: FLOPs, then `PARTS` of prefill and of one decode step."""
+        w = self.workload
+        cost = generation_cost(plan, w.n_image, w.n_text, w.n_new, text_before=w.text_before)
+        phases = [self._phase(plan, cost.prefill), self._phase(plan, cost.decode)]
+        return np.array([cost.flops, *(x for phase in phases for x in phase)], np.float64)
+
+    def of(self, policy: SkipPolicy) -> Numbers:
+        """The numbers of a policy without routers, or of one whose routers skip nothing."""
+        return self.numbers(make_plan(policy, self.shape))
+
+    @property
+    def dense(self) -> Numbers:
+        """The numbers of the dense model."""
+        return _dense(self)
+
+    def saved(self, layer: int, choice: Choice) -> Numbers:
+        """What a choice in one layer saves; entries that it reuses are there."""
+        return _saved(self, self._alike(layer, choice), choice)
+
+    def _alike(self, layer: int, choice: Choice) -> int:
+        """A layer that stands for this one: layers differ only at both ends."""
+        depth = self.shape.depth
+        return layer if layer == 0 or layer + span_of(choice) >= depth or depth < 4 else 1
+
+    def _phase(self, plan: Planned, cost: Cost) -> list[float]:
+        steps = max(cost.steps, 1)
+        attention = [op for op in cost.ops if op.kind not in ("ffn", "lm_head")]
+        ffn = [op for op in cost.ops if op.kind == "ffn"]
+        running = {op.layer for op in attention if op.kind == "scores" and op.layer is not None}
+        feeding = {op.layer for op in ffn if op.layer is not None}
+        arranged = _arranged(plan)
+        return [
+            sum(map(self._floor, attention)) / steps,
+            sum(map(self._floor, ffn)) / steps,
+            len(running),
+            len(feeding),
+            len([n for n in running & feeding if arranged.get(n) is Arrangement.PARALLEL]),
+            len([n for n in running & feeding if arranged.get(n) is Arrangement.PAIR]) / 2,
+        ]
+
+    def _floor(self, op: Operation) -> float:
+        by_memory = op.bytes / self.ceilings.bandwidth_bytes_per_s
+        return op.times * max(by_memory, op.flops / self.ceilings.flops_per_s)
+
+
+def phase_of(numbers: Numbers, phase: str) -> Numbers:
+    """The `PARTS` of one phase."""
+    first = 1 + len(PARTS) * PHASES.index(phase)
+    return numbers[first : first + len(PARTS)]
+
+
+def flops_of(numbers: Numbers) -> float:
+    """FLOPs."""
+    return float(numbers[0])
+
+
+@cache
+def _dense(costing: Costing) -> Numbers:
+    return costing.of(SkipPolicy())
+
+
+@cache
+def _saved(costing: Costing, layer: int, choice: Choice) -> Numbers:
+    return costing.dense - costing.of(policy_of([(layer, choice)]))
+
+
+def _arranged(plan: Any) -> Mapping[int, Arrangement]:
+    if not isinstance(plan, SkipPlan):
+        return {}
+    return {layer.index: layer.arrangement for layer in plan.layers}

@@ -1,0 +1,42 @@
+"""How alike hidden states are from layer to layer, on the items that a search calibrates on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastskip.fingerprints import model_fingerprint
+from fastskip.policy import TokenClass
+from fastskip.study.evaluation import Exam
+from fastskip.study.fingerprints import combined
+from fastskip.study.search.kept import FILE, Kept
+from fastskip.study.search.settings import Watcher
+from fastskip.study.similarity import LayerSimilarity, similarities
+
+
+def compared(
+    model: Any, exam: Exam, folder: Path | None = None, watcher: Watcher | None = None
+) -> tuple[LayerSimilarity, ...]:
+    """Similarities by layer and class, over prompts and the model's own answers.
+
+    Args:
+        model: as Hugging Face gives it, not prepared.
+        exam: the items.
+        folder: where a search keeps what it measures; what is there is not measured again.
+        watcher: who is told.
+    """
+    watch = watcher or Watcher()
+
+    def measure() -> list[dict[str, Any]]:
+        watch.on_stage("hidden states", len(exam))
+        inputs = [exam.inputs(number) for number in range(len(exam))]
+        found = similarities(model, inputs, new_tokens=exam.new_tokens, on_sample=watch.on_step)
+        return [each.to_dict() for each in found]
+
+    about = model_fingerprint(model), exam.fingerprint, exam.new_tokens, len(exam)
+    kept = Kept(None if folder is None else folder / FILE)
+    return tuple(
+        replace(LayerSimilarity(**each), token_class=TokenClass(each["token_class"]))
+        for each in kept.value(combined("similarity", *about), measure)
+    )

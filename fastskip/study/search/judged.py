@@ -1,0 +1,97 @@
+"""Candidates on items that the search did not see: scores, times, who is on the front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastskip.policy import SkipPolicy
+from fastskip.study.judging import Judgement
+from fastskip.study.search.bench import Bench
+from fastskip.study.search.budget import Budget, Quantity
+from fastskip.study.search.conclusion import FOUND
+from fastskip.study.search.matching import Entrant
+from fastskip.study.search.refine import SLACK, policy_for
+from fastskip.study.search.result import Comparison, Found, front
+from fastskip.study.search.seeking import Sought
+
+DENSE = Entrant("dense", "dense", SkipPolicy())
+
+
+def entrants_of(sought: Sought) -> list[Entrant]:
+    """What the search found, and what its solver alone would have taken at the budget."""
+    found = [
+        Entrant(name, "search", replace(each.policy, name=name))
+        for name, each in sought.refined.items()
+    ]
+    own = sought.refined.get(FOUND)
+    if own is not None and own.first != own.solution:
+        name = f"{FOUND}, solver alone"
+        found.append(Entrant(name, "search", policy_for(own.first, name)))
+    return found
+
+
+def candidates_of(
+    bench: Bench,
+    budget: Budget,
+    sought: Sought,
+    entrants: Sequence[Entrant],
+    judged: Sequence[Judgement],
+) -> list[Found]:
+    """Everything known of each; `judged`: dense first, then the entrants in their order."""
+    dense, found = judged[0], []
+    for entrant, own in zip([DENSE, *entrants], judged, strict=True):
+        rates = dict(enumerate(entrant.rates)) or None
+        cost = sought.pricing.share(entrant.policy, rates)
+        tokens, kl = own.agreement.means
+        found.append(
+            Found(
+                name=entrant.name,
+                source=entrant.source,
+                policy=entrant.policy,
+                cost=cost,
+                flops=sought.pricing.flops(entrant.policy, rates),
+                ttft_s=None if own.speed is None else own.speed.ttft_s,
+                tpot_s=None if own.speed is None else own.speed.tpot_s,
+                calibration_kl=bench.divergence(entrant.policy),
+                score=own.evaluation.estimate(),
+                change=own.change(dense),
+                tokens=tokens,
+                kl=kl,
+                keeps_budget=_keeps(budget, own, dense, cost, sought.limit),
+            )
+        )
+    return _with_front(found, budget.quantity)
+
+
+def comparisons_of(
+    candidates: Sequence[Found], judged: Sequence[Judgement]
+) -> tuple[Comparison, ...]:
+    """The search's policy against all others at the budget; none if there is no such policy."""
+    by_name = {each.label: each.evaluation for each in judged}
+    if FOUND not in by_name:
+        return ()
+    return tuple(
+        Comparison(each.name, each.source, by_name[FOUND].minus(by_name[each.name]))
+        for each in candidates
+        if each.source not in ("dense", "search")
+    )
+
+
+def _keeps(budget: Budget, own: Judgement, dense: Judgement, cost: float, limit: float) -> bool:
+    if budget.quantity is Quantity.FLOPS or own.speed is None or dense.speed is None:
+        return cost <= limit + SLACK
+    name = "ttft_s" if budget.quantity is Quantity.TTFT else "tpot_s"
+    taken, base = getattr(own.speed, name), getattr(dense.speed, name)
+    return bool(taken <= (limit * base if budget.most_s is None else budget.most_s))
+
+
+def _with_front(found: Sequence[Found], quantity: Quantity) -> list[Found]:
+    """Marks what no other one beats in both cost and score; times as measured."""
+
+    def cost(each: Found) -> float:
+        measured = {Quantity.TTFT: each.ttft_s, Quantity.TPOT: each.tpot_s}.get(quantity)
+        return each.cost if measured is None else measured
+
+    marks = front([(cost(each), each.score.mean) for each in found])
+    return [replace(each, is_on_front=mark) for each, mark in zip(found, marks, strict=True)]

@@ -1,0 +1,55 @@
+"""What was measured, kept line by line, so that a search that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastskip.policy import SkipPolicy
+from fastskip.study.fingerprints import combined, policy_fingerprint
+
+FILE = "measured.jsonl"
+
+
+class Kept:
+    """Values by what they are of, in a file of one JSON object a line; half a line is none."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Reads what is there; without a path values are kept in memory alone."""
+        self._path, self._values = path, {}
+        if path is not None and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines():
+                try:
+                    document = json.loads(line)
+                    self._values[document["of"]] = document["value"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+            if text and not text.endswith("\n"):  # what comes next must not join half a line
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("\n")
+
+    _values: dict[str, Any]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def value(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What is kept under a key, or else what `measure` gives: plain data."""
+        if key not in self._values:
+            # As it will be read: a run that goes on must not differ from one that did not stop.
+            self._values[key] = json.loads(json.dumps(measure()))
+            if self._path is not None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"of": key, "value": self._values[key]}) + "\n")
+        return self._values[key]
+
+
+def key_of(base: str, what: str, policy: SkipPolicy | None = None) -> str:
+    """What a value is of: `base` stands for model, items and settings; names do not count."""
+    own = None if policy is None else policy_fingerprint(replace(policy, name="", provenance={}))
+    return combined(base, what, own)

@@ -1,0 +1,155 @@
+"""What others do, as families of policies: each is taken at the budget that the find has.
+
+A family is a published way of skipping with its own parameter left open: from which layer on, how
+many layers, what share of the rows. Presets that this version does not know are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastskip.policy import PolicyError, SkipPolicy, TokenClass
+from fastskip.presets import PRESETS
+from fastskip.study.search.block_influence import least_influence_first
+from fastskip.study.search.changes import ATTENTION, BLOCK, Change, policy_of
+from fastskip.study.search.greedy_removal import greedy_removal
+from fastskip.study.search.matching import Entrant, LeftOut, Match
+from fastskip.study.search.visual_contribution import frozen_in, least_contribution_first
+
+_RATIOS = tuple(round(0.05 * n, 2) for n in range(1, 20))
+"""Shares of image rows that removals may keep."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What peers' rules go by.
+
+    Attributes:
+        influence: of each block (`block_influence`); empty if it was not measured.
+        contribution: of each layer to image rows; empty of text-only models.
+        loss: of a policy on the calibration set, nats an answer token.
+    """
+
+    influence: Mapping[int, float]
+    contribution: Mapping[int, float]
+    loss: Callable[[SkipPolicy], float]
+
+
+def peers(match: Match, known: Known) -> Iterator[Entrant | LeftOut]:
+    """Every peer at the budget, or why it is not there."""
+    depth, has_images = match.shape.depth, match.shape.has_images
+    if has_images:
+        for name, family in _families(depth).items():
+            yield match.nearest(name, "peer", family)
+        for name, options in _removals(depth).items():
+            yield _preset(match, name, options)
+        yield _by_order(match, "shortv", least_contribution_first(known.contribution), frozen_in)
+    for name in ("parallel_blocks", "block_pairs"):
+        yield match.nearest(name, "peer", _arranged(name, depth))
+    if known.influence:
+        order = least_influence_first(dict(known.influence))
+        yield _by_order(match, "shortgpt", order, without_blocks)
+    else:
+        yield LeftOut("shortgpt", "hidden states were not compared")
+    gone = greedy_removal(
+        depth,
+        lambda layers: known.loss(without_blocks(sorted(layers))),
+        lambda layers: match.fits(without_blocks(sorted(layers))),
+    )
+    if gone is None:
+        yield LeftOut("sleb", "all blocks left out are not enough")
+    elif gone:
+        yield Entrant("sleb", "peer", without_blocks(sorted(gone), "sleb"))
+
+
+def without_blocks(layers: Sequence[int], name: str = "shortgpt") -> SkipPolicy:
+    """These blocks left out for all tokens."""
+    every = Change(frozenset(TokenClass), BLOCK)
+    if not layers:
+        return SkipPolicy(name=name)
+    rules = policy_of((layer, (every,)) for layer in layers).rules
+    # "all" means the classes that a model has, images or not
+    return SkipPolicy.from_dict(
+        {
+            "schema_version": 1,
+            "name": name,
+            "rules": [{**rule.to_dict(), "tokens": "all"} for rule in rules],
+        }
+    )
+
+
+def _families(depth: int) -> dict[str, list[SkipPolicy]]:
+    image = frozenset({TokenClass.IMAGE})
+
+    def from_layer(change: Change, name: str) -> list[SkipPolicy]:
+        return [
+            policy_of(((n, (change,)) for n in range(first, depth)), name) for first in range(depth)
+        ]
+
+    def preset(name: str, **options: Sequence[int]) -> list[SkipPolicy]:
+        ((option, values),) = options.items()
+        extra = {"end": depth} if option == "start" else {}
+        return [SkipPolicy.preset(name, **{option: n}, **extra) for n in values]
+
+    return {
+        "visual_withdrawal": preset("visual_withdrawal", after=range(depth - 1)),
+        "frozen_visual": preset("frozen_visual", start=range(depth)),
+        "image_ffn": preset("image_ffn", start=range(depth)),
+        "v_skip": from_layer(Change(image, ATTENTION), "v_skip"),
+    }
+
+
+def _removals(depth: int) -> dict[str, list[dict[str, Any]]]:
+    """Options of the presets that take rows out, from the mildest to the harshest."""
+    after = range(min(depth - 1, max(2, depth // 2 + 1)))
+    single = [{"after": n, "ratio": ratio} for n in after for ratio in _RATIOS]
+    stages = sorted(
+        {tuple(sorted({depth * k // 4 for k in ks} - {0})) for ks in ((1, 2, 3), (2, 3), (1, 2))}
+        | {(1, depth // 2), (1,), (1, 2, 3)}
+    )
+    staged = [
+        {"stages": [n for n in stage if n < depth - 1], "ratio": ratio}
+        for stage in stages
+        for ratio in _RATIOS
+        if any(n < depth - 1 for n in stage)
+    ]
+    return {
+        "fastv": single,
+        "pyramid_drop": staged,
+        "random_removal": single,
+        "even_removal": single,
+    }
+
+
+def _preset(match: Match, name: str, every: Sequence[dict[str, Any]]) -> Entrant | LeftOut:
+    if name not in PRESETS:
+        return LeftOut(name, "this version has no such preset")
+    family = []
+    for options in every:
+        try:
+            family.append(SkipPolicy.preset(name, **options))
+        except PolicyError:
+            continue
+    return match.nearest(name, "peer", family)
+
+
+def _arranged(name: str, depth: int) -> list[SkipPolicy]:
+    last = depth if name == "parallel_blocks" else depth - depth % 2
+    step = 1 if name == "parallel_blocks" else 2
+    return [SkipPolicy.preset(name, start=n, end=last) for n in range(0, last, step)]
+
+
+def _by_order(
+    match: Match, name: str, order: Sequence[int], make: Callable[[Sequence[int]], SkipPolicy]
+) -> Entrant | LeftOut:
+    """The first layers of an order, as few as keep the budget."""
+    if not order:
+        return LeftOut(name, "nothing to go by")
+    every = [make(sorted(order[: count + 1])) for count in range(len(order))]
+    found = next((policy for policy in every if match.fits(policy)), None)
+    if found is not None:
+        return Entrant(name, "peer", found)
+    least = min(match.share(policy) for policy in every)
+    return LeftOut(name, f"takes {least:.3g} of dense at the least, {match.limit:.3g} wanted")

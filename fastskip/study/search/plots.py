@@ -1,0 +1,128 @@
+"""A search in two pictures: score against cost, and what every change of every layer costs.
+
+matplotlib is asked for only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fastskip.study.search.budget import Quantity
+from fastskip.study.search.result import Found, SearchResult
+
+COLOURS = {
+    "search": "#c62828",
+    "peer": "#1f4e79",
+    "uniform": "#e0a03c",
+    "random": "#999999",
+    "router": "#2a7f2a",
+    "dense": "#000000",
+}
+MARKERS = {"search": "*", "peer": "o", "uniform": "s", "random": "x", "router": "^", "dense": "D"}
+_TIMES = {Quantity.TTFT.value: "ttft_s", Quantity.TPOT.value: "tpot_s"}
+
+
+def is_available() -> bool:
+    """Whether there is a matplotlib to draw with."""
+    return find_spec("matplotlib") is not None
+
+
+def write(result: SearchResult, folder: Path) -> list[Path]:
+    """Write both pictures; returns their paths."""
+    paths = []
+    for name, figure in {"front": front(result), "sensitivity": sensitivity(result)}.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def front(result: SearchResult) -> Any:
+    """Held-out score against cost in the budget's quantity, with 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 5.4), layout="constrained")
+    axis = figure.subplots()
+    name = _TIMES.get(result.budget["quantity"])
+    dense = next(each for each in result.candidates if each.source == "dense")
+
+    def cost(each: Found) -> float:
+        taken = None if name is None else getattr(each, name)
+        return 100 * (each.cost if taken is None else taken / getattr(dense, name or ""))
+
+    for source, colour in COLOURS.items():
+        own = [each for each in result.candidates if each.source == source]
+        if not own:
+            continue
+        x, y = [cost(each) for each in own], [100 * each.score.mean for each in own]
+        axis.vlines(
+            x,
+            [100 * each.score.low for each in own],
+            [100 * each.score.high for each in own],
+            color=colour,
+            lw=1,
+            alpha=0.4,
+        )
+        size = 130 if source == "search" else 36
+        axis.scatter(x, y, color=colour, marker=MARKERS[source], s=size, label=source, zorder=3)
+    best = sorted((each for each in result.candidates if each.is_on_front), key=cost)
+    axis.plot(
+        [cost(each) for each in best],
+        [100 * each.score.mean for each in best],
+        color="#555555",
+        lw=1,
+        ls=":",
+        zorder=1,
+    )
+    for each in _named(result.candidates):
+        axis.annotate(
+            each.name,
+            (cost(each), 100 * each.score.mean),
+            xytext=(5, -9),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    kind = "FLOPs" if name is None else result.budget["quantity"].upper()
+    axis.set_xlabel(f"{kind}, % of dense" + ("" if name is None else " (measured)"))
+    axis.set_ylabel("score on held-out items, % (95 % intervals)")
+    axis.set_title(f"{result.budget['text']}: dotted, what nothing beats in both", fontsize=10)
+    axis.legend(fontsize=8, loc="lower right")
+    _plain(axis)
+    return figure
+
+
+def sensitivity(result: SearchResult) -> Any:
+    """A map of layers and changes: how far the answers move, darker for further."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    labels = [
+        x.label() for x in sorted({x.change for x in result.sensitivity}, key=lambda x: x.key)
+    ]
+    depth = 1 + max(each.layer for each in result.sensitivity)
+    table = [[float("nan")] * depth for _ in labels]
+    for each in result.sensitivity:
+        table[labels.index(each.change.label())][each.layer] = max(each.kl, 1e-5)
+    figure = Figure((2.8 + 0.42 * depth, 1.4 + 0.24 * len(labels)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(table, aspect="auto", cmap="magma_r", norm=LogNorm(1e-4, 10))
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set_xticks(range(0, depth, max(1, depth // 16)))
+    axis.set_xlabel("layer (of a pair, the first one)")
+    axis.set_title("how far leaving it out moves answers", fontsize=10)
+    figure.colorbar(image, ax=axis, label="KL, nats an answer token", shrink=0.8)
+    return figure
+
+
+def _named(candidates: Sequence[Found]) -> list[Found]:
+    """Which ones have their names beside them: the best of what lies together."""
+    shown = [each for each in candidates if each.source in ("search", "peer")]
+    return [each for each in shown if each.score.mean > 0.25]
+
+
+def _plain(axis: Any) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.grid(alpha=0.25)

@@ -1,0 +1,201 @@
+"""What a search found: every candidate with its numbers, what is recommended, and the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastskip.intervals import Estimate
+from fastskip.policy import SkipPolicy
+from fastskip.study.search.matching import LeftOut
+from fastskip.study.search.sensitivity import Sensitivity
+
+SCHEMA_VERSION = 1
+FILE = "search.json"
+POLICIES = "policies"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One candidate, judged on items that the search did not see.
+
+    Attributes:
+        name: unlike all others.
+        source: "dense", "search", "uniform", "random", "peer" or "router".
+        policy: what it skips.
+        cost: estimated, as a share of dense, in the budget's quantity.
+        flops: share of the dense FLOPs.
+        ttft_s, tpot_s: measured medians; `None` where times were not taken.
+        calibration_kl: how far it moves the answers of the calibration set, nats.
+        score: of held-out items; `change`: from the dense model's, item by item.
+        tokens, kl: agreement with the dense answers to held-out items.
+        keeps_budget: measured, where times are limited; by the plan, where FLOPs are.
+    """
+
+    name: str
+    source: str
+    policy: SkipPolicy
+    cost: float
+    flops: float
+    ttft_s: float | None
+    tpot_s: float | None
+    calibration_kl: float | None
+    score: Estimate
+    change: Estimate
+    tokens: float
+    kl: float
+    keeps_budget: bool
+    is_on_front: bool = False
+    is_recommended: bool = False
+    file: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "policy": self.policy.to_dict(),
+            "cost": self.cost,
+            "flops": self.flops,
+            "ttft_s": self.ttft_s,
+            "tpot_s": self.tpot_s,
+            "calibration_kl": self.calibration_kl,
+            "score": _interval(self.score),
+            "change": _interval(self.change),
+            "agreement": {"tokens": self.tokens, "kl": self.kl},
+            "keeps_budget": self.keeps_budget,
+            "is_on_front": self.is_on_front,
+            "is_recommended": self.is_recommended,
+            "file": self.file,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How much better the find scores than another candidate, item by item."""
+
+    name: str
+    source: str
+    difference: Estimate
+
+    @property
+    def is_beaten(self) -> bool:
+        """By more than the noise."""
+        return self.difference.is_above_zero
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"name": self.name, "source": self.source, **_interval(self.difference)}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """All of it.
+
+    `comparisons`: of the search's best with every uniform interval, random policy, peer and router
+    at the same budget. `settings`, `latency`, `workload`: how it was made, as plain data.
+    """
+
+    budget: Mapping[str, Any]
+    circumstances: Mapping[str, Any]
+    workload: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    sensitivity: tuple[Sensitivity, ...]
+    candidates: tuple[Found, ...]
+    comparisons: tuple[Comparison, ...]
+    left_out: tuple[LeftOut, ...]
+    recommended: str | None
+    text: str
+    latency: Mapping[str, Any] | None = None
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "search",
+            "circumstances": dict(self.circumstances),
+            "budget": dict(self.budget),
+            "workload": dict(self.workload),
+            "settings": dict(self.settings),
+            "latency": None if self.latency is None else dict(self.latency),
+            "sensitivity": [each.to_dict() for each in self.sensitivity],
+            "candidates": [each.to_dict() for each in self.candidates],
+            "comparisons": [each.to_dict() for each in self.comparisons],
+            "left_out": [{"name": each.name, "reason": each.reason} for each in self.left_out],
+            "conclusion": {"recommended": self.recommended, "text": self.text},
+        }
+
+    def write(self, folder: Path) -> SearchResult:
+        """Write `search.json` and a policy file of every candidate; returns what names the files.
+
+        Each file appears whole or not at all.
+        """
+        named = replace(self, candidates=tuple(self._filed(each) for each in self.candidates))
+        (folder / POLICIES).mkdir(parents=True, exist_ok=True)
+        for each in named.candidates:
+            if each.file is not None:
+                _write(folder / each.file, self._provided(each).to_dict())
+        _write(folder / FILE, named.to_dict())
+        return named
+
+    def _filed(self, each: Found) -> Found:
+        return replace(
+            each, file=None if each.source == "dense" else f"{POLICIES}/{slug(each.name)}.json"
+        )
+
+    def _provided(self, each: Found) -> SkipPolicy:
+        """The policy with its provenance."""
+        search = {
+            "budget": dict(self.budget),
+            "source": each.source,
+            "workload": dict(self.workload),
+            "settings": dict(self.settings),
+            **self.circumstances,
+            "measured": {
+                "cost": each.cost,
+                "flops": each.flops,
+                "ttft_s": each.ttft_s,
+                "tpot_s": each.tpot_s,
+                "calibration_kl": each.calibration_kl,
+                "score": _interval(each.score),
+                "change": _interval(each.change),
+                "agreement": {"tokens": each.tokens, "kl": each.kl},
+            },
+        }
+        provenance = {**each.policy.provenance, "made_for": dict(self.made_for), "search": search}
+        return replace(each.policy, name=each.name, provenance=provenance)
+
+
+def slug(name: str) -> str:
+    """A candidate's name as a file's."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of (cost, score) no other one beats: cheaper and no worse, or better and no dearer."""
+    return [
+        not any(
+            (cost <= own_cost and score >= own_score) and (cost < own_cost or score > own_score)
+            for cost, score in points
+        )
+        for own_cost, own_score in points
+    ]
+
+
+def _interval(estimate: Estimate) -> dict[str, float]:
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+
+
+def _write(path: Path, document: Any) -> None:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        json.dump(document, file, indent=2)
+    os.replace(file.name, path)

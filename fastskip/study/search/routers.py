@@ -1,0 +1,112 @@
+"""Calibrated routers at a budget: which rate they need, and what they then let skip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastskip.policy import PolicyError, RouterRule, SkipPolicy, Sublayer, TokenClass
+from fastskip.study.calibration import Calibration, CalibrationError, calibrate
+from fastskip.study.search.matching import Entrant, LeftOut
+from fastskip.study.search.refine import SLACK
+from fastskip.study.shares import pooled
+
+Share = Callable[[SkipPolicy, Mapping[int, float] | None], float]
+
+_STEPS = 20
+_ATTEMPTS = 5
+
+
+def families(depth: int, has_images: bool) -> dict[str, SkipPolicy]:
+    """Routers in all layers but the first and the last, before they are calibrated."""
+    layers = f"1:{depth - 1}" if depth > 2 else ":"
+    scopes: dict[str, Any] = {"all": "all"}
+    if has_images:
+        scopes["image"] = {TokenClass.IMAGE}
+    found = {}
+    for scope, tokens in scopes.items():
+        for kind, options in (("similarity", {"threshold": 1.0}), ("random", {"rate": 0.0})):
+            for name, skip in (("block", tuple(Sublayer)), ("ffn", (Sublayer.FFN,))):
+                rule = RouterRule(layers, tokens, skip, kind, **options)  # type: ignore[arg-type]
+                label = f"{kind} router, {scope} {name}"
+                found[label] = SkipPolicy(routers=(rule,), name=label)
+    return found
+
+
+def rate_for(share: Callable[[float], float], limit: float) -> float | None:
+    """The least rate of skipping at which the expected share keeps `limit`; `None` if none does."""
+    low, high = 0.0, 1.0
+    if share(high) > limit + SLACK:
+        return None
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if share(middle) > limit:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def routed(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    share: Share,
+    limit: float,
+    depth: int,
+    has_images: bool,
+    new_tokens: int,
+) -> Iterator[Entrant | LeftOut]:
+    """Every family, calibrated so that what it is expected to take keeps the budget.
+
+    Args:
+        model: a prepared one on plain torch.
+        samples: inputs of `generate`; rows that decide by the batch do so by these.
+        share: of dense that a policy takes at rates of its routers.
+        limit: for that share.
+        depth: layers.
+        has_images: whether the model has image rows.
+        new_tokens: how many tokens each sample generates.
+    """
+    for name, policy in families(depth, has_images).items():
+        yield _one(model, samples, share, limit, name, policy, new_tokens)
+
+
+def _one(
+    model: Any,
+    samples: Sequence[Mapping[str, Any]],
+    share: Share,
+    limit: float,
+    name: str,
+    policy: SkipPolicy,
+    new_tokens: int,
+) -> Entrant | LeftOut:
+    from fastskip.loading import set_policy
+
+    wanted, missing = limit, 0.0
+    for _ in range(_ATTEMPTS):
+        rate = rate_for(lambda r: share(policy, {0: r}), wanted)
+        if rate is None and wanted < limit:
+            break
+        if rate is None:
+            least = share(policy, {0: 1.0})
+            return LeftOut(name, f"takes {least:.3g} of dense at the least, {limit:.3g} wanted")
+        try:
+            set_policy(model, policy)
+            found = calibrate(model, samples, rate, new_tokens=new_tokens, sweeps=3)
+        except (CalibrationError, PolicyError) as error:
+            return LeftOut(name, str(error))
+        rates = _achieved(found)
+        missing = share(found.policy, rates) - limit
+        if missing <= SLACK:
+            named = replace(found.policy, name=name)
+            return Entrant(name, "router", named, tuple(rates[n] for n in sorted(rates)))
+        wanted -= max(1.5 * missing, 0.002)
+    return LeftOut(name, f"skips less than it should: {missing:.3g} of dense over the budget")
+
+
+def _achieved(found: Calibration) -> dict[int, float]:
+    by_number: dict[int, list[Any]] = {}
+    for each in found.shares:
+        by_number.setdefault(each.router, []).append(each)
+    return {number: pooled(own) for number, own in by_number.items()}

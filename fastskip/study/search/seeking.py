@@ -1,0 +1,124 @@
+"""From sensitivities to policies: at the budget, and at milder ones along the way from dense."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastskip.plan import ModelShape
+from fastskip.study.search import solver
+from fastskip.study.search.bench import Bench
+from fastskip.study.search.budget import Budget, Quantity, impossible
+from fastskip.study.search.changes import BLOCK, changes_of, choices_of
+from fastskip.study.search.conclusion import FOUND
+from fastskip.study.search.latency import Timed
+from fastskip.study.search.pricing import Pricing
+from fastskip.study.search.refine import SLACK, Refined, Refinery
+from fastskip.study.search.sensitivity import Sensitivities
+from fastskip.study.search.settings import SearchSettings, Watcher
+from fastskip.study.search.solver import Offer
+
+_CORRECTIONS = 3
+"""How often a policy that misses a time budget as measured is sought anew."""
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What was found by name, and the prices that it was found by."""
+
+    pricing: Pricing
+    limit: float
+    refined: Mapping[str, Refined]
+
+
+@dataclass(frozen=True)
+class Seeker:
+    """Seeks policies of the model on the bench."""
+
+    bench: Bench
+    budget: Budget
+    settings: SearchSettings
+    watcher: Watcher
+
+    def seek(self, sensitivities: Sensitivities) -> Sought:
+        """The best at the budget and at milder ones.
+
+        A find that misses a time budget as measured becomes one more probe of the fit, and the
+        search goes on from there.
+        """
+        tries, points = self.settings.tries, self.settings.points
+        probes: list[list[Timed]] = []
+        for number in range(_CORRECTIONS + 1):
+            pricing = self.bench.pricing(self.budget.quantity, probes)
+            limit = self.budget.limit(pricing.dense_s)
+            found = self._refined(sensitivities, pricing, {FOUND: limit}, tries)
+            if pricing.latency is None or FOUND not in found or number == _CORRECTIONS:
+                break
+            timed = self.bench.timed(f"find {number}", [found[FOUND].policy])
+            dense, own = timed
+            phase = "prefill" if self.budget.quantity is Quantity.TTFT else "decode"
+            if own.share(dense, phase) <= limit:
+                break
+            probes.append(timed)
+        steps = ((limit + (1 - limit) * n / (points + 1)) for n in range(1, points + 1))
+        milder = {f"{FOUND} at {share:.2f}": share for share in steps}
+        more = self._refined(sensitivities, pricing, milder, max(1, tries // 2))
+        return Sought(pricing, limit, {**found, **more})
+
+    def _refined(
+        self,
+        sensitivities: Sensitivities,
+        pricing: Pricing,
+        limits: Mapping[str, float],
+        tries: int,
+    ) -> dict[str, Refined]:
+        offers = solver.worthwhile(
+            offers_of(self.bench.shape, pricing, sensitivities), self.bench.shape.depth
+        )
+        minutes, began = self.settings.minutes, time.monotonic()
+        found = {}
+        for place, (name, limit) in enumerate(limits.items()):
+            self.watcher.on_stage(f"refining: {name}", tries)
+            allowed = None if minutes is None else 60 * minutes * (place + 1) / len(limits)
+
+            def is_over(allowed: float | None = allowed) -> bool:
+                return allowed is not None and time.monotonic() - began > allowed
+
+            refinery = Refinery(
+                self.bench.shape.depth,
+                self.bench.divergence,
+                pricing.share,
+                is_over,
+                self.watcher.on_step,
+            )
+            best = refinery.refine(offers, limit, tries, self.settings.seed + place)
+            if best is not None:
+                found[name] = best
+        return found
+
+
+def offers_of(shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities) -> list[Offer]:
+    """Every choice of every layer, with what it costs and saves."""
+    return [
+        Offer(layer, choice, sensitivities.kl(layer, choice), pricing.saved(layer, choice))
+        for layer in range(shape.depth)
+        for choice in choices_of(sensitivities.changes(layer), shape.classes)
+    ]
+
+
+def check_possible(shape: ModelShape, pricing: Pricing, budget: Budget) -> None:
+    """Before the long part: raise `BudgetError` if skipping everything does not keep the budget."""
+    every = frozenset(shape.classes)
+    harshest = [
+        (layer, change)
+        for layer in range(shape.depth)
+        for change in changes_of(layer, shape.depth, shape.classes)
+        if change.tokens == every and change.skip in (BLOCK, frozenset())
+    ]
+    offers = [
+        Offer(layer, (change,), 0.0, pricing.saved(layer, (change,))) for layer, change in harshest
+    ]
+    least = 1 - solver.most_saved(offers, shape.depth)
+    if least > budget.limit(pricing.dense_s) + SLACK:
+        raise impossible(budget, max(least, 1e-9), pricing.dense_s)

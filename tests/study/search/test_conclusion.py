@@ -1,0 +1,81 @@
+"""What is recommended, and what is said of the rest."""
+
+import pytest
+
+from fastskip.intervals import Estimate
+from fastskip.policy import SkipPolicy
+from fastskip.study.search.conclusion import recommended, told
+from fastskip.study.search.result import Comparison, Found, front, slug
+
+
+def found(name: str, source: str, kl: float, change: Estimate, keeps: bool = True) -> Found:
+    return Found(
+        name=name,
+        source=source,
+        policy=SkipPolicy(),
+        cost=0.6,
+        flops=0.6,
+        ttft_s=None,
+        tpot_s=None,
+        calibration_kl=kl,
+        score=Estimate(0.9 + change.mean, 0.8, 1.0),
+        change=change,
+        tokens=1.0,
+        kl=kl,
+        keeps_budget=keeps,
+    )
+
+
+LEVEL, WORSE = Estimate(-0.01, -0.03, 0.01), Estimate(-0.1, -0.15, -0.05)
+DENSE = found("dense", "dense", 0.0, Estimate(0.0, 0.0, 0.0), keeps=False)
+
+
+def test_the_least_moved_of_those_that_are_not_worse() -> None:
+    over = found("over the budget", "search", 0.001, LEVEL, keeps=False)
+    worse = found("worse", "search", 0.002, WORSE)
+    first, second = found("first", "peer", 0.02, LEVEL), found("second", "search", 0.03, LEVEL)
+    every = [DENSE, over, worse, second, first]
+    assert recommended(every) is first
+    assert recommended([DENSE, over, worse]) is None
+    text = told(every, first, (), 50, "TPOT 2x faster")
+    assert "Take 'first': -1.0 points (-3.0 to +1.0)" in text and "50 held-out items" in text
+
+
+def test_nothing_is_worth_it() -> None:
+    worse = found("worse", "search", 0.002, WORSE)
+    text = told([DENSE, worse], None, (), 50, "x")
+    assert text.startswith("Nothing is worth it here") and "'worse'" in text
+    assert told([DENSE], None, (), 50, "x").startswith("Nothing keeps the budget")
+
+
+def test_how_the_search_stands() -> None:
+    own = found("search", "search", 0.01, LEVEL)
+    above, level = Estimate(0.1, 0.05, 0.2), Estimate(0.02, -0.01, 0.04)
+
+    def said(*rivals: Comparison) -> str:
+        return told([DENSE, own], own, rivals, 50, "x")
+
+    beaten = Comparison("a", "uniform", above), Comparison("b", "peer", above)
+    assert "beats every uniform interval and every peer at this budget (2)" in said(*beaten)
+    # routers and random policies are not what this is about
+    assert "beats every" in said(*beaten, Comparison("r", "router", level))
+    text = said(*beaten, Comparison("c", "peer", level), Comparison("d", "peer", WORSE))
+    assert "does not beat every" in text and "2 of 4 are beaten" in text
+    assert "not told apart: c" in text and "better than it: d" in text
+    assert "no peer keeps the budget" in said()
+
+
+@pytest.mark.parametrize(
+    ("points", "marks"),
+    [
+        ([(1.0, 0.9), (0.5, 0.9), (0.5, 0.8), (0.4, 0.7)], [False, True, False, True]),
+        ([(1.0, 0.9), (1.0, 0.9)], [True, True]),
+    ],
+)
+def test_the_front(points: list[tuple[float, float]], marks: list[bool]) -> None:
+    assert front(points) == marks
+
+
+def test_file_names() -> None:
+    assert slug("search, solver alone") == "search-solver-alone"
+    assert slug("search at 0.83") == "search-at-0.83"
