@@ -56,7 +56,21 @@ def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget:
     return (
         f"Nothing is worth it here: every candidate within the budget ({budget}) scores worse than "
         f"dense on {items} held-out items. The mildest is {least.name!r} with {_points(least)}."
+        f"{_milder(candidates)}"
     )
+
+
+def _milder(candidates: Sequence[Found]) -> str:
+    """What was searched for under milder budgets and is not worse, the cheapest of it."""
+    fit = [
+        each
+        for each in candidates
+        if each.name.startswith(FOUND) and not each.keeps_budget and not each.change.is_below_zero
+    ]
+    if not fit:
+        return ""
+    best = min(fit, key=lambda each: each.cost)
+    return f" At {best.cost:.2g} of the dense cost {best.name!r} does not: {_points(best)}."
 
 
 def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) -> str:

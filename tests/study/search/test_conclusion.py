@@ -45,6 +45,10 @@ def test_nothing_is_worth_it() -> None:
     worse = found("worse", "search", 0.002, WORSE)
     text = told([DENSE, worse], None, (), 50, "x")
     assert text.startswith("Nothing is worth it here") and "'worse'" in text
+    assert "does not" not in text
+    milder = found("search at 0.9", "search", 0.001, LEVEL, keeps=False)
+    text = told([DENSE, worse, milder], None, (), 50, "x")
+    assert "At 0.6 of the dense cost 'search at 0.9' does not: -1.0 points" in text
     assert told([DENSE], None, (), 50, "x").startswith("Nothing keeps the budget")
 
 
