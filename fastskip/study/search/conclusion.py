@@ -36,11 +36,21 @@ def told(
     comparisons: Sequence[Comparison],
     items: int,
     budget: str,
+    cheaper: str | None = None,
+    comparisons_of_cheaper: Sequence[Comparison] = (),
 ) -> str:
-    """The conclusion in words."""
-    return (
-        f"{_advice(candidates, best, items, budget)} {_standing(candidates, comparisons)}".strip()
-    )
+    """The conclusion in words; `cheaper`: the search's policy at what the cheapest rival takes."""
+    parts = [_advice(candidates, best, items, budget), _standing(candidates, comparisons)]
+    rivals = _rivals(comparisons_of_cheaper)
+    if cheaper is not None and rivals:
+        beaten = [each for each in rivals if each.is_beaten]
+        rest = [each.name for each in rivals if not each.is_beaten]
+        parts.append(
+            f"Rivals come in steps and may cost less: {cheaper!r}, which takes no more than any of "
+            f"them, beats {len(beaten)} of {len(rivals)}"
+            + (f"; not {', '.join(rest)}." if rest else ".")
+        )
+    return " ".join(parts)
 
 
 def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget: str) -> str:
@@ -76,7 +86,7 @@ def _milder(candidates: Sequence[Found]) -> str:
 def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) -> str:
     if not any(each.name == FOUND for each in candidates):
         return "The search found no policy of its own within the budget."
-    rivals = [each for each in comparisons if each.source in ("uniform", "peer")]
+    rivals = _rivals(comparisons)
     if not rivals:
         return "No uniform interval and no peer keeps the budget."
     better = [each for each in rivals if each.difference.is_below_zero]
@@ -96,6 +106,10 @@ def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) ->
     if better:
         text += f"; better than it: {', '.join(each.name for each in better)}"
     return text + "."
+
+
+def _rivals(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    return [each for each in comparisons if each.source in ("uniform", "peer")]
 
 
 def _points(each: Found) -> str:

@@ -15,6 +15,8 @@ from fastskip.study.search.refine import SLACK, policy_for
 from fastskip.study.search.result import Comparison, Found, front
 from fastskip.study.search.seeking import Sought
 
+_SAME = 0.005
+"""Shares of dense that are so near are the same cost."""
 DENSE = Entrant("dense", "dense", SkipPolicy())
 
 
@@ -29,6 +31,14 @@ def entrants_of(sought: Sought) -> list[Entrant]:
         name = f"{FOUND}, solver alone"
         found.append(Entrant(name, "search", policy_for(own.first, name)))
     return found
+
+
+def cheapest(sought: Sought, entrants: Sequence[Entrant]) -> float | None:
+    """What the cheapest uniform interval or peer takes, as a share of dense; `None` if there is
+    none, or if that is the budget, or so."""
+    rivals = [each.policy for each in entrants if each.source in ("uniform", "peer")]
+    least = min(map(sought.pricing.share, rivals), default=sought.limit)
+    return None if least > sought.limit - _SAME else least
 
 
 def candidates_of(
@@ -65,14 +75,14 @@ def candidates_of(
 
 
 def comparisons_of(
-    candidates: Sequence[Found], judged: Sequence[Judgement]
+    candidates: Sequence[Found], judged: Sequence[Judgement], own: str | None = FOUND
 ) -> tuple[Comparison, ...]:
-    """The search's policy against all others at the budget; none if there is no such policy."""
+    """A policy of the search, by name, against all others at the budget; none without it."""
     by_name = {each.label: each.evaluation for each in judged}
-    if FOUND not in by_name:
+    if own is None or own not in by_name:
         return ()
     return tuple(
-        Comparison(each.name, each.source, by_name[FOUND].minus(by_name[each.name]))
+        Comparison(each.name, each.source, by_name[own].minus(by_name[each.name]))
         for each in candidates
         if each.source not in ("dense", "search")
     )

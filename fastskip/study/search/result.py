@@ -99,7 +99,9 @@ class SearchResult:
     """All of it.
 
     `comparisons`: of the search's best with every uniform interval, random policy, peer and router
-    at the same budget. `settings`, `latency`, `workload`: how it was made, as plain data.
+    at the same budget. `cheaper`: the name of the search's policy at what the cheapest of them
+    takes, and `comparisons_of_cheaper` the same of it. `settings`, `latency`, `workload`: how it
+    was made, as plain data.
     """
 
     budget: Mapping[str, Any]
@@ -113,6 +115,8 @@ class SearchResult:
     recommended: str | None
     text: str
     latency: Mapping[str, Any] | None = None
+    cheaper: str | None = None
+    comparisons_of_cheaper: tuple[Comparison, ...] = ()
     made_for: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +132,12 @@ class SearchResult:
             "sensitivity": [each.to_dict() for each in self.sensitivity],
             "candidates": [each.to_dict() for each in self.candidates],
             "comparisons": [each.to_dict() for each in self.comparisons],
+            "cheaper": None
+            if self.cheaper is None
+            else {
+                "name": self.cheaper,
+                "comparisons": [each.to_dict() for each in self.comparisons_of_cheaper],
+            },
             "left_out": [{"name": each.name, "reason": each.reason} for each in self.left_out],
             "conclusion": {"recommended": self.recommended, "text": self.text},
         }

@@ -17,7 +17,12 @@ from fastskip.study.search import conclusion, sensitivity, solver
 from fastskip.study.search.bench import Bench
 from fastskip.study.search.block_influence import block_influence
 from fastskip.study.search.budget import Budget
-from fastskip.study.search.judged import candidates_of, comparisons_of, entrants_of
+from fastskip.study.search.judged import (
+    candidates_of,
+    cheapest,
+    comparisons_of,
+    entrants_of,
+)
 from fastskip.study.search.matching import Entrant, LeftOut, Match, parted
 from fastskip.study.search.peers import Known, peers
 from fastskip.study.search.pricing import Pricing
@@ -98,8 +103,12 @@ class Search:
         pricing = bench.pricing(self.budget.quantity)
         check_possible(bench.shape, pricing, self.budget)
         sensitivities = self._sensitivities(pricing)
-        sought = Seeker(bench, self.budget, self.settings, self._watcher).seek(sensitivities)
+        seeker = Seeker(bench, self.budget, self.settings, self._watcher)
+        sought = seeker.seek(sensitivities)
         entrants, left_out = self._rivals(sought, sensitivities)
+        least = cheapest(sought, entrants)
+        if least is not None:
+            sought = seeker.cheaper(sensitivities, sought, least)
         entrants = [*entrants_of(sought), *entrants]
         judged = self._judged(entrants)
         candidates = candidates_of(bench, self.budget, sought, entrants, judged)
@@ -178,6 +187,7 @@ class Search:
     ) -> SearchResult:
         best = conclusion.recommended(candidates)
         comparisons = comparisons_of(candidates, judged)
+        at_less = comparisons_of(candidates, judged, sought.cheaper)
         bench, items = self._bench, len(self.held_out.items)
         latency = sought.pricing.latency
         about = {
@@ -203,9 +213,13 @@ class Search:
                 for each in candidates
             ),
             comparisons=comparisons,
+            cheaper=sought.cheaper,
+            comparisons_of_cheaper=at_less,
             left_out=tuple(left_out),
             recommended=None if best is None else best.name,
-            text=conclusion.told(candidates, best, comparisons, items, self.budget.text),
+            text=conclusion.told(
+                candidates, best, comparisons, items, self.budget.text, sought.cheaper, at_less
+            ),
             latency=None if latency is None else latency.to_dict(),
             made_for=made_for(self.model),
         )

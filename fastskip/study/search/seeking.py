@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastskip.plan import ModelShape
 from fastskip.study.search import solver
@@ -21,15 +21,21 @@ from fastskip.study.search.solver import Offer
 
 _CORRECTIONS = 3
 """How often a policy that misses a time budget as measured is sought anew."""
+_FIRST, _MILDER, _CHEAPER = 0.6, 0.3, 0.1
+"""Shares of the minutes: at the budget, at milder ones, at what the cheapest rival takes."""
 
 
 @dataclass(frozen=True)
 class Sought:
-    """What was found by name, and the prices that it was found by."""
+    """What was found by name, and the prices that it was found by.
+
+    `cheaper`: the name of what costs no more than the cheapest rival, if it was sought.
+    """
 
     pricing: Pricing
     limit: float
     refined: Mapping[str, Refined]
+    cheaper: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,9 @@ class Seeker:
         for number in range(_CORRECTIONS + 1):
             pricing = self.bench.pricing(self.budget.quantity, probes)
             limit = self.budget.limit(pricing.dense_s)
-            found = self._refined(sensitivities, pricing, {FOUND: limit}, tries)
+            turns = 1 if pricing.latency is None else _CORRECTIONS + 1
+            share = _FIRST / turns
+            found = self._refined(sensitivities, pricing, {FOUND: limit}, tries, share)
             if pricing.latency is None or FOUND not in found or number == _CORRECTIONS:
                 break
             timed = self.bench.timed(f"find {number}", [found[FOUND].policy])
@@ -62,9 +70,17 @@ class Seeker:
                 break
             probes.append(timed)
         steps = ((limit + (1 - limit) * n / (points + 1)) for n in range(1, points + 1))
-        milder = {f"{FOUND} at {share:.2f}": share for share in steps}
-        more = self._refined(sensitivities, pricing, milder, max(1, tries // 2))
+        milder = {_at(share): share for share in steps}
+        more = self._refined(sensitivities, pricing, milder, max(1, tries // 2), _MILDER)
         return Sought(pricing, limit, {**found, **more})
+
+    def cheaper(self, sensitivities: Sensitivities, sought: Sought, limit: float) -> Sought:
+        """The same with the best at a harsher limit beside it: at what the cheapest rival takes,
+        since rivals come in steps and may cost less than the budget."""
+        tries = max(1, self.settings.tries // 2)
+        more = self._refined(sensitivities, sought.pricing, {_at(limit): limit}, tries, _CHEAPER)
+        found = next(iter(more), None)
+        return replace(sought, refined={**sought.refined, **more}, cheaper=found)
 
     def _refined(
         self,
@@ -72,15 +88,17 @@ class Seeker:
         pricing: Pricing,
         limits: Mapping[str, float],
         tries: int,
+        share: float,
     ) -> dict[str, Refined]:
         offers = solver.worthwhile(
             offers_of(self.bench.shape, pricing, sensitivities), self.bench.shape.depth
         )
         minutes, began = self.settings.minutes, time.monotonic()
+        seconds = None if minutes is None else 60 * minutes * share
         found = {}
         for place, (name, limit) in enumerate(limits.items()):
             self.watcher.on_stage(f"refining: {name}", tries)
-            allowed = None if minutes is None else 60 * minutes * (place + 1) / len(limits)
+            allowed = None if seconds is None else seconds * (place + 1) / len(limits)
 
             def is_over(allowed: float | None = allowed) -> bool:
                 return allowed is not None and time.monotonic() - began > allowed
@@ -96,6 +114,10 @@ class Seeker:
             if best is not None:
                 found[name] = best
         return found
+
+
+def _at(share: float) -> str:
+    return f"{FOUND} at {share:.3g}"
 
 
 def offers_of(shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities) -> list[Offer]:

@@ -66,6 +66,10 @@ def test_how_the_search_stands() -> None:
     text = said(*beaten, Comparison("c", "peer", level), Comparison("d", "peer", WORSE))
     assert "does not beat every" in text and "2 of 4 are beaten" in text
     assert "not told apart: c" in text and "better than it: d" in text
+    cheaper = told([DENSE, own], own, beaten, 50, "x", "search at 0.4", beaten)
+    assert cheaper.endswith("'search at 0.4', which takes no more than any of them, beats 2 of 2.")
+    rest = (*beaten, Comparison("c", "peer", level))
+    assert told([DENSE, own], own, rest, 50, "x", "y", rest).endswith("beats 2 of 3; not c.")
     assert "no peer keeps the budget" in said()
 
 

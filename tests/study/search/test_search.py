@@ -179,6 +179,11 @@ def test_a_whole_search(model: Any, result: SearchResult, folder: Path) -> None:
     )
     assert any(each["is_on_front"] for each in by_name.values())
     assert document["conclusion"]["text"]
+    rivals = [each["cost"] for each in by_name.values() if each["source"] in ("uniform", "peer")]
+    if document["cheaper"] is not None:
+        assert by_name[document["cheaper"]["name"]]["cost"] <= min(rivals) + 1e-6
+    else:
+        assert min(rivals) > 0.69
 
 
 def test_a_search_that_was_killed_goes_on(
