@@ -106,7 +106,8 @@ class RowsLeft:
     def look(self, layer: int, h: Tensor) -> None:
         """Rows ``h [N, D]`` stand before a layer: what a removal after it has to know of that."""
         rule = self._rules.get(layer)
-        if rule is None:
+        # A step has nobody who may leave.
+        if rule is None or not any(self.layout.counts(rule.classes)):
             return
         self._choices = self._choose(rule)
         if rule.keep.by is Ranking.ATTENTION and self._choices:
@@ -118,23 +119,24 @@ class RowsLeft:
         rule = self._rules.get(layer)
         if rule is None:
             return h
+        if not self._choices:
+            self._entries.enter(self.layout)
+            return h
         gone = torch.zeros(len(self.layout), dtype=torch.bool)
         asked = gone.clone()
-        if self._choices:
-            sizes = [len(choice.candidates) for choice in self._choices]
-            with torch.no_grad():
-                # The one time that the host waits for the device.
-                scores = torch.cat(self._scores(rule, h.detach())).cpu().split(sizes)
-            for choice, own in zip(self._choices, scores, strict=True):
-                asked[choice.candidates] = gone[choice.candidates] = True
-                # At equal scores the earlier ones stay.
-                order = torch.sort(own, descending=True, stable=True).indices
-                gone[choice.candidates[order[: rule.keep.count(len(own))]]] = False
+        sizes = [len(choice.candidates) for choice in self._choices]
+        with torch.no_grad():
+            # The one time that the host waits for the device.
+            scores = torch.cat(self._scores(rule, h.detach())).cpu().split(sizes)
+        for choice, own in zip(self._choices, scores, strict=True):
+            asked[choice.candidates] = gone[choice.candidates] = True
+            # At equal scores the earlier ones stay.
+            order = torch.sort(own, descending=True, stable=True).indices
+            gone[choice.candidates[order[: rule.keep.count(len(own))]]] = False
         self._asked[layer] = self.layout.unpack(asked)
-        before, self._choices = self.layout, []
-        if bool(gone.any()):
-            h = self._leave(gone, h)
-            self.layout = before.without(gone)
+        self._choices = []
+        h = self._leave(gone, h)
+        self.layout = self.layout.without(gone)
         self._entries.enter(self.layout)
         return h
 

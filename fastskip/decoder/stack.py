@@ -139,6 +139,7 @@ class Decoder:
         if self.plan.routed:
             routed = self._route(layout, cache, entries, narrow, static.of, rotation)
         combine = add if wants_gradient else add_
+        removing = {rule.after_layer for rule in self.plan.removals}
         for step in self.plan.steps:
             blocks = [self._blocks[index] for index in step]
             if routed is not None:
@@ -163,10 +164,13 @@ class Decoder:
             else:
                 plans = [block.plan for block in blocks]
                 packed = _run_pair(packed, plans, runs, inputs, rest.rotation, entries, combine)
-            if step[-1] in self._removing:
-                packed = rest.remove(step[-1], packed)
-                narrow = None if narrow is None or wanted is None else rest.layout.locate(wanted)
-                static = _StepRows(self.plan, rest.layout, entries, narrow)
+            if step[-1] in removing:
+                before, packed = rest.layout, rest.remove(step[-1], packed)
+                if rest.layout is not before:
+                    narrow = (
+                        None if narrow is None or wanted is None else rest.layout.locate(wanted)
+                    )
+                    static = _StepRows(self.plan, rest.layout, entries, narrow)
         cache.commit(layout, entries.held, entries.left)
         if self.record is not None and (routed is not None or self.plan.removals):
             self.record.forwards.append(
@@ -175,10 +179,6 @@ class Decoder:
         if wanted is not None and late is None:
             return packed
         return rest.whole(packed) if late is None else late.take(rest.whole(packed))
-
-    @property
-    def _removing(self) -> frozenset[int]:
-        return frozenset(rule.after_layer for rule in self.plan.removals)
 
     def _route(
         self,

@@ -2,8 +2,9 @@
 
 The rule. Of the candidates that keep the budget, those stay whose score on held-out items is not
 told to be below the dense model's (95 % interval of the differences, item by item); of them the one
-is recommended that moves the answers of the calibration set least. The held-out items only rule
-out; they do not choose, so that the winner's score is not flattered.
+is recommended that moves the answers of the calibration set least; a router only where nothing
+static is left, since its decisions take time that no budget of FLOPs sees. The held-out items only
+rule out; they do not choose, so that the winner's score is not flattered.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ FOUND = "search"
 """The name of the search's best policy at the budget."""
 RULE = (
     "of the candidates within the budget that held-out items do not show to be worse than dense, "
-    "the one that moves the calibration set's answers least"
+    "the one that moves the calibration set's answers least (a router only where it is alone)"
 )
 
 
@@ -27,7 +28,11 @@ def recommended(candidates: Sequence[Found]) -> Found | None:
         for each in candidates
         if each.source != "dense" and each.keeps_budget and not each.change.is_below_zero
     ]
-    return min(fit, key=lambda each: (each.calibration_kl or 0.0, each.cost), default=None)
+
+    def rank(each: Found) -> tuple[bool, float, float]:
+        return each.source == "router", each.calibration_kl or 0.0, each.cost
+
+    return min(fit, key=rank, default=None)
 
 
 def told(

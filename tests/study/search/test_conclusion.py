@@ -37,6 +37,9 @@ def test_the_least_moved_of_those_that_are_not_worse() -> None:
     every = [DENSE, over, worse, second, first]
     assert recommended(every) is first
     assert recommended([DENSE, over, worse]) is None
+    router = found("router", "router", 0.001, LEVEL)
+    assert recommended([*every, router]) is first
+    assert recommended([DENSE, over, worse, router]) is router
     text = told(every, first, (), 50, "TPOT 2x faster")
     assert "Take 'first': -1.0 points (-3.0 to +1.0)" in text and "50 held-out items" in text
 
