@@ -44,6 +44,22 @@ class ModelShape:
         return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
 
 
+def shape_of_depth(depth: int) -> ModelShape:
+    """A shape of so many layers, for what depends on the depth alone: it has no sizes."""
+    return ModelShape(
+        depth=depth,
+        hidden_size=1,
+        ffn_size=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=1,
+        vocab_size=1,
+        has_images=True,
+        dtype_bytes=1,
+        max_positions=1,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """What rows of one class do in one layer.

@@ -16,7 +16,7 @@ from math import prod
 
 from fastskip import costs
 from fastskip.chances import ExpectedPlan, LayerChance, Rate, certain, expected, rates_of
-from fastskip.layer_plan import Cell, LayerPlan, ModelShape
+from fastskip.layer_plan import Cell, LayerPlan, ModelShape, shape_of_depth
 from fastskip.plan_cells import RoutedCell, resolve_layers
 from fastskip.policy import (
     Arrangement,
@@ -27,7 +27,16 @@ from fastskip.policy import (
     TokenClass,
 )
 
-__all__ = ["Cell", "LayerPlan", "ModelShape", "RoutedCell", "SkipPlan", "TableRow", "make_plan"]
+__all__ = [
+    "Cell",
+    "LayerPlan",
+    "ModelShape",
+    "RoutedCell",
+    "SkipPlan",
+    "TableRow",
+    "make_plan",
+    "shape_of_depth",
+]
 
 
 @dataclass(frozen=True, slots=True)

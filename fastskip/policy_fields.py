@@ -19,6 +19,8 @@ TokenSet = Literal["all"] | frozenset[TokenClass]
 E = TypeVar("E", bound=StrEnum)
 T = TypeVar("T")
 
+SEEDS = 1 << 32
+
 _SLICE = re.compile(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([0-9]{1,9})?)?")
 _LAYERS_ALLOWED = 'a slice string such as "4:31:2" or ":" (step >= 1), or a list of layer indices'
 
@@ -174,6 +176,12 @@ def plain(value: object) -> Any:
 def names(values: Iterable[str]) -> str:
     """Values in quotes, for messages."""
     return ", ".join(f'"{value}"' for value in values)
+
+
+def check_seed(value: object) -> None:
+    """A seed, where there is one."""
+    if value is not None and (type(value) is not int or not 0 <= value < SEEDS):
+        raise PolicyError("seed", value, f"an integer in [0, {SEEDS})")
 
 
 def set_fields(instance: object, **values: object) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from fastskip.policy_fields import TokenSet, member, names, plain, set_fields, token_set
+from fastskip.policy_fields import TokenSet, check_seed, member, names, plain, set_fields, token_set
 from fastskip.vocabulary import PolicyError, Ranking, TokenClass
-
-SEEDS = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -66,8 +64,7 @@ class RemovalRule:
         if seed is not None:
             if self.keep.by is not Ranking.RANDOM:
                 raise PolicyError("seed", seed, f'no seed, or by "{Ranking.RANDOM}"')
-            if type(seed) is not int or not 0 <= seed < SEEDS:
-                raise PolicyError("seed", seed, f"an integer in [0, {SEEDS})")
+            check_seed(seed)
 
     @property
     def classes(self) -> frozenset[TokenClass]:

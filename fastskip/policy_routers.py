@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from fastskip.policy_fields import (
     Layers,
     TokenSet,
+    check_seed,
     json_object,
     layer_selection,
     member,
@@ -193,9 +194,7 @@ def _check_linear(rule: RouterRule) -> None:
 
 def _check_random(rule: RouterRule) -> None:
     set_fields(rule, rate=_number(rule.rate, "rate", 0, 1))
-    seed = rule.seed
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 32):
-        raise PolicyError("seed", seed, f"an integer in [0, {1 << 32})")
+    check_seed(rule.seed)
 
 
 _CHECKS = {"similarity": _check_similarity, "linear": _check_linear, "random": _check_random}

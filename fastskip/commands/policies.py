@@ -91,19 +91,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def _table(policy: Any, layers: int) -> str:
-    from fastskip.plan import ModelShape, make_plan
+    from fastskip.plan import make_plan, shape_of_depth
 
     # what is skipped depends on the depth alone
-    shape = ModelShape(
-        depth=layers,
-        hidden_size=1,
-        ffn_size=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=1,
-        vocab_size=1,
-        has_images=True,
-        dtype_bytes=1,
-        max_positions=1,
-    )
-    return make_plan(policy, shape).table()
+    return make_plan(policy, shape_of_depth(layers)).table()

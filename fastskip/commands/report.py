@@ -98,7 +98,7 @@ def report(
 
 def _shapes(model: str | None, layers: int | None) -> "ShapeOf":
     """What the maps go by: what was named, else the config of a result's own model, if at hand."""
-    from fastskip.study.report.policy_map import shape_of_depth
+    from fastskip.plan import shape_of_depth
 
     known: dict[str, ModelShape | None] = {}
     if layers is not None:

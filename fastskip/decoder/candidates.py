@@ -115,8 +115,7 @@ class Candidates:
         at = seen.rotation.take(Rows(slice(packed, packed + 1), 1))
         columns = seen.entries.columns(layer, sequence)
         columns = columns[columns <= self._layout.columns[packed]]
-        keys, _ = seen.entries.read(layer, slice(sequence, sequence + 1), len(columns))
-        key = torch.cat(keys, dim=2)[0]
+        key = seen.entries.keys(layer, sequence, len(columns))
         if block.plan.unimodal:
             codes = seen.entries.codes(layer, sequence)[: len(columns)]
             alike = (codes == IMAGE) == (self._layout.codes[packed] == IMAGE)

@@ -24,7 +24,6 @@ from fastskip.survivors import spaced
 from fastskip.tokens import CODES, PAD, Rows, TokenLayout, member
 
 GENERATED = CODES[TokenClass.GENERATED]
-HOST = torch.device("cpu")
 
 
 def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tensor:

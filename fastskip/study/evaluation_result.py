@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from fastskip.images import load_image
 from fastskip.study.evaluation import Exam
 from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.items import Item
+from fastskip.study.json_file import write_json
 from fastskip.study.judging import Judgement
 from fastskip.study.provenance import circumstances
 
@@ -51,11 +50,7 @@ def write_result(
         "items": [_item(item, shown) for item in exam.items],
         "judgements": [each.to_dict() for each in found],
     }
-    path = folder / FILE
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(document), encoding="utf-8")
-    os.replace(part, path)  # a reader sees the old file or the new one
-    return path
+    return write_json(folder / FILE, document)
 
 
 class _Pictures:

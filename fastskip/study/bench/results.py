@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -14,6 +12,7 @@ from fastskip.costs import Ceilings
 from fastskip.intervals import Spread
 from fastskip.study.bench.contenders import DENSE, Source
 from fastskip.study.bench.workload import Workload
+from fastskip.study.json_file import write_json
 
 SCHEMA_VERSION = 1
 KIND = "bench"
@@ -190,9 +189,4 @@ class BenchResult:
 
     def save(self, folder: Path) -> Path:
         """Writes `bench.json` in one go; returns where."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
-        return path
+        return write_json(folder / FILE, self.to_dict(), indent=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastskip.study.fingerprints import fingerprint
+from fastskip.study.json_file import write_json
 
 Document = dict[str, Any]
 
@@ -18,11 +18,7 @@ def kept(path: Path, settings: Mapping[str, Any], make: Callable[[], Document]) 
     found = read(path, settings)
     if found is None:
         found = {"settings": settings, **make()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # in one go: a run that is cut off while writing leaves no half a file
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(part, path)
+        write_json(path, found)
     return found
 
 

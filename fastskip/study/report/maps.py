@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastskip.plan import ModelShape
+from fastskip.plan import ModelShape, shape_of_depth
 from fastskip.policy import PolicyError
 from fastskip.study.report.circumstances import Circumstances
 from fastskip.study.report.joining import IS_DENSE, policy_key
-from fastskip.study.report.policy_map import PolicyMap, map_policy, shape_of_depth
+from fastskip.study.report.policy_map import PolicyMap, map_policy
 from fastskip.study.report.results import Results
 
 ShapeOf = Callable[[Circumstances], ModelShape | None]

@@ -98,22 +98,6 @@ class Removal:
         return f"after layer {self.after_layer}: {self.ratio:.0%} of {rows} rows stay, by {self.by}"
 
 
-def shape_of_depth(depth: int) -> ModelShape:
-    """A shape of so many layers, for what depends on the depth alone: it has no sizes."""
-    return ModelShape(
-        depth=depth,
-        hidden_size=1,
-        ffn_size=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=1,
-        vocab_size=1,
-        has_images=True,
-        dtype_bytes=1,
-        max_positions=1,
-    )
-
-
 def map_policy(policy: Mapping[str, Any], shape: ModelShape) -> PolicyMap:
     """The map of a policy's plain data on a model of a shape.
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 
 from fastskip.intervals import Estimate
 from fastskip.policy import SkipPolicy
+from fastskip.study.json_file import write_json
 from fastskip.study.search.matching import LeftOut
 from fastskip.study.search.sensitivity import Sensitivity
 
@@ -151,8 +149,8 @@ class SearchResult:
         (folder / POLICIES).mkdir(parents=True, exist_ok=True)
         for each in named.candidates:
             if each.file is not None:
-                _write(folder / each.file, self._provided(each).to_dict())
-        _write(folder / FILE, named.to_dict())
+                write_json(folder / each.file, self._provided(each).to_dict(), indent=2)
+        write_json(folder / FILE, named.to_dict(), indent=2)
         return named
 
     def _filed(self, each: Found) -> Found:
@@ -201,11 +199,3 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 def _interval(estimate: Estimate) -> dict[str, float]:
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
-
-
-def _write(path: Path, document: Any) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(document, file, indent=2)
-    os.replace(file.name, path)

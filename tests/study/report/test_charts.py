@@ -8,14 +8,14 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from fastskip.intervals import Estimate, Spread
-from fastskip.plan import make_plan
+from fastskip.plan import make_plan, shape_of_depth
 from fastskip.policy import PolicyError, SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.report import accuracy_chart, cost_chart, heat_chart, policy_chart
 from fastskip.study.report.accuracy_chart import DENSE, POLICY, Point, Quantity
 from fastskip.study.report.bench_file import Contender, PerPhase, Timed
 from fastskip.study.report.drawing import HEAT, NARROW, WIDE, Colour, figure_of, picture
 from fastskip.study.report.heat_chart import HeatMap
-from fastskip.study.report.policy_map import PolicyMap, State, map_policy, shape_of_depth
+from fastskip.study.report.policy_map import PolicyMap, State, map_policy
 from fastskip.study.report.search_file import Sensitivity
 from tests.study.report.files import DEPTH, EVIL, REMOVING, ROUTED
 

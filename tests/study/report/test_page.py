@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fastskip.cli import app
+from fastskip.plan import shape_of_depth
 from fastskip.study.report import drawing, write_report
 from fastskip.study.report.drawing import Colour, DrawingError
 from fastskip.study.report.maps import maps
-from fastskip.study.report.policy_map import shape_of_depth
 from fastskip.study.report.results import read_results
 from tests.study.report.files import (
     DEPTH,
