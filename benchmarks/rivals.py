@@ -1,0 +1,52 @@
+"""What needs no policy: smaller images and a smaller language model, on the search's items.
+
+python -m benchmarks.rivals prints the two rows of the README's table of methods at equal cost.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import fastskip
+from fastskip.commands.demo_items import demo_tasks
+from fastskip.demo import checkpoint_path
+from fastskip.demo.model import Size
+from fastskip.demo.smaller import write_checkpoint
+from fastskip.prompts import processor_for
+from fastskip.study.evaluation import Exam
+from fastskip.study.judging import Judgement, judge
+from fastskip.study.smaller_images import shrunk_processor
+
+ITEMS = 200
+
+
+def main() -> None:
+    """Judge both against the bundled model, in float32 on the CPU."""
+    items = demo_tasks(ITEMS)
+    processor = processor_for(str(checkpoint_path()))
+    model = fastskip.load_model(checkpoint_path(), "dense", dtype="float32", device="cpu")
+    exam = Exam(items, processor, config=model.config, batch_size=16)
+    half = Exam(items, shrunk_processor(processor, 2), config=model.config, batch_size=16)
+    dense, images = judge(model, [], exam, smaller={2: half})
+    _show("images of half the side", images, dense)
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(Size.MEDIUM, Path(folder))
+        smaller = fastskip.load_model(folder, "dense", dtype="float32", device="cpu")
+        own = Exam(items, processor_for(folder), config=smaller.config, batch_size=16)
+        (found,) = judge(smaller, [], own)
+    _show("a smaller language model", found, dense)
+
+
+def _show(label: str, found: Judgement, dense: Judgement) -> None:
+    change = found.evaluation.minus(dense.evaluation)
+    points = f"{100 * change.mean:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    assert found.speed is not None and dense.speed is not None
+    ttft = dense.speed.ttft_s / found.speed.ttft_s
+    tpot = dense.speed.tpot_s / found.speed.tpot_s
+    share = found.flops / dense.flops
+    print(f"{label}: {share:.0%} of the FLOPs, TTFT {ttft:.2f}x, TPOT {tpot:.2f}x, {points} points")
+
+
+if __name__ == "__main__":
+    main()
