@@ -128,6 +128,12 @@ def norm_of(module: Any) -> Norm | None:
     return None if epsilon is None else Norm(module.weight, float(epsilon))
 
 
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether calling the module is ``kind``'s own forward on an ordinary weight, and no more."""
+    # Quantised and distributed weights are subclasses of Parameter inside a plain nn.Linear.
+    return type(module) is kind and type(module.weight) is nn.Parameter and not has_hooks(module)
+
+
 def has_hooks(module: Any) -> bool:
     """Whether calling the module does more than its own forward."""
     own = vars(module)

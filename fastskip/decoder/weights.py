@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastskip.decoder.anatomy import LayerParts, has_hooks, norm_of, parts_of
+from fastskip.decoder.anatomy import LayerParts, has_hooks, is_plain, norm_of, parts_of
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear, Norm
@@ -265,18 +265,13 @@ class BlockWeights:
 def _can_merge(parts: LayerParts) -> bool:
     """Plain linears without hooks, alike within each group, with norms as we know them."""
     return (
-        all(_is_plain(module) for module in parts.linears)
+        all(is_plain(module, nn.Linear) for module in parts.linears)
         and not any(has_hooks(module) for module in parts.modules)
         and not any(norm_of(norm) is None for norm in (parts.attention_norm, parts.ffn_norm))
         and not parts.dropout
         and _are_alike((parts.queries, parts.keys, parts.values))
         and _are_alike(parts.feed)
     )
-
-
-def _is_plain(module: Any) -> bool:
-    # Quantised and distributed weights are subclasses of Parameter inside a plain nn.Linear.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
 
 
 def _are_alike(modules: Sequence[Any]) -> bool:

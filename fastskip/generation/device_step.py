@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastskip.decoder.anatomy import has_hooks, norm_of
+from fastskip.decoder.anatomy import has_hooks, is_plain, norm_of
 from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_stack import FusedDecoder
@@ -83,7 +83,7 @@ class DeviceStep:
         self._embed()
         h = run_steps(self._decoder.plan, self._blocks, state.h, state.rows_of, state.store)
         norm = _norm_of(self._norm)
-        if norm is None or not _is_plain(self._head, nn.Linear):
+        if norm is None or not is_plain(self._head, nn.Linear):
             self.logits = self._head(self._norm(h))
             if self._chooses:
                 ops.choose(self.logits, state.choice)
@@ -99,7 +99,7 @@ class DeviceStep:
     def _embed(self) -> None:
         """The tokens to feed, as rows of the residual stream."""
         h, choice, positions = self.state.h, self.state.choice, self._decoder.positions
-        if _is_plain(self._embedding, nn.Embedding) and positions.is_plain:
+        if is_plain(self._embedding, nn.Embedding) and positions.is_plain:
             table, places = self._embedding.weight.detach(), positions.table
             self._decoder.fused.embed(
                 choice.tokens, table, h, positions=choice.positions, places=places
@@ -215,12 +215,8 @@ def _modules_of(model: Any) -> tuple[Any, Any, Any]:
 
 def _is_known(module: Any) -> bool:
     """Whether calling the module is a fused operation on its weights, and nothing else."""
-    is_linear = _is_plain(module, nn.Embedding) or _is_plain(module, nn.Linear)
+    is_linear = is_plain(module, nn.Embedding) or is_plain(module, nn.Linear)
     return is_linear or _norm_of(module) is not None
-
-
-def _is_plain(module: Any, kind: type) -> bool:
-    return type(module) is kind and not has_hooks(module)
 
 
 def _norm_of(module: Any) -> Norm | None:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from fastskip.decoder.anatomy import is_plain
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.families import final_norm_of, text_model_of
@@ -119,12 +120,21 @@ def _pad_of(config: Any) -> int:
     return 0 if pad is None else int(pad)
 
 
+def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """The head; without hooks and the like, as the implementation's own product."""
+    head = model.get_output_embeddings()
+    if not is_plain(head, nn.Linear):
+        return head  # type: ignore[no-any-return]
+    linear = runtime.decoder.ops.linear
+    return lambda rows: linear(rows, head.weight, head.bias)
+
+
 class _DecodeStep:
     """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
 
     def __init__(self, model: Any, runtime: Runtime, cache: SkipCache) -> None:
         self._embed = model.get_input_embeddings()
-        self._head = model.get_output_embeddings()
+        self._head = _head_of(model, runtime)
         self._norm = final_norm_of(text_model_of(model))
         self._decoder, self._cache = runtime.decoder, cache
         codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.ops import fused, reference
+from fastskip.ops import fused, products, reference
 from fastskip.ops.contracts import Activation, Norm
 from fastskip.ops.operations import FusedOperations
 
@@ -59,7 +59,7 @@ class Operations:
 REFERENCE = Operations(
     Implementation.REFERENCE,
     reference.normalize,
-    reference.linear,
+    products.linear,
     reference.activate,
     reference.rotate,
     reference.attend,

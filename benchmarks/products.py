@@ -1,0 +1,72 @@
+"""Products of a CPU in fp32: the library's plain call against the form that the runtime asks for.
+
+    python -m benchmarks.products            # two minutes
+
+prints, for shapes of decoders and numbers of rows, both times and their ratio; medians, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from fastskip.ops.products import linear
+from fastskip.timing import threads_set
+
+SHAPES = {
+    "0.5b: q, k, v": (3072, 1024),
+    "0.5b: gate, up": (5632, 1024),
+    "0.5b: down": (1024, 2816),
+    "7b: gate or up": (11008, 4096),
+    "7b: output": (4096, 4096),
+    "head of 32,064 words": (32064, 1024),
+}
+ROWS = (1, 2, 4, 8, 16, 48, 155, 310, 620)
+MOST_OPERATIONS = 2e10
+ROUNDS = 7
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, nargs="*", default=[torch.get_num_threads(), 1])
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    options = parser.parse_args(arguments)
+    for threads in dict.fromkeys(options.threads):
+        print(f"\n{threads} threads: F.linear, ms / ours, ms / gain")
+        print(f"{'out x in':<28}" + "".join(f"{f'{rows} rows':>22}" for rows in options.rows))
+        with threads_set(threads), torch.inference_mode():
+            for name, shape in SHAPES.items():
+                cells = [_cell(*shape, rows) for rows in options.rows]
+                print(f"{name:<15}{f'{shape[0]} x {shape[1]}':<13}" + "".join(cells), flush=True)
+
+
+def _cell(n_out: int, n_in: int, rows: int) -> str:
+    if 2.0 * n_out * n_in * rows > MOST_OPERATIONS:
+        return f"{'':>22}"
+    weight, x = torch.randn(n_out, n_in), torch.randn(rows, n_in)
+    plain, ours = medians([partial(each, x, weight, None) for each in (F.linear, linear)])
+    return f"{f'{1e3 * plain:.3g} / {1e3 * ours:.3g} / {plain / ours:.2f}x':>22}"
+
+
+def medians(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of each, measured in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number in range(ROUNDS + 1):
+        for call, own in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            if number:
+                own.append(time.perf_counter() - begin)
+    return [statistics.median(own) for own in times]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Products on a CPU: the forms that are quicker compute what the plain call does."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastskip.ops import products
+from fastskip.ops.allocate import poisoned
+from fastskip.timing import threads_set
+from tests.budget import assert_within_budget
+
+SMALL = 1 << 10
+ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 48, 64, 65, 70, 130)
+
+
+@pytest.fixture(autouse=True)
+def forms_of_small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same choices, at sizes that take no time."""
+    monkeypatch.setattr(products, "LARGE", SMALL)
+    monkeypatch.setattr(products, "SLICE", 48)
+    monkeypatch.setattr(products, "MANY", 128)
+    with torch.no_grad(), poisoned():
+        yield
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [(48, 40), (49, 40), (200, 40), (20, 100)], ids=str)
+def test_the_sum_is_the_same(
+    shape: tuple[int, int], rows: int, threads: int, has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, shape[1], generator=generator)
+    weight = torch.randn(shape, generator=generator)
+    bias = torch.randn(shape[0], generator=generator) if has_bias else None
+    with threads_set(threads):
+        found = products.linear(x, weight, bias)
+    assert found.shape == (rows, shape[0])
+    assert found.is_contiguous()
+    if rows:
+        wide = None if bias is None else bias.double()
+        truth = F.linear(x.double(), weight.double(), wide)
+        assert_within_budget("product", found, F.linear(x, weight, bias), truth)
+
+
+def test_rows_and_weights_that_are_parts_of_others() -> None:
+    whole, weights = torch.randn(9, 120), torch.randn(300, 40)
+    x, weight = whole[::2, 40:80], weights[50:250]
+    truth = F.linear(x.double(), weight.double())
+    assert_within_budget("product", products.linear(x, weight, None), F.linear(x, weight), truth)
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+@pytest.mark.parametrize("wants", ["x", "weight"])
+def test_gradients_go_through_the_plain_call(wants: str, rows: int) -> None:
+    operands = {"x": torch.randn(rows, 40), "weight": torch.randn(200, 40)}
+    operands[wants].requires_grad_()
+    with torch.enable_grad():
+        products.linear(operands["x"], operands["weight"], None).sum().backward()
+    assert operands[wants].grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_the_librarys(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(4, 40, dtype=dtype), torch.randn(200, 40, dtype=dtype)
+    assert torch.equal(products.linear(x, weight, None), F.linear(x, weight))
