@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import products as benchmark
 from fastskip.ops import products
 from fastskip.ops.allocate import poisoned
 from fastskip.timing import threads_set
@@ -20,6 +21,7 @@ def forms_of_small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same choices, at sizes that take no time."""
     monkeypatch.setattr(products, "LARGE", SMALL)
     monkeypatch.setattr(products, "SLICE", 48)
+    monkeypatch.setattr(products, "FEW", 64)
     monkeypatch.setattr(products, "MANY", 128)
     with torch.no_grad(), poisoned():
         yield
@@ -67,3 +69,11 @@ def test_gradients_go_through_the_plain_call(wants: str, rows: int) -> None:
 def test_other_dtypes_are_the_librarys(dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 40, dtype=dtype), torch.randn(200, 40, dtype=dtype)
     assert torch.equal(products.linear(x, weight, None), F.linear(x, weight))
+
+
+def test_the_benchmark_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "SHAPES", {"small": (200, 40)})
+    benchmark.main(["--rows", "4", "--threads", "1"])
+    assert "200 x 40" in capsys.readouterr().out

@@ -1,12 +1,10 @@
 """``x @ weight.T + bias`` on a CPU in fp32: the same sums, asked of the library in another form.
 
-The library packs a weight matrix once a call, and of a large one that costs more than the product
-of a few rows. Two forms avoid it, and which one does depends on the number of rows alone:
-
-- few rows: the weight is the first factor, ``(weight @ x.T).T``, and is not packed;
-- more rows: slices of the weight, each of which stays in the cache once it is packed.
-
-``benchmarks/products.py`` measures both against the plain call; the bounds below are from there.
+Called with all of a large weight, the library copies it into another order first, which for some
+rows costs more than the product itself, and then finds it in the cache no more. So the weight is
+taken slice by slice; and while rows are few, it is the first factor, ``(weight @ x.T).T``, which
+several threads share better. ``benchmarks/products.py`` measures this against the plain call; the
+bounds below are from there.
 """
 
 from __future__ import annotations
@@ -18,29 +16,31 @@ from torch import Tensor
 from fastskip.ops.allocate import empty
 
 LARGE = 1 << 20
-"""Weights from which on packing them shows; smaller ones stay in the cache."""
-FEW = 64
-"""Rows that are no reason to pack a weight, where several threads share the work."""
-FEWER = 4
-"""The same for one thread."""
+"""Weights from which on the order shows; smaller ones stay in the cache."""
+FEW = 256
+"""Rows up to which the weight is the first factor."""
 MANY = 2048
-"""Rows from which on packing a weight no longer shows."""
+"""Rows from which on the product takes so long that nothing else shows."""
 SLICE = 1024
 """Out features of a slice."""
 _WIDTH = 16
-"""Columns of a result that are computed together, if there are more than half as many."""
+"""Rows that are computed together, if there are more than half as many."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[N, E] x [M, E] -> [N, M]``, contiguous; ``bias [M]``."""
     rows = len(x)
-    if rows <= 1 or weight.numel() < LARGE or not _is_ours(x, weight):
+    if not 1 < rows < MANY or weight.numel() < LARGE or not _is_ours(x, weight):
         return F.linear(x, weight, bias)
-    if rows <= (FEW if torch.get_num_threads() > 1 else FEWER):
-        return _weight_first(_filled(x), weight, bias)[:rows]
-    if rows < MANY and len(weight) > SLICE:
-        return _sliced(x, weight, bias)
-    return F.linear(x, weight, bias)
+    if len(weight) <= SLICE and (rows > FEW or torch.get_num_threads() == 1):
+        return F.linear(x, weight, bias)
+    out = empty((rows, len(weight)), x.dtype, x.device)
+    multiply = _multiply_weight if rows <= FEW else _multiply_rows
+    x = _filled(x) if rows <= FEW else x
+    for first in range(0, len(weight), SLICE):
+        own = slice(first, first + SLICE)
+        multiply(x, weight[own], None if bias is None else bias[own], out[:, own])
+    return out
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
@@ -55,18 +55,18 @@ def _filled(x: Tensor) -> Tensor:
     return torch.cat((x, x.new_zeros(missing, x.shape[1]))) if missing else x
 
 
-def _weight_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = empty((len(x), len(weight)), x.dtype, x.device)
-    product = torch.mm(weight, x.t()).t()
-    return out.copy_(product) if bias is None else torch.add(product, bias, out=out)
+def _multiply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Weight times rows, of which ``x`` has at least as many as ``out``."""
+    product = torch.mm(weight, x.t()).t()[: len(out)]
+    if bias is None:
+        out.copy_(product)
+    else:
+        torch.add(product, bias, out=out)
 
 
-def _sliced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = empty((len(x), len(weight)), x.dtype, x.device)
-    for first in range(0, len(weight), SLICE):
-        own = slice(first, first + SLICE)
-        if bias is None:
-            torch.mm(x, weight[own].t(), out=out[:, own])
-        else:
-            torch.addmm(bias[own], x, weight[own].t(), out=out[:, own])
-    return out
+def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Rows times weight."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
