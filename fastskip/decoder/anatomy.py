@@ -144,3 +144,11 @@ def has_hooks(module: Any) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own  # as accelerate hooks a module
     )
+
+
+def hooks_of(module: Any) -> list[Any]:
+    """What calling the module does besides its own forward, or instead of it."""
+    own = vars(module)
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = [hook for name in names for hook in own[name].values()]
+    return [*found, own["forward"]] if "forward" in own else found

@@ -8,7 +8,6 @@ is read from the device, so it serves every forward of that shape.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
+from fastskip.decoder.recent import Recent
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two
 from fastskip.layer_plan import stage_of
@@ -218,8 +218,8 @@ class CapturedForwards:
 
     def __init__(self) -> None:
         self._version: object = None
-        self._kept: OrderedDict[ForwardShape, CapturedForward] = OrderedDict()
-        self._seen: OrderedDict[ForwardShape, None] = OrderedDict()
+        self._kept: Recent[ForwardShape, CapturedForward] = Recent(KEPT)
+        self._seen: Recent[ForwardShape, None] = Recent(SEEN)
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -231,18 +231,12 @@ class CapturedForwards:
             self._version, self._pool = version, None
             self._kept.clear()
             self._seen.clear()
-        found = self._kept.get(shape)
-        if found is not None:
-            self._kept.move_to_end(shape)
-        return found
+        return self._kept.get(shape)
 
     def has_seen(self, shape: ForwardShape) -> bool:
         """Whether the shape was asked for before: then a graph of it pays."""
         has_seen = shape in self._seen
-        self._seen[shape] = None
-        self._seen.move_to_end(shape)
-        if len(self._seen) > SEEN:
-            self._seen.popitem(last=False)
+        self._seen.keep(shape, None)
         return has_seen
 
     def pool(self, device: torch.device) -> Any:
@@ -253,6 +247,4 @@ class CapturedForwards:
 
     def keep(self, shape: ForwardShape, forward: CapturedForward) -> None:
         """Keeps the graph of a shape; the least recently used one goes if there are too many."""
-        if len(self._kept) >= KEPT:
-            self._kept.popitem(last=False)
-        self._kept[shape] = forward
+        self._kept.keep(shape, forward)

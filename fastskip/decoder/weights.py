@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import LayerParts, has_hooks, is_plain, norm_of, parts_of
+from fastskip.decoder.module_state import ModuleState
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear, Norm
@@ -175,40 +176,6 @@ class MergedProducts:
         return self._ops.linear(self._ops.activate(fed, self._activation), *self._down)
 
 
-class LayerState:
-    """Which modules and parameters a layer has, where they lie, and who hooks them.
-
-    A look at all of it takes longer than a prompt may wait; that it is as it was is seen at once.
-    """
-
-    def __init__(self, objects: list[object], facts: list[object]) -> None:
-        self._objects, self._facts = objects, facts
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> LayerState:
-        objects: list[object] = []
-        facts: list[object] = []
-        waiting = [layer]
-        while waiting:
-            module = waiting.pop()
-            own = vars(module)  # attributes of a module are slow to look up
-            objects.append(module)
-            facts.append(own["training"])
-            facts.append(has_hooks(module))
-            for parameter in own["_parameters"].values():
-                objects.append(parameter)
-                if parameter is not None:
-                    facts += parameter.data_ptr(), parameter.dtype, parameter.requires_grad
-            waiting += [child for child in own["_modules"].values() if child is not None]
-        return cls(objects, facts)
-
-    def is_same(self, other: LayerState) -> bool:
-        """Whether nothing differs; objects are compared by identity."""
-        return self._facts == other._facts and list(map(id, self._objects)) == list(
-            map(id, other._objects)
-        )
-
-
 class BlockWeights:
     """One decoder layer's products, in the form that is right at the moment.
 
@@ -219,7 +186,7 @@ class BlockWeights:
         self.layer = layer
         self._head_dim, self._ops = head_dim, ops
         self._merged: MergedProducts | None = None
-        self._seen: LayerState | None = None
+        self._seen: ModuleState | None = None
         self.parts = parts_of(layer)
         self.products: Products = ModuleProducts(self.parts, head_dim)
 
@@ -248,7 +215,7 @@ class BlockWeights:
         Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
         """
         is_settled = self.is_merged and not wants_gradient and not self.layer.training
-        if is_settled and self._seen and self._seen.is_same(LayerState.of(self.layer)):
+        if is_settled and self._seen is not None and self._seen.is_current():
             return
         self._seen = None
         parts = self.parts = parts_of(self.layer)
@@ -259,7 +226,7 @@ class BlockWeights:
             self._merged = None  # the old storages go before the new ones come
             self._merged = MergedProducts(parts, self._head_dim, self._ops)
         self.products = self._merged
-        self._seen = LayerState.of(self.layer)
+        self._seen = ModuleState(self.layer)
 
 
 def _can_merge(parts: LayerParts) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.recent import Recent
 from fastskip.decoder.sizes import power_of_two
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of
@@ -117,7 +117,7 @@ class DeviceSteps:
     def __init__(self) -> None:
         self.guarding = Guarding.EARLY_EXIT
         self._bodies: Bodies | None = None
-        self._steps: OrderedDict[tuple[object, ...], DeviceStep] = OrderedDict()
+        self._steps: Recent[tuple[object, ...], DeviceStep] = Recent(KEPT)
         self._version: object = None
         self._pool: Any = None
         self._depth = 0
@@ -174,16 +174,14 @@ class DeviceSteps:
         key = (shape, positions, chooses, bodies is not None, self._depth)
         step = self._steps.get(key)
         if step is None:
-            if len(self._steps) >= KEPT:
-                self._steps.popitem(last=False)
+            self._steps.make_room(key)
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.
             with torch.inference_mode(False), torch.no_grad():
                 rotation = decoder.positions.rotation(positions, decoder.anchor)
                 step = DeviceStep(
                     model, decoder, shape, rotation, self._pool, chooses=chooses, bodies=bodies
                 )
-            self._steps[key] = step
-        self._steps.move_to_end(key)
+            self._steps.keep(key, step)
         return step
 
     def _bodies_for(self, decoder: FusedDecoder, shape: StepShape) -> Bodies | None:
@@ -196,7 +194,7 @@ class DeviceSteps:
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = dict.fromkeys(("_version", "_pool", "_bodies"))
-        return {"_steps": OrderedDict(), "_depth": 0, "guarding": self.guarding, **nothing}
+        return {"_steps": Recent(KEPT), "_depth": 0, "guarding": self.guarding, **nothing}
 
 
 def bucket(count: int) -> int:

@@ -1,9 +1,10 @@
 """The classes of a prepared model: the checkpoint's own, with our decoder inside.
 
 A prepared model's class is a subclass made from the checkpoint's class, with its name. It differs
-in three places: the text model's ``forward`` runs our decoder; the outer ``forward`` tells it the
+in few places: the text model's ``forward`` runs our decoder; the outer ``forward`` tells it the
 class of each column and which logits are read; ``generate`` runs our loop for greedy decoding and
-sampling. This file and ``loop.py`` are the only ones that touch private Hugging Face names
+sampling; on a GPU the vision tower may run as a graph. This file and ``loop.py`` are the only ones
+that touch private Hugging Face names
 (``_sample``, ``_prefill``, ``_prepare_cache_for_generation``).
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.families import MULTIMODAL, final_norm_of, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
@@ -34,6 +36,8 @@ def prepare(model: Any, runtime: Runtime) -> None:
     runtime.decoder.lens = functools.partial(_logits_of, model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
+        if isinstance(runtime.decoder, FusedDecoder):
+            _adopt(model.model.vision_tower, PreparedTower, runtime)
     _adopt(text_model, PreparedDecoder, runtime)
     _adopt(model, PreparedModel, runtime)
 
@@ -45,14 +49,14 @@ def _logits_of(model: Any, rows: Tensor, normed: bool) -> Tensor:
     return logits
 
 
-def _adopt(module: Any, mixin: type, runtime: Runtime) -> None:
+def _adopt(module: Any, mixin: Any, runtime: Runtime) -> None:
     base: Any = type(module)
     module.__class__ = prepared_class(base, mixin)
     module._fastskip = runtime
 
 
 @functools.cache
-def prepared_class(base: Any, mixin: type) -> type:
+def prepared_class(base: Any, mixin: Any) -> type:
     """``base`` with ``mixin`` in front: same name, same module, ``isinstance`` holds."""
     signature = inspect.signature(base.forward)
 
@@ -66,9 +70,12 @@ def prepared_class(base: Any, mixin: type) -> type:
         del bound["self"]
         return self._run(bound | bound.pop("kwargs", {}))
 
-    extra = inspect.Parameter("token_classes", inspect.Parameter.KEYWORD_ONLY, default=None)
     *named, rest = signature.parameters.values()
-    forward.__signature__ = signature.replace(parameters=[*named, extra, rest])  # type: ignore[attr-defined]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in mixin.extra_inputs
+    ]
+    forward.__signature__ = signature.replace(parameters=[*named, *extra, rest])  # type: ignore[attr-defined]
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -79,7 +86,7 @@ def prepared_class(base: Any, mixin: type) -> type:
     return type(base.__name__, (mixin, base), members)
 
 
-def _restore(base: type, mixin: type) -> Any:
+def _restore(base: type, mixin: Any) -> Any:
     made: Any = prepared_class(base, mixin)
     return made.__new__(made)
 
@@ -91,6 +98,8 @@ class _Prepared:
     their base.
     """
 
+    extra_inputs: tuple[str, ...] = ("token_classes",)
+    """What ``forward`` takes besides what the base takes."""
     _fastskip: Runtime | None = None
     _fastskip_origin: tuple[type, type]
 
@@ -128,6 +137,18 @@ class PreparedBackbone(_Prepared):
         if inputs.get("token_classes") is None:
             inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
         return self._fastskip_origin[0].forward(self, **inputs)
+
+
+class PreparedTower(_Prepared):
+    """The vision tower: Hugging Face's forward, inside ``generate`` perhaps as a graph."""
+
+    extra_inputs = ()
+
+    def _run(self: Any, inputs: dict[str, Any]) -> Any:
+        forward, runtime = self._fastskip_origin[0].forward, self._runtime
+        if runtime.session is None:
+            return forward(self, **inputs)
+        return runtime.tower.run(self, forward, inputs)
 
 
 class PreparedModel(_Prepared):

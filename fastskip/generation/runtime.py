@@ -14,6 +14,7 @@ from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_step import DeviceSteps
+from fastskip.generation.tower import TowerGraphs
 from fastskip.ops import Operations
 from fastskip.ops.flash import load_flash
 from fastskip.plan import SkipPlan
@@ -45,6 +46,7 @@ class Runtime:
         self.decoder = kind(text_model, plan, ops)
         self.decoder.routers = routers
         self.steps = DeviceSteps()
+        self.tower = TowerGraphs()
         self.session: Session | None = None
         self.lock = RLock()
 

@@ -1,0 +1,125 @@
+"""The vision tower of a prompt as a CUDA graph.
+
+A tower is some three hundred launches of a few microseconds each, so that for an image or two the
+device waits for the host. A graph is made when images of a shape come for the second time; and only
+inside ``generate``, where nobody keeps what a tower returns: the next run writes to that memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastskip.decoder.anatomy import hooks_of
+from fastskip.decoder.module_state import ModuleState
+from fastskip.decoder.recent import Recent
+from fastskip.ops.graphs import capture, new_pool
+
+KEPT = 4
+"""Graphs kept; they share their activations' memory."""
+SEEN = 64
+"""Shapes remembered of which no graph was made yet."""
+MOST_IMAGES = 8
+"""With more, the host is done before the device anyway."""
+
+Forward = Callable[..., Any]
+
+
+class TowerGraphs:
+    """The graphs of one tower.
+
+    ``captures`` may be set at any time. It is off, since what it gains on a GPU has not been
+    measured yet: the cell ``graphs.tower.b1`` of the GPU protocol does.
+    """
+
+    def __init__(self) -> None:
+        self.captures = False
+        self._state: ModuleState | None = None
+        self._is_capturable = False
+        self._graphs: Recent[Hashable, TowerGraph] = Recent(KEPT)
+        self._seen: Recent[Hashable, None] = Recent(SEEN)
+        self._pool: Any = None
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs hold addresses; a copy starts without.
+        return {**type(self)().__dict__, "captures": self.captures}
+
+    def run(self, tower: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> Any:
+        """``forward(tower, **inputs)``, by a graph if there is one or it is time to make one."""
+        pixels = inputs.get("pixel_values")
+        options = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        call = self._call(pixels, options)
+        if call is None or pixels is None:
+            return forward(tower, **inputs)
+        if self._state is None or not self._state.is_current():
+            self._graphs.clear()
+            self._seen.clear()
+        elif self._is_capturable and call in self._seen:
+            return self._graph(call, lambda own: forward(tower, own, **options), pixels).run(pixels)
+        output = forward(tower, **inputs)
+        self._seen.keep(call, None)
+        self._look_at(tower)  # now: a first forward may leave transformers' own hooks
+        return output
+
+    def _graph(self, call: Hashable, forward: Forward, pixels: Tensor) -> TowerGraph:
+        graph = self._graphs.get(call)
+        if graph is not None:
+            return graph
+        self._graphs.make_room(call)
+        # Its buffers outlive a caller's inference mode, which would forbid writing them later.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._graphs.keep(call, TowerGraph(forward, pixels.clone(), self._pool))
+
+    def _call(self, pixels: Any, options: Mapping[str, Any]) -> Hashable:
+        """What a graph has baked in of a call; ``None`` where it cannot be captured."""
+        if not self.captures or torch.is_grad_enabled():
+            return None
+        if not isinstance(pixels, Tensor) or not 0 < len(pixels) <= MOST_IMAGES:
+            return None
+        plain = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+        }
+        if any(isinstance(value, Tensor) for value in plain.values()):
+            return None
+        return tuple(pixels.shape), pixels.dtype, pixels.device, tuple(sorted(plain.items()))
+
+    def _look_at(self, tower: nn.Module) -> None:
+        """Notes what graphs of the tower are made of, unless that is known."""
+        if self._state is not None and self._state.is_current():
+            return
+        self._state = ModuleState(tower)
+        self._pool = new_pool(next(tower.parameters()).device)
+        hooks = [hook for module in tower.modules() for hook in hooks_of(module)]
+        self._is_capturable = not tower.training and all(map(_is_transformers_own, hooks))
+
+
+class TowerGraph:
+    """One forward of a tower on ``pixels``, which stay where they are."""
+
+    def __init__(self, forward: Forward, pixels: Tensor, pool: Any) -> None:
+        self._forward, self._pixels = forward, pixels
+        self._output: Any = None
+        self._replay = capture(self._work, pixels.device, pool)
+
+    def run(self, pixels: Tensor) -> Any:
+        """The forward on other pixels; its tensors are right until the next run."""
+        self._pixels.copy_(pixels)
+        self._replay()
+        output = self._output
+        # Callers add to it.
+        return output if isinstance(output, tuple) else type(output)(**output)
+
+    def _work(self) -> None:
+        self._output = self._forward(self._pixels)
+
+
+def _is_transformers_own(hook: object) -> bool:
+    """Whether a hook only notes the outputs that a call asks for."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

@@ -1,0 +1,192 @@
+"""The vision tower as a graph. Without CUDA a replay is the work again, its results copied to where
+those of the first run lie, as a graph would leave them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import fastskip
+from fastskip.generation import tower as towers
+from fastskip.generation.tower import KEPT, MOST_IMAGES, TowerGraph, TowerGraphs
+from tests.agreement import generate
+from tests.batches import Batch, random_batch
+from tests.models import tiny_llava
+
+KINDS = ("llava", "llava_next_vicuna", "llava_onevision")
+
+
+def replayed(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+    """Stands for a CUDA graph."""
+    graph: TowerGraph = work.__self__  # type: ignore[attr-defined]
+    work()
+    there = graph._output
+
+    def replay() -> None:
+        work()
+        for old, new in zip(tensors_of(there), tensors_of(graph._output), strict=True):
+            old.copy_(new)
+        graph._output = there
+
+    return replay
+
+
+def tensors_of(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    parts = found.values() if isinstance(found, dict) else found or ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+@pytest.fixture(autouse=True)
+def fixed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(towers, "capture", replayed)
+
+
+@pytest.fixture(params=KINDS)
+def plain(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_llava(request.param)
+
+
+def prepared(plain: PreTrainedModel) -> Any:
+    model = fastskip.apply_(copy.deepcopy(plain), impl="torch")
+    graphs_of(model).captures = True
+    return model
+
+
+def graphs_of(model: Any) -> TowerGraphs:
+    graphs: TowerGraphs = model._fastskip.tower
+    return graphs
+
+
+def batch_of(plain: PreTrainedModel, seed: int, images: tuple[int, ...] = (1, 1)) -> Batch:
+    return random_batch(plain, seed=seed, images=images)
+
+
+def other_images(batch: Batch, seed: int) -> Batch:
+    """The same prompts about other pictures of the same sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = tuple(
+        (torch.randn(pixels.shape, generator=generator), size) for pixels, size in batch.images
+    )
+    return Batch(**{**vars(batch), "images": images})
+
+
+def check(plain: PreTrainedModel, model: Any, batch: Batch) -> None:
+    expected = plain.generate(**batch.inputs(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(generate(model, batch), expected[:, batch.columns :])
+
+
+def test_one_graph_serves_other_images_of_the_same_size(plain: PreTrainedModel) -> None:
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for number in range(4):
+        check(plain, model, other_images(batch, number))
+        assert len(graphs_of(model)) == min(number, 1)
+    check(plain, model, batch)
+    assert len(graphs_of(model)) == 1
+
+
+def test_another_number_of_images_is_another_graph() -> None:
+    plain = tiny_llava()
+    model = prepared(plain)
+    for images in ((1, 1), (1, 1), (2, 1), (2, 1), (1, 1), (2, 1)):
+        check(plain, model, batch_of(plain, 2, images))
+    assert len(graphs_of(model)) == 2
+
+
+def test_few_are_kept() -> None:
+    plain = tiny_llava()
+    model = prepared(plain)
+    for count in range(1, KEPT + 3):
+        for _ in range(2):
+            check(plain, model, batch_of(plain, 3, (count,)))
+    assert len(graphs_of(model)) == KEPT
+
+
+def test_off_unless_asked_for() -> None:
+    plain = tiny_llava()
+    model = fastskip.apply_(copy.deepcopy(plain), impl="torch")
+    for _ in range(3):
+        check(plain, model, batch_of(plain, 1))
+    assert len(graphs_of(model)) == 0
+
+
+def test_weights_that_move() -> None:
+    plain = tiny_llava()
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for _ in range(2):
+        check(plain, model, batch)
+    (before,) = graphs_of(model)._graphs.values()
+    for changed in (plain, model):
+        weight = changed.model.vision_tower.pre_layrnorm.weight
+        weight.data = 3 * weight.detach()
+    for _ in range(3):
+        check(plain, model, batch)
+    (after,) = graphs_of(model)._graphs.values()
+    assert after is not before
+
+
+@pytest.mark.parametrize("where", ["tower", "layer"])
+def test_a_users_hook_is_called_every_time(where: str) -> None:
+    plain = tiny_llava()
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for _ in range(2):
+        check(plain, model, batch)
+    tower = model.model.vision_tower
+    calls: list[nn.Module] = []
+    module = tower if where == "tower" else tower.encoder.layers[0]
+    handle = module.register_forward_hook(lambda own, *_: calls.append(own))
+    for number in range(1, 4):
+        check(plain, model, batch)
+        assert len(calls) == number
+    assert len(graphs_of(model)) == 0
+    handle.remove()
+    for _ in range(3):
+        check(plain, model, batch)
+    assert len(graphs_of(model)) == 1
+
+
+def test_results_outside_of_generate_are_their_callers() -> None:
+    plain = tiny_llava()
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for _ in range(3):
+        check(plain, model, batch)
+    with torch.no_grad():
+        found = [
+            model.get_image_features(pixel_values=other_images(batch, n).inputs()["pixel_values"])
+            for n in range(3)
+        ]
+    first, second, third = (torch.stack(list(each.pooler_output)) for each in found)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_gradients_and_many_images_are_not_captured() -> None:
+    plain = tiny_llava()
+    model = prepared(plain)
+    for _ in range(3):
+        check(plain, model, batch_of(plain, 1, (MOST_IMAGES + 1,)))
+    graphs, forward = graphs_of(model), type(plain.model.vision_tower).forward
+    pixels = batch_of(plain, 1).inputs()["pixel_values"]
+    with torch.enable_grad():
+        for _ in range(3):
+            found = graphs.run(model.model.vision_tower, forward, {"pixel_values": pixels})
+    assert found.last_hidden_state.requires_grad
+    assert len(graphs) == 0
+
+
+def test_copies_start_without_graphs() -> None:
+    plain = tiny_llava()
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for _ in range(2):
+        check(plain, model, batch)
+    twin = copy.deepcopy(model)
+    assert graphs_of(twin).captures
+    assert len(graphs_of(twin)) == 0
+    for _ in range(2):
+        check(plain, twin, batch)
+    assert len(graphs_of(twin)) == len(graphs_of(model)) == 1
