@@ -17,6 +17,7 @@ from fastskip.commands.common import (
     DtypeOption,
     ImageOption,
     ModelOption,
+    PoliciesOption,
     TflopsOption,
     ThreadsOption,
     ceilings_of,
@@ -34,17 +35,7 @@ FILE = "bench.json"
 
 def bench(
     model: ModelOption = None,
-    policies: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            "-p",
-            metavar="POLICY",
-            help="A policy file or a preset; repeat the option for several. Each is held to "
-            "fastskip's dense model, which is always there.",
-            show_default=False,
-        ),
-    ] = None,
+    policies: PoliciesOption = None,
     image: ImageOption = None,
     prompt: Annotated[
         str | None,

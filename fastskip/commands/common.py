@@ -44,6 +44,17 @@ PolicyOption = Annotated[
         show_default=False,
     ),
 ]
+PoliciesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="POLICY",
+        help="A policy file or a preset; repeat the option for several. Each is held to fastskip's "
+        "dense model, which is always there.",
+        show_default=False,
+    ),
+]
 ImageOption = Annotated[
     list[Path] | None,
     typer.Option(

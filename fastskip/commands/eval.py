@@ -13,15 +13,25 @@ from fastskip.commands.common import (
     Dtype,
     DtypeOption,
     ModelOption,
+    PoliciesOption,
     ThreadsOption,
     checkpoint,
-    config_of,
     load,
     policy_of,
     prepare,
 )
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.commands.eval_tables import show
+from fastskip.commands.exams import (
+    AnswerTokensOption,
+    ImageFolderOption,
+    ItemsOption,
+    PromptsOption,
+    check_sources,
+    dtype_for,
+    exam_of,
+    first_of,
+)
 from fastskip.study.metrics import Metric
 
 if TYPE_CHECKING:
@@ -33,44 +43,15 @@ FILE = "judgements.jsonl"
 
 def evaluate(
     model: ModelOption = None,
-    policies: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--policy",
-            "-p",
-            metavar="POLICY",
-            help="A policy file or a preset; repeat the option for several. Each is held to the "
-            "dense model, which is always there.",
-            show_default=False,
-        ),
-    ] = None,
-    items: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='JSON lines: {"question": "...", "answer": "..." or ["...", ...], "image": '
-            '"a.jpg" or ["a.jpg", ...]}, and "kind", "metric" and "history" where wanted; or '
-            "LLaVA's conversations (lines or one array), of which each answer is an item, with the "
-            "turns before it as given. Default, for the demo's model alone: its held-out ones.",
-            show_default=False,
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where image paths start. Default: the folder of the items.",
-            show_default=False,
-        ),
-    ] = None,
+    policies: PoliciesOption = None,
+    items: ItemsOption = None,
+    images: ImageFolderOption = None,
     metric: Annotated[
         Metric, typer.Option(help="How answers are judged whose item does not say it.")
     ] = Metric.EXACT,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
-    answer_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")
-    ] = 32,
+    batch: PromptsOption = 16,
+    answer_tokens: AnswerTokensOption = 32,
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to time.")] = 16,
     rounds: Annotated[
         int, typer.Option(min=0, metavar="N", help="Timed runs of each policy; 0: none.")
@@ -131,9 +112,7 @@ def evaluate(
     [cyan]fastskip eval -m MODEL -p mine.json --items llava.json --images photos --metric cider[/]
     """
     prepare(threads)
-    if items is None and (model is not None or images is not None):
-        option = "--images" if model is None else "--model"
-        raise CommandError(f"--items: needed with {option}; a file of JSON lines, see --help")
+    check_sources(model, items, images)
     named = [(name, policy_of(name)) for name in policies or ()]
     if len({name for name, _ in named}) < len(named):
         raise CommandError(f"--policy {policies}: one is there twice; allowed: each once")
@@ -142,24 +121,16 @@ def evaluate(
     chosen = demo_tasks(count) if items is None else _read(items, images, metric, count, on_broken)
     from tqdm import tqdm
 
-    from fastskip.prompts import processor_for
-    from fastskip.study.evaluation import Exam
     from fastskip.study.evaluation_result import write_result
     from fastskip.study.judging import JudgementFile, judge
 
     path = checkpoint(model)
-    if model is None and dtype is Dtype.AUTO:
-        dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
-    exam = Exam(
-        chosen,
-        processor_for(path),
-        config=config_of(path),
-        batch_size=batch,
-        new_tokens=answer_tokens,
-    )
-    exam = _checked(exam, broken, skip_broken)
-    smaller = {factor: _shrunk(exam, path, factor, batch) for factor in smaller_images or ()}
-    prepared = load(path, "dense", dtype, device)
+    exam = _checked(exam_of(chosen, path, batch, answer_tokens), broken, skip_broken)
+    smaller = {
+        factor: exam_of(exam.items, path, batch, answer_tokens, factor)
+        for factor in smaller_images or ()
+    }
+    prepared = load(path, "dense", dtype_for(model, dtype), device)
     with tqdm(total=(1 + len(named) + len(smaller)) * len(exam), disable=None) as bar:
         found = judge(
             prepared,
@@ -180,21 +151,6 @@ def evaluate(
         show(found, exam.items, new_tokens, by_kind=by_kind)
 
 
-def _shrunk(exam: "Exam", path: str, factor: int, batch: int) -> "Exam":
-    """The same items with smaller images."""
-    from fastskip.prompts import processor_for
-    from fastskip.study.evaluation import Exam
-    from fastskip.study.smaller_images import shrunk_processor
-
-    return Exam(
-        exam.items,
-        shrunk_processor(processor_for(path), factor),
-        config=config_of(path),
-        batch_size=batch,
-        new_tokens=exam.new_tokens,
-    )
-
-
 def _read(
     file: Path,
     images: Path | None,
@@ -211,15 +167,12 @@ def _checked(exam: "Exam", broken: list[str], skip_broken: bool) -> "Exam":
     """The exam, if all can be asked; what cannot stops here, or is left out, told and counted."""
     from tqdm import tqdm
 
-    from fastskip.study.items import ItemError
-
     total = len(exam.items) + len(broken)
     with tqdm(total=len(exam), desc="reading", disable=None) as bar:
         found = exam.problems(bar.update)
     broken = [*broken, *found.values()]
     if broken and not skip_broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise ItemError(f"{broken[0]}{more}; --skip-broken leaves such items out")
+        raise first_of(broken, "; --skip-broken leaves such items out")
     for problem in broken:
         typer.echo(f"left out: {problem}", err=True)
     if broken:

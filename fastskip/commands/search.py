@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastskip.commands.common import (
-    CommandError,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -20,6 +19,16 @@ from fastskip.commands.common import (
     reading,
 )
 from fastskip.commands.demo_items import demo_tasks
+from fastskip.commands.exams import (
+    AnswerTokensOption,
+    ImageFolderOption,
+    ItemsOption,
+    PromptsOption,
+    check_sources,
+    dtype_for,
+    exam_of,
+    first_of,
+)
 from fastskip.commands.search_table import show
 
 if TYPE_CHECKING:
@@ -53,24 +62,8 @@ def search(
         ),
     ],
     model: ModelOption = None,
-    items: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='JSON lines: {"question": "...", "answer": "..." or ["...", ...], "image": '
-            '"a.jpg"}, or LLaVA\'s conversations, as fastskip eval reads them. Some '
-            "of them calibrate, others judge. Default, for the demo's model alone: its own.",
-            show_default=False,
-        ),
-    ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where image paths start. Default: the file's own folder.",
-            show_default=False,
-        ),
-    ] = None,
+    items: ItemsOption = None,
+    images: ImageFolderOption = None,
     calibration: Annotated[
         int, typer.Option(min=1, metavar="N", help="Items that the search sees.")
     ] = 32,
@@ -107,10 +100,8 @@ def search(
     no_routers: Annotated[
         bool, typer.Option("--no-routers", help="Do not calibrate routers as candidates.")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
-    answer_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")
-    ] = 32,
+    batch: PromptsOption = 16,
+    answer_tokens: AnswerTokensOption = 32,
     new_tokens: Annotated[
         int, typer.Option(min=2, metavar="N", help="Tokens of the call that is timed.")
     ] = 16,
@@ -137,9 +128,7 @@ def search(
     --out runs/search --dtype bfloat16[/]
     """
     prepare(threads)
-    if items is None and (model is not None or images is not None):
-        option = "--images" if model is None else "--model"
-        raise CommandError(f"--items: needed with {option}; a file of JSON lines, see --help")
+    check_sources(model, items, images)
     from fastskip.study.search import Search, SearchSettings, parse_budget, plots
     from fastskip.study.search.hidden_states import compared
     from fastskip.study.search.solver import require
@@ -164,9 +153,7 @@ def search(
     import fastskip
     from fastskip.machine import ceilings
 
-    if model is None and dtype is Dtype.AUTO:
-        dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
-    plain = _plain_model(path, dtype, device)
+    plain = _plain_model(path, dtype_for(model, dtype), device)
     watcher, close = _bars()
     alike = compared(plain, exam, out, watcher)
     prepared = fastskip.apply_(plain, "dense")
@@ -221,21 +208,10 @@ def _parted(
 
 def _exam(items: list["Item"], path: str, batch: int, answer_tokens: int) -> "Exam":
     """The items as inputs; a broken one is found before anything is measured."""
-    from fastskip.prompts import processor_for
-    from fastskip.study.evaluation import Exam
-    from fastskip.study.items import ItemError
-
-    exam = Exam(
-        items,
-        processor_for(path),
-        config=config_of(path),
-        batch_size=batch,
-        new_tokens=answer_tokens,
-    )
+    exam = exam_of(items, path, batch, answer_tokens)
     broken = list(exam.problems().values())
     if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise ItemError(f"{broken[0]}{more}")
+        raise first_of(broken)
     return exam
 
 
