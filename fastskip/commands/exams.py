@@ -45,7 +45,7 @@ def check_sources(model: str | None, items: Path | None, images: Path | None) ->
 
 
 def dtype_for(model: str | None, dtype: Dtype) -> Dtype:
-    """The one asked for; for the demo's model the one that all that is said of it was measured in."""
+    """The one asked for; for the demo's model the one of all that is said of it."""
     return Dtype.FLOAT32 if model is None and dtype is Dtype.AUTO else dtype
 
 
