@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from benchmarks.harness import Case
+from benchmarks.mixes import MIX
 from benchmarks.peers import DEFAULT, MORE, ROUTED, ROUTED_BATCH
 from benchmarks.shapes import DEMO, HALF_BILLION, Shape
 
@@ -25,7 +26,13 @@ def default_cases() -> list[Case]:
     """Both shapes at batch 1 in fp32 and bf16, and at batch 4 in bf16."""
     settings = ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 4))
     cases = [_case(shape, *setting) for shape in (DEMO, HALF_BILLION) for setting in settings]
-    return cases + routing_cases()
+    return cases + [mixed_case()] + routing_cases()
+
+
+def mixed_case() -> Case:
+    """Prompts that are not alike: one image, none, two; short and long."""
+    case = _case(HALF_BILLION, torch.float32, len(MIX))
+    return replace(case, subject="unlike prompts", mix=MIX)
 
 
 def routing_cases() -> list[Case]:

@@ -10,6 +10,7 @@ import torch
 
 import fastskip
 from benchmarks.gate import faults
+from benchmarks.mixes import Mix, mixed_prompts
 from benchmarks.peers import DEFAULT, DENSE, HF, Peer, dense
 from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import Builder, Models, Shape, models, prompts
@@ -28,7 +29,7 @@ _FAULTS: dict[tuple[Builder, torch.dtype, str, Peer], str | None] = {}
 
 @dataclass(frozen=True)
 class Case:
-    """What all peers do."""
+    """What all peers do; ``mix``: prompts that are not alike, as many as the batch."""
 
     shape: Shape
     dtype: torch.dtype
@@ -38,11 +39,18 @@ class Case:
     peers: tuple[Peer, ...] = DEFAULT
     device: str = "cpu"
     subject: str = ""
+    mix: Mix | None = None
+
+    def prompts(self, model: Any) -> dict[str, torch.Tensor]:
+        """What they are given."""
+        if self.mix is None:
+            return prompts(model, self.shape, self.batch)
+        return mixed_prompts(model, self.shape, self.mix)
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        length = f"{self.shape.n_text}+{self.n_new}"
+        length = f"{self.shape.n_text}+{self.n_new}" if self.mix is None else f"mixed+{self.n_new}"
         subject = f"-{self.subject}" if self.subject else ""
         return f"{self.shape.name}-{dtype}-b{self.batch}-{length}{subject}"
 
@@ -111,7 +119,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     result.failures |= _faults(case, peers, both)
     if DENSE.name in result.failures:
         return result
-    inputs = prompts(both.hf, case.shape, case.batch)
+    inputs = case.prompts(both.hf)
 
     def run(peer: Peer, threads: int, n_new: int = case.n_new) -> Run:
         model = both.hf if peer.policy is None else _under(both, policies[peer.name])

@@ -13,11 +13,12 @@ import torch
 
 import fastskip
 from benchmarks.harness import Measurement
+from benchmarks.mixes import mixed_cost, mixed_kv_bytes
 from benchmarks.peers import DENSE, HF
 from benchmarks.runs import median
 from benchmarks.shapes import models
 from fastskip import machine
-from fastskip.costs import Ceilings, floor_seconds
+from fastskip.costs import Ceilings, GenerationCost, floor_seconds
 from fastskip.timing import threads_set
 
 Record = dict[str, Any]
@@ -26,6 +27,7 @@ Record = dict[str, Any]
 def record(measured: Measurement, peer: str, group: str) -> Record:
     """Everything about one peer in one group; keys that do not apply hold None."""
     case, shape = measured.case, measured.case.shape
+    images, texts = _rows(measured)
     own, plan = next(p for p in case.peers if p.name == peer), measured.plans[peer]
     is_ours = own.policy is not None
     hf = models(shape.build, case.dtype, case.device).hf
@@ -50,8 +52,8 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "policy_id": plan.policy.name if is_ours else None,
         "policy_hash": plan.fingerprint[:16] if is_ours else None,
         "batch": case.batch,
-        "n_text": shape.n_text,
-        "n_visual": measured.n_visual,
+        "n_text": texts if case.mix else shape.n_text,
+        "n_visual": images if case.mix else measured.n_visual,
         "n_new": case.n_new,
         "threads": threads,
         "median_ms": 1e3 * seconds,
@@ -59,7 +61,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "ttft_ms": 1e3 * median(runs, "ttft"),
         "tpot_ms": 1e3 * median(runs, "decode"),
         "tokens_per_s": case.batch * case.n_new / median(runs, "e2e"),
-        "kv_bytes": plan.kv_bytes(measured.n_visual, shape.n_text, case.n_new - 1, case.batch),
+        "kv_bytes": mixed_kv_bytes(plan, images, texts, case.n_new - 1),
         "peak_bytes": max(peaks, default=None),
         "tflops": flops / seconds / 1e12,
         "speedup_vs_dense": vs_dense,
@@ -82,17 +84,18 @@ def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, tuple[
     """
     case, shape, plan = measured.case, measured.case.shape, measured.plans[peer]
     rates = measured.rates.get(peer, (None, None))
-    costs = [
-        plan.expected_cost(
-            measured.n_visual,
-            shape.n_text,
-            case.n_new,
-            case.batch,
-            rate=rate,
-            text_before=shape.text_before,
+
+    def cost(n_visual: int, n_text: int, batch: int, rate: float | None) -> GenerationCost:
+        before = shape.text_before
+        return plan.expected_cost(
+            n_visual, n_text, case.n_new, batch, rate=rate, text_before=before
         )
-        for rate in rates
-    ]
+
+    if case.mix is None:
+        costs = [cost(measured.n_visual, shape.n_text, case.batch, rate) for rate in rates]
+    else:
+        rows = list(zip(*_rows(measured), strict=True))
+        costs = [mixed_cost([cost(*each, 1, rate) for each in rows]) for rate in rates]
     prompt, steps = costs[0].prefill, costs[1].decode
     prefill, decode = (floor_seconds(part, found) for part in (prompt, steps))
     return {
@@ -100,6 +103,15 @@ def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, tuple[
         "decode": (steps.flops / steps.steps, decode / steps.steps),
         "e2e": (prompt.flops + steps.flops, prefill + decode),
     }
+
+
+def _rows(measured: Measurement) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Image and text rows of each sequence."""
+    case = measured.case
+    if case.mix is None:
+        return (measured.n_visual,) * case.batch, (case.shape.n_text,) * case.batch
+    hf = models(case.shape.build, case.dtype, case.device).hf
+    return case.mix.image_rows(hf), case.mix.text_rows(case.shape)
 
 
 @cache

@@ -120,11 +120,16 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def _title(record: Record) -> str:
     subject = f"{record['subject']}, " if record.get("subject") else ""
+    images, texts = _counts(record["n_visual"]), _counts(record["n_text"])
     return (
         f"{subject}{record['model']} ({record['weights']} weights), {record['dtype']}, batch "
-        f"{record['batch']}: {record['n_visual']} image and {record['n_text']} text rows, "
-        f"{record['n_new']} new tokens"
+        f"{record['batch']}: {images} image and {texts} text rows, {record['n_new']} new tokens"
     )
+
+
+def _counts(rows: int | Sequence[int]) -> str:
+    """Of all prompts alike, or of each."""
+    return str(rows) if isinstance(rows, int) else "/".join(map(str, rows))
 
 
 def _row(label: str, groups: dict[str, Record]) -> tuple[str, ...]:

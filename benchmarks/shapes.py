@@ -75,10 +75,8 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    image_id, vocabulary = config.image_token_id, config.text_config.vocab_size
-    limit = image_id if image_id > FIRST_WORD else vocabulary
-    ids = torch.randint(FIRST_WORD, limit, (batch, shape.n_text), generator=generator)
-    image = torch.full((batch, config.image_seq_length), image_id)
+    ids = word_ids(model, (batch, shape.n_text), generator)
+    image = torch.full((batch, config.image_seq_length), config.image_token_id)
     ids = torch.cat([ids[:, : shape.text_before], image, ids[:, shape.text_before :]], dim=1)
     side = config.vision_config.image_size
     pixels = torch.randn(batch, 3, side, side, generator=generator)
@@ -88,6 +86,14 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
         "pixel_values": pixels.to(model.dtype),
     }
     return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def word_ids(model: Any, size: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random tokens that stand for themselves."""
+    image_id, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
+    limit = image_id if image_id > FIRST_WORD else vocabulary
+    size = (size,) if isinstance(size, int) else size
+    return torch.randint(FIRST_WORD, limit, size, generator=generator)
 
 
 def _demo(dtype: torch.dtype) -> Any:

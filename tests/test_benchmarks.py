@@ -15,12 +15,14 @@ import fastskip
 from benchmarks import harness, records
 from benchmarks.gate import faults
 from benchmarks.harness import Case, Measurement, ReplayClock, measure
+from benchmarks.mixes import Mix, mixed_cost, mixed_prompts
 from benchmarks.peers import DEFAULT, MORE, ROUTED_BATCH
 from benchmarks.records import Record, record
 from benchmarks.report import Results, main, markdown, tables
 from benchmarks.runs import GROUPS
 from benchmarks.shapes import Shape, models, random_model
 from fastskip import machine
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.timing import threads_set
 
 TINY_CEILINGS = {"BUFFER_BYTES": {"cpu": 1 << 22}, "MATRIX_SIZES": {"cpu": (64,)}}
@@ -160,3 +162,47 @@ def test_report_of_a_file(
 
 def test_names_of_files_are_plain() -> None:
     assert records.file_name("cpu").removesuffix(".json").replace("-", "").isalnum()
+
+
+def test_prompts_that_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TINY_CEILINGS.items():
+        monkeypatch.setattr(machine, name, value)
+    mix = Mix(images=(1, 0, 2), texts=(6, 9, 3))
+    names = {"half_blocks", "image_ffn", "frozen_visual", "fastv"}
+    result = measure(Case(SHAPE, torch.float32, 3, n_new=4, rounds=1, mix=mix), names)
+    assert result.failures == {}
+    both = models(tiny, torch.float32, "cpu")
+    inputs = mixed_prompts(both.hf, SHAPE, mix)
+    assert inputs["attention_mask"].sum(1).tolist() == [16 + 8, 11, 32 + 5]
+    assert len(inputs["pixel_values"]) == 3
+    found = {name: record(result, name, "prefill") for name in ("hf", "dense", *names)}
+    assert found["dense"]["n_visual"] == (16, 0, 32)
+    assert found["dense"]["n_text"] == (8, 11, 5)
+    assert 1.5 < found["half_blocks"]["ideal_speedup"] < 3  # of the last layer little is left
+    (table,) = tables(list(found.values()))
+    assert "16/0/32 image and 8/11/5 text rows" in table.title
+    # what the cache holds is what is claimed of these very prompts
+    for name in names:
+        plan = fastskip.plan_of(fastskip.set_policy(both.ours, result.plans[name].policy))
+        cache = both.ours.generate(
+            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
+        )[CACHE_NAME]
+        assert cache.live_bytes() == found[name]["kv_bytes"], plan.policy.name
+
+
+@pytest.mark.parametrize("name", ["half_blocks", "image_ffn", "frozen_visual"])
+def test_sequences_that_are_alike_cost_what_a_batch_of_them_does(name: str) -> None:
+    both = models(tiny, torch.float32, "cpu")
+    policy = next(peer.policy for peer in DEFAULT if peer.name == name)
+    assert policy is not None
+    plan = fastskip.plan_of(fastskip.set_policy(both.ours, policy(both.depth)))
+    together, batch = mixed_cost([plan.cost(16, 8, 5)] * 3), plan.cost(16, 8, 5, 3)
+    for own, other in ((together.prefill, batch.prefill), (together.decode, batch.decode)):
+        assert own.flops == other.flops
+        assert own.bytes == other.bytes
+        assert own.steps == other.steps
+    text = mixed_cost([plan.cost(16, 8, 5), plan.cost(0, 8, 5)])
+    assert text.prefill.weight_bytes == plan.cost(16, 8, 5).prefill.weight_bytes
+    assert (
+        text.prefill.flops == plan.cost(16, 8, 5).prefill.flops + plan.cost(0, 8, 5).prefill.flops
+    )
