@@ -120,16 +120,20 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def _title(record: Record) -> str:
     subject = f"{record['subject']}, " if record.get("subject") else ""
-    images, texts = _counts(record["n_visual"]), _counts(record["n_text"])
+    images, texts = counts(record["n_visual"]), counts(record["n_text"])
     return (
         f"{subject}{record['model']} ({record['weights']} weights), {record['dtype']}, batch "
         f"{record['batch']}: {images} image and {texts} text rows, {record['n_new']} new tokens"
     )
 
 
-def _counts(rows: int | Sequence[int]) -> str:
-    """Of all prompts alike, or of each."""
-    return str(rows) if isinstance(rows, int) else "/".join(map(str, rows))
+def counts(rows: int | Sequence[int]) -> str:
+    """Of all prompts alike, or of each; prompts that come again are named once."""
+    if isinstance(rows, int):
+        return str(rows)
+    periods = (n for n in range(1, len(rows) + 1) if len(rows) % n == 0)
+    own = next(rows[:n] for n in periods if list(rows[:n]) * (len(rows) // n) == list(rows))
+    return "/".join(map(str, own))
 
 
 def _row(label: str, groups: dict[str, Record]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,12 +23,15 @@ from benchmarks.gpu.models import PEERS, load, shape
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import synchronize
 from benchmarks.memory import peak_bytes, reset_peak
+from benchmarks.mixes import MIX, Mix, mixed_cost, mixed_prompts
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
 from fastskip.costs import floor_seconds
 from fastskip.plan import SkipPlan
 from fastskip.timing import Arrivals, no_collection
 
+UNLIKE = Mix(4 * MIX.images, 4 * MIX.texts)
+TINY_MIX = Mix((1, 0), (2, 4))
 N_NEW = 128
 ROUNDS, LEAST_ROUNDS = 5, 2
 GROUPS = ("ttft", "prefill", "tpot", "tpot_mean", "call")
@@ -49,12 +53,23 @@ class Contender:
         return statistics.median(found) if found else None
 
 
-def measure(setting: Setting, widths: Widths, batch: int) -> Values:
-    """All peers in turn; a peer that fails is left out, and the line says why."""
+def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None) -> Values:
+    """All peers in turn; a peer that fails is left out, and the line says why.
+
+    ``mix``: prompts that are not alike, as many as the batch.
+    """
     widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
     both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
-    inputs = prompts(both.hf, shape(widths, device), min(batch, 2) if setting.is_tiny else batch)
+    kind = shape(widths, device)
+    if setting.is_tiny:
+        batch, mix = min(batch, 2), mix and TINY_MIX
+    if mix is None:
+        inputs = prompts(both.hf, kind, batch)
+        images, texts = [widths.n_image] * batch, [widths.n_text] * batch
+    else:
+        inputs = mixed_prompts(both.hf, kind, mix)
+        images, texts = list(mix.image_rows(both.hf)), list(mix.text_rows(kind))
     failures: dict[str, str] = {}
     contenders = []
     for peer in PEERS:
@@ -71,8 +86,11 @@ def measure(setting: Setting, widths: Widths, batch: int) -> Values:
     if not contenders:
         raise RuntimeError("\n".join(failures.values()))
     about = {"widths": widths.name, "batch": len(inputs["input_ids"]), "n_new": n_new}
-    about |= {"n_image": widths.n_image, "n_text": widths.n_text, "rounds": count}
-    peers = _summary(contenders, about, setting)
+    sizes = (widths.n_image, widths.n_text) if mix is None else (images, texts)
+    about |= {"n_image": sizes[0], "n_text": sizes[1], "rounds": count}
+    rows = list(zip(images, texts, strict=True))
+    floors = {each.peer.name: _floors(each.plan, rows, n_new, setting) for each in contenders}
+    peers = _summary(contenders, about, floors)
     return {**about, "peers": peers, "failures": failures}
 
 
@@ -203,10 +221,11 @@ def _timed(run: Callable[[], object], device: str) -> tuple[float, float]:
 
 
 def _summary(
-    contenders: Sequence[Contender], about: dict[str, Any], setting: Setting
+    contenders: Sequence[Contender],
+    about: dict[str, Any],
+    floors: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """Milliseconds, shares and ratios of every peer."""
-    floors = {each.peer.name: _floors(each.plan, about, setting) for each in contenders}
     by_name = {each.peer.name: each for each in contenders}
     found = {}
     for each in contenders:
@@ -237,15 +256,27 @@ def _summary(
     return found
 
 
-def _floors(plan: SkipPlan, about: dict[str, Any], setting: Setting) -> dict[str, float]:
-    """Least seconds of the prefill, without vision, and of a mean decode step."""
-    sizes = about["n_image"], about["n_text"], about["n_new"], about["batch"]
-    cost = plan.cost(*sizes, text_before=min(4, about["n_text"] // 2))
+def _floors(
+    plan: SkipPlan, rows: Sequence[tuple[int, int]], n_new: int, setting: Setting
+) -> dict[str, float]:
+    """Least seconds of the prefill, without vision, and of a mean decode step; ``rows``: image and
+    text rows of each sequence."""
+    numbers = Counter(rows)
+    costs = {
+        each: plan.cost(*each, n_new, count if len(numbers) == 1 else 1, text_before=_before(each))
+        for each, count in numbers.items()
+    }
     ceilings = ceilings_of(setting)
+    cost = costs[rows[0]] if len(costs) == 1 else mixed_cost([costs[each] for each in rows])
     return {
         "prefill": floor_seconds(cost.prefill, ceilings),
         "tpot": floor_seconds(cost.decode, ceilings) / cost.decode.steps,
     }
+
+
+def _before(rows: tuple[int, int]) -> int:
+    """Text rows before the image."""
+    return min(4, rows[1] // 2)
 
 
 def _agreement(own: Contender, hf: Contender | None) -> float | None:
@@ -267,4 +298,12 @@ def _cell(widths: Widths, batch: int) -> Cell:
     return Cell(f"e2e.{widths.name}.b{batch}", about, minutes, run, is_default)
 
 
-CELLS = [_cell(widths, batch) for widths in (SEVEN, THIRTEEN) for batch in (1, 16, 4, 64)]
+CELLS = [
+    *(_cell(widths, batch) for widths in (SEVEN, THIRTEEN) for batch in (1, 16, 4, 64)),
+    Cell(
+        "e2e.7b.unlike",
+        "7B with random weights, 16 prompts that are not alike, padded",
+        5.0,
+        partial(measure, widths=SEVEN, batch=len(UNLIKE), mix=UNLIKE),
+    ),
+]

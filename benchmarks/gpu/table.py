@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.inputs import SEVEN
 from benchmarks.gpu.results import Results, Values
+from benchmarks.report import counts
 
 NOT_MEASURED = "not measured yet"
 BEGIN, END = "<!-- GPU table -->", "<!-- end of GPU table -->"
@@ -190,7 +191,7 @@ def _end_to_end(results: Results) -> list[tuple[str, list[Row]]]:
             values = line.values
             title = (
                 f"LLaVA-1.5-{values['widths']} shapes, random weights, batch {values['batch']}: "
-                f"{values['n_image']} image and {values['n_text']} text rows, "
+                f"{counts(values['n_image'])} image and {counts(values['n_text'])} text rows, "
                 f"{values['n_new']} new tokens"
             )
             found.append((title, [_row(own) for own in values["peers"].values()]))

@@ -86,7 +86,7 @@ class TowerGraphs:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in options.items()
         }
-        if any(isinstance(value, Tensor) for value in plain.values()):
+        if any(isinstance(x, Tensor) or not isinstance(x, Hashable) for x in plain.values()):
             return None
         return tuple(pixels.shape), pixels.dtype, pixels.device, tuple(sorted(plain.items()))
 
