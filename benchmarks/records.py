@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ import torch
 
 import fastskip
 from benchmarks.harness import Measurement
-from benchmarks.mixes import mixed_cost, mixed_kv_bytes
 from benchmarks.peers import DENSE, HF
 from benchmarks.runs import median
 from benchmarks.shapes import models
 from fastskip import machine
 from fastskip.costs import Ceilings, GenerationCost, floor_seconds
+from fastskip.mixed_cost import mixed_cost
 from fastskip.timing import threads_set
 
 Record = dict[str, Any]
@@ -61,7 +61,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "ttft_ms": 1e3 * median(runs, "ttft"),
         "tpot_ms": 1e3 * median(runs, "decode"),
         "tokens_per_s": case.batch * case.n_new / median(runs, "e2e"),
-        "kv_bytes": mixed_kv_bytes(plan, images, texts, case.n_new - 1),
+        "kv_bytes": sum(map(partial(plan.kv_bytes, n_generated=case.n_new - 1), images, texts)),
         "peak_bytes": max(peaks, default=None),
         "tflops": flops / seconds / 1e12,
         "speedup_vs_dense": vs_dense,

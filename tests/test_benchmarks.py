@@ -15,7 +15,7 @@ import fastskip
 from benchmarks import harness, records
 from benchmarks.gate import faults
 from benchmarks.harness import Case, Measurement, ReplayClock, measure
-from benchmarks.mixes import Mix, mixed_cost, mixed_prompts
+from benchmarks.mixes import Mix, mixed_prompts
 from benchmarks.peers import DEFAULT, MORE, ROUTED_BATCH
 from benchmarks.records import Record, record
 from benchmarks.report import Results, main, markdown, tables
@@ -23,6 +23,7 @@ from benchmarks.runs import GROUPS
 from benchmarks.shapes import Shape, models, random_model
 from fastskip import machine
 from fastskip.generation.cache_name import CACHE_NAME
+from fastskip.mixed_cost import mixed_cost
 from fastskip.timing import threads_set
 
 TINY_CEILINGS = {"BUFFER_BYTES": {"cpu": 1 << 22}, "MATRIX_SIZES": {"cpu": (64,)}}

@@ -23,10 +23,11 @@ from benchmarks.gpu.models import PEERS, load, shape
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import synchronize
 from benchmarks.memory import peak_bytes, reset_peak
-from benchmarks.mixes import MIX, Mix, mixed_cost, mixed_prompts
+from benchmarks.mixes import MIX, Mix, mixed_prompts
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
 from fastskip.costs import floor_seconds
+from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
 from fastskip.timing import Arrivals, no_collection
 

@@ -48,16 +48,22 @@ def bench(
         ),
     ] = None,
     text_tokens: Annotated[
-        int | None,
+        list[int] | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Tokens of text in the made-up prompt, the template's included.  [default: 64]",
+            help="Tokens of text in the made-up prompt, the template's included. Repeat the option "
+            "for a batch of unlike prompts, padded on the left.  [default: 64]",
             show_default=False,
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(min=1, metavar="N", help="So many equal prompts at once.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="So many equal prompts at once; of unlike ones, so many of each.",
+        ),
     ] = 1,
     new_tokens: Annotated[
         int, typer.Option(min=2, metavar="N", help="Tokens of each answer.")
@@ -124,6 +130,9 @@ def bench(
     [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json --batch 4 --text-tokens 128
     --dtype bfloat16 --out runs/bench[/]
 
+    [cyan]fastskip bench -p image_ffn --text-tokens 16 --text-tokens 128[/] (unlike prompts: Hugging
+    Face computes their pads)
+
     [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json -i photo.jpg -q "what is this?"
     --budget-seconds 300[/]
     """
@@ -177,8 +186,10 @@ def bench(
             typer.echo(f"wrote {out / FILE}", err=True)
 
 
-def _check(prompt: str | None, text_tokens: int | None, no_hf: bool, compiled: bool | None) -> None:
-    if prompt is not None and text_tokens is not None:
+def _check(
+    prompt: str | None, text_tokens: list[int] | None, no_hf: bool, compiled: bool | None
+) -> None:
+    if prompt is not None and text_tokens:
         raise CommandError(f"--text-tokens {text_tokens}: allowed: none beside --prompt")
     if no_hf and compiled:
         raise CommandError("--compiled: allowed: not beside --no-hf, it is Hugging Face that does")
@@ -188,16 +199,16 @@ def _inputs(
     path: str,
     images: list[Path] | None,
     prompt: str | None,
-    text_tokens: int | None,
+    text_tokens: list[int] | None,
     new_tokens: int,
     *,
     is_demo: bool,
 ) -> Any:
-    """One prompt, as asked for or made up; what is wrong with it is found before weights load."""
+    """A prompt, as asked for or made up; what is wrong with it is found before weights load."""
     from fastskip.families import shape_of
     from fastskip.images import load_image
     from fastskip.prompts import build_inputs, processor_for
-    from fastskip.study.bench.workload import drawn_image, made_up_inputs
+    from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded
 
     pictures = [load_image(each) for each in images or ()]
     config = config_of(path)
@@ -206,5 +217,8 @@ def _inputs(
         return build_inputs(processor, prompt, pictures, config=config, max_new_tokens=new_tokens)
     if not pictures and shape_of(config).has_images:
         pictures = [drawn_image(None) if is_demo else drawn_image()]
-    count = 64 if text_tokens is None else text_tokens
-    return made_up_inputs(processor, config, pictures, text_tokens=count, new_tokens=new_tokens)
+    every = [
+        made_up_inputs(processor, config, pictures, text_tokens=count, new_tokens=new_tokens)
+        for count in text_tokens or [64]
+    ]
+    return every[0] if len(every) == 1 else padded(every)

@@ -15,7 +15,7 @@ def show(found: BenchResult) -> None:
     console = Console(highlight=False)
     load = found.workload
     console.print(
-        f"[bold]prompt[/]: batch {load.batch}, {load.n_image} image and {load.n_text} text tokens"
+        f"[bold]prompt[/]: batch {load.batch}, {load.n_image} image and {load.text} text tokens"
     )
     console.print(_table(found, "ttft", "prefill"))
     console.print(f"[bold]steps[/]: {load.new_tokens} new tokens")

@@ -21,7 +21,7 @@ from fastskip.study.bench.contenders import HF, HF_COMPILED, Models
 from fastskip.study.bench.errors import BenchError
 from fastskip.study.bench.results import BenchResult, Phases, Speedup, Verdict
 from fastskip.study.bench.run import bench, ideal_share
-from fastskip.study.bench.workload import drawn_image, made_up_inputs, repeated, workload_of
+from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded, repeated, workload_of
 from fastskip.study.comparison import prompt_sizes
 from tests.checkpoints import VOCAB, build_processor, save_checkpoint
 from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava
@@ -226,6 +226,43 @@ def test_made_up_prompts_have_just_so_many_tokens(kind: Any) -> None:
             made_up_inputs(
                 processor, model.config, [drawn_image()], text_tokens=text_tokens, new_tokens=9
             )
+
+
+@pytest.mark.parametrize("kind", LLAVA_KINDS)
+def test_prompts_that_are_not_alike_are_padded(kind: Any) -> None:
+    processor, model = build_processor(kind), tiny_llava(kind, vocab=VOCAB)
+    every = [
+        made_up_inputs(processor, model.config, [drawn_image()], text_tokens=n, new_tokens=3)
+        for n in (60, 90, 40)
+    ]
+    found = padded(every)
+    load = workload_of(found, model.config, 3)
+    assert (load.batch, load.n_text, load.texts) == (3, 90, (60, 90, 40))
+    assert load.text == "60/90/40"
+    options = {"max_new_tokens": 3, "do_sample": False}
+    together = model.generate(**found, **options)[:, -3:]
+    alone = [model.generate(**each, **options)[0, -3:] for each in every]
+    assert torch.equal(together, torch.stack(alone))
+    assert workload_of(padded(every[:1]), model.config, 3).texts == ()
+
+
+def test_a_bench_of_prompts_that_are_not_alike(models: Models, tmp_path: Path) -> None:
+    every = [
+        made_up_inputs(
+            build_processor(), models.hf.config, [drawn_image()], text_tokens=n, new_tokens=4
+        )
+        for n in (40, 90)
+    ]
+    found = run(models, repeated(padded(every), 2), IMAGE_FFN)
+    assert found.workload.texts == (40, 90, 40, 90)
+    assert found.dense.as_hf.equal == 16
+    plan = fastskip.plan_of(fastskip.set_policy(models.ours, IMAGE_FFN[1]))
+    before = found.workload.text_before
+    own = found.of(IMAGE_FFN[0])
+    assert own.flops == sum(plan.cost(4, n, 4, 2, text_before=before).flops for n in (40, 90))
+    assert own.kv_bytes == sum(plan.kv_bytes(4, n, 3, 2) for n in (40, 90))
+    path = found.save(tmp_path)
+    assert BenchResult.from_dict(json.loads(path.read_text())) == found
 
 
 def test_made_up_prompts_of_text(tmp_path: Path) -> None:

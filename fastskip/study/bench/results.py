@@ -162,7 +162,8 @@ class BenchResult:
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
             "circumstances": dict(self.circumstances),
-            "workload": asdict(self.workload) | {"rounds": self.rounds},
+            "workload": asdict(self.workload)
+            | {"rounds": self.rounds, "texts": list(self.workload.texts)},
             "ceilings": asdict(self.ceilings),
             "contenders": [each.to_dict() for each in self.contenders],
         }
@@ -178,6 +179,7 @@ class BenchResult:
         if found != (KIND, SCHEMA_VERSION):
             raise ValueError(f"kind, schema_version: {found}; allowed: {(KIND, SCHEMA_VERSION)}")
         load = dict(document["workload"])
+        load["texts"] = tuple(load.get("texts", ()))  # files of old have none
         rounds = load.pop("rounds")
         return cls(
             circumstances=document["circumstances"],

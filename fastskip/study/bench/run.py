@@ -13,6 +13,7 @@ import torch
 from fastskip.costs import Ceilings, GenerationCost, Planned, floor_seconds, generation_cost
 from fastskip.intervals import Spread, paired_speedup, quartiles
 from fastskip.loading import plan_of, set_policy
+from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 from fastskip.policy_fit import check_fit
@@ -59,7 +60,8 @@ def bench(
     Args:
         models: on the device that is measured; ours is left with the policy that it came with.
         policies: labels and policies.
-        inputs: equal prompts, as `workload.made_up_inputs` or a processor gives them.
+        inputs: prompts about equal images, as `workload.made_up_inputs` or a processor gives them;
+            of several lengths, as `workload.padded` does.
         ceilings: of this device.
         new_tokens: how many each prompt gets; no token ends an answer.
         rounds: in which everybody is timed once.
@@ -123,8 +125,9 @@ def bench(
                 _contest(each, made, costs, load, ceilings),
                 policy=_document(each, policies),
                 peak_bytes=firsts[each.label].peak_bytes,
-                kv_bytes=plans[each.label].kv_bytes(
-                    load.n_image, load.n_text, new_tokens - 1, load.batch
+                kv_bytes=sum(
+                    plans[each.label].kv_bytes(load.n_image, n_text, new_tokens - 1)
+                    for n_text in load.each_text
                 ),
                 as_hf=agreements.get(each.label),
                 left_out=firsts[each.label].left_out,
@@ -138,14 +141,16 @@ def _cost(plan: SkipPlan, rates: tuple[Rates, Rates] | None, load: Workload) -> 
     """Of the plan; where routers decide, at the rates that were seen."""
 
     def at(planned: Planned) -> GenerationCost:
-        return generation_cost(
-            planned,
-            load.n_image,
-            load.n_text,
-            load.new_tokens,
-            load.batch,
-            text_before=load.text_before,
-        )
+        def cost(n_text: int, batch: int = 1) -> GenerationCost:
+            before = min(load.text_before, n_text)
+            return generation_cost(
+                planned, load.n_image, n_text, load.new_tokens, batch, text_before=before
+            )
+
+        if not load.texts:
+            return cost(load.n_text, load.batch)
+        costs = {n_text: cost(n_text) for n_text in set(load.texts)}
+        return mixed_cost([costs[n_text] for n_text in load.texts])
 
     if rates is None:
         return at(plan)

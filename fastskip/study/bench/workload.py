@@ -25,9 +25,11 @@ PHOTO = (640, 480)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Equal prompts: rows of one of them, and how many of its text rows precede its image's.
+    """Prompts with equal images: rows of the longest, and how many of its text rows come before
+    its image's.
 
-    Equal lengths favour Hugging Face, which computes what pads would be, too.
+    Equal lengths favour Hugging Face, which computes what pads would be, too. ``texts``: the text
+    rows of each prompt, where they are not equal.
     """
 
     batch: int
@@ -35,11 +37,29 @@ class Workload:
     n_text: int
     text_before: int
     new_tokens: int
+    texts: tuple[int, ...] = ()
+
+    @property
+    def each_text(self) -> tuple[int, ...]:
+        """The text rows of each prompt."""
+        return self.texts or (self.n_text,) * self.batch
+
+    @property
+    def text(self) -> str:
+        """The text rows in words."""
+        return "/".join(map(str, dict.fromkeys(self.each_text)))
 
 
 def workload_of(inputs: Mapping[str, Any], config: Any, new_tokens: int) -> Workload:
-    """What inputs of equal prompts hold."""
-    return Workload(len(inputs["input_ids"]), *prompt_sizes(inputs, config), new_tokens)
+    """What inputs hold, whose prompts are about equal images."""
+    mask = inputs.get("attention_mask")
+    rows = len(inputs["input_ids"])
+    counts = [inputs["input_ids"].shape[1]] * rows if mask is None else mask.sum(1).tolist()
+    longest = counts.index(max(counts))
+    one = {"input_ids": inputs["input_ids"][longest : longest + 1]}
+    n_image, n_text, before = prompt_sizes(one, config)
+    texts = tuple(count - n_image for count in counts)
+    return Workload(rows, n_image, n_text, before, new_tokens, texts if len(set(texts)) > 1 else ())
 
 
 def drawn_image(size: tuple[int, int] | None = PHOTO) -> Image:
@@ -84,6 +104,31 @@ def made_up_inputs(
         return torch.cat([value[:, :place], new.to(value.dtype), value[:, place:]], 1)
 
     return {name: longer(name, value) for name, value in inputs.items()}
+
+
+def padded(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Prompts of one sequence each as a batch, padded on the left.
+
+    Pads are the token that a prompt ends with, since that is no image's; the mask tells them apart.
+    """
+    width = max(each["input_ids"].shape[1] for each in every)
+
+    def wide(name: str, each: Mapping[str, Any]) -> Any:
+        value, ids = each[name], each["input_ids"]
+        if value.shape != ids.shape:
+            return value  # pixels and sizes
+        left = value.new_full(
+            (1, width - ids.shape[1]), int(ids[0, -1]) if name == "input_ids" else 0
+        )
+        return torch.cat((left, value), 1)
+
+    first = every[0]
+    return {
+        name: torch.cat([wide(name, each) for each in every])
+        if isinstance(value, Tensor)
+        else value
+        for name, value in first.items()
+    }
 
 
 def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:

@@ -58,11 +58,15 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """One run of `fastskip bench`; `workload` by name, bytes and FLOPs a second where known."""
+    """One run of `fastskip bench`; `workload` by name, bytes and FLOPs a second where known.
+
+    ``texts``: text rows of each prompt, where these are not alike.
+    """
 
     source: str
     circumstances: Circumstances
     workload: Mapping[str, int]
+    texts: tuple[int, ...]
     bandwidth: float | None
     flops_rate: float | None
     contenders: tuple[Contender, ...]
@@ -86,6 +90,7 @@ def read_bench(folder: Path) -> BenchResult:
     """
     document = read_document(folder / "bench.json", "bench")
     workload, ceilings = document.get("workload"), document.may("ceilings")
+    texts = workload.may("texts")  # files of old have none
     contenders = tuple(_contender(each) for each in document.get("contenders").each())
     if not any(each.timed for each in contenders):
         document.get("contenders").refuse("one that was measured, or more")
@@ -96,6 +101,7 @@ def read_bench(folder: Path) -> BenchResult:
             name: workload.get(name).count()
             for name in ("batch", "n_image", "n_text", "new_tokens", "rounds")
         },
+        texts=tuple(each.count() for each in texts.each()) if texts is not None else (),
         bandwidth=None if ceilings is None else _number(ceilings, "bandwidth_bytes_per_s"),
         flops_rate=None if ceilings is None else _number(ceilings, "flops_per_s"),
         contenders=contenders,

@@ -130,8 +130,9 @@ def search_points(result: SearchResult) -> list[TimedPoints]:
 def workload_text(bench: BenchResult) -> str:
     """Its workload in words."""
     load = bench.workload
+    texts = "/".join(map(str, dict.fromkeys(bench.texts or (load["n_text"],))))
     return (
-        f"batch {load['batch']}, {load['n_image']} image and {load['n_text']} text rows, "
+        f"batch {load['batch']}, {load['n_image']} image and {texts} text rows, "
         f"{load['new_tokens']} new tokens, {load['rounds']} rounds"
     )
 

@@ -11,10 +11,11 @@ from fastskip.intervals import paired_bootstrap
 from fastskip.study.bench.results import BenchResult
 from fastskip.study.judging import Judgement
 from fastskip.study.report.accuracy_chart import DENSE, POLICY
+from fastskip.study.report.bench_file import read_bench
 from fastskip.study.report.eval_file import read_eval
 from fastskip.study.report.examples import data_uri
 from fastskip.study.report.fields import ReportError
-from fastskip.study.report.joining import eval_points, policy_key, timed_by
+from fastskip.study.report.joining import eval_points, policy_key, timed_by, workload_text
 from fastskip.study.report.results import read_results
 from tests.study.report.files import (
     bench_document,
@@ -45,6 +46,16 @@ def test_what_is_in_a_folder_is_read(tmp_path: Path) -> None:
     kinds = {"image: no FFN", "image: no attention, K/V project", "all: parallel"}
     assert {each.kind for each in search.sensitivity} == kinds
     assert search.left_out == (("fastv", "takes too much"),) and search.settings == {"seed": 7}
+
+
+def test_prompts_of_a_bench_that_are_not_alike(tmp_path: Path) -> None:
+    document = bench_document()
+    document["workload"] |= {"batch": 2, "texts": [16, 64]}
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    assert "576 image and 16/64 text rows" in workload_text(read_bench(tmp_path))
+    del document["workload"]["texts"]  # as written before there were such prompts
+    (tmp_path / "bench.json").write_text(json.dumps(document))
+    assert "576 image and 64 text rows" in workload_text(read_bench(tmp_path))
 
 
 def test_the_files_of_these_tests_are_as_the_commands_write_them() -> None:
