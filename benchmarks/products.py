@@ -1,4 +1,4 @@
-"""Products of a CPU in fp32: the library's plain call against the form that the runtime asks for.
+"""Products of a CPU in fp32: the library's plain calls against the forms that the runtime asks for.
 
     python -m benchmarks.products            # two minutes
 
@@ -16,7 +16,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from fastskip.ops.products import linear
+from fastskip.ops.contracts import Activation, Linear
+from fastskip.ops.products import feed_forward, linear
+from fastskip.ops.reference import gated_silu
 from fastskip.timing import threads_set
 
 SHAPES = {
@@ -27,6 +29,7 @@ SHAPES = {
     "7b: output": (4096, 4096),
     "head of 32,064 words": (32064, 1024),
 }
+FFN = ("0.5b: whole FFN", (2816, 1024))
 ROWS = (1, 2, 4, 8, 16, 48, 155, 310, 620)
 MOST_OPERATIONS = 2e10
 ROUNDS = 7
@@ -44,15 +47,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{'out x in':<28}" + "".join(f"{f'{rows} rows':>22}" for rows in options.rows))
         with threads_set(threads), torch.inference_mode():
             for name, shape in SHAPES.items():
-                cells = [_cell(*shape, rows) for rows in options.rows]
-                print(f"{name:<15}{f'{shape[0]} x {shape[1]}':<13}" + "".join(cells), flush=True)
+                _print(name, shape, [_cell(*shape, rows) for rows in options.rows])
+            name, shape = FFN
+            _print(name, shape, [_ffn_cell(*shape, rows) for rows in options.rows])
+
+
+def _print(name: str, shape: tuple[int, int], cells: Sequence[str]) -> None:
+    print(f"{name:<15}{f'{shape[0]} x {shape[1]}':<13}" + "".join(cells), flush=True)
 
 
 def _cell(n_out: int, n_in: int, rows: int) -> str:
     if 2.0 * n_out * n_in * rows > MOST_OPERATIONS:
         return f"{'':>22}"
     weight, x = torch.randn(n_out, n_in), torch.randn(rows, n_in)
-    plain, ours = medians([partial(each, x, weight, None) for each in (F.linear, linear)])
+    return _compared([partial(each, x, weight, None) for each in (F.linear, linear)])
+
+
+def _ffn_cell(inner: int, width: int, rows: int) -> str:
+    """An FFN with its activation."""
+    x, up, down = (
+        torch.randn(*size) for size in ((rows, width), (2 * inner, width), (width, inner))
+    )
+
+    def plain() -> object:
+        return F.linear(gated_silu(F.linear(x, up)), down)
+
+    def ours() -> object:
+        return feed_forward(x, Linear(up), Activation.GATED_SILU, Linear(down))
+
+    return _compared([plain, ours])
+
+
+def _compared(calls: Sequence[Callable[[], object]]) -> str:
+    plain, ours = medians(calls)
     return f"{f'{1e3 * plain:.3g} / {1e3 * ours:.3g} / {plain / ours:.2f}x':>22}"
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from benchmarks import products as benchmark
 from fastskip.ops import products
 from fastskip.ops.allocate import poisoned
+from fastskip.ops.contracts import Activation, Linear
 from fastskip.timing import threads_set
 from tests.budget import assert_within_budget
 
@@ -21,6 +22,7 @@ def forms_of_small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same choices, at sizes that take no time."""
     monkeypatch.setattr(products, "LARGE", SMALL)
     monkeypatch.setattr(products, "SLICE", 48)
+    monkeypatch.setattr(products, "FEWEST", 8)
     monkeypatch.setattr(products, "FEW", 64)
     monkeypatch.setattr(products, "MANY", 128)
     with torch.no_grad(), poisoned():
@@ -46,6 +48,43 @@ def test_the_sum_is_the_same(
         wide = None if bias is None else bias.double()
         truth = F.linear(x.double(), weight.double(), wide)
         assert_within_budget("product", found, F.linear(x, weight, bias), truth)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 16, 33, 64, 65, 130])
+def test_the_ffn_is_the_same(rows: int, activation: Activation, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, inner, width = drawn(rows, 40), 60, 49
+    wide = 2 * inner if activation is Activation.GATED_SILU else inner
+    up = Linear(drawn(wide, 40), drawn(wide) if has_bias else None)
+    down = Linear(drawn(width, inner), drawn(width) if has_bias else None)
+    found = products.feed_forward(x, up, activation, down)
+    assert found.shape == (rows, width)
+    assert found.is_contiguous()
+    if rows:
+        eager, truth = (_ffn(x, up, activation, down, dtype) for dtype in (x.dtype, torch.float64))
+        assert_within_budget("FFN", found, eager, truth)
+
+
+def _ffn(
+    x: torch.Tensor, up: Linear, activation: Activation, down: Linear, dtype: torch.dtype
+) -> torch.Tensor:
+    own = [
+        None if each is None else each.to(dtype)
+        for each in (x, up.weight, up.bias, down.weight, down.bias)
+    ]
+    fed = F.linear(own[0], own[1], own[2])  # type: ignore[arg-type]
+    if activation is Activation.GATED_SILU:
+        gate, other = fed.chunk(2, dim=-1)
+        fed = F.silu(gate) * other
+    else:
+        fed = fed.relu()
+    return F.linear(fed, own[3], own[4])  # type: ignore[arg-type]
 
 
 def test_rows_and_weights_that_are_parts_of_others() -> None:
@@ -75,5 +114,7 @@ def test_the_benchmark_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "SHAPES", {"small": (200, 40)})
+    monkeypatch.setattr(benchmark, "FFN", ("FFN", (60, 40)))
     benchmark.main(["--rows", "4", "--threads", "1"])
-    assert "200 x 40" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "200 x 40" in out and "60 x 40" in out

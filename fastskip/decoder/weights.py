@@ -170,10 +170,10 @@ class MergedProducts:
         return self._ops.linear(x, *self._output)
 
     def ffn(self, x: Tensor) -> Tensor:
-        fed = self._ops.linear(x, *self._feed)
         if self._activation is None:
-            return self._ops.linear(self._parts.activate(fed), *self._down)
-        return self._ops.linear(self._ops.activate(fed, self._activation), *self._down)
+            fed = self._parts.activate(self._ops.linear(x, *self._feed))
+            return self._ops.linear(fed, *self._down)
+        return self._ops.feed_forward(x, Linear(*self._feed), self._activation, Linear(*self._down))
 
 
 class BlockWeights:

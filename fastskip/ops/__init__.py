@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastskip.ops import fused, products, reference
-from fastskip.ops.contracts import Activation, Norm
+from fastskip.ops.contracts import Activation, Linear, Norm
 from fastskip.ops.operations import FusedOperations
 
 
@@ -38,7 +38,8 @@ class Implementation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """One implementation's functions; shapes and meanings are those of ``ops.reference``.
+    """One implementation's functions; shapes and meanings are those of ``ops.reference`` and
+    ``ops.products``.
 
     ``fused``: with these the device executor runs; ``None``: the plain one does.
     """
@@ -46,7 +47,7 @@ class Operations:
     implementation: Implementation
     normalize: Callable[[Tensor, Norm], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    activate: Callable[[Tensor, Activation], Tensor]
+    feed_forward: Callable[[Tensor, Linear, Activation, Linear], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     attend: Callable[..., Tensor]
     fused: FusedOperations | None = None
@@ -60,7 +61,7 @@ REFERENCE = Operations(
     Implementation.REFERENCE,
     reference.normalize,
     products.linear,
-    reference.activate,
+    products.feed_forward,
     reference.rotate,
     reference.attend,
 )

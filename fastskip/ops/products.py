@@ -4,7 +4,8 @@ Called with all of a large weight, the library copies it into another order firs
 rows costs more than the product itself, and then finds it in the cache no more. So the weight is
 taken slice by slice; and while rows are few, it is the first factor, ``(weight @ x.T).T``, which
 several threads share better. ``benchmarks/products.py`` measures this against the plain call; the
-bounds below are from there.
+bounds below are from there. Between the two products of an FFN rows stay the columns that the first
+one leaves.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Activation, Linear
+from fastskip.ops.reference import activate
 
 LARGE = 1 << 20
 """Weights from which on the order shows; smaller ones stay in the cache."""
-FEW = 256
-"""Rows up to which the weight is the first factor."""
+FEWEST, FEW = 16, 256
+"""Rows up to which the weight is the first factor; in an FFN, of more than the fewest."""
 MANY = 2048
 """Rows from which on the product takes so long that nothing else shows."""
 SLICE = 1024
@@ -30,7 +33,7 @@ _WIDTH = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[N, E] x [M, E] -> [N, M]``, contiguous; ``bias [M]``."""
     rows = len(x)
-    if not 1 < rows < MANY or weight.numel() < LARGE or not _is_ours(x, weight):
+    if not (1 < rows < MANY and _is_ours(x, weight)):
         return F.linear(x, weight, bias)
     if len(weight) <= SLICE and (rows > FEW or torch.get_num_threads() == 1):
         return F.linear(x, weight, bias)
@@ -43,10 +46,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
+def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) -> Tensor:
+    """``down(activation(up(x)))``: ``[N, D] -> [N, D]``, contiguous."""
+    rows = len(x)
+    is_ours = _is_ours(x, up.weight) and _is_ours(x, down.weight)
+    if not (FEWEST < rows <= FEW and is_ours):
+        return linear(activate(linear(x, up.weight, up.bias), activation), down.weight, down.bias)
+    columns = _filled(x).t()
+    fed = empty((len(up.weight), columns.shape[1]), x.dtype, x.device)
+    for first in range(0, len(fed), SLICE):
+        own = slice(first, first + SLICE)
+        torch.mm(up.weight[own], columns, out=fed[own])
+    if up.bias is not None:
+        fed += up.bias[:, None]
+    if activation is Activation.GATED_SILU:
+        gate, other = fed.chunk(2)
+        fed = F.silu(gate).mul_(other)
+    else:
+        fed.relu_()
+    out = empty((rows, len(down.weight)), x.dtype, x.device)
+    for first in range(0, out.shape[1], SLICE):
+        own = slice(first, first + SLICE)
+        bias = None if down.bias is None else down.bias[own]
+        _multiply_weight(fed.t(), down.weight[own], bias, out[:, own])
+    return out
+
+
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
     """Whether the other forms are quicker, and nobody asks for gradients, which they have not."""
-    is_plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return is_plain and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    return (
+        weight.numel() >= LARGE
+        and x.dtype == weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
 
 
 def _filled(x: Tensor) -> Tensor:
