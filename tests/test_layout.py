@@ -36,7 +36,8 @@ FLOORS = {
         outside=("yaml",),
     ),
     "plan": Floor(
-        ("layer_plan", "plan_cells", "chances", "survivors", "layer_work", "costs", "plan"),
+        ("layer_plan", "plan_cells", "chances", "survivors", "layer_work", "costs", "mixed_cost")
+        + ("plan",),
         ("policy",),
     ),
     "tokens": Floor(("tokens",), ("policy",), ("torch",)),
