@@ -104,6 +104,15 @@ def test_gradients_go_through_the_plain_call(wants: str, rows: int) -> None:
     assert operands[wants].grad is not None
 
 
+@pytest.mark.parametrize("rows", [4, 30, 100])
+def test_autocast_is_the_librarys(rows: int) -> None:
+    x, up, down = torch.randn(rows, 40), Linear(torch.randn(200, 40)), Linear(torch.randn(49, 100))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = products.linear(x, up.weight, None)
+        fed = products.feed_forward(x, up, Activation.GATED_SILU, down)
+    assert found.dtype == fed.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_are_the_librarys(dtype: torch.dtype) -> None:
     x, weight = torch.randn(4, 40, dtype=dtype), torch.randn(200, 40, dtype=dtype)

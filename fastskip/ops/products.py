@@ -73,12 +73,14 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
-    """Whether the other forms are quicker, and nobody asks for gradients, which they have not."""
+    """Whether the other forms are quicker, and nobody asks for gradients or another precision,
+    which they have not."""
     return (
         weight.numel() >= LARGE
         and x.dtype == weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
