@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.shapes import PAD_ID, Shape, word_ids
 
@@ -51,12 +52,10 @@ def mixed_prompts(model: Any, shape: Shape, mix: Mix) -> dict[str, Tensor]:
         text = word_ids(model, shape.text_before + after, generator)
         image = torch.full((images * config.image_seq_length,), config.image_token_id)
         rows.append(torch.cat((text[: shape.text_before], image, text[shape.text_before :])))
-    width = max(map(len, rows))
-    ids = torch.full((len(mix), width), PAD_ID)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = row
-        mask[number, width - len(row) :] = 1
+    ids, mask = (
+        pad_sequence(each, batch_first=True, padding_value=pad, padding_side="left")
+        for each, pad in ((rows, PAD_ID), (list(map(torch.ones_like, rows)), 0))
+    )
     side = config.vision_config.image_size
     pixels = torch.randn(sum(mix.images), 3, side, side, generator=generator).to(model.dtype)
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastskip.costs import Cost, GenerationCost, Operation
 
@@ -21,16 +22,10 @@ def _together(costs: Sequence[Cost]) -> Cost:
     found: dict[Key, Operation] = {}
     for cost in costs:
         for key, own in _by_key(cost).items():
-            other = found.get(key, Operation(key[0], key[1], times=own.times))
-            found[key] = Operation(
-                own.kind,
-                own.layer,
-                other.flops + own.flops,
-                max(other.weight_bytes, own.weight_bytes),
-                other.kv_read_bytes + own.kv_read_bytes,
-                other.kv_written_bytes + own.kv_written_bytes,
-                own.times,
-            )
+            other = found.get(key)
+            if other is not None:
+                own = _added(own, other, max(own.weight_bytes, other.weight_bytes))
+            found[key] = own
     return Cost(tuple(found.values()), costs[0].steps)
 
 
@@ -46,17 +41,18 @@ def _by_key(cost: Cost) -> dict[Key, Operation]:
         key = (*name, 0 if own.kind == "qkv" else seen[name])
         seen[name] += 1
         other = found.get(key)
-        found[key] = own if other is None else _added(own, other)
+        if other is not None:
+            own = _added(own, other, own.weight_bytes + other.weight_bytes)
+        found[key] = own
     return found
 
 
-def _added(a: Operation, b: Operation) -> Operation:
-    return Operation(
-        a.kind,
-        a.layer,
-        a.flops + b.flops,
-        a.weight_bytes + b.weight_bytes,
-        a.kv_read_bytes + b.kv_read_bytes,
-        a.kv_written_bytes + b.kv_written_bytes,
-        a.times,
+def _added(a: Operation, b: Operation, weight_bytes: int) -> Operation:
+    """Both, run as often as each."""
+    return replace(
+        a,
+        flops=a.flops + b.flops,
+        weight_bytes=weight_bytes,
+        kv_read_bytes=a.kv_read_bytes + b.kv_read_bytes,
+        kv_written_bytes=a.kv_written_bytes + b.kv_written_bytes,
     )

@@ -24,6 +24,7 @@ from fastskip.commands.common import (
     checkpoint,
     config_of,
     device_of,
+    dtype_for,
     policy_of,
     prepare,
     reading,
@@ -147,11 +148,9 @@ def bench(
 
     path = checkpoint(model)
     inputs = _inputs(path, image, prompt, text_tokens, new_tokens, is_demo=model is None)
-    if model is None and dtype is Dtype.AUTO:
-        dtype = Dtype.FLOAT32  # what all that is said of the demo's model was measured in
     place = device_of(device)
     with reading(path):
-        models = Models.load(path, dtype=dtype.value, device=place, hf=not no_hf)
+        models = Models.load(path, dtype=dtype_for(model, dtype).value, device=place, hf=not no_hf)
     ceilings = ceilings_of(bandwidth, tflops, models.ours.dtype, device)
     is_compiled = not no_hf and (place.type == "cuda" if compiled is None else compiled)
     count = 1 + len(named) + (not no_hf) + is_compiled

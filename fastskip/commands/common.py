@@ -104,6 +104,11 @@ def checkpoint(model: str | None) -> str:
     return model
 
 
+def dtype_for(model: str | None, dtype: Dtype) -> Dtype:
+    """The one asked for; for the demo's model the one of all that is said of it."""
+    return Dtype.FLOAT32 if model is None and dtype is Dtype.AUTO else dtype
+
+
 def prepare(threads: int | None = None) -> None:
     """Keep loading bars out of the output, though not warnings; set threads only if asked."""
     from transformers import logging

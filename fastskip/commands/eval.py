@@ -16,6 +16,7 @@ from fastskip.commands.common import (
     PoliciesOption,
     ThreadsOption,
     checkpoint,
+    dtype_for,
     load,
     policy_of,
     prepare,
@@ -28,7 +29,6 @@ from fastskip.commands.exams import (
     ItemsOption,
     PromptsOption,
     check_sources,
-    dtype_for,
     exam_of,
     first_of,
 )

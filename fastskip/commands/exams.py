@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastskip.commands.common import CommandError, Dtype, config_of
+from fastskip.commands.common import CommandError, config_of
 
 if TYPE_CHECKING:
     from fastskip.study.evaluation import Exam
@@ -42,11 +42,6 @@ def check_sources(model: str | None, items: Path | None, images: Path | None) ->
     if items is None and (model is not None or images is not None):
         option = "--images" if model is None else "--model"
         raise CommandError(f"--items: needed with {option}; a file of JSON lines, see --help")
-
-
-def dtype_for(model: str | None, dtype: Dtype) -> Dtype:
-    """The one asked for; for the demo's model the one of all that is said of it."""
-    return Dtype.FLOAT32 if model is None and dtype is Dtype.AUTO else dtype
 
 
 def exam_of(

@@ -15,6 +15,7 @@ from fastskip.commands.common import (
     checkpoint,
     config_of,
     device_of,
+    dtype_for,
     prepare,
     reading,
 )
@@ -25,7 +26,6 @@ from fastskip.commands.exams import (
     ItemsOption,
     PromptsOption,
     check_sources,
-    dtype_for,
     exam_of,
     first_of,
 )

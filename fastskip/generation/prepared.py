@@ -4,8 +4,8 @@ A prepared model's class is a subclass made from the checkpoint's class, with it
 in few places: the text model's ``forward`` runs our decoder; the outer ``forward`` tells it the
 class of each column and which logits are read; ``generate`` runs our loop for greedy decoding and
 sampling; on a GPU the vision tower may run as a graph. This file and ``loop.py`` are the only ones
-that touch private Hugging Face names
-(``_sample``, ``_prefill``, ``_prepare_cache_for_generation``).
+that touch private Hugging Face names (``_sample``, ``_prefill``,
+``_prepare_cache_for_generation``).
 """
 
 from __future__ import annotations

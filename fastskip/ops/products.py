@@ -10,6 +10,8 @@ one leaves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,13 +39,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if len(weight) <= SLICE and (rows > FEW or torch.get_num_threads() == 1):
         return F.linear(x, weight, bias)
-    out = empty((rows, len(weight)), x.dtype, x.device)
-    multiply = _multiply_weight if rows <= FEW else _multiply_rows
-    x = _filled(x) if rows <= FEW else x
-    for first in range(0, len(weight), SLICE):
-        own = slice(first, first + SLICE)
-        multiply(x, weight[own], None if bias is None else bias[own], out[:, own])
-    return out
+    if rows <= FEW:
+        return _sliced(_multiply_weight, _filled(x), weight, bias, rows)
+    return _sliced(_multiply_rows, x, weight, bias, rows)
 
 
 def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) -> Tensor:
@@ -54,22 +52,12 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
         return linear(activate(linear(x, up.weight, up.bias), activation), down.weight, down.bias)
     columns = _filled(x).t()
     fed = empty((len(up.weight), columns.shape[1]), x.dtype, x.device)
-    for first in range(0, len(fed), SLICE):
-        own = slice(first, first + SLICE)
+    for own in _slices(up.weight):
         torch.mm(up.weight[own], columns, out=fed[own])
     if up.bias is not None:
         fed += up.bias[:, None]
-    if activation is Activation.GATED_SILU:
-        gate, other = fed.chunk(2)
-        fed = F.silu(gate).mul_(other)
-    else:
-        fed.relu_()
-    out = empty((rows, len(down.weight)), x.dtype, x.device)
-    for first in range(0, out.shape[1], SLICE):
-        own = slice(first, first + SLICE)
-        bias = None if down.bias is None else down.bias[own]
-        _multiply_weight(fed.t(), down.weight[own], bias, out[:, own])
-    return out
+    inner = activate(fed.t(), activation)  # which keeps the order in memory
+    return _sliced(_multiply_weight, inner, down.weight, down.bias, rows)
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
@@ -88,6 +76,25 @@ def _filled(x: Tensor) -> Tensor:
     """``x`` and rows of zeros up to a full width."""
     missing = -len(x) % _WIDTH if len(x) > _WIDTH // 2 else 0
     return torch.cat((x, x.new_zeros(missing, x.shape[1]))) if missing else x
+
+
+def _slices(weight: Tensor) -> Iterator[slice]:
+    for first in range(0, len(weight), SLICE):
+        yield slice(first, first + SLICE)
+
+
+def _sliced(
+    multiply: Callable[[Tensor, Tensor, Tensor | None, Tensor], None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: int,
+) -> Tensor:
+    """``[rows, M]``: the first rows of ``x`` times the weight, slice by slice."""
+    out = empty((rows, len(weight)), x.dtype, x.device)
+    for own in _slices(weight):
+        multiply(x, weight[own], None if bias is None else bias[own], out[:, own])
+    return out
 
 
 def _multiply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

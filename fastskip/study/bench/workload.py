@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastskip.demo.scenes import Split, draw, scenes
 from fastskip.families import image_token_ids
@@ -111,24 +112,18 @@ def padded(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Pads are the token that a prompt ends with, since that is no image's; the mask tells them apart.
     """
-    width = max(each["input_ids"].shape[1] for each in every)
 
-    def wide(name: str, each: Mapping[str, Any]) -> Any:
-        value, ids = each[name], each["input_ids"]
-        if value.shape != ids.shape:
-            return value  # pixels and sizes
-        left = value.new_full(
-            (1, width - ids.shape[1]), int(ids[0, -1]) if name == "input_ids" else 0
-        )
-        return torch.cat((left, value), 1)
+    def together(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        own = [each[name] for each in every]
+        if value.shape != every[0]["input_ids"].shape:
+            return torch.cat(own)  # pixels and sizes
+        pad = int(value[0, -1]) if name == "input_ids" else 0
+        rows = [each[0] for each in own]
+        return pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
 
-    first = every[0]
-    return {
-        name: torch.cat([wide(name, each) for each in every])
-        if isinstance(value, Tensor)
-        else value
-        for name, value in first.items()
-    }
+    return {name: together(name, value) for name, value in every[0].items()}
 
 
 def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
