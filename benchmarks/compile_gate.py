@@ -9,6 +9,8 @@ and sm_100 with the conservative defaults, at the shapes of a 7B model. Checked 
 - that it compiles, spills nothing, and fits into the chip's shared memory;
 - that kernels which stream weights or entries load 16 bytes a thread (``STREAMS``);
 - that products use matrix instructions, on sm_90 those of a warp group (``matrix_of``);
+- that launches which overlap touch no memory, and end nowhere, before they have waited for those
+  before (``kernels.overlap``);
 - that some probe reaches every entry of these tables.
 
 Registers, shared memory and spills are printed, in short; in full where they differ from what is
@@ -39,6 +41,9 @@ ARCHS = (80, 89, 90, 100)
 TABLES = {90: ("nvidia-h200", "nvidia-h100-80gb-hbm3", "default")}
 """Tables that are compiled for an architecture; others have the default alone."""
 
+OVERLAPPING = (90, 100)
+"""Architectures on which launches can overlap."""
+
 PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head"}
 """Products of few rows: streams of weights or matrix instructions, by their block sizes."""
 PROMPTS = {"linear_rows": "BLOCK_N", "attend_rows": "BLOCK_Q"}
@@ -47,7 +52,7 @@ ENTRIES = {"copy_entries", "read_entries", "attend_step"}
 STREAMS = {*PRODUCTS, *PROMPTS, *ENTRIES, "normalize", "activate", "add_rows", "embed"}
 """Kernels whose time is that of their loads."""
 
-NUMBERS = ("registers", "shared", "spills", "stack", "wide", "matrix", "blocks")
+NUMBERS = ("registers", "shared", "spills", "stack", "wide", "matrix", "waits", "early", "blocks")
 ONE_IN = 20
 """Of the kept findings one in so many is compiled again."""
 
@@ -112,6 +117,10 @@ def faults_of(kernel: str, blocks: Mapping[str, int], arch: int, finding: Any) -
         yield f"needs {finding.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMITS[arch]}"
     if kernel in STREAMS and not finding.wide:
         yield "has no wide loads"
+    if blocks.get("launch_pdl") and not finding.waits:
+        yield "overlaps and does not wait"
+    if finding.early:
+        yield f"touches memory or ends {finding.early} times before it waits"
     needed = matrix_of(kernel, blocks, arch)
     if needed is not None and needed not in finding.matrix:
         yield f"has no {needed} instruction"
@@ -142,7 +151,10 @@ def run(arch: int, *, again: bool = False) -> tuple[list[Compiled], list[str]]:
     missed = []
     for slug in TABLES.get(arch, (tuning.DEFAULT,)):
         found = list(probes.record(slug))
-        recorded += [(slug, probed, build_of(probed.launch, arch)) for probed in found]
+        overlapping = probes.record_overlapping(slug) if arch in OVERLAPPING else ()
+        recorded += [
+            (slug, probed, build_of(probed.launch, arch)) for probed in (*found, *overlapping)
+        ]
         missed += [f"table {slug}: {entry}" for entry in unreached(slug, found)]
     kept = {} if again else known(arch)
     findings = compile_all((build for _, _, build in recorded), known=kept)

@@ -21,6 +21,7 @@ from fastskip.kernels import (
     feed,
     head,
     norm,
+    overlap,
     parallel,
     projection,
     residual,
@@ -58,6 +59,9 @@ MANY = 640
 CONTEXT = 1024
 """Entries of a sequence."""
 STEPS, SETS = 128, 2
+STEP_ROWS = (1, 16)
+AHEAD = 2048
+"""Bytes of each weight row that launches ask for ahead where they overlap."""
 CONFIGURED = ("BLOCK", "STAGES", "SPLITS", "FUSED")
 """How the names of block sizes begin."""
 
@@ -565,6 +569,20 @@ def record(slug: str) -> Iterator[Probed]:
                         if (model.like, code) not in seen:
                             yield Probed(probe.name, model.name, rows, launch)
                         seen.add((model.name, code))
+
+
+def record_overlapping(slug: str) -> Iterator[Probed]:
+    """Launches of a 7B model's step of 1 and of 16 rows that overlap, under the table ``slug``."""
+    with tuning.table(slug), overlap.overlapping(AHEAD):
+        for probe in PROBES:
+            for rows in STEP_ROWS:
+                if probe.most is not None and rows > probe.most:
+                    continue
+                with recording(is_dry=True) as account:
+                    probe.call(LLAMA_7B, rows)
+                for launch in account.launches:
+                    if "OVERLAP" in launch.arguments:
+                        yield Probed(f"{probe.name}, overlapping", LLAMA_7B.name, rows, launch)
 
 
 def configuration(launch: Launch) -> dict[str, int]:

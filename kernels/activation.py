@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
@@ -42,7 +42,10 @@ def _activate_kernel(
     F: tl.constexpr,
     IS_GATED: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_real = column < F

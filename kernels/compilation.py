@@ -36,7 +36,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastskip.kernels.launch import Launch
 
-VERSION = 1
+VERSION = 2
 """Of the findings: another one makes kept findings void."""
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -45,6 +45,13 @@ SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 WIDE = re.compile(r"\b(?:LDG(?:STS)?\.[A-Z0-9_.]*(?:128|256)\b|UTMALDG|UBLKCP)")
 """Loads of 16 bytes and more a thread, and bulk copies."""
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
+WAIT = re.compile(r"\bACQBULK\b")
+"""Waits for the launches before (``overlap``)."""
+ACCESS = re.compile(
+    r"\b(?:LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UTMALDG|UTMASTG|UBLKCP|UBLKRED|EXIT)\b"
+)
+"""Accesses to memory that others write, and the end of a program. Asking a line into the L2 cache
+is none."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,8 @@ class Finding:
 
     ``registers`` a thread, ``spills`` and ``stack`` in bytes a thread, ``shared`` in bytes a
     program, ``wide``: instructions that load 16 bytes and more a thread, ``matrix``: matrix
-    instructions by name.
+    instructions by name, ``waits``: waits for the launches before, ``early``: accesses to memory
+    and ends ahead of the first of them.
     """
 
     registers: int = 0
@@ -99,6 +107,8 @@ class Finding:
     shared: int = 0
     wide: int = 0
     matrix: Mapping[str, int] | None = None
+    waits: int = 0
+    early: int = 0
     error: str | None = None
 
 
@@ -175,6 +185,8 @@ def compile_build(build: Build) -> Finding:
         shared=compiled.metadata.shared,
         wide=len(WIDE.findall(sass)),
         matrix=dict(sorted(Counter(MATRIX.findall(sass)).items())),
+        waits=len(WAIT.findall(sass)),
+        early=len(ACCESS.findall(WAIT.split(sass)[0])) if WAIT.search(sass) else 0,
     )
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import tuning
+from fastskip.kernels import overlap, tuning
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
@@ -43,7 +43,10 @@ def _copy_entries_kernel(
     PAGE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row = tl.program_id(0)
     from_slot = tl.load(from_slots_ptr + row)
     to_slot = tl.load(to_slots_ptr + row)

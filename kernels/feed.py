@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, products
+from fastskip.kernels import guards, numerics, overlap, products
 from fastskip.kernels.activation import relu, silu
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -165,6 +165,7 @@ def _feed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
@@ -184,6 +185,9 @@ def _feed_kernel(
             shift_ptr += part * shift_distance
         if bias_ptr is not None:
             bias_ptr += part * bias_distance
+    if OVERLAP is not None:
+        m = rows_of(tile, F, IS_GATED, BLOCK_M)
+        overlap.begin_with(weight_ptr, stride_wm, m, D, OVERLAP)
 
     if runs_ptr is None:
         _feed_tile(

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, products
+from fastskip.kernels import numerics, overlap, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.norm import normalize
@@ -53,11 +53,14 @@ def _head_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
     v = part * BLOCK_M + tl.arange(0, BLOCK_M)
     owned = tl.minimum(v, V - 1)
+    if OVERLAP is not None:
+        overlap.begin_with(weight_ptr, stride_wm, owned, D, OVERLAP)
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
     y = products.product(
         weight_ptr,

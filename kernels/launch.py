@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from fastskip.kernels import overlap
+
 _account: ContextVar[Account | None] = ContextVar("account", default=None)
 
 
@@ -83,13 +85,17 @@ def launch(
     is_guarded: int = False,
     **arguments: Any,
 ) -> None:
-    """``kernel[grid](**arguments)``; an empty grid launches nothing.
+    """``kernel[grid](**arguments)``, overlapping within ``overlap.overlapping``; an empty grid
+    launches nothing.
 
     ``options``: ``num_warps``, ``num_stages`` and the like; ``is_guarded``: as in ``Launch``;
-    ``arguments``: everything the kernel's signature names.
+    ``arguments``: everything the kernel's signature names but ``OVERLAP``.
     """
     if not prod(grid):
         return
+    arguments |= overlap.arguments_of(kernel, is_guarded=bool(is_guarded))
+    if arguments.get("OVERLAP") is not None:
+        options = {**options, "launch_pdl": True}
     account = _account.get()
     if account is not None:
         name = kernel.__name__.strip("_").removesuffix("_kernel")

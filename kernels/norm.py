@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
@@ -40,7 +40,10 @@ def _normalize_kernel(
     D: tl.constexpr,
     IS_CENTRED: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     out_row = tl.program_id(0).to(tl.int64)
     if count_ptr is not None:
         count = tl.load(count_ptr)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, products
+from fastskip.kernels import guards, numerics, overlap, products
 from fastskip.kernels.feed import feed, rows_of, store_activated, tiles_of
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -37,6 +37,7 @@ from fastskip.kernels.projection import (
     chosen_tiles,
     entries_of,
     head_arguments,
+    head_rows,
     project_append,
     store_heads,
     turn,
@@ -44,6 +45,25 @@ from fastskip.kernels.projection import (
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Feed, Projection
 from fastskip.ops.routes import Chosen
+
+
+@triton.jit
+def _whose(
+    number,
+    F: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Which tile of its own half is tile ``number`` of all, is that the FFN's, and the rows
+    ``[BLOCK_M]`` of its weight."""
+    HEAD_TILES: tl.constexpr = tl.cdiv((QUERIES + 2 * GROUPS) * HEAD_DIM, BLOCK_M)
+    is_feed = number >= HEAD_TILES
+    tile = number - tl.where(is_feed, HEAD_TILES, 0)
+    head_m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
+    return tile, is_feed, tl.where(is_feed, rows_of(tile, F, IS_GATED, BLOCK_M), head_m)
 
 
 @triton.jit
@@ -100,13 +120,10 @@ def _tile(
     """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of the rows ``leaves``
     (``None``: of all), in so far as they have a slot; or one of the FFN, of the rows ``feeds``."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
     # Held through the product only if they are few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
-    head_tiles = tl.cdiv(PAIRS, BLOCK_M // 2)
-    is_feed = number >= head_tiles
-    tile = number - tl.where(is_feed, head_tiles, 0)
+    tile, is_feed, m = _whose(number, F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
     part = is_feed.to(tl.int64)
     x_ptr += part * x_distance
     weight_ptr += part * weight_distance
@@ -118,8 +135,6 @@ def _tile(
         shift_ptr += part * shift_distance
 
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
-    head_m = products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
-    m = tl.where(is_feed, rows_of(tile, F, IS_GATED, BLOCK_M), head_m)
     # What the heads need is asked for before the product, so that the latencies overlap; programs
     # of the FFN ask for none of it.
     inside = n < tl.where(is_feed, 0, rows)
@@ -257,9 +272,14 @@ def _project_append_feed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
+    if OVERLAP is not None:
+        _, is_feed, m = _whose(tl.program_id(1), F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
+        own_ptr = weight_ptr + is_feed.to(tl.int64) * weight_distance
+        overlap.begin_with(own_ptr, stride_wm, m, D, OVERLAP)
     if runs_ptr is None and feed_runs_ptr is None:
         _tile(
             tl.program_id(1),

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, products
+from fastskip.kernels import guards, numerics, overlap, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -41,6 +41,21 @@ from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
 from fastskip.ops.contracts import Projection
 from fastskip.ops.routes import Chosen
+
+
+@triton.jit
+def head_rows(
+    tile,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Weight rows ``[BLOCK_M]`` of a tile of heads, within the weight."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
+    pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
+    return products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
 
 
 @triton.jit
@@ -200,12 +215,11 @@ def _project_tile(
     """The heads of ``BLOCK_M / 2`` pairs: queries of the rows ``asks [BLOCK_N]``, and entries of
     the rows ``leaves``, in so far as they have a slot."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
     # Held through the product only if they are few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
-    m = products.pair_rows(tl.minimum(pair, PAIRS - 1), HALF, HALF)
+    m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
     inside = n < rows
     # What the end needs is asked for before the product, so that the latencies overlap.
     if bias_ptr is not None:
@@ -343,6 +357,7 @@ def _project_append_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
@@ -372,6 +387,9 @@ def _project_append_kernel(
             sequences_ptr += part * sequences_distance
             slots_ptr += part * slots_distance
             offset += part * offset_distance
+    if OVERLAP is not None:
+        m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
+        overlap.begin_with(weight_ptr, stride_wm, m, D, OVERLAP)
 
     if runs_ptr is None:
         _project_tile(

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, products, riding
+from fastskip.kernels import guards, numerics, overlap, products, riding
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import blocks_for, distance, product_candidates
@@ -275,9 +275,13 @@ def _add_terms_kernel(
     IS_OF_ALL: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
+    if OVERLAP is not None:
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        overlap.begin_with(weight_ptr, stride_wm, tl.minimum(m, M - 1), E, OVERLAP)
     if runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
@@ -408,6 +412,7 @@ def _apply_terms_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -415,6 +420,8 @@ def _apply_terms_kernel(
     x_ptr += part * x_distance
     weight_ptr += part * weight_distance
     owned = tl.minimum(m, M - 1)
+    if OVERLAP is not None:
+        overlap.begin_with(weight_ptr, stride_wm, owned, E, OVERLAP)
     total = _term(
         x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
     )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
@@ -54,7 +54,10 @@ def _rotate_append_kernel(
     LEAVES_ALL: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
     if runs_ptr is not None:

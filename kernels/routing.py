@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning, verdicts
+from fastskip.kernels import numerics, overlap, tuning, verdicts
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -53,7 +53,10 @@ def _route_kernel(
     SCORES: tl.constexpr,
     RULES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     is_real = column < D
@@ -115,7 +118,10 @@ def _decide_kernel(
     RULE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_own = tl.load(candidates_ptr + row, mask=row < rows, other=0) != 0
     position = tl.load(positions_ptr + row, mask=is_own, other=0)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -57,7 +57,10 @@ def _maxima_kernel(
     stride_pb,
     columns,
     BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = column < columns
@@ -116,7 +119,10 @@ def _finish_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     step = tl.load(step_ptr)
     for start in range(0, ROWS, BLOCK_B):
         row = start + tl.arange(0, BLOCK_B)
@@ -154,7 +160,10 @@ def _advance_kernel(
     SETS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = row < rows
     _advance_rows(
@@ -174,7 +183,10 @@ def _embed_kernel(
     stride_on,
     width,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

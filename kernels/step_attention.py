@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -113,7 +113,10 @@ def _attend_step_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     lane, part, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     sequence = (lane // (GROUPS * CHUNKS)).to(tl.int64)
     # All programs of a sequence read the same, so either all of its splits arrive or none.
@@ -207,7 +210,10 @@ def _attend_step_combine_kernel(
     SPLITS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP is not None:
+        overlap.begin()
     if runs_ptr is not None and tl.load(runs_ptr + tl.program_id(0) // HEADS) == 0:
         return
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)

@@ -17,6 +17,7 @@ from benchmarks.gpu import (
     correctness,
     end_to_end,
     graphs,
+    overlapping,
     profiling,
     routing,
     tune,
@@ -37,6 +38,7 @@ CELLS: list[Cell] = [
     *profiling.CELLS,
     *comparison.CELLS,
     *graphs.CELLS,
+    *overlapping.CELLS,
 ]
 SAME_IN_SMALL = re.compile(r"\.(13b|b4$|b16|b64|half_blocks|parallel_blocks|float16|project)(\.|$)")
 """Cells that would run in small what others run already."""

@@ -22,6 +22,7 @@ from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
 from fastskip.ops import Implementation
 from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.graphs import capture, new_pool
+from fastskip.ops.overlap import Overlap, check_overlap, overlapping
 from fastskip.ops.ranges import are_on, span
 
 # Graphs kept; each holds the activations of one step.
@@ -46,10 +47,12 @@ class DeviceStep:
         *,
         chooses: bool,
         bodies: Bodies | None = None,
+        overlap: Overlap | None = None,
     ) -> None:
         """``chooses``: the greedy token is taken on the device; else logits are left to read.
-        ``bodies``: leave out guarded sublayers that no row runs; without, their kernels do."""
-        self._decoder, self._chooses = decoder, chooses
+        ``bodies``: leave out guarded sublayers that no row runs; without, their kernels do.
+        ``overlap``: how launches overlap, if they do."""
+        self._decoder, self._chooses, self._overlap = decoder, chooses, overlap
         self._blocks: Sequence[FusedBlock] = decoder.blocks
         if bodies is not None:
             self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
@@ -79,6 +82,10 @@ class DeviceStep:
             self.logits = before.copy_(self.logits)  # where a later replay leaves its own
 
     def _step(self) -> None:
+        with overlapping(self._overlap):
+            self._launch()
+
+    def _launch(self) -> None:
         state, ops = self.state, self._decoder.fused
         self._embed()
         h = run_steps(self._decoder.plan, self._blocks, state.h, state.rows_of, state.store)
@@ -111,11 +118,14 @@ class DeviceStep:
 class DeviceSteps:
     """The steps of one model that are ready to run; the least recently used one goes first.
 
-    ``guarding`` may be set at any time: how steps pass by what routers let every row skip.
+    ``guarding`` may be set at any time: how steps pass by what routers let every row skip. So may
+    ``overlap``: how launches of a step overlap, but where there are IF nodes. It is off, since what
+    it gains on a GPU has not been measured yet: the cells ``overlap`` of the GPU protocol do.
     """
 
     def __init__(self) -> None:
         self.guarding = Guarding.EARLY_EXIT
+        self.overlap: Overlap | None = None
         self._bodies: Bodies | None = None
         self._steps: Recent[tuple[object, ...], DeviceStep] = Recent(KEPT)
         self._version: object = None
@@ -171,7 +181,10 @@ class DeviceSteps:
         ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
-        key = (shape, positions, chooses, bodies is not None, self._depth)
+        overlap = self.overlap if bodies is None else None
+        if overlap is not None:
+            check_overlap(decoder.anchor.device)
+        key = (shape, positions, chooses, bodies is not None, overlap, self._depth)
         step = self._steps.get(key)
         if step is None:
             self._steps.make_room(key)
@@ -179,7 +192,14 @@ class DeviceSteps:
             with torch.inference_mode(False), torch.no_grad():
                 rotation = decoder.positions.rotation(positions, decoder.anchor)
                 step = DeviceStep(
-                    model, decoder, shape, rotation, self._pool, chooses=chooses, bodies=bodies
+                    model,
+                    decoder,
+                    shape,
+                    rotation,
+                    self._pool,
+                    chooses=chooses,
+                    bodies=bodies,
+                    overlap=overlap,
                 )
             self._steps.keep(key, step)
         return step
@@ -193,8 +213,9 @@ class DeviceSteps:
         return self._bodies
 
     def __getstate__(self) -> dict[str, Any]:
+        settings = {"guarding": self.guarding, "overlap": self.overlap}
         nothing = dict.fromkeys(("_version", "_pool", "_bodies"))
-        return {"_steps": Recent(KEPT), "_depth": 0, "guarding": self.guarding, **nothing}
+        return {"_steps": Recent(KEPT), "_depth": 0, **settings, **nothing}
 
 
 def bucket(count: int) -> int:

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import fastskip
+from fastskip.decoder.fused_layer import run_steps
+from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepState
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.device_step import KEPT, DeviceStep, bucket
 from fastskip.generation.runtime import Runtime
+from fastskip.kernels import overlap
 from fastskip.ops.contracts import PAGE
+from fastskip.ops.overlap import Overlap
 from fastskip.ops.ranges import ranges
 from fastskip.verification.cells import GENERATED
 from tests.agreement import Trio, generate, greedy
@@ -481,3 +485,40 @@ def test_positions_ahead_of_columns(batch: Batch, do_sample: bool) -> None:
             )
         )
     assert torch.equal(*said)
+
+
+def test_overlapping_is_for_steps_alone(
+    trio: Trio, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused where there is none; set, all launches of a step see it, and nothing else."""
+    steps = runtime_of(trio.prepared).steps
+    plain = generate(trio.prepared, batch, NEW)
+    steps.overlap = Overlap(ahead=256)
+    try:
+        with pytest.raises(ValueError, match="overlap: cpu; allowed: CUDA"):
+            generate(trio.prepared, batch, NEW)
+        seen = []
+        whole = FusedDecoder.run
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            seen.append(("prompt", _ahead()))
+            return whole(*arguments, **options)
+
+        def layers(*arguments: Any, **options: Any) -> Tensor:
+            seen.append(("step", _ahead()))
+            return run_steps(*arguments, **options)
+
+        monkeypatch.setattr(FusedDecoder, "run", run)
+        monkeypatch.setattr("fastskip.generation.device_step.run_steps", layers)
+        monkeypatch.setattr("fastskip.generation.device_step.check_overlap", lambda device: None)
+        assert torch.equal(generate(trio.prepared, batch, NEW), plain)
+        assert copy.deepcopy(steps).overlap == Overlap(256)
+    finally:
+        steps.overlap = None
+    assert set(seen) == {("prompt", None), ("step", 256)}
+    assert _ahead() is None
+
+
+def _ahead() -> int | None:
+    """What launches are told at this moment."""
+    return overlap._ahead.get()

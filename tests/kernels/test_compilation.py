@@ -21,9 +21,29 @@ import dataclasses, json
 import torch
 from fastskip.kernels.compilation import build_of, compile_all, compile_build
 from fastskip.kernels.head import head_logits
-from fastskip.kernels.launch import recording
+from fastskip.kernels.launch import launch, recording
 from fastskip.kernels.norm import normalize
+from fastskip.kernels.overlap import begin, overlapping
 from fastskip.ops.contracts import Linear, Norm
+import triton
+import triton.language as tl
+
+@triton.jit
+def _late_kernel(x_ptr, out_ptr, OVERLAP: tl.constexpr):
+    x = tl.load(x_ptr)
+    begin()
+    tl.store(out_ptr, x)
+
+@triton.jit
+def _leaving_kernel(x_ptr, out_ptr, n, OVERLAP: tl.constexpr):
+    if tl.program_id(0) > n:
+        return
+    begin()
+    tl.store(out_ptr, tl.load(x_ptr))
+
+@triton.jit
+def _rash_kernel(x_ptr, out_ptr, OVERLAP: tl.constexpr):
+    tl.store(out_ptr, tl.load(x_ptr))
 
 def blank(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -42,6 +62,13 @@ if __name__ == "__main__":
     tight = dataclasses.replace(tight, options={"num_warps": 4, "maxnreg": 32})
     builds = [build_of(launch, 90) for launch in (product, narrow, tight)]
     builds.append(build_of(product, 80))
+    with overlapping(512):
+        again = recorded(head_logits, blank(16, 256), None, Linear(blank(128, 256)), config=config)
+        pair = dict(x_ptr=blank(16), out_ptr=blank(16))
+        late = recorded(launch, _late_kernel, (1,), {}, **pair)
+        leaving = recorded(launch, _leaving_kernel, (1,), {}, n=3, **pair)
+        rash = recorded(launch, _rash_kernel, (1,), {}, **pair)
+    builds += [build_of(launch, 90) for launch in (again, late, leaving, rash)]
     findings = compile_all(builds, workers=1)
     kept = compile_all(builds)
     assert kept == findings
@@ -78,13 +105,21 @@ def findings(compiled: dict[str, object]) -> list[Finding]:
 
 
 def test_findings_are_those_of_the_machine_code(compiled: dict[str, object]) -> None:
-    product, narrow, tight, older = findings(compiled)
+    product, narrow, tight, older, *_ = findings(compiled)
     assert product.matrix and "HGMMA" in product.matrix
     assert older.matrix and "HMMA" in older.matrix and "HGMMA" not in older.matrix
     assert product.wide > 0 and product.shared > 0 and 0 < product.registers <= 255
     assert product.spills == 0
     assert narrow.wide == 0, "rows of 257 elements cannot be read 16 bytes at a time"
     assert tight.spills > 0 and tight.registers <= 32
+
+
+def test_what_overlaps_waits_before_all_else(compiled: dict[str, object]) -> None:
+    product, _, _, _, overlapping, late, leaving, rash = findings(compiled)
+    assert product.waits == product.early == 0
+    assert (overlapping.waits, overlapping.early) == (1, 0)
+    assert (late.waits, leaving.waits, rash.waits) == (1, 1, 0)
+    assert late.early > 0 and leaving.early > 0
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(compiled: dict[str, object]) -> None:
@@ -117,6 +152,8 @@ BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 16}
         (replace(GOOD, matrix={"HMMA": 4}), 80, None),
         (replace(GOOD, matrix={"HMMA": 4}, shared=100 << 10), 89, "shared memory"),
         (replace(GOOD, matrix={}), 80, "no HMMA"),
+        (replace(GOOD, waits=1), 90, None),
+        (replace(GOOD, waits=1, early=2), 90, "2 times before it waits"),
         (Finding(error="CompilationError: at 1:2\nmore"), 90, "CompilationError: at 1:2"),
     ],
 )
@@ -124,6 +161,12 @@ def test_each_check_can_fail(finding: Finding, arch: int, says: str | None) -> N
     faults = list(compile_gate.faults_of("head", BLOCKS, arch, finding))
     assert len(faults) == (says is not None)
     assert says is None or says in faults[0]
+
+
+def test_who_overlaps_has_to_wait() -> None:
+    blocks = {**BLOCKS, "launch_pdl": True}
+    assert list(compile_gate.faults_of("head", blocks, 90, GOOD)) == ["overlaps and does not wait"]
+    assert not list(compile_gate.faults_of("head", blocks, 90, replace(GOOD, waits=1)))
 
 
 def test_changes_against_the_kept_rows_are_named() -> None:

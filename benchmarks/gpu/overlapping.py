@@ -1,0 +1,94 @@
+"""Do steps whose launches overlap pay, and are their tokens the same? Against ordinary launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+import fastskip
+from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.end_to_end import N_NEW, Contender, first_call, rounds
+from benchmarks.gpu.inputs import SEVEN, TINY, Widths
+from benchmarks.gpu.models import load, policies, shape
+from benchmarks.gpu.results import Values
+from benchmarks.gpu.routing import policy_of, router
+from benchmarks.peers import Peer
+from benchmarks.shapes import Models, prompts
+from fastskip import SkipPolicy
+from fastskip.ops.overlap import Overlap
+
+AHEAD = (0, 512, 1024, 2048, 4096, 8192)
+"""Bytes of each weight row; the last is a whole row of what is as wide as the residual stream."""
+ROUTED = "routed, 50%"
+
+
+def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) -> Values:
+    """Milliseconds a token of each policy, by what is asked for ahead.
+
+    Raises:
+        RuntimeError: tokens differ from those of ordinary launches.
+    """
+    widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
+    device = setting.device.type
+    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    batch = min(batch, 2) if setting.is_tiny else batch
+    inputs = prompts(both.hf, shape(widths, device), batch)
+    ways: list[Overlap | None] = [None]
+    if not setting.is_tiny:  # on a CPU there is nothing to overlap
+        ways += map(Overlap, AHEAD)
+    contenders: dict[tuple[str, str], Contender] = {}
+    try:
+        for name, policy in _policies(both, names):
+            tokens = None
+            for way in ways:
+                own = _contender(both, name, policy, way)
+                first_call(own, inputs, n_new, device)
+                assert own.tokens is not None
+                tokens = own.tokens if tokens is None else tokens
+                if not torch.equal(tokens, own.tokens):
+                    raise RuntimeError(f"{own.peer.label}: tokens differ from those without")
+                contenders[name, own.peer.name] = own
+        count = rounds(list(contenders.values()), inputs, n_new, setting)
+    finally:
+        both.ours._fastskip.steps.overlap = None
+    found: dict[str, dict[str, Any]] = {}
+    for (name, way_name), own in contenders.items():
+        seconds, plain = own.median("tpot"), contenders[name, "none"].median("tpot")
+        assert seconds is not None and plain is not None
+        found.setdefault(name, {})[way_name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
+    about = {"widths": widths.name, "batch": batch, "n_new": n_new, "rounds": count}
+    return {**about, "policies": found}
+
+
+def _policies(both: Models, names: Sequence[str]) -> Iterator[tuple[str, SkipPolicy]]:
+    known = policies(both.depth)
+    for name in names:
+        yield name, policy_of(router(0.5, "omit")) if name == ROUTED else known[name]
+
+
+def _contender(both: Models, name: str, policy: SkipPolicy, way: Overlap | None) -> Contender:
+    plan = fastskip.plan_of(fastskip.set_policy(both.ours, policy))
+    peer = Peer("none" if way is None else str(way.ahead), f"{name}, {way}", lambda depth: policy)
+    return Contender(peer, plan, _selecting(both, policy, way))
+
+
+def _selecting(both: Models, policy: SkipPolicy, way: Overlap | None) -> Callable[[], Any]:
+    def select() -> Any:
+        both.ours._fastskip.steps.overlap = way
+        return fastskip.set_policy(both.ours, policy)
+
+    return select
+
+
+CELLS = [
+    Cell(
+        f"overlap.7b.b{batch}",
+        f"7B steps of overlapping launches against ordinary ones, batch {batch}",
+        3,
+        partial(measure, widths=SEVEN, batch=batch, names=names),
+    )
+    for batch, names in ((1, ("dense", "half_blocks", ROUTED)), (16, ("dense", "half_blocks")))
+]
