@@ -28,10 +28,11 @@ from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
     blocks_for,
-    distance,
     kind_of,
     product_candidates,
     rows_read,
+    weights_of,
+    weights_step,
 )
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Feed
@@ -81,18 +82,11 @@ def _feed_tile(
     start,
     n,
     does,
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    bias_ptr,
+    part,
+    inputs,
+    inputs_step,
+    weights,
     out_ptr,
-    stride_xn,
-    stride_cn,
-    stride_wm,
-    epsilon,
     rows,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -104,57 +98,36 @@ def _feed_tile(
     STAGES: tl.constexpr,
 ):
     """What ``BLOCK_M`` weight rows yield, of the rows ``does [BLOCK_N]``."""
-    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
     m = rows_of(tile, F, IS_GATED, BLOCK_M)
-    if bias_ptr is not None:
-        bias = numerics.load(bias_ptr + m)
+    if weights.bias is not None:
+        bias = numerics.load(weights.bias + m)
     y = products.product(
-        weight_ptr,
-        stride_wm,
+        weights,
         m,
-        x_ptr,
-        stride_xn,
-        index_ptr,
-        change_ptr,
-        stride_cn,
+        inputs,
         start,
         rows,
-        gain_ptr,
-        shift_ptr,
-        epsilon,
         D,
         NORM,
-        FORM,
         BLOCK_N,
         BLOCK_E,
         STAGES,
+        part,
+        inputs_step,
     )
-    if bias_ptr is not None:
+    if weights.bias is not None:
         y += bias[:, None]
     store_activated(y, tile, n, does, out_ptr, F, IS_GATED)
 
 
 @triton.jit
 def _feed_kernel(
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    bias_ptr,
+    inputs,
+    inputs_step,
+    weights,
+    weights_step,
     runs_ptr,
     out_ptr,
-    stride_xn,
-    stride_cn,
-    stride_wm,
-    x_distance,
-    change_distance,
-    gain_distance,
-    shift_distance,
-    weight_distance,
-    bias_distance,
-    epsilon,
     rows,
     D: tl.constexpr,
     F: tl.constexpr,
@@ -170,24 +143,20 @@ def _feed_kernel(
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
+    part = None
     if PARTS == 2:
         tiles = tl.num_programs(1) // 2
         part = (tile // tiles).to(tl.int64)
         tile %= tiles
-        x_ptr += part * x_distance
-        weight_ptr += part * weight_distance
+        # Here, since a function cannot return what may be None.
+        weights = products.Weights(
+            weights.weight + part * weights_step.weight,
+            weights.stride,
+            None if weights.bias is None else weights.bias + part * weights_step.bias,
+        )
         out_ptr += part * rows * F
-        if change_ptr is not None:
-            change_ptr += part * change_distance
-        if gain_ptr is not None:
-            gain_ptr += part * gain_distance
-        if shift_ptr is not None:
-            shift_ptr += part * shift_distance
-        if bias_ptr is not None:
-            bias_ptr += part * bias_distance
     if OVERLAP is not None:
-        m = rows_of(tile, F, IS_GATED, BLOCK_M)
-        overlap.begin_with(weight_ptr, stride_wm, m, D, OVERLAP)
+        overlap.begin_with(weights, rows_of(tile, F, IS_GATED, BLOCK_M), D, OVERLAP)
 
     if runs_ptr is None:
         _feed_tile(
@@ -195,18 +164,11 @@ def _feed_kernel(
             start,
             n,
             n < rows,
-            x_ptr,
-            index_ptr,
-            change_ptr,
-            gain_ptr,
-            shift_ptr,
-            weight_ptr,
-            bias_ptr,
+            part,
+            inputs,
+            inputs_step,
+            weights,
             out_ptr,
-            stride_xn,
-            stride_cn,
-            stride_wm,
-            epsilon,
             rows,
             D,
             F,
@@ -227,18 +189,11 @@ def _feed_kernel(
                 start,
                 n,
                 does,
-                x_ptr,
-                index_ptr,
-                change_ptr,
-                gain_ptr,
-                shift_ptr,
-                weight_ptr,
-                bias_ptr,
+                part,
+                inputs,
+                inputs_step,
+                weights,
                 out_ptr,
-                stride_xn,
-                stride_cn,
-                stride_wm,
-                epsilon,
                 rows,
                 D,
                 F,
@@ -299,19 +254,18 @@ def feed(
         (triton.cdiv(rows, blocks["BLOCK_N"]), programs),
         options,
         is_guarded=is_guarded,
-        **x.arguments,
-        weight_ptr=linear.weight,
-        bias_ptr=linear.bias,
+        inputs=x.first,
+        inputs_step=x.step,
+        weights=weights_of(linear),
+        weights_step=weights_step([each.linear for each in feeds]),
         runs_ptr=None if chosen is None else chosen.runs,
         out_ptr=out,
-        stride_wm=linear.weight.stride(0),
-        weight_distance=distance([each.linear.weight for each in feeds]),
-        bias_distance=distance([each.linear.bias for each in feeds]),
         rows=rows,
         D=shape[1],
         F=width,
         IS_GATED=feeds[0].activation is Activation.GATED_SILU,
         PARTS=parts,
+        NORM=x.form,
         **blocks,
     )
     return list(out)

@@ -24,8 +24,7 @@ from torch import Tensor
 from fastskip.kernels import numerics, overlap, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
-from fastskip.kernels.norm import normalize
-from fastskip.kernels.operands import blocks_for, product_candidates
+from fastskip.kernels.operands import blocks_for, product_candidates, rows_read, weights_of
 from fastskip.kernels.sampler import finish, ranked
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, Linear, Norm
@@ -33,19 +32,13 @@ from fastskip.ops.contracts import Choice, Linear, Norm
 
 @triton.jit
 def _head_kernel(
-    h_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    bias_ptr,
+    inputs,
+    weights,
     logits_ptr,
     partials_ptr,
-    stride_hn,
-    stride_wm,
     stride_ln,
     stride_pn,
     rows,
-    epsilon,
     V: tl.constexpr,
     D: tl.constexpr,
     NORM: tl.constexpr,
@@ -60,37 +53,16 @@ def _head_kernel(
     v = part * BLOCK_M + tl.arange(0, BLOCK_M)
     owned = tl.minimum(v, V - 1)
     if OVERLAP is not None:
-        overlap.begin_with(weight_ptr, stride_wm, owned, D, OVERLAP)
-    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
-    y = products.product(
-        weight_ptr,
-        stride_wm,
-        owned,
-        h_ptr,
-        stride_hn,
-        None,
-        None,
-        0,
-        start,
-        rows,
-        gain_ptr,
-        shift_ptr,
-        epsilon,
-        D,
-        NORM,
-        FORM,
-        BLOCK_N,
-        BLOCK_E,
-        STAGES,
-    )
-    if bias_ptr is not None:
-        y += numerics.load(bias_ptr + owned)[:, None]
+        overlap.begin_with(weights, owned, D, OVERLAP)
+    y = products.product(weights, owned, inputs, start, rows, D, NORM, BLOCK_N, BLOCK_E, STAGES)
+    if weights.bias is not None:
+        y += numerics.load(weights.bias + owned)[:, None]
     n = start + tl.arange(0, BLOCK_N)
     if logits_ptr is not None:
         place_ptr = logits_ptr + n.to(tl.int64)[None] * stride_ln + v[:, None]
         numerics.store(place_ptr, y, (v < V)[:, None] & (n < rows)[None])
     if partials_ptr is not None:
-        logit = numerics.round_to(y, weight_ptr.dtype.element_ty).to(tl.float32)
+        logit = numerics.round_to(y, weights.weight.dtype.element_ty).to(tl.float32)
         # What lies outside has the larger index, so it loses against every logit.
         logit = tl.where((v < V)[:, None], logit, float("-inf"))
         best = tl.max(ranked(logit, v[:, None]), 0)
@@ -142,33 +114,25 @@ def _launch_head(
     refuse_gradients(h=h, logits=logits)
     (rows, width), columns = h.shape, len(head.weight)
     blocks, options = blocks_for("head", config, h, rows, (columns, width))
-    if blocks.pop("NORM_APART", False) and norm is not None:
-        h, norm = normalize(h, norm), None
+    is_apart = bool(blocks.pop("NORM_APART", False))
+    norms = [] if norm is None else [norm]
+    x = rows_read(h, norms, index=None, is_apart=is_apart)
     parts = triton.cdiv(columns, blocks["BLOCK_M"])
     partials = empty((rows, parts), torch.int64, h.device) if does_rank else None
-    kind = products.NO_NORM
-    if norm is not None:
-        kind = products.LAYER_NORM if norm.is_centred else products.RMS_NORM
     launch(
         _head_kernel,
         (triton.cdiv(rows, blocks["BLOCK_N"]), parts),
         options,
-        h_ptr=h,
-        gain_ptr=norm and norm.weight,
-        shift_ptr=norm and norm.bias,
-        weight_ptr=head.weight,
-        bias_ptr=head.bias,
+        inputs=x.first,
+        weights=weights_of(head),
         logits_ptr=logits,
         partials_ptr=partials,
-        stride_hn=h.stride(0),
-        stride_wm=head.weight.stride(0),
         stride_ln=0 if logits is None else logits.stride(0),
         stride_pn=0 if partials is None else partials.stride(0),
         rows=rows,
-        epsilon=norm.epsilon if norm else 0.0,
         V=columns,
         D=width,
-        NORM=kind.value,
+        NORM=x.form,
         **blocks,
     )
     return partials

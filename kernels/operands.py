@@ -58,13 +58,13 @@ def rows_read(
     changes: Sequence[Tensor] | None = None,
     is_apart: bool,
 ) -> RowsRead:
-    """``norm(h[index] + change)`` of each problem.
+    """``norm(h[index] + change)`` of each problem; without ``norms`` its input is finished.
 
     ``is_apart``: the norm takes launches of its own, one for each that differs, and the product
     finds finished rows.
     """
-    if not is_apart:
-        return RowsRead([h], index, changes, norms)
+    if not is_apart or not norms:
+        return RowsRead([h], index, changes, norms or None)
     inputs = [
         normalize(h, norm, index=index, change=None if changes is None else changes[number])
         for number, norm in enumerate(norms)
@@ -83,27 +83,50 @@ class RowsRead:
     norms: Sequence[Norm] | None
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What the kernel is told of it."""
-        changes, norms = self.changes, self.norms
-        form = products.NO_NORM
-        if norms is not None:
-            form = products.LAYER_NORM if norms[0].is_centred else products.RMS_NORM
-        return {
-            "x_ptr": self.inputs[0],
-            "stride_xn": self.inputs[0].stride(0),
-            "x_distance": distance(self.inputs),
-            "index_ptr": self.index,
-            "change_ptr": None if changes is None else changes[0],
-            "stride_cn": 0 if changes is None else changes[0].stride(0),
-            "change_distance": 0 if changes is None else distance(changes),
-            "gain_ptr": None if norms is None else norms[0].weight,
-            "gain_distance": 0 if norms is None else distance([each.weight for each in norms]),
-            "shift_ptr": None if norms is None else norms[0].bias,
-            "shift_distance": 0 if norms is None else distance([each.bias for each in norms]),
-            "epsilon": 0.0 if norms is None else norms[0].epsilon,
-            "NORM": form.value,
-        }
+    def form(self) -> int:
+        """The norm that a product takes on its way."""
+        if self.norms is None:
+            return int(products.NO_NORM.value)
+        is_centred = self.norms[0].is_centred
+        return int((products.LAYER_NORM if is_centred else products.RMS_NORM).value)
+
+    @property
+    def first(self) -> products.Inputs:
+        """What the first problem reads."""
+        x, change = self.inputs[0], None if self.changes is None else self.changes[0]
+        norm = None if self.norms is None else self.norms[0]
+        return products.Inputs(
+            x=x,
+            stride=x.stride(0),
+            index=self.index,
+            change=change,
+            change_stride=0 if change is None else change.stride(0),
+            gain=norm and norm.weight,
+            shift=norm and norm.bias,
+            epsilon=norm.epsilon if norm else 0.0,
+        )
+
+    @property
+    def step(self) -> products.Inputs:
+        """Elements from each tensor of the first problem to that of the last."""
+        return products.Inputs(
+            x=distance(self.inputs),
+            stride=0,
+            change=distance(self.changes or [None]),
+            gain=distance([each.weight for each in self.norms or ()] or [None]),
+            shift=distance([each.bias for each in self.norms or ()] or [None]),
+        )
+
+
+def weights_of(linear: Linear) -> products.Weights:
+    """The weights of a problem, as its kernel reads them."""
+    return products.Weights(linear.weight, linear.weight.stride(0), linear.bias)
+
+
+def weights_step(linears: Sequence[Linear]) -> products.Weights:
+    """Elements from the tensors of the first to those of the last."""
+    weight, bias = [each.weight for each in linears], [each.bias for each in linears]
+    return products.Weights(distance(weight), 0, distance(bias))
 
 
 def product_candidates(rows: int) -> list[dict[str, int]]:

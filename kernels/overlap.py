@@ -60,16 +60,16 @@ def begin():
 
 
 @triton.jit
-def begin_with(weight_ptr, stride_wm, m, E: tl.constexpr, AHEAD: tl.constexpr):
+def begin_with(weights, m, E: tl.constexpr, AHEAD: tl.constexpr):
     """``begin``, with the first ``AHEAD`` bytes of weight rows ``m [M]`` of ``E`` elements under
     way to the L2 cache before the wait."""
     tl.extra.cuda.gdc_launch_dependents()
-    SIZE: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+    SIZE: tl.constexpr = weights.weight.dtype.element_ty.primitive_bitwidth // 8
     LINES: tl.constexpr = min(AHEAD, E * SIZE) // LINE
     if LINES > 0:
         # Powers of two are what a block of numbers has; some lines at the end are left out.
         BLOCK: tl.constexpr = triton.next_power_of_2(LINES + 1) // 2
-        row = (weight_ptr + m.to(tl.int64) * stride_wm).to(tl.int64)
+        row = (weights.weight + m.to(tl.int64) * weights.stride).to(tl.int64)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
             "=r,l",

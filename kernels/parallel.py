@@ -31,6 +31,7 @@ from fastskip.kernels.operands import (
     kind_of,
     product_candidates,
     rows_read,
+    weights_of,
 )
 from fastskip.kernels.projection import (
     angles_of,
@@ -74,42 +75,20 @@ def _tile(
     asks,
     leaves,
     feeds,
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    head_bias_ptr,
+    inputs,
+    inputs_step,
+    weights,
+    weight_distance,
     feed_bias_ptr,
-    cosine_ptr,
-    sine_ptr,
-    positions_ptr,
-    anchor_ptr,
-    table_ptr,
-    sequences_ptr,
-    slots_ptr,
+    heads,
     queries_ptr,
     out_ptr,
-    stride_xn,
-    stride_cn,
-    stride_wm,
-    stride_p,
-    stride_tb,
-    offset,
-    x_distance,
-    change_distance,
-    gain_distance,
-    shift_distance,
-    weight_distance,
-    epsilon,
     rows,
     D: tl.constexpr,
     F: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
     IS_GATED: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -120,95 +99,53 @@ def _tile(
     """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of the rows ``leaves``
     (``None``: of all), in so far as they have a slot; or one of the FFN, of the rows ``feeds``."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    TURNING: tl.constexpr = QUERIES + GROUPS
     # Held through the product only if they are few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     tile, is_feed, m = _whose(number, F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
     part = is_feed.to(tl.int64)
-    x_ptr += part * x_distance
-    weight_ptr += part * weight_distance
-    if change_ptr is not None:
-        change_ptr += part * change_distance
-    if gain_ptr is not None:
-        gain_ptr += part * gain_distance
-    if shift_ptr is not None:
-        shift_ptr += part * shift_distance
+    own_weights = products.Weights(weights.weight + part * weight_distance, weights.stride)
 
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
     # What the heads need is asked for before the product, so that the latencies overlap; programs
     # of the FFN ask for none of it.
     inside = n < tl.where(is_feed, 0, rows)
-    if cosine_ptr is not None:
-        position = tl.load(positions_ptr + n, mask=inside, other=0).to(tl.int64)
+    if heads.cosine is not None:
+        position = tl.load(heads.positions + n, mask=inside, other=0).to(tl.int64)
         if ANGLES_FIRST:
-            cosine, sine = angles_of(
-                pair,
-                position,
-                inside,
-                cosine_ptr,
-                sine_ptr,
-                stride_p,
-                HALF,
-                QUERIES + GROUPS,
-            )
+            cosine, sine = angles_of(pair, position, inside, heads, HALF, TURNING)
     entry_ptr = None
     is_kept = None
     if GROUPS > 0:
-        entry_ptr, is_kept = entries_of(
-            n,
-            inside if leaves is None else leaves & inside,
-            anchor_ptr,
-            table_ptr,
-            sequences_ptr,
-            slots_ptr,
-            stride_tb,
-            offset,
-            HEAD_DIM,
-            PAGE,
-        )
+        own_leaves = inside if leaves is None else leaves & inside
+        entry_ptr, is_kept = entries_of(n, own_leaves, heads, HEAD_DIM)
     # One loop for both: what it runs over is a matter of pointers.
     y = products.product(
-        weight_ptr,
-        stride_wm,
+        own_weights,
         m,
-        x_ptr,
-        stride_xn,
-        index_ptr,
-        change_ptr,
-        stride_cn,
+        inputs,
         start,
         rows,
-        gain_ptr,
-        shift_ptr,
-        epsilon,
         D,
         NORM,
-        FORM,
         BLOCK_N,
         BLOCK_E,
         STAGES,
+        part,
+        inputs_step,
     )
     if is_feed:
         if feed_bias_ptr is not None:
             y += numerics.load(feed_bias_ptr + m)[:, None]
         store_activated(y, tile, n, feeds, out_ptr, F, IS_GATED)
     else:
-        if head_bias_ptr is not None:
-            y += numerics.load(head_bias_ptr + m)[:, None]
+        if weights.bias is not None:
+            y += numerics.load(weights.bias + m)[:, None]
         first, second = products.split_pairs(y)
-        if cosine_ptr is not None:
+        if heads.cosine is not None:
             if not ANGLES_FIRST:
-                cosine, sine = angles_of(
-                    pair,
-                    position,
-                    inside,
-                    cosine_ptr,
-                    sine_ptr,
-                    stride_p,
-                    HALF,
-                    QUERIES + GROUPS,
-                )
-            first, second = turn(first, second, pair, cosine, sine, HALF, QUERIES + GROUPS)
+                cosine, sine = angles_of(pair, position, inside, heads, HALF, TURNING)
+            first, second = turn(first, second, pair, cosine, sine, HALF, TURNING)
         store_heads(
             first,
             second,
@@ -221,50 +158,27 @@ def _tile(
             QUERIES,
             GROUPS,
             HEAD_DIM,
-            PAGE,
         )
 
 
 @triton.jit
 def _project_append_feed_kernel(
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    head_bias_ptr,
+    inputs,
+    inputs_step,
+    weights,
+    weight_distance,
     feed_bias_ptr,
-    cosine_ptr,
-    sine_ptr,
-    positions_ptr,
-    anchor_ptr,
-    table_ptr,
-    sequences_ptr,
-    slots_ptr,
+    heads,
     runs_ptr,
     feed_runs_ptr,
     queries_ptr,
     out_ptr,
-    stride_xn,
-    stride_cn,
-    stride_wm,
-    stride_p,
-    stride_tb,
-    offset,
-    x_distance,
-    change_distance,
-    gain_distance,
-    shift_distance,
-    weight_distance,
-    epsilon,
     rows,
     D: tl.constexpr,
     F: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
     LEAVES_ALL: tl.constexpr,
     IS_GATED: tl.constexpr,
     NORM: tl.constexpr,
@@ -278,8 +192,8 @@ def _project_append_feed_kernel(
     n = start + tl.arange(0, BLOCK_N)
     if OVERLAP is not None:
         _, is_feed, m = _whose(tl.program_id(1), F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
-        own_ptr = weight_ptr + is_feed.to(tl.int64) * weight_distance
-        overlap.begin_with(own_ptr, stride_wm, m, D, OVERLAP)
+        own_ptr = weights.weight + is_feed.to(tl.int64) * weight_distance
+        overlap.begin_with(products.Weights(own_ptr, weights.stride), m, D, OVERLAP)
     if runs_ptr is None and feed_runs_ptr is None:
         _tile(
             tl.program_id(1),
@@ -288,42 +202,20 @@ def _project_append_feed_kernel(
             n < rows,
             None,
             n < rows,
-            x_ptr,
-            index_ptr,
-            change_ptr,
-            gain_ptr,
-            shift_ptr,
-            weight_ptr,
-            head_bias_ptr,
+            inputs,
+            inputs_step,
+            weights,
+            weight_distance,
             feed_bias_ptr,
-            cosine_ptr,
-            sine_ptr,
-            positions_ptr,
-            anchor_ptr,
-            table_ptr,
-            sequences_ptr,
-            slots_ptr,
+            heads,
             queries_ptr,
             out_ptr,
-            stride_xn,
-            stride_cn,
-            stride_wm,
-            stride_p,
-            stride_tb,
-            offset,
-            x_distance,
-            change_distance,
-            gain_distance,
-            shift_distance,
-            weight_distance,
-            epsilon,
             rows,
             D,
             F,
             QUERIES,
             GROUPS,
             HEAD_DIM,
-            PAGE,
             IS_GATED,
             NORM,
             BLOCK_M,
@@ -348,42 +240,20 @@ def _project_append_feed_kernel(
                 asks,
                 leaves,
                 feeds,
-                x_ptr,
-                index_ptr,
-                change_ptr,
-                gain_ptr,
-                shift_ptr,
-                weight_ptr,
-                head_bias_ptr,
+                inputs,
+                inputs_step,
+                weights,
+                weight_distance,
                 feed_bias_ptr,
-                cosine_ptr,
-                sine_ptr,
-                positions_ptr,
-                anchor_ptr,
-                table_ptr,
-                sequences_ptr,
-                slots_ptr,
+                heads,
                 queries_ptr,
                 out_ptr,
-                stride_xn,
-                stride_cn,
-                stride_wm,
-                stride_p,
-                stride_tb,
-                offset,
-                x_distance,
-                change_distance,
-                gain_distance,
-                shift_distance,
-                weight_distance,
-                epsilon,
                 rows,
                 D,
                 F,
                 QUERIES,
                 GROUPS,
                 HEAD_DIM,
-                PAGE,
                 IS_GATED,
                 NORM,
                 BLOCK_M,
@@ -430,22 +300,22 @@ def project_append_feed(
         (triton.cdiv(rows, blocks["BLOCK_N"]), programs),
         options,
         is_guarded=is_guarded,
-        **x.arguments,
-        **head_arguments(projection),
-        weight_ptr=weights[0],
-        head_bias_ptr=projection.linear.bias,
+        inputs=x.first,
+        inputs_step=x.step,
+        weights=weights_of(projection.linear),
+        weight_distance=distance(weights),
         feed_bias_ptr=part.linear.bias,
+        **head_arguments(projection),
         runs_ptr=runs,
         feed_runs_ptr=feed_runs,
         queries_ptr=queries,
         out_ptr=out,
-        stride_wm=weights[0].stride(0),
-        weight_distance=distance(weights),
         rows=rows,
         D=shape[1],
         F=width,
         IS_GATED=part.activation is Activation.GATED_SILU,
         LEAVES_ALL=runs is None or projection.leaves_all,
+        NORM=x.form,
         **blocks,
     )
     return queries, out

@@ -7,97 +7,87 @@
 of a program, in any order, so that rows that belong together (both halves of a rotary pair, gate
 and up) can share a program: ``pair_rows`` lays them out, ``split_pairs`` takes them apart.
 
-Two forms, chosen by ``FORM``. ``STREAM``, for ``BLOCK_N`` of 1, 2 or 4: products are added
-elementwise in registers, one reduction at the end. ``TENSOR``, for ``BLOCK_N`` of 16 and more: the
-weights are the M operand of matrix instructions, WGMMA on sm_90 if ``BLOCK_M`` is at least 64.
+Two forms. Streaming, for ``BLOCK_N`` of 1, 2 or 4: products are added elementwise in registers,
+with one reduction at the end. Tensor, for ``BLOCK_N`` of 16 and more: the weights are the M operand
+of matrix instructions, WGMMA on sm_90 if ``BLOCK_M`` is at least 64.
 
 RMS norm costs no pass of its own: the sum of squares is taken of the same tiles, and its root
 divides the result. Two cases take the statistics first: LayerNorm, and RMS norm of fp16 rows in the
 tensor form, where a row times its weights could leave the range of the storage.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastskip.kernels import numerics
-
-STREAM = tl.constexpr(0)
-TENSOR = tl.constexpr(1)
 
 NO_NORM = tl.constexpr(0)
 RMS_NORM = tl.constexpr(1)
 LAYER_NORM = tl.constexpr(2)
 
 
+class Inputs(NamedTuple):
+    """What a product reads: ``norm(x[index] + change)``. ``index``, ``change`` and ``shift``, the
+    bias of the norm, may be ``None``, without norm also its weight, ``gain``."""
+
+    x: Any
+    stride: Any
+    index: Any = None
+    change: Any = None
+    change_stride: Any = 0
+    gain: Any = None
+    shift: Any = None
+    epsilon: Any = 0.0
+
+
+class Weights(NamedTuple):
+    """``weight [M, E]`` and ``bias [M]`` or ``None``."""
+
+    weight: Any
+    stride: Any
+    bias: Any = None
+
+
 @triton.jit
 def product(
-    weight_ptr,
-    stride_wm,
+    weights,
     m,
-    x_ptr,
-    stride_xn,
-    index_ptr,
-    change_ptr,
-    stride_cn,
+    inputs,
     start,
     rows,
-    gain_ptr,
-    shift_ptr,
-    epsilon,
     E: tl.constexpr,
     NORM: tl.constexpr,
-    FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    part=None,
+    step=None,
 ):
-    """``[BLOCK_M, BLOCK_N]``: weight rows ``m`` with rows ``start, start + 1, ..`` of the input.
+    """``[BLOCK_M, BLOCK_N]``: weight rows ``m`` with rows ``start, start + 1, ..`` of ``inputs``.
 
     ``m [BLOCK_M]`` must lie within the weight (clamp it). Rows from ``rows`` on yield finite
-    numbers without meaning. ``gain_ptr``, ``shift_ptr``: weight and bias of the norm;
-    ``index_ptr``, ``change_ptr``, ``shift_ptr`` may be ``None``, without norm also ``gain_ptr``.
+    numbers without meaning. ``part``: the problem of several whose inputs are meant; ``step``:
+    elements from each tensor of one to that of the next.
     """
-    weight_ptrs = weight_ptr + m.to(tl.int64)[:, None] * stride_wm
-    if FORM == STREAM:
-        return _stream(
-            weight_ptrs,
-            x_ptr,
-            stride_xn,
-            index_ptr,
-            change_ptr,
-            stride_cn,
-            start,
-            rows,
-            gain_ptr,
-            shift_ptr,
-            epsilon,
-            E,
-            NORM,
-            m.shape[0],
-            BLOCK_N,
-            BLOCK_E,
-            STAGES,
+    if part is not None:
+        # Here, since a function cannot return what may be None.
+        inputs = Inputs(
+            inputs.x + part * step.x,
+            inputs.stride,
+            inputs.index,
+            None if inputs.change is None else inputs.change + part * step.change,
+            inputs.change_stride,
+            None if inputs.gain is None else inputs.gain + part * step.gain,
+            None if inputs.shift is None else inputs.shift + part * step.shift,
+            inputs.epsilon,
         )
+    weight_ptrs = weights.weight + m.to(tl.int64)[:, None] * weights.stride
+    if BLOCK_N < 16:
+        return _stream(weight_ptrs, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
     else:
-        return _tensor(
-            weight_ptrs,
-            x_ptr,
-            stride_xn,
-            index_ptr,
-            change_ptr,
-            stride_cn,
-            start,
-            rows,
-            gain_ptr,
-            shift_ptr,
-            epsilon,
-            E,
-            NORM,
-            m.shape[0],
-            BLOCK_N,
-            BLOCK_E,
-            STAGES,
-        )
+        return _tensor(weight_ptrs, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
 
 
 @triton.jit
@@ -121,19 +111,11 @@ def split_pairs(y):
 @triton.jit
 def _stream(
     weight_ptrs,
-    x_ptr,
-    stride_xn,
-    index_ptr,
-    change_ptr,
-    stride_cn,
+    inputs,
     start,
     rows,
-    gain_ptr,
-    shift_ptr,
-    epsilon,
     E: tl.constexpr,
     NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
@@ -142,9 +124,10 @@ def _stream(
     # they were loaded.
     # A tuple of numbers stays one of constants only as long as it has no name.
     n = [tl.minimum(start + number, rows - 1) for number in (0, 1, 2, 3)[:BLOCK_N]]
-    x_ptrs = [x_ptr + source(index_ptr, each) * stride_xn for each in n]
+    x_ptrs = [inputs.x + source(inputs.index, each) * inputs.stride for each in n]
     change_ptrs = [
-        None if change_ptr is None else change_ptr + each.to(tl.int64) * stride_cn for each in n
+        None if inputs.change is None else inputs.change + each.to(tl.int64) * inputs.change_stride
+        for each in n
     ]
     if NORM == LAYER_NORM:
         moments = [
@@ -153,7 +136,7 @@ def _stream(
                 change_ptrs[number],
                 tl.arange(0, BLOCK_E),
                 True,
-                epsilon,
+                inputs.epsilon,
                 E,
                 NORM,
                 BLOCK_E,
@@ -161,6 +144,7 @@ def _stream(
             )
             for number in (0, 1, 2, 3)[:BLOCK_N]
         ]
+    BLOCK_M: tl.constexpr = weight_ptrs.shape[0]
     sums = [tl.zeros([BLOCK_M, BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
     squares = [tl.zeros([BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
     # Names of a comprehension stay alive: inside the loop they must not be those of outside.
@@ -174,19 +158,19 @@ def _stream(
         if NORM == RMS_NORM:
             squares = [squares[i] + x[i] * x[i] for i in (0, 1, 2, 3)[:BLOCK_N]]
         if NORM != NO_NORM:
-            gain = numerics.load(gain_ptr + e, is_real)
+            gain = numerics.load(inputs.gain + e, is_real)
         if NORM == RMS_NORM:
             x = [x[i] * gain for i in (0, 1, 2, 3)[:BLOCK_N]]
         if NORM == LAYER_NORM:
             x = [(x[i] - moments[i][0]) * moments[i][1] * gain for i in (0, 1, 2, 3)[:BLOCK_N]]
-            if shift_ptr is not None:
-                shift = numerics.load(shift_ptr + e, is_real)
+            if inputs.shift is not None:
+                shift = numerics.load(inputs.shift + e, is_real)
                 x = [x[i] + shift for i in (0, 1, 2, 3)[:BLOCK_N]]
         sums = [sums[i] + weight * x[i][None, :] for i in (0, 1, 2, 3)[:BLOCK_N]]
     y = [tl.sum(each, axis=1) for each in sums]
     if NORM == RMS_NORM:
         y = [
-            y[number] * tl.rsqrt(tl.sum(squares[number]) / E + epsilon)
+            y[number] * tl.rsqrt(tl.sum(squares[number]) / E + inputs.epsilon)
             for number in (0, 1, 2, 3)[:BLOCK_N]
         ]
     if BLOCK_N == 1:
@@ -200,19 +184,11 @@ def _stream(
 @triton.jit
 def _tensor(
     weight_ptrs,
-    x_ptr,
-    stride_xn,
-    index_ptr,
-    change_ptr,
-    stride_cn,
+    inputs,
     start,
     rows,
-    gain_ptr,
-    shift_ptr,
-    epsilon,
     E: tl.constexpr,
     NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
@@ -224,46 +200,46 @@ def _tensor(
     n = start + tl.arange(0, BLOCK_N)
     inside = (n < rows)[:, None]
     n = tl.minimum(n, rows - 1)
-    x_ptrs = x_ptr + (source(index_ptr, n) * stride_xn)[:, None]
-    change_ptrs = change_ptr
-    if change_ptr is not None:
-        change_ptrs += n.to(tl.int64)[:, None] * stride_cn
+    x_ptrs = inputs.x + (source(inputs.index, n) * inputs.stride)[:, None]
+    change_ptrs = inputs.change
+    if change_ptrs is not None:
+        change_ptrs += n.to(tl.int64)[:, None] * inputs.change_stride
     if IS_APART:
         mean, scale = _moments(
             x_ptrs,
             change_ptrs,
             tl.arange(0, BLOCK_E)[None, :],
             inside,
-            epsilon,
+            inputs.epsilon,
             E,
             NORM,
             BLOCK_E,
             STAGES,
         )
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    y = tl.zeros([weight_ptrs.shape[0], BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
         e = first + tl.arange(0, BLOCK_E)[None, :]
         is_real = None if E % BLOCK_E == 0 else e < E
         is_read = inside if is_real is None else inside & is_real
         weight = tl.load(weight_ptrs + e, mask=is_real, other=None if is_real is None else 0.0)
-        if NORM == NO_NORM and change_ptr is None:
+        if NORM == NO_NORM and inputs.change is None:
             operand = tl.load(x_ptrs + e, mask=is_read, other=0.0)
         else:
             x = read(x_ptrs, change_ptrs, e, is_read)
             if NORM != NO_NORM:
-                gain = numerics.load(gain_ptr + e, is_real)
+                gain = numerics.load(inputs.gain + e, is_real)
                 if IS_APART:
                     x = (x - mean) * scale * gain
                 else:
                     squares += x * x
                     x *= gain
-                if shift_ptr is not None:
-                    x += numerics.load(shift_ptr + e, is_real)
+                if inputs.shift is not None:
+                    x += numerics.load(inputs.shift + e, is_real)
             operand = numerics.round_to(x, storage)
         y = numerics.dot(weight, tl.trans(operand), y)
     if NORM == RMS_NORM and not IS_APART:
-        y *= tl.rsqrt(tl.sum(squares, axis=1) / E + epsilon)[None, :]
+        y *= tl.rsqrt(tl.sum(squares, axis=1) / E + inputs.epsilon)[None, :]
     return y
 
 

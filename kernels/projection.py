@@ -20,7 +20,7 @@ tiles that no row needs are left out. Grid then ``(n / BLOCK_N, PROGRAMS)``, til
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -35,12 +35,32 @@ from fastskip.kernels.operands import (
     kind_of,
     product_candidates,
     rows_read,
+    weights_of,
+    weights_step,
 )
 from fastskip.kernels.rotary import rotate
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
 from fastskip.ops.contracts import Projection
 from fastskip.ops.routes import Chosen
+
+PAGE = tl.constexpr(PAGE_SLOTS)
+
+
+class Heads(NamedTuple):
+    """How heads turn, ``None`` where they do not, and where their entries go, ``None`` where none
+    is left."""
+
+    cosine: Any
+    sine: Any
+    positions: Any
+    angle_stride: Any
+    anchor: Any
+    table: Any
+    table_stride: Any
+    sequences: Any
+    slots: Any
+    offset: Any
 
 
 @triton.jit
@@ -59,54 +79,34 @@ def head_rows(
 
 
 @triton.jit
-def entries_of(
-    n,
-    leaves,
-    anchor_ptr,
-    table_ptr,
-    sequences_ptr,
-    slots_ptr,
-    stride_tb,
-    offset,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-):
+def entries_of(n, leaves, heads, HEAD_DIM: tl.constexpr):
     """Where the entry of each row ``n`` begins, as pointers, and which rows leave one.
 
     ``leaves [N]``: rows that leave one if they have a slot.
     """
-    slot = tl.load(slots_ptr + n, mask=leaves, other=-1)
+    slot = tl.load(heads.slots + n, mask=leaves, other=-1)
     is_kept = slot >= 0
-    sequence = tl.load(sequences_ptr + n, mask=is_kept, other=0).to(tl.int64)
-    page = table_ptr + sequence * stride_tb + slot // PAGE
+    sequence = tl.load(heads.sequences + n, mask=is_kept, other=0).to(tl.int64)
+    page = heads.table + sequence * heads.table_stride + slot // PAGE
     start = tl.load(page, mask=is_kept, other=0)
-    return anchor_ptr + start + offset + slot % PAGE * HEAD_DIM, is_kept
+    return heads.anchor + start + heads.offset + slot % PAGE * HEAD_DIM, is_kept
 
 
 @triton.jit
-def angles_of(
-    pair,
-    position,
-    inside,
-    cosine_ptr,
-    sine_ptr,
-    stride_p,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-):
+def angles_of(pair, position, inside, heads, HALF: tl.constexpr, TURNING: tl.constexpr):
     """Cosines and sines of pairs ``[P]``, of rows where ``inside [N]``: ``[P, N]``.
 
-    Only ``HEADS`` turn.
+    Only ``TURNING`` heads turn.
     """
-    angle = position[None, :] * stride_p + (pair % HALF)[:, None]
-    is_read = (pair < HEADS * HALF)[:, None] & inside[None, :]
-    return numerics.load(cosine_ptr + angle, is_read), numerics.load(sine_ptr + angle, is_read)
+    angle = position[None, :] * heads.angle_stride + (pair % HALF)[:, None]
+    is_read = (pair < TURNING * HALF)[:, None] & inside[None, :]
+    return numerics.load(heads.cosine + angle, is_read), numerics.load(heads.sine + angle, is_read)
 
 
 @triton.jit
-def turn(first, second, pair, cosine, sine, HALF: tl.constexpr, HEADS: tl.constexpr):
-    """RoPE of pairs ``[P, N]``; heads from ``HEADS`` on stay as they are."""
-    does_turn = (pair < HEADS * HALF)[:, None]
+def turn(first, second, pair, cosine, sine, HALF: tl.constexpr, TURNING: tl.constexpr):
+    """RoPE of pairs ``[P, N]``; heads from ``TURNING`` on stay as they are."""
+    does_turn = (pair < TURNING * HALF)[:, None]
     turned_first, turned_second = rotate(first, second, cosine, sine)
     return tl.where(does_turn, turned_first, first), tl.where(does_turn, turned_second, second)
 
@@ -124,7 +124,6 @@ def store_heads(
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
 ):
     """Queries to ``out [n, H, K]``, keys and values to the entries that begin at ``entry_ptr``.
 
@@ -178,34 +177,17 @@ def _project_tile(
     n,
     asks,
     leaves,
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    bias_ptr,
-    cosine_ptr,
-    sine_ptr,
-    positions_ptr,
-    anchor_ptr,
-    table_ptr,
-    sequences_ptr,
-    slots_ptr,
+    part,
+    inputs,
+    inputs_step,
+    weights,
+    heads,
     out_ptr,
-    stride_xn,
-    stride_cn,
-    stride_wm,
-    stride_p,
-    stride_tb,
-    offset,
-    epsilon,
     rows,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -215,141 +197,64 @@ def _project_tile(
     """The heads of ``BLOCK_M / 2`` pairs: queries of the rows ``asks [BLOCK_N]``, and entries of
     the rows ``leaves``, in so far as they have a slot."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    TURNING: tl.constexpr = QUERIES + GROUPS
     # Held through the product only if they are few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
     m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
     inside = n < rows
     # What the end needs is asked for before the product, so that the latencies overlap.
-    if bias_ptr is not None:
-        bias = numerics.load(bias_ptr + m)
-    if cosine_ptr is not None:
-        position = tl.load(positions_ptr + n, mask=inside, other=0).to(tl.int64)
+    if weights.bias is not None:
+        bias = numerics.load(weights.bias + m)
+    if heads.cosine is not None:
+        position = tl.load(heads.positions + n, mask=inside, other=0).to(tl.int64)
         if ANGLES_FIRST:
-            cosine, sine = angles_of(
-                pair,
-                position,
-                inside,
-                cosine_ptr,
-                sine_ptr,
-                stride_p,
-                HALF,
-                QUERIES + GROUPS,
-            )
+            cosine, sine = angles_of(pair, position, inside, heads, HALF, TURNING)
     entry_ptr = None
     is_kept = None
     if GROUPS > 0:
-        entry_ptr, is_kept = entries_of(
-            n,
-            leaves,
-            anchor_ptr,
-            table_ptr,
-            sequences_ptr,
-            slots_ptr,
-            stride_tb,
-            offset,
-            HEAD_DIM,
-            PAGE,
-        )
+        entry_ptr, is_kept = entries_of(n, leaves, heads, HEAD_DIM)
     y = products.product(
-        weight_ptr,
-        stride_wm,
+        weights,
         m,
-        x_ptr,
-        stride_xn,
-        index_ptr,
-        change_ptr,
-        stride_cn,
+        inputs,
         start,
         rows,
-        gain_ptr,
-        shift_ptr,
-        epsilon,
         D,
         NORM,
-        FORM,
         BLOCK_N,
         BLOCK_E,
         STAGES,
+        part,
+        inputs_step,
     )
-    if bias_ptr is not None:
+    if weights.bias is not None:
         y += bias[:, None]
     first, second = products.split_pairs(y)
-    if cosine_ptr is not None:
+    if heads.cosine is not None:
         if not ANGLES_FIRST:
-            cosine, sine = angles_of(
-                pair,
-                position,
-                inside,
-                cosine_ptr,
-                sine_ptr,
-                stride_p,
-                HALF,
-                QUERIES + GROUPS,
-            )
-        first, second = turn(first, second, pair, cosine, sine, HALF, QUERIES + GROUPS)
+            cosine, sine = angles_of(pair, position, inside, heads, HALF, TURNING)
+        first, second = turn(first, second, pair, cosine, sine, HALF, TURNING)
     store_heads(
-        first,
-        second,
-        pair,
-        n,
-        asks,
-        out_ptr,
-        entry_ptr,
-        is_kept,
-        QUERIES,
-        GROUPS,
-        HEAD_DIM,
-        PAGE,
+        first, second, pair, n, asks, out_ptr, entry_ptr, is_kept, QUERIES, GROUPS, HEAD_DIM
     )
 
 
 @triton.jit
 def _project_append_kernel(
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
-    weight_ptr,
-    bias_ptr,
-    cosine_ptr,
-    sine_ptr,
-    positions_ptr,
-    anchor_ptr,
-    table_ptr,
-    sequences_ptr,
-    slots_ptr,
+    inputs,
+    inputs_step,
+    weights,
+    weights_step,
+    heads,
+    heads_step,
     runs_ptr,
     out_ptr,
-    stride_xn,
-    stride_cn,
-    stride_wm,
-    stride_p,
-    stride_tb,
-    offset,
-    x_distance,
-    change_distance,
-    gain_distance,
-    shift_distance,
-    weight_distance,
-    bias_distance,
-    cosine_distance,
-    sine_distance,
-    positions_distance,
-    anchor_distance,
-    table_distance,
-    sequences_distance,
-    slots_distance,
-    offset_distance,
-    epsilon,
     rows,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     LEAVES_ALL: tl.constexpr,
     NORM: tl.constexpr,
@@ -362,34 +267,33 @@ def _project_append_kernel(
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     tile = tl.program_id(1)
+    part = None
     if PARTS == 2:
         tiles = tl.num_programs(1) // 2
         part = (tile // tiles).to(tl.int64)
         tile %= tiles
-        x_ptr += part * x_distance
-        weight_ptr += part * weight_distance
+        # Here, since a function cannot return what may be None.
+        weights = products.Weights(
+            weights.weight + part * weights_step.weight,
+            weights.stride,
+            None if weights.bias is None else weights.bias + part * weights_step.bias,
+        )
+        heads = Heads(
+            None if heads.cosine is None else heads.cosine + part * heads_step.cosine,
+            None if heads.sine is None else heads.sine + part * heads_step.sine,
+            None if heads.positions is None else heads.positions + part * heads_step.positions,
+            heads.angle_stride,
+            None if heads.anchor is None else heads.anchor + part * heads_step.anchor,
+            None if heads.table is None else heads.table + part * heads_step.table,
+            heads.table_stride,
+            None if heads.sequences is None else heads.sequences + part * heads_step.sequences,
+            None if heads.slots is None else heads.slots + part * heads_step.slots,
+            heads.offset + part * heads_step.offset,
+        )
         out_ptr += part * rows * (QUERIES * HEAD_DIM)
-        if change_ptr is not None:
-            change_ptr += part * change_distance
-        if gain_ptr is not None:
-            gain_ptr += part * gain_distance
-        if shift_ptr is not None:
-            shift_ptr += part * shift_distance
-        if bias_ptr is not None:
-            bias_ptr += part * bias_distance
-        if cosine_ptr is not None:
-            cosine_ptr += part * cosine_distance
-            sine_ptr += part * sine_distance
-            positions_ptr += part * positions_distance
-        if GROUPS > 0:
-            anchor_ptr += part * anchor_distance
-            table_ptr += part * table_distance
-            sequences_ptr += part * sequences_distance
-            slots_ptr += part * slots_distance
-            offset += part * offset_distance
     if OVERLAP is not None:
         m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
-        overlap.begin_with(weight_ptr, stride_wm, m, D, OVERLAP)
+        overlap.begin_with(weights, m, D, OVERLAP)
 
     if runs_ptr is None:
         _project_tile(
@@ -398,34 +302,17 @@ def _project_append_kernel(
             n,
             n < rows,
             n < rows,
-            x_ptr,
-            index_ptr,
-            change_ptr,
-            gain_ptr,
-            shift_ptr,
-            weight_ptr,
-            bias_ptr,
-            cosine_ptr,
-            sine_ptr,
-            positions_ptr,
-            anchor_ptr,
-            table_ptr,
-            sequences_ptr,
-            slots_ptr,
+            part,
+            inputs,
+            inputs_step,
+            weights,
+            heads,
             out_ptr,
-            stride_xn,
-            stride_cn,
-            stride_wm,
-            stride_p,
-            stride_tb,
-            offset,
-            epsilon,
             rows,
             D,
             QUERIES,
             GROUPS,
             HEAD_DIM,
-            PAGE,
             NORM,
             BLOCK_M,
             BLOCK_N,
@@ -443,34 +330,17 @@ def _project_append_kernel(
                 n,
                 asks,
                 leaves,
-                x_ptr,
-                index_ptr,
-                change_ptr,
-                gain_ptr,
-                shift_ptr,
-                weight_ptr,
-                bias_ptr,
-                cosine_ptr,
-                sine_ptr,
-                positions_ptr,
-                anchor_ptr,
-                table_ptr,
-                sequences_ptr,
-                slots_ptr,
+                part,
+                inputs,
+                inputs_step,
+                weights,
+                heads,
                 out_ptr,
-                stride_xn,
-                stride_cn,
-                stride_wm,
-                stride_p,
-                stride_tb,
-                offset,
-                epsilon,
                 rows,
                 D,
                 QUERIES,
                 GROUPS,
                 HEAD_DIM,
-                PAGE,
                 NORM,
                 BLOCK_M,
                 BLOCK_N,
@@ -518,43 +388,48 @@ def project_append(
         (triton.cdiv(rows, blocks["BLOCK_N"]), width),
         options,
         is_guarded=is_guarded,
-        **x.arguments,
+        inputs=x.first,
+        inputs_step=x.step,
+        weights=weights_of(linear),
+        weights_step=weights_step([each.linear for each in projections]),
         **head_arguments(first),
-        **_distances(first, last),
-        weight_ptr=linear.weight,
-        bias_ptr=linear.bias,
+        heads_step=_steps(heads_of(first), heads_of(last)),
         runs_ptr=None if chosen is None else chosen.runs,
         out_ptr=out,
-        stride_wm=linear.weight.stride(0),
-        weight_distance=distance([each.linear.weight for each in projections]),
-        bias_distance=distance([each.linear.bias for each in projections]),
         rows=rows,
         D=shape[1],
         PARTS=parts,
         LEAVES_ALL=chosen is None or first.leaves_all,
+        NORM=x.form,
         **blocks,
     )
     return list(out)
 
 
-def head_arguments(projection: Projection) -> dict[str, Any]:
-    """The arguments of a kernel that say where heads go, and how they turn."""
+def heads_of(projection: Projection) -> Heads:
+    """Where heads go, and how they turn."""
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
+    return Heads(
+        cosine=None if rotation is None else rotation.cosine,
+        sine=None if rotation is None else rotation.sine,
+        positions=None if rotation is None else targets.positions,
+        angle_stride=0 if rotation is None else rotation.cosine.stride(0),
+        anchor=None if pages is None else pages.anchor,
+        table=None if pages is None else pages.table,
+        table_stride=0 if pages is None else pages.table.stride(0),
+        sequences=None if pages is None else targets.sequences,
+        slots=None if pages is None else targets.slots,
+        offset=0 if pages is None else pages.offset,
+    )
+
+
+def head_arguments(projection: Projection) -> dict[str, Any]:
+    """What a kernel is told of heads."""
     return {
-        "cosine_ptr": None if rotation is None else rotation.cosine,
-        "sine_ptr": None if rotation is None else rotation.sine,
-        "positions_ptr": None if rotation is None else targets.positions,
-        "anchor_ptr": None if pages is None else pages.anchor,
-        "table_ptr": None if pages is None else pages.table,
-        "sequences_ptr": None if pages is None else targets.sequences,
-        "slots_ptr": None if pages is None else targets.slots,
-        "stride_p": 0 if rotation is None else rotation.cosine.stride(0),
-        "stride_tb": 0 if pages is None else pages.table.stride(0),
-        "offset": 0 if pages is None else pages.offset,
+        "heads": heads_of(projection),
         "QUERIES": projection.heads,
-        "GROUPS": 0 if pages is None else pages.groups,
+        "GROUPS": 0 if projection.pages is None else projection.pages.groups,
         "HEAD_DIM": projection.head_dim,
-        "PAGE": PAGE_SLOTS,
     }
 
 
@@ -563,20 +438,19 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     return product_candidates(rows)
 
 
-def _distances(first: Projection, last: Projection) -> dict[str, int]:
-    """Elements from what ``head_arguments`` names of one projection to the same of the other."""
-    one, other = head_arguments(first), head_arguments(last)
-    found = {
-        name.replace("_ptr", "_distance"): distance([tensor, other[name]])
-        for name, tensor in one.items()
-        if name.endswith("_ptr")
+def _steps(first: Heads, last: Heads) -> Heads:
+    """Elements from each tensor of the first problem to that of the last."""
+    steps = {
+        name: distance([one, getattr(last, name)]) if isinstance(one, Tensor) else 0
+        for name, one in first._asdict().items()
     }
-    return {**found, "offset_distance": other["offset"] - one["offset"]}
+    return Heads(**{**steps, "offset": last.offset - first.offset})
 
 
 def _kind(projection: Projection) -> Hashable:
     arguments = head_arguments(projection)
-    given = tuple(value is None for name, value in arguments.items() if name.endswith("_ptr"))
-    sizes = tuple(value for name, value in arguments.items() if name.isupper() or "stride" in name)
+    heads = arguments.pop("heads")
+    given = tuple(value is None for value in heads)
+    sizes = heads.angle_stride, heads.table_stride, *arguments.values()
     has_bias = projection.linear.bias is not None
     return given, sizes, has_bias, kind_of(projection.norm, projection.linear)

@@ -20,7 +20,7 @@ after tile. Decisions on the ``h`` that is left may ride in a launch (``riding``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,18 +29,35 @@ from torch import Tensor
 from fastskip.kernels import guards, numerics, overlap, products, riding
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
-from fastskip.kernels.operands import blocks_for, distance, product_candidates
+from fastskip.kernels.operands import (
+    blocks_for,
+    distance,
+    product_candidates,
+    weights_of,
+    weights_step,
+)
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Term
 from fastskip.ops.routes import Chosen, Route
 
 
+class Addend(NamedTuple):
+    """A term as its kernel reads it."""
+
+    inputs: products.Inputs
+    weights: products.Weights
+
+
+class Change(NamedTuple):
+    """``[n, M]``, dense rows."""
+
+    ptr: Any
+    stride: Any
+
+
 @triton.jit
 def _term(
-    x_ptr,
-    weight_ptr,
-    stride_xn,
-    stride_wm,
+    term,
     m,
     start,
     rows,
@@ -49,27 +66,9 @@ def _term(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    FORM: tl.constexpr = products.STREAM if BLOCK_N < 16 else products.TENSOR
+    NORM: tl.constexpr = products.NO_NORM
     return products.product(
-        weight_ptr,
-        stride_wm,
-        m,
-        x_ptr,
-        stride_xn,
-        None,
-        None,
-        0,
-        start,
-        rows,
-        None,
-        None,
-        0.0,
-        E,
-        products.NO_NORM,
-        FORM,
-        BLOCK_N,
-        BLOCK_E,
-        STAGES,
+        term.weights, m, term.inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES
     )
 
 
@@ -77,10 +76,7 @@ def _term(
 def _chosen_term(
     does,
     does_any,
-    x_ptr,
-    weight_ptr,
-    stride_xn,
-    stride_wm,
+    term,
     m,
     start,
     rows,
@@ -98,9 +94,7 @@ def _chosen_term(
     else:
         total = tl.zeros([m.shape[0], BLOCK_N], tl.float32)
     if does_any:
-        found = _term(
-            x_ptr, weight_ptr, stride_xn, stride_wm, m, start, rows, E, BLOCK_N, BLOCK_E, STAGES
-        )
+        found = _term(term, m, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
         total = tl.sum(found, axis=1) if BLOCK_N == 1 else tl.where(does[None], found, 0.0)
     return total
 
@@ -116,22 +110,12 @@ def _add_tile(
     second_any,
     start,
     h_ptr,
-    index_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    second_x_ptr,
-    second_weight_ptr,
-    second_bias_ptr,
-    change_ptr,
-    second_change_ptr,
     stride_hn,
-    stride_xn,
-    stride_wm,
-    second_stride_xn,
-    second_stride_wm,
-    stride_cn,
-    second_stride_cn,
+    index_ptr,
+    first,
+    second,
+    change,
+    second_change,
     rows,
     factor,
     M: tl.constexpr,
@@ -158,23 +142,9 @@ def _add_tile(
     h = tl.load(place_ptr, mask=inside, other=0.0)
 
     if does is None:
-        total = _term(
-            x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
-        )
-        if second_weight_ptr is not None:
-            other = _term(
-                second_x_ptr,
-                second_weight_ptr,
-                second_stride_xn,
-                second_stride_wm,
-                owned,
-                start,
-                rows,
-                SECOND_E,
-                BLOCK_N,
-                BLOCK_E,
-                STAGES,
-            )
+        total = _term(first, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
+        if SECOND_E > 0:
+            other = _term(second, owned, start, rows, SECOND_E, BLOCK_N, BLOCK_E, STAGES)
             if BLOCK_N == 1:
                 # Added before they become tiles: else Triton 3.6 spreads the layout of the weights
                 # to what follows, where every thread would then repeat each access up to 64 times.
@@ -182,48 +152,22 @@ def _add_tile(
             else:
                 total += other
     else:
-        total = _chosen_term(
-            does,
-            does_any,
-            x_ptr,
-            weight_ptr,
-            stride_xn,
-            stride_wm,
-            owned,
-            start,
-            rows,
-            E,
-            BLOCK_N,
-            BLOCK_E,
-            STAGES,
-        )
+        total = _chosen_term(does, does_any, first, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
         total += _chosen_term(
-            second_does,
-            second_any,
-            second_x_ptr,
-            second_weight_ptr,
-            second_stride_xn,
-            second_stride_wm,
-            owned,
-            start,
-            rows,
-            SECOND_E,
-            BLOCK_N,
-            BLOCK_E,
-            STAGES,
+            second_does, second_any, second, owned, start, rows, SECOND_E, BLOCK_N, BLOCK_E, STAGES
         )
         if BLOCK_N == 1:
             total = total[:, None]
-    if bias_ptr is not None:
-        total += _bias(bias_ptr, owned, does)
-    if second_bias_ptr is not None:
-        total += _bias(second_bias_ptr, owned, second_does)
-    if change_ptr is not None:
-        at = n.to(tl.int64)[None] * stride_cn + m[:, None]
-        total += numerics.load(change_ptr + at, inside)
-    if second_change_ptr is not None:
-        at = n.to(tl.int64)[None] * second_stride_cn + m[:, None]
-        total += numerics.load(second_change_ptr + at, inside)
+    if first.weights.bias is not None:
+        total += _bias(first.weights.bias, owned, does)
+    if SECOND_E > 0 and second.weights.bias is not None:
+        total += _bias(second.weights.bias, owned, second_does)
+    if change is not None:
+        at = n.to(tl.int64)[None] * change.stride + m[:, None]
+        total += numerics.load(change.ptr + at, inside)
+    if second_change is not None:
+        at = n.to(tl.int64)[None] * second_change.stride + m[:, None]
+        total += numerics.load(second_change.ptr + at, inside)
     numerics.store(place_ptr, h.to(tl.float32) + factor * total, inside)
 
 
@@ -240,22 +184,12 @@ def _bias(bias_ptr, m, does):
 @triton.jit(do_not_specialize=["salts"])
 def _add_terms_kernel(
     h_ptr,
-    index_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    second_x_ptr,
-    second_weight_ptr,
-    second_bias_ptr,
-    change_ptr,
-    second_change_ptr,
     stride_hn,
-    stride_xn,
-    stride_wm,
-    second_stride_xn,
-    second_stride_wm,
-    stride_cn,
-    second_stride_cn,
+    index_ptr,
+    first,
+    second,
+    change,
+    second_change,
     rows,
     factor,
     runs_ptr,
@@ -281,7 +215,7 @@ def _add_terms_kernel(
     n = start + tl.arange(0, BLOCK_N)
     if OVERLAP is not None:
         m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        overlap.begin_with(weight_ptr, stride_wm, tl.minimum(m, M - 1), E, OVERLAP)
+        overlap.begin_with(first.weights, tl.minimum(m, M - 1), E, OVERLAP)
     if runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
@@ -293,22 +227,12 @@ def _add_terms_kernel(
             None,
             start,
             h_ptr,
-            index_ptr,
-            x_ptr,
-            weight_ptr,
-            bias_ptr,
-            second_x_ptr,
-            second_weight_ptr,
-            second_bias_ptr,
-            change_ptr,
-            second_change_ptr,
             stride_hn,
-            stride_xn,
-            stride_wm,
-            second_stride_xn,
-            second_stride_wm,
-            stride_cn,
-            second_stride_cn,
+            index_ptr,
+            first,
+            second,
+            change,
+            second_change,
             rows,
             factor,
             M,
@@ -327,7 +251,7 @@ def _add_terms_kernel(
         does_any = None
         second_does = None
         second_any = None
-        if second_weight_ptr is not None:
+        if SECOND_E > 0:
             does = gets
             does_any = guards.some(does)
             second_does = guards.flagged(second_runs_ptr, n, rows)
@@ -347,22 +271,12 @@ def _add_terms_kernel(
                 second_any,
                 start,
                 h_ptr,
-                index_ptr,
-                x_ptr,
-                weight_ptr,
-                bias_ptr,
-                second_x_ptr,
-                second_weight_ptr,
-                second_bias_ptr,
-                change_ptr,
-                second_change_ptr,
                 stride_hn,
-                stride_xn,
-                stride_wm,
-                second_stride_xn,
-                second_stride_wm,
-                stride_cn,
-                second_stride_cn,
+                index_ptr,
+                first,
+                second,
+                change,
+                second_change,
                 rows,
                 factor,
                 M,
@@ -395,16 +309,10 @@ def _add_terms_kernel(
 
 @triton.jit
 def _apply_terms_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
+    first,
+    step,
     out_ptr,
-    x_distance,
-    weight_distance,
-    bias_distance,
     stride_op,
-    stride_xn,
-    stride_wm,
     rows,
     M: tl.constexpr,
     E: tl.constexpr,
@@ -417,16 +325,15 @@ def _apply_terms_kernel(
     start = tl.program_id(0) * BLOCK_N
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2).to(tl.int64)
-    x_ptr += part * x_distance
-    weight_ptr += part * weight_distance
+    inputs = products.Inputs(first.inputs.x + part * step.inputs.x, first.inputs.stride)
+    weight_ptr = first.weights.weight + part * step.weights.weight
+    weights = products.Weights(weight_ptr, first.weights.stride)
     owned = tl.minimum(m, M - 1)
     if OVERLAP is not None:
-        overlap.begin_with(weight_ptr, stride_wm, owned, E, OVERLAP)
-    total = _term(
-        x_ptr, weight_ptr, stride_xn, stride_wm, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES
-    )
-    if bias_ptr is not None:
-        total += numerics.load(bias_ptr + part * bias_distance + owned)[:, None]
+        overlap.begin_with(weights, owned, E, OVERLAP)
+    total = _term(Addend(inputs, weights), owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
+    if first.weights.bias is not None:
+        total += numerics.load(first.weights.bias + part * step.weights.bias + owned)[:, None]
     n = start + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (n < rows)[None]
     place_ptr = out_ptr + part * stride_op + n.to(tl.int64)[None] * M + m[:, None]
@@ -479,22 +386,12 @@ def add_terms_(
         options,
         is_guarded=is_guarded,
         h_ptr=h,
-        index_ptr=index,
-        x_ptr=first.x,
-        weight_ptr=first.linear.weight,
-        bias_ptr=first.linear.bias,
-        second_x_ptr=second and second.x,
-        second_weight_ptr=second and second.linear.weight,
-        second_bias_ptr=second and second.linear.bias,
-        change_ptr=change,
-        second_change_ptr=second_change,
         stride_hn=h.stride(0),
-        stride_xn=first.x.stride(0),
-        stride_wm=first.linear.weight.stride(0),
-        second_stride_xn=second.x.stride(0) if second else 0,
-        second_stride_wm=second.linear.weight.stride(0) if second else 0,
-        stride_cn=0 if change is None else change.stride(0),
-        second_stride_cn=0 if second_change is None else second_change.stride(0),
+        index_ptr=index,
+        first=_addend(first),
+        second=second and _addend(second),
+        change=_change(change),
+        second_change=_change(second_change),
         rows=rows,
         factor=float(factor),
         runs_ptr=runs[0] if runs else None,
@@ -525,16 +422,13 @@ def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = Non
         _apply_terms_kernel,
         (*grid, len(terms)),
         options,
-        x_ptr=first.x,
-        weight_ptr=first.linear.weight,
-        bias_ptr=first.linear.bias,
+        first=_addend(first),
+        step=Addend(
+            products.Inputs(distance([term.x for term in terms]), 0),
+            weights_step([term.linear for term in terms]),
+        ),
         out_ptr=out,
-        x_distance=distance([term.x for term in terms]),
-        weight_distance=distance([term.linear.weight for term in terms]),
-        bias_distance=distance([term.linear.bias for term in terms]),
         stride_op=out.stride(0),
-        stride_xn=first.x.stride(0),
-        stride_wm=first.linear.weight.stride(0),
         rows=rows,
         M=size,
         E=inner,
@@ -554,6 +448,14 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
         if not config.get("NORM_APART") and shape[0] >= 64 * config["BLOCK_M"]
     ]
     return found or product_candidates(rows)[:1]
+
+
+def _addend(term: Term) -> Addend:
+    return Addend(products.Inputs(term.x, term.x.stride(0)), weights_of(term.linear))
+
+
+def _change(change: Tensor | None) -> Change | None:
+    return None if change is None else Change(change, change.stride(0))
 
 
 def _layout(term: Term) -> tuple[Any, ...]:

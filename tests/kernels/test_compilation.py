@@ -77,7 +77,7 @@ if __name__ == "__main__":
     print(json.dumps({
         "findings": found,
         "signature": dict(builds[0].signature),
-        "attributes": [path[0] for path in builds[0].attributes],
+        "attributes": [list(path) for path in builds[0].attributes],
         "error": next(iter(compile_all([wrong], workers=1).values())).error,
     }))
 """
@@ -129,11 +129,14 @@ def test_a_kernel_that_does_not_compile_is_an_error(compiled: dict[str, object])
 def test_launches_are_specialised_as_on_a_device(compiled: dict[str, object]) -> None:
     signature, attributes = compiled["signature"], compiled["attributes"]
     assert isinstance(signature, dict) and isinstance(attributes, list)
-    assert signature["h_ptr"] == "*bf16" and signature["rows"] == "i32"
-    assert signature["bias_ptr"] == signature["BLOCK_M"] == "constexpr"
-    divisible = {list(signature)[place] for place in attributes}
-    assert {"h_ptr", "weight_ptr", "stride_hn", "rows"} <= divisible
-    assert "epsilon" not in divisible
+    weight, stride, bias = signature["weights"]
+    assert (weight, stride, bias) == ("*bf16", "i32", "constexpr")
+    assert signature["rows"] == "i32" and signature["BLOCK_M"] == "constexpr"
+    names = list(signature)
+    divisible = {(names[first], *rest) for first, *rest in attributes}
+    x, stride, epsilon = ("inputs", 0), ("inputs", 1), ("inputs", 7)
+    assert {x, stride, ("weights", 0), ("weights", 1), ("rows",)} <= divisible
+    assert epsilon not in divisible
 
 
 GOOD = Finding(registers=100, shared=1 << 16, wide=8, matrix={"HGMMA": 4})

@@ -30,8 +30,8 @@ TABLE = "nvidia-h200"
 POLICIES: dict[str, Policy] = {
     "dense": policy_of(),
     "half": policy_of(skip("1::2", "all", "block")),
-    "parallel": policy_of(arrangements=[parallel(":")]),
-    "pairs": policy_of(arrangements=[pair(":")]),
+    "parallel": policy_of(arrangements=(parallel(":"),)),
+    "pairs": policy_of(arrangements=(pair(":"),)),
     "random": routed(random(":", rate=0.5)),
     "similar, batch": routed(similarity("1:", threshold=0.9, group="batch")),
 }

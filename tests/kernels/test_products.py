@@ -24,19 +24,13 @@ NORMS = {"none": 0, "RMS": 1, "LayerNorm": 2}
 
 @triton.jit
 def _product_kernel(  # type: ignore[no-untyped-def]
-    weight_ptr,
-    x_ptr,
-    index_ptr,
-    change_ptr,
-    gain_ptr,
-    shift_ptr,
+    weights,
+    inputs,
     out_ptr,
     rows,
-    epsilon,
     M: tl.constexpr,
     E: tl.constexpr,
     NORM: tl.constexpr,
-    FORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -45,27 +39,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     pair = tl.arange(0, BLOCK_M // 2)
     m = products.pair_rows(tl.minimum(pair, M // 2 - 1), M // 2, M // 2)
     start = tl.program_id(0) * BLOCK_N
-    y = products.product(
-        weight_ptr,
-        E,
-        m,
-        x_ptr,
-        E,
-        index_ptr,
-        change_ptr,
-        E,
-        start,
-        rows,
-        gain_ptr,
-        shift_ptr,
-        epsilon,
-        E,
-        NORM,
-        FORM,
-        BLOCK_N,
-        BLOCK_E,
-        STAGES,
-    )
+    y = products.product(weights, m, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
     first, second = products.split_pairs(y)
     n = start + tl.arange(0, BLOCK_N)
     is_written = (pair < M // 2)[:, None] & (n < rows)[None, :]
@@ -117,19 +91,22 @@ def test_product(block: int, kind: int, dtype: torch.dtype, device: torch.device
 
         out = empty((rows, WEIGHT_ROWS), dtype, device)
         _product_kernel[(2,)](
-            place(weight),
-            place(h),
-            None if index is None else index.to(device),
-            place(change),
-            place(gain) if kind else None,
-            place(shift) if kind == 2 else None,
+            products.Weights(place(weight), WIDTH),
+            products.Inputs(
+                x=place(h),
+                stride=WIDTH,
+                index=None if index is None else index.to(device),
+                change=place(change),
+                change_stride=WIDTH,
+                gain=place(gain) if kind else None,
+                shift=place(shift) if kind == 2 else None,
+                epsilon=1e-2,
+            ),
             out,
             rows,
-            1e-2,
             M=WEIGHT_ROWS,
             E=WIDTH,
             NORM=kind,
-            FORM=int(block >= 16),
             BLOCK_M=32,
             BLOCK_N=block,
             BLOCK_E=64,
