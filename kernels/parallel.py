@@ -104,6 +104,17 @@ def _tile(
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     tile, is_feed, m = _whose(number, F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
     part = is_feed.to(tl.int64)
+    # Before heads are looked up, and so not in ``product``: there it spills on sm_89.
+    own_inputs = products.Inputs(
+        inputs.x + part * inputs_step.x,
+        inputs.stride,
+        inputs.index,
+        None if inputs.change is None else inputs.change + part * inputs_step.change,
+        inputs.change_stride,
+        None if inputs.gain is None else inputs.gain + part * inputs_step.gain,
+        None if inputs.shift is None else inputs.shift + part * inputs_step.shift,
+        inputs.epsilon,
+    )
     own_weights = products.Weights(weights.weight + part * weight_distance, weights.stride)
 
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
@@ -120,20 +131,7 @@ def _tile(
         own_leaves = inside if leaves is None else leaves & inside
         entry_ptr, is_kept = entries_of(n, own_leaves, heads, HEAD_DIM)
     # One loop for both: what it runs over is a matter of pointers.
-    y = products.product(
-        own_weights,
-        m,
-        inputs,
-        start,
-        rows,
-        D,
-        NORM,
-        BLOCK_N,
-        BLOCK_E,
-        STAGES,
-        part,
-        inputs_step,
-    )
+    y = products.product(own_weights, m, own_inputs, start, rows, D, NORM, BLOCK_N, BLOCK_E, STAGES)
     if is_feed:
         if feed_bias_ptr is not None:
             y += numerics.load(feed_bias_ptr + m)[:, None]
