@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastskip import ops  # noqa: E402 (after the choice of the interpreter)
+from tests.interpreting import patching_once  # noqa: E402
 
 settings.register_profile(
     "quick",
@@ -85,6 +86,12 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
             kept.append(item)
         seen.add(name)
     return kept
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter() -> Iterator[None]:
+    with patching_once():
+        yield
 
 
 @pytest.fixture(autouse=True)
