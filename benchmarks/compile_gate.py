@@ -41,9 +41,6 @@ ARCHS = (80, 89, 90, 100)
 TABLES = {90: ("nvidia-h200", "nvidia-h100-80gb-hbm3", "default")}
 """Tables that are compiled for an architecture; others have the default alone."""
 
-OVERLAPPING = (90, 100)
-"""Architectures on which launches can overlap."""
-
 PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head"}
 """Products of few rows: streams of weights or matrix instructions, by their block sizes."""
 PROMPTS = {"linear_rows": "BLOCK_N", "attend_rows": "BLOCK_Q"}
@@ -146,12 +143,13 @@ def run(arch: int, *, again: bool = False) -> tuple[list[Compiled], list[str]]:
     from benchmarks import probes
     from fastskip.kernels import tuning
     from fastskip.kernels.compilation import build_of, compile_all
+    from fastskip.ops.overlap import LEAST
 
     recorded = []
     missed = []
     for slug in TABLES.get(arch, (tuning.DEFAULT,)):
         found = list(probes.record(slug))
-        overlapping = probes.record_overlapping(slug) if arch in OVERLAPPING else ()
+        overlapping = probes.record_overlapping(slug) if divmod(arch, 10) >= LEAST else ()
         recorded += [
             (slug, probed, build_of(probed.launch, arch)) for probed in (*found, *overlapping)
         ]

@@ -177,6 +177,7 @@ def compile_build(build: Build) -> Finding:
         )
         compiled = triton.compile(source, target=_target(build.arch), options=dict(build.options))
     sass = disassemble(compiled.asm["cubin"])
+    before, *after = WAIT.split(sass)
     return Finding(
         registers=_number(r"Used (\d+) registers", log.getvalue()),
         spills=_number(r"(\d+) bytes spill stores", log.getvalue())
@@ -185,8 +186,8 @@ def compile_build(build: Build) -> Finding:
         shared=compiled.metadata.shared,
         wide=len(WIDE.findall(sass)),
         matrix=dict(sorted(Counter(MATRIX.findall(sass)).items())),
-        waits=len(WAIT.findall(sass)),
-        early=len(ACCESS.findall(WAIT.split(sass)[0])) if WAIT.search(sass) else 0,
+        waits=len(after),
+        early=len(ACCESS.findall(before)) if after else 0,
     )
 
 

@@ -22,7 +22,7 @@ from fastskip.ops.contracts import Linear, Norm
 
 def distance(tensors: Sequence[Tensor | None]) -> int:
     """Elements from the first tensor to the last; 0 for none and for tensors without data."""
-    first, last = tensors[0], tensors[-1]
+    first, last = (tensors[0], tensors[-1]) if tensors else (None, None)
     if first is None or last is None:
         return 0
     return (last.data_ptr() - first.data_ptr()) // first.element_size()
@@ -109,12 +109,13 @@ class RowsRead:
     @property
     def step(self) -> products.Inputs:
         """Elements from each tensor of the first problem to that of the last."""
+        norms = self.norms or ()
         return products.Inputs(
             x=distance(self.inputs),
             stride=0,
-            change=distance(self.changes or [None]),
-            gain=distance([each.weight for each in self.norms or ()] or [None]),
-            shift=distance([each.bias for each in self.norms or ()] or [None]),
+            change=distance(self.changes or ()),
+            gain=distance([each.weight for each in norms]),
+            shift=distance([each.bias for each in norms]),
         )
 
 

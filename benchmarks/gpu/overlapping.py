@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,17 +70,12 @@ def _policies(both: Models, names: Sequence[str]) -> Iterator[tuple[str, SkipPol
 
 
 def _contender(both: Models, name: str, policy: SkipPolicy, way: Overlap | None) -> Contender:
-    plan = fastskip.plan_of(fastskip.set_policy(both.ours, policy))
-    peer = Peer("none" if way is None else str(way.ahead), f"{name}, {way}", lambda depth: policy)
-    return Contender(peer, plan, _selecting(both, policy, way))
-
-
-def _selecting(both: Models, policy: SkipPolicy, way: Overlap | None) -> Callable[[], Any]:
     def select() -> Any:
         both.ours._fastskip.steps.overlap = way
         return fastskip.set_policy(both.ours, policy)
 
-    return select
+    peer = Peer("none" if way is None else str(way.ahead), f"{name}, {way}", lambda depth: policy)
+    return Contender(peer, fastskip.plan_of(select()), select)
 
 
 CELLS = [

@@ -29,7 +29,7 @@ class Overlap:
 
 @contextmanager
 def overlapping(overlap: Overlap | None) -> Iterator[None]:
-    """Kernels that this block launches overlap, as far as they take part; ``None``: none does."""
+    """Kernels launched in this block overlap as far as they take part; ``None`` changes nothing."""
     if overlap is None:
         yield
         return

@@ -70,8 +70,6 @@ def test_every_kernel_of_a_step_takes_part(launches: list[Launch], name: str, ba
 
 
 def test_without_it_launches_are_ordinary(launches: list[Launch]) -> None:
-    with overlapping(Overlap()), overlapping(None):
-        pass
     with overlap.overlapping(0), overlap.overlapping(None):
         step(POLICIES["random"], 1)
     step(POLICIES["dense"], 1)
