@@ -13,10 +13,24 @@ from fastskip.plan import ModelShape
 
 MULTIMODAL = {
     "llava": "LlavaForConditionalGeneration",
+    "vipllava": "VipLlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "video_llava": "VideoLlavaForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "smolvlm": "SmolVLMForConditionalGeneration",
 }
-TEXT_ONLY = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
+TEXT_ONLY = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "opt": "OPTForCausalLM",
+}
+ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower")
+"""What families call the modules that see."""
 DECODERS = ("llama", "mistral", "qwen2", "opt")
 # Frequencies of these RoPE types depend on the length of the sequence, so they cannot be tabulated.
 DYNAMIC_ROPE = ("dynamic", "longrope")
@@ -152,8 +166,14 @@ def _biases(text: Any) -> dict[str, bool]:
 
 def text_model_of(model: Any) -> Any:
     """The decoder stack of a model: the module that has ``layers`` and ``embed_tokens``."""
-    is_text_only = model.config.model_type in TEXT_ONLY
-    return (model if is_text_only else model.model.language_model).get_decoder()
+    # Of a LLaVA this is its language model, which in OPT holds the decoder.
+    return model.get_decoder().get_decoder()
+
+
+def tower_of(model: Any) -> Any | None:
+    """The vision encoder of a multimodal model; ``None`` if images and videos have one each."""
+    own = [module for name, module in model.model.named_children() if name in ENCODERS]
+    return own[0] if len(own) == 1 else None
 
 
 def final_norm_of(text_model: Any) -> Any:
@@ -165,3 +185,29 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     """Placeholder ids that features replace: the image's, and the video's where there is one."""
     ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return tuple(token for token in ids if token is not None)
+
+
+def rows_of_crop(config: Any) -> int:
+    """Positions that one image of a single crop fills; 0 in a text-only model."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        return 0
+    patches = _side(vision.image_size) // _side(vision.patch_size)
+    return round((patches / _patches_of_row(config)) ** 2)
+
+
+def _side(size: Any) -> int:
+    side: int = size if isinstance(size, int) else size[0]
+    return side
+
+
+def _patches_of_row(config: Any) -> float:
+    """Patches of the vision encoder that become one row, along each side."""
+    match config.model_type:
+        case "idefics3" | "smolvlm":
+            return float(config.scale_factor)
+        case "mistral3":
+            return float(config.spatial_merge_size)
+        case "internvl":
+            return float(1 / config.downsample_ratio)
+    return 1.0

@@ -11,6 +11,16 @@ from typing import Any
 
 from PIL.Image import Image
 
+_IMAGES_ALONE = {
+    "llava_next_video": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+    "internvl": "InternVLProcessor",
+    "smolvlm": "Idefics3Processor",
+}
+"""By model type, for want of torchvision: a processor that makes of images what its own does."""
+_PLACEHOLDER = "<image>"
+"""What texts have, whatever the checkpoint's own token is."""
+
 
 class PromptError(ValueError):
     """A prompt that the model cannot take; says what it is and what is allowed."""
@@ -23,8 +33,8 @@ def processor_for(model: str | PathLike[str]) -> Any:
     name = fspath(model)
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type == "llava_onevision" and find_spec("torchvision") is None:
-            processor = image_only_onevision().from_pretrained(name)
+        if config.model_type in _IMAGES_ALONE and find_spec("torchvision") is None:
+            processor = image_only(config.model_type).from_pretrained(name)
         else:
             processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
@@ -103,17 +113,20 @@ def encode_prompts(
     return inputs
 
 
-def image_only_onevision() -> Any:
+def image_only(model_type: str) -> Any:
+    """The processor class of a family that takes videos too, without them: its video processor
+    needs torchvision, and images do not."""
     import transformers
 
-    class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
-        """Its video processor needs torchvision; images do not."""
+    base: Any = getattr(transformers, _IMAGES_ALONE[model_type])
 
+    class ImageOnly(base):  # type: ignore[misc]
         @classmethod
         def get_attributes(cls) -> list[str]:
             return ["image_processor", "tokenizer"]
 
-    return LlavaOnevisionProcessor
+    ImageOnly.__name__ = base.__name__  # saved with a processor, to load it by
+    return ImageOnly
 
 
 def _render(processor: Any, text: str, images: int) -> str:
@@ -124,6 +137,7 @@ def _render(processor: Any, text: str, images: int) -> str:
             raise PromptError(f"images: got {images}; allowed: none, this model reads text only")
         return _converse(processor, text) if processor.chat_template else text
     token = processor.image_token
+    text = text.replace(_PLACEHOLDER, token)
     if not text.replace(token, "").strip():
         raise PromptError(f"prompt: got {text!r}; allowed: words beside the placeholders")
     placed = text.count(token)

@@ -13,7 +13,11 @@ from fastskip.verification.cells import IMAGE, TEXT
 from tests.models import CROP, PAD_ID
 
 IMAGE_SIZES = ((8, 8), (7, 13), (16, 16), (12, 30), (20, 9))
-"""Heights and widths to draw from where the number of placeholders depends on the size."""
+"""Heights and widths to draw from where images come in crops."""
+BY_PROMPT = ("idefics3", "smolvlm")
+"""Families that take `[batch, images, 3, height, width]`, blank images behind."""
+UNCUT_SIZES = ((16, 16), (8, 16), (16, 8))
+"""The same where they come as they are, in the corner of a square (Mistral 3)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Batch:
     """Number of images of each prompt."""
     sized: bool = False
     """Whether the model wants to know image sizes."""
+    model_type: str = "llava"
 
     @property
     def size(self) -> int:
@@ -49,12 +54,14 @@ class Batch:
     def inputs(self, device: str = "cpu") -> dict[str, Any]:
         """What the model's `forward` and `generate` take."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        if self.images:
+        pixels = [pixels for pixels, _ in self.images]
+        if self.images and self.model_type in BY_PROMPT:
+            of_prompts = torch.stack(pixels).split(self.image_counts)
+            inputs["pixel_values"] = _padded(of_prompts)
+        elif self.images:
             # Crops are padded to a common number; without crops there is nothing to pad.
-            pixels = [pixels for pixels, _ in self.images]
-            most = max(len(p) for p in pixels)
-            padded = [torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pixels]
-            inputs["pixel_values"] = torch.stack(padded)
+            name = "pixel_values_images" if self.model_type == "video_llava" else "pixel_values"
+            inputs[name] = _padded(pixels)
         if self.images and self.sized:
             inputs["image_sizes"] = torch.tensor([size for _, size in self.images])
         return {name: value.to(device) for name, value in inputs.items()}
@@ -125,7 +132,14 @@ def random_batch(
         images=tuple(drawn),
         image_counts=tuple(images),
         sized=_sized(config),
+        model_type=config.model_type,
     )
+
+
+def _padded(tensors: Sequence[Tensor]) -> Tensor:
+    """`[n, ...]` each -> `[len(tensors), most, ...]`, zeros behind."""
+    most = max(map(len, tensors))
+    return torch.stack([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in tensors])
 
 
 def _integer(generator: torch.Generator, low: int, high: int) -> int:
@@ -133,16 +147,21 @@ def _integer(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def _sized(config: Any) -> bool:
-    return hasattr(config, "image_grid_pinpoints")
+    return hasattr(config, "image_grid_pinpoints") or config.model_type == "mistral3"
 
 
 def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
-    if not _sized(config):
-        side = config.vision_config.image_size
-        return torch.randn(3, side, side, generator=generator), (side, side)
-    size = IMAGE_SIZES[_integer(generator, 0, len(IMAGE_SIZES) - 1)]
-    crops = image_size_to_num_patches(size, config.image_grid_pinpoints, CROP)
-    return torch.randn(crops, 3, CROP, CROP, generator=generator), size
+    if hasattr(config, "image_grid_pinpoints"):
+        size = IMAGE_SIZES[_integer(generator, 0, len(IMAGE_SIZES) - 1)]
+        crops = image_size_to_num_patches(size, config.image_grid_pinpoints, CROP)
+        return torch.randn(crops, 3, CROP, CROP, generator=generator), size
+    side = config.vision_config.image_size
+    side = side if isinstance(side, int) else side[0]
+    pixels, size = torch.randn(3, side, side, generator=generator), (side, side)
+    if _sized(config):
+        size = UNCUT_SIZES[_integer(generator, 0, len(UNCUT_SIZES) - 1)]
+        pixels[:, size[0] :], pixels[:, :, size[1] :] = 0, 0
+    return pixels, size
 
 
 @torch.no_grad()
@@ -150,6 +169,7 @@ def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
     """Ask the model how many features the image becomes."""
     pixels, size = image
     sizes = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
+    pixels = pixels[None, None] if model.config.model_type in BY_PROMPT else pixels[None]
     dtype = next(model.parameters()).dtype
-    features = model.get_image_features(pixels[None].to(dtype), **sizes).pooler_output
+    features = model.get_image_features(pixels.to(dtype), **sizes).pooler_output
     return len(features[0])

@@ -7,23 +7,42 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
+    Idefics3Processor,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from fastskip.prompts import image_only
 from tests.batches import random_batch
-from tests.models import CROP, LLAVA_KINDS, PATCH, PINPOINTS, Kind, tiny_llama, tiny_llava, tiny_opt
+from tests.models import (
+    CROP,
+    LLAVA_KINDS,
+    PATCH,
+    PINPOINTS,
+    RELATIVES,
+    Kind,
+    tiny_llama,
+    tiny_llava,
+    tiny_opt,
+)
 
 VOCAB = 128
 IMAGE_ID, VIDEO_ID = VOCAB - 1, VOCAB - 2
+NEEDING_TORCHVISION = ("mistral3", "video_llava")
+"""Kinds whose processors do; their checkpoints are saved without."""
+AROUND_IMAGES = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
+"""Tokens that Idefics 3's processor writes."""
 IMAGE_SIZE = 2 * PATCH
 """Images of the tiny `llava` are squares of so many pixels and fill four positions."""
 
@@ -39,7 +58,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; the last two ids are `<video>` and `<image>`, as `tiny_llava` has."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     tokens = special + list(string.printable[:-2])
-    tokens += [f"<{i}>" for i in range(len(tokens), VIDEO_ID)] + ["<video>", "<image>"]
+    tokens += [f"<{i}>" for i in range(len(tokens), VIDEO_ID - len(AROUND_IMAGES))]
+    tokens += [*AROUND_IMAGES, "<video>", "<image>"]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
@@ -52,7 +72,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<video>", "<image>"],
+        extra_special_tokens={
+            "video_token": "<video>",
+            "image_token": "<image>",
+            # the names that InternVL's processor asks for
+            "context_image_token": "<image>",
+            "start_image_token": AROUND_IMAGES[0],
+            "end_image_token": AROUND_IMAGES[0],
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -60,23 +87,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPLATE) -> Any:
     """The processor that goes with `tiny_llava(kind, vocab=VOCAB)`."""
+    if kind in NEEDING_TORCHVISION:
+        raise ValueError(f"kind: got {kind}, allowed: one whose processor needs no torchvision")
     tokenizer = build_tokenizer()
     crop = {"height": CROP, "width": CROP}
-    if kind == "llava_onevision":
-        from fastskip.prompts import image_only_onevision
-
-        return image_only_onevision()(
-            LlavaOnevisionImageProcessorPil(size=crop, image_grid_pinpoints=PINPOINTS),
-            tokenizer,
-            num_image_tokens=(CROP // PATCH) ** 2,
-            vision_feature_select_strategy="full",
-            chat_template=chat_template,
-        )
-    options = {
+    own = {"chat_template": chat_template}
+    merged = 2 * IMAGE_SIZE
+    match kind:
+        case "llava_onevision":
+            return image_only(kind)(
+                LlavaOnevisionImageProcessorPil(size=crop, image_grid_pinpoints=PINPOINTS),
+                tokenizer,
+                num_image_tokens=(CROP // PATCH) ** 2,
+                vision_feature_select_strategy="full",
+                **own,
+            )
+        case "internvl":
+            images: Any = GotOcr2ImageProcessorPil(
+                size={"height": merged, "width": merged}, max_patches=3
+            )
+            return image_only(kind)(images, tokenizer, image_seq_length=4, **own)
+        case "idefics3" | "smolvlm":
+            edge = {"longest_edge": merged}
+            pieces = {"size": {"longest_edge": 2 * merged}, "max_image_size": edge}
+            own_class = SmolVLMImageProcessorPil if kind == "smolvlm" else Idefics3ImageProcessorPil
+            return Idefics3Processor(own_class(**pieces), tokenizer, image_seq_len=4, **own)
+    options = own | {
         "patch_size": PATCH,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
-        "chat_template": chat_template,
     }
     if kind.startswith("llava_next"):
         images = LlavaNextImageProcessorPil(
@@ -101,9 +140,10 @@ def save_checkpoint(
     A small `max_shard_size` ("20KB") gives several safetensors files and their index; `options` go
     to the model's maker in `tests.models`.
     """
-    if kind in LLAVA_KINDS:
+    if kind in LLAVA_KINDS + RELATIVES:
         model = tiny_llava(kind, vocab=VOCAB, **options)
-        build_processor(kind, chat_template).save_pretrained(folder)
+        if kind not in NEEDING_TORCHVISION:
+            build_processor(kind, chat_template).save_pretrained(folder)
     else:
         model = (tiny_llama if kind == "llama" else tiny_opt)(vocab=VOCAB, **options)
         build_tokenizer().save_pretrained(folder)

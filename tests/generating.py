@@ -11,7 +11,7 @@ from torch import Tensor
 import fastskip
 from tests.batches import random_batch
 from tests.checkpoints import VOCAB
-from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava, tiny_opt
+from tests.models import LLAVA_KINDS, RELATIVES, tiny_llama, tiny_llava, tiny_opt
 
 NEW = 8
 """Tokens that a test asks for, unless the number is its subject."""
@@ -19,10 +19,9 @@ NEW = 8
 MULTIPLE = 4.0
 """How much larger our rounding errors may be than those that the untouched model has itself."""
 
-MAKERS: dict[str, Any] = {kind: functools.partial(tiny_llava, kind) for kind in LLAVA_KINDS} | {
-    "llama": tiny_llama,
-    "opt": tiny_opt,
-}
+MAKERS: dict[str, Any] = {
+    kind: functools.partial(tiny_llava, kind) for kind in LLAVA_KINDS + RELATIVES
+} | {"llama": tiny_llama, "opt": tiny_opt}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Twins:
 def twins(kind: str, *, sequences: int = 3, impl: str | None = None) -> Twins:
     """`kind`: one of LLaVA (ragged left-padded prompts with two images, none and one), "llama" or
     "opt"."""
-    is_llava = kind in LLAVA_KINDS
+    is_llava = kind in LLAVA_KINDS + RELATIVES
     stock: Any = MAKERS[kind](vocab=VOCAB)
     images = (2, 0, 1)[:sequences] if is_llava else (0,) * sequences
     batch = random_batch(stock, images=images, seed=1)

@@ -1,28 +1,62 @@
 """Tiny random-weight Hugging Face models: every supported family in a few thousand parameters."""
 
+import functools
 import math
 from typing import Any, Literal, cast
 
 import torch
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
+    MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PixtralVisionConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-Kind = Literal["llava", "llava_opt", "llava_next_vicuna", "llava_next_mistral", "llava_onevision"]
+Kind = Literal[
+    "llava",
+    "llava_opt",
+    "llava_next_vicuna",
+    "llava_next_mistral",
+    "llava_onevision",
+    "vipllava",
+    "llava_next_video",
+    "video_llava",
+    "internvl",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
+]
 LLAVA_KINDS: tuple[Kind, ...] = (
     "llava",
     "llava_opt",
@@ -30,6 +64,23 @@ LLAVA_KINDS: tuple[Kind, ...] = (
     "llava_next_mistral",
     "llava_onevision",
 )
+RELATIVES: tuple[Kind, ...] = (
+    "vipllava",
+    "llava_next_video",
+    "video_llava",
+    "internvl",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
+)
+"""Other families of the same build, tested for what differs in them (`test_relatives.py`)."""
+_TEXT = {
+    "llava_opt": "opt",
+    "llava_next_mistral": "mistral",
+    "llava_onevision": "qwen2",
+    "internvl": "qwen2",
+    "mistral3": "mistral",
+}
 PAD_ID = 0
 PATCH = 4
 CROP = 8
@@ -62,13 +113,7 @@ def tiny_llava(
     knows every option: Qwen2 always has biases on q, k and v; OPT is multi-head and has biases.
     """
     text = _text_config(
-        {
-            "llava": "llama",
-            "llava_opt": "opt",
-            "llava_next_vicuna": "llama",
-            "llava_next_mistral": "mistral",
-            "llava_onevision": "qwen2",
-        }[kind],
+        _TEXT.get(kind, "llama"),
         heads=heads,
         kv_heads=kv_heads,
         depth=depth,
@@ -83,33 +128,64 @@ def tiny_llava(
     side = math.isqrt(image_tokens)
     if side * side != image_tokens:
         raise ValueError(f"image_tokens: got {image_tokens}, allowed: a square number")
-    crops = kind.startswith("llava_next") or kind == "llava_onevision"
-    common: dict[str, Any] = {
-        "text_config": text,
-        "image_token_index": vocab - 1,
-        "tie_word_embeddings": tied,
-    }
-    config: Any
-    model_class: Any
-    if kind == "llava_onevision":
-        config = LlavaOnevisionConfig(
-            vision_config=_vision_config(SiglipVisionConfig, CROP, vision_use_head=False),
-            video_token_index=vocab - 2,
-            image_grid_pinpoints=PINPOINTS,
-            **common,
-        )
-        model_class = LlavaOnevisionForConditionalGeneration
-    elif crops:
-        config = LlavaNextConfig(
-            vision_config=_vision_config(CLIPVisionConfig, CROP),
-            image_grid_pinpoints=PINPOINTS,
-            **common,
-        )
-        model_class = LlavaNextForConditionalGeneration
-    else:
-        config = LlavaConfig(vision_config=_vision_config(CLIPVisionConfig, PATCH * side), **common)
-        model_class = LlavaForConditionalGeneration
+    common = {"text_config": text, "image_token_id": vocab - 1, "tie_word_embeddings": tied}
+    model_class, config = _multimodal(kind, side, vocab - 2, common)
     return _build(model_class, config, seed, dtype)
+
+
+def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) -> tuple[Any, Any]:
+    """The class of a kind, and a config of it; `side`: of an image in rows, where it is free."""
+    square, crops = PATCH * side, {"image_grid_pinpoints": PINPOINTS}
+    clip = functools.partial(_vision_config, CLIPVisionConfig)
+    # Of these, rows are made of squares of two patches a side.
+    merged: dict[str, Any] = {"image_size": 2 * square, "patch_size": PATCH}
+    match kind:
+        case "llava" | "llava_opt":
+            return LlavaForConditionalGeneration, LlavaConfig(vision_config=clip(square), **common)
+        case "vipllava":
+            config: Any = VipLlavaConfig(
+                vision_config=clip(square), vision_feature_layers=[-1, -2], **common
+            )
+            return VipLlavaForConditionalGeneration, config
+        case "llava_next_vicuna" | "llava_next_mistral":
+            config = LlavaNextConfig(vision_config=clip(CROP), **crops, **common)
+            return LlavaNextForConditionalGeneration, config
+        case "llava_next_video":
+            config = LlavaNextVideoConfig(
+                vision_config=clip(CROP), video_token_id=video_id, **crops, **common
+            )
+            return LlavaNextVideoForConditionalGeneration, config
+        case "llava_onevision":
+            vision = _vision_config(SiglipVisionConfig, CROP, vision_use_head=False)
+            config = LlavaOnevisionConfig(
+                vision_config=vision, video_token_id=video_id, **crops, **common
+            )
+            return LlavaOnevisionForConditionalGeneration, config
+        case "video_llava":
+            config = VideoLlavaConfig(vision_config=clip(square), video_token_id=video_id, **common)
+            return VideoLlavaForConditionalGeneration, config
+        case "internvl":
+            merged = {name: [size, size] for name, size in merged.items()}
+            config = InternVLConfig(
+                vision_config=_encoder(InternVLVisionConfig, **merged), **common
+            )
+            return InternVLForConditionalGeneration, config
+        case "mistral3":
+            vision = _encoder(PixtralVisionConfig, **merged)
+            config = Mistral3Config(vision_config=vision, spatial_merge_size=2, **common)
+            return Mistral3ForConditionalGeneration, config
+        case "idefics3":
+            vision = _encoder(Idefics3VisionConfig, **merged)
+            config = Idefics3Config(
+                vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
+            )
+            return Idefics3ForConditionalGeneration, config
+        case "smolvlm":
+            vision = _encoder(SmolVLMVisionConfig, **merged)
+            config = SmolVLMConfig(
+                vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
+            )
+            return SmolVLMForConditionalGeneration, config
 
 
 def tiny_llama(
@@ -142,6 +218,15 @@ def tiny_llama(
         tied=tied,
     )
     return _build(LlamaForCausalLM, config, seed, dtype)
+
+
+def tiny_text_only(family: Literal["mistral", "qwen2"], seed: int = 0) -> PreTrainedModel:
+    """A text-only model of another family in evaluation mode."""
+    model_class = MistralForCausalLM if family == "mistral" else Qwen2ForCausalLM
+    config = _text_config(
+        family, heads=4, kv_heads=2, depth=4, hidden=32, ffn=48, vocab=64, tied=False
+    )
+    return _build(model_class, config, seed, torch.float32)
 
 
 def tiny_opt(
@@ -205,13 +290,15 @@ def _text_config(
 
 
 def _vision_config(config_class: Any, image_size: int, **options: Any) -> Any:
+    return _encoder(config_class, image_size=image_size, patch_size=PATCH, **options)
+
+
+def _encoder(config_class: Any, **options: Any) -> Any:
     return config_class(
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
-        image_size=image_size,
-        patch_size=PATCH,
         **options,
     )
 

@@ -219,12 +219,6 @@ def launches(plan: SkipPlan, load: Workload, table: str) -> Launches:
     )
 
 
-def image_tokens(config: Any) -> int:
-    """Positions that one image of a single crop fills; 0 in a text-only model."""
-    vision = getattr(config, "vision_config", None)
-    return (vision.image_size // vision.patch_size) ** 2 if vision is not None else 0
-
-
 def dtype_of(config: Any, name: str) -> torch.dtype:
     """The dtype asked for; "auto" is that of the checkpoint."""
     saved = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32

@@ -94,10 +94,11 @@ def plan(
     config = config_of(path)
 
     from fastskip.commands import forecast
+    from fastskip.families import rows_of_crop
 
     chosen = resolve_policy(policy, path, config)
     load = forecast.Workload(
-        forecast.image_tokens(config) if image_tokens is None else image_tokens,
+        rows_of_crop(config) if image_tokens is None else image_tokens,
         text_tokens,
         new_tokens,
         batch,

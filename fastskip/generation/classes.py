@@ -13,7 +13,7 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
 
-_FEATURES = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+_FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 
 
 def given_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:

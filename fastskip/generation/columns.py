@@ -23,7 +23,8 @@ def cache_of(
 ) -> tuple[SkipCache, bool]:
     """The cache of this forward, and whether the caller gets it back."""
     cache = inputs.get(CACHE_NAME)
-    if cache is not None:
+    # Some backbones bring one of Hugging Face's own where they were given none.
+    if cache is not None and inputs.get("cache_is_given") is not False:
         runtime.check_cache(cache)
         return cache, True
     use_cache = inputs.get("use_cache")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.fused_stack import FusedDecoder
-from fastskip.families import MULTIMODAL, final_norm_of, text_model_of
+from fastskip.families import MULTIMODAL, final_norm_of, text_model_of, tower_of
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
@@ -36,8 +36,9 @@ def prepare(model: Any, runtime: Runtime) -> None:
     runtime.decoder.lens = functools.partial(_logits_of, model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
-        if isinstance(runtime.decoder, FusedDecoder):
-            _adopt(model.model.vision_tower, PreparedTower, runtime)
+        tower = tower_of(model)
+        if tower is not None and isinstance(runtime.decoder, FusedDecoder):
+            _adopt(tower, PreparedTower, runtime)
     _adopt(text_model, PreparedDecoder, runtime)
     _adopt(model, PreparedModel, runtime)
 
@@ -136,6 +137,7 @@ class PreparedBackbone(_Prepared):
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         if inputs.get("token_classes") is None:
             inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
+        inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
         return self._fastskip_origin[0].forward(self, **inputs)
 
 

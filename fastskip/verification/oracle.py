@@ -236,7 +236,12 @@ class MaskedOracle:
     def _default_classes(self, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
         if input_ids is None:
             raise TypeError("token_classes: needed where there are no input_ids")
-        features = ("pixel_values", "pixel_values_videos", "mm_encoder_outputs")
+        features = (
+            "pixel_values",
+            "pixel_values_images",
+            "pixel_values_videos",
+            "mm_encoder_outputs",
+        )
         filled = any(inputs.get(name) is not None for name in features)
         return classify(input_ids, self._config, image_features=filled)
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastskip.families import text_model_of
+from fastskip.families import ENCODERS, text_model_of
 from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
 
-_PROJECTOR = ("multi_modal_projector", "image_newline")
-_ENCODER = "vision_tower"
+_PROJECTOR = ("multi_modal_projector", "connector", "image_newline")
 _HALVES = {torch.bfloat16, torch.float16}
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
             raise SettingsError("parts", parts.value, f"{others} (this model has no projector)")
         return frozenset(projector)
     if parts is Parts.LANGUAGE:
-        return frozenset(name for name in names if _ENCODER not in name)
+        return frozenset(name for name in names if not any(part in name for part in ENCODERS))
     return frozenset(names) if parts is Parts.EVERYTHING else frozenset()
 
 

@@ -1,0 +1,157 @@
+"""Families of LLaVA's build that are not LLaVA: what differs in them, and videos.
+
+Each is compared with untouched Hugging Face, and with the masked dense computation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastskip
+from fastskip.decoder.cache import SkipCache
+from fastskip.families import ENCODERS, rows_of_crop
+from fastskip.generation.cache_name import CACHE_NAME
+from fastskip.prompts import build_batch, build_inputs, processor_for
+from fastskip.study.training.parts import names_of
+from fastskip.study.training.settings import Parts
+from fastskip.verification.cells import IMAGE
+from tests.agreement import Trio, expected
+from tests.batches import random_batch
+from tests.budget import assert_within_budget
+from tests.checkpoints import (
+    NEEDING_TORCHVISION,
+    VOCAB,
+    answer,
+    save_checkpoint,
+)
+from tests.generating import NEW, Twins, twins
+from tests.models import CROP, PATCH, RELATIVES, Kind, tiny_llava, tiny_text_only
+from tests.policies import MIXED, policy_of, skip
+from tests.test_prompts import SIZES, image
+
+POLICY = MIXED["each class its own rule"]
+PROCESSED = [kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION]
+VIDEOS: tuple[Kind, ...] = ("llava_next_video", "video_llava")
+IMPLS = ["reference", "torch"]
+
+
+@pytest.fixture(scope="module", params=RELATIVES)
+def pair(request: pytest.FixtureRequest) -> Twins:
+    return twins(request.param)
+
+
+def test_an_empty_policy_is_the_untouched_model(pair: Twins) -> None:
+    # Without a cache Hugging Face takes a generated placeholder for an image, and raises.
+    reserved = {"suppress_tokens": [VOCAB - 2, VOCAB - 1]}
+    for options in ({}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False, **reserved}):
+        pair.assert_same(max_new_tokens=NEW, **options)
+    assert isinstance(pair.ours, type(pair.stock))
+
+
+def test_forwards_bring_a_cache_of_their_own(pair: Twins) -> None:
+    with torch.no_grad():
+        ours, theirs = pair.ours(**pair.inputs), pair.stock(**pair.inputs)
+        real = pair.inputs["attention_mask"].bool()
+        pair.assert_close("logits", ours.logits[real], theirs.logits[real])
+        assert isinstance(ours[CACHE_NAME], SkipCache)
+        assert pair.ours(**pair.inputs, use_cache=False).get(CACHE_NAME) is None
+        with pytest.raises(TypeError, match="needs the cache that it returned itself"):
+            pair.ours(**pair.inputs, **{CACHE_NAME: theirs[CACHE_NAME]})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_policies(kind: Kind, impl: str) -> None:
+    trio = Trio(tiny_llava(kind), impl)
+    batch = random_batch(trio.plain, 2, images=(2, 0, 1))
+    trio.check_forward(POLICY, batch)
+    trio.check_greedy(POLICY, batch)
+
+
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_loading(kind: Kind, tmp_path: Path) -> None:
+    model = fastskip.load_model(save_checkpoint(tmp_path, kind))
+    stock = type(tiny_llava(kind)).from_pretrained(tmp_path)
+    assert isinstance(model, type(stock))
+    assert answer(model) == answer(stock)
+
+
+@pytest.mark.parametrize("kind", PROCESSED)
+def test_prompts(kind: Kind, tmp_path: Path) -> None:
+    processor = processor_for(save_checkpoint(tmp_path, kind))
+    model = tiny_llava(kind, vocab=VOCAB)
+    for images in ([], *([image(*size)] for size in SIZES[1:]), [image(), image(*SIZES[2])]):
+        with torch.no_grad():  # raises if placeholders and features differ in number
+            model(**build_inputs(processor, "what?", images, config=model.config))
+    texts = ["a <image> b?", "<image> and <image>!"]
+    inputs = build_batch(processor, texts, [[image()], [image(*SIZES[1]), image()]])
+    with torch.no_grad():
+        model(**inputs)
+    for row, text in enumerate(texts):
+        found = processor.tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)
+        words = text.replace("<image>", "").split()
+        assert all(word in found for word in words), found
+
+
+def clip(model: Any) -> dict[str, Tensor]:
+    """A prompt with a video of two frames between words."""
+    side = 2 * PATCH if model.config.model_type == "video_llava" else CROP
+    frames = torch.randn(1, 2, 3, side, side, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        features = model.model.get_video_features(frames).pooler_output
+    rows = sum(own.numel() // own.shape[-1] for own in features)
+    ids = torch.tensor([[5, 6, *[model.config.video_token_id] * rows, 7, 8, 9]])
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": frames}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", VIDEOS)
+def test_rows_of_videos_are_image_rows(kind: Kind, impl: str) -> None:
+    trio = Trio(tiny_llava(kind), impl)
+    given = clip(trio.plain)
+    with torch.no_grad():
+        stock = trio.plain.generate(**given, max_new_tokens=4)
+    assert torch.equal(trio.under(policy_of()).generate(**given, max_new_tokens=4), stock)
+    policy = policy_of(skip([1, 2], ["image"], "ffn"))
+    plain, truth = trio.expected(policy, **given)
+    with torch.no_grad():
+        found = trio.under(policy)(**given).logits
+    assert_within_budget("logits", found, plain, truth)
+    assert (plain - expected(trio.plain, {}, **given)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["llava", *(k for k in RELATIVES if k != "llava_next_video")])
+def test_rows_of_a_crop(kind: Kind) -> None:
+    model = tiny_llava(kind)
+    batch = random_batch(model, images=(1,))
+    rows = int((batch.token_classes == IMAGE).sum())
+    if kind == "mistral3":
+        height, width = batch.images[0][1]
+        rows = rows * 16 * 16 // (height * width)  # one as large as they can be
+    assert rows_of_crop(model.config) == rows > 0
+    assert rows_of_crop(model.config.get_text_config()) == 0
+
+
+@pytest.mark.parametrize("kind", RELATIVES)
+def test_parts_that_learn(kind: Kind) -> None:
+    model = tiny_llava(kind)
+    projector, language = names_of(model, Parts.PROJECTOR), names_of(model, Parts.LANGUAGE)
+    seeing = {name for name, _ in model.named_parameters() if name.split(".")[1] in ENCODERS}
+    assert projector and projector < language
+    assert seeing and not seeing & language
+    assert seeing | language == names_of(model, Parts.EVERYTHING)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_text_only(family: Any, impl: str) -> None:
+    trio = Trio(tiny_text_only(family), impl)
+    batch = random_batch(trio.plain, images=(0, 0, 0))
+    policy = policy_of(skip([1], ["text"], "attention", kv="reuse"), skip([2], "all", "ffn"))
+    for each in (policy_of(), policy):
+        trio.check_forward(each, batch)
+        trio.check_greedy(each, batch)
