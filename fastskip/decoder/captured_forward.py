@@ -123,7 +123,13 @@ class CapturedForward:
                 strict=True,
             )
         }
-        self._counts = {key: torch.zeros_like(own) for key, own in cache.device_counts.items()}
+        # Of hollow tables: where a run begins, and what it brings up to date.
+        self._begun = _aligned_rows(len(cache.device_counts), shape.batch, device)
+        self._reached = torch.zeros_like(self._begun)
+        self._counts = {
+            key: own[: shape.batch]
+            for key, own in zip(cache.device_counts, self._reached, strict=True)
+        }
         parcel = self._parcel = Parcel(numbers, device)
         self._columns = parcel.send(RowNumbers.packed if self._stage else RowNumbers.columns)
         self._read = None if numbers.read is None else parcel.send(RowNumbers.reading)
@@ -187,10 +193,12 @@ class CapturedForward:
         for key, table in self._tables.items():
             own = cache.pools[key].table
             table[:, : own.shape[1]].copy_(own)
-        for key, counts in self._counts.items():
-            counts.copy_(cache.device_counts[key])
+        for begun, counts in zip(self._begun, cache.device_counts.values(), strict=True):
+            begun[: len(counts)].copy_(counts)
 
     def _work(self) -> None:
+        # A capture runs this several times, each of them from the same beginning.
+        self._reached.copy_(self._begun)
         if self._rows.routes is not None:
             self._rows.routes.reset()
         layers, rows = self._layers, self._rows_of
@@ -207,6 +215,11 @@ class CapturedForward:
     def _note(self, layer: int, h: Tensor) -> None:
         if layer == self._asked:
             self._entered = h.clone()
+
+
+def _aligned_rows(rows: int, columns: int, device: torch.device) -> Tensor:
+    """int32 zeros; each row begins at a multiple of 16 bytes, as a tensor of its own would."""
+    return torch.zeros(rows, -(-columns // 4) * 4, dtype=torch.int32, device=device)
 
 
 class CapturedForwards:

@@ -126,6 +126,24 @@ def test_decisions(name: str, trio: Trio, batches: list[Batch], at_once: None) -
     assert any(mask.any() for mask in masks.values())
 
 
+def test_every_run_of_a_capture_begins_anew(
+    trio: Trio, batches: list[Batch], at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it records, a capture on CUDA runs the work: entries must not move on meanwhile."""
+    slots: list[Tensor] = []
+
+    def capture(work: Any, device: torch.device, pool: Any) -> Any:
+        for _ in range(3):
+            work()
+            slots.append(torch.stack(list(work.__self__._counts.values())))
+        return work
+
+    monkeypatch.setattr("fastskip.decoder.captured_forward.capture", capture)
+    generate(trio.under(ROUTED["omit beside a rule"]), batches[0], 1)
+    assert len(slots) == 3 and bool((slots[0] > 0).any())
+    assert torch.equal(slots[0], slots[1]) and torch.equal(slots[0], slots[2])
+
+
 def test_learned_positions(at_once: None) -> None:
     trio = Trio(tiny_llava("llava_opt", depth=2), impl="triton")
     policy = policy_of(skip([1], ["image"], "block", kv="omit"))
