@@ -45,6 +45,7 @@ class _Stopwatch:
         self._device = device
         self.entries: list[float] = []
         self.tokens: list[float] = []
+        self.hook: Any = None
 
     def now(self) -> float:
         if self._device != "cpu":
@@ -52,8 +53,10 @@ class _Stopwatch:
         return time.perf_counter()
 
     def enter(self, *_: Any) -> None:
-        """A hook: the decoder is entered."""
+        """A hook: the decoder is entered. It goes at once, since steps of a decoder that is hooked
+        are whole forwards."""
         self.entries.append(self.now())
+        self.hook.remove()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.tokens.append(self.now())
@@ -66,7 +69,7 @@ def run_once(
     """Time one `generate` call; `cache` names a cache of Hugging Face's."""
     watch = _Stopwatch(device)
     options = {} if cache is None else {"cache_implementation": cache}
-    hook = model.get_decoder().register_forward_pre_hook(watch.enter)
+    watch.hook = model.get_decoder().register_forward_pre_hook(watch.enter)
     reset_peak(device)
     try:
         with no_collection():
@@ -80,7 +83,7 @@ def run_once(
             )
             end = watch.now()
     finally:
-        hook.remove()
+        watch.hook.remove()
     if len(watch.tokens) != n_new:
         raise RuntimeError(f"{len(watch.tokens)} tokens were made, {n_new} wanted")
     gaps = [b - a for a, b in zip(watch.tokens, watch.tokens[1:], strict=False)]

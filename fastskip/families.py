@@ -32,8 +32,8 @@ TEXT_ONLY = {
 ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower")
 """What families call the modules that see."""
 DECODERS = ("llama", "mistral", "qwen2", "opt")
-# Frequencies of these RoPE types depend on the length of the sequence, so they cannot be tabulated.
-DYNAMIC_ROPE = ("dynamic", "longrope")
+# Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
+LONG_ROPE = "longrope"
 # What OPT's config can ask for and the runtime has one form of.
 OPT_FORM = {
     "do_layer_norm_before": True,
@@ -68,10 +68,12 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError("text_config.model_type", text.model_type, ", ".join(DECODERS))
     if text.model_type == "opt":
         _check_opt(config, text)
+    if getattr(text, "is_causal", True) is False:
+        raise UnsupportedModelError("is_causal", False, "True: rows see no later ones")
     _check_layer_overrides(text)
     _check_sliding_window(text)
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in DYNAMIC_ROPE:
+    if rope.get("rope_type", "default") == LONG_ROPE:
         raise UnsupportedModelError(
             "rope_parameters.rope_type",
             rope["rope_type"],

@@ -45,6 +45,7 @@ _REFUSED = {
     "distributed_config": "one device",
     "max_memory": "one device",
     "offload_folder": "weights in memory",
+    "output_loading_info": "False; what is missing is an error",
 }
 
 
@@ -145,7 +146,6 @@ def apply_(
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     if getattr(model, "_fastskip", None) is not None:
         return set_policy(model, chosen, routers=routers)
-    check_config(model.config)
     _check_model(model)
     text_model = text_model_of(model)
     weight = final_norm_of(text_model).weight
@@ -217,12 +217,16 @@ def watching_routers(model: Any, wrap: Callable[[int, Router], Router]) -> Itera
 def plan_of(model: Any) -> SkipPlan:
     """The plan that a prepared model runs; its table notes layers that miss the merged products."""
     runtime = _runtime_of(model)
+    plan = runtime.plan
+    shape = shape_of(model.config, runtime.decoder.like.dtype)
+    if shape != plan.shape:  # resized since, or of another dtype
+        plan = make_plan(plan.policy, shape)
     apart = {
         index: "projections one by one"
         for index, weights in enumerate(runtime.decoder.weights)
         if not weights.can_merge
     }
-    return replace(runtime.plan, notes=apart) if apart else runtime.plan
+    return replace(plan, notes=apart) if apart else plan
 
 
 def _refuse(runtime: Runtime, reason: str) -> NoReturn:
@@ -335,6 +339,14 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def _check_model(model: Any) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        allowed = "a model of transformers (of PEFT: get_base_model(); not compiled, not wrapped)"
+        raise UnsupportedModelError("model", kind, allowed)
+    check_config(model.config)
+    own = model_class_name(model.config)
+    if not isinstance(model, getattr(transformers, own)):
+        raise UnsupportedModelError("model", type(model).__name__, f"the whole {own}")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("quantization_config", "a quantised model", "plain weights")
     devices = {str(parameter.device) for parameter in model.parameters()}

@@ -123,20 +123,19 @@ def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Time
 
     def generate(count: int) -> _Clock:
         clock = _Clock()
-        hook = model.get_decoder().register_forward_pre_hook(clock.enter)
+        clock.watch(model)
         stopping = StoppingCriteriaList([clock])
         try:
             model.generate(
                 **inputs, do_sample=False, max_new_tokens=count, stopping_criteria=stopping
             )
         finally:
-            hook.remove()
+            clock.leave()
         return clock
 
-    # what is computed on first use is not timed: a policy is set once and used often; on a GPU
-    # prompts of a shape are captured when they come for the second time
-    for _ in range(2 if model.device.type == "cuda" else 1):
-        generate(WARM_TOKENS)
+    # what is computed on first use is not timed: a policy is set once and used often
+    for count in warm_counts(model.device, new_tokens, WARM_TOKENS):
+        generate(count)
     with no_collection():
         began = time.perf_counter()
         clock = generate(new_tokens)
@@ -145,6 +144,15 @@ def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Time
     first = clock.tokens[0]
     steps = [b - a for a, b in zip(clock.tokens, clock.tokens[1:], strict=False)]
     return Times(first - clock.entered, statistics.median(steps), first - began)
+
+
+def warm_counts(device: torch.device, new_tokens: int, least: int) -> tuple[int, ...]:
+    """The new tokens of calls to make before a timed one, after a policy was set.
+
+    On a GPU a policy that was just set captures its steps anew, and a prompt when its shape comes
+    again; and a capture gives what memory is free back to the driver, which one more call asks for.
+    """
+    return (new_tokens, 1, new_tokens) if device.type == "cuda" else (least,)
 
 
 class Arrivals:
@@ -178,10 +186,18 @@ class _Clock:
     def __init__(self) -> None:
         self.entered = 0.0
         self.tokens: list[float] = []
+        self._hook: Any = None
 
-    def enter(self, *_: Any) -> None:
-        if not self.tokens:
-            self.entered = time.perf_counter()
+    def watch(self, model: Any) -> None:
+        self._hook = model.get_decoder().register_forward_pre_hook(self._enter)
+
+    def leave(self) -> None:
+        self._hook.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self.entered = time.perf_counter()
+        # Steps of a decoder that is hooked are whole forwards.
+        self._hook.remove()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if input_ids.is_cuda:

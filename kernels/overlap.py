@@ -28,6 +28,9 @@ import triton.language as tl
 LINE = tl.constexpr(128)
 """Bytes that one thread asks for at once."""
 
+_WITH_WEIGHTS = frozenset({"weights", "first"})
+"""Arguments that weights come in; kernels without them are built once for all distances."""
+
 _ahead: ContextVar[int | None] = ContextVar("ahead", default=None)
 
 
@@ -49,7 +52,8 @@ def arguments_of(kernel: Any, *, is_guarded: bool) -> Mapping[str, Any]:
     ahead = _ahead.get()
     if "OVERLAP" not in kernel.arg_names:
         return {}
-    return {"OVERLAP": 0 if is_guarded and ahead is not None else ahead}
+    asks = not is_guarded and not _WITH_WEIGHTS.isdisjoint(kernel.arg_names)
+    return {"OVERLAP": ahead if ahead is None or asks else 0}
 
 
 @triton.jit

@@ -130,7 +130,7 @@ def tiny_llava(
         raise ValueError(f"image_tokens: got {image_tokens}, allowed: a square number")
     common = {"text_config": text, "image_token_id": vocab - 1, "tie_word_embeddings": tied}
     model_class, config = _multimodal(kind, side, vocab - 2, common)
-    return _build(model_class, config, seed, dtype)
+    return build_model(model_class, config, seed, dtype)
 
 
 def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) -> tuple[Any, Any]:
@@ -217,7 +217,7 @@ def tiny_llama(
         mlp_bias=mlp_bias,
         tied=tied,
     )
-    return _build(LlamaForCausalLM, config, seed, dtype)
+    return build_model(LlamaForCausalLM, config, seed, dtype)
 
 
 def tiny_text_only(family: Literal["mistral", "qwen2"], seed: int = 0) -> PreTrainedModel:
@@ -226,7 +226,7 @@ def tiny_text_only(family: Literal["mistral", "qwen2"], seed: int = 0) -> PreTra
     config = _text_config(
         family, heads=4, kv_heads=2, depth=4, hidden=32, ffn=48, vocab=64, tied=False
     )
-    return _build(model_class, config, seed, torch.float32)
+    return build_model(model_class, config, seed, torch.float32)
 
 
 def tiny_opt(
@@ -247,7 +247,7 @@ def tiny_opt(
     )
     for name, value in fields.items():
         setattr(config, name, value)
-    return _build(OPTForCausalLM, config, seed, dtype)
+    return build_model(OPTForCausalLM, config, seed, dtype)
 
 
 def _text_config(
@@ -303,7 +303,7 @@ def _encoder(config_class: Any, **options: Any) -> Any:
     )
 
 
-def _build(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(model_class: Any, config: Any, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).eval()

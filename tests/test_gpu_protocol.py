@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import protocol, routing, running, table
+from benchmarks.gpu import end_to_end, protocol, routing, running, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
@@ -341,3 +341,19 @@ def test_the_reader_reads_everything() -> None:
     source = torch.ones(3 * 4096)
     out = reader(source, 2)()
     assert isinstance(out, torch.Tensor) and out.sum() == len(source)
+
+
+def test_a_contender_that_fails_while_timed_leaves_the_others(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = end_to_end._time
+
+    def failing(contender: Any, *rest: Any) -> None:
+        if contender.peer.name == "half_blocks":
+            raise torch.OutOfMemoryError("planted")
+        timed(contender, *rest)
+
+    monkeypatch.setattr(end_to_end, "_time", failing)
+    values = end_to_end.measure(setting(results), TINY, 1)
+    assert "planted" in values["failures"].pop("half_blocks") and not values["failures"]
+    assert "half_blocks" not in values["peers"] and "dense" in values["peers"]

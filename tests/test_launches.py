@@ -1,6 +1,9 @@
 """Launch accounting: a skipped sublayer adds none, and what is counted is what runs."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ from typer.testing import CliRunner
 
 import fastskip
 from benchmarks import launches as launch_table
+from benchmarks.gpu.profiling import weight_bytes
 from fastskip.cli import app
-from fastskip.kernels import tuning
+from fastskip.kernels import launch, tuning
 from fastskip.launches import Account, decode_launches, prefill_launches
 from fastskip.ops.account import counted
 from fastskip.plan import ModelShape, make_plan
@@ -57,6 +61,7 @@ def difference(dense: Account, skipping: Account) -> dict[str, int]:
     return {name: count for name, count in saved.items() if count}
 
 
+HALF_PAIRS = policy_of(arrangements=(pair([[i, i + 1] for i in range(0, 16, 2)]),))
 DENSE = policy_of()
 EVEN = [*range(0, 32, 2)]
 
@@ -292,3 +297,30 @@ def test_the_readme_has_the_counts_of_today() -> None:
     written = (Path(__file__).parents[1] / "README.md").read_text()
     between = written.partition(launch_table.BEGIN)[2].partition(launch_table.END)[0]
     assert between.strip() == launch_table.markdown()
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize(
+    "policy", [DENSE, policy_of(arrangements=(parallel(":", "shared"),)), HALF_PAIRS], ids=str
+)
+def test_a_profile_knows_the_weights_of_every_launch(
+    policy: Policy, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accounts: list[launch.Account] = []
+    record = launch.recording
+
+    @contextmanager
+    def noting(*, is_dry: bool) -> Iterator[launch.Account]:
+        with record(is_dry=is_dry) as account:
+            accounts.append(account)
+            yield account
+
+    monkeypatch.setattr(launch, "recording", noting)
+    decode(policy, batch)
+    (account,) = accounts
+    nbytes = weight_bytes(account)
+    counts = Counter(each.kernel.__name__ for each in account.launches if each.kernel)
+    layer = 4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.ffn_size
+    weights = SHAPE.depth * layer + SHAPE.vocab_size * SHAPE.hidden_size
+    found = sum(each * counts[name] for name, each in nbytes.items())
+    assert found == weights * SHAPE.dtype_bytes

@@ -195,7 +195,7 @@ def test_absent_device(checkpoint: Path) -> None:
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization"),
-    "family": ({"model_type": "video_llava"}, {}, "model_type: 'video_llava'.*llava_next.*llama"),
+    "family": ({"model_type": "aya_vision"}, {}, "model_type: 'aya_vision'.*llava_next.*llama"),
     "text model": ({}, {"model_type": "gemma"}, "text_config.model_type: 'gemma'.*llama, mistral"),
     "sliding window": ({}, {"model_type": "mistral", "sliding_window": 64}, "sliding_window: 64"),
     "sliding layers": (
@@ -208,10 +208,18 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         },
         "sliding_window: 8",
     ),
-    "dynamic RoPE": (
+    "long RoPE": (
         {},
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
-        "rope_type: 'dynamic'",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "rope_type: 'longrope'",
     ),
     "layers of different sizes": (
         {},

@@ -3,12 +3,14 @@
 Each is compared with untouched Hugging Face, and with the masked dense computation.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import InternVLForConditionalGeneration
 
 import fastskip
 from fastskip.decoder.cache import SkipCache
@@ -28,7 +30,7 @@ from tests.checkpoints import (
     save_checkpoint,
 )
 from tests.generating import NEW, Twins, twins
-from tests.models import CROP, PATCH, RELATIVES, Kind, tiny_llava, tiny_text_only
+from tests.models import CROP, PATCH, RELATIVES, Kind, build_model, tiny_llava, tiny_text_only
 from tests.policies import MIXED, policy_of, skip
 from tests.test_prompts import SIZES, image
 
@@ -155,3 +157,25 @@ def test_text_only(family: Any, impl: str) -> None:
     for each in (policy_of(), policy):
         trio.check_forward(each, batch)
         trio.check_greedy(each, batch)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dynamic_rope_is_plain_up_to_its_length(impl: str) -> None:
+    """InternVL's checkpoints have it; past its length the angles of all rows would change."""
+    limit = 20
+    config = tiny_llava("internvl").config
+    config.text_config.max_position_embeddings = limit
+    config.text_config.rope_parameters = {
+        "rope_type": "dynamic",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+    }
+    stock: Any = build_model(InternVLForConditionalGeneration, config, 0, torch.float32)
+    batch = random_batch(stock, images=(1,), text=(6, 6))
+    ours = fastskip.apply_(copy.deepcopy(stock), impl=impl)
+    new = limit - batch.columns + 1  # the last one is not fed back
+    given = {**batch.inputs(), "do_sample": False}
+    expected = stock.generate(**given, max_new_tokens=new)
+    assert torch.equal(ours.generate(**given, max_new_tokens=new), expected)
+    with pytest.raises(ValueError, match=f"position_ids: {limit}; allowed: 0 to {limit - 1}"):
+        ours.generate(**given, max_new_tokens=new + 1)

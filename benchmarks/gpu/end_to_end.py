@@ -29,7 +29,7 @@ from benchmarks.shapes import Models, prompts
 from fastskip.costs import floor_seconds
 from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
-from fastskip.timing import Arrivals, no_collection
+from fastskip.timing import Arrivals, no_collection, warm_counts
 
 UNLIKE = Mix(4 * MIX.images, 4 * MIX.texts)
 TINY_MIX = Mix((1, 0), (2, 4))
@@ -48,6 +48,8 @@ class Contender:
     samples: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
     tokens: Tensor | None = None
+    failure: str | None = None
+    """Why it is timed no more."""
 
     def median(self, quantity: str) -> float | None:
         found = self.samples.get(quantity)
@@ -84,6 +86,8 @@ def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None
             failures[peer.name] = traceback.format_exc(limit=-6)
             torch.compiler.reset()
     count = rounds(contenders, inputs, n_new, setting)
+    failures |= {each.peer.name: each.failure for each in contenders if each.failure is not None}
+    contenders = [each for each in contenders if each.failure is None]
     if not contenders:
         raise RuntimeError("\n".join(failures.values()))
     about = {"widths": widths.name, "batch": len(inputs["input_ids"]), "n_new": n_new}
@@ -121,26 +125,39 @@ def first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, devi
 def rounds(
     contenders: Sequence[Contender], inputs: dict[str, Tensor], n_new: int, setting: Setting
 ) -> int:
-    """Times all in turn, each round from another one on; returns how many rounds there were."""
+    """Times all in turn, each round from another one on; returns how many rounds there were.
+
+    One that fails is not asked again.
+    """
     most = 1 if setting.is_tiny else ROUNDS
     for number in range(most):
         begin = time.perf_counter()
         first = number * len(contenders) // most
         for contender in (*contenders[first:], *contenders[:first]):
-            _time(contender, inputs, n_new, setting.device.type)
+            if contender.failure is None:
+                _try(contender, inputs, n_new, setting)
         took = time.perf_counter() - begin
         if number + 1 >= LEAST_ROUNDS and setting.seconds_left < 1.2 * took:
             return number + 1
     return most
 
 
+def _try(contender: Contender, inputs: dict[str, Tensor], n_new: int, setting: Setting) -> None:
+    try:
+        _time(contender, inputs, n_new, setting.device.type)
+    except Exception:
+        if is_lost(setting.device):
+            raise
+        contender.failure = traceback.format_exc(limit=-6)
+
+
 def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
     """One sample of each quantity."""
     model = contender.select()
-    if contender.peer.policy is not None:
-        # A policy just set captures its graphs anew: steps at once, prompts that come again.
-        _generate(contender, model, inputs, n_new)
-        _generate(contender, model, inputs, 1)
+    counts = warm_counts(torch.device(device), n_new, n_new)
+    # Hugging Face's models are as they were, but captures of others have taken free memory away.
+    for count in counts if contender.peer.policy is not None else (1,):
+        _generate(contender, model, inputs, count)
     with no_collection():
         watch = Arrivals()
         begin, call = _timed(partial(_generate, contender, model, inputs, n_new, watch), device)

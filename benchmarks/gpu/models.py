@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -39,7 +40,8 @@ def policies(depth: int, names: Collection[str] | None = None) -> dict[str, Skip
 
 
 def load(widths: Widths, dtype: torch.dtype, device: str, impl: str | None = None) -> Models:
-    """Both models on one set of weights; built once a process."""
+    """Both models on one set of weights; built once a process, while no other widths are asked
+    for."""
     return models(_builder(widths, device), dtype, device, impl)
 
 
@@ -53,8 +55,13 @@ _builders: dict[tuple[Widths, str], Callable[[torch.dtype], Any]] = {}
 
 
 def _builder(widths: Widths, device: str) -> Callable[[torch.dtype], Any]:
-    build = partial(_build, widths=widths, device=device)
-    return _builders.setdefault((widths, device), build)
+    if (widths, device) not in _builders:
+        # Models of another size go: of two large ones and their caches only one fits.
+        _builders.clear()
+        models.cache_clear()
+        gc.collect()
+        _builders[widths, device] = partial(_build, widths=widths, device=device)
+    return _builders[widths, device]
 
 
 def _build(dtype: torch.dtype, *, widths: Widths, device: str) -> Any:

@@ -20,16 +20,15 @@ from benchmarks.shapes import Models, prompts
 from fastskip import SkipPolicy
 from fastskip.ops.overlap import Overlap
 
-AHEAD = (0, 512, 1024, 2048, 4096, 8192)
-"""Bytes of each weight row; the last is a whole row of what is as wide as the residual stream."""
+AHEAD = (0, 1024, 4096)
+"""Bytes of each weight row; the last is half a row of what is as wide as the residual stream."""
 ROUTED = "routed, 50%"
 
 
 def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) -> Values:
     """Milliseconds a token of each policy, by what is asked for ahead.
 
-    Raises:
-        RuntimeError: tokens differ from those of ordinary launches.
+    What gives other tokens than ordinary launches is not timed, and named among the faults.
     """
     widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
@@ -40,6 +39,7 @@ def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) 
     if not setting.is_tiny:  # on a CPU there is nothing to overlap
         ways += map(Overlap, AHEAD)
     contenders: dict[tuple[str, str], Contender] = {}
+    faults: list[str] = []
     try:
         for name, policy in _policies(both, names):
             tokens = None
@@ -48,19 +48,24 @@ def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) 
                 first_call(own, inputs, n_new, device)
                 assert own.tokens is not None
                 tokens = own.tokens if tokens is None else tokens
-                if not torch.equal(tokens, own.tokens):
-                    raise RuntimeError(f"{own.peer.label}: tokens differ from those without")
-                contenders[name, own.peer.name] = own
+                if torch.equal(tokens, own.tokens):
+                    contenders[name, own.peer.name] = own
+                else:
+                    faults.append(f"{own.peer.label}: tokens differ from those without")
         count = rounds(list(contenders.values()), inputs, n_new, setting)
     finally:
         both.ours._fastskip.steps.overlap = None
     found: dict[str, dict[str, Any]] = {}
     for (name, way_name), own in contenders.items():
+        if own.failure is not None:
+            faults.append(own.failure)
+            continue
         seconds, plain = own.median("tpot"), contenders[name, "none"].median("tpot")
-        assert seconds is not None and plain is not None
+        if seconds is None or plain is None:
+            continue  # nothing to hold it to
         found.setdefault(name, {})[way_name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
     about = {"widths": widths.name, "batch": batch, "n_new": n_new, "rounds": count}
-    return {**about, "policies": found}
+    return {**about, "policies": found, "faults": faults}
 
 
 def _policies(both: Models, names: Sequence[str]) -> Iterator[tuple[str, SkipPolicy]]:

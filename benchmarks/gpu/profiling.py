@@ -10,11 +10,12 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._autograd import DeviceType
 
 import fastskip
@@ -26,6 +27,7 @@ from benchmarks.gpu.results import ROOT, Values
 from benchmarks.gpu.timing import synchronize
 from benchmarks.shapes import prompts
 from fastskip.kernels.launch import Account, recording
+from fastskip.kernels.products import Weights
 from fastskip.profiling import ranges
 
 N_NEW = 16
@@ -72,7 +74,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
         "decode_gb_per_s": nbytes / total / 1e3 if total else None,
         "decode_share_of_bandwidth": nbytes / total * 1e6 / ceiling if total else None,
         "spans": _spans(partial(generate, 3), device),
-        "decode_kernels": _top(decode, _weight_bytes(account)),
+        "decode_kernels": _top(decode, weight_bytes(account)),
         "prefill_kernels": _top(first),
     }
 
@@ -134,26 +136,41 @@ def _spans(run: Any, device: str) -> dict[str, float]:
     return {name: us / most for name, us in found.items()}
 
 
-def _weight_bytes(account: Account) -> dict[str, float]:
+def weight_bytes(account: Account) -> dict[str, float]:
     """Bytes of weights that a launch of each kernel reads, in the mean over the recorded ones."""
     found: dict[str, list[int]] = defaultdict(list)
     for launch in account.launches:
-        weights = [x for name, x in launch.arguments.items() if name.endswith("weight_ptr")]
-        parts = launch.arguments.get("PARTS", 1)
-        if launch.kernel is not None and weights:
-            nbytes = sum(x.nbytes for x in weights if x is not None)
-            found[launch.kernel.__name__].append(parts * nbytes)
+        weights = list(_matrices(tuple(launch.arguments.values())))
+        if launch.kernel is None or not weights:
+            continue
+        # Equal problems in one launch.
+        problems = launch.arguments.get("PARTS", (*launch.grid, 1, 1)[2])
+        nbytes = problems * sum(weight.nbytes for weight in weights)
+        if "weight_distance" in launch.arguments:  # a parallel block: an FFN's lie behind these
+            rows = launch.arguments["F"] * (1 + launch.arguments["IS_GATED"])
+            nbytes += rows * weights[0].shape[1] * weights[0].element_size()
+        found[launch.kernel.__name__].append(nbytes)
     return {name: statistics.mean(each) for name, each in found.items()}
 
 
+def _matrices(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The weights among a launch's arguments, which hold them in tuples."""
+    for each in arguments:
+        if isinstance(each, Weights):
+            # Of a second problem only the distance is told.
+            yield from [each.weight] if isinstance(each.weight, Tensor) else []
+        elif isinstance(each, tuple):
+            yield from _matrices(each)
+
+
 def _top(
-    kernels: Mapping[str, tuple[float, float]], weight_bytes: Mapping[str, float] | None = None
+    kernels: Mapping[str, tuple[float, float]], nbytes_of: Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
     total = sum(us for _, us in kernels.values()) or 1.0
     ordered = sorted(kernels.items(), key=lambda item: -item[1][1])[:TOP]
     found = []
     for name, (count, us) in ordered:
-        nbytes = (weight_bytes or {}).get(name)
+        nbytes = (nbytes_of or {}).get(name)
         rate = None if nbytes is None else nbytes * count / us / 1e3
         numbers = {"launches": count, "us": us, "share": us / total, "gb_per_s": rate}
         found.append({"kernel": name[:80], **numbers})

@@ -245,6 +245,10 @@ def measure(setting: Setting, widths: Widths, batch: int, kv: str) -> Values:
         count = rounds(contenders, inputs, n_new, setting)
     finally:
         both.ours._fastskip.steps.guarding = Guarding.EARLY_EXIT
+    for name, each in list(seen.items()):
+        if each.contender.failure is not None:
+            failures[name] = each.contender.failure
+            del seen[name]
     about = {"widths": widths.name, "batch": batch, "n_new": n_new, "kv": kv, "rounds": count}
     about |= {"n_image": widths.n_image, "n_text": widths.n_text}
     found = _summary([way for way in ways if way.name in seen], seen, about, ceilings_of(setting))

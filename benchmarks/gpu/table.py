@@ -163,7 +163,7 @@ def _kernels(results: Results) -> list[str]:
                 rows.append((work, _short(own["us"]), _short(own["share_of_floor"])))
             parts.append(f"{name}\n{_aligned(rows)}")
         if name.startswith("graphs.") and line.is_done:
-            head: Row = ("eager_ms", "captured_ms", "gain")
+            head: Row = ("eager_ms", "captured_ms", "gain", "worst_difference")
             numbers = tuple(_short(line.values.get(key)) for key in head)
             parts.append(f"{name}\n{_aligned([head, numbers])}")
         if name.startswith("overlap.") and line.is_done:
@@ -171,7 +171,7 @@ def _kernels(results: Results) -> list[str]:
             for policy, ways in line.values["policies"].items():
                 for way, own in ways.items():
                     rows.append((policy, way, _short(own["tpot_ms"]), _times(own["gain"])))
-            parts.append(f"{name}\n{_aligned(rows)}")
+            parts.append("\n".join([name, _aligned(rows), *line.values.get("faults", ())]))
     return parts
 
 

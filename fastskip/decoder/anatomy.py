@@ -146,6 +146,11 @@ def has_hooks(module: Any) -> bool:
     )
 
 
+def is_transformers_own(hook: object) -> bool:
+    """Whether a hook only notes the outputs that a call asked for."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def hooks_of(module: Any) -> list[Any]:
     """What calling the module does besides its own forward, or instead of it."""
     own = vars(module)

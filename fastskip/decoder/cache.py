@@ -62,6 +62,7 @@ class SkipCache(Cache):
             host; ``STAYS`` where it stays.
         positions: ``[B, C]`` RoPE position of every column, host.
         prompt_columns: inside ``generate``, where the prompt ends; ``None`` outside.
+        ends_gradients: a forward with gradients filled it, whose entries are kept without.
     """
 
     def __init__(self, plan: SkipPlan, *, reserve: int = 0) -> None:
@@ -70,6 +71,7 @@ class SkipCache(Cache):
         self.plan = plan
         self.reserve = reserve
         self.prompt_columns: int | None = None
+        self.ends_gradients = False
         self.codes = torch.empty(0, 0, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
         self.gone = torch.empty(0, 0, dtype=torch.int64)

@@ -56,6 +56,7 @@ class FusedDecoder(Decoder):
         self.captured = CapturedForwards()
         self._fused_blocks: list[FusedBlock] = []
         self._made_of: list[object] = []
+        self._scales: list[float] = []
         self._anchor: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,16 +123,21 @@ class FusedDecoder(Decoder):
 
     def refresh(self, *, wants_gradient: bool) -> None:
         super().refresh(wants_gradient=wants_gradient)
-        if wants_gradient:
+        if wants_gradient or _is_cast(self.like):
             self._fused_blocks = []
             return
         merged = [weights.merged for weights in self.weights]
         drops = any(block.dropout for block in self._blocks)
-        made_of: list[object] = [self.plan, self.like.dtype, drops, *merged]
-        if self._fused_blocks and all(a is b for a, b in zip(made_of, self._made_of, strict=True)):
+        made_of: list[object] = [self.plan, self.like.dtype, drops, self._angles, *merged]
+        scales = [block.scale for block in self._blocks]
+        if (
+            self._fused_blocks
+            and all(a is b for a, b in zip(made_of, self._made_of, strict=True))
+            and scales == self._scales
+        ):
             return
         self.version += 1
-        self._made_of = made_of
+        self._made_of, self._scales = made_of, scales
         self._fused_blocks = []
         if drops or self.unsupported() is not None:  # say, moved to another dtype
             return
@@ -291,3 +297,10 @@ class FusedDecoder(Decoder):
                 "past_key_values: this cache was filled by another model, or before this one was "
                 "moved to another device or dtype; start from the whole prompt"
             )
+
+
+def _is_cast(like: Tensor) -> bool:
+    """Whether autocast computes in another dtype than the weights'."""
+    kind = like.device.type
+    is_on = torch.is_autocast_enabled(kind)
+    return is_on and torch.get_autocast_dtype(kind) != like.dtype

@@ -42,6 +42,8 @@ class ModuleState:
             + ("forward" in own)
             for own in owns
         ]
+        # Norms' numbers, which merged products hold.
+        facts += [own.get(name) for own in owns for name in ("variance_epsilon", "eps")]
         for each in parameters:
             if each is not None:
                 facts += each.data_ptr(), each.dtype, each.requires_grad

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastskip.decoder.fused_rows import Recipe
 from fastskip.decoder.row_numbers import RowNumbers
+from fastskip.ops.allocate import copy_over
 
 # Numbers of one chunk of device memory; larger recipes get a chunk of their own.
 CHUNK = 1 << 15
@@ -50,8 +51,7 @@ class Parcel:
                 raise RuntimeError(f"{tuple(found.shape)} numbers, {tuple(host.shape)} wanted")
             host.copy_(found)
         for host, device in self._chunks:
-            # Pageable memory: its contents are taken before the call returns.
-            device.copy_(host)
+            copy_over(host, device)
 
     def _add_chunk(self, size: int) -> None:
         host = torch.zeros(size, dtype=torch.int32)

@@ -67,6 +67,10 @@ class Positions(Protocol):
     @property
     def is_plain(self) -> bool: ...
 
+    def refresh(self) -> object:
+        """Before a forward: what positions are made of may have changed. Returns the same object
+        as long as it has not."""
+
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
         """What enters layer 0, of embeddings ``[N, D]`` at ``positions [N]`` of any device."""
 
@@ -90,17 +94,37 @@ class RotaryPositions:
     table = None
     is_plain = True
 
-    def __init__(self, rotary: Any, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-        self._tables, self._rotate = RotaryTable(rotary), rotate
+    def __init__(
+        self,
+        text_model: Callable[[], Any],
+        rotate: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        # Not its rotary module, which users may replace.
+        self._text_model, self._rotate = text_model, rotate
+        self._tables = RotaryTable(text_model().rotary_emb)
+
+    def refresh(self) -> object:
+        rotary = self._text_model().rotary_emb
+        if not self._tables.is_of(rotary):
+            self._tables = RotaryTable(rotary)
+        return self._tables
 
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
         return rows
 
     def check(self, positions: Tensor) -> None:
-        """Every position has its angles."""
+        limit = self._tables.limit
+        wrong = positions[positions >= (sys.maxsize if limit is None else limit)]
+        if len(wrong):
+            assert limit is not None
+            raise ValueError(
+                f"position_ids: {int(wrong[0])}; allowed: 0 to {limit - 1}, below "
+                "max_position_embeddings: past them dynamic RoPE turns all rows by other angles"
+            )
 
     def room(self, next_one: int) -> int:
-        return sys.maxsize
+        limit = self._tables.limit
+        return sys.maxsize if limit is None else max(0, limit - next_one)
 
     def turns(self, positions: Tensor, like: Tensor) -> Turns:
         return RotaryTurns(*self._tables.at(positions, like), self._rotate)
@@ -114,26 +138,29 @@ class LearnedPositions:
 
     counts_pads = False
 
-    def __init__(self, text_model: Any) -> None:
+    def __init__(self, text_model: Callable[[], Any]) -> None:
         # Not its embedding, which users may replace.
         self._text_model = text_model
 
     @property
     def table(self) -> Tensor | None:
-        embedding = self._text_model.embed_positions
+        embedding = self._text_model().embed_positions
         table: Tensor = embedding.weight.detach()[embedding.offset :]
         return table
 
     @property
     def is_plain(self) -> bool:
-        embedding = self._text_model.embed_positions
+        embedding = self._text_model().embed_positions
         is_own = type(embedding).__name__ == "OPTLearnedPositionalEmbedding"
         return is_own and not has_hooks(embedding)
+
+    def refresh(self) -> object:
+        return None  # all is looked up when it is used
 
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
         at = positions.to(rows.device)
         # The mask would only say where the positions are, which are given.
-        added: Tensor = self._text_model.embed_positions(None, position_ids=at)
+        added: Tensor = self._text_model().embed_positions(None, position_ids=at)
         return rows + added
 
     def check(self, positions: Tensor) -> None:
@@ -146,7 +173,7 @@ class LearnedPositions:
             )
 
     def room(self, next_one: int) -> int:
-        embedding = self._text_model.embed_positions
+        embedding = self._text_model().embed_positions
         return max(0, int(embedding.num_embeddings - embedding.offset) - next_one)
 
     def turns(self, positions: Tensor, like: Tensor) -> Turns:
@@ -156,8 +183,11 @@ class LearnedPositions:
         return None
 
 
-def positions_of(text_model: Any, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Positions:
-    """The positions of a decoder; ``rotate``: the operation that turns heads."""
-    if hasattr(text_model, "embed_positions"):
+def positions_of(
+    text_model: Callable[[], Any], rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Positions:
+    """The positions of a decoder, which ``text_model()`` is; ``rotate``: the operation that turns
+    heads."""
+    if hasattr(text_model(), "embed_positions"):
         return LearnedPositions(text_model)
-    return RotaryPositions(text_model.rotary_emb, rotate)
+    return RotaryPositions(text_model, rotate)

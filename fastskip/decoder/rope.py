@@ -11,18 +11,30 @@ from torch import Tensor
 class RotaryTable:
     """Cosines and sines of the model's own rotary module, tabulated once and then indexed.
 
-    Only RoPE whose frequencies do not depend on the sequence may be tabulated; loading refuses the
-    others.
+    Only frequencies that do not depend on the sequence can be tabulated; loading refuses others.
+    Dynamic RoPE has such up to a length.
+
+    Attributes:
+        limit: how many positions there are; ``None``: as many as are wanted.
     """
 
     def __init__(self, rotary: Any) -> None:
         self.rotary = rotary
+        is_dynamic = rotary.rope_type == "dynamic"
+        self.limit: int | None = rotary.config.max_position_embeddings if is_dynamic else None
+        # Kept alive, so that no other tensor gets its identity.
+        self._frequencies, self._made_of = rotary.inv_freq, _facts_of(rotary)
         self._cosine: Tensor | None = None
         self._sine: Tensor | None = None
         self._halves: tuple[Tensor, Tensor] | None = None
 
+    def is_of(self, rotary: Any) -> bool:
+        """Whether the tables are those of a rotary module as it is now."""
+        return rotary is self.rotary and _facts_of(rotary) == self._made_of
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"rotary": self.rotary, "_cosine": None, "_sine": None, "_halves": None}
+        state = {"_cosine": None, "_sine": None, "_halves": None, "_made_of": None}
+        return {**self.__dict__, **state}
 
     def at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tables ``[N, 1, K]`` for ``positions [N]`` in the dtype and on the device of ``like``.
@@ -47,6 +59,7 @@ class RotaryTable:
 
     def _tables(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tables ``[P, 1, K]`` that reach to ``needed``; made again only where they do not."""
+        needed = needed if self.limit is None else min(needed, self.limit)
         cosine, sine = self._cosine, self._sine
         if (
             cosine is None
@@ -60,6 +73,7 @@ class RotaryTable:
 
     def _tabulate(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         length = max(64, 1 << (needed - 1).bit_length())
+        length = length if self.limit is None else min(length, self.limit)
         positions = torch.arange(length, device=like.device)[None]
         with torch.no_grad():
             cosine, sine = self.rotary(like.detach(), positions)
@@ -68,3 +82,10 @@ class RotaryTable:
         self._cosine, self._sine = cosine[0, :, None], signed[0, :, None]
         self._halves = None
         return self._cosine, self._sine
+
+
+def _facts_of(rotary: Any) -> tuple[object, ...]:
+    """What angles depend on."""
+    frequencies = rotary.inv_freq
+    version = None if frequencies.is_inference() else frequencies._version
+    return id(frequencies), version, rotary.attention_scaling

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastskip.decoder.anatomy import has_hooks
+from fastskip.decoder.anatomy import hooks_of, is_transformers_own
 from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
@@ -32,27 +33,44 @@ Watch = Callable[[int, Tensor], None]
 class Decoder:
     """Runs one model's decoder layers under one plan.
 
-    It reads the modules of the Hugging Face text model and owns none of them.
+    It reads the modules of the Hugging Face text model, which owns it: so it holds the text model
+    weakly, and both go when their last user does.
     """
 
     def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
         self.plan, self.ops = plan, ops
-        self.text_model = text_model
+        self._text_model: Callable[[], Any] = _nothing
         self.weights = [
             BlockWeights(layer, plan.shape.head_dim, ops)
             for layer in text_model.layers[: plan.shape.depth]
         ]
-        self.positions = positions_of(text_model, ops.rotate)
+        self.attach(text_model)
         self.routers: Sequence[Router] = ()
         # Who reads decisions back, and how rows become logits, where a router asks.
         self.record: RoutingRecord | None = None
         self.lens: Lens | None = None
         self._routed: RoutedPlan | None = None
         self._blocks: list[Block] = []
+        self._angles: object = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Blocks hold views of merged storages; a copy makes its own when it is first used.
-        return {**self.__dict__, "_blocks": [], "record": None, "_routed": None}
+        # Blocks hold views of merged storages; a copy makes its own when it is first used, and is
+        # attached then.
+        own: dict[str, Any] = {
+            "_blocks": [],
+            "record": None,
+            "_routed": None,
+            "_angles": None,
+            "lens": None,
+        }
+        return {**self.__dict__, **own, "_text_model": _nothing, "positions": None}
+
+    def attach(self, text_model: Any) -> None:
+        """Reads this text model from now on: the one that the decoder was made for, or in a copy
+        of it the copy."""
+        if self._text_model() is not text_model:
+            self._text_model = weakref.ref(text_model)
+            self.positions = positions_of(self._text_model, self.ops.rotate)
 
     @property
     def like(self) -> Tensor:
@@ -64,11 +82,13 @@ class Decoder:
         """Once per forward or ``generate``: which layers may use merged projections.
 
         Raises:
-            RuntimeError: a hook lies where the runtime never calls.
+            RuntimeError: a hook lies where the runtime never calls, or layers are more or fewer
+                than the plan has.
         """
+        self._follow_layers()
         for index, weights in enumerate(self.weights):
             for module in (weights.layer, weights.layer.self_attn):
-                if has_hooks(module):
+                if not all(map(is_transformers_own, hooks_of(module))):
                     raise RuntimeError(
                         f"layers[{index}]: a hook on a whole {type(module).__name__} is never "
                         "called here; allowed: hooks on its projections, its norms and its FFN, "
@@ -76,6 +96,21 @@ class Decoder:
                     )
             weights.refresh(wants_gradient=wants_gradient)
         self._blocks = [self._block(index) for index in range(len(self.weights))]
+
+    def _follow_layers(self) -> None:
+        """Users may put other layers where the model's own were, and other angles."""
+        text_model, depth = self._text_model(), self.plan.shape.depth
+        assert text_model is not None
+        layers = text_model.layers
+        if len(layers) != depth:
+            raise RuntimeError(
+                f"layers: {len(layers)}; allowed: {depth}, as when the model was prepared (a "
+                "policy leaves layers out)"
+            )
+        for index, layer in enumerate(layers):
+            if self.weights[index].layer is not layer:
+                self.weights[index] = BlockWeights(layer, self.plan.shape.head_dim, self.ops)
+        self._angles = self.positions.refresh()
 
     def unsupported(self) -> str | None:
         """Why this decoder cannot run the model; ``None`` if it can."""
@@ -122,6 +157,13 @@ class Decoder:
         packed = self.positions.embed(layout.pack(h), layout.positions)
         entries: Entries
         if wants_gradient:
+            if cache.columns and cache.ends_gradients:
+                raise ValueError(
+                    "past_key_values: gradients do not flow through a cache to the forward that "
+                    "filled it; allowed: one forward over all columns, or torch.no_grad() around "
+                    "the first"
+                )
+            cache.ends_gradients = True
             like = packed.detach() if keeps_cache else None
             entries = GradientEntries(self.plan, cache, layout, like)
         else:
@@ -216,6 +258,10 @@ class Decoder:
             parts.attention_dropout,
             self.plan.shape.head_dim,
         )
+
+
+def _nothing() -> None:
+    """A text model that is not there yet."""
 
 
 def _run_pair(

@@ -112,7 +112,8 @@ class MergedProducts:
     @staticmethod
     def _unshared(parts: LayerParts) -> tuple[Any, ...]:
         modules = (parts.attention_norm, parts.ffn_norm, parts.output, parts.down)
-        weights = (getattr(m, name, None) for m in modules for name in ("weight", "bias"))
+        names = ("weight", "bias", "variance_epsilon", "eps")
+        weights = (getattr(m, name, None) for m in modules for name in names)
         return (parts.activation, *weights)
 
     def is_current(self, parts: LayerParts) -> bool:
@@ -265,7 +266,8 @@ def _merge(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
 def _share(modules: Sequence[Any], name: str) -> Tensor:
     """One storage for the modules' parameters, which become views of it."""
     parameters = [getattr(module, name) for module in modules]
-    with torch.no_grad():
+    # Made for all later forwards, those with gradients too.
+    with torch.inference_mode(False), torch.no_grad():
         shape = (sum(len(parameter) for parameter in parameters), *parameters[0].shape[1:])
         if _are_adjacent(parameters):  # another model has merged these very weights
             first: Tensor = parameters[0].detach()

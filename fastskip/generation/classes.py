@@ -58,14 +58,21 @@ def classify(
     else:
         codes = torch.full((batch, width), CODES[TokenClass.TEXT])
         is_image = torch.zeros(batch, width, dtype=torch.bool)
-        if ids is not None and any(inputs.get(name) is not None for name in _FEATURES):
+        if ids is not None and _has_features(inputs):
             is_image = torch.isin(ids.cpu(), torch.tensor(image_token_ids(config)))
         labels = inputs.get("labels")
         if labels is not None and prompt_columns is None:
-            codes[labels.cpu() != -100] = CODES[TokenClass.GENERATED]
+            last = codes[:, -labels.shape[1] :]  # a view: there may be labels of these alone
+            last[labels.cpu() != -100] = CODES[TokenClass.GENERATED]
         codes[is_image] = CODES[TokenClass.IMAGE]
     codes[generated] = CODES[TokenClass.GENERATED]
     return codes
+
+
+def _has_features(inputs: Mapping[str, Any]) -> bool:
+    """Whether something fills the placeholders; ``generate`` passes an empty dictionary on."""
+    given = (inputs.get(name) for name in _FEATURES)
+    return any(each is not None and not (isinstance(each, dict) and not each) for each in given)
 
 
 def _tells_images_apart(plan: SkipPlan) -> bool:

@@ -43,7 +43,10 @@ def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
     total = cache.columns + width
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: {shape}; needed: [{batch}, {total}]")
+        raise ValueError(
+            f"attention_mask: {shape}; needed: [{batch}, {total}], which columns are no pads (what "
+            "rows see is the policy's)"
+        )
     real = mask.detach().cpu() != 0
     if real.shape[1] == width and cache.columns and width != total:
         # Only the new columns are described; what is cached stays as it is.
@@ -51,8 +54,25 @@ def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
     if real.shape[1] != total:
         raise ValueError(f"attention_mask: {tuple(mask.shape)}; needed: [{batch}, {total}]")
     if cache.columns and not torch.equal(real[:, : cache.columns], cache.codes != PAD):
-        raise ValueError("attention_mask: hides or shows columns that the cache already holds")
+        raise ValueError(
+            "attention_mask: hides or shows columns that the cache already holds; allowed: the "
+            "mask that they came with (what a finished sequence was filled up with is shown), or "
+            "the whole conversation without a cache"
+        )
     return real[:, cache.columns :]
+
+
+def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
+    """Raises for what Hugging Face takes for several sequences in one row: positions that do not
+    go on one by one, without a mask or a cache."""
+    given = inputs.get("position_ids")
+    if given is None or keeps_cache or inputs.get("attention_mask") is not None:
+        return
+    if bool((given.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids: several sequences packed into one row; allowed: one a row, padded, with "
+            "an attention_mask"
+        )
 
 
 def codes_of(text_model: Any, runtime: Runtime, cache: SkipCache, inputs: dict[str, Any]) -> Tensor:
@@ -123,6 +143,8 @@ def kept_columns(runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
     shape = given_shape(inputs)
     if shape is None or isinstance(keep, Tensor) or not keep or inputs.get("labels") is not None:
         return None
+    if keep < 0:
+        raise ValueError(f"logits_to_keep: {keep}; allowed: 0 (all), a number of columns, a tensor")
     batch, width = shape
     mask = inputs.get("attention_mask")
     if runtime.session is not None and keep == 1 and mask is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
 from fastskip.ops import Implementation
+from fastskip.ops.allocate import on_host
 from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.graphs import capture, new_pool
 from fastskip.ops.overlap import Overlap, check_overlap, overlapping
@@ -68,12 +69,14 @@ class DeviceStep:
             and decoder.positions.is_plain
             and decoder.ops.implementation is Implementation.TRITON
         )
-        self._replay = capture(self._step, anchor.device, pool) if is_plain else self._step
+        self._replay: Callable[[], None] | None = None
+        if is_plain:
+            self._replay = capture(self._step, anchor.device, pool)
 
     def run(self) -> None:
         """One token further; returns before the device has done it."""
         if not are_on():
-            self._replay()
+            (self._replay or self._step)()
             return
         before = self.logits
         with span("decode step"):  # a graph's nodes have no names
@@ -142,9 +145,10 @@ class DeviceSteps:
         try:
             yield
         finally:
-            for (*_, depth), step in self._steps.items():
-                if depth == self._depth and step.state.is_loaded:
-                    step.state.unload()
+            with on_host():
+                for (*_, depth), step in self._steps.items():
+                    if depth == self._depth and step.state.is_loaded:
+                        step.state.unload()
             self._depth -= 1
 
     def take(

@@ -11,7 +11,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastskip.families import check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.generation.columns import cache_of, codes_of, positions_of, real_columns
+from fastskip.generation.columns import (
+    cache_of,
+    check_unpacked,
+    codes_of,
+    positions_of,
+    real_columns,
+)
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
 
@@ -33,6 +39,7 @@ def decode_columns(
     )
     runtime.refresh(wants_gradient=wants_gradient)
     cache, is_returned = cache_of(text_model, runtime, inputs, wants_gradient=wants_gradient)
+    check_unpacked(inputs, keeps_cache=is_returned)
     real = real_columns(inputs.get("attention_mask"), cache, batch, width)
     codes = codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
     positions = positions_of(runtime, inputs.get("position_ids"), cache, real)

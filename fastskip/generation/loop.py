@@ -2,7 +2,9 @@
 
 A step embeds one token a sequence, runs the decoder on the GENERATED rows and applies the head;
 logits processors, stopping criteria, scores and streamers see exactly what Hugging Face's own loop
-would show them. Beams and assisted decoding run in Hugging Face's loops on the prepared forward.
+would show them. Where calling the model does more than its class does (hooks, another ``forward``)
+a step is a call of the model. Beams and assisted decoding run in Hugging Face's loops on the
+prepared forward.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from fastskip.decoder.anatomy import is_plain
+from fastskip.decoder.anatomy import has_hooks, is_plain
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.families import final_norm_of, text_model_of
+from fastskip.families import MULTIMODAL, final_norm_of, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
+from fastskip.ops.allocate import on_host
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
 
@@ -68,17 +71,20 @@ def sample(
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
     del outputs
     end = GreedyEnd.of(stopping_criteria)
-    is_plain = not (config.do_sample or logits_processor or scores is not None or raw is not None)
-    if is_plain and end is not None and isinstance(cache, PagedCache):
-        input_ids = decode_greedily(
-            model, runtime, cache, input_ids, logits, end, pad=_pad_of(config), streamer=streamer
-        )
+    is_greedy = not (config.do_sample or logits_processor or scores is not None or raw is not None)
+    is_called = _does_more(model)
+    if is_greedy and end is not None and isinstance(cache, PagedCache) and not is_called:
+        pad_id = _pad_of(config)
+        with on_host():
+            input_ids = decode_greedily(
+                model, runtime, cache, input_ids, logits, end, pad=pad_id, streamer=streamer
+            )
         if streamer is not None:
             streamer.end()
         if not keeps:
             return input_ids
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_NAME: cache})
-    step: _DecodeStep | StepLogits | None = None
+    step: Callable[[Tensor], Tensor] | None = None
     while True:
         next_scores = logits_processor(input_ids, logits)
         if scores is not None:
@@ -99,10 +105,10 @@ def sample(
         unfinished = unfinished & ~stopping_criteria(input_ids, seen)
         if not bool(unfinished.any()):
             break
-        # Made after the first token is out: it is not needed for that one.
-        kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
-        step = step or kind(model, runtime, cache)
-        logits = step(tokens).to(torch.float32)
+        with on_host():
+            if step is None:  # now, since the first token needs none
+                step = _step_of(model, runtime, cache, is_called=is_called)
+            logits = step(tokens).to(torch.float32)
     if streamer is not None:
         streamer.end()
     if not keeps:
@@ -113,6 +119,31 @@ def sample(
         logits=None if raw is None else tuple(raw),
         **{CACHE_NAME: cache},
     )
+
+
+def _does_more(model: Any) -> bool:
+    """Whether a call of the model, or of a model inside it, does more than its class does."""
+    parts = [model, text_model_of(model)]
+    if model.config.model_type in MULTIMODAL:
+        parts.append(model.model)
+    return any(has_hooks(part) or _is_users(part._fastskip_origin[0]) for part in parts)
+
+
+def _is_users(base: type) -> bool:
+    """Whether a class has another ``forward`` than transformers'."""
+    owner = next(each for each in base.__mro__ if "forward" in vars(each))
+    return not owner.__module__.startswith("transformers.")
+
+
+def _step_of(
+    model: Any, runtime: Runtime, cache: SkipCache, *, is_called: bool
+) -> Callable[[Tensor], Tensor]:
+    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
+    if is_called:
+        own = {CACHE_NAME: cache, "use_cache": True, "return_dict": True}
+        return lambda tokens: model(input_ids=tokens[:, None], **own).logits[:, -1]
+    kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
+    return kind(model, runtime, cache)
 
 
 def _pad_of(config: Any) -> int:
@@ -130,7 +161,7 @@ def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
 
 
 class _DecodeStep:
-    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
+    """A step of the plain runtime."""
 
     def __init__(self, model: Any, runtime: Runtime, cache: SkipCache) -> None:
         self._embed = model.get_input_embeddings()

@@ -12,20 +12,29 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastskip.decoder.candidates import Lens
 from fastskip.decoder.fused_stack import FusedDecoder
-from fastskip.families import MULTIMODAL, final_norm_of, text_model_of, tower_of
+from fastskip.families import (
+    MULTIMODAL,
+    UnsupportedModelError,
+    final_norm_of,
+    text_model_of,
+    tower_of,
+)
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
 from fastskip.generation.runtime import Runtime
-from fastskip.generation.saving import save
-from fastskip.policy import TokenClass
+from fastskip.generation.saving import save, write_policy
+from fastskip.ops.allocate import on_host
+from fastskip.policy import Group, RouterRule, TokenClass
 from fastskip.sparse.checkpoint import write_sparse
 from fastskip.sparse.convert import sparse_matrices
 
@@ -33,7 +42,6 @@ from fastskip.sparse.convert import sparse_matrices
 def prepare(model: Any, runtime: Runtime) -> None:
     """Makes ``model`` (and its inner models) prepared, in place."""
     text_model = text_model_of(model)
-    runtime.decoder.lens = functools.partial(_logits_of, model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
         tower = tower_of(model)
@@ -43,11 +51,18 @@ def prepare(model: Any, runtime: Runtime) -> None:
     _adopt(model, PreparedModel, runtime)
 
 
-def _logits_of(model: Any, rows: Tensor, normed: bool) -> Tensor:
-    """Final norm (if ``normed``) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
-    rows = final_norm_of(text_model_of(model))(rows) if normed else rows
-    logits: Tensor = model.get_output_embeddings()(rows)
-    return logits
+def _lens_of(model: Any) -> Lens:
+    """Final norm (if asked for) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
+    held = weakref.ref(model)  # which holds what keeps this
+
+    def logits_of(rows: Tensor, normed: bool) -> Tensor:
+        model = held()
+        assert model is not None
+        rows = final_norm_of(text_model_of(model))(rows) if normed else rows
+        logits: Tensor = model.get_output_embeddings()(rows)
+        return logits
+
+    return logits_of
 
 
 def _adopt(module: Any, mixin: Any, runtime: Runtime) -> None:
@@ -124,8 +139,13 @@ class PreparedDecoder(_Prepared):
             raise ValueError(
                 "output_attentions: attention weights are not kept; use the plain model"
             )
+        if inputs.get("is_causal") is False:
+            raise ValueError("is_causal: False; allowed: True, rows see no later ones")
         h = self.embed_tokens(ids) if embeddings is None else embeddings
-        with self._runtime.lock:
+        if not h.shape[1]:
+            raise ValueError("input_ids: no columns; allowed: one or more")
+        with self._runtime.lock, on_host():
+            self._runtime.decoder.attach(self)
             output = decode_columns(self, self._runtime, h, inputs)
         is_tuple = inputs.get("return_dict") is False
         return output.to_tuple() if is_tuple else output
@@ -136,7 +156,8 @@ class PreparedBackbone(_Prepared):
 
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         if inputs.get("token_classes") is None:
-            inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
+            with on_host():
+                inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
         inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
         return self._fastskip_origin[0].forward(self, **inputs)
 
@@ -158,13 +179,16 @@ class PreparedModel(_Prepared):
 
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         runtime = self._runtime
+        _check_parts(self, runtime)
         with runtime.lock:
-            inputs["token_classes"] = classes_of(self.config, runtime, inputs)
-            # Read on the host: now, since later that would wait for the vision tower.
-            for name in ("attention_mask", "position_ids"):
-                if isinstance(inputs.get(name), Tensor):
-                    inputs[name] = inputs[name].cpu()
-            inputs["kept_columns"] = kept_columns(runtime, inputs)
+            runtime.decoder.lens = _lens_of(self)
+            with on_host():
+                inputs["token_classes"] = classes_of(self.config, runtime, inputs)
+                # Read on the host: now, since later that would wait for the vision tower.
+                for name in ("attention_mask", "position_ids"):
+                    if isinstance(inputs.get(name), Tensor):
+                        inputs[name] = inputs[name].cpu()
+                inputs["kept_columns"] = kept_columns(runtime, inputs)
             return self._fastskip_origin[0].forward(self, **inputs)
 
     @takes_old_name
@@ -173,6 +197,8 @@ class PreparedModel(_Prepared):
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
             return base.generate(self, inputs, *args, **kwargs)
+        if kwargs.get("logits_to_keep") == 0:  # all of them, of which the last is read
+            del kwargs["logits_to_keep"]
         with self._runtime.generating(prompt_columns(inputs, kwargs)):
             try:
                 return base.generate(self, inputs, *args, **kwargs)
@@ -203,14 +229,19 @@ class PreparedModel(_Prepared):
                 f"cache_implementation: {generation_config.cache_implementation!r}; allowed: None "
                 "(a prepared model brings a compact cache of its own)"
             )
+        if getattr(generation_config, "prefill_chunk_size", None) is not None:
+            _check_chunks(runtime, generation_config, model_kwargs.get("attention_mask"))
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             if generation_config.use_cache is False:
                 _check_guidance(runtime, generation_config)
                 return
-            runtime.decoder.refresh(wants_gradient=False)
-            runtime.session.is_refreshed = True
-            cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
+            _check_parts(self, runtime)
+            runtime.decoder.attach(text_model_of(self))
+            with on_host():
+                runtime.decoder.refresh(wants_gradient=False)
+                runtime.session.is_refreshed = True
+                cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
             # Hugging Face asks this of caches that users hand in.
@@ -225,6 +256,20 @@ class PreparedModel(_Prepared):
         if self._fastskip is None:
             return base._sample(self, *args, **kwargs)
         return sample(self, self._runtime, base._sample, *args, **kwargs)
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's continuous batching brings a cache and an attention of its own."""
+        if self._fastskip is None:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        raise UnsupportedModelError(
+            "generate_batch", "continuous batching", "generate, for a batch of any prompts"
+        )
+
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ``init_continuous_batching``."""
+        if self._fastskip is None:
+            return super().generate_batch(*args, **kwargs)  # type: ignore[misc]
+        return self.init_continuous_batching()
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As Hugging Face's, plus ``fastskip_policy.json`` and the weights of its routers.
@@ -241,7 +286,42 @@ class PreparedModel(_Prepared):
         write = functools.partial(base.save_pretrained, self, save_directory, *args, **kwargs)
         if "variant" not in kwargs and sparse_matrices(self):
             write = functools.partial(write_sparse, self, save_directory, write)
+        if not (args[0] if args else kwargs.get("is_main_process", True)):
+            return write()
         return save(self.config, self._runtime.plan, save_directory, write, export=export)
+
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._fastskip is not None:
+            write_policy(self._runtime.plan.policy, working_dir)  # so that it goes with the rest
+        base: Any = self._fastskip_origin[0]
+        return base._upload_modified_files(self, working_dir, *args, **kwargs)
+
+
+def _check_parts(model: Any, runtime: Runtime) -> None:
+    if getattr(text_model_of(model), "_fastskip", None) is not runtime:
+        raise RuntimeError(
+            "language model: another one than was prepared; allowed: to put it in place first, and "
+            "to call fastskip.apply_ then"
+        )
+
+
+def _check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
+    """A prompt in pieces is not what some policies and masks mean by a prompt."""
+    size, policy = generation_config.prefill_chunk_size, runtime.plan.policy
+    if policy.removals or any(map(_may_ask_whole_prompts, policy.routers)):
+        raise ValueError(
+            f"prefill_chunk_size: {size}; allowed: None, since the policy decides on whole prompts"
+        )
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(
+            f"prefill_chunk_size: {size} with prompts padded on the right; allowed: padding on the "
+            "left, or None"
+        )
+
+
+def _may_ask_whole_prompts(rule: RouterRule) -> bool:
+    is_by_row = rule.group in (None, Group.ROW) and rule.capacity is None
+    return rule.is_plug_in or not is_by_row
 
 
 def _check_guidance(runtime: Runtime, generation_config: Any) -> None:

@@ -91,6 +91,8 @@ class Runtime:
         if isinstance(self.decoder, FusedDecoder) and self.decoder.flash is not None:
             _require_causal(plan)
         with self.lock:
+            if self.session is not None:
+                raise RuntimeError("policy: generate is running; allowed: before or after it")
             self.plan = self.decoder.plan = plan
             self.decoder.routers = routers
 

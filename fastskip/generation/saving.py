@@ -32,12 +32,21 @@ def save(
         result = write()
     finally:
         text.per_layer_config = before
+    _write(policy, weights, folder)
+    return result
+
+
+def write_policy(policy: SkipPolicy, folder: Any) -> None:
+    """Writes a policy as a checkpoint has it, and its routers' weights."""
+    _write(*portable(policy), folder)
+
+
+def _write(policy: SkipPolicy, weights: dict[str, bytes], folder: Any) -> None:
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     for name, data in weights.items():
         (home / name).write_bytes(data)
     replace(policy, folder=str(home)).save(home / POLICY_FILE)
-    return result
 
 
 def portable(policy: SkipPolicy) -> tuple[SkipPolicy, dict[str, bytes]]:

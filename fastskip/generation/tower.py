@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastskip.decoder.anatomy import hooks_of
+from fastskip.decoder.anatomy import hooks_of, is_transformers_own
 from fastskip.decoder.module_state import ModuleState
 from fastskip.decoder.recent import Recent
 from fastskip.ops.graphs import capture, new_pool
@@ -97,7 +97,7 @@ class TowerGraphs:
         self._state = ModuleState(tower)
         self._pool = new_pool(next(tower.parameters()).device)
         hooks = [hook for module in tower.modules() for hook in hooks_of(module)]
-        self._is_capturable = not tower.training and all(map(_is_transformers_own, hooks))
+        self._is_capturable = not tower.training and all(map(is_transformers_own, hooks))
 
 
 class TowerGraph:
@@ -118,8 +118,3 @@ class TowerGraph:
 
     def _work(self) -> None:
         self._output = self._forward(self._pixels)
-
-
-def _is_transformers_own(hook: object) -> bool:
-    """Whether a hook only notes the outputs that a call asks for."""
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"

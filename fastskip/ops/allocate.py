@@ -31,6 +31,25 @@ def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True)
 
 
+def copy_over(numbers: Tensor, there: Tensor) -> None:
+    """Writes ``numbers`` of the host to memory ``there``, without waiting either."""
+    if there.device.type != "cuda":
+        there.copy_(numbers)
+    else:
+        there.copy_(numbers.pin_memory(), non_blocking=True)
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Within this block tensors made without a device lie on the host, whatever the user's default
+    device is."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
+
+
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within this block ``empty`` returns NaN-filled memory."""

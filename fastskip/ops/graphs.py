@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +23,7 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
     if device.type != "cuda":
         return work
     with torch.cuda.device(device):
-        current = torch.cuda.current_stream()
-        side = torch.cuda.Stream()
+        current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
@@ -31,10 +31,16 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Another thread's calls (a pinned allocation, say) must not end this capture.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
             work()
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures of a device, since libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 def new_pool(device: torch.device) -> Any:

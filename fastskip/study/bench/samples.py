@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastskip.study.bench.contenders import Contender, Models, Source
 from fastskip.study.bench.errors import BenchError
-from fastskip.timing import WARM_TOKENS, Arrivals, no_collection
+from fastskip.timing import WARM_TOKENS, Arrivals, no_collection, warm_counts
 
 Inputs = Mapping[str, Any]
 
@@ -38,14 +38,12 @@ class Sample:
 def sample(contender: Contender, models: Models, inputs: Inputs, new_tokens: int) -> Sample:
     """One timed call; models must be `endless`.
 
-    Before it comes one that is not timed, since a policy is set once and used often. On a GPU a
-    policy that was just set captures its steps again, and a prompt when its shape comes again.
+    Before it come some that are not timed, since a policy is set once and used often.
     """
     model = contender.model(models)
     is_cuda = model.device.type == "cuda"
-    generate(contender, model, inputs, new_tokens if is_cuda else WARM_TOKENS)
-    if is_cuda:
-        generate(contender, model, inputs, 1)
+    for count in warm_counts(model.device, new_tokens, WARM_TOKENS):
+        generate(contender, model, inputs, count)
     # A hook makes compiled code compile again, and a GPU's clock is not the host's.
     is_apart = is_cuda or contender.source is Source.HF_COMPILED
     arrivals, entry = Arrivals(), _Entry(model.device)
@@ -113,6 +111,7 @@ class _Entry:
         if self._is_in:
             return
         self._is_in, self.began = True, time.perf_counter()
+        self.leave()  # steps of a decoder that is hooked are whole forwards
         if self._device.type == "cuda":
             self._event = self._mark()
 
