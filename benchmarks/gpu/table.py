@@ -65,26 +65,23 @@ def text_tables(results: Results) -> str:
 
 
 def markdown(*gpus: Results) -> str:
-    """The README's GPU tables; ``not measured yet`` while there is no end-to-end line.
-
-    Of routers all rows are shown where no GPU has them, measured or not.
-    """
-    routed = [gpu for gpu in gpus if gpu.values("routing.7b.b1.omit")] or gpus[:1]
-    parts = [_markdown_of(gpu, has_routers=gpu in routed) for gpu in gpus]
-    return "\n\n".join(filter(None, parts)) or NOT_MEASURED
+    """The README's GPU tables; ``not measured yet`` while there is no end-to-end line."""
+    return "\n\n".join(filter(None, map(_markdown_of, gpus))) or NOT_MEASURED
 
 
-def _markdown_of(results: Results, *, has_routers: bool) -> str:
+def _markdown_of(results: Results) -> str:
     parts = [_markdown_table(title, HEAD, rows) for title, rows in _end_to_end(results)]
     if not parts:
         return ""
-    if has_routers:
-        ways = (results.values("routing.7b.b1.omit") or {}).get("ways", {})
+    title = "LLaVA-1.5-7B shapes with routers, batch 1: blocks skipped at random, row by row"
+    ways = (results.values("routing.7b.b1.omit") or {}).get("ways")
+    if ways is None:
+        parts.append(f"**{title}**: {NOT_MEASURED}")
+    else:
         routed = [
             _routing_row(ways[name]) if name in ways else (label, *[NOT_MEASURED] * 8)
             for name, label in ROUTING_ROWS
         ]
-        title = "LLaVA-1.5-7B shapes with routers, batch 1: blocks skipped at random, row by row"
         parts.append(_markdown_table(title, ROUTING_HEAD, routed))
     about = next(line for line in results.lines().values() if line.cell.startswith("e2e."))
     where = about.environment
