@@ -67,12 +67,15 @@ _LAZY = {
     "RoutingContext": "fastskip.routing",
     "Scope": "fastskip.routing",
 }
+_LAZY_MODULES = ("profiling",)
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _LAZY_MODULES:
+        return import_module(f"fastskip.{name}")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'fastskip' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(module), name)

@@ -35,9 +35,11 @@ class _Commands(TyperGroup):
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "fastskip":
                 raise
-            message = " ".join(str(error).split())
+            # names of files may hold bytes that are no text, which no terminal can print
+            printable = str(error).encode(errors="backslashreplace").decode()
+            message = " ".join(printable.split())
             console = Console(stderr=True, highlight=False, soft_wrap=True)
-            console.print(message, style="red", markup=False)
+            console.print(message, style="red", markup=False, emoji=False)
             raise typer.Exit(EXIT_ERROR) from error
 
 
@@ -83,12 +85,13 @@ def main(
 ) -> None:
     """Leave computation out of LLaVA-style multimodal LLMs, and be really faster for it.
 
-    Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]plan[/] says what a
-    policy saves before a single weight is loaded, [bold]verify[/] whether it computes what it
-    promises, [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers
-    so that a wanted share of rows skips, [bold]search[/] finds a policy for a budget,
-    [bold]train[/] mends by training what skipping costs, [bold]prune[/] sets weights to zero,
-    [bold]bench[/] measures what policies gain here, [bold]study[/] shows what all that costs,
+    Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]policies[/] lists
+    presets and makes policy files of them, [bold]plan[/] says what a policy saves before a single
+    weight is loaded, [bold]verify[/] whether it computes what it promises, [bold]generate[/]
+    answers a question about an image, [bold]calibrate[/] sets routers so that a wanted share of
+    rows skips, [bold]search[/] finds a policy for a budget, [bold]train[/] mends by training what
+    skipping costs, [bold]prune[/] sets weights to zero, [bold]bench[/] measures how fast policies
+    are here, [bold]eval[/] how well they answer, [bold]study[/] shows what all that costs,
     [bold]report[/] makes one page of what was found.
     """
 

@@ -26,6 +26,11 @@ from fastskip.survivors import counts_left, left
 KINDS = ("qkv", "scores", "output", "ffn", "lm_head")
 
 
+class CountError(ValueError):
+    """A number of rows, tokens, steps or sequences that is none; names it, its value and what is
+    allowed."""
+
+
 class Planned(Protocol):
     """What a cost count reads of a `SkipPlan`, or of what is expected of it."""
 
@@ -148,7 +153,12 @@ def prefill_cost(
         batch: Number of such sequences.
         wanted: How many of the last rows need logits; only these pass K and V of the last step.
         past: Rows a class that earlier forwards left in the cache.
+    Raises:
+        CountError: a count is negative or no whole number, `batch` is less than 1, or the model has
+            no such rows.
     """
+    _check_counts(1, batch=batch)
+    _check_counts(0, wanted=wanted)
     past = _checked(plan, past or {})
     _checked(plan, dict.fromkeys(classes, 0))
     wanted = min(wanted, len(classes))
@@ -171,8 +181,11 @@ def decode_cost(
 ) -> Cost:
     """Cost of `steps` decode steps of one GENERATED row a sequence, the first one over `context`.
 
-    `context` counts the rows a class that one sequence has before the first step.
+    `context` counts the rows a class that one sequence has before the first step. Raises as
+    `prefill_cost` does.
     """
+    _check_counts(1, batch=batch)
+    _check_counts(0, steps=steps)
     context = _checked(plan, context)
     ops: list[Operation] = []
     for layer in plan.chances:
@@ -194,13 +207,12 @@ def generation_cost(
     """Cost of a prompt of `n_image` + `n_text` rows a sequence and `n_new` new tokens.
 
     `text_before` of the text rows come before the image rows, the others after them. The prefill
-    gives the first new token, so there are `n_new - 1` decode steps.
+    gives the first new token, so there are `n_new - 1` decode steps. Raises as `prefill_cost` does.
     """
-    if not 0 <= text_before <= n_text or n_new < 1:
-        raise ValueError(
-            f"text_before={text_before}, n_text={n_text}, n_new={n_new}: "
-            "allowed are 0 <= text_before <= n_text and n_new >= 1"
-        )
+    _check_counts(0, n_image=n_image, n_text=n_text, text_before=text_before)
+    _check_counts(1, n_new=n_new, batch=batch)
+    if text_before > n_text:
+        raise CountError(f"text_before: got {text_before}; allowed: n_text ({n_text}) at most")
     context = prompt_counts(n_image, n_text)
     prompt = [TokenClass.TEXT] * n_text
     prompt[text_before:text_before] = [TokenClass.IMAGE] * n_image
@@ -216,7 +228,11 @@ def prompt_counts(n_image: int, n_text: int, n_generated: int = 0) -> dict[Token
 
 
 def cache_bytes(plan: Planned, context: Mapping[TokenClass, int], batch: int = 1) -> int:
-    """Bytes of live cache entries of `batch` sequences with these rows a class."""
+    """Bytes of live cache entries of `batch` sequences with these rows a class.
+
+    Raises as `prefill_cost` does.
+    """
+    _check_counts(1, batch=batch)
     context = _checked(plan, context)
     entries = sum(
         held(layer, counts_left(plan.removals[: layer.stage], context)) for layer in plan.chances
@@ -312,10 +328,16 @@ def _lm_head(shape: ModelShape, rows: int) -> Operation:
     return Operation("lm_head", None, 2 * rows * size, weights)
 
 
+def _check_counts(least: int, **counts: object) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < least:
+            raise CountError(f"{name}: got {count!r}; allowed: a whole number from {least}")
+
+
 def _checked(plan: Planned, rows: Mapping[TokenClass, int]) -> Mapping[TokenClass, int]:
-    """Row counts a class; `ValueError` for a class that the model lacks or a negative count."""
+    """Row counts a class, of classes that the model has."""
     for token_class, count in rows.items():
         if token_class not in plan.shape.classes or count < 0:
             known = ", ".join(plan.shape.classes)
-            raise ValueError(f"{token_class}: {count}; allowed: counts >= 0 of {known}")
+            raise CountError(f"{token_class}: {count}; allowed: counts >= 0 of {known}")
     return rows

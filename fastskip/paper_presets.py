@@ -3,8 +3,10 @@ its sister paper (arXiv 2405.16700) as presets `paper/<mode>`.
 
 A layer l is selected where start < l < end and l is a multiple of the interval, as in the papers'
 code: both bounds are exclusive, so that by default the first and the last layer stay dense.
-Negative bounds count from the end. `scope` says whose rows: all, prompt (image and text), image,
-text or generated. `semantics="reference"` gives what the papers' code computes where that differs.
+So `start=-1` lets layer 0 be selected too. A negative `end` counts from the end of the model, as do
+a negative `after` and the bounds of `drop`. `scope` says whose rows: all, prompt (image and text),
+image, text or generated. `semantics="reference"` gives what the papers' code computes where that
+differs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastskip.policy_fields import member, names
+from fastskip.policy_fields import MAX_DEPTH, finite, integer, integers, member, names
 from fastskip.policy_routers import RouterRule
 from fastskip.policy_rules import AnyRule, ArrangementRule, MaskRule, SkipRule
 from fastskip.vocabulary import (
@@ -107,15 +109,15 @@ def parallel_block(
     semantics: str = "clean",
 ) -> Made:
     """Run pairs of blocks (l, l + 1) from the same input, l as selected."""
-    _integer(interval, "interval", 2)
+    integer(interval, "interval", 2)
     pairs: Any
     if depth is None:
         if interval != 2:
             raise PolicyError("interval", interval, "2, or any from 2 together with a depth")
-        pairs = f"{_first(2, start)}:{_integer(end, 'end')}"
+        pairs = f"{_first(2, start)}:{integer(end, 'end')}"
     else:
-        last = _end(end, depth)
         chosen = _listed((interval,), start, end, depth)
+        last = _end(end, depth)
         pairs = [[layer, layer + 1] for layer in chosen if layer + 1 < last]
         if not pairs:
             problem = f"no pair lies between start and end in a model of {depth} layers"
@@ -127,13 +129,13 @@ def parallel_block(
 
 def drop(start: int = -4, end: int = -1) -> Made:
     """Skip the blocks of the late layers start to end - 1 for every row."""
-    layers = f"{_integer(start, 'start')}:{_integer(end, 'end')}"
+    layers = f"{integer(start, 'start')}:{integer(end, 'end')}"
     return Made((SkipRule(layers, "all", BLOCK, SkippedKV.OMIT),))
 
 
 def exit_(after: int = -5) -> Made:
     """Of a prompt only its last row goes on after layer `after`; generated rows all do."""
-    first = _integer(after, "after") + 1
+    first = _behind(after)
     layers = f"{first}:{first + 1 or ''}"
     rule = RouterRule(layers, "all", BLOCK, "paper.exit", kv=SkippedKV.OMIT)
     return Made((rule,))
@@ -141,7 +143,7 @@ def exit_(after: int = -5) -> Made:
 
 def visual_withdrawal(after: int = -5) -> Made:
     """Image rows leave all layers after layer `after`, and their caches."""
-    layers = f"{_integer(after, 'after') + 1}:"
+    layers = f"{_behind(after)}:"
     return Made((SkipRule(layers, TokenClass.IMAGE, BLOCK, SkippedKV.OMIT),))
 
 
@@ -155,8 +157,8 @@ def random(
     semantics: str = "clean",
 ) -> Made:
     """Skip multiples of an interval that each layer of each forward draws from 2 to `interval`."""
-    options = {"interval": _integer(interval, "interval", 2), "seed": _integer(seed, "seed", 0)}
-    layers = f"{_first(1, start)}:{_integer(end, 'end')}"
+    options = {"interval": integer(interval, "interval", 2), "seed": integer(seed, "seed", 0)}
+    layers = f"{_first(1, start)}:{integer(end, 'end')}"
     return _route("paper.random", options, scope, layers, skip, semantics)
 
 
@@ -164,14 +166,14 @@ def token_ratio_ffn(
     ratio: float = 0.5, scope: str = "image", start: int = 0, end: int = -1, seed: int = 0
 ) -> Made:
     """Skip the FFN for a share of the rows, drawn for each layer (2405.16700, figure 11)."""
-    layers = f"{_first(1, start)}:{_integer(end, 'end')}"
+    layers = f"{_first(1, start)}:{integer(end, 'end')}"
     rule = RouterRule(layers, _tokens(scope), Sublayer.FFN, "random", rate=ratio, seed=seed)
     return Made((rule,))
 
 
 def unimodal_mask(layers: int = 1) -> Made:
     """In the first layers image rows and all others do not see each other."""
-    return Made((MaskRule(f":{_integer(layers, 'layers', 1)}", Mask.UNIMODAL),))
+    return Made((MaskRule(f":{integer(layers, 'layers', 1)}", Mask.UNIMODAL),))
 
 
 def entropy(
@@ -185,14 +187,15 @@ def entropy(
 ) -> Made:
     """Skip where the logit lens on a sequence's last row has an entropy (nats) below a threshold,
     and in multiples of `interval`, if there is one."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-        raise PolicyError("threshold", threshold, "a number, in nats")
-    options: dict[str, Any] = {"threshold": float(threshold)}
+    nats = finite(threshold)
+    if nats is None:
+        raise PolicyError("threshold", threshold, "a finite number, in nats")
+    options: dict[str, Any] = {"threshold": nats}
     if interval is not None:
-        options["interval"] = _integer(interval, "interval", 1)
+        options["interval"] = integer(interval, "interval", 1)
     if _semantics(semantics) is Semantics.REFERENCE:
         options["normed"] = False
-    layers = f"{_first(1, start)}:{_integer(end, 'end')}"
+    layers = f"{_first(1, start)}:{integer(end, 'end')}"
     return _route("paper.entropy", options, scope, layers, skip, semantics)
 
 
@@ -206,12 +209,12 @@ def token_index(
 ) -> Made:
     """Skip multiples of `interval`, which is one less (2 at least) where the logit lens on a
     sequence's last row says the same token as one layer before."""
-    first = _integer(start, "start", 0)
-    options: dict[str, Any] = {"interval": _integer(interval, "interval", 2), "start": first}
+    first = integer(start, "start", 0)
+    options: dict[str, Any] = {"interval": integer(interval, "interval", 2), "start": first}
     if _semantics(semantics) is Semantics.REFERENCE:
         options["normed"] = False
     # The layer at `start` is looked at, for the one after it, and never skipped.
-    layers = f"{first}:{_integer(end, 'end')}"
+    layers = f"{first}:{integer(end, 'end')}"
     return _route("paper.token-index", options, scope, layers, skip, semantics)
 
 
@@ -241,13 +244,13 @@ def selected(
     layers (the last takes the rest); each segment has its own. Multiples are of the layer's index
     in the model.
     """
-    intervals = _intervals(interval)
+    intervals = integers(interval, "interval", 1, "4,3,2,2")
     if len(intervals) > 1 and depth is None:
         raise PolicyError("depth", None, "the model's number of layers, beside several intervals")
     if depth is None:
         each = intervals[0]
         step = "" if each == 1 else f":{each}"
-        return f"{_first(each, start)}:{_integer(end, 'end')}{step}"
+        return f"{_first(each, start)}:{integer(end, 'end')}{step}"
     found = _listed(intervals, start, end, depth)
     if not found:
         problem = f"selects none of {depth} layers"
@@ -256,10 +259,12 @@ def selected(
 
 
 def _listed(intervals: Sequence[int], start: int, end: int, depth: int) -> list[int]:
-    size = _integer(depth, "depth", 1) // len(intervals)
+    if integer(depth, "depth", 1) > MAX_DEPTH:
+        raise PolicyError("depth", depth, f"{MAX_DEPTH} layers at most")
+    size = depth // len(intervals)
     if not size:
         raise PolicyError("interval", list(intervals), f"{depth} intervals at most")
-    first, last = _integer(start, "start", -1), _end(end, depth)
+    first, last = integer(start, "start", -1), _end(end, depth)
     segments = [min(layer // size, len(intervals) - 1) for layer in range(depth)]
     return [
         layer
@@ -268,25 +273,21 @@ def _listed(intervals: Sequence[int], start: int, end: int, depth: int) -> list[
     ]
 
 
-def _intervals(interval: Any) -> tuple[int, ...]:
-    found = interval
-    if isinstance(interval, str):
-        parts = interval.split(",")
-        found = [int(part) for part in parts] if all(p.strip().isdigit() for p in parts) else None
-    items = (found,) if type(found) is int else found
-    is_list = isinstance(items, (list, tuple)) and bool(items)
-    if not is_list or any(type(item) is not int or item < 1 for item in items):
-        raise PolicyError("interval", interval, 'an integer from 1, or several such as "4,3,2,2"')
-    return tuple(items)
-
-
 def _first(interval: int, start: int) -> int:
     """The first multiple behind `start`."""
-    return (_integer(start, "start", -1) // interval + 1) * interval
+    return (integer(start, "start", -1) // interval + 1) * interval
+
+
+def _behind(after: int) -> int:
+    """The first layer behind `after`."""
+    if integer(after, "after") == -1:
+        allowed = "the index of a layer, from 0, or from the end, -2 at most"
+        raise PolicyError("after", after, allowed, "got -1, the last layer: none is behind it")
+    return after + 1
 
 
 def _end(value: int, depth: int) -> int:
-    return value + depth if _integer(value, "end") < 0 else value
+    return value + depth if integer(value, "end") < 0 else value
 
 
 def _skip(what: str, scope: str, layers: str | list[int], kv: str | None, semantics: str) -> Made:
@@ -316,9 +317,3 @@ def _tokens(scope: Any) -> str | tuple[TokenClass, ...]:
 
 def _semantics(value: Any) -> Semantics:
     return member(Semantics, value, "semantics")
-
-
-def _integer(value: object, option: str, least: int | None = None) -> int:
-    if type(value) is not int or (least is not None and value < least):
-        raise PolicyError(option, value, "an integer" + ("" if least is None else f" >= {least}"))
-    return value

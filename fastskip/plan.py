@@ -113,6 +113,20 @@ class SkipPlan:
         seen = not any(plan.unimodal for plan in self.layers)
         return plain and full and seen and not self.routed and not self.removals
 
+    @property
+    def name(self) -> str:
+        """What the policy is called, also where it has no name of its own."""
+        return self.policy.name or ("dense" if self.is_dense else "unnamed")
+
+    @cached_property
+    def treated(self) -> frozenset[TokenClass]:
+        """Classes that the policy says anything of: without rows of theirs it is not at work."""
+        dense = LayerPlan(0, dict.fromkeys(self.classes, Cell(True, True)))
+        found = {routed.token_class for routed in self.routed}
+        for plan in self.layers:
+            found |= {c for c in self.classes if plan.treats(c) != dense.treats(c)}
+        return frozenset(found.union(*(rule.classes for rule in self.removals)))
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all that affects execution, equal across processes; not of names."""

@@ -9,7 +9,8 @@ edge and become enums here; everything that needs a model's depth is checked by 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastskip.policy_fields import (
     select_pairs,
     sequence,
     set_fields,
+    text,
 )
 from fastskip.policy_file import SUFFIXES, read_document, write_document
 from fastskip.policy_removals import Keep, RemovalRule
@@ -117,8 +119,7 @@ class SkipPolicy:
             provenance=json_object(self.provenance, "provenance"),
         )
         self._check_removals()
-        if not isinstance(self.name, str):
-            raise PolicyError("name", self.name, "a string")
+        text(self.name, "name", "a string of Unicode text")
 
     def _check_removals(self) -> None:
         last = -1
@@ -164,11 +165,8 @@ class SkipPolicy:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SkipPolicy:
         """Read a JSON or YAML policy file. A missing or unreadable file raises `OSError`."""
-        try:
+        with _about(path):
             document = read_document(Path(path))
-        except ValueError as error:
-            allowed = f"a policy file ({', '.join(SUFFIXES)})"
-            raise PolicyError(os.fspath(path), None, allowed, str(error)) from error
         if not isinstance(document, dict):
             raise PolicyError(os.fspath(path), document, "an object with schema_version and rules")
         return replace(cls.from_dict(document), folder=str(Path(path).resolve().parent))
@@ -178,7 +176,8 @@ class SkipPolicy:
         return Path(self.folder or ".") / weights
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy as JSON or YAML, by the suffix of `path`.
+        """Write the policy as JSON or YAML, by the suffix of `path`, in one go: a file that was
+        there before stays whole until then. One that cannot be written raises `OSError`.
 
         Router weights stay where they are; relative paths to them are written as seen from there.
         """
@@ -187,10 +186,8 @@ class SkipPolicy:
             if "weights" in router and not os.path.isabs(router["weights"]):
                 here = self.path_of(router["weights"]).resolve()
                 router["weights"] = os.path.relpath(here, Path(path).resolve().parent)
-        try:
+        with _about(path):
             write_document(Path(path), document)
-        except ValueError as error:
-            raise PolicyError("path", os.fspath(path), names(SUFFIXES), str(error)) from error
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> SkipPolicy:
@@ -218,6 +215,16 @@ class SkipPolicy:
             return cls.from_file(value)
         what = f"a SkipPolicy, a dict, the path of a policy file, or a preset ({names(PRESETS)})"
         raise PolicyError("policy", value, what)
+
+
+@contextmanager
+def _about(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong with a file is said of that file."""
+    try:
+        yield
+    except ValueError as error:
+        allowed = f"a policy file ({', '.join(SUFFIXES)})"
+        raise PolicyError(os.fspath(path), None, allowed, str(error)) from error
 
 
 _RULES: dict[str, type[AnyRule]] = {

@@ -6,6 +6,7 @@ Every function takes what a user may write and the field's name, and raises `Pol
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from enum import StrEnum
@@ -20,8 +21,13 @@ E = TypeVar("E", bound=StrEnum)
 T = TypeVar("T")
 
 SEEDS = 1 << 32
+MAX_DEPTH = 10_000
+"""More layers than any model has: to ask for more is a slip, and would take all memory."""
 
 _SLICE = re.compile(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([0-9]{1,9})?)?")
+_INTEGERS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
+# half of a pair, which is no character
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LAYERS_ALLOWED = 'a slice string such as "4:31:2" or ":" (step >= 1), or a list of layer indices'
 
 
@@ -38,6 +44,42 @@ def sequence(value: object, field: str) -> tuple[Any, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(value)
     raise PolicyError(field, value, "a list")
+
+
+def integer(value: object, field: str, least: int | None = None) -> int:
+    """An integer, from `least` on."""
+    if type(value) is not int or (least is not None and value < least):
+        raise PolicyError(field, value, "an integer" + ("" if least is None else f" >= {least}"))
+    return value
+
+
+def integers(value: object, field: str, least: int, example: str) -> tuple[int, ...]:
+    """Integers from `least` on: one, a list of them, or a text such as "4,3,2,2"."""
+    items: Any = (value,) if type(value) is int else value
+    if isinstance(value, str) and _INTEGERS.fullmatch(value):
+        items = [int(part) for part in value.split(",")]
+    is_list = isinstance(items, (list, tuple)) and bool(items)
+    if not is_list or any(type(item) is not int or item < least for item in items):
+        raise PolicyError(field, value, f'an integer from {least}, or several such as "{example}"')
+    return tuple(items)
+
+
+def finite(value: object) -> float | None:
+    """A number as a float; `None` for what is none, or more than a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def text(value: object, field: str, allowed: str) -> str:
+    """A string that a file can hold."""
+    if not isinstance(value, str) or _SURROGATE.search(value):
+        raise PolicyError(field, value, allowed)
+    return value
 
 
 def instances(kind: type[T], value: object, field: str) -> tuple[T, ...]:
@@ -154,7 +196,9 @@ def select_pairs(selection: str | Pairs, depth: int, field: str) -> Pairs:
 def json_object(value: object, field: str) -> dict[str, Any]:
     """A deep copy of a mapping that JSON can hold."""
     try:
-        copy = json.loads(json.dumps(value, allow_nan=False))
+        document = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        document.encode()  # or no file could hold it
+        copy = json.loads(document)
     except (TypeError, ValueError, RecursionError) as error:
         raise PolicyError(field, value, "an object that JSON can hold", str(error)) from error
     if not isinstance(copy, dict):

@@ -7,6 +7,7 @@ aliases (a few of them expand to gigabytes), and duplicate keys are errors in bo
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def read_document(path: Path) -> object:
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
-    """Write plain data in the format of the suffix."""
+    """Write plain data in the format of the suffix; a reader sees the old file or the new one.
+
+    Raises `ValueError` for another suffix, or what UTF-8 cannot hold; `OSError` passes through.
+    """
     _check_suffix(path)
     if path.suffix.lower() == ".json":
         text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -40,7 +44,14 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
         import yaml
 
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    data = text.encode("utf-8")
+    path = path.resolve()  # a link stays one
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _check_suffix(path: Path) -> None:

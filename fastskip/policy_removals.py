@@ -7,7 +7,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from fastskip.policy_fields import TokenSet, check_seed, member, names, plain, set_fields, token_set
+from fastskip.policy_fields import (
+    TokenSet,
+    check_seed,
+    finite,
+    member,
+    names,
+    plain,
+    set_fields,
+    token_set,
+)
 from fastskip.vocabulary import PolicyError, Ranking, TokenClass
 
 
@@ -22,10 +31,10 @@ class Keep:
     ratio: float
 
     def __init__(self, by: Ranking | str, ratio: float) -> None:
-        is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        if not is_number or not math.isfinite(ratio) or not 0 <= ratio < 1:
+        share = finite(ratio)
+        if share is None or not 0 <= share < 1:
             raise PolicyError("ratio", ratio, "a number in [0, 1)")
-        set_fields(self, by=member(Ranking, by, "by"), ratio=float(ratio))
+        set_fields(self, by=member(Ranking, by, "by"), ratio=share)
 
     def count(self, rows: int) -> int:
         """How many of `rows` stay; a share that is a whole number but for rounding is that."""

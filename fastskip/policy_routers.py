@@ -17,6 +17,7 @@ from fastskip.policy_fields import (
     Layers,
     TokenSet,
     check_seed,
+    finite,
     json_object,
     layer_selection,
     member,
@@ -24,6 +25,7 @@ from fastskip.policy_fields import (
     plain,
     set_fields,
     sublayer_set,
+    text,
     token_set,
 )
 from fastskip.vocabulary import (
@@ -43,6 +45,7 @@ _FIELDS = {
     "linear": ("weights", "threshold", "capacity", "group", "agree"),
     "random": ("rate", "seed", "group", "agree"),
 }
+_WEIGHTS_ALLOWED = "the path of a safetensors file, as Unicode text"
 _OPTIONAL = ("threshold", "measure", "weights", "capacity", "rate", "seed", "group", "agree")
 
 
@@ -157,11 +160,9 @@ def _kind(kind: object) -> str:
 
 
 def _number(value: object, field: str, low: float, high: float, *, open_low: bool = False) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value):  # type: ignore[arg-type]
-        found = float(value)  # type: ignore[arg-type]
-        if low <= found <= high and not (open_low and found == low):
-            return found
+    found = finite(value)
+    if found is not None and low <= found <= high and not (open_low and found == low):
+        return found
     if math.isinf(low):
         raise PolicyError(field, value, "a finite number")
     bounds = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
@@ -174,8 +175,8 @@ def _check_similarity(rule: RouterRule) -> None:
 
 
 def _check_linear(rule: RouterRule) -> None:
-    if not isinstance(rule.weights, str) or not rule.weights:
-        raise PolicyError("weights", rule.weights, "the path of a safetensors file")
+    if not text(rule.weights, "weights", _WEIGHTS_ALLOWED):
+        raise PolicyError("weights", rule.weights, _WEIGHTS_ALLOWED)
     if (rule.threshold is None) == (rule.capacity is None):
         both = {"threshold": rule.threshold, "capacity": rule.capacity}
         raise PolicyError("threshold", both, "a threshold or a capacity, one of them")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastskip.paper_presets import BLOCK, PAPER_PRESETS, Made
+from fastskip.policy_fields import integer, integers
 from fastskip.policy_removals import Keep, RemovalRule
 from fastskip.policy_rules import AnyRule, ArrangementRule, SkipRule
 from fastskip.vocabulary import (
@@ -70,7 +71,7 @@ def frozen_visual(start: int = 2, end: int = -1) -> tuple[Rule, ...]:
 
 def visual_withdrawal(after: int = 15) -> tuple[Rule, ...]:
     """Image rows leave all layers after layer `after` (VTW, arXiv 2405.05803)."""
-    rule = SkipRule(f"{_integer(after, 'after', 0) + 1}:", TokenClass.IMAGE, BLOCK, SkippedKV.OMIT)
+    rule = SkipRule(f"{integer(after, 'after', 0) + 1}:", TokenClass.IMAGE, BLOCK, SkippedKV.OMIT)
     return (rule,)
 
 
@@ -80,12 +81,13 @@ def fastv(after: int = 1, ratio: float = 0.5) -> tuple[Rule, ...]:
     return (_removal(after, Ranking.ATTENTION, ratio),)
 
 
-def pyramid_drop(stages: Sequence[int] = (7, 15, 23), ratio: float = 0.5) -> tuple[Rule, ...]:
+def pyramid_drop(
+    stages: int | str | Sequence[int] = (7, 15, 23), ratio: float = 0.5
+) -> tuple[Rule, ...]:
     """After each layer of `stages` a share `ratio` of the image rows that are left stay, by the
     attention of the layer to come (PyramidDrop, arXiv 2410.17247)."""
-    if not isinstance(stages, (list, tuple)) or not stages:
-        raise PolicyError("stages", stages, "a list of layers")
-    return tuple(_removal(after, Ranking.NEXT_ATTENTION, ratio, "stages") for after in stages)
+    layers = integers(stages, "stages", 0, "7,15,23")
+    return tuple(_removal(after, Ranking.NEXT_ATTENTION, ratio) for after in layers)
 
 
 def random_removal(after: int = 1, ratio: float = 0.5, seed: int = 0) -> tuple[Rule, ...]:
@@ -162,11 +164,9 @@ def build_preset(name: str, options: Mapping[str, Any]) -> Made:
     return made if isinstance(made, Made) else Made(made)
 
 
-def _removal(
-    after: int, by: Ranking, ratio: float, option: str = "after", seed: int | None = None
-) -> RemovalRule:
+def _removal(after: int, by: Ranking, ratio: float, seed: int | None = None) -> RemovalRule:
     try:
-        return RemovalRule(_integer(after, option, 0), keep=Keep(by, ratio), seed=seed)
+        return RemovalRule(integer(after, "after", 0), keep=Keep(by, ratio), seed=seed)
     except PolicyError as error:
         raise PolicyError(
             error.field.rpartition(".")[2], error.value, error.allowed, error.problem
@@ -181,8 +181,8 @@ def _every_nth(
     scope: str,
     kv: str | None,
 ) -> tuple[Rule, ...]:
-    step = _integer(interval, "interval", 1)
-    first = step if start is None else _integer(start, "start")
+    step = integer(interval, "interval", 1)
+    first = step if start is None else integer(start, "start")
     if not isinstance(scope, str) or scope not in ("all", *TokenClass):
         raise PolicyError("scope", scope, ", ".join(("all", *TokenClass)))
     rule = SkipRule(f"{_range(first, end)}:{step}", scope, skip, kv)
@@ -190,10 +190,4 @@ def _every_nth(
 
 
 def _range(start: int, end: int) -> str:
-    return f"{_integer(start, 'start')}:{_integer(end, 'end')}"
-
-
-def _integer(value: object, option: str, least: int | None = None) -> int:
-    if type(value) is not int or (least is not None and value < least):
-        raise PolicyError(option, value, "an integer" + ("" if least is None else f" >= {least}"))
-    return value
+    return f"{integer(start, 'start')}:{integer(end, 'end')}"

@@ -112,7 +112,10 @@ class PolicyError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str, problem: str | None = None) -> None:
         self.field, self.value, self.allowed, self.problem = field, value, allowed, problem
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except (ValueError, RecursionError):  # thousands of digits, or of lists in lists
+            shown = "a value too long to show"
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
         super().__init__(f"{field}: {problem or f'got {shown}'}; allowed: {allowed}")
 

@@ -19,6 +19,7 @@ from fastskip.chances import weights_read, weights_read_table
 from fastskip.costs import (
     Ceilings,
     Cost,
+    CountError,
     Operation,
     cache_bytes,
     decode_cost,
@@ -352,11 +353,28 @@ def test_operations_of_a_step() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [((-1, 4, 5), "image: -1"), ((3, 4, 0), "n_new"), ((3, -1, 1), "n_text=-1")],
+    [
+        ((-1, 4, 5), "n_image: got -1; allowed: a whole number from 0"),
+        ((3, 4, 0), "n_new: got 0; allowed: a whole number from 1"),
+        ((3, -1, 1), "n_text: got -1"),
+        ((3, 4, 1.5), "n_new: got 1.5"),
+        ((3, 4, 1, 0), "batch: got 0; allowed: a whole number from 1"),
+        ((3, 4, 1, -1), "batch: got -1"),
+    ],
 )
-def test_impossible_counts(counts: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_impossible_counts(counts: Any, message: str) -> None:
+    with pytest.raises(CountError, match=message):
         make_plan(SkipPolicy(), llama()[1]).cost(*counts)
+
+
+def test_impossible_counts_of_parts() -> None:
+    plan = make_plan(SkipPolicy(), llama()[1])
+    with pytest.raises(CountError, match="batch: got -1"):
+        plan.kv_bytes(3, 4, batch=-1)
+    with pytest.raises(CountError, match="batch: got 0"):
+        plan.decode_bytes({TEXT: 4}, 0)
+    with pytest.raises(CountError, match=r"text_before: got 5; allowed: n_text \(4\) at most"):
+        plan.cost(3, 4, 1, text_before=5)
 
 
 def test_text_only_model_has_no_image_rows() -> None:
@@ -364,7 +382,7 @@ def test_text_only_model_has_no_image_rows() -> None:
     sizes = {name: getattr(shape, name) for name in shape.__slots__} | {"has_images": False}
     plan = make_plan(SkipPolicy(), ModelShape(**sizes))
     assert plan.cost(0, 4, 2).flops > 0
-    with pytest.raises(ValueError, match="allowed: counts >= 0 of text, generated"):
+    with pytest.raises(CountError, match="allowed: counts >= 0 of text, generated"):
         plan.kv_bytes(1, 4)
 
 

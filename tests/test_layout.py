@@ -29,6 +29,8 @@ class Floor:
 # From the bottom up: a floor may only name floors above it in this table.
 PURE = ("policy", "plan")
 FLOORS = {
+    # How numbers are told, to whoever tells them.
+    "wording": Floor(("wording",)),
     "policy": Floor(
         ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
         + ("policy_removals",)
@@ -104,14 +106,15 @@ FLOORS = {
     "study": Floor(
         ("study",),
         (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
-        + ("fingerprints", "fit")
+        + ("fingerprints", "fit", "wording")
         + ("prompts", "intervals", "machine"),
         ("torch", "numpy", "PIL", "safetensors", "pycocoevalcap"),
     ),
     # Learned by transformers' trainer; what routers learn by is the definition of their score.
     "training": Floor(
         ("study.training",),
-        (*PURE, "reference", "routing", "families", "loading", "public", "prompts"),
+        (*PURE, "reference", "routing", "families", "loading", "public", "prompts")
+        + ("fingerprints", "wording"),
         ("PIL", "matplotlib", "numpy", "peft", "safetensors", "torch", "transformers"),
     ),
     # The experiments of the paper are run on the demo's models and scenes.
@@ -129,6 +132,7 @@ FLOORS = {
             "demo",
             "study",
             "training",
+            "wording",
         ),
         ("torch", "numpy", "matplotlib", "PIL", "transformers", "tqdm"),
     ),
@@ -140,7 +144,9 @@ FLOORS = {
     ),
     # Reads what the study wrote, as files; no model and no tensor.
     "report": Floor(
-        ("study.report",), (*PURE, "public", "intervals"), ("matplotlib", "jinja2", "markupsafe")
+        ("study.report",),
+        (*PURE, "public", "intervals", "wording"),
+        ("matplotlib", "jinja2", "markupsafe"),
     ),
     # What other programs load; one imports only the program that it plugs into.
     "integrations": Floor(
@@ -152,14 +158,14 @@ FLOORS = {
     "search": Floor(
         ("study.search",),
         (*PURE, "tokens", "families", "loading", "public", "machine", "intervals", "timing")
-        + ("fingerprints", "fit", "study", "paper"),
+        + ("fingerprints", "fit", "study", "paper", "wording"),
         ("torch", "numpy", "scipy", "matplotlib"),
     ),
     "commands": Floor(
         ("cli", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
         + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "search")
-        + ("report",),
+        + ("report", "wording"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }
@@ -352,6 +358,10 @@ def test_public_names() -> None:
         assert getattr(fastskip, name) is not None
     with pytest.raises(AttributeError, match="'fastskip' has no attribute 'nothing'"):
         _ = fastskip.nothing
+
+
+def test_modules_of_the_readme_come_when_they_are_named() -> None:
+    run("import fastskip\nwith fastskip.profiling.ranges(): pass")
 
 
 @pytest.mark.parametrize(

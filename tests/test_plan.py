@@ -398,3 +398,20 @@ def test_removals_that_do_not_fit(policy: SkipPolicy, field: str) -> None:
 def test_removals_need_images() -> None:
     with pytest.raises(PolicyError, match="text-only"):
         make_plan(removing(1), shape(has_images=False))
+
+
+@pytest.mark.parametrize(
+    ("policy", "treated"),
+    [
+        (SkipPolicy(), set()),
+        (SkipPolicy((SkipRule([1], [GENERATED], "ffn"),)), {GENERATED}),
+        (SkipPolicy(routers=(RouterRule([1], [TEXT], "ffn", threshold=0.5),)), {TEXT}),
+        (SkipPolicy(arrangements=(ArrangementRule([1], "parallel"),)), EVERY),
+        (SkipPolicy(masks=(MaskRule([1], "unimodal"),)), {IMAGE}),
+        (removing(1), {IMAGE}),
+    ],
+)
+def test_whom_a_policy_is_about(policy: SkipPolicy, treated: set[TokenClass]) -> None:
+    plan = make_plan(policy, shape())
+    assert plan.treated == treated
+    assert plan.name == ("unnamed" if treated else "dense")

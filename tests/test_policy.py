@@ -196,6 +196,7 @@ MALFORMED: list[tuple[str, object, str, str]] = [
     ("routers/0/kind", ["similarity"], "routers[0].kind", '"similarity"'),
     ("routers/0/threshold", math.nan, "routers[0].threshold", "number"),
     ("routers/0/threshold", math.inf, "routers[0].threshold", "number"),
+    ("routers/0/threshold", 10**400, "routers[0].threshold", "[-1, 1]"),
     ("routers/0/threshold", 1.5, "routers[0].threshold", "[-1, 1]"),
     ("routers/0/threshold", True, "routers[0].threshold", "number"),
     ("routers/0/threshold", "0.9", "routers[0].threshold", "number"),
@@ -214,14 +215,17 @@ MALFORMED: list[tuple[str, object, str, str]] = [
     ("routers/0/options", {}, "routers[0].options", "plug-in"),
     ("routers", [router("similarity", threshold=-0.1, measure="change")], THRESHOLD, "[0, inf)"),
     ("routers", [router("random")], "routers[0].rate", "[0, 1]"),
+    ("routers", [router("random", rate=10**400)], "routers[0].rate", "[0, 1]"),
     ("routers", [router("random", rate=1.01)], "routers[0].rate", "[0, 1]"),
     ("routers", [router("random", rate=0.5, seed=-1)], "routers[0].seed", "integer"),
     ("routers", [router("random", rate=0.5, seed=1.0)], "routers[0].seed", "integer"),
     ("routers", [router("random", rate=0.5, threshold=1)], THRESHOLD, '"rate"'),
     ("routers", [router("linear", threshold=0)], "routers[0].weights", "safetensors"),
+    ("routers", [router("linear", weights="\udcff", threshold=0)], "routers[0].weights", "Unicode"),
     ("routers", [router("linear", weights="w")], THRESHOLD, "or a capacity"),
     ("routers", [router("linear", weights="w", threshold=0, capacity=1)], THRESHOLD, "one of"),
     ("routers", [router("linear", weights="w", threshold=math.inf)], THRESHOLD, "finite"),
+    ("routers", [router("linear", weights="w", threshold=-(10**400))], THRESHOLD, "finite"),
     ("routers", [router("linear", weights="w", capacity=0)], "routers[0].capacity", "(0, 1]"),
     ("routers", [router("linear", weights="w", capacity=1.1)], "routers[0].capacity", "(0, 1]"),
     (
@@ -256,6 +260,12 @@ MALFORMED: list[tuple[str, object, str, str]] = [
     ("removals", [removal(keep={"by": "random", "ratio": 1})], "removals[0].keep.ratio", "[0, 1)"),
     (
         "removals",
+        [removal(keep={"by": "random", "ratio": 10**5000})],
+        "removals[0].keep.ratio",
+        "[",
+    ),
+    (
+        "removals",
         [removal(keep={"by": "random", "ratio": math.nan})],
         "removals[0].keep.ratio",
         "[0",
@@ -278,6 +288,8 @@ MALFORMED: list[tuple[str, object, str, str]] = [
     ("masks", [{"layers": ":", "kind": "bimodal"}], "masks[0].kind", "unimodal"),
     ("masks", [{"kind": "unimodal"}], "masks[0].layers", "a value"),
     ("masks", "none", "masks", "list"),
+    ("name", "a\ud800b", "name", "Unicode"),
+    ("provenance", {"a": "\ud800"}, "provenance", "JSON"),
     ("semantics", "exact", "semantics", "reference"),
     ("semantics", None, "semantics", "clean"),
     ("arrangements/0/tokens", ["words"], "arrangements[0].tokens", "generated"),
@@ -370,6 +382,28 @@ def test_file_errors(tmp_path: Path) -> None:
         SkipPolicy.from_file(tmp_path / "none.json")
     with pytest.raises(PolicyError, match=r"\.yaml"):
         SkipPolicy().save(tmp_path / "policy.txt")
+
+
+def test_a_file_stays_whole_until_the_next_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link = tmp_path / "policy.json", tmp_path / "link.json"
+    SkipPolicy(name="old").save(path)
+    link.symlink_to(path)
+    rule = RouterRule(":", skip="ffn", kind="linear", weights="w.safetensors", threshold=0)
+    with pytest.raises(PolicyError, match="surrogates not allowed"):
+        SkipPolicy(routers=(rule,), folder="/no text: \udcff").save(path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
+        patch.setattr("fastskip.policy_file.os.replace", _fail)
+        SkipPolicy(name="new").save(path)
+    assert SkipPolicy.from_file(path).name == "old"
+    SkipPolicy(name="new").save(link)
+    assert link.is_symlink() and SkipPolicy.from_file(path).name == "new"
+    assert {file.name for file in tmp_path.iterdir()} == {"policy.json", "link.json"}
+
+
+def _fail(*paths: object) -> None:
+    raise OSError("the disk is full")
 
 
 def test_coerce() -> None:

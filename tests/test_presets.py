@@ -121,8 +121,14 @@ def test_removal_presets() -> None:
         (3, "next_attention", 0.25),
     ]
     assert SkipPolicy.preset("random_removal", seed=4).removals[0].seed == 4
+    # As the command line hands them on.
+    for stages, layers in (("2, 4", [2, 4]), (3, [3])):
+        text = SkipPolicy.preset("pyramid_drop", stages=stages)
+        assert [r.after_layer for r in text.removals] == layers
     for name, options, field in (
         ("fastv", {"ratio": 1}, "fastv.ratio"),
+        ("fastv", {"ratio": 10**400}, "fastv.ratio"),
+        ("pyramid_drop", {"stages": "2,²"}, "pyramid_drop.stages"),
         ("fastv", {"after": "2"}, "fastv.after"),
         ("pyramid_drop", {"stages": []}, "pyramid_drop.stages"),
         ("pyramid_drop", {"stages": [3, -1]}, "pyramid_drop.stages"),

@@ -1,5 +1,6 @@
 """What several subcommands share: their options, and checkpoints by name."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,12 @@ TflopsOption = Annotated[
 
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+SLOWEST, FASTEST = 1e-6, 1e9
+"""Of ceilings, in GB/s and TFLOP/s: beyond them floors come to nothing, or to no number."""
+_UNFIT = re.compile(
+    "the checkpoint has no|size mismatch|mismatched_sizes|conversion of the weights"
+)
+"""How fastskip and transformers say, by errors of no type of their own, that weights do not fit."""
 
 
 def checkpoint(model: str | None) -> str:
@@ -98,7 +105,7 @@ def checkpoint(model: str | None) -> str:
         from fastskip.demo import checkpoint_path
 
         model = str(checkpoint_path())
-    if not (Path(model).is_dir() or HUB_NAME.fullmatch(model)):
+    if not (os.path.isdir(model) or HUB_NAME.fullmatch(model)):
         allowed = "an existing folder, or a hub name such as llava-hf/llava-1.5-7b-hf"
         raise CommandError(f"--model {model}: no such folder; allowed: {allowed}")
     return model
@@ -122,15 +129,21 @@ def prepare(threads: int | None = None) -> None:
 
 @contextmanager
 def reading(model: str) -> Iterator[None]:
-    """Missing or broken checkpoint files become one clear line."""
+    """Missing, broken or unfit checkpoint files become one clear line."""
     from safetensors import SafetensorError
 
+    allowed = "a folder or hub checkpoint with config and weights"
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        allowed = "a folder or hub checkpoint with config and weights"
         raise CommandError(f"--model {model}: {reason}; allowed: {allowed}") from error
+    except (RuntimeError, ValueError) as error:
+        if not _UNFIT.search(str(error)):
+            raise
+        reason = " ".join(str(error).removeprefix(f"{model}: ").split())
+        problem = f"weights do not fit config.json ({reason})"
+        raise CommandError(f"--model {model}: {problem}; allowed: {allowed}") from error
 
 
 def config_of(model: str) -> Any:
@@ -149,12 +162,17 @@ def config_of(model: str) -> Any:
     return config
 
 
-def inputs_for(model: str, prompt: str, images: list[Path] | None, max_new_tokens: int) -> Any:
-    """Processor and model inputs; whatever is wrong with them is found before weights load."""
+def pictures_of(images: list[Path] | None) -> list[Any]:
+    """The images of these files."""
     from fastskip.images import load_image
+
+    return [load_image(path) for path in images or ()]
+
+
+def inputs_for(model: str, prompt: str, pictures: list[Any], max_new_tokens: int) -> Any:
+    """Processor and model inputs; whatever is wrong with them is found before weights load."""
     from fastskip.prompts import build_inputs, processor_for
 
-    pictures = [load_image(path) for path in images or ()]
     config = config_of(model)
     processor = processor_for(model)
     return processor, build_inputs(
@@ -169,7 +187,10 @@ def device_of(name: str | None) -> Any:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("holds no data")
+        return device
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         reason = str(error).partition("\n")[0]
         count = torch.cuda.device_count()
@@ -186,20 +207,28 @@ def ceilings_of(
 
     if bandwidth is None and tflops is None:
         return ceilings(dtype, device_of(device))
-    if not (bandwidth and tflops and bandwidth > 0 and tflops > 0):
+    asked = bandwidth or 0, tflops or 0
+    if not all(SLOWEST <= each <= FASTEST for each in asked):
         raise CommandError(
-            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as positive numbers, or "
-            "none (then this machine is measured)"
+            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as positive numbers from "
+            f"{SLOWEST:g} to {FASTEST:g}, or none (then this machine is measured)"
         )
-    return Ceilings(bandwidth * 1e9, tflops * 1e12)
+    return Ceilings(asked[0] * 1e9, asked[1] * 1e12)
 
 
 def policy_of(policy: str | None) -> Any:
     """The policy asked for; None leaves the choice to the checkpoint."""
     from fastskip.policy import SkipPolicy
+    from fastskip.presets import PRESETS
 
+    if policy is None:
+        return None
+    if policy not in PRESETS and not os.path.isfile(policy):
+        what = "a folder" if os.path.isdir(policy) else "no such file or preset"
+        allowed = "a policy file (.json, .yaml), or a preset that `fastskip policies` lists"
+        raise CommandError(f"--policy {policy}: {what}; allowed: {allowed}")
     try:
-        return None if policy is None else SkipPolicy.coerce(policy)
+        return SkipPolicy.coerce(policy)
     except OSError as error:
         allowed = "a readable policy file, or a preset"
         raise CommandError(f"--policy {policy}: {error}; allowed: {allowed}") from error

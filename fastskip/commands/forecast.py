@@ -99,11 +99,17 @@ class Forecast:
 
     plan: SkipPlan
     workload: Workload
+    dtype: torch.dtype
     ceilings: Ceilings
     dense: Totals
     skipping: Totals
     ideal: Speedup
     routed: Routed | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """Number format of weights and cache."""
+        return str(self.dtype).removeprefix("torch.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -111,6 +117,7 @@ class Forecast:
         found = {
             "policy": self.plan.policy.to_dict(),
             "workload": asdict(self.workload),
+            "dtype": self.dtype_name,
             "ceilings": asdict(self.ceilings),
             "layers": [
                 {
@@ -176,6 +183,7 @@ def forecast(
     return Forecast(
         skipping,
         load,
+        dtype,
         ceilings,
         _totals(dense, load, ceilings),
         found.totals,

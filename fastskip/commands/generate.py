@@ -13,11 +13,16 @@ from fastskip.commands.common import (
     PolicyOption,
     ThreadsOption,
     checkpoint,
+    dtype_for,
     inputs_for,
     load,
+    pictures_of,
     policy_of,
     prepare,
 )
+
+MAX_SEED = (1 << 64) - 1
+"""The largest that torch takes."""
 
 
 def generate(
@@ -40,7 +45,10 @@ def generate(
         float, typer.Option(min=0, metavar="T", help="0 takes the likeliest token, > 0 samples.")
     ] = 0.0,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Makes samples repeatable.", show_default=False)
+        int | None,
+        typer.Option(
+            min=0, max=MAX_SEED, metavar="N", help="Makes samples repeatable.", show_default=False
+        ),
     ] = None,
     warmup: Annotated[
         bool, typer.Option("--warmup", help="Run once untimed: kernels compile on first use.")
@@ -60,8 +68,8 @@ def generate(
     """
     prepare(threads)
     path, chosen = checkpoint(model), policy_of(policy)
-    processor, inputs = inputs_for(path, prompt, image, max_new_tokens)
-    prepared = load(path, chosen, dtype, device)
+    processor, inputs = inputs_for(path, prompt, pictures_of(image), max_new_tokens)
+    prepared = load(path, chosen, dtype_for(model, dtype), device)
 
     import fastskip
     from fastskip.commands.streaming import stream
@@ -72,5 +80,5 @@ def generate(
     if warmup:
         stream(prepared, tokenizer, inputs, options, seed, silent=True)
     times = stream(prepared, tokenizer, inputs, options, seed)
-    name = fastskip.plan_of(prepared).policy.name or "unnamed"
+    name = fastskip.plan_of(prepared).name
     typer.secho(f"{times.summary()}, policy {name}", dim=True, err=True)

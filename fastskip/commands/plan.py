@@ -20,6 +20,7 @@ from fastskip.commands.common import (
     ceilings_of,
     checkpoint,
     config_of,
+    dtype_for,
     prepare,
     resolve_policy,
 )
@@ -76,8 +77,8 @@ def plan(
 
     With routers, whose decisions fall at run time, three plans are shown: all rows run, all skip,
     and the mean to expect at [cyan]--rate[/]. Arithmetic falls with the rate p; the weights of a
-    guarded sublayer are read unless a whole batch of B skips, so a decode step still reads 1 - p^B
-    of them, and a prompt nearly all.
+    guarded sublayer are read unless a whole batch of B skips, so a routed decode step still reads
+    1 - p^B of them, and a prompt nearly all.
 
     [bold]Examples[/]
 
@@ -103,7 +104,9 @@ def plan(
         new_tokens,
         batch,
     )
-    number = forecast.dtype_of(config, dtype.value)
+    number = forecast.dtype_of(config, dtype_for(model, dtype).value)
+    if device is not None and (bandwidth is not None or tflops is not None):
+        raise CommandError(f"--device {device}: allowed: not beside --bandwidth and --tflops")
     machine = ceilings_of(bandwidth, tflops, number, device)
     result = forecast.forecast(config, chosen, load, number, machine, rate)
     counted = _launches(result, launches)
@@ -151,7 +154,7 @@ def _show_launches(
     from rich.markup import escape
     from rich.table import Table
 
-    name = escape(result.plan.policy.name or "policy")
+    name = escape(result.plan.name)
     table = Table("", "dense", name, box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -173,10 +176,11 @@ def _show(model: str, result: "Forecast") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    load, name = result.workload, escape(result.plan.policy.name or "policy")
+    load, name = result.workload, escape(result.plan.name)
     console = Console(highlight=False)
     depth = result.plan.shape.depth
-    console.print(f"[bold]{name}[/] on {escape(model)}: {depth} layers", soft_wrap=True)
+    about = f"{depth} layers, {result.dtype_name}"
+    console.print(f"[bold]{name}[/] on {escape(model)}: {about}", soft_wrap=True)
     if result.plan.is_dense:
         console.print("Nothing is skipped.")
     else:
@@ -231,22 +235,29 @@ def _columns(
 
 def _about_routers(result: "Forecast", routed: "forecast.Routed") -> str:
     from fastskip.chances import weights_read
-    from fastskip.policy import Group
+    from fastskip.policy import Group, TokenClass
 
     about = "Cells with ? are decided by routers at run time. "
     if routed.rates is None:
         return about + "Say --rate SHARE to see what to expect where that share of rows skips."
-    shares = {
-        rate: weights_read(rate, result.workload.batch, rule.group or Group.ROW)
-        for rate, rule in zip(routed.rates.values(), result.plan.policy.routers, strict=True)
+    skipping = ", ".join(f"{rate:.0%}" for rate in dict.fromkeys(routed.rates.values()))
+    about += f"Expected: the mean where {skipping} of rows skip. "
+    batch = result.workload.batch
+    in_steps = {
+        (routed.rates[cell.number], cell.rule.group or Group.ROW)
+        for cell in result.plan.routed
+        if cell.token_class is TokenClass.GENERATED
     }
-    skipping, read = (
-        ", ".join(f"{each:.0%}" for each in side) for side in (shares, shares.values())
-    )
+    if not in_steps:
+        return about + "Decode steps are not routed: they read all weights that no rule leaves out."
+    shares = [
+        f"{weights_read(rate, batch, group):.0%}"
+        + (f" ({rate:.0%} by {group})" if len(in_steps) > 1 else "")
+        for rate, group in sorted(in_steps)
+    ]
     return (
-        f"{about}Expected: the mean where {skipping} of rows skip. A decode step of batch "
-        f"{result.workload.batch} then reads {read} of a guarded sublayer's weights, as one row "
-        "that runs is enough to read all."
+        f"{about}A decode step of batch {batch} then reads {', '.join(shares)} of a guarded "
+        "sublayer's weights, as one row that runs is enough to read all."
     )
 
 

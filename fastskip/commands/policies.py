@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastskip.commands.common import CommandError
+from fastskip.policy_fields import MAX_DEPTH
 
 
 def policies(
@@ -27,7 +28,12 @@ def policies(
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Also show what it skips in a model of N layers."),
+        typer.Option(
+            min=1,
+            max=MAX_DEPTH,
+            metavar="N",
+            help="Also show what it skips in a model of N layers.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -45,7 +51,7 @@ def policies(
     if name is None:
         _list()
         return
-    from fastskip.policy import SkipPolicy
+    from fastskip.policy import PolicyError, SkipPolicy
 
     policy = SkipPolicy.preset(name, **dict(_option(text) for text in option or ()))
     table = None if layers is None else _table(policy, layers)
@@ -54,6 +60,8 @@ def policies(
     else:
         try:
             policy.save(output)
+        except PolicyError as error:
+            raise CommandError(f"--output {error}") from error
         except OSError as error:
             raise CommandError(f"--output {output}: {error}; allowed: a writable file") from error
         typer.echo(f"wrote {output}", err=True)
@@ -69,6 +77,8 @@ def _list() -> None:
     from fastskip.presets import PRESETS
 
     table = Table("preset", "what it does", "options (-s KEY=VALUE)", box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"  # a narrow terminal shows all of a name
     for name, (function, line) in PRESETS.items():
         parameters = inspect.signature(function).parameters.values()
         options = " ".join(f"{p.name}={_shown(p.default)}" for p in parameters)
@@ -77,6 +87,9 @@ def _list() -> None:
 
 
 def _shown(default: object) -> str:
+    """As `--set` takes it."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
     return "-" if default is None else str(default)
 
 

@@ -15,7 +15,9 @@ from fastskip.commands.common import (
     checkpoint,
     config_of,
     device_of,
+    dtype_for,
     inputs_for,
+    pictures_of,
     prepare,
     reading,
     resolve_policy,
@@ -42,7 +44,9 @@ def verify(
 
     The runtime is compared with Hugging Face's model whose sublayer outputs are masked, row by row
     and token by token; rounding of the same size as Hugging Face's own is allowed. Takes the memory
-    of a few copies of the model. Exit code 0: it holds, 1: it does not, 2: it could not be checked.
+    of a few copies of the model. Exit code 0: it holds, 1: it does not, 2: it could not be checked,
+    as where the input has no rows that the policy is about. Without [cyan]-i[/] the demo's model
+    gets a scene of its own.
 
     [bold]Example[/]
 
@@ -52,14 +56,21 @@ def verify(
     path = checkpoint(model)
     config = config_of(path)
     chosen = resolve_policy(policy, path, config)
-    _, inputs = inputs_for(path, prompt, image, max_new_tokens)
+    pictures = pictures_of(image)
+    is_drawn = model is None and not pictures
+    if is_drawn:
+        from fastskip.demo.scenes import Split, draw, scenes
+
+        pictures = [draw(scenes(Split.TEST, 1, seed=0)[0])]
+    _, inputs = inputs_for(path, prompt, pictures, max_new_tokens)
 
     from fastskip.verification.check import verify as check
 
-    report = check(
-        _plain(path, config, dtype, device), chosen, inputs, max_new_tokens=max_new_tokens
-    )
+    plain = _plain(path, config, dtype_for(model, dtype), device)
+    report = check(plain, chosen, inputs, max_new_tokens=max_new_tokens)
     typer.secho(str(report), fg=None if report.holds else "red")
+    if is_drawn:
+        typer.echo("  image: a scene that the demo draws; -i FILE takes one of yours")
     if not report.holds:
         raise typer.Exit(EXIT_FAILED)
 

@@ -13,13 +13,17 @@ from torch import Tensor
 
 
 class UncheckedPolicyError(ValueError):
-    """A policy without a form as a masked dense computation: nothing can be said of it."""
+    """A policy of which nothing can be said: it has no form as a masked dense computation, or the
+    input has no row that it is about."""
 
 
 IMAGE, TEXT, GENERATED = 0, 1, 2
 """The values of a `token_classes` tensor."""
 
 CLASS_NAMES = ("image", "text", "generated")
+
+FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
+"""Inputs of a model that fill placeholders."""
 
 Norm = Literal["own", "shared"]
 Combine = Literal["sum", "mean"]
@@ -73,6 +77,12 @@ def classify(
     if prompt_length is not None:
         classes[:, prompt_length:] = GENERATED
     return classes
+
+
+def classify_prompt(input_ids: Tensor, config: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """As `classify` says of a prompt; placeholders are filled where `inputs` has any features."""
+    filled = any(inputs.get(name) is not None for name in FEATURES)
+    return classify(input_ids, config, image_features=filled)
 
 
 def is_member(classes: Tensor, wanted: Iterable[int]) -> Tensor:

@@ -17,12 +17,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from fastskip.families import final_norm_of, text_model_of
+from fastskip.families import final_norm_of, shape_of, text_model_of
 from fastskip.loading import PolicyLike, apply_, record_routing
-from fastskip.policy import SkipPolicy
+from fastskip.plan import SkipPlan, make_plan
+from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.routing import RoutingRecord
 from fastskip.verification.budget import Budget, measure
-from fastskip.verification.cells import CLASS_NAMES, GENERATED
+from fastskip.verification.cells import (
+    CLASS_NAMES,
+    GENERATED,
+    UncheckedPolicyError,
+    classify_prompt,
+)
 from fastskip.verification.oracle import MaskedOracle, Prompt
 
 Decisions = Mapping[tuple[int, str], Tensor]
@@ -85,6 +91,8 @@ class Report:
     tokens_checked: int
     wrong_tokens: tuple[WrongToken, ...] = ()
     first_difference: Difference | None = None
+    absent: tuple[str, ...] = ()
+    """Classes that the policy is about too and that the input has no rows of."""
 
     @property
     def holds(self) -> bool:
@@ -104,6 +112,7 @@ class Report:
             line(not self.wrong_tokens, f"greedy tokens: {good} of {self.tokens_checked} agree"),
             *(f"         {wrong}" for wrong in self.wrong_tokens),
         ]
+        lines += [f"  {name} rows: not in this input, so not checked" for name in self.absent]
         if self.first_difference is not None:
             lines.append(f"  first difference: {self.first_difference}")
         elif not self.holds:
@@ -133,6 +142,8 @@ def verify(
     Raises:
         TypeError: `model` is prepared already.
         ValueError: `max_new_tokens` is less than 1.
+        UncheckedPolicyError: the input has no rows that the policy is about, or the policy has no
+            form as a masked dense computation.
     """
     if getattr(model, "_fastskip", None) is not None:
         raise TypeError("model: is prepared already; needed: the plain Hugging Face model")
@@ -143,6 +154,8 @@ def verify(
     real = inputs["attention_mask"].bool()
 
     product: Any = apply_(copy.deepcopy(model), chosen)
+    plan = make_plan(chosen, shape_of(model.config))
+    absent = _absent(plan, model, inputs, real, max_new_tokens)
     # The checkpoint's own may end sequences early, or sample.
     product.generation_config = GenerationConfig(pad_token_id=0)
     with record_routing(product) as forward:
@@ -179,7 +192,7 @@ def verify(
             truth = _expect(exact, chosen, inputs, tokens, *again)
         first = _first_difference(states, eager, truth, real)
     return Report(
-        policy=chosen.name or "without a name",
+        policy=plan.name,
         dtype=str(model.dtype).removeprefix("torch."),
         truth_dtype=str(exact.dtype).removeprefix("torch."),
         prompt=prompt,
@@ -187,7 +200,36 @@ def verify(
         tokens_checked=tokens.numel(),
         wrong_tokens=wrong,
         first_difference=first,
+        absent=absent,
     )
+
+
+_NEEDED = {
+    TokenClass.IMAGE: "an image",
+    TokenClass.TEXT: "text",
+    TokenClass.GENERATED: "two new tokens, as the last one is never fed back",
+}
+"""What gives an input rows of a class."""
+
+
+def _absent(
+    plan: SkipPlan,
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    real: Tensor,
+    max_new_tokens: int,
+) -> tuple[str, ...]:
+    """Classes that the policy is about and the input has no rows of; raises if that is all."""
+    codes = classify_prompt(inputs["input_ids"], model.config, inputs)[real].unique().tolist()
+    there = {CLASS_NAMES[code] for code in codes} | ({"generated"} if max_new_tokens > 1 else set())
+    absent = [c for c in TokenClass if c in plan.treated and c not in there]
+    if absent and len(absent) == len(plan.treated):
+        needed = " and ".join(_NEEDED[c] for c in absent)
+        raise UncheckedPolicyError(
+            f"policy {plan.name}: not checked, as it is about {' and '.join(absent)} rows and this "
+            f"input has none; needed: {needed}"
+        )
+    return tuple(c.value for c in absent)
 
 
 class _Expected(NamedTuple):

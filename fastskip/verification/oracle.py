@@ -19,7 +19,7 @@ from fastskip.verification.cells import (
     IMAGE,
     UncheckedPolicyError,
     classes_of,
-    classify,
+    classify_prompt,
     read_policy,
     read_routed_kv,
 )
@@ -236,14 +236,7 @@ class MaskedOracle:
     def _default_classes(self, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
         if input_ids is None:
             raise TypeError("token_classes: needed where there are no input_ids")
-        features = (
-            "pixel_values",
-            "pixel_values_images",
-            "pixel_values_videos",
-            "mm_encoder_outputs",
-        )
-        filled = any(inputs.get(name) is not None for name in features)
-        return classify(input_ids, self._config, image_features=filled)
+        return classify_prompt(input_ids, self._config, inputs)
 
     def _see_embeddings(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._prompt_embeddings = kwargs.get("inputs_embeds")

@@ -118,6 +118,7 @@ def test_late_layers_and_exits() -> None:
     assert IMAGE not in gone.layers[16].holding
     assert {cell.layer for cell in plan("exit", after=-2).routed} == {31}
     assert {cell.layer for cell in plan("exit", after=4).routed} == {5}
+    assert skipping(plan("visual-withdrawal", after=-2), "ffn", IMAGE) == [31]
 
 
 def test_first_layers_are_masked() -> None:
@@ -159,6 +160,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("random", {"skip": "attention", "semantics": "reference"}, "paper/random.skip"),
     ("token-ratio-ffn", {"ratio": 1.5}, "paper/token-ratio-ffn.rate"),
     ("entropy", {"threshold": "low"}, "paper/entropy.threshold"),
+    ("entropy", {"threshold": 10**400}, "paper/entropy.threshold"),
+    ("skip-block", {"interval": "²,2", "depth": 32}, "paper/skip-block.interval"),
+    ("skip-block", {"interval": "9" * 5000}, "paper/skip-block.interval"),
+    ("skip-block", {"depth": 10**9}, "paper/skip-block.depth"),
+    ("parallel-block", {"depth": "x"}, "paper/parallel-block.depth"),
+    ("exit", {"after": -1}, "paper/exit.after"),
+    ("visual-withdrawal", {"after": -1}, "paper/visual-withdrawal.after"),
     ("unimodal-mask", {"layers": 0}, "paper/unimodal-mask.layers"),
 ]
 

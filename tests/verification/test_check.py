@@ -10,6 +10,7 @@ import fastskip
 from fastskip.decoder.layer import Block
 from fastskip.policy import TokenClass
 from fastskip.verification import check
+from fastskip.verification.cells import UncheckedPolicyError
 from fastskip.verification.check import Report, verify
 from tests.batches import random_batch
 from tests.models import tiny_llama, tiny_llava
@@ -91,6 +92,40 @@ def test_a_narrow_truth_where_fp64_does_not_fit(monkeypatch: pytest.MonkeyPatch)
     assert found.holds and found.truth_dtype == "float32"
     # fp32 is no truth for itself.
     assert verify(tiny_llama(), None, inputs, max_new_tokens=2).truth_dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("policy", "images", "new_tokens", "absent"),
+    [
+        (policy_of(skip([1], ["image"], "ffn")), (0, 0), 2, "image"),
+        (policy_of(skip([1], ["image", "generated"], "ffn")), (0, 0), 1, "image and generated"),
+        (policy_of(skip([1], ["generated"], "ffn")), (1,), 1, "generated"),
+        (
+            policy_of() | {"removals": [{"after_layer": 1, "keep": {"by": "spacing", "ratio": 0}}]},
+            (0,),
+            2,
+            "image",
+        ),
+    ],
+)
+def test_a_policy_about_rows_that_are_not_there_is_not_proven(
+    policy: Policy, images: tuple[int, ...], new_tokens: int, absent: str
+) -> None:
+    model = tiny_llava()
+    inputs = random_batch(model, images=images).inputs()
+    with pytest.raises(UncheckedPolicyError, match=f"about {absent} rows and this input has none"):
+        verify(model, policy, inputs, max_new_tokens=new_tokens)
+    # It does not matter to a policy about others.
+    others = policy_of(skip([1], ["text"], "ffn"))
+    assert verify(model, others, inputs, max_new_tokens=new_tokens).holds
+
+
+def test_a_report_says_what_of_a_policy_was_not_checked() -> None:
+    model = tiny_llava()
+    inputs = random_batch(model, images=(0, 0)).inputs()
+    report = verify(model, policy_of(skip([1], "all", "ffn")), inputs, max_new_tokens=2)
+    assert report.holds and report.absent == ("image",)
+    assert "image rows: not in this input, so not checked" in str(report)
 
 
 def test_a_prepared_model_and_an_empty_answer_are_refused() -> None:
