@@ -17,7 +17,7 @@ from benchmarks.shapes import Builder, Models, Shape, models, prompts
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 from fastskip.routing import RoutingRecord
-from fastskip.timing import threads_set
+from fastskip.timing import threads_set, warm_counts
 
 # The default first: what a first call does once must not count against fewer threads.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
@@ -125,9 +125,8 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
         model = both.hf if peer.policy is None else _under(both, policies[peer.name])
         with threads_set(threads):
             if case.device != "cpu" and peer.policy is not None:
-                # A policy just set captures its graphs anew: prompts when they come again.
-                for _ in range(2):
-                    run_once(model, inputs, WARM_TOKENS, case.device, peer.hf_cache)
+                for count in warm_counts(torch.device(case.device), n_new, WARM_TOKENS):
+                    run_once(model, inputs, count, case.device, peer.hf_cache)
             return run_once(model, inputs, n_new, case.device, peer.hf_cache)
 
     for peer in peers:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -17,13 +18,18 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SmolVLMConfig,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 import fastskip
+from fastskip.families import model_class_name, rows_of_crop
 
 DEMO_CHECKPOINT = Path(fastskip.__file__).parent / "demo" / "checkpoint"
 PAD_ID = 0
+CROPS = 13
+"""Of an image that SmolVLM's processor cuts: four by three, and the whole."""
 FIRST_WORD = 5
 """Ids below are special tokens."""
 
@@ -79,7 +85,8 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     image = torch.full((batch, config.image_seq_length), config.image_token_id)
     ids = torch.cat([ids[:, : shape.text_before], image, ids[:, shape.text_before :]], dim=1)
     side = config.vision_config.image_size
-    pixels = torch.randn(batch, 3, side, side, generator=generator)
+    crops = (CROPS,) if config.model_type == "smolvlm" else ()
+    pixels = torch.randn(batch, *crops, 3, side, side, generator=generator)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -140,17 +147,50 @@ def _half_billion(dtype: torch.dtype) -> Any:
     return random_model(config, dtype)
 
 
+def _smolvlm(dtype: torch.dtype) -> Any:
+    """SmolVLM-256M's language model, 135 M weights; crops of 64 rows, as of a photo, and almost no
+    vision."""
+    vision = SmolVLMVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=128,
+        patch_size=4,
+    )
+    text = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        vocab_size=49280,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        pad_token_id=PAD_ID,
+    )
+    config = SmolVLMConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=49190,
+        pad_token_id=PAD_ID,
+        scale_factor=4,
+        tie_word_embeddings=True,
+    )
+    config.image_seq_length = CROPS * rows_of_crop(config)
+    return random_model(config, dtype)
+
+
 @torch.no_grad()
-def random_model(
-    config: LlavaConfig, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
-) -> Any:
+def random_model(config: Any, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Any:
     """A model with weights drawn once, in `dtype`, where they stay; Hugging Face would draw them
     twice, in fp32, on the CPU."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with no_init_weights(), torch.device(device):
-            model = LlavaForConditionalGeneration(config)
+            model = getattr(transformers, model_class_name(config))(config)
     finally:
         torch.set_default_dtype(default)
     generator = torch.Generator(device).manual_seed(seed)
@@ -164,3 +204,4 @@ def random_model(
 
 DEMO = Shape("demo", _demo, text_before=2, text_after=14)
 HALF_BILLION = Shape("0.5b", _half_billion, text_before=4, text_after=40)
+SMOLVLM = Shape("smolvlm-256m", _smolvlm, text_before=4, text_after=40)

@@ -62,19 +62,6 @@ def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
     return real[:, cache.columns :]
 
 
-def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
-    """Raises for what Hugging Face takes for several sequences in one row: positions that do not
-    go on one by one, without a mask or a cache."""
-    given = inputs.get("position_ids")
-    if given is None or keeps_cache or inputs.get("attention_mask") is not None:
-        return
-    if bool((given.diff(dim=-1) != 1).any()):
-        raise ValueError(
-            "position_ids: several sequences packed into one row; allowed: one a row, padded, with "
-            "an attention_mask"
-        )
-
-
 def codes_of(text_model: Any, runtime: Runtime, cache: SkipCache, inputs: dict[str, Any]) -> Tensor:
     """Class codes ``[B, T]``; the outer model has worked them out unless this is a direct call."""
     codes = classify(

@@ -13,11 +13,11 @@ from fastskip.families import check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.columns import (
     cache_of,
-    check_unpacked,
     codes_of,
     positions_of,
     real_columns,
 )
+from fastskip.generation.refusals import check_unpacked
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
 

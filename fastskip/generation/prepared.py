@@ -31,10 +31,10 @@ from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
+from fastskip.generation.refusals import check_chunks, check_guidance, check_parts
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import save, write_policy
 from fastskip.ops.allocate import on_host
-from fastskip.policy import Group, RouterRule, TokenClass
 from fastskip.sparse.checkpoint import write_sparse
 from fastskip.sparse.convert import sparse_matrices
 
@@ -179,7 +179,7 @@ class PreparedModel(_Prepared):
 
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         runtime = self._runtime
-        _check_parts(self, runtime)
+        check_parts(self, runtime)
         with runtime.lock:
             runtime.decoder.lens = _lens_of(self)
             with on_host():
@@ -197,8 +197,8 @@ class PreparedModel(_Prepared):
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
             return base.generate(self, inputs, *args, **kwargs)
-        if kwargs.get("logits_to_keep") == 0:  # all of them, of which the last is read
-            del kwargs["logits_to_keep"]
+        if isinstance(kwargs.get("logits_to_keep"), int) and not kwargs["logits_to_keep"]:
+            del kwargs["logits_to_keep"]  # of all of them only the last is read
         with self._runtime.generating(prompt_columns(inputs, kwargs)):
             try:
                 return base.generate(self, inputs, *args, **kwargs)
@@ -230,13 +230,13 @@ class PreparedModel(_Prepared):
                 "(a prepared model brings a compact cache of its own)"
             )
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
-            _check_chunks(runtime, generation_config, model_kwargs.get("attention_mask"))
+            check_chunks(runtime, generation_config, model_kwargs.get("attention_mask"))
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
             if generation_config.use_cache is False:
-                _check_guidance(runtime, generation_config)
+                check_guidance(runtime, generation_config)
                 return
-            _check_parts(self, runtime)
+            check_parts(self, runtime)
             runtime.decoder.attach(text_model_of(self))
             with on_host():
                 runtime.decoder.refresh(wants_gradient=False)
@@ -295,41 +295,3 @@ class PreparedModel(_Prepared):
             write_policy(self._runtime.plan.policy, working_dir)  # so that it goes with the rest
         base: Any = self._fastskip_origin[0]
         return base._upload_modified_files(self, working_dir, *args, **kwargs)
-
-
-def _check_parts(model: Any, runtime: Runtime) -> None:
-    if getattr(text_model_of(model), "_fastskip", None) is not runtime:
-        raise RuntimeError(
-            "language model: another one than was prepared; allowed: to put it in place first, and "
-            "to call fastskip.apply_ then"
-        )
-
-
-def _check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
-    """A prompt in pieces is not what some policies and masks mean by a prompt."""
-    size, policy = generation_config.prefill_chunk_size, runtime.plan.policy
-    if policy.removals or any(map(_may_ask_whole_prompts, policy.routers)):
-        raise ValueError(
-            f"prefill_chunk_size: {size}; allowed: None, since the policy decides on whole prompts"
-        )
-    if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError(
-            f"prefill_chunk_size: {size} with prompts padded on the right; allowed: padding on the "
-            "left, or None"
-        )
-
-
-def _may_ask_whole_prompts(rule: RouterRule) -> bool:
-    is_by_row = rule.group in (None, Group.ROW) and rule.capacity is None
-    return rule.is_plug_in or not is_by_row
-
-
-def _check_guidance(runtime: Runtime, generation_config: Any) -> None:
-    """Without a cache, the guidance processor's forwards cannot be told from the model's own."""
-    together = {TokenClass.TEXT, TokenClass.GENERATED}
-    is_guided = generation_config.guidance_scale not in (None, 1)
-    if is_guided and not any(together <= group for group in runtime.plan.groups):
-        raise ValueError(
-            "use_cache: False with guidance_scale; needed: True, since the policy treats text and "
-            "generated rows differently"
-        )

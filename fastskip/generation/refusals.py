@@ -1,0 +1,60 @@
+"""Calls of Hugging Face's that mean nothing, or something else, under a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastskip.families import text_model_of
+from fastskip.generation.runtime import Runtime
+from fastskip.policy import Group, RouterRule, TokenClass
+
+
+def check_parts(model: Any, runtime: Runtime) -> None:
+    if getattr(text_model_of(model), "_fastskip", None) is not runtime:
+        raise RuntimeError(
+            "language model: another one than was prepared; allowed: to put it in place first, and "
+            "to call fastskip.apply_ then"
+        )
+
+
+def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
+    """Raises for what Hugging Face takes for several sequences in one row: positions that do not
+    go on one by one, without a mask or a cache."""
+    given = inputs.get("position_ids")
+    if given is None or keeps_cache or inputs.get("attention_mask") is not None:
+        return
+    if bool((given.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids: several sequences packed into one row; allowed: one a row, padded, with "
+            "an attention_mask"
+        )
+
+
+def check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
+    """A prompt in pieces is not what some policies and masks mean by a prompt."""
+    size, policy = generation_config.prefill_chunk_size, runtime.plan.policy
+    if policy.removals or any(map(_may_ask_whole_prompts, policy.routers)):
+        raise ValueError(
+            f"prefill_chunk_size: {size}; allowed: None, since the policy decides on whole prompts"
+        )
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(
+            f"prefill_chunk_size: {size} with prompts padded on the right; allowed: padding on the "
+            "left, or None"
+        )
+
+
+def _may_ask_whole_prompts(rule: RouterRule) -> bool:
+    is_by_row = rule.group in (None, Group.ROW) and rule.capacity is None
+    return rule.is_plug_in or not is_by_row
+
+
+def check_guidance(runtime: Runtime, generation_config: Any) -> None:
+    """Without a cache, the guidance processor's forwards cannot be told from the model's own."""
+    together = {TokenClass.TEXT, TokenClass.GENERATED}
+    is_guided = generation_config.guidance_scale not in (None, 1)
+    if is_guided and not any(together <= group for group in runtime.plan.groups):
+        raise ValueError(
+            "use_cache: False with guidance_scale; needed: True, since the policy treats text and "
+            "generated rows differently"
+        )
