@@ -41,6 +41,7 @@ VOCAB = 128
 IMAGE_ID, VIDEO_ID = VOCAB - 1, VOCAB - 2
 NEEDING_TORCHVISION = ("mistral3", "video_llava")
 """Kinds whose processors do; their checkpoints are saved without."""
+PROCESSED: tuple[Kind, ...] = tuple(kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION)
 AROUND_IMAGES = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 """Tokens that Idefics 3's processor writes."""
 IMAGE_SIZE = 2 * PATCH

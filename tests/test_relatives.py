@@ -24,7 +24,7 @@ from tests.agreement import Trio, expected
 from tests.batches import random_batch
 from tests.budget import assert_within_budget
 from tests.checkpoints import (
-    NEEDING_TORCHVISION,
+    PROCESSED,
     VOCAB,
     answer,
     save_checkpoint,
@@ -35,7 +35,6 @@ from tests.policies import MIXED, policy_of, skip
 from tests.test_prompts import SIZES, image
 
 POLICY = MIXED["each class its own rule"]
-PROCESSED = [kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION]
 VIDEOS: tuple[Kind, ...] = ("llava_next_video", "video_llava")
 IMPLS = ["reference", "torch"]
 

@@ -98,7 +98,7 @@ def test_a_step_is_that_of_the_masked_computation(name: str, side: Padding) -> N
         assert_within_budget(each, gradient, eager[each], truth[each])
 
 
-@pytest.mark.parametrize("kind", LLAVA_KINDS)
+@pytest.mark.parametrize("kind", (*LLAVA_KINDS, "internvl", "idefics3", "smolvlm"))
 def test_families_and_their_images(kind: Kind) -> None:
     """Several images and crops, and rows without any, in one batch."""
     plain, given = tiny_llava(kind, vocab=VOCAB), batches(kind)

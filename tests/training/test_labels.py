@@ -11,7 +11,7 @@ from fastskip.prompts import build_inputs
 from fastskip.study.training import DataError, Example, Padding, Turn
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import IGNORED, Encoder
-from tests.checkpoints import CHAT_TEMPLATE, IMAGE_ID, build_processor, build_tokenizer
+from tests.checkpoints import CHAT_TEMPLATE, IMAGE_ID, PROCESSED, build_processor, build_tokenizer
 from tests.models import LLAVA_KINDS, PAD_ID, Kind
 from tests.training.conversations import examples, picture, processor
 
@@ -122,7 +122,7 @@ def test_where_images_stand(question: str, said: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", LLAVA_KINDS)
+@pytest.mark.parametrize("kind", (*LLAVA_KINDS, *PROCESSED))
 def test_prompts_are_those_of_generate(kind: Kind) -> None:
     """What comes before an answer is token for token what `build_inputs` makes of the question."""
     reader = build_processor(kind, chat_template=HUB_TEMPLATE)
@@ -134,6 +134,17 @@ def test_prompts_are_those_of_generate(kind: Kind) -> None:
     assert torch.equal(found["pixel_values"], prompt["pixel_values"])
     ids, labels = spelled([(" both</s>", True)])
     assert torch.equal(found["labels"][first:], labels)
+
+
+@pytest.mark.parametrize("kind", ["internvl", "smolvlm"])
+def test_answers_between_images_that_processors_write_around(kind: Kind) -> None:
+    encode = Encoder(processor(kind))
+    shown = (picture(0), picture(1))
+    first, second = Turn("<image>what?", "red"), Turn("<image>and?", "blue")
+    with pytest.raises(DataError, match="an answer between two images; allowed with this"):
+        encode(Example((first, second), shown))
+    found = encode(Example((Turn("a", "b"), Turn("<image><image>what?", "red")), shown))
+    assert encode.tokenizer.decode(found["labels"][found["labels"] >= 0]) == " b</s> red</s>"
 
 
 def test_text_only_models() -> None:

@@ -11,13 +11,17 @@ from torch.nn.functional import pad
 from fastskip.study.training.encoding import IGNORED, Features
 from fastskip.study.training.settings import Padding
 
+_BY_EXAMPLE = "pixel_attention_mask"
+"""What families have that take the images of each example apart: ``[B, images, height, width]``."""
+
 
 class Collator:
     """Makes one batch of several examples.
 
     ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; tensors of images follow one another
     in the order of their placeholders. Where images have different numbers of crops
-    (LLaVA-NeXT, LLaVA-OneVision), crops of zeros fill them up, which the model leaves out.
+    (LLaVA-NeXT, LLaVA-OneVision), or examples of images (Idefics 3, SmolVLM), zeros fill them up,
+    which the model leaves out.
     """
 
     def __init__(self, pad_id: int, side: Padding) -> None:
@@ -34,7 +38,13 @@ class Collator:
         }
         names = {name: None for example in examples for name in example if name not in batch}
         for name in names:
-            batch[name] = _joined([example[name] for example in examples if name in example])
+            found = [example.get(name) for example in examples]
+            if _BY_EXAMPLE in names:  # each has a row of them, if only of blank ones
+                like = next(each for each in found if each is not None)
+                blank = torch.zeros_like(like[:, :1])
+                found = [blank if each is None else each for each in found]
+            given = [each for each in found if each is not None]
+            batch[name] = _joined(given, is_ragged=_BY_EXAMPLE in names or given[0].ndim > 4)
         return batch
 
     def _padded(self, rows: list[Tensor], width: int, fill: int) -> Tensor:
@@ -46,9 +56,9 @@ class Collator:
         )
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """One after the other; those with fewer crops (``[n, crops, ...]``) get more."""
-    if tensors[0].ndim < 5:
+def _joined(tensors: list[Tensor], *, is_ragged: bool) -> Tensor:
+    """One after the other; those with fewer crops or images (``[n, crops, ...]``) get more."""
+    if not is_ragged:
         return torch.cat(tensors)
     most = max(tensor.shape[1] for tensor in tensors)
     return torch.cat(

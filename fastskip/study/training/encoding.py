@@ -80,16 +80,30 @@ class Encoder:
         return self._processor(text=text, **given, **special, return_tensors="pt")
 
     def _labels(self, example: Example, ids: Tensor, plain: Tensor, learned: Tensor) -> Tensor:
-        """Labels of ``ids [T]``, where each placeholder of ``plain [t]`` has become several."""
+        """Labels of ``ids [T]``, where each placeholder of ``plain [t]`` has become several, maybe
+        among tokens of the processor's own (which crop it is, say)."""
         token = -1 if self._image is None else self.tokenizer.convert_tokens_to_ids(self._image)
         words, own = ids != token, plain != token
-        if not torch.equal(ids[words], plain[own]):
+        told = plain.masked_fill(~learned, IGNORED)
+        labels = torch.full_like(ids, IGNORED)
+        if torch.equal(ids[words], plain[own]):
+            labels[words] = told[own]
+            return labels
+        images = (~own).nonzero().flatten().tolist() or [0]
+        before, after = images[0], len(plain) - images[-1] - 1
+        ends = len(ids) - after
+        fits = torch.equal(ids[:before], plain[:before]) and before < ends
+        if not (fits and torch.equal(ids[ends:], plain[len(plain) - after :])):
             raise DataError(
                 f"{example.where}: the processor's tokens are not those of its tokenizer; allowed: "
-                "a processor that only repeats placeholders"
+                "a processor that writes around images only"
             )
-        labels = torch.full_like(ids, IGNORED)
-        labels[words] = plain.masked_fill(~learned, IGNORED)[own]
+        if bool(learned[before : len(plain) - after].any()):
+            raise DataError(
+                f"{example.where}: an answer between two images; allowed with this processor: all "
+                "images in one question"
+            )
+        labels[:before], labels[ends:] = told[:before], told[len(plain) - after :]
         return labels
 
 
