@@ -7,6 +7,7 @@ list of them, or none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from array import array
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
+
+from fastskip.images import is_address
 
 _ALLOWED = (
     '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
@@ -77,6 +80,7 @@ class JsonLines(Sequence[Example]):
 
     Attributes:
         broken: what is wrong with the rows that were left out.
+        fingerprint: the same for the same rows in the same order, wherever file and images lie.
     """
 
     def __init__(
@@ -118,7 +122,7 @@ class JsonLines(Sequence[Example]):
             return self._example(file.readline(), self._numbers[index])
 
     def _scan(self, file: Any, skip_broken: bool) -> None:
-        offset = 0
+        offset, seen = 0, hashlib.sha256()
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -130,13 +134,15 @@ class JsonLines(Sequence[Example]):
                 else:
                     self._offsets.append(offset)
                     self._numbers.append(number)
+                    seen.update(line.strip() + b"\n")
             offset += len(line)
+        self.fingerprint = seen.hexdigest()
 
     def _example(self, line: bytes, number: int) -> Example:
         where = f"{self._path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             hint = " (a JSON array? one object a line is needed)" if line[:1] == b"[" else ""
             raise DataError(f"{where}: not JSON ({error}){hint}; allowed: {_ALLOWED}") from error
         return example_of(row, self._images, where)
@@ -171,12 +177,15 @@ def image_names(row: dict[str, Any], where: str) -> list[str]:
     """What a row's field "image" names: nothing, a path, or a list of them.
 
     Raises:
-        DataError: it is something else.
+        DataError: it is something else, or an address.
     """
     named = row.get("image")
     named = [] if named is None else [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise DataError(f"{where}: image is {row['image']!r}; allowed: a path or a list of them")
+    for name in filter(is_address, named):
+        allowed = "local files (download it first)"
+        raise DataError(f"{where}: image {name!r} is an address; allowed: {allowed}")
     return named
 
 

@@ -39,7 +39,7 @@ def load_image(
     try:
         data = source if isinstance(source, bytes) else _read(source, max_bytes)
         _check("size in bytes", len(data), max_bytes)
-        with _open(data) as image:
+        with _open(data, max_pixels) as image:
             _check("size in pixels", image.width * image.height, max_pixels)
             _check("aspect ratio", max(image.size) / max(1, min(image.size)), max_aspect)
             # a JPEG with several pictures is one photo and its previews, of which this is the first
@@ -53,8 +53,13 @@ def load_image(
         raise ImageError(f"{name}: {error}") from error.__cause__
 
 
+def is_address(name: str) -> bool:
+    """Whether a name is an address (http:, data:, ...) and not a path."""
+    return "://" in name or name.startswith("data:")
+
+
 def _read(path: str | PathLike[str], max_bytes: int) -> bytes:
-    if "://" in fspath(path) or fspath(path).startswith("data:"):
+    if is_address(fspath(path)):
         raise ImageError("an address; allowed: local files (download it first)")
     try:
         status = Path(path).stat()
@@ -72,15 +77,17 @@ def _read(path: str | PathLike[str], max_bytes: int) -> bytes:
         raise ImageError(f"cannot be read ({error}); allowed: a readable image file") from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Parse the header; no pixel is decoded yet."""
     if not data:
         raise ImageError(f"empty (0 bytes); allowed: a {', '.join(FORMATS)} file")
     try:
         return Image.open(BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        allowed = f"at most {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
-        raise ImageError(f"too many pixels ({error}); allowed: {allowed}") from error
+        # Pillow's own limit is told only where it is the narrower one
+        size = str(error).partition(" exceeds")[0]
+        limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
+        raise ImageError(f"too many: {size}; allowed: at most {limit} pixels") from error
     # a parser of hostile input fails in many ways: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         start = data[:12].decode("ascii", "backslashreplace")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, logging
 from typer.testing import CliRunner
 
@@ -339,7 +340,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("generate -q <image>hi -m {model}", "1 <image> for 0 images; allowed: one <image> per"),
         ("generate --prompt= -m {model}", "prompt: got ''; allowed: a text that is not empty"),
         ("generate -q hi -m {model} --max-new-tokens 999", "allowed: at most 256 positions"),
-        ("generate -q hi -m {model} -p nothing", "policy: got 'nothing'; allowed: .*image_ffn"),
+        ("generate -q hi -m {model} -p nothing", "--policy nothing: no such file or preset; allo"),
         ("generate -q hi -m {model} -p {broken}", "broken.json: not JSON .*; allowed: a policy"),
         ("generate -q hi -m {text} -i {image}", "images: got 1; allowed: none"),
         ("generate -q hi -m {text} -p image_ffn", "image"),
@@ -351,12 +352,12 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ),
         ("generate -q hi -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
         ("verify -m {bert}", "model_type: 'bert' is not supported"),
-        ("verify -m {model} -p nothing", "policy: got 'nothing'"),
+        ("verify -m {model} -p nothing", "--policy nothing: no such file or preset"),
         ("verify -m {weightless} -p dense", "--model .*; allowed: .* config and weights"),
         ("plan -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
         ("plan -m {folder}/absent", "--model .*absent: no such folder"),
         ("plan -m {folder}", "--model .*; allowed: a folder or hub checkpoint"),
-        ("plan -m {model} -p nothing", "policy: got 'nothing'; allowed: "),
+        ("plan -m {model} -p {folder}", "--policy .*: a folder; allowed: .* `fastskip policies`"),
         ("plan -m {model} -p visual_withdrawal", "layers.*allowed: slice bounds"),
         ("plan -m {text} --image-tokens 3 " + " ".join(MACHINE), "--image-tokens 3: allowed: 0"),
         ("plan -m {model} --new-tokens 999 " + " ".join(MACHINE), "allowed: at most 256"),
@@ -371,7 +372,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("policies image_ffn -s start=a", "image_ffn.start: got 'a'; allowed: an integer"),
         ("policies image_ffn -s start", "--set start: allowed: KEY=VALUE"),
         ("policies image_ffn --layers 2", "allowed: "),
-        ("policies image_ffn -o {folder}/x.txt", "path: .*; allowed: "),
+        ("policies image_ffn -o {folder}/x.txt", "--output .*x.txt: the suffix .*; allowed: "),
         ("policies image_ffn -o {folder}/absent/x.json", "No such file.*; allowed: a writable"),
     ],
 )
@@ -422,3 +423,90 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fastskip.SkipPolicy, "preset", fail)
     result = run("policies", "dense")
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_verify_gives_the_demo_a_scene_and_needs_rows_to_prove_anything(checkpoint: Path) -> None:
+    arguments = ("verify", "-p", "image_ffn", "--max-new-tokens", 2)
+    text = succeed(*arguments).stdout
+    assert text.startswith("policy image_ffn holds (float32")
+    assert "image: a scene that the demo draws" in text
+    result = run(*arguments, "-m", checkpoint)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "image_ffn: not checked, as it is about image rows" in result.stderr
+
+
+def test_plan_says_what_steps_read_where_generated_rows_are_routed(tmp_path: Path) -> None:
+    apart = {"layers": [1], "tokens": "all", "skip": ["ffn"], "kind": "random", "rate": 0.5}
+    one = apart | {"layers": [2], "group": "batch"}
+    prompt = apart | {"layers": [3], "tokens": ["text", "image"], "rate": 0.25}
+    for routers, said in (
+        ((prompt,), "where 25% of rows skip. Decode steps are not routed"),
+        ((apart, prompt), "50%, 25% of rows skip. A decode step of batch 4 then reads 94% of"),
+        ((apart, one), "then reads 50% (50% by batch), 94% (50% by row) of"),
+        ((one, apart), "then reads 50% (50% by batch), 94% (50% by row) of"),
+    ):
+        policy = routed(tmp_path, *routers)
+        text = succeed("plan", "-p", policy, "--batch", 4, *MACHINE).stdout
+        assert said in " ".join(text.split())
+
+
+def test_the_demos_number_format_is_the_same_everywhere_and_told() -> None:
+    assert "dense on" in succeed("plan", *MACHINE).stdout.splitlines()[0]
+    assert succeed("plan", *MACHINE).stdout.splitlines()[0].endswith("8 layers, float32")
+    assert json.loads(succeed("plan", "--json", *MACHINE).stdout)["dtype"] == "float32"
+    told = succeed("plan", "--json", "--dtype", "float16", *MACHINE).stdout
+    assert json.loads(told)["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generate -q hi --device meta", "--device meta: holds no data; allowed here: cpu"),
+        ("generate -q hi -p " + "long" * 2000, "long: no such file or preset"),
+        ("plan --bandwidth inf --tflops inf", "--bandwidth inf --tflops inf: allowed: both"),
+        ("plan --bandwidth 1 --tflops 1 --device foo", "--device foo: allowed: not beside"),
+        ("plan -p \udcff.json", r"--policy \\udcff.json: no such file"),
+    ],
+)
+def test_more_errors_are_one_line(command: str, message: str) -> None:
+    result = run(*command.split())
+    assert (result.exit_code, result.stdout) == (2, ""), result.exception
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_seeds_are_what_torch_takes(text_only: Path) -> None:
+    arguments = ("generate", "-m", text_only, "-q", "hi", "--max-new-tokens", 1, "--seed")
+    assert succeed(*arguments, 2**64 - 1).stderr.endswith("policy dense\n")
+    assert run(*arguments, 2**64).exit_code == 2
+
+
+@pytest.mark.parametrize("wrong", ["shape", "absent"])
+def test_weights_that_do_not_fit_are_the_checkpoints_fault(
+    wrong: str, text_only: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(text_only, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    own = weights.pop(name)
+    if wrong == "shape":
+        weights[name] = own[:3].clone()
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    result = run("generate", "-m", broken, "-q", "hi", "-p", "dense")
+    assert result.exit_code == 2, result.exception
+    assert f"--model {broken}: weights do not fit config.json" in result.stderr.splitlines()[-1]
+
+
+def test_a_narrow_terminal_shows_whole_names() -> None:
+    narrow = {"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1"}
+    text = CliRunner().invoke(app, ["policies"], env=narrow).stdout
+    assert "…" not in text
+    assert (
+        "".join(line[:12].strip() for line in text.splitlines()).count("every_nth_attention") == 1
+    )
+
+
+def test_options_are_shown_as_they_are_set() -> None:
+    assert "stages=7,15,23" in succeed("policies").stdout
+    found = json.loads(succeed("policies", "pyramid_drop", "-s", "stages=2,4").stdout)
+    assert [rule["after_layer"] for rule in found["removals"]] == [2, 4]

@@ -1,6 +1,5 @@
 """`fastskip bench`: how fast policies are here, beside Hugging Face and the floors."""
 
-import json
 import shlex
 import sys
 from dataclasses import replace
@@ -29,6 +28,8 @@ from fastskip.commands.common import (
     prepare,
     reading,
 )
+from fastskip.commands.outputs import check_folder
+from fastskip.study.json_file import json_text
 
 FILE = "bench.json"
 """What `--out` keeps."""
@@ -138,6 +139,7 @@ def bench(
     --budget-seconds 300[/]
     """
     prepare(threads)
+    check_folder("--out", out)
     named = [(name, policy_of(name)) for name in policies or ()]
     _check(prompt, text_tokens, no_hf, compiled)
     from tqdm import tqdm
@@ -173,15 +175,15 @@ def bench(
         )
     command = shlex.join(["fastskip", *sys.argv[1:]])
     found = replace(found, circumstances={**found.circumstances, "command": command})
-    if out is not None:
-        found.save(out)
     if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
+        typer.echo(json_text(found.to_dict(), indent=2))
     else:
         from fastskip.commands.bench_tables import show
 
         show(found)
-        if out is not None:
+    if out is not None:
+        found.save(out)
+        if not as_json:
             typer.echo(f"wrote {out / FILE}", err=True)
 
 

@@ -1,13 +1,14 @@
 """What `fastskip bench` prints: the prompt, the steps, and what is said of each policy."""
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastskip.commands.tables import number_table, show_table
 from fastskip.intervals import Spread
 from fastskip.study.bench.contenders import HF
 from fastskip.study.bench.results import BenchResult, Contest, Verdict
+from fastskip.wording import counted
 
 
 def show(found: BenchResult) -> None:
@@ -17,9 +18,9 @@ def show(found: BenchResult) -> None:
     console.print(
         f"[bold]prompt[/]: batch {load.batch}, {load.n_image} image and {load.text} text tokens"
     )
-    console.print(_table(found, "ttft", "prefill"))
+    show_table(console, _table(found, "ttft", "prefill"))
     console.print(f"[bold]steps[/]: {load.new_tokens} new tokens")
-    console.print(_table(found, "tpot", "decode"))
+    show_table(console, _table(found, "tpot", "decode"))
     for each in found.contenders:
         text = verdict(each)
         if text:
@@ -34,10 +35,7 @@ def _table(found: BenchResult, seen: str, inner: str) -> Table:
     titles = ["", f"{seen.upper()}, ms\nquartiles", "vs HF", "vs dense\n95 %"]
     titles += [f"{inner}, ms\nfloor", "of floor\nof ideal"]
     titles += ["KV\nMB"] if is_prompt else ["tokens\n/s", *(["peak\nGB"] if has_peak else [])]
-    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", 12
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    table = number_table(titles, 12)
     hf = next((each.times for each in found.contenders if each.label == HF), None)
     for each in found.contenders:
         if each.times is None:
@@ -101,7 +99,7 @@ def footer(found: BenchResult) -> str:
     about, ceilings = found.circumstances, found.ceilings
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     count = about["threads"]
-    threads = f", {count} thread{'s' if count > 1 else ''}" if count else ""
+    threads = f", {counted(count, 'thread')}" if count else ""
     lines = [
         f"{about['device']}{threads}, {about['dtype']}; {versions}; {found.rounds} rounds, medians",
         f"floors at {ceilings.bandwidth_bytes_per_s / 1e9:.3g} GB/s and "

@@ -1,6 +1,5 @@
 """`fastskip calibrate`: thresholds at which a wanted share of rows skips."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +22,8 @@ from fastskip.commands.common import (
     resolve_policy,
 )
 from fastskip.commands.samples import SamplesOption, calibration_inputs
+from fastskip.study.json_file import json_text
+from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.study.calibration import Calibration
@@ -126,7 +127,7 @@ def calibrate(
     except OSError as error:
         raise CommandError(f"--out {out}: {error}; allowed: a writable file") from error
     if as_json:
-        typer.echo(json.dumps({"model": path, "policy": str(out)} | found.to_dict(), indent=2))
+        typer.echo(json_text({"model": path, "policy": str(out)} | found.to_dict(), indent=2))
         return
     _show(found)
     typer.echo(f"wrote {out}", err=True)
@@ -167,10 +168,10 @@ def _show(found: "Calibration") -> None:
             f"{share.achieved:.1%}",
         )
     console.print(table)
-    runs = "1 sweep" if found.sweeps == 1 else f"{found.sweeps} sweeps"
     console.print(
-        f"Overall [bold]{found.achieved:.1%}[/] of rows skip after {runs} (wanted "
-        f"{found.wanted:.1%}); the worst threshold is off by {found.gap:.1%}."
+        f"Overall [bold]{found.achieved:.1%}[/] of rows skip after "
+        f"{counted(found.sweeps, 'sweep')} (wanted {found.wanted:.1%}); the worst threshold is off "
+        f"by {found.gap:.1%}."
     )
     for line in _reasons(found):
         console.print(line)

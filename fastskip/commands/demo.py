@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastskip.commands.common import prepare
+from fastskip.commands.outputs import check_file, check_folder
 
 
 def demo(
@@ -28,6 +29,8 @@ def demo(
     [cyan]fastskip demo --quick --plots plots/[/]
     """
     prepare()
+    check_folder("--plots", plots)
+    check_file("--json", json)
     from fastskip.demo import show
 
     show.run(plots=plots, quick=quick, json=json)

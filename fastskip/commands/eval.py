@@ -1,6 +1,5 @@
 """`fastskip eval`: what policies cost in answers and gain in time, on items of one's own."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,7 +31,10 @@ from fastskip.commands.exams import (
     exam_of,
     first_of,
 )
+from fastskip.commands.outputs import check_folder
+from fastskip.study.json_file import json_text
 from fastskip.study.metrics import Metric
+from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.study.evaluation import Exam
@@ -112,6 +114,7 @@ def evaluate(
     [cyan]fastskip eval -m MODEL -p mine.json --items llava.json --images photos --metric cider[/]
     """
     prepare(threads)
+    check_folder("--out", out)
     check_sources(model, items, images)
     named = [(name, policy_of(name)) for name in policies or ()]
     if len({name for name, _ in named}) < len(named):
@@ -143,12 +146,12 @@ def evaluate(
             on_policy=bar.set_description,
             on_batch=bar.update,
         )
-    if out is not None:
-        write_result(out, prepared, exam, found, new_tokens)
     if as_json:
-        typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
+        typer.echo(json_text([each.to_dict() for each in found], indent=2))
     else:
         show(found, exam.items, new_tokens, by_kind=by_kind)
+    if out is not None:
+        write_result(out, prepared, exam, found, new_tokens)
 
 
 def _read(
@@ -176,5 +179,5 @@ def _checked(exam: "Exam", broken: list[str], skip_broken: bool) -> "Exam":
     for problem in broken:
         typer.echo(f"left out: {problem}", err=True)
     if broken:
-        typer.echo(f"{len(broken)} of {total} items left out", err=True)
+        typer.echo(f"{len(broken)} of {counted(total, 'item')} left out", err=True)
     return exam.without(found) if found else exam

@@ -4,50 +4,54 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from fastskip.commands.tables import number_table, show_table
+from fastskip.wording import counted
+
+if TYPE_CHECKING:
     from fastskip.intervals import Estimate
     from fastskip.study.items import Item
     from fastskip.study.judging import Judgement
+    from fastskip.wording import Scale
 
 
 def show(
     found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int, *, by_kind: bool
 ) -> None:
-    """The table of all items, of each kind where that is wanted, and what holds of some metrics."""
-    from rich.console import Console
+    """The table of all items, of each kind where that is wanted, and what holds of some metrics.
 
+    Scores that are counted in different things are never put together: each sort has its table.
+    """
     console = Console(highlight=False)
-    console.print(_whole(found))
-    if by_kind:
-        console.print(_kinds(found, items))
+    first, *others = found[0].evaluation.parts
+    show_table(console, _whole(found, first))
+    for scale in others:
+        show_table(console, _scores(found, scale))
+    for scale in found[0].evaluation.parts if by_kind else ():
+        show_table(console, _kinds(found, scale))
     _together(console, found, items)
     is_timed = found[0].speed is not None
     timed = f", times with {new_tokens} new tokens, batch 1" if is_timed else ""
     console.print(
-        f"{len(items)} items, 95 % intervals, differences item by item; agrees: tokens as dense, "
-        f"up to the first that differs; FLOPs of the first item{timed}. Not told apart: these "
-        "items show no difference."
+        f"{counted(len(items), 'item')}, 95 % intervals, differences item by item; agrees: tokens "
+        f"as dense, up to the first that differs; FLOPs of the first item{timed}. Not told apart: "
+        "these items show no difference."
     )
 
 
-def _whole(found: Sequence["Judgement"]) -> "Table":
-    from fastskip.study.judging import Verdict
-
+def _whole(found: Sequence["Judgement"], scale: "Scale") -> Table:
+    """What all items say, with the scores that are counted in `scale`."""
     dense = found[0]
-    titles = ["policy", "score", "from dense", "agrees\nKL, nats", "FLOPs"]
+    titles = [*_titles(found, scale), "agrees\nKL, nats", "FLOPs"]
     titles += ["TTFT\nms", "TPOT\nms"] if dense.speed is not None else []
-    table = _table(titles)
+    table = number_table(titles, 16)
     for each in found:
-        change = each.change(dense)
         tokens, divergence = each.agreement.means
-        verdict = "" if each is dense else Verdict.of(change).value
         row = [
-            each.label,
-            _score(each.evaluation.estimate()),
-            f"{_change(change)}\n{verdict}",
+            *_scored(each, dense, scale),
             f"{tokens:.0%}\n{divergence:.2g}",
             f"{each.flops / dense.flops:.0%}",
         ]
@@ -61,54 +65,68 @@ def _whole(found: Sequence["Judgement"]) -> "Table":
     return table
 
 
-def _kinds(found: Sequence["Judgement"], items: Sequence["Item"]) -> "Table":
-    dense, counts = found[0], Counter(item.kind for item in items)
-    table = _table(["kind", "policy", "score", "95 %", "from dense", "95 %"])
-    for kind in dense.evaluation.kinds:
+def _scores(found: Sequence["Judgement"], scale: "Scale") -> Table:
+    """The scores that are counted in `scale` alone."""
+    table = number_table(_titles(found, scale), 16)
+    for each in found:
+        table.add_row(*_scored(each, found[0], scale))
+    return table
+
+
+def _titles(found: Sequence["Judgement"], scale: "Scale") -> list[str]:
+    parts = found[0].evaluation.parts
+    items = f"\n{counted(len(parts[scale].judged), 'item')}" if len(parts) > 1 else ""
+    return ["policy", f"{scale.heading}{items}", "from dense"]
+
+
+def _scored(each: "Judgement", dense: "Judgement", scale: "Scale") -> list[str]:
+    """A policy's name, its score, and the difference from dense with what it says."""
+    from fastskip.study.judging import Verdict
+
+    own, base = (one.evaluation.parts[scale] for one in (each, dense))
+    change = own.minus(base)
+    verdict = "" if each is dense else Verdict.of(change).value
+    return [escape(each.label), _score(own.estimate(), scale), f"{_change(change)}\n{verdict}"]
+
+
+def _kinds(found: Sequence["Judgement"], scale: "Scale") -> Table:
+    dense = found[0].evaluation.parts[scale]
+    counts = Counter(each.kind for each in dense.judged)
+    table = number_table(["kind", "policy", scale.heading, "95 %", "from dense", "95 %"], 12)
+    table.columns[1].justify = "left"
+    for kind in dense.kinds:
         for each in found:
-            name = ""
-            if each is dense:
-                name = f"{kind}, {counts[kind]} item{'s' * (counts[kind] > 1)}"
-            score, change = each.evaluation.estimate(kind), ["", ""]
-            if each is not dense:
-                change = _change(each.evaluation.minus(dense.evaluation, kind)).split("\n")
-            table.add_row(name, each.label, *_score(score).split("\n"), *change)
+            own, is_dense = each.evaluation.parts[scale], each is found[0]
+            name = f"{escape(kind)}, {counted(counts[kind], 'item')}" if is_dense else ""
+            change = ["", ""] if is_dense else _change(own.minus(dense, kind)).split("\n")
+            score = _score(own.estimate(kind), scale).split("\n")
+            table.add_row(name, escape(each.label), *score, *change)
         table.add_section()
     return table
 
 
-def _together(console: "Console", found: Sequence["Judgement"], items: Sequence["Item"]) -> None:
+def _together(console: Console, found: Sequence["Judgement"], items: Sequence["Item"]) -> None:
     for each in found:
+        label = escape(each.label)
         answers, captions = each.yes_no(items), each.captions(items)
         if answers is not None:
             console.print(
-                f"{each.label}: yes/no accuracy {answers.accuracy:.1%}, F1 {answers.f1:.1%}, "
+                f"{label}: yes/no accuracy {answers.accuracy:.1%}, F1 {answers.f1:.1%}, "
                 f"precision {answers.precision:.1%}, recall {answers.recall:.1%}, said yes "
                 f"{answers.said_yes:.0%}"
             )
         if captions is not None:
             bleu = ", ".join(f"{100 * score:.1f}" for score in captions.bleu)
             console.print(
-                f"{each.label}: captions CIDEr {100 * captions.cider:.1f}, BLEU-1 to 4 {bleu}, "
+                f"{label}: captions CIDEr {100 * captions.cider:.1f}, BLEU-1 to 4 {bleu}, "
                 f"ROUGE-L {100 * captions.rouge_l:.1f}"
             )
         if each.empty:
-            console.print(f"{each.label}: {each.empty} of {len(items)} answers are empty")
+            console.print(f"{label}: {each.empty} of {len(items)} answers are empty")
 
 
-def _table(titles: Sequence[str]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", 16
-    for title, column in zip(titles[1:], table.columns[1:], strict=True):
-        column.justify, column.no_wrap = "left" if title == "policy" else "right", True
-    return table
-
-
-def _score(score: "Estimate") -> str:
-    return f"{score.mean:.1%}\n{100 * score.low:.0f} to {100 * score.high:.0f}"
+def _score(score: "Estimate", scale: "Scale") -> str:
+    return f"{scale.text(score.mean)}\n{100 * score.low:.0f} to {100 * score.high:.0f}"
 
 
 def _change(change: "Estimate") -> str:

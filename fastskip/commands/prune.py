@@ -1,6 +1,7 @@
 """`fastskip prune`: weights that a model can do without, set to zero and stored as less."""
 
-import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
 from pathlib import Path
@@ -21,7 +22,10 @@ from fastskip.commands.common import (
     prepare,
     reading,
 )
+from fastskip.commands.outputs import check_file, check_folder
 from fastskip.commands.samples import SamplesOption, calibration_inputs
+from fastskip.study.json_file import json_text
+from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.study.pruning import Recipe, WeightMasks
@@ -198,14 +202,17 @@ def prune(
         with tqdm(desc="layers", total=fastskip.plan_of(loaded).shape.depth, disable=None) as bar:
             about = {} if source is None else {"source": source}
             found = find_masks(loaded, recipe, inputs, about=about, on_layer=bar.update)
+    before = found.zeros(loaded)
     found.apply_(loaded)
+    weights = {name: own.mask.numel() for name, own in found.kept.items()}
+    zeros = _Zeros(before, found.zeros(loaded), weights)
     sizes = _write(loaded, found, path, out, stored, save_masks)
     if as_json:
-        report = {"model": path, "removed": round(1 - found.kept_share(), 6), **sizes}
-        report["layers"] = _by_layer(found)
-        typer.echo(json.dumps(report | {"provenance": dict(found.provenance)}, indent=2))
+        report = {"model": path, **zeros.shares(zeros.weights), **sizes}
+        report["layers"] = zeros.by_layer()
+        typer.echo(json_text(report | {"provenance": dict(found.provenance)}, indent=2))
         return
-    _show(found, recipe, sizes)
+    _show(zeros, recipe, sizes)
 
 
 def _check_outputs(out: Path | None, save_masks: Path | None) -> None:
@@ -216,6 +223,8 @@ def _check_outputs(out: Path | None, save_masks: Path | None) -> None:
         raise CommandError(f"--out {out}: allowed: a new or empty folder")
     if save_masks is not None and (save_masks.is_dir() or not save_masks.parent.is_dir()):
         raise CommandError(f"--save-masks {save_masks}: allowed: a file in an existing folder")
+    check_folder("--out", out)
+    check_file("--save-masks", save_masks)
 
 
 def _check_alone(others: dict[str, object]) -> None:
@@ -231,8 +240,8 @@ def _combined(
         raise CommandError(f"--share {share}: allowed: with --combine exclusion")
     if combine is Combine.EXCLUSION:
         if len(found) != 2:
-            count = f"{len(found)} files of masks"
-            raise CommandError(f"--combine exclusion: {count}; allowed: two --masks")
+            count = counted(len(found), "file")
+            raise CommandError(f"--combine exclusion: {count} of masks; allowed: two --masks")
         return found[0].exclude(found[1], 1.0 if share is None else share, seed=seed)
     if combine is Combine.UNION:
         return reduce(lambda a, b: a | b, found)
@@ -268,36 +277,59 @@ def _write(
     return sizes
 
 
-def _by_layer(found: "WeightMasks") -> list[dict[str, Any]]:
-    names: dict[int, list[str]] = {}
-    for name in found.kept:
-        names.setdefault(int(name.split(".")[1]), []).append(name)
-    return [
-        {
-            "layer": layer,
-            "matrices": len(own),
-            "weights": sum(found.kept[name].shape[0] * found.kept[name].shape[1] for name in own),
-            "removed": round(1 - found.kept_share(own), 6),
+@dataclass(frozen=True)
+class _Zeros:
+    """Weights that are zero, by matrix: masks also name such as were zero before."""
+
+    before: Mapping[str, int]
+    now: Mapping[str, int]
+    weights: Mapping[str, int]
+
+    def shares(self, names: Collection[str]) -> dict[str, float]:
+        """Of some matrices: what became zero, and what is zero now."""
+        before, now, weights = (
+            sum(own[name] for name in names) for own in (self.before, self.now, self.weights)
+        )
+        return {
+            "removed": round((now - before) / weights, 6) if weights else 0.0,
+            "zero": round(now / weights, 6) if weights else 0.0,
         }
-        for layer, own in sorted(names.items())
-    ]
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        names: dict[int, list[str]] = {}
+        for name in self.weights:
+            names.setdefault(int(name.split(".")[1]), []).append(name)
+        return [
+            {
+                "layer": layer,
+                "matrices": len(own),
+                "weights": sum(self.weights[name] for name in own),
+                **self.shares(own),
+            }
+            for layer, own in sorted(names.items())
+        ]
 
 
-def _show(found: "WeightMasks", recipe: "Recipe | None", sizes: dict[str, int]) -> None:
+def _show(zeros: _Zeros, recipe: "Recipe | None", sizes: dict[str, int]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    titles = ("layer", "matrices", "weights", "asked", "removed")
+    titles = ("layer", "matrices", "weights", "asked", "removed", "zero now")
     table = Table(*titles, box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
     asked = "by masks" if recipe is None else f"{recipe.ratio:.2%}"
-    for own in _by_layer(found):
+    for own in zeros.by_layer():
         numbers = (str(own["layer"]), str(own["matrices"]), f"{own['weights']:,}")
-        table.add_row(*numbers, asked, f"{own['removed']:.2%}")
+        table.add_row(*numbers, asked, f"{own['removed']:.2%}", f"{own['zero']:.2%}")
     console.print(table)
-    console.print(f"[bold]{1 - found.kept_share():.2%}[/] of these weights are zero now.")
+    total = zeros.shares(zeros.weights)
+    before = f" ({total['zero'] - total['removed']:.2%} were before)"
+    console.print(
+        f"[bold]{total['zero']:.2%}[/] of these weights are zero now"
+        f"{before if total['zero'] > total['removed'] else ''}."
+    )
     for name, size in sizes.items():
         console.print(f"{name.removesuffix('_bytes')}: {size / 1e6:.2f} MB")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastskip.commands.common import CommandError, config_of
+from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.layer_plan import ModelShape
@@ -54,7 +55,7 @@ def report(
         typer.Option(
             min=1,
             metavar="N",
-            help="The model's layers, where neither the result's own model nor --model is at hand.",
+            help="The model's layers, where neither the results' own model nor --model is at hand.",
             show_default=False,
         ),
     ] = None,
@@ -87,22 +88,20 @@ def report(
             folders,
             out,
             png or out.with_name(f"{out.stem}_files"),
-            _shapes(model, layers),
+            _shapes(model),
+            layers=layers,
             examples=examples,
             on_part=bar.set_description,
         )
     typer.echo(f"wrote {written[0]} ({written[0].stat().st_size / 1e6:.1f} MB)", err=True)
     if len(written) > 1:
-        typer.echo(f"wrote {len(written) - 1} charts in {written[1].parent}", err=True)
+        charts = counted(len(written) - 1, "chart")
+        typer.echo(f"wrote {charts} in {written[1].parent}", err=True)
 
 
-def _shapes(model: str | None, layers: int | None) -> "ShapeOf":
+def _shapes(model: str | None) -> "ShapeOf":
     """What the maps go by: what was named, else the config of a result's own model, if at hand."""
-    from fastskip.plan import shape_of_depth
-
     known: dict[str, ModelShape | None] = {}
-    if layers is not None:
-        return lambda circumstances: shape_of_depth(layers)
     if model is not None:
         from fastskip.families import shape_of
 

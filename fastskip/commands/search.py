@@ -1,6 +1,5 @@
 """`fastskip search`: the best policy for a model, this machine and a budget."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +28,10 @@ from fastskip.commands.exams import (
     exam_of,
     first_of,
 )
+from fastskip.commands.outputs import check_folder
 from fastskip.commands.search_table import show
+from fastskip.study.json_file import json_text
+from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.study.evaluation import Exam
@@ -128,7 +130,9 @@ def search(
     --out runs/search --dtype bfloat16[/]
     """
     prepare(threads)
+    check_folder("--out", out)
     check_sources(model, items, images)
+    from fastskip.study.metrics import scale_of
     from fastskip.study.search import Search, SearchSettings, parse_budget, plots
     from fastskip.study.search.hidden_states import compared
     from fastskip.study.search.solver import require
@@ -148,6 +152,7 @@ def search(
     )
     path = checkpoint(model)
     seen, others = _parted(items, images, calibration, count, seed)
+    scale_of(item.metric for item in others)
     exam, held_out = (_exam(each, path, batch, answer_tokens) for each in (seen, others))
 
     import fastskip
@@ -174,7 +179,7 @@ def search(
     if plots.is_available():
         plots.write(result, out)
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
+        typer.echo(json_text(result.to_dict(), indent=2))
     else:
         show(result)
         typer.echo(f"wrote {out}", err=True)
@@ -197,8 +202,8 @@ def _parted(
     every = read_items(file, images)
     if len(every) <= calibration:
         raise ItemError(
-            f"--items {file}: {len(every)} items; allowed: more than the {calibration} that "
-            "--calibration takes, since others judge"
+            f"--items {file}: {counted(len(every), 'item')}; allowed: more than the {calibration} "
+            "that --calibration takes, since others judge"
         )
     order = list(range(len(every)))
     random.Random(seed).shuffle(order)

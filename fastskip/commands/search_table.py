@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from fastskip.commands.tables import number_table, show_table
+
 if TYPE_CHECKING:
     from fastskip.study.search import SearchResult
 
@@ -11,18 +15,11 @@ _NAMES = {"ttft": "TTFT", "tpot": "TPOT", "flops": "FLOPs"}
 
 def show(result: "SearchResult") -> None:
     """Print every candidate with its numbers, what was left out, and the conclusion."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False)
     dense = next(each for each in result.candidates if each.source == "dense")
     quantity = result.budget["quantity"]
-    titles = ["candidate", "FLOPs", "TTFT", "TPOT", "KL", "score", "from dense"]
-    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", 18
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+    titles = ["candidate", "FLOPs", "TTFT", "TPOT", "KL", result.scale.heading, "from dense"]
+    table = number_table(titles, 18)
     for each in sorted(result.candidates, key=lambda one: -one.score.mean):
         marks = ("[green]>[/] " if each.is_recommended else "") + each.name
         marks += " *" if each.is_on_front else ""
@@ -35,10 +32,10 @@ def show(result: "SearchResult") -> None:
             f"{each.flops:.0%}",
             *times,
             f"{each.calibration_kl:.3g}",
-            f"{each.score.mean:.1%}",
+            result.scale.text(each.score.mean),
             f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}",
         )
-    console.print(table)
+    show_table(console, table)
     workload, settings = result.workload, result.settings
     console.print(
         f"* nothing beats it in both score and {_NAMES[quantity]}; dim: over the budget "

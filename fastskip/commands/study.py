@@ -1,6 +1,5 @@
 """`fastskip study`: what skipping costs in quality, on the demo's models and on any checkpoints."""
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,10 @@ from fastskip.commands.common import (
     prepare,
 )
 from fastskip.commands.demo_items import demo_items
+from fastskip.commands.exams import ItemsOption
+from fastskip.commands.outputs import check_folder
+from fastskip.study.json_file import json_text
+from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.demo.model import Size
@@ -94,6 +97,7 @@ def paper(
     from fastskip.study.paper.runner import Study
 
     figures.require()
+    check_folder("--out", out)
     run = Study(out, seeds, QUICK if quick else Effort(), cells(quick), device_of(device))
     with tqdm(total=run.steps, disable=None) as bar:
 
@@ -119,15 +123,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    items: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='JSON lines: {"question": "...", "answer": "...", "image": "a.jpg"}, and "kind" '
-            'and "metric" (exact, caption) where wanted. Default: the demo\'s held-out ones.',
-            show_default=False,
-        ),
-    ] = None,
+    items: ItemsOption = None,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
     new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to time.")] = 16,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
@@ -169,7 +165,7 @@ def compare(
             contenders, chosen, batch_size=batch, new_tokens=new_tokens, on_model=on_model
         )
     if as_json:
-        typer.echo(json.dumps([each.to_dict() for each in found], indent=2))
+        typer.echo(json_text([each.to_dict() for each in found], indent=2))
         return
     _table(found, len(chosen))
 
@@ -193,8 +189,9 @@ def _show(folder: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{len(results.rows)} cells, {len(results.seeds)} seeds; a small synthetic task, so what "
-        f"agrees is encouraging and what does not is no refutation. All of it: {folder / REPORT}",
+        f"{len(results.rows)} cells, {counted(len(results.seeds), 'seed')}; a small synthetic "
+        "task, so what agrees is encouraging and what does not is no refutation. All of it: "
+        f"{folder / REPORT}",
         soft_wrap=True,
     )
 
@@ -241,14 +238,21 @@ def _table(found: Sequence["Compared"], count: int) -> None:
 
     from fastskip.study.comparison import ALL
 
-    titles = ("model", "score, from the first", "compute", "TTFT\nms", "TPOT\nms", "cache\nkB")
+    titles = (
+        "model",
+        f"{found[0].scale.heading}, from the first",
+        "compute",
+        "TTFT\nms",
+        "TPOT\nms",
+        "cache\nkB",
+    )
     table = Table(*titles, box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify = "right"
     for each in found:
         score, change = each.scores[ALL], each.changes.get(ALL)
-        told = f"{score.mean:.1%} ({100 * score.low:.0f} to {100 * score.high:.0f})"
+        told = f"{each.scale.text(score.mean)} ({100 * score.low:.0f} to {100 * score.high:.0f})"
         if change is not None:
             interval = f"({100 * change.low:+.0f} to {100 * change.high:+.0f})"
             told += f"\n{100 * change.mean:+.1f} {interval}"
@@ -263,6 +267,6 @@ def _table(found: Sequence["Compared"], count: int) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{count} items, 95 % intervals; compute (GFLOP), times and cache of the first item with "
-        f"{found[0].new_tokens} new tokens, batch 1. Weights are the language model's."
+        f"{counted(count, 'item')}, 95 % intervals; compute (GFLOP), times and cache of the first "
+        f"item with {found[0].new_tokens} new tokens, batch 1. Weights are the language model's."
     )

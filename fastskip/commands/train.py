@@ -1,6 +1,5 @@
 """`fastskip train`: training under a policy, which skips its work in forward and backward."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,11 +20,17 @@ from fastskip.commands.common import (
     prepare,
     reading,
 )
+from fastskip.commands.outputs import check_folder
 from fastskip.commands.train_inputs import examples_of, masks_of, policy_for
 from fastskip.commands.train_report import numbers, show
+from fastskip.study.json_file import json_text, write_json
 
 if TYPE_CHECKING:
     from fastskip.study.training import Settings
+
+
+MODEL, ADAPTERS, REPORT = "model", "adapters", "report.json"
+"""What a run leaves in its folder."""
 
 
 class Parts(StrEnum):
@@ -151,8 +156,14 @@ def train(
     skip_broken: Annotated[
         bool, typer.Option("--skip-broken", help="Leave out rows that cannot be used; count them.")
     ] = False,
-    lora_rank: Annotated[int, typer.Option(min=1, metavar="N", help="Of the adapters.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(metavar="A", help="Their scale, by rank.")] = 32,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Of the adapters. Default: 16.", show_default=False),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(metavar="A", help="Their scale, by rank. Default: 32.", show_default=False),
+    ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Add the adapters to the weights at the end.")
     ] = False,
@@ -198,6 +209,8 @@ def train(
     prepare(threads)
     path = checkpoint(model)
     config = config_of(path)
+    adapters = {"rank": lora_rank, "alpha": lora_alpha}
+    adapters = {name: value for name, value in adapters.items() if value is not None}
     settings = _settings(
         parts=parts.value,
         steps=60 if demo and steps is None and epochs is None else steps,
@@ -216,9 +229,18 @@ def train(
         resume=resume,
         skip_broken=skip_broken,
         rate=rate,
-        lora=(lora_rank, lora_alpha),
+        adapters=adapters,
     )
-    _check(demo=demo, data=data, model=model, merge=merge, mask=mask, parts=parts)
+    _check(
+        demo=demo,
+        data=data,
+        model=model,
+        merge=merge,
+        mask=mask,
+        parts=parts,
+        adapters=adapters,
+    )
+    _check_out(out, resume)
     chosen = policy_for(
         policy,
         path,
@@ -272,22 +294,26 @@ def train(
     if compare_dense and parts is not Parts.ROUTERS:
         comparison = measuring.compare_dense(loaded, timed, settings, compare_dense)
     report |= numbers(trained, comparison)
-    saved = out / ("adapters" if parts is Parts.LORA and not merge else "model")
+    saved = out / (ADAPTERS if parts is Parts.LORA and not merge else MODEL)
     trained.save(saved, processor, merge=merge)
+    written = [saved]
     if trained.losses:
         write_curve(trained.losses, out / "loss.png", f"{parts.value}, {path}")
-    (out / "report.json").write_text(json.dumps(report | {"losses": trained.losses}, indent=2))
+        written.append(out / "loss.png")
+    # a run that had nothing to do has no times, and what made the steps has told them
+    if trained.step_seconds or not (out / REPORT).is_file():
+        written.append(write_json(out / REPORT, report | {"losses": trained.losses}, indent=2))
     if as_json:
-        typer.echo(json.dumps(report, indent=2))
+        typer.echo(json_text(report, indent=2))
         return
     show(report, trained, comparison)
-    typer.echo(f"wrote {saved}, {out / 'loss.png'}, {out / 'report.json'}", err=True)
+    typer.echo(f"wrote {', '.join(map(str, written))}", err=True)
 
 
-def _settings(*, lora: tuple[int, float], **options: Any) -> "Settings":
+def _settings(*, adapters: dict[str, Any], **options: Any) -> "Settings":
     from fastskip.study.training import Lora, Settings
 
-    return Settings(lora=Lora(*lora), **options)
+    return Settings(lora=Lora(**adapters), **options)
 
 
 def _check(
@@ -298,6 +324,7 @@ def _check(
     merge: bool,
     mask: Path | None,
     parts: Parts,
+    adapters: dict[str, Any],
 ) -> None:
     """Options that do not go together, before anything is read."""
     if demo == (data is not None):
@@ -307,8 +334,25 @@ def _check(
         raise CommandError(f"--model {model}: allowed: none beside --demo, which has its own")
     if merge and parts is not Parts.LORA:
         raise CommandError(f"--merge: parts are {parts.value}; allowed: with --parts lora")
+    for name, value in adapters.items() if parts is not Parts.LORA else ():
+        allowed = "with --parts lora"
+        raise CommandError(f"--lora-{name} {value}: parts are {parts.value}; allowed: {allowed}")
     if merge and mask is not None:
         raise CommandError("--merge: would fill pruned weights again; allowed: without --mask")
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Before the work: a place that can be written, and no result of another run there."""
+    from fastskip.study.training.loop import last_checkpoint
+
+    check_folder("--out", out)
+    has_checkpoints = last_checkpoint(out) is not None
+    for name in (MODEL, ADAPTERS, REPORT):
+        if (out / name).exists() and not (resume and has_checkpoints):
+            allowed = "a folder of its own for this run"
+            if has_checkpoints:
+                allowed += ", or --resume to go on with the one there"
+            raise CommandError(f"--out {out}: holds {name} of a run; allowed: {allowed}")
 
 
 def _dtype(dtype: Dtype, demo: bool) -> str:

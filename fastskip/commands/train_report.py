@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fastskip.wording import counted
+
 if TYPE_CHECKING:
     from fastskip.study.training import Trained
     from fastskip.study.training.measuring import Comparison
@@ -41,10 +43,10 @@ def show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | N
         console.print(table)
         console.print(
             f"The policy makes a step [bold]{comparison.speed_up:.2f} times[/] as fast as dense "
-            f"training (medians of {comparison.rounds} rounds, in turn)."
+            f"training (medians of {counted(comparison.rounds, 'round')}, in turn)."
         )
     console.print(
-        f"{len(trained.losses)} steps, {trained.seconds_per_step:.3f} s each, "
+        f"{counted(len(trained.losses), 'step')}, {trained.seconds_per_step:.3f} s each, "
         f"{trained.rows_per_second:.0f} rows/s; loss {report['first_loss']:.4f} -> "
         f"{report['last_loss']:.4f}."
         if trained.step_seconds
@@ -59,6 +61,8 @@ def show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | N
         layers = ", ".join(f"{layer}: {share:.0%}" for layer, share in shares.items())
         console.print(f"Held-out rows that skip: [bold]{overall:.1%}[/] (by layer: {layers}).")
     if trained.broken:
-        console.print(f"[yellow]{len(trained.broken)} rows were left out[/]; the first ones:")
+        verb = "was" if len(trained.broken) == 1 else "were"
+        told = f"{counted(len(trained.broken), 'row')} {verb} left out"
+        console.print(f"[yellow]{told}[/]; the first ones:")
         for line in trained.broken[:3]:
             console.print(f"  {line}", markup=False)

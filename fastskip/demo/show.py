@@ -50,7 +50,7 @@ def run(plots: Path | None = None, quick: bool = False, json: Path | None = None
             style="yellow",
         )
     if json is not None:
-        text = json_format.dumps(report.to_dict(), indent=1)
+        text = json_format.dumps(report.to_dict(), indent=1, allow_nan=False)
         json.write_text(text + "\n", encoding="utf-8")
         console.print(f"wrote {json}", soft_wrap=True)
     if plots is not None:

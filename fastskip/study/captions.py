@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from fastskip.wording import counted
+
 INSTALL = "pip install 'fastskip[captions]'"
 LEAST = 2
 """Captions that CIDEr needs: a word that all items' references have counts nothing."""
@@ -85,7 +87,7 @@ def check(count: int) -> None:
     """
     if count < LEAST:
         allowed = f"{LEAST} or more, since words are weighed by how many items they are of"
-        raise CaptionError(f"metric cider: {count} items; allowed: {allowed}")
+        raise CaptionError(f"metric cider: {counted(count, 'item')}; allowed: {allowed}")
     try:
         import pycocoevalcap.cider.cider_scorer  # noqa: F401
     except ImportError as error:

@@ -18,8 +18,10 @@ from fastskip.intervals import Estimate
 from fastskip.loading import plan_of
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.items import Item
+from fastskip.study.metrics import scale_of
 from fastskip.study.samples import placed
 from fastskip.timing import endless, time_once
+from fastskip.wording import Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,15 @@ class Contender:
 class Compared:
     """One contender, measured.
 
-    `parameters`: of the language model. `scores`: by kind of item, with "all" for all of them;
-    `changes`: from the first contender's, item by item, none for itself. `flops`, `kv_bytes`,
-    `ttft_s` and `tpot_s`: of the first item, batch 1, with `new_tokens` tokens; FLOPs are of the
-    decoder and lm_head, TTFT has the vision tower in it.
+    `parameters`: of the language model. `scores`: by kind of item, with "all" for all of them,
+    counted in `scale`; `changes`: from the first contender's, item by item, none for itself.
+    `flops`, `kv_bytes`, `ttft_s` and `tpot_s`: of the first item, batch 1, with `new_tokens`
+    tokens; FLOPs are of the decoder and lm_head, TTFT has the vision tower in it.
     """
 
     label: str
     parameters: int
+    scale: Scale
     scores: Mapping[str, Estimate]
     changes: Mapping[str, Estimate]
     new_tokens: int
@@ -81,6 +84,7 @@ def compare(
     Raises:
         ValueError: there are no contenders, or `rounds` or `new_tokens` is too small.
         ItemError: an item cannot be used.
+        ScaleError: some items are judged by CIDEr and others are not.
     """
     for name, value, least in (
         ("contenders", len(contenders), 1),
@@ -89,6 +93,7 @@ def compare(
     ):
         if value < least:
             raise ValueError(f"{name}: {value}; allowed: {least} or more")
+    scale_of(item.metric for item in items)  # before anything is loaded
     found: list[Compared] = []
     first: Evaluation | None = None
     for each in contenders:
@@ -138,6 +143,7 @@ def _measured(
     return Compared(
         label=label,
         parameters=sum(p.numel() for p in text_model_of(model).parameters()),
+        scale=scale_of(each.metric for each in evaluation.judged),
         scores={name: evaluation.estimate(*kind) for name, kind in kinds.items()},
         changes={}
         if first is None

@@ -21,8 +21,9 @@ from fastskip.study.captions import check as check_captions
 from fastskip.study.fingerprints import items_fingerprint
 from fastskip.study.item_inputs import MOST_KEPT, ItemInputs
 from fastskip.study.items import Item, ItemError
-from fastskip.study.metrics import Metric, score_all
+from fastskip.study.metrics import Metric, scale_of, score_all
 from fastskip.study.samples import placed
+from fastskip.wording import Scale
 
 Watch = Callable[[Sequence[int], Tensor, Tensor], object]
 
@@ -34,6 +35,7 @@ class Judged:
     kind: str
     question: str
     references: tuple[str, ...]
+    metric: Metric
     answer: str
     score: float
 
@@ -54,16 +56,26 @@ class Evaluation:
         """The kinds of items, in the order in which they first come."""
         return tuple(dict.fromkeys(each.kind for each in self.judged))
 
+    @property
+    def parts(self) -> dict[Scale, Evaluation]:
+        """The items by what their scores are counted in: those of one part have a mean."""
+        there = {each.metric.scale for each in self.judged}
+        return {
+            scale: Evaluation(tuple(each for each in self.judged if each.metric.scale is scale))
+            for scale in Scale
+            if scale in there
+        }
+
     def scores(self, *kinds: str) -> NDArray[np.float64]:
         """The scores of the items of these kinds; of all items, if none is named.
 
         Raises:
             ValueError: there is no item of a kind.
+            ScaleError: the scores are counted in different things.
         """
-        for kind in kinds:
-            if kind not in self.kinds:
-                raise ValueError(f"kind: {kind!r}; allowed: {', '.join(self.kinds)}")
-        return np.array([each.score for each in self.judged if not kinds or each.kind in kinds])
+        chosen = self._of(kinds)
+        scale_of(each.metric for each in chosen)
+        return np.array([each.score for each in chosen])
 
     def mean(self, *kinds: str) -> float:
         """The mean score of these kinds."""
@@ -73,10 +85,11 @@ class Evaluation:
         """The mean score of these kinds with its interval.
 
         Wilson's where all items are right or wrong, which holds for few items and near 1, too; else
-        that of the bootstrap.
+        that of the bootstrap. CIDEr knows no right and wrong, though it may be 0 or 1.
         """
-        scores = self.scores(*kinds)
-        if np.isin(scores, (0.0, 1.0)).all():
+        scores, chosen = self.scores(*kinds), self._of(kinds)
+        is_share = chosen[0].metric.scale is Scale.SHARE
+        if is_share and np.isin(scores, (0.0, 1.0)).all():
             return wilson(float(scores.sum()), len(scores))
         return bootstrap(scores, seed=seed)
 
@@ -100,10 +113,22 @@ class Evaluation:
         """What `to_dict` gave."""
         return cls(
             tuple(
-                Judged(**{**each, "references": tuple(each["references"])})
+                Judged(
+                    **{
+                        **each,
+                        "references": tuple(each["references"]),
+                        "metric": Metric(each["metric"]),
+                    }
+                )
                 for each in document["judged"]
             )
         )
+
+    def _of(self, kinds: Sequence[str]) -> list[Judged]:
+        for kind in kinds:
+            if kind not in self.kinds:
+                raise ValueError(f"kind: {kind!r}; allowed: {', '.join(self.kinds)}")
+        return [each for each in self.judged if not kinds or each.kind in kinds]
 
 
 class Exam:
@@ -250,7 +275,7 @@ class Exam:
         )
         return Evaluation(
             tuple(
-                Judged(item.kind, item.question, item.references, answer, score)
+                Judged(item.kind, item.question, item.references, item.metric, answer, score)
                 for item, answer, score in zip(self.items, answers, scores, strict=True)
             )
         )

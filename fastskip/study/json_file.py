@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def json_text(document: Any, *, indent: int | None = None) -> str:
+    """A document as JSON; null stands for what JSON has no word for (NaN, infinities)."""
+    return json.dumps(_with_nulls(document), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, document: Any, *, indent: int | None = None) -> Path:
     """Writes a document, and its folder if there is none; a run that is cut off leaves no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(document, indent=indent) + "\n", encoding="utf-8")
+    part.write_text(json_text(document, indent=indent) + "\n", encoding="utf-8")
     os.replace(part, path)
     return path
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _with_nulls(each) for name, each in value.items()}
+    return [_with_nulls(each) for each in value] if isinstance(value, list | tuple) else value

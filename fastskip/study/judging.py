@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -29,6 +29,7 @@ from fastskip.study.fingerprints import (
     policy_fingerprint,
 )
 from fastskip.study.items import Item
+from fastskip.study.json_file import json_text
 from fastskip.study.metrics import Metric, YesNo
 from fastskip.study.samples import placed
 from fastskip.study.smaller_images import taking_smaller_images
@@ -81,11 +82,15 @@ class Judgement:
     speed: Speed | None = None
 
     def change(self, dense: Judgement) -> Estimate:
-        """How much better than dense its answers score, item by item."""
+        """How much better than dense its answers score, item by item.
+
+        Raises:
+            ScaleError: some items are judged by CIDEr and others are not.
+        """
         return self.evaluation.minus(dense.evaluation)
 
     def verdict(self, dense: Judgement) -> Verdict:
-        """What the items say."""
+        """What the items say; errors as of `change`."""
         return Verdict.of(self.change(dense))
 
     def yes_no(self, items: Sequence[Item]) -> YesNo | None:
@@ -142,15 +147,14 @@ class JudgementFile:
         self._path = path
 
     def load(self) -> dict[str, Judgement]:
-        """By fingerprint of what was judged; half a line of a killed process is none."""
+        """By fingerprint of what was judged; a line that is damaged, or half of one, is none."""
         found = {}
         if self._path.is_file():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
+            for line in self._path.read_bytes().splitlines():
+                # whatever is not as it was written is asked again
+                with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     document = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                found[document["of"]] = Judgement.from_dict(document["judgement"])
+                    found[document["of"]] = Judgement.from_dict(document["judgement"])
         return found
 
     def append(self, of: str, judgement: Judgement) -> None:
@@ -161,7 +165,8 @@ class JudgementFile:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")  # behind half a line of a killed process
-            file.write(json.dumps({"of": of, "judgement": judgement.to_dict()}).encode() + b"\n")
+            text = json_text({"of": of, "judgement": judgement.to_dict()})
+            file.write(text.encode() + b"\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,20 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
 
 from fastskip.study import captions
+from fastskip.wording import Scale
 
 LEAST_PEOPLE = 4
 """Answers that VQA accuracy needs: one is compared with the others, of which three are enough."""
+
+
+class ScaleError(ValueError):
+    """Scores that have no mean, as they are counted in different things."""
 
 
 class Metric(StrEnum):
@@ -39,6 +44,11 @@ class Metric(StrEnum):
     CIDER = "cider"
     """Of captions: how many of their n-grams people use too, the rarer ones counting more; 0 to 10.
     Only items together have it: what is rare, their references say."""
+
+    @property
+    def scale(self) -> Scale:
+        """What its scores are counted in."""
+        return Scale.of(self)
 
     def score(self, answer: str, references: Sequence[str]) -> float:
         """In [0, 1]: how well the answer fits the references.
@@ -67,6 +77,19 @@ class Metric(StrEnum):
         if self is Metric.YES_NO and not {words(each) for each in references} <= {"yes", "no"}:
             return f"answer is {references} under metric yes-no; allowed: yes or no"
         return None
+
+
+def scale_of(metrics: Iterable[Metric]) -> Scale:
+    """What scores under all of these are counted in.
+
+    Raises:
+        ScaleError: in different things.
+    """
+    scales = {metric.scale: metric for metric in metrics}
+    if len(scales) > 1:
+        allowed = "cider for all items together or for none, since a mean of both says nothing"
+        raise ScaleError(f"metric: {' and '.join(scales.values())}; allowed: {allowed}")
+    return next(iter(scales), Scale.SHARE)
 
 
 def score_all(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.images import ImageError, load_image
+from fastskip.images import ImageError, is_address, load_image
 from fastskip.prompts import PromptError, build_inputs
 from fastskip.study.json_lines import Format
 
@@ -80,6 +80,6 @@ def _sample(document: dict[str, Any], folder: Path, where: str) -> Sample:
     prompt, image = document.get("prompt"), document.get("image")
     if not isinstance(prompt, str) or not prompt.strip():
         raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a text that is not empty")
-    if image is not None and not isinstance(image, str):
+    if image is not None and (not isinstance(image, str) or is_address(image)):
         raise SampleError(f"{where}: image is {image!r}; allowed: the path of an image file")
     return Sample(prompt, None if image is None else folder / image, where)

@@ -88,6 +88,23 @@ def test_reports_as_json_and_combines(checkpoint: Path, tmp_path: Path) -> None:
         assert len(found["provenance"]["of"]) == 2
 
 
+def test_zeros_that_were_there_are_counted_once(checkpoint: Path, tmp_path: Path) -> None:
+    """A model of which half is gone already: masks by magnitude name nothing else."""
+    by_size = ("--method", "magnitude")
+    succeed("prune", "-m", checkpoint, "--ratio", 0.5, *by_size, "-o", tmp_path / "half")
+    more = ("prune", "-m", tmp_path / "half", *by_size)
+    result = succeed(*more, "--ratio", 0.25, "-o", tmp_path / "same")
+    assert "50.00% of these weights are zero now (50.00% were before)" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines()]
+    shares = [row[-3:] for row in rows if row[:1] == ["2"]]
+    assert shares == [["25.00%", "0.00%", "50.00%"]]  # asked, removed, zero now
+    found = json.loads(succeed(*more, "--ratio", 0.75, "--json", "-o", tmp_path / "less").stdout)
+    assert (found["removed"], found["zero"]) == (0.25, 0.75)
+    weights = [m.weight for m in matrices(fastskip.load_model(tmp_path / "less"))]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros / sum(weight.numel() for weight in weights) == found["zero"]
+
+
 def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
     result = succeed(
         *("prune", "--ratio", 0.5, "--count", 2, "--threads", 1, "--json"),
@@ -103,6 +120,7 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
     [
         ((), "--out: none; allowed: a folder, or --save-masks FILE"),
         (("-o", "{full}"), "allowed: a new or empty folder"),
+        (("-o", "{full}/file/x"), "allowed: a folder that can be made and written"),
         (("--save-masks", "{new}/no/m.safetensors"), "allowed: a file in an existing folder"),
         (("-o", "{new}", "--ratio", 2), "ratio: 2.0; allowed: a share in (0, 1)"),
         (("-o", "{new}"), "ratio: None; allowed: a share in (0, 1), such as 0.5, or a pattern"),
@@ -121,7 +139,7 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
         ),
         (
             ("-o", "{new}", "--masks", "{masks}", "--combine", "exclusion"),
-            "--combine exclusion: 1 files of masks; allowed: two --masks",
+            "--combine exclusion: 1 file of masks; allowed: two --masks",
         ),
         (("-o", "{new}", "--masks", "{masks}"), "the mask has shape [32, 48]; allowed: [32, 64]"),
     ],

@@ -1,6 +1,7 @@
 """The benchmark of a user's model: who takes part, what is made up, what is told of the times."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,27 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     document = json.loads(found.stdout)
     assert [each["label"] for each in document["contenders"]] == ["dense"]
     assert document["workload"]["n_image"] == 4 and document["workload"]["n_text"] < 64
+
+
+def test_nothing_is_lost_where_it_cannot_be_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: BenchResult, folder: Path) -> Path:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(BenchResult, "save", full)
+    found = command("-m", checkpoint, "--no-hf", "-o", tmp_path)
+    assert isinstance(found.exception, OSError) and re.search(r"^ dense +\d", found.stdout, re.M)
+
+
+def test_no_contender_is_lost_in_a_narrow_terminal(checkpoint: Path) -> None:
+    arguments = ["bench", "--bandwidth", "20", "--tflops", "0.1", "--rounds", "3"]
+    arguments += ["--new-tokens", "2", "-m", str(checkpoint), "-p", "image_ffn"]
+    found = CliRunner().invoke(app, arguments, env={"COLUMNS": "40", "NO_COLOR": "1"})
+    assert found.exit_code == 0, found.output
+    for label in ("Hugging Face", "dense", "image_ffn"):
+        for quantity in ("TTFT", "TPOT"):
+            assert f"\n{label}\n  {quantity}, ms, quartiles: " in found.stdout, label
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_compare_command_on_items_of_a_file(tmp_path: Path) -> None:
     assert [each["label"] for each in found] == ["demo:large", "demo:large@every_nth_block"]
     assert found[0]["flops"] > found[1]["flops"]
     shown = run("compare", "demo:large", *items)
-    assert shown.exit_code == 0 and "demo:large" in shown.stdout and "1 items" in shown.stdout
+    assert shown.exit_code == 0 and "demo:large" in shown.stdout and "1 item, 95" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,18 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str) -> None:
     assert "Traceback" not in done.output
 
 
+def test_scales_are_not_mixed(tmp_path: Path) -> None:
+    rows = [{"question": "a?", "answer": "b", "metric": metric} for metric in ("exact", "cider")]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = run("compare", "demo:small", "--items", str(tmp_path / "items.jsonl"))
+    assert done.exit_code == 2 and "metric: exact and cider; allowed: cider for all" in done.output
+
+
 def test_help_teaches() -> None:
     for command, words in (
         ((), ("paper", "compare")),
         (("paper",), ("--quick", "--look", "goes on", "Examples")),
-        (("compare",), ("demo:medium", "--items", "one model", "Examples")),
+        (("compare",), ("demo:medium", "--items", "conversations", "one model", "Examples")),
     ):
         done = run(*command, "--help")
         text = " ".join(done.output.lower().split())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,33 @@ def test_a_run_goes_on(
     assert len(asked_again) == 4
 
 
+def test_damaged_lines_are_asked_again(model: Any, exam: Exam, tmp_path: Path) -> None:
+    kept = JudgementFile(tmp_path / "kept.jsonl")
+    (first,) = judge(model, [], exam, rounds=0, kept=kept)
+    (line,) = (tmp_path / "kept.jsonl").read_bytes().splitlines()
+    (key,) = kept.load()
+    document = json.loads(line)
+    damaged = []
+    for name, value in (
+        ("agreement", []),
+        ("evaluation", {"judged": [{}]}),
+        ("policy", None),
+        ("speed", 1),
+    ):
+        told = {**document["judgement"], name: value}
+        if name == "policy":
+            del told[name]
+        damaged.append(json.dumps({"of": key, "judgement": told}).encode())
+    damaged += [b"{}", b"123", b"[]", b"null", b"\xff", line.replace(b"dense", b"d\xffnse", 1)]
+    damaged += [b"[" * 100_000, json.dumps({"of": [], "judgement": {}}).encode()]
+    for each in damaged:
+        (tmp_path / "kept.jsonl").write_bytes(each + b"\n")
+        assert not kept.load(), each[:80]
+    (tmp_path / "kept.jsonl").write_bytes(b"\n".join([*damaged, line, b"\xfe"]))
+    assert kept.load() == {key: first}
+    assert judge(model, [], exam, rounds=0, kept=kept) == (first,)
+
+
 def test_fingerprints(model: Any) -> None:
     own = model_fingerprint(model)
     with torch.no_grad():
@@ -229,6 +257,33 @@ def test_conversations_and_captions_by_the_command(tmp_path: Path) -> None:
     assert json.loads((out / "eval.json").read_text())["judgements"] == document["judgements"]
     known = JudgementFile(out / "judgements.jsonl").load()
     assert sorted(each.label for each in known.values()) == ["dense", "image_ffn"]
+
+
+def test_cider_is_no_percentage(tmp_path: Path) -> None:
+    """Beside questions: two tables, each with the mean of its own, and none over both."""
+    rows = [{**YES, "metric": "exact"}, {**YES, "answer": "no", "metric": "exact"}]
+    rows += [{**YES, "question": "describe the image.", "metric": "cider"}] * 2
+    rows[-1] = {**rows[-1], "answer": "a red circle"}
+    items = write(tmp_path, rows)
+    found = run("-p", "image_ffn", "--items", items, "--by-kind", "--answer-tokens", "4")
+    assert found.exit_code == 0, found.output
+    shares, captions = found.output.index("score"), found.output.index("CIDEr")
+    assert shares < captions and "4 items, 95 %" in found.output
+    assert found.output.count("2 items") >= 2 and "50.0%" in found.output[shares:captions]
+    assert "%" not in found.output[captions : found.output.index("kind")]
+
+
+def test_no_policy_is_lost_in_a_narrow_terminal(tmp_path: Path) -> None:
+    items = write(tmp_path, [YES])
+    arguments = ["eval", "--threads", "1", "--rounds", "1", "--new-tokens", "2", "--by-kind"]
+    arguments += ["-p", "image_ffn", "--items", items]
+    narrow = CliRunner().invoke(app, arguments, env={"COLUMNS": "40"})
+    assert narrow.exit_code == 0, narrow.output
+    assert re.search(r"^image_ffn\n  score: 100.0%, ", narrow.output, re.MULTILINE)
+    assert "TTFT, ms: " in narrow.output and "policy: image_ffn" in narrow.output
+    assert "1 item, 95 %" in narrow.output.replace("\n", " ")
+    wide = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+    assert re.search(r"^ image_ffn +100.0% ", wide.output, re.MULTILINE)
 
 
 def test_the_demos_own_tasks() -> None:

@@ -1,13 +1,25 @@
 """Metrics against worked examples of the rules that their papers and evaluations state."""
 
+import json
 import math
 import sys
 
 import pytest
 
+from fastskip.intervals import Estimate
 from fastskip.study.captions import CaptionError, CaptionScores, cider, tokens
+from fastskip.study.evaluation import Evaluation, Judged
 from fastskip.study.items import Item, ItemError
-from fastskip.study.metrics import Metric, YesNo, means_yes, score_all, vqa_words
+from fastskip.study.metrics import (
+    Metric,
+    ScaleError,
+    YesNo,
+    means_yes,
+    scale_of,
+    score_all,
+    vqa_words,
+)
+from fastskip.wording import Scale
 
 
 @pytest.mark.parametrize(
@@ -146,8 +158,30 @@ def test_metrics_are_mixed() -> None:
         Metric.CIDER.score("a", ["a"])
 
 
+def test_scores_of_two_scales_have_no_mean() -> None:
+    assert scale_of([Metric.EXACT, Metric.VQA, Metric.YES_NO]) is Scale.SHARE
+    assert scale_of([Metric.CIDER] * 2) is Scale.CIDER
+    with pytest.raises(ScaleError, match="metric: exact and cider; allowed: cider for all items"):
+        scale_of([Metric.EXACT, Metric.CIDER])
+
+    def judged(metric: Metric, score: float) -> Judged:
+        return Judged("question", "what?", ("a",), metric, "b", score)
+
+    shares = tuple(judged(Metric.EXACT, score) for score in (1.0, 1.0, 0.0))
+    captions = tuple(judged(Metric.CIDER, score) for score in (0.0, 0.0, 2.5))
+    mixed = Evaluation((*captions, *shares))
+    assert mixed.parts == {Scale.SHARE: Evaluation(shares), Scale.CIDER: Evaluation(captions)}
+    assert Evaluation.from_dict(json.loads(json.dumps(mixed.to_dict()))) == mixed
+    for refused in (mixed.mean, mixed.estimate, lambda: mixed.minus(mixed)):
+        with pytest.raises(ScaleError):
+            refused()
+    # CIDEr that is 0 throughout is no share of right answers.
+    assert Evaluation(captions[:2]).estimate() == Estimate(0.0, 0.0, 0.0)
+    assert Evaluation(shares[2:]).estimate().high > 0.5
+
+
 def test_captions_that_cannot_be_scored(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CaptionError, match="1 items; allowed: 2 or more"):
+    with pytest.raises(CaptionError, match="1 item; allowed: 2 or more"):
         cider(["a"], [["a"]])
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
     with pytest.raises(CaptionError, match=r"pip install 'fastskip\[captions\]'"):

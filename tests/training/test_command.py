@@ -1,6 +1,7 @@
 """`fastskip train` as a user meets it, and what it measures."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def test_adapters_and_routers(folder: Path, tmp_path: Path) -> None:
         (["--data", "x", "--demo"], "--data or --demo: both are given"),
         (["--data", "no.jsonl"], r"no\.jsonl"),
         (["--data", "x", "--merge"], "--merge: parts are projector"),
+        (["--data", "x", "--lora-rank", 64], "--lora-rank 64: parts are projector; allowed: with"),
+        (["--data", "x", "--lora-alpha", 3], "--lora-alpha 3.0: parts are projector"),
         (["--data", "x", "--steps", 1, "--epochs", 2], "epochs: 2.0; allowed: steps or epochs"),
         (["--demo"], "allowed: none beside --demo"),
         (["--data", "x", "--warmup", 2], "warmup: 2.0"),
@@ -110,6 +113,59 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path, more: list[Any], mess
 def test_broken_rows_stop_a_run(folder: Path, tmp_path: Path) -> None:
     result = run(*options(folder, tmp_path, "--data", folder / "train.jsonl"))
     assert result.exit_code == 2 and "train.jsonl, line 6: not JSON" in result.stderr
+
+
+def strict(text: str) -> Any:
+    """JSON as its standard has it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_going_on(folder: Path, tmp_path: Path) -> None:
+    data = ("--data", folder / "good.jsonl", "--compare-dense", 0, "--epochs", 1)
+    fresh = options(folder, tmp_path, *data, "--save-every", 1)
+    succeed(*fresh)
+    report = tmp_path / "report.json"
+    first = report.read_text()
+    # Nothing is left to do: the times of the run that made the steps stay.
+    again = strict(succeed(*fresh, "--resume", "--json").stdout)
+    assert again["steps"] == 2
+    assert again["seconds_per_step"] is None and again["rows_per_second"] is None
+    assert report.read_text() == first and strict(first)["seconds_per_step"] > 0
+    assert "No step was left to do" in succeed(*fresh, "--resume").stdout
+    result = run(*fresh, "--resume", "-p", "every_nth_block")
+    assert result.exit_code == 2 and '"2:-1:2"' in result.stderr  # and no emoji in its place
+    assert re.search(r"policy.rules: \[.*\], in the checkpoints \[\{", result.stderr)
+    # The same file elsewhere is the same data, another row is not.
+    lines = (folder / "good.jsonl").read_text().replace("red", "green", 1)
+    (tmp_path / "other.jsonl").write_text(lines)
+    moved = ("--data", tmp_path / "other.jsonl", "--images", folder, "--resume")
+    result = run(*fresh, *moved)
+    assert result.exit_code == 2 and "data.fingerprint: " in result.stderr
+    (tmp_path / "other.jsonl").write_text((folder / "good.jsonl").read_text())
+    assert "No step was left to do" in succeed(*fresh, *moved).stdout
+
+
+def test_a_finished_run_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    data = ("--data", folder / "good.jsonl", "--compare-dense", 0, "--steps", 1)
+    result = succeed(*options(folder, tmp_path, *data))
+    assert "1 step, " in result.stdout
+    before = (tmp_path / "report.json").read_bytes()
+    for more in ((), ("--resume",)):
+        result = run(*options(folder, tmp_path, *data, *more))
+        assert result.exit_code == 2 and "holds model of a run; allowed: a folder" in result.stderr
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_halves_are_warned_of_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = ("--data", folder / "good.jsonl", "--steps", 1, "--dtype", "bfloat16")
+    succeed(*options(folder, tmp_path, *data))
+    assert sum("small updates are lost" in each.getMessage() for each in caplog.records) == 1
 
 
 def test_the_demo(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
         {"image": "x.png", "conversations": said("<image>\nhi", "yes")},
         r"no image .*x\.png",
     ),
+    "an address": (
+        {"image": "https://x.y/z.png", "conversations": said("hi", "yes")},
+        "image 'https://x.y/z.png' is an address",
+    ),
     "a number for an image": ({"image": 7, "conversations": said("hi", "yes")}, "image is 7"),
     "too many placeholders": (
         {"image": "a.png", "conversations": said("<image><image>hi", "yes")},

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_what_learns_and_what_does_not(parts: Parts) -> None:
     assert not any(module.gradient_checkpointing for module in model.model.language_model.layers)
     assert len(trained.losses) == len(trained.step_seconds) == 3
     assert trained.examples == 6 and 6 * 20 < trained.rows < 6 * 100
-    assert trained.rows_per_second > 0 and trained.seconds_per_step > 0
+    assert min(trained.rows_per_second or 0, trained.seconds_per_step or 0) > 0
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +149,52 @@ def test_checkpoints_hold_what_learns(tmp_path: Path) -> None:
     assert (checkpoint / "model.safetensors").stat().st_size < 2 * learned
     with pytest.raises(SettingsError, match="out: .*; allowed: .*, or resume"):
         run(prepared(), tmp_path, save_every=3)
-    with pytest.raises(TrainingError, match="checkpoint: holds"):
+    with pytest.raises(TrainingError, match='parts: "language", in the checkpoints "projector"'):
         run(prepared(), tmp_path, save_every=3, steps=4, resume=True, parts=Parts.LANGUAGE)
+
+
+def test_only_the_same_run_goes_on(tmp_path: Path) -> None:
+    settings = Settings(steps=4, batch=2, save_every=2, resume=True)
+    other = {"schema_version": 1, "rules": [{"layers": [1], "skip": ["ffn"]}]}
+
+    def go_on(model: Any, data: Any = None, masks: Any = None, **changed: Any) -> Trained:
+        chosen = replace(settings, **changed)
+        given = examples() if data is None else data
+        return train(model, processor(), given, tmp_path, chosen, masks=masks)
+
+    first = prepared()
+    assert len(go_on(first).losses) == 4
+    two = "settings.batch: 1, in the .* 2; settings.learning_rate: 1, in the .* 0.001; allowed: "
+    for message, options in {
+        "policy.rules: .*, in the checkpoints .*": {"model": prepared(other)},
+        "model.frozen: ": {"model": prepared(seed=1)},
+        "model.parameters: ": {"model": prepared(ffn=64)},
+        'model.dtype: "float64", in the checkpoints "float32"': {"model": prepared().double()},
+        "data.examples: 9, in the checkpoints 8": {"data": examples(9)},
+        "data.fingerprint: ": {"data": examples()[::-1]},
+        "masks: ": {"masks": Holes()},
+        two: {"batch": 1, "learning_rate": 1},
+    }.items():
+        with pytest.raises(TrainingError, match=message):
+            go_on(**{"model": prepared(), "steps": 6} | options)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="steps: 3; allowed: 4 or more"):
+        go_on(prepared(), steps=3)
+    # What is trained already comes from the checkpoint, whatever the model has there.
+    again = go_on(first, steps=6, save_every=1, skip_broken=True, gradient_checkpointing=True)
+    assert len(again.losses) == 6 and len(again.step_seconds) == 2
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"run.json: .*; allowed: a folder without checkpoints"):
+        go_on(prepared(), steps=6)
+
+
+def test_a_run_that_ended_within_a_pass_takes_no_further_step(tmp_path: Path) -> None:
+    settings = Settings(steps=2, batch=2, save_every=2, resume=True)
+    model, again = prepared(), prepared()
+    first = train(model, processor(), examples(), tmp_path, settings)
+    then = train(again, processor(), examples(), tmp_path, settings)
+    assert then.losses == first.losses and then.step_seconds == ()
+    assert then.seconds_per_step is None and then.rows_per_second is None
+    assert_equal_parameters(again, model)
 
 
 @pytest.mark.parametrize("parts", MODEL_PARTS)
@@ -220,7 +265,9 @@ def test_streams(tmp_path: Path) -> None:
     assert_equal_parameters(one, two)
     with pytest.raises(SettingsError, match="steps: None"):
         train(prepared(), processor(), Endless(), None, Settings())
-    with pytest.raises(TrainingError, match="data: ended after 1 steps"):
+    with pytest.raises(
+        TrainingError, match="data: ended after 1 step; allowed: examples for 3 steps"
+    ):
         train(prepared(), processor(), iter(examples(2)), None, settings)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
 from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Evaluation
+from fastskip.study.json_file import write_json
 from fastskip.study.paper.experiments import Cell, Learned, Part, Schedule, Scope, Section
 from fastskip.study.similarity import LayerSimilarity
 
@@ -124,8 +125,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write `to_dict` as JSON."""
-        rounded = _rounded(self.to_dict())
-        path.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+        write_json(path, _rounded(self.to_dict()), indent=1)
 
     @classmethod
     def load(cls, path: Path) -> Results:

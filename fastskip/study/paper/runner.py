@@ -41,7 +41,7 @@ from fastskip.study.paper.speeds import contenders, timed
 from fastskip.study.paper.tuning import remove_weights_, tune_
 from fastskip.study.similarity import LayerSimilarity, similarities
 
-FORMAT = 1
+FORMAT = 2
 """Of the cells' files; a higher one makes older files be measured anew."""
 Tick = Callable[[str], object]
 

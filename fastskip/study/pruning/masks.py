@@ -71,6 +71,14 @@ class WeightMasks:
         """The same sets on another device."""
         return self._with({k: replace(s, bitmap=s.bitmap.to(device)) for k, s in self.kept.items()})
 
+    @property
+    def digest(self) -> str:
+        """The same for the same sets, wherever they are from."""
+        found = hashlib.sha256()
+        for name, own in sorted(self.kept.items()):
+            found.update(f"{name} {own.shape} ".encode() + own.bitmap.cpu().numpy().tobytes())
+        return found.hexdigest()
+
     def check(self, model: Any) -> None:
         """Raises ``PruningError`` unless the masks are of this model."""
         self._weights(model)
@@ -80,6 +88,14 @@ class WeightMasks:
         chosen = [self.kept[name] for name in (self.kept if names is None else names)]
         total = sum(own.shape[0] * own.shape[1] for own in chosen)
         return sum(int(own.mask.sum()) for own in chosen) / total if total else 1.0
+
+    def zeros(self, model: Any) -> dict[str, int]:
+        """How many weights of each matrix with a set are zero, for whatever reason.
+
+        Raises:
+            PruningError: the masks are of another model.
+        """
+        return {name: int((weight == 0).sum()) for name, weight in self._weights(model)}
 
     def __and__(self, other: WeightMasks) -> WeightMasks:
         return self._combined(other, torch.bitwise_and, "intersection")

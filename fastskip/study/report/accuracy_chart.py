@@ -10,6 +10,7 @@ from typing import Any
 from fastskip.intervals import Estimate
 from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture
 from fastskip.study.report.labels import Label, place
+from fastskip.wording import Scale
 
 NEAR = 0.1
 """How far from dense points are that are drawn once more where others lie far below."""
@@ -68,27 +69,34 @@ class Point:
     is_recommended: bool = False
 
 
-def accuracy_chart(name: str, quantity: Quantity, points: Sequence[Point]) -> Picture:
-    """The chart of one quantity."""
+def accuracy_chart(
+    name: str, quantity: Quantity, points: Sequence[Point], scale: Scale = Scale.SHARE
+) -> Picture:
+    """The chart of one quantity; `scale`: what scores are counted in."""
     told = "; ".join(
-        f"{each.name}: {each.cost:.3g} {quantity.unit}, {each.score.mean:.1%} "
-        f"({each.score.low:.1%} to {each.score.high:.1%})"
+        f"{each.name}: {each.cost:.3g} {quantity.unit}, {scale.text(each.score.mean)} "
+        f"({scale.text(each.score.low)} to {scale.text(each.score.high)})"
         for each in points
     )
-    text = f"Score against {quantity.value} of {len(points)} policies, with 95 % intervals. {told}."
-    return picture(name, text, lambda form: draw(quantity, points, form))
+    what = scale.heading[0].upper() + scale.heading[1:]
+    what += f" against {quantity.value} of {len(points)} policies"
+    text = f"{what}, with 95 % intervals. {told}."
+    return picture(name, text, lambda form: draw(quantity, points, form, scale))
 
 
-def draw(quantity: Quantity, points: Sequence[Point], form: Form) -> Any:
+def draw(
+    quantity: Quantity, points: Sequence[Point], form: Form, scale: Scale = Scale.SHARE
+) -> Any:
     """The figure: up and to the left is better. Where points lie far below dense, those near it are
     drawn once more, enlarged."""
     near = _near(points)
     height = 3.6 if form.is_narrow else 4.4
     figure = figure_of(form.width, height * (1.75 if near else 1), layout="constrained")
     axes = figure.subplots(2 if near else 1, 1, squeeze=False)[:, 0]
-    _points(axes[0], points)
+    for axis, shown in zip(axes, (points, near), strict=False):
+        _points(axis, shown)
+        axis.set_ylabel(scale.axis)
     if near:
-        _points(axes[1], near)
         axes[0].set_title("all", loc="left")
         axes[1].set_title(
             f"those less than {100 * NEAR:.0f} points below dense, enlarged", loc="left"
@@ -135,7 +143,6 @@ def _points(axis: Any, points: Sequence[Point]) -> None:
         style: dict[str, Any] = {"color": Colour.MUTED.value, "lw": 0.8, "ls": ":", "zorder": 0}
         axis.axvline(dense.cost, **style)
         axis.axhline(100 * dense.score.mean, **style)
-    axis.set_ylabel("score, %")
 
 
 def _label(point: Point, is_named: bool) -> Label:

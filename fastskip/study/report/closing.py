@@ -9,8 +9,7 @@ from fastskip.study.report.blocks import Block, Facts, Heading, Points, Section
 from fastskip.study.report.maps import Mapped
 from fastskip.study.report.results import Results
 from fastskip.study.report.search_file import SearchResult
-
-FEW_ITEMS = 100
+from fastskip.wording import FEW_ITEMS, Scale, counted
 
 
 def provenance(results: Results, made: str) -> Section:
@@ -58,15 +57,22 @@ def _limits(results: Results, mapped: list[Mapped]) -> Iterator[str]:
             "Intervals are over items; where several are about one picture they are too narrow."
         )
     for run in results.evals:
-        if len(run.items) < FEW_ITEMS:
-            yield f"{len(run.items)} items ({run.source}) show large differences only."
-        if any(item.metric == "cider" for item in run.items):
-            yield f"Captions under CIDEr score from 0 to 10 ({run.source}); 100 % is 1."
-        if run.dense.score.mean > 0.99:
-            yield (
-                f"Dense scores {run.dense.score.mean:.1%} ({run.source}): nothing can be better, "
-                "and harder questions might lose more."
-            )
+        for part in run.parts:
+            if len(part.items) < FEW_ITEMS:
+                verb = "shows" if len(part.items) == 1 else "show"
+                told = f"{counted(len(part.items), 'item')} ({run.source})"
+                yield f"{told} {verb} large differences only."
+            score = part.dense.score.mean
+            if part.scale is Scale.CIDER:
+                yield (
+                    f"CIDEr is told times 100 ({run.source}): about 100 is what people's captions "
+                    "reach among themselves, 1000 the most that there is."
+                )
+            elif score > 0.99:
+                yield (
+                    f"Dense scores {score:.1%} ({run.source}): nothing can be better, and harder "
+                    "questions might lose more."
+                )
         if run.dense.ttft_s is not None:
             yield (
                 f"Times in {run.source} are medians of one item at batch 1, without an interval: "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
-from fastskip.study.report.fields import Field, read_document
+from fastskip.study.report.fields import MOST, Field, read_document
+from fastskip.wording import Scale, counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,11 @@ class AskedItem:
     images: tuple[Path, ...]
     history: tuple[tuple[str, str], ...]
 
+    @property
+    def scale(self) -> Scale:
+        """What its score is counted in."""
+        return Scale.of(self.metric)
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -32,31 +39,43 @@ class Answer:
 
     text: str
     score: float
+    scale: Scale
 
 
 @dataclass(frozen=True)
 class JudgedPolicy:
     """One policy's answers, in the order of the items.
 
-    `tokens`, `divergence`: means of the agreement with dense (share; nats). `flops`: of the first
+    `agreed`, `diverged`: agreement with dense, item by item (share; nats). `flops`: of the first
     item. `ttft_s`, `tpot_s`: medians in seconds, `None` where times were not taken.
     """
 
     label: str
     policy: Mapping[str, Any]
     answers: tuple[Answer, ...]
-    tokens: float
-    divergence: float
+    agreed: tuple[float, ...]
+    diverged: tuple[float, ...]
     flops: float
     ttft_s: float | None
     tpot_s: float | None
 
+    @property
+    def tokens(self) -> float:
+        """The mean share of tokens as dense."""
+        return fmean(self.agreed)
+
+    @property
+    def divergence(self) -> float:
+        """The mean divergence from dense, nats."""
+        return fmean(self.diverged)
+
     @cached_property
     def score(self) -> Estimate:
         """The mean score with its 95 % interval over items: Wilson's where all are right or wrong,
-        which holds for few items and near 1 too, else that of the bootstrap."""
+        which holds for few items and near 1 too, else that of the bootstrap, as always of CIDEr."""
         scores = [each.score for each in self.answers]
-        if set(scores) <= {0.0, 1.0}:
+        (scale,) = {each.scale for each in self.answers}
+        if scale is Scale.SHARE and set(scores) <= {0.0, 1.0}:
             return wilson(sum(scores), len(scores))
         return bootstrap(scores)
 
@@ -68,13 +87,45 @@ class JudgedPolicy:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """One run of `fastskip eval`; the dense model comes first."""
+    """One run of `fastskip eval`; the dense model comes first.
+
+    Scores of one run may be counted in different things, which have no mean: what tells of scores
+    is given `parts`.
+    """
 
     source: str
     circumstances: Circumstances
     new_tokens: int
     items: tuple[AskedItem, ...]
     judged: tuple[JudgedPolicy, ...]
+
+    @property
+    def parts(self) -> tuple[EvalResult, ...]:
+        """The items by what their scores are counted in, with the answers to them."""
+        places: dict[Scale, list[int]] = {}
+        for number, item in enumerate(self.items):
+            places.setdefault(item.scale, []).append(number)
+        return tuple(self._of(places[scale]) for scale in Scale if scale in places)
+
+    @property
+    def scale(self) -> Scale:
+        """What the scores of a part are counted in."""
+        return self.items[0].scale
+
+    def _of(self, places: Sequence[int]) -> EvalResult:
+        return replace(
+            self,
+            items=tuple(self.items[place] for place in places),
+            judged=tuple(
+                replace(
+                    each,
+                    answers=tuple(each.answers[place] for place in places),
+                    agreed=tuple(each.agreed[place] for place in places),
+                    diverged=tuple(each.diverged[place] for place in places),
+                )
+                for each in self.judged
+            ),
+        )
 
     @property
     def dense(self) -> JudgedPolicy:
@@ -146,24 +197,26 @@ def _judged(field: Field, items: tuple[AskedItem, ...]) -> JudgedPolicy:
         asked = each.get("question")
         if number < len(items) and asked.text() != items[number].question:
             asked.refuse(f"{items[number].question!r}, as in items[{number}]")
-        answers.append(Answer(each.get("answer").text(), each.get("score").number(0, 10)))
+        scale = items[number].scale if number < len(items) else Scale.SHARE
+        score = each.get("score").number(0, 1 if scale is Scale.SHARE else 10)
+        answers.append(Answer(each.get("answer").text(), score, scale))
     if len(answers) != len(items):
-        judged.refuse(f"one answer an item, {len(items)}", f"{len(answers)} answers")
+        judged.refuse(f"one answer an item, {len(items)}", counted(len(answers), "answer"))
     agreement, speed = field.get("agreement"), field.may("speed")
     return JudgedPolicy(
         label=label,
         policy=field.get("policy").object(),
         answers=tuple(answers),
-        tokens=_mean(agreement.get("tokens"), 1),
-        divergence=_mean(agreement.get("divergence")),
+        agreed=_each(agreement.get("tokens"), len(items), 1),
+        diverged=_each(agreement.get("divergence"), len(items)),
         flops=field.get("flops").number(0),
         ttft_s=None if speed is None else speed.get("ttft_s").number(0),
         tpot_s=None if speed is None else speed.get("tpot_s").number(0),
     )
 
 
-def _mean(field: Field, most: float = float("inf")) -> float:
-    values = [each.number(0, most) for each in field.each()]
-    if not values:
-        field.refuse("one number an item")
-    return sum(values) / len(values)
+def _each(field: Field, count: int, most: float = MOST) -> tuple[float, ...]:
+    values = tuple(each.number(0, most) for each in field.each())
+    if len(values) != count:
+        field.refuse(f"one number an item, {count}", counted(len(values), "number"))
+    return values

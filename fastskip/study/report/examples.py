@@ -8,6 +8,7 @@ from pathlib import Path
 from fastskip.study.report.blocks import Cell, Example, ShownAnswer, Table, Tone
 from fastskip.study.report.eval_file import EvalResult, JudgedPolicy
 from fastskip.study.report.fields import Problem, ReportError
+from fastskip.wording import Scale, counted
 
 MOST_BYTES = 2 << 20
 """Of one picture: they are meant to be small."""
@@ -31,7 +32,7 @@ def differences_table(result: EvalResult) -> Table:
         counts = (len(found), less, more, len(found) - less - more)
         rows.append((Cell(str(number)), Cell(policy.label), *(Cell(str(n)) for n in counts)))
     head = ("no.", "policy", "answers that differ", "score less", "score more", "score the same")
-    return Table(f"Of {len(result.items)} answers.", head, tuple(rows))
+    return Table(f"Of {counted(len(result.items), 'answer')}.", head, tuple(rows))
 
 
 def examples(result: EvalResult, most: int) -> list[Example]:
@@ -67,6 +68,8 @@ def _example(result: EvalResult, number: int) -> Example:
 def _shown(policy: JudgedPolicy, number: int, dense: float | None) -> ShownAnswer:
     answer = policy.answers[number]
     tone, told = Tone.OPEN, f"score {answer.score:.2g}"
+    if answer.scale is Scale.CIDER:
+        told = f"{answer.scale.heading} {answer.scale.text(answer.score)}"
     if dense is not None and answer.score != dense:
         tone = Tone.GOOD if answer.score > dense else Tone.BAD
         told += ", more than dense" if answer.score > dense else ", less than dense"

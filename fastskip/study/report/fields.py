@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 SCHEMA_VERSION = 1
+MOST = 1e30
+"""No number that was measured is larger; charts multiply, and must not run over."""
 
 
 class ReportError(ValueError):
@@ -81,18 +82,17 @@ class Field:
             self.refuse("true or false")
         return self.value
 
-    def number(self, least: float = -math.inf, most: float = math.inf) -> float:
+    def number(self, least: float = -MOST, most: float = MOST) -> float:
         """The value as a finite number in a range."""
         is_number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
-        if not is_number or not math.isfinite(self.value) or not least <= self.value <= most:
-            bounds = "" if (least, most) == (-math.inf, math.inf) else f" in [{least:g}, {most:g}]"
-            self.refuse(f"a finite number{bounds}")
+        if not is_number or not least <= self.value <= most:
+            self.refuse(f"a finite number in [{least:g}, {most:g}]")
         return float(self.value)
 
     def count(self, least: int = 0) -> int:
         """The value as a whole number."""
-        if type(self.value) is not int or self.value < least:
-            self.refuse(f"a whole number, {least} or more")
+        if type(self.value) is not int or not least <= self.value <= MOST:
+            self.refuse(f"a whole number, {least} or more, {MOST:g} at the most")
         return int(self.value)
 
     def _inner(self, name: str) -> Field:
@@ -127,7 +127,7 @@ def read_object(path: Path) -> Field:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(path, "", Problem(f"cannot be read ({error})"), allowed) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
         raise ReportError(path, "", Problem(f"not JSON ({error})"), allowed) from error
     document = Field(path, "", value)
     document.object()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastskip.plan import ModelShape, shape_of_depth
 from fastskip.policy import PolicyError
 from fastskip.study.report.circumstances import Circumstances
+from fastskip.study.report.fields import ReportError
 from fastskip.study.report.joining import IS_DENSE, policy_key
 from fastskip.study.report.policy_map import PolicyMap, map_policy
 from fastskip.study.report.results import Results
@@ -42,15 +44,23 @@ class _Named:
         return told.model_fingerprint or told.model, policy_key(self.policy)
 
 
-def maps(results: Results, shape_of: ShapeOf) -> list[Mapped]:
-    """A map of every policy but dense, once a model; searches' random ones only on the front."""
+def maps(results: Results, shape_of: ShapeOf, layers: int | None = None) -> list[Mapped]:
+    """A map of every policy but dense, once a model; searches' random ones only on the front.
+
+    Args:
+        results: what has the policies.
+        shape_of: the shape of a model that is at hand.
+        layers: of models that are not, and of which no search tells the depth.
+    Raises:
+        ReportError: a model is known to have other layers.
+    """
     grouped: dict[tuple[str, str], list[_Named]] = {}
     for named in _policies(results):
         if named.key[1] != IS_DENSE:
             grouped.setdefault(named.key, []).append(named)
     names = [dict.fromkeys(named.label for named in group) for group in grouped.values()]
     counts = Counter(label for labels in names for label in labels)
-    known = _with_depths(results, shape_of)
+    known = _with_depths(results, shape_of, layers)
     found = []
     for labels, group in zip(names, grouped.values(), strict=True):
         # commands may call different policies by one name
@@ -60,15 +70,25 @@ def maps(results: Results, shape_of: ShapeOf) -> list[Mapped]:
     return found
 
 
-def _with_depths(results: Results, shape_of: ShapeOf) -> ShapeOf:
-    """Where a model is not at hand, the depth that a search of the same model tells will do."""
+def _with_depths(results: Results, shape_of: ShapeOf, layers: int | None) -> ShapeOf:
+    """Where a model is not at hand, the depth that a search of the same model tells will do; then
+    the one that the user names."""
 
-    def find(circumstances: Circumstances) -> ModelShape | None:
+    def known(circumstances: Circumstances) -> ModelShape | None:
         found = shape_of(circumstances)
         for search in results.searches if found is None else ():
             if search.depth is not None and search.circumstances.is_same_model(circumstances):
                 return shape_of_depth(search.depth)
         return found
+
+    def find(circumstances: Circumstances) -> ModelShape | None:
+        found = known(circumstances)
+        if layers is None:
+            return found
+        if found is not None and found.depth != layers:
+            allowed = f"{found.depth}, the layers of {circumstances.model_name}, or none"
+            raise ReportError(Path("--layers"), "", layers, allowed)
+        return found or shape_of_depth(layers)
 
     return find
 

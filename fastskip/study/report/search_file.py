@@ -12,6 +12,7 @@ from fastskip.policy import Sublayer, TokenClass
 from fastskip.study.report.accuracy_chart import Quantity
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
 from fastskip.study.report.fields import Field, read_document, read_object
+from fastskip.wording import Scale
 
 SOURCES = ("dense", "search", "uniform", "random", "peer", "router")
 
@@ -61,7 +62,7 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """One run of `fastskip search`.
+    """One run of `fastskip search`; its scores are counted in `scale`.
 
     `left_out`: names and reasons. `depth`: of the model, where a policy file beside says it.
     `settings`: whatever the run says of how it searched.
@@ -79,6 +80,7 @@ class SearchResult:
     conclusion: str
     depth: int | None
     settings: Mapping[str, Any]
+    scale: Scale
 
 
 def read_search(folder: Path) -> SearchResult:
@@ -91,6 +93,7 @@ def read_search(folder: Path) -> SearchResult:
     budget, conclusion = document.get("budget"), document.get("conclusion")
     candidates = tuple(_candidate(each) for each in document.get("candidates").each())
     rivals, left_out = document.may("comparisons"), document.may("left_out")
+    scale = document.may("scale")  # files of old have none
     quantities = {each.value.lower(): each for each in Quantity}
     recommended = conclusion.may("recommended")
     if recommended is not None:
@@ -110,6 +113,7 @@ def read_search(folder: Path) -> SearchResult:
         else tuple((e.get("name").text(), e.get("reason").text()) for e in left_out.each()),
         depth=_depth(document.get("candidates"), folder),
         settings=_settings(document),
+        scale=Scale.SHARE if scale is None else Scale(scale.one_of(tuple(Scale))),
     )
 
 

@@ -25,6 +25,7 @@ from fastskip.study.report.tables import (
     speedup_text,
     verdict_of,
 )
+from fastskip.wording import Scale, counted
 
 
 def summary(results: Results) -> Section:
@@ -35,17 +36,19 @@ def summary(results: Results) -> Section:
 def _findings(results: Results) -> Iterator[str]:
     for search in results.searches:
         yield f"Search ({search.budget}): {search.conclusion}"
-    for run in results.evals:
+    for part in (part for run in results.evals for part in run.parts):
+        is_share = part.scale is Scale.SHARE
         groups: dict[str, list[str]] = {}
-        for each in run.judged[1:]:
-            change = each.minus(run.dense)
-            told = f"{each.label} ({100 * change.mean:+.1f} points)"
+        for each in part.judged[1:]:
+            change = each.minus(part.dense)
+            told = f"{each.label} ({100 * change.mean:+.1f}{' points' if is_share else ''})"
             groups.setdefault(verdict_of(change)[0], []).append(told)
+        what = "Answers" if is_share else f"Captions by {part.scale.axis}"
         for verdict in ("better", "not told apart", "worse"):
             if verdict in groups:
                 against = "from dense" if verdict == "not told apart" else "than dense"
-                names = ", ".join(groups[verdict])
-                yield f"Answers, {len(run.items)} items, {verdict} {against}: {names}."
+                names, items = ", ".join(groups[verdict]), counted(len(part.items), "item")
+                yield f"{what}, {items}, {verdict} {against}: {names}."
     for bench in results.benches:
         for verdict, words in (("faster", "Faster here"), ("slower", "Slower here")):
             ratios = [
@@ -66,7 +69,7 @@ def search_section(results: Results) -> Section:
         blocks += [
             Text(f"Budget: {search.budget}. Recommended: {search.recommended or 'nothing'}.")
         ]
-        blocks += _charts(f"search{number}", search_points(search))
+        blocks += _charts(f"search{number}", search_points(search), search.scale)
         if search.candidates:
             blocks.append(search_table(search))
         if search.rivals:
@@ -88,10 +91,15 @@ def eval_section(results: Results) -> Section:
     blocks: list[Block] = []
     for number, run in enumerate(results.evals, start=1):
         blocks += _titled(run.source, len(results.evals))
-        blocks += _charts(f"eval{number}", eval_points(run, results.benches))
-        blocks.append(eval_table(run))
-        kinds = kinds_table(run)
-        blocks += [] if kinds is None else [kinds]
+        for part in run.parts:
+            name = f"eval{number}"
+            if len(run.parts) > 1:
+                name += f"_{part.scale}"
+                blocks.append(Heading(f"{part.scale.heading}, {counted(len(part.items), 'item')}"))
+            blocks += _charts(name, eval_points(part, results.benches), part.scale)
+            blocks.append(eval_table(part))
+            kinds = kinds_table(part)
+            blocks += [] if kinds is None else [kinds]
     return Section("accuracy", "Accuracy against time", blocks)
 
 
@@ -154,18 +162,21 @@ def examples_section(results: Results, most: int) -> Section:
         found = examples(run, most)
         blocks += found
         if found:
-            what = f"{len(found)} items on which answers differ, each policy's greatest losses"
-            told = f"{what} first: they are no fair sample, the table above is."
-            blocks.insert(len(blocks) - len(found), Text(told[0].upper() + told[1:]))
+            told = (
+                f"{counted(len(found), 'item')} on which answers differ, each policy's greatest "
+                "losses first: they are no fair sample, the table above is."
+            )
+            blocks.insert(len(blocks) - len(found), Text(told))
         else:
             blocks.append(Text("No policy answers any item otherwise than dense."))
     return Section("examples", "Where answers differ", blocks)
 
 
-def _charts(name: str, found: Sequence[TimedPoints]) -> list[Block]:
+def _charts(name: str, found: Sequence[TimedPoints], scale: Scale) -> list[Block]:
     blocks: list[Block] = []
     for each in found:
-        chart = accuracy_chart(f"{name}_{each.quantity.lower()}", each.quantity, each.points)
+        own = f"{name}_{each.quantity.lower()}"
+        chart = accuracy_chart(own, each.quantity, each.points, scale)
         caption = (
             f"Score against {each.quantity.value}; upright bars are 95 % intervals over items, "
             f"dotted lines are dense, numbers those of the table. {each.quantity.value}: "

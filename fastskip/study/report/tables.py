@@ -10,6 +10,7 @@ from fastskip.study.report.blocks import NOTHING, Cell, Table, Tone
 from fastskip.study.report.eval_file import EvalResult, JudgedPolicy
 from fastskip.study.report.heat_chart import HeatMap
 from fastskip.study.report.search_file import Candidate, SearchResult
+from fastskip.wording import Scale, counted
 
 EMPTY = Cell(NOTHING)
 MOST_KINDS = 8
@@ -19,11 +20,13 @@ MOST_KINDS = 8
 def eval_table(result: EvalResult) -> Table:
     """Scores, differences, agreement, compute and times of a run's policies."""
     has_times = any(each.ttft_s is not None for each in result.judged)
-    head = ["no.", "policy", "score (95\u00a0%)", "points from dense (95\u00a0%)"]
+    scale = result.scale
+    head = ["no.", "policy", f"{scale.heading} (95\u00a0%)"]
+    head += [f"{scale.points} from dense (95\u00a0%)"]
     head += ["tokens as dense", "KL, nats", "FLOPs", *(["TTFT", "TPOT"] if has_times else [])]
     rows = []
     for number, each in enumerate(result.judged, start=1):
-        row = [Cell(str(number)), Cell(each.label), score_cell(each.score)]
+        row = [Cell(str(number)), Cell(each.label), score_cell(each.score, scale)]
         row.append(EMPTY if each is result.dense else change_cell(each.minus(result.dense)))
         row += [Cell(f"{each.tokens:.0%}"), Cell(f"{each.divergence:.2g}")]
         row.append(_share(each.flops, result.dense.flops))
@@ -32,9 +35,9 @@ def eval_table(result: EvalResult) -> Table:
         rows.append(tuple(row))
     count, tokens = len(result.items), result.new_tokens
     caption = (
-        f"{count} items. Differences are taken item by item; tokens as dense: up to the first that "
-        f"differs; KL: of the first answer token; FLOPs: decoder and lm_head, first item, {tokens} "
-        "new tokens."
+        f"{counted(count, 'item')}. Differences are taken item by item; tokens as dense: up to the "
+        "first that differs; KL: of the first answer token; FLOPs: decoder and lm_head, first "
+        f"item, {tokens} new tokens."
     )
     if has_times:
         caption += " Times: medians, first item, batch 1; they have no interval here."
@@ -57,12 +60,11 @@ def kinds_table(result: EvalResult) -> Table | None:
                 sum(one.answers[n].score for n in own) / len(own) for one in (each, result.dense)
             )
             small = "" if each is result.dense else f"{100 * (mean - dense):+.1f}"
-            row.append(Cell(f"{mean:.1%}", small))
+            row.append(Cell(result.scale.text(mean), small))
         rows.append(tuple(row))
     head = ("no.", "policy", *(f"{kind} ({len(own)})" for kind, own in places.items()))
-    return Table(
-        "Mean scores by kind of item, below them the points from dense.", head, tuple(rows)
-    )
+    caption = "Mean scores by kind of item, below them the differences from dense."
+    return Table(caption, head, tuple(rows))
 
 
 def bench_table(result: BenchResult) -> Table:
@@ -113,7 +115,7 @@ def search_table(result: SearchResult) -> Table:
     for number, each in enumerate(result.candidates, start=1):
         times = [_milliseconds(each.ttft_s), _milliseconds(each.tpot_s)]
         row = [Cell(str(number)), _name(each), _percent(each.cost), _percent(each.flops), *times]
-        row.append(EMPTY if each.score is None else score_cell(each.score))
+        row.append(EMPTY if each.score is None else score_cell(each.score, result.scale))
         has_change = each.change is not None and each.source != "dense"
         row.append(change_cell(each.change) if has_change and each.change else EMPTY)
         row.append(EMPTY if each.tokens is None else Cell(f"{each.tokens:.0%}"))
@@ -121,8 +123,8 @@ def search_table(result: SearchResult) -> Table:
         row.append(EMPTY if found is None else Cell(f"{found:.2g}"))
         rows.append(tuple(row))
     rest = (
-        "score (95\u00a0%)",
-        "points from dense (95\u00a0%)",
+        f"{result.scale.heading} (95\u00a0%)",
+        f"{result.scale.points} from dense (95\u00a0%)",
         "tokens as dense",
         "calibration KL, nats",
     )
@@ -142,8 +144,9 @@ def rivals_table(result: SearchResult) -> Table:
         verdict, tone = told.get(verdict_of(each.difference)[0], ("not told apart", Tone.OPEN))
         cell = replace(change_cell(each.difference), badges=(verdict,), tone=tone)
         rows.append((Cell(str(number)), Cell(each.name, each.source), cell))
-    caption = "How many points the search's own best is above others at the same budget."
-    return Table(caption, ("no.", "against", "points (95\u00a0%)"), tuple(rows))
+    caption = "How far the search's own best is above others at the same budget."
+    unit = f"{result.scale.points} above (95\u00a0%)"
+    return Table(caption, ("no.", "against", unit), tuple(rows))
 
 
 def left_out_table(result: SearchResult) -> Table:
@@ -173,9 +176,9 @@ def sensitivity_tables(result: SearchResult) -> list[Table]:
     return tables
 
 
-def score_cell(score: Estimate) -> Cell:
+def score_cell(score: Estimate, scale: Scale) -> Cell:
     """A score with its interval."""
-    return Cell(f"{score.mean:.1%}", f"{100 * score.low:.1f} to {100 * score.high:.1f}")
+    return Cell(scale.text(score.mean), f"{100 * score.low:.1f} to {100 * score.high:.1f}")
 
 
 def change_cell(change: Estimate) -> Cell:

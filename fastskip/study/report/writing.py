@@ -11,7 +11,7 @@ from fastskip.study.report import closing, sections
 from fastskip.study.report.blocks import Section
 from fastskip.study.report.drawing import require
 from fastskip.study.report.fields import Problem, ReportError
-from fastskip.study.report.maps import ShapeOf, maps
+from fastskip.study.report.maps import Mapped, ShapeOf, maps
 from fastskip.study.report.page import render
 from fastskip.study.report.results import Results, read_results
 
@@ -24,6 +24,7 @@ def write_report(
     pngs: Path,
     shape_of: ShapeOf,
     *,
+    layers: int | None = None,
     examples: int = EXAMPLES,
     made: str | None = None,
     on_part: Callable[[str], object] = lambda name: None,
@@ -34,18 +35,20 @@ def write_report(
         folders: each holds `eval.json`, `bench.json` or `search.json`, one of them or more.
         out: the page; what is there is replaced when all is drawn.
         pngs: the folder of the pictures.
-        shape_of: the shape of a result's model, `None` where it is not known: then without maps.
+        shape_of: the shape of a result's model, `None` where it is not known.
+        layers: of such a model; without them it has no maps.
         examples: items at the most, of each `eval.json`.
         made: the date in the page; now, if none is given.
         on_part: called with the name of each section before it is drawn.
     Raises:
-        ReportError: a file or folder cannot be used.
+        ReportError: a file or folder cannot be used, or a model is known to have other layers.
         DrawingError: matplotlib is missing.
     """
     require()
     results = read_results(folders)
     made = made or datetime.now(UTC).isoformat(timespec="seconds")
-    parts = _sections(results, shape_of, examples, made, on_part)
+    mapped = maps(results, shape_of, layers)
+    parts = _sections(results, mapped, examples, made, on_part)
     names = dict.fromkeys(each.circumstances.model_name for each in results.every)
     page = render("fastskip report", f"{', '.join(names)}; {made}", parts)
     try:
@@ -64,9 +67,12 @@ def write_report(
 
 
 def _sections(
-    results: Results, shape_of: ShapeOf, examples: int, made: str, on_part: Callable[[str], object]
+    results: Results,
+    mapped: list[Mapped],
+    examples: int,
+    made: str,
+    on_part: Callable[[str], object],
 ) -> list[Section]:
-    mapped = maps(results, shape_of)
     makers: dict[str, Callable[[], Section]] = {"summary": lambda: sections.summary(results)}
     if results.searches:
         makers["search"] = lambda: sections.search_section(results)

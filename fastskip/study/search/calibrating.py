@@ -7,6 +7,7 @@ answer are GENERATED, as they would be in `generate`, so that nothing needs to b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,10 @@ from fastskip.study.agreement import end_tokens
 from fastskip.study.evaluation import Exam
 from fastskip.study.samples import placed
 from fastskip.tokens import CODES
+
+
+class MovedError(ValueError):
+    """A policy under which a model gives no numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,11 @@ class Calibrator:
 
     @torch.inference_mode()
     def moved(self, policy: SkipPolicy) -> Moved:
-        """How far a policy moves the answers; leaves the model under it."""
+        """How far a policy moves the answers; leaves the model under it.
+
+        Raises:
+            MovedError: the model overflows under it.
+        """
         set_policy(self.model, policy)
         divergence = loss = 0.0
         for batch in self._batches:
@@ -93,6 +102,10 @@ class Calibrator:
             told = -logs.gather(-1, batch.told[..., None]).squeeze(-1)
             divergence += float(kl[batch.asked].double().sum())
             loss += float(told[batch.asked].double().sum())
+        if not math.isfinite(divergence + loss):
+            problem = f"policy {policy.name!r}: log probabilities that are not finite"
+            allowed = "a dtype in which the model does not overflow, such as float32"
+            raise MovedError(f"{problem} in {self.model.dtype}; allowed: {allowed}")
         count = len(self)
         return Moved(max(0.0, divergence / count), loss / count)
 

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastskip.study.search.result import Comparison, Found
+from fastskip.wording import FEW_ITEMS, counted
 
 FOUND = "search"
 """The name of the search's best policy at the budget."""
+WIDE = 0.05
+"""A loss of the score from which on it matters that it is not ruled out."""
 RULE = (
     "of the candidates within the budget that held-out items do not show to be worse than dense, "
     "the one that moves the calibration set's answers least (a router only where it is alone)"
@@ -61,8 +64,8 @@ def told(
 def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget: str) -> str:
     if best is not None:
         return (
-            f"Take {best.name!r}: {_points(best)} from dense on {items} held-out items, within the "
-            f"budget ({budget}); the rule: {RULE}."
+            f"Take {best.name!r}: {_points(best)} from dense on {counted(items, 'held-out item')}, "
+            f"within the budget ({budget}); the rule: {RULE}.{_caution(best, items)}"
         )
     within = [each for each in candidates if each.source != "dense" and each.keeps_budget]
     if not within:
@@ -70,9 +73,22 @@ def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget:
     least = max(within, key=lambda each: each.score.mean)
     return (
         f"Nothing is worth it here: every candidate within the budget ({budget}) scores worse than "
-        f"dense on {items} held-out items. The mildest is {least.name!r} with {_points(least)}."
+        f"dense on {counted(items, 'held-out item')}. The mildest is {least.name!r} with "
+        f"{_points(least)}."
         f"{_milder(candidates)}"
     )
+
+
+def _caution(best: Found, items: int) -> str:
+    """What speaks against relying on it: few items, or an interval with a great loss in it."""
+    reasons = []
+    if items < FEW_ITEMS:
+        reasons.append(f"{counted(items, 'item')} can show large differences only")
+    if best.change.low < -WIDE:
+        reasons.append(f"a loss of {-100 * best.change.low:.1f} points is not ruled out")
+    if not reasons:
+        return ""
+    return f" Do not rely on it yet: {' and '.join(reasons)}; judge it by more items."
 
 
 def _milder(candidates: Sequence[Found]) -> str:

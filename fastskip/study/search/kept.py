@@ -26,7 +26,7 @@ class Kept:
                 try:
                     document = json.loads(line)
                     self._values[document["of"]] = document["value"]
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
             if text and not text.endswith("\n"):  # what comes next must not join half a line
                 with path.open("a", encoding="utf-8") as file:
@@ -41,7 +41,7 @@ class Kept:
         """What is kept under a key, or else what `measure` gives: plain data."""
         if key not in self._values:
             # As it will be read: a run that goes on must not differ from one that did not stop.
-            self._values[key] = json.loads(json.dumps(measure()))
+            self._values[key] = json.loads(json.dumps(measure(), allow_nan=False))
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("a", encoding="utf-8") as file:

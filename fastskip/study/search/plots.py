@@ -86,7 +86,7 @@ def front(result: SearchResult) -> Any:
         )
     kind = "FLOPs" if name is None else result.budget["quantity"].upper()
     axis.set_xlabel(f"{kind}, % of dense" + ("" if name is None else " (measured)"))
-    axis.set_ylabel("score on held-out items, % (95 % intervals)")
+    axis.set_ylabel(f"held-out items: {result.scale.axis} (95 % intervals)")
     axis.set_title(f"{result.budget['text']}: dotted, what nothing beats in both", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
     _plain(axis)

@@ -13,6 +13,7 @@ from fastskip.policy import SkipPolicy
 from fastskip.study.json_file import write_json
 from fastskip.study.search.matching import LeftOut
 from fastskip.study.search.sensitivity import Sensitivity
+from fastskip.wording import Scale
 
 SCHEMA_VERSION = 1
 FILE = "search.json"
@@ -99,7 +100,7 @@ class SearchResult:
     `comparisons`: of the search's best with every uniform interval, random policy, peer and router
     at the same budget. `cheaper`: the name of the search's policy at what the cheapest of them
     takes, and `comparisons_of_cheaper` the same of it. `settings`, `latency`, `workload`: how it
-    was made, as plain data.
+    was made, as plain data. `scale`: what scores are counted in.
     """
 
     budget: Mapping[str, Any]
@@ -112,6 +113,7 @@ class SearchResult:
     left_out: tuple[LeftOut, ...]
     recommended: str | None
     text: str
+    scale: Scale = Scale.SHARE
     latency: Mapping[str, Any] | None = None
     cheaper: str | None = None
     comparisons_of_cheaper: tuple[Comparison, ...] = ()
@@ -126,6 +128,7 @@ class SearchResult:
             "budget": dict(self.budget),
             "workload": dict(self.workload),
             "settings": dict(self.settings),
+            "scale": self.scale.value,
             "latency": None if self.latency is None else dict(self.latency),
             "sensitivity": [each.to_dict() for each in self.sensitivity],
             "candidates": [each.to_dict() for each in self.candidates],

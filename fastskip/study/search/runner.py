@@ -12,6 +12,7 @@ from fastskip.loading import plan_of, set_policy
 from fastskip.policy_fit import made_for
 from fastskip.study.evaluation import Exam
 from fastskip.study.judging import Judgement, JudgementFile, judge
+from fastskip.study.metrics import scale_of
 from fastskip.study.provenance import circumstances
 from fastskip.study.search import conclusion, sensitivity, solver
 from fastskip.study.search.bench import Bench
@@ -69,8 +70,10 @@ class Search:
         Raises:
             SolverError: scipy is missing.
             ItemError: the first item cannot be used.
+            ScaleError: some held-out items are judged by CIDEr and others are not.
         """
         solver.require()
+        self._scale = scale_of(item.metric for item in held_out.items)
         self.model, self.budget, self.held_out = model, budget, held_out
         self.settings, self._watcher = settings or SearchSettings(), watcher or Watcher()
         self._similarity, self._folder = tuple(similarity), folder
@@ -217,6 +220,7 @@ class Search:
             comparisons_of_cheaper=at_less,
             left_out=tuple(left_out),
             recommended=None if best is None else best.name,
+            scale=self._scale,
             text=conclusion.told(
                 candidates, best, comparisons, items, self.budget.text, sought.cheaper, at_less
             ),

@@ -18,6 +18,10 @@ class Masks(Protocol):
         """Sets them to zero, in place."""
 
 
+class Finished(Exception):
+    """A run that goes on has no step left to do."""
+
+
 @dataclass
 class Events(transformers.TrainerCallback):  # type: ignore[misc]
     """What happens beside the steps: clocks, masks, and whoever watches."""
@@ -32,6 +36,9 @@ class Events(transformers.TrainerCallback):  # type: ignore[misc]
         self._mask()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            # resumed within a pass over the data, transformers would do one step too many
+            raise Finished
         self._began = self._now()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,15 +17,17 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastskip.conversations import Example
 from fastskip.loading import plan_of, set_policy, watching_routers
+from fastskip.study.training import origin
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import Encoder
-from fastskip.study.training.events import Events, Masks
+from fastskip.study.training.events import Events, Finished, Masks
 from fastskip.study.training.gates import Gates
 from fastskip.study.training.learner import Learner, TrainingError, require_accelerate
-from fastskip.study.training.parts import adapted, learning, names_of
+from fastskip.study.training.parts import adapted, learning, names_of, warn_of_halves
 from fastskip.study.training.settings import Parts, Precision, Settings, SettingsError
 from fastskip.study.training.sources import source_of
 from fastskip.study.training.trained import Trained
+from fastskip.wording import counted
 
 CHECKPOINTS = "checkpoints"
 
@@ -63,12 +65,13 @@ def train(
         SettingsError: a setting does not go with the model, the data or ``out``.
         DataError: an example cannot be used, and ``settings.skip_broken`` is not set.
         PolicyError: of `Parts.ROUTERS`, a router that cannot learn.
-        TrainingError: a package that training needs is missing, the data end too soon, or a
-            checkpoint is of other settings.
+        TrainingError: a package that training needs is missing, the data end too soon, or the
+            checkpoints to go on from are of another policy, model, data or settings; only the
+            number of steps may grow.
     """
     require_accelerate()
     plan = plan_of(model)
-    last = _last_checkpoint(out, settings)
+    last = _begin_at(out, settings)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token_id is None:
         raise SettingsError("processor", "no padding token", "a tokenizer with a pad_token")
@@ -79,6 +82,10 @@ def train(
         folder = stack.enter_context(TemporaryDirectory()) if out is None else out
         stack.enter_context(_seeds_kept())
         names = names_of(model, settings.parts)
+        if last is not None or settings.save_every is not None:
+            told = origin.origin_of(model, names, data, settings, masks)
+            (origin.keep if last is None else origin.check)(Path(folder), told)
+        warn_of_halves(model, names, settings.precision)
         stack.enter_context(learning(model, names, settings.precision))
         stack.callback(model.train, was_training)
         whole, gates = model, None
@@ -102,11 +109,13 @@ def train(
         if trainer.args.n_gpu > 1:
             allowed = "one visible device (CUDA_VISIBLE_DEVICES=0)"
             raise SettingsError("devices", trainer.args.n_gpu, allowed)
-        trainer.train(resume_from_checkpoint=last)
+        with suppress(Finished):
+            trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step < trainer.state.max_steps:
             done, wanted = trainer.state.global_step, trainer.state.max_steps
             raise TrainingError(
-                f"data: ended after {done} steps; allowed: examples for {wanted} steps"
+                f"data: ended after {counted(done, 'step')}; allowed: examples for "
+                f"{counted(wanted, 'step')}"
             )
     policy = plan.policy
     if gates is not None and out is not None:
@@ -125,7 +134,14 @@ def train(
     )
 
 
-def _last_checkpoint(out: str | Path | None, settings: Settings) -> str | None:
+def last_checkpoint(out: str | Path) -> str | None:
+    """The folder of the checkpoint with most steps of a run, if it has any."""
+    folder = Path(out) / CHECKPOINTS
+    last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return last
+
+
+def _begin_at(out: str | Path | None, settings: Settings) -> str | None:
     """Where to go on from; ``None`` at the beginning of a run."""
     if out is None:
         for name in ("save_every", "resume"):
@@ -134,12 +150,14 @@ def _last_checkpoint(out: str | Path | None, settings: Settings) -> str | None:
         if settings.parts is Parts.ROUTERS:
             raise SettingsError("out", None, "a folder, for the routers' weights")
         return None
-    folder = Path(out) / CHECKPOINTS
-    last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = last_checkpoint(out)
     if last is not None and not settings.resume:
         # A later resumption would take the higher number for the later one.
         allowed = "a folder without checkpoints, or resume"
         raise SettingsError("out", str(out), allowed)
+    done = 0 if last is None else int(last.rpartition("-")[2])
+    if settings.steps is not None and settings.steps < done:
+        raise SettingsError("steps", settings.steps, f"{done} or more, as {last} has done so many")
     return last
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,10 +37,8 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
     return frozenset(names) if parts is Parts.EVERYTHING else frozenset()
 
 
-@contextmanager
-def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterator[None]:
-    """Within this block the named parameters want gradients and no others do; in BFLOAT16 they are
-    held in fp32 meanwhile."""
+def warn_of_halves(model: Any, names: Collection[str], precision: Precision) -> None:
+    """Tells who trains weights of half precision as they are."""
     halves = {p.dtype for name, p in model.named_parameters() if name in names} & _HALVES
     if halves and precision is Precision.WEIGHTS:
         logger.warning(
@@ -48,6 +46,12 @@ def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterato
             "or a model in float32",
             ", ".join(sorted(str(dtype) for dtype in halves)),
         )
+
+
+@contextmanager
+def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterator[None]:
+    """Within this block the named parameters want gradients and no others do; in BFLOAT16 they are
+    held in fp32 meanwhile."""
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():

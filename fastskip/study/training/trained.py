@@ -36,14 +36,14 @@ class Trained:
     broken: tuple[str, ...]
 
     @property
-    def seconds_per_step(self) -> float:
-        """The median; not a number where no step was left to do."""
-        return statistics.median(self.step_seconds) if self.step_seconds else float("nan")
+    def seconds_per_step(self) -> float | None:
+        """The median; `None` where no step was left to do."""
+        return statistics.median(self.step_seconds) if self.step_seconds else None
 
     @property
-    def rows_per_second(self) -> float:
-        """Real rows (tokens and image features) by the time of the steps."""
-        return self.rows / sum(self.step_seconds) if self.step_seconds else float("nan")
+    def rows_per_second(self) -> float | None:
+        """Real rows (tokens and image features) by the time of the steps; `None` without any."""
+        return self.rows / sum(self.step_seconds) if self.step_seconds else None
 
     def save(self, folder: str | Path, processor: Any = None, *, merge: bool = False) -> None:
         """Writes an ordinary checkpoint with its policy; of LORA the adapters and the policy.

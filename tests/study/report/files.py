@@ -64,7 +64,7 @@ def eval_document(count: int = 8) -> dict[str, Any]:
     for place, label in enumerate(LABELS[:4]):
         judged = [
             {
-                **{name: item[name] for name in ("kind", "question", "references")},
+                **{name: item[name] for name in ("kind", "question", "references", "metric")},
                 # the third policy is wrong on every second item
                 "answer": EVIL if place == 2 and number % 2 else "2",
                 "score": 0.0 if place == 2 and number % 2 else 1.0,

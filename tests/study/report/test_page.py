@@ -1,17 +1,22 @@
 """The page: whole, escaped, loading nothing, and saying what the files say."""
 
+import json
 import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fastskip.cli import app
+from fastskip.demo import checkpoint_path
+from fastskip.intervals import Estimate
 from fastskip.plan import shape_of_depth
 from fastskip.study.report import drawing, write_report
 from fastskip.study.report.drawing import Colour, DrawingError
+from fastskip.study.report.fields import ReportError
 from fastskip.study.report.maps import maps
 from fastskip.study.report.results import read_results
 from tests.study.report.files import (
@@ -137,6 +142,35 @@ def test_tables_say_what_the_files_say(page: Page) -> None:
     assert "image_ffn: 70 ms, 100.0%" in labels  # the score of one, the time of the other
 
 
+def test_cider_is_no_percentage(tmp_path: Path) -> None:
+    """Captions under CIDEr beside questions: two means, two charts, one with a percent sign."""
+    document = eval_document(12)
+    for place, item in enumerate(document["items"][:4]):
+        item["metric"] = "cider"
+        for number, each in enumerate(document["judgements"]):
+            each["evaluation"]["judged"][place] |= {
+                "metric": "cider",
+                "answer": f"a dog ({number})",
+                "score": 5.0 - number,
+            }
+    folder = write(tmp_path / "eval", document)
+    shape = shape_of_depth(DEPTH)
+    written = write_report([folder], tmp_path / "r.html", tmp_path / "png", lambda _: shape)
+    text = unescape(Page(written[0].read_text(encoding="utf-8")).text)
+    assert "Answers, 8 items, not told apart from dense: image_ffn (+0.0 points)" in text
+    assert "CIDEr, times 100, 4 items, worse than dense: image_ffn (-100.0)" in text
+    assert "500.0 500.0 to 500.0" in text and "CIDEr 400.0, less than dense" in text
+    assert "500.0%" not in text and "-100.0 points" not in text
+    names = {path.name for path in written[1:]}
+    assert {"eval1_share_ttft.png", "eval1_cider_ttft.png"} <= names
+    # of captions that nobody gets right, Wilson's interval would not be 0 to 0
+    for each in document["judgements"]:
+        for judged in each["evaluation"]["judged"][:4]:
+            judged["score"] = 0.0
+    (run,) = read_results([write(tmp_path / "eval", document)]).evals
+    assert run.parts[1].dense.score == Estimate(0.0, 0.0, 0.0)
+
+
 def test_charts_are_files_too(folder: Path, page: Page) -> None:
     names = {path.name for path in (folder / "png").iterdir()}
     assert {"eval1_ttft.png", "eval1_tpot.png", "bench1_cost.png"} <= names
@@ -205,6 +239,32 @@ def test_a_map_for_each_policy_of_each_model(tmp_path: Path) -> None:
     assert found[-1].problem == "the depth of other/model is not known"
     deep = maps(read_results(folders[:1]), lambda _: shape_of_depth(1))
     assert "bounds" in deep[0].problem and deep[0].found is None
+
+
+def test_layers_are_for_models_that_are_not_at_hand(tmp_path: Path) -> None:
+    document = eval_document()
+    document["circumstances"] = {**document["circumstances"], "model": str(checkpoint_path())}
+    own, foreign = write(tmp_path / "own", document), write(tmp_path / "foreign", bench_document())
+
+    def done(folder: Path, layers: int) -> Any:
+        out = ("--out", str(tmp_path / "r.html"), "--layers", str(layers))
+        return CliRunner().invoke(app, ["report", str(folder), *out])
+
+    for layers in (3, 12):
+        found = done(own, layers)
+        assert found.exit_code == 2
+        told = f"--layers: got {layers}; allowed: 8, the layers of demo/checkpoint, or none"
+        assert told in " ".join(found.output.split())
+    assert done(own, 8).exit_code == done(foreign, 5).exit_code == 0
+    results = read_results([foreign, write(tmp_path / "search", search_document())])
+    assert all(each.found is not None for each in maps(results, lambda _: None, 8))
+    # what a search tells of the same model counts as well
+    (tmp_path / "search" / "policies").mkdir()
+    made = {"provenance": {"made_for": {"depth": 8}}}
+    (tmp_path / "search" / "policies" / "image_ffn.json").write_text(json.dumps(made))
+    results = read_results([foreign, tmp_path / "search"])
+    with pytest.raises(ReportError, match="--layers: got 5; allowed: 8, the layers of a/small"):
+        maps(results, lambda _: None, 5)
 
 
 def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

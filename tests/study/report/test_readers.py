@@ -104,8 +104,25 @@ EVAL_ERRORS: list[tuple[Change, str]] = [
     ),
     (
         lambda d: d["judgements"][1]["evaluation"]["judged"][0].update(score=float("nan")),
-        r"judged\[0\].score: got nan; allowed: a finite number in \[0, 10\]",
+        r"judged\[0\].score: got nan; allowed: a finite number in \[0, 1\]",
     ),
+    (
+        lambda d: d["judgements"][1]["evaluation"]["judged"][0].update(score=1.5),
+        r"judged\[0\].score: got 1.5; allowed: a finite number in \[0, 1\]",
+    ),
+    (
+        lambda d: d["judgements"][1]["agreement"]["tokens"].pop(),
+        r"agreement.tokens: 7 numbers; allowed: one number an item, 8",
+    ),
+    (
+        lambda d: d["judgements"][1]["speed"].update(tpot_s=1e308),
+        r"speed.tpot_s: got 1e\+308; allowed: a finite number in \[0, 1e\+30\]",
+    ),
+    (
+        lambda d: d["judgements"][1].update(flops=10**400),
+        r"flops: got 10+\.\.\.; allowed: a finite",
+    ),
+    (lambda d: d.update(new_tokens=10**400), r"new_tokens: got 10+\.\.\.; allowed: a whole number"),
     (
         lambda d: d["judgements"][0]["evaluation"]["judged"][3].update(question="another"),
         r"judged\[3\].question: got 'another'; allowed: .*as in items\[3\]",
@@ -161,7 +178,7 @@ def test_errors_name_file_field_value_and_what_is_allowed(
         (
             search_document(),
             lambda d: d["sensitivity"][0].update(kl=-1),
-            r"sensitivity\[0\].kl: got -1; allowed: a finite number in \[0, inf\]",
+            r"sensitivity\[0\].kl: got -1; allowed: a finite number in \[0, 1e\+30\]",
         ),
     ],
 )
@@ -188,6 +205,9 @@ def test_errors_of_folders_and_files(tmp_path: Path) -> None:
         read_results([folder])
     (folder / "search.json").write_bytes(b"\xff\xfe")
     with pytest.raises(ReportError, match="search.json: cannot be read"):
+        read_results([folder])
+    (folder / "search.json").write_text("[" + "9" * 5000 + "]")
+    with pytest.raises(ReportError, match="search.json: not JSON"):
         read_results([folder])
     (folder / "search.json").write_text("[]")
     with pytest.raises(ReportError, match=r"got \[\]; allowed: an object"):

@@ -44,6 +44,20 @@ def test_the_least_moved_of_those_that_are_not_worse() -> None:
     assert "Take 'first': -1.0 points (-3.0 to +1.0)" in text and "50 held-out items" in text
 
 
+def test_few_items_and_wide_intervals_are_told() -> None:
+    def said(change: Estimate, items: int) -> str:
+        best = found("first", "search", 0.01, change)
+        return told([DENSE, best], best, (), items, "x")
+
+    wide, same = Estimate(-0.5, -1.0, 0.0), Estimate(0.0, 0.0, 0.0)
+    assert "rely" not in said(LEVEL, 100) and "rely" not in said(same, 500)
+    assert "rely on it yet: a loss of 100.0 points is not ruled out; judge it" in said(wide, 500)
+    assert "rely on it yet: 99 items can show large differences only; judge" in said(same, 99)
+    text = said(wide, 1)
+    assert "on 1 held-out item, within" in text
+    assert "1 item can show large differences only and a loss of 100.0 points is not" in text
+
+
 def test_nothing_is_worth_it() -> None:
     worse = found("worse", "search", 0.002, WORSE)
     text = told([DENSE, worse], None, (), 50, "x")

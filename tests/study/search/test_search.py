@@ -26,7 +26,7 @@ from fastskip.study.search import (
     parse_budget,
 )
 from fastskip.study.search.bench import Bench
-from fastskip.study.search.calibrating import Calibrator
+from fastskip.study.search.calibrating import Calibrator, MovedError
 from fastskip.study.search.changes import changes_of, policy_of
 from fastskip.study.search.kept import Kept
 from fastskip.study.search.settings import SettingsError
@@ -127,6 +127,15 @@ def test_what_does_nothing_moves_nothing(model: Any) -> None:
     for change in changes_of(1, 3, tuple(TokenClass)):
         if len(change.tokens) == 3 and change.skip:
             assert idle.moved(policy_of([(1, (change,))])).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_model_that_overflows_is_not_taken_for_one_that_does_not_move() -> None:
+    broken = tiny_llava(depth=3)
+    calibrator = Calibrator(fastskip.apply_(broken, "dense"), exam(broken, 1))
+    with torch.no_grad():
+        broken.lm_head.weight[0] = float("inf")  # type: ignore[union-attr, operator, index]
+    with pytest.raises(MovedError, match="not finite in torch.float32; allowed: a dtype in which"):
+        calibrator.moved(SkipPolicy())
 
 
 STAGES: list[str] = []
@@ -307,6 +316,9 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "gone.jsonl").write_text(
         "\n".join([line, json.dumps({"question": "what?", "answer": "x", "image": "gone.png"})])
     )
+    both = [json.dumps({"question": "what?", "answer": "x", "metric": m}) for m in ("cider", "vqa")]
+    both[1] = both[1].replace('"x"', '["x", "x", "x", "x"]')
+    (tmp_path / "both.jsonl").write_text("\n".join([*both, both[0], both[1]]))
     good = ["-b", "flops 0.5", *out]
     for arguments, message in (
         (["-b", "flops 3", *out], "a share in (0, 1]"),
@@ -315,6 +327,10 @@ def test_bad_arguments(tmp_path: Path) -> None:
         ([*good, "--items", str(tmp_path / "none.jsonl")], "no items"),
         ([*good, "--items", str(tmp_path / "gone.jsonl"), "--calibration", "1"], "gone.png"),
         ([*good, "--minutes", "0"], "minutes: 0.0; allowed: more than 0"),
+        (
+            [*good, "--items", str(tmp_path / "both.jsonl"), "--calibration", "1"],
+            "allowed: cider for all items together or for none",
+        ),
     ):
         found = run(*arguments)
         assert found.exit_code == 2 and message in found.output, (arguments, found.output)

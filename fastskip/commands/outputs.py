@@ -1,0 +1,46 @@
+"""Where commands write: tried before the work, so that no result is lost for want of a place."""
+
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from fastskip.commands.common import CommandError
+
+
+def check_folder(option: str, folder: Path | None) -> None:
+    """Makes the folder and writes in it, and takes back what it made; nothing to do for ``None``.
+
+    Raises:
+        CommandError: the folder cannot be made or written.
+    """
+    if folder is not None:
+        _try(option, folder, folder, "a folder that can be made and written")
+
+
+def check_file(option: str, file: Path | None) -> None:
+    """The same of a file's folder.
+
+    Raises:
+        CommandError: the folder cannot be made or written, or a folder is where the file would be.
+    """
+    if file is not None:
+        allowed = "a file in a folder that can be made and written"
+        if file.is_dir():
+            raise CommandError(f"{option} {file}: a folder; allowed: {allowed}")
+        _try(option, file, file.parent, allowed)
+
+
+def _try(option: str, named: Path, folder: Path, allowed: str) -> None:
+    made: list[Path] = []
+    try:
+        for each in (*reversed(folder.parents), folder):
+            if not each.is_dir():
+                each.mkdir()
+                made.append(each)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise CommandError(f"{option} {named}: {error}; allowed: {allowed}") from error
+    finally:
+        for each in reversed(made):
+            with suppress(OSError):
+                each.rmdir()

@@ -1,0 +1,46 @@
+"""Tables of names and numbers: a line a row where the terminal has room, else a line a cell."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+
+def number_table(titles: Sequence[str], least: int) -> Table:
+    """An empty table: names to the left, which fold within `least` characters, numbers beside."""
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.columns[0].overflow, table.columns[0].min_width = "fold", least
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    return table
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Print a table; where its numbers leave no room for names, its rows one below the other."""
+    first, *rest = table.columns
+    # two between columns, one at the edge
+    needed = (first.min_width or 0) + sum(2 + _width(column) for column in rest) + 1
+    if needed <= console.width:
+        console.print(table)
+        return
+    titles = [_line(str(column.header)) for column in rest]
+    for name, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        console.print()
+        if name:
+            console.print(f"[bold]{name}[/]")
+        for title, cell in zip(titles, cells, strict=True):
+            if text := _line(str(cell)):
+                console.print(f"  {title}: {text}")
+    console.print()
+
+
+def _width(column: Column) -> int:
+    texts = (Text.from_markup(str(each)) for each in (column.header, *column.cells))
+    return max(line.cell_len for text in texts for line in text.split("\n"))
+
+
+def _line(text: str) -> str:
+    """The lines of a cell as one."""
+    return ", ".join(filter(None, text.replace("\n/", "/").split("\n")))
