@@ -5,6 +5,7 @@ Everything here reads Hugging Face configs; no weights are needed.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -99,6 +100,13 @@ def _check_opt(config: Any, text: Any) -> None:
             if getattr(part, "tie_word_embeddings", False):
                 allowed = "False, in the config and in its text_config"
                 raise UnsupportedModelError(f"{field}tie_word_embeddings", True, allowed)
+
+
+def is_users_own(kind: type) -> bool:
+    """Whether a class has another ``forward`` than transformers gave it."""
+    forward = inspect.getattr_static(kind, "forward")
+    home = getattr(forward, "__globals__", {}).get("__name__", "")
+    return not home.startswith("transformers.")
 
 
 def check_mode(text_model: Any) -> None:

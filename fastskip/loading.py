@@ -18,6 +18,7 @@ from fastskip.families import (
     UnsupportedModelError,
     check_config,
     final_norm_of,
+    is_users_own,
     model_class_name,
     shape_of,
     text_model_of,
@@ -148,6 +149,10 @@ def apply_(
         return set_policy(model, chosen, routers=routers)
     _check_model(model)
     text_model = text_model_of(model)
+    if is_users_own(type(text_model)):
+        raise UnsupportedModelError(
+            "text model", type(text_model).__name__, "transformers' own class, whose forward we run"
+        )
     weight = final_norm_of(text_model).weight
     shape = shape_of(model.config, weight.dtype)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
@@ -217,8 +222,9 @@ def watching_routers(model: Any, wrap: Callable[[int, Router], Router]) -> Itera
 def plan_of(model: Any) -> SkipPlan:
     """The plan that a prepared model runs; its table notes layers that miss the merged products."""
     runtime = _runtime_of(model)
-    plan = runtime.plan
-    shape = shape_of(model.config, runtime.decoder.like.dtype)
+    plan, like = runtime.plan, runtime.decoder.like
+    words = model.config.get_text_config(decoder=True).vocab_size
+    shape = replace(plan.shape, vocab_size=words, dtype_bytes=like.dtype.itemsize)
     if shape != plan.shape:  # resized since, or of another dtype
         plan = make_plan(plan.policy, shape)
     apart = {

@@ -16,6 +16,8 @@ class ModuleState:
         # Attributes of a module are slow to look up. Whole dictionaries, since what is in them may
         # be replaced.
         self._owns = [vars(each) for each in module.modules()]
+        names = ("variance_epsilon", "eps")
+        self._numbers = [(own, name) for own in self._owns for name in names if name in own]
         self._children, self._parameters, self._facts = self._look()
 
     def is_current(self) -> bool:
@@ -43,7 +45,7 @@ class ModuleState:
             for own in owns
         ]
         # Norms' numbers, which merged products hold.
-        facts += [own.get(name) for own in owns for name in ("variance_epsilon", "eps")]
+        facts += [own.get(name) for own, name in self._numbers]
         for each in parameters:
             if each is not None:
                 facts += each.data_ptr(), each.dtype, each.requires_grad

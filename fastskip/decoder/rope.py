@@ -20,10 +20,15 @@ class RotaryTable:
 
     def __init__(self, rotary: Any) -> None:
         self.rotary = rotary
-        is_dynamic = rotary.rope_type == "dynamic"
-        self.limit: int | None = rotary.config.max_position_embeddings if is_dynamic else None
+        self.limit: int | None = None
+        if getattr(rotary, "rope_type", None) == "dynamic":
+            self.limit = rotary.config.max_position_embeddings
+            # A longer prompt under Hugging Face has left its frequencies; a short one resets them.
+            with torch.no_grad():
+                rotary(rotary.inv_freq, rotary.inv_freq.new_zeros(1, 1))
         # Kept alive, so that no other tensor gets its identity.
-        self._frequencies, self._made_of = rotary.inv_freq, _facts_of(rotary)
+        self._frequencies = getattr(rotary, "inv_freq", None)
+        self._made_of = _facts_of(rotary)
         self._cosine: Tensor | None = None
         self._sine: Tensor | None = None
         self._halves: tuple[Tensor, Tensor] | None = None
@@ -75,7 +80,7 @@ class RotaryTable:
         length = max(64, 1 << (needed - 1).bit_length())
         length = length if self.limit is None else min(length, self.limit)
         positions = torch.arange(length, device=like.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             cosine, sine = self.rotary(like.detach(), positions)
             half = sine.shape[-1] // 2
             signed = torch.cat((-sine[..., :half], sine[..., half:]), dim=-1)
@@ -85,7 +90,9 @@ class RotaryTable:
 
 
 def _facts_of(rotary: Any) -> tuple[object, ...]:
-    """What angles depend on."""
-    frequencies = rotary.inv_freq
-    version = None if frequencies.is_inference() else frequencies._version
-    return id(frequencies), version, rotary.attention_scaling
+    """What angles depend on; of a module of the user's own, as far as it has it."""
+    frequencies = getattr(rotary, "inv_freq", None)
+    version = None
+    if frequencies is not None and not frequencies.is_inference():
+        version = frequencies._version
+    return id(frequencies), version, getattr(rotary, "attention_scaling", None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.decoder.anatomy import hooks_of, is_transformers_own
+from fastskip.decoder.anatomy import has_hooks, hooks_of, is_transformers_own
 from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
@@ -82,13 +82,13 @@ class Decoder:
         """Once per forward or ``generate``: which layers may use merged projections.
 
         Raises:
-            RuntimeError: a hook lies where the runtime never calls, or layers are more or fewer
-                than the plan has.
+            RuntimeError: a hook lies where the runtime never calls, or layers are fewer than the
+                plan has.
         """
         self._follow_layers()
         for index, weights in enumerate(self.weights):
             for module in (weights.layer, weights.layer.self_attn):
-                if not all(map(is_transformers_own, hooks_of(module))):
+                if has_hooks(module) and not all(map(is_transformers_own, hooks_of(module))):
                     raise RuntimeError(
                         f"layers[{index}]: a hook on a whole {type(module).__name__} is never "
                         "called here; allowed: hooks on its projections, its norms and its FFN, "
@@ -101,8 +101,8 @@ class Decoder:
         """Users may put other layers where the model's own were, and other angles."""
         text_model, depth = self._text_model(), self.plan.shape.depth
         assert text_model is not None
-        layers = text_model.layers
-        if len(layers) != depth:
+        layers = text_model.layers[:depth]
+        if len(layers) < depth:
             raise RuntimeError(
                 f"layers: {len(layers)}; allowed: {depth}, as when the model was prepared (a "
                 "policy leaves layers out)"
@@ -157,12 +157,6 @@ class Decoder:
         packed = self.positions.embed(layout.pack(h), layout.positions)
         entries: Entries
         if wants_gradient:
-            if cache.columns and cache.ends_gradients:
-                raise ValueError(
-                    "past_key_values: gradients do not flow through a cache to the forward that "
-                    "filled it; allowed: one forward over all columns, or torch.no_grad() around "
-                    "the first"
-                )
             cache.ends_gradients = True
             like = packed.detach() if keeps_cache else None
             entries = GradientEntries(self.plan, cache, layout, like)

@@ -70,9 +70,11 @@ def classify(
 
 
 def _has_features(inputs: Mapping[str, Any]) -> bool:
-    """Whether something fills the placeholders; ``generate`` passes an empty dictionary on."""
-    given = (inputs.get(name) for name in _FEATURES)
-    return any(each is not None and not (isinstance(each, dict) and not each) for each in given)
+    """Whether something fills the placeholders; ``generate`` passes a dictionary on, which may be
+    empty."""
+    given = [inputs.get(name) for name in _FEATURES]
+    parts = (list(each.values()) if isinstance(each, dict) else [each] for each in given)
+    return any(part is not None for each in parts for part in each)
 
 
 def _tells_images_apart(plan: SkipPlan) -> bool:

@@ -62,14 +62,27 @@ def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
     return real[:, cache.columns :]
 
 
-def codes_of(text_model: Any, runtime: Runtime, cache: SkipCache, inputs: dict[str, Any]) -> Tensor:
-    """Class codes ``[B, T]``; the outer model has worked them out unless this is a direct call."""
+def codes_of(
+    text_model: Any,
+    runtime: Runtime,
+    cache: SkipCache,
+    inputs: dict[str, Any],
+    *,
+    keeps_cache: bool,
+) -> Tensor:
+    """Class codes ``[B, T]``; the outer model has worked them out unless this is a direct call, or
+    the outer model's ``forward`` was wrapped before it was prepared."""
+    shape = given_shape(inputs)
+    assert shape is not None
+    # A cache that was made for this forward learns here where its prompt ends.
+    end = runtime.prompt_end(cache if keeps_cache else None, shape[1])
+    is_told = inputs.get("token_classes") is not None
     codes = classify(
         runtime.plan,
         text_model.config,
         inputs,
         first_column=cache.columns,
-        prompt_columns=None,
+        prompt_columns=None if is_told else end,
     )
     assert codes is not None
     return codes

@@ -167,7 +167,7 @@ class DeviceSteps:
         Batch and columns are rounded up, so that a few steps serve all calls.
         """
         # All that a graph has baked in.
-        around = [(id(m), m.weight.data_ptr(), _is_known(m)) for m in _modules_of(model)]
+        around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
         version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
         if version != self._version:
             self._steps.clear()
@@ -245,3 +245,10 @@ def _is_known(module: Any) -> bool:
 def _norm_of(module: Any) -> Norm | None:
     """The final norm as the fused operations read it, or ``None`` if it is something else."""
     return None if has_hooks(module) else norm_of(module)
+
+
+def _facts_of(module: Any) -> tuple[object, ...]:
+    """Where its weights lie, and a norm's number."""
+    bias = getattr(module, "bias", None)
+    numbers = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
+    return module.weight.data_ptr(), None if bias is None else bias.data_ptr(), *numbers

@@ -41,7 +41,9 @@ def decode_columns(
     cache, is_returned = cache_of(text_model, runtime, inputs, wants_gradient=wants_gradient)
     check_unpacked(inputs, keeps_cache=is_returned)
     real = real_columns(inputs.get("attention_mask"), cache, batch, width)
-    codes = codes_of(text_model, runtime, cache, inputs).masked_fill(~real, PAD)
+    codes = codes_of(text_model, runtime, cache, inputs, keeps_cache=is_returned).masked_fill(
+        ~real, PAD
+    )
     positions = positions_of(runtime, inputs.get("position_ids"), cache, real)
     wants_hidden = inputs.get("output_hidden_states")
     if wants_hidden is None:

@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from fastskip.decoder.anatomy import has_hooks, is_plain
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.families import MULTIMODAL, final_norm_of, text_model_of
+from fastskip.families import MULTIMODAL, final_norm_of, is_users_own, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
@@ -69,11 +69,11 @@ def sample(
     cache: SkipCache = outputs[CACHE_NAME]
     # A copy in fp32, as in Hugging Face: processors may write to it.
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    called = _CalledSteps(model, outputs, model_kwargs) if _does_more(model) else None
     del outputs
     end = GreedyEnd.of(stopping_criteria)
     is_greedy = not (config.do_sample or logits_processor or scores is not None or raw is not None)
-    is_called = _does_more(model)
-    if is_greedy and end is not None and isinstance(cache, PagedCache) and not is_called:
+    if is_greedy and end is not None and isinstance(cache, PagedCache) and called is None:
         pad_id = _pad_of(config)
         with on_host():
             input_ids = decode_greedily(
@@ -84,7 +84,7 @@ def sample(
         if not keeps:
             return input_ids
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_NAME: cache})
-    step: Callable[[Tensor], Tensor] | None = None
+    step: _DecodeStep | StepLogits | None = None
     while True:
         next_scores = logits_processor(input_ids, logits)
         if scores is not None:
@@ -105,9 +105,13 @@ def sample(
         unfinished = unfinished & ~stopping_criteria(input_ids, seen)
         if not bool(unfinished.any()):
             break
+        if called is not None:
+            logits = called(input_ids).to(torch.float32)
+            continue
         with on_host():
             if step is None:  # now, since the first token needs none
-                step = _step_of(model, runtime, cache, is_called=is_called)
+                kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
+                step = kind(model, runtime, cache)
             logits = step(tokens).to(torch.float32)
     if streamer is not None:
         streamer.end()
@@ -123,27 +127,32 @@ def sample(
 
 def _does_more(model: Any) -> bool:
     """Whether a call of the model, or of a model inside it, does more than its class does."""
-    parts = [model, text_model_of(model)]
+    parts = [model, model.get_decoder(), text_model_of(model)]
     if model.config.model_type in MULTIMODAL:
         parts.append(model.model)
-    return any(has_hooks(part) or _is_users(part._fastskip_origin[0]) for part in parts)
+    classes = [getattr(part, "_fastskip_origin", (type(part),))[0] for part in parts]
+    return any(map(has_hooks, parts)) or any(map(is_users_own, classes))
 
 
-def _is_users(base: type) -> bool:
-    """Whether a class has another ``forward`` than transformers'."""
-    owner = next(each for each in base.__mro__ if "forward" in vars(each))
-    return not owner.__module__.startswith("transformers.")
+class _CalledSteps:
+    """Steps as Hugging Face's loop makes them: calls of the model with all that it is told."""
 
+    def __init__(self, model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> None:
+        self._model, self._kwargs = model, model_kwargs
+        self._note(outputs)
 
-def _step_of(
-    model: Any, runtime: Runtime, cache: SkipCache, *, is_called: bool
-) -> Callable[[Tensor], Tensor]:
-    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
-    if is_called:
-        own = {CACHE_NAME: cache, "use_cache": True, "return_dict": True}
-        return lambda tokens: model(input_ids=tokens[:, None], **own).logits[:, -1]
-    kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
-    return kind(model, runtime, cache)
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """All tokens so far ``[B, T]`` -> logits ``[B, V]`` of the following ones."""
+        inputs = self._model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1, **self._kwargs
+        )
+        outputs = self._model(**inputs, return_dict=True)
+        self._note(outputs)
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
+
+    def _note(self, outputs: Any) -> None:
+        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
 
 
 def _pad_of(config: Any) -> int:
@@ -161,7 +170,7 @@ def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
 
 
 class _DecodeStep:
-    """A step of the plain runtime."""
+    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
 
     def __init__(self, model: Any, runtime: Runtime, cache: SkipCache) -> None:
         self._embed = model.get_input_embeddings()

@@ -31,10 +31,16 @@ from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
-from fastskip.generation.refusals import check_chunks, check_guidance, check_parts
+from fastskip.generation.refusals import (
+    check_chunks,
+    check_gradients,
+    check_guidance,
+    check_parts,
+)
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import save, write_policy
 from fastskip.ops.allocate import on_host
+from fastskip.routing import RouterError
 from fastskip.sparse.checkpoint import write_sparse
 from fastskip.sparse.convert import sparse_matrices
 
@@ -42,6 +48,7 @@ from fastskip.sparse.convert import sparse_matrices
 def prepare(model: Any, runtime: Runtime) -> None:
     """Makes ``model`` (and its inner models) prepared, in place."""
     text_model = text_model_of(model)
+    runtime.decoder.lens = _lens_of(model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
         tower = tower_of(model)
@@ -57,7 +64,8 @@ def _lens_of(model: Any) -> Lens:
 
     def logits_of(rows: Tensor, normed: bool) -> Tensor:
         model = held()
-        assert model is not None
+        if model is None:
+            raise RouterError("head: gone with the model around it; needed: the whole model, kept")
         rows = final_norm_of(text_model_of(model))(rows) if normed else rows
         logits: Tensor = model.get_output_embeddings()(rows)
         return logits
@@ -180,6 +188,7 @@ class PreparedModel(_Prepared):
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         runtime = self._runtime
         check_parts(self, runtime)
+        check_gradients(inputs)
         with runtime.lock:
             runtime.decoder.lens = _lens_of(self)
             with on_host():
@@ -237,6 +246,8 @@ class PreparedModel(_Prepared):
                 check_guidance(runtime, generation_config)
                 return
             check_parts(self, runtime)
+            if "forward" in vars(self):
+                return  # a wrapper may say how to compute: the first forward makes the cache
             runtime.decoder.attach(text_model_of(self))
             with on_host():
                 runtime.decoder.refresh(wants_gradient=False)

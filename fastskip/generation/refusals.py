@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fastskip.families import text_model_of
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.runtime import Runtime
 from fastskip.policy import Group, RouterRule, TokenClass
 
@@ -27,6 +30,19 @@ def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
         raise ValueError(
             "position_ids: several sequences packed into one row; allowed: one a row, padded, with "
             "an attention_mask"
+        )
+
+
+def check_gradients(inputs: dict[str, Any]) -> None:
+    """Raises where gradients are meant to flow through a cache, in which they have ended."""
+    cache, embeddings = inputs.get(CACHE_NAME), inputs.get("inputs_embeds")
+    is_learning = inputs.get("labels") is not None
+    if embeddings is not None and embeddings.requires_grad:
+        is_learning = True
+    if is_learning and torch.is_grad_enabled() and getattr(cache, "ends_gradients", False):
+        raise ValueError(
+            "past_key_values: gradients do not flow through a cache to the forward that filled it; "
+            "allowed: one forward over all columns, or torch.no_grad() around the first"
         )
 
 

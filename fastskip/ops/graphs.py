@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
 
 # Runs before a capture: kernels compile, libraries choose their workspaces.
 _WARM_UPS = 2
+# Captures share torch's stream for them, whatever thread they are made in.
+_CAPTURING = Lock()
 
 
 def capture(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
@@ -22,7 +25,7 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
     """
     if device.type != "cuda":
         return work
-    with torch.cuda.device(device):
+    with _CAPTURING, torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -31,7 +34,7 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Another thread's calls (a pinned allocation, say) must not end this capture.
-        with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             work()
     replay: Callable[[], None] = graph.replay
     return replay
@@ -39,7 +42,7 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures of a device, since libraries keep a workspace for each stream."""
+    """One for the warm-ups of a device, since libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
