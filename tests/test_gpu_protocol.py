@@ -250,10 +250,8 @@ def test_routers_not_measured_yet(results: Results) -> None:
     about = {"widths": "7b", "batch": 1, "n_image": 1, "n_text": 1, "n_new": 1}
     values = {**about, "peers": {"dense": peer | dict.fromkeys(keys.split())}}
     results.append(Line("e2e.7b.b1", 1.0, values))
-    rows = [row for row in table.markdown(results).splitlines() if table.NOT_MEASURED in row]
-    assert [row.split(" | ")[0] for row in rows] == [
-        f"| routed, {way}{rate}%" for way in ("", "IF nodes, ") for rate in (0, 25, 50, 75)
-    ]
+    (row,) = [row for row in table.markdown(results).splitlines() if table.NOT_MEASURED in row]
+    assert row.startswith("**LLaVA-1.5-7B shapes with routers") and "| routed" not in row
 
 
 @pytest.mark.parametrize("rate", routing.RATES)
