@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from benchmarks.memory import peak_bytes, reset_peak
-from fastskip.timing import no_collection
+from fastskip.timing import no_collection, on_entry
 
 GROUPS = ("prefill", "decode", "e2e")
 
@@ -45,18 +45,15 @@ class _Stopwatch:
         self._device = device
         self.entries: list[float] = []
         self.tokens: list[float] = []
-        self.hook: Any = None
 
     def now(self) -> float:
         if self._device != "cpu":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def enter(self, *_: Any) -> None:
-        """A hook: the decoder is entered. It goes at once, since steps of a decoder that is hooked
-        are whole forwards."""
+    def enter(self) -> None:
+        """The decoder is entered."""
         self.entries.append(self.now())
-        self.hook.remove()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.tokens.append(self.now())
@@ -69,7 +66,7 @@ def run_once(
     """Time one `generate` call; `cache` names a cache of Hugging Face's."""
     watch = _Stopwatch(device)
     options = {} if cache is None else {"cache_implementation": cache}
-    watch.hook = model.get_decoder().register_forward_pre_hook(watch.enter)
+    hook = on_entry(model, watch.enter)
     reset_peak(device)
     try:
         with no_collection():
@@ -83,7 +80,7 @@ def run_once(
             )
             end = watch.now()
     finally:
-        watch.hook.remove()
+        hook.remove()
     if len(watch.tokens) != n_new:
         raise RuntimeError(f"{len(watch.tokens)} tokens were made, {n_new} wanted")
     gaps = [b - a for a, b in zip(watch.tokens, watch.tokens[1:], strict=False)]

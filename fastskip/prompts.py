@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from fastskip.conversations import PLACEHOLDER
+
 _IMAGES_ALONE = {
     "llava_next_video": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
@@ -18,8 +20,6 @@ _IMAGES_ALONE = {
     "smolvlm": "Idefics3Processor",
 }
 """By model type, for want of torchvision: a processor that makes of images what its own does."""
-_PLACEHOLDER = "<image>"
-"""What texts have, whatever the checkpoint's own token is."""
 
 
 class PromptError(ValueError):
@@ -137,7 +137,7 @@ def _render(processor: Any, text: str, images: int) -> str:
             raise PromptError(f"images: got {images}; allowed: none, this model reads text only")
         return _converse(processor, text) if processor.chat_template else text
     token = processor.image_token
-    text = text.replace(_PLACEHOLDER, token)
+    text = text.replace(PLACEHOLDER, token)
     if not text.replace(token, "").strip():
         raise PromptError(f"prompt: got {text!r}; allowed: words beside the placeholders")
     placed = text.count(token)

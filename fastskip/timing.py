@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import StoppingCriteriaList
 
 Phase = Literal["prefill", "decode"]
@@ -123,14 +124,14 @@ def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Time
 
     def generate(count: int) -> _Clock:
         clock = _Clock()
-        clock.watch(model)
+        hook = on_entry(model, clock.enter)
         stopping = StoppingCriteriaList([clock])
         try:
             model.generate(
                 **inputs, do_sample=False, max_new_tokens=count, stopping_criteria=stopping
             )
         finally:
-            clock.leave()
+            hook.remove()
         return clock
 
     # what is computed on first use is not timed: a policy is set once and used often
@@ -144,6 +145,20 @@ def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Time
     first = clock.tokens[0]
     steps = [b - a for a, b in zip(clock.tokens, clock.tokens[1:], strict=False)]
     return Times(first - clock.entered, statistics.median(steps), first - began)
+
+
+def on_entry(model: Any, note: Callable[[], object]) -> RemovableHandle:
+    """Calls ``note`` when the model's decoder is entered next, unless the handle is removed.
+
+    Only once, since steps of a decoder that is hooked are whole forwards.
+    """
+
+    def enter(*_: Any) -> None:
+        handle.remove()
+        note()
+
+    handle: RemovableHandle = model.get_decoder().register_forward_pre_hook(enter)
+    return handle
 
 
 def warm_counts(device: torch.device, new_tokens: int, least: int) -> tuple[int, ...]:
@@ -186,18 +201,9 @@ class _Clock:
     def __init__(self) -> None:
         self.entered = 0.0
         self.tokens: list[float] = []
-        self._hook: Any = None
 
-    def watch(self, model: Any) -> None:
-        self._hook = model.get_decoder().register_forward_pre_hook(self._enter)
-
-    def leave(self) -> None:
-        self._hook.remove()
-
-    def _enter(self, *_: Any) -> None:
+    def enter(self) -> None:
         self.entered = time.perf_counter()
-        # Steps of a decoder that is hooked are whole forwards.
-        self._hook.remove()
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if input_ids.is_cuda:

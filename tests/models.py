@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import (
@@ -43,36 +43,15 @@ from transformers import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-Kind = Literal[
-    "llava",
-    "llava_opt",
-    "llava_next_vicuna",
-    "llava_next_mistral",
-    "llava_onevision",
-    "vipllava",
-    "llava_next_video",
-    "video_llava",
-    "internvl",
-    "mistral3",
-    "idefics3",
-    "smolvlm",
+LlavaKind = Literal[
+    "llava", "llava_opt", "llava_next_vicuna", "llava_next_mistral", "llava_onevision"
 ]
-LLAVA_KINDS: tuple[Kind, ...] = (
-    "llava",
-    "llava_opt",
-    "llava_next_vicuna",
-    "llava_next_mistral",
-    "llava_onevision",
-)
-RELATIVES: tuple[Kind, ...] = (
-    "vipllava",
-    "llava_next_video",
-    "video_llava",
-    "internvl",
-    "mistral3",
-    "idefics3",
-    "smolvlm",
-)
+Relative = Literal[
+    "vipllava", "llava_next_video", "video_llava", "internvl", "mistral3", "idefics3", "smolvlm"
+]
+Kind = LlavaKind | Relative
+LLAVA_KINDS: tuple[Kind, ...] = get_args(LlavaKind)
+RELATIVES: tuple[Kind, ...] = get_args(Relative)
 """Other families of the same build, tested for what differs in them (`test_relatives.py`)."""
 _TEXT = {
     "llava_opt": "opt",

@@ -43,6 +43,16 @@ def pair(impl: str) -> tuple[Any, Any]:
     return tiny_llama(), fastskip.apply_(tiny_llama(), impl=impl)
 
 
+def check_followed(pair: tuple[Any, Any], edit: Edit) -> None:
+    """What users do to both models changes the answer, and equally."""
+    before = told(pair[0])
+    for model in pair:
+        told(model)
+        edit(model)
+    answers = [told(model) for model in pair]
+    assert answers[0] == answers[1] != before
+
+
 def told(model: Any, new: int = 6, **options: Any) -> list[int]:
     """New tokens of a greedy answer."""
     out: Tensor = model.generate(IDS, max_new_tokens=new, do_sample=False, **options)
@@ -82,12 +92,7 @@ def replace_forward(model: Any) -> None:
 
 @pytest.mark.parametrize("edit", [hook_inside, hook_outside, replace_forward])
 def test_steps_call_what_users_put_around_the_model(pair: tuple[Any, Any], edit: Edit) -> None:
-    plain = told(pair[0])
-    for model in pair:
-        told(model)
-        edit(model)
-    answers = [told(model) for model in pair]
-    assert answers[0] == answers[1] != plain
+    check_followed(pair, edit)
 
 
 def test_steps_call_the_forward_of_a_users_own_class(impl: str) -> None:
@@ -141,11 +146,8 @@ def test_steps_are_told_what_the_prompt_was_told(impl: str) -> None:
 
 
 def test_hooks_on_a_model_around_the_decoder() -> None:
-    models: list[Any] = [tiny_llava("llava_opt"), fastskip.apply_(tiny_llava("llava_opt"))]
-    plain = told(models[0])
-    for model in models:
-        model.model.language_model.register_forward_hook(steer)
-    assert told(models[0]) == told(models[1]) != plain
+    pair = tiny_llava("llava_opt"), fastskip.apply_(tiny_llava("llava_opt"))
+    check_followed(pair, lambda model: model.model.language_model.register_forward_hook(steer))
 
 
 # Weights and numbers are changed after preparing.
@@ -177,12 +179,7 @@ def change_scaling(model: Any) -> None:
     "edit", [replace_layer, turn_slower, replace_rotary, change_epsilon, change_scaling]
 )
 def test_changes_to_layers_are_followed(pair: tuple[Any, Any], edit: Edit) -> None:
-    before = told(pair[0])
-    for model in pair:
-        told(model)
-        edit(model)
-    answers = [told(model) for model in pair]
-    assert answers[0] == answers[1] != before
+    check_followed(pair, edit)
 
 
 def test_layers_that_are_gone_are_missed(pair: tuple[Any, Any]) -> None:

@@ -29,7 +29,7 @@ from benchmarks.shapes import Models, prompts
 from fastskip.costs import floor_seconds
 from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
-from fastskip.timing import Arrivals, no_collection, warm_counts
+from fastskip.timing import Arrivals, no_collection, on_entry, warm_counts
 
 UNLIKE = Mix(4 * MIX.images, 4 * MIX.texts)
 TINY_MIX = Mix((1, 0), (2, 4))
@@ -163,7 +163,7 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
         begin, call = _timed(partial(_generate, contender, model, inputs, n_new, watch), device)
         entry = _Entry(device)
         # Only here: a hook would make compiled code compile again.
-        hook = model.get_decoder().register_forward_pre_hook(entry)
+        hook = on_entry(model, entry)
         try:
             _timed(partial(_generate, contender, model, inputs, 1), device)
             prefill = entry.seconds_since()
@@ -191,12 +191,11 @@ class _Entry:
         self._event: Any = None
         self._began: float | None = None
 
-    def __call__(self, *_: Any) -> None:
-        if self._began is None:
-            self._began = time.perf_counter()
-            if self._device == "cuda":
-                self._event = torch.cuda.Event(enable_timing=True)
-                self._event.record()
+    def __call__(self) -> None:
+        self._began = time.perf_counter()
+        if self._device == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
 
     def seconds_since(self) -> float | None:
         """Until now; ``None`` if the decoder was never called as a module."""

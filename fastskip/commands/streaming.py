@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from fastskip.wording import counted
+
 
 @dataclass(frozen=True, slots=True)
 class TokenTimes:
@@ -29,7 +31,7 @@ class TokenTimes:
         count, total = len(self.seconds), self.seconds[-1]
         tpot = "-" if self.tpot is None else f"{1e3 * self.tpot:.1f} ms"
         return (
-            f"{count} token{'s' * (count > 1)} in {total:.2f} s: TTFT {1e3 * self.ttft:.1f} ms, "
+            f"{counted(count, 'token')} in {total:.2f} s: TTFT {1e3 * self.ttft:.1f} ms, "
             f"TPOT {tpot}, {count / total:.1f} tokens/s"
         )
 

@@ -59,9 +59,9 @@ def verify(
     pictures = pictures_of(image)
     is_drawn = model is None and not pictures
     if is_drawn:
-        from fastskip.demo.scenes import Split, draw, scenes
+        from fastskip.study.bench.workload import drawn_image
 
-        pictures = [draw(scenes(Split.TEST, 1, seed=0)[0])]
+        pictures = [drawn_image(size=None)]
     _, inputs = inputs_for(path, prompt, pictures, max_new_tokens)
 
     from fastskip.verification.check import verify as check

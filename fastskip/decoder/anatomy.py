@@ -118,6 +118,10 @@ def parts_of(layer: Any) -> LayerParts:
     )
 
 
+NORM_NUMBERS = ("variance_epsilon", "eps")
+"""What modules call the number under a norm's root."""
+
+
 def norm_of(module: Any) -> Norm | None:
     """A norm as the operations read it; ``None`` if they do not compute it."""
     if type(module) is nn.LayerNorm:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastskip.decoder.anatomy import NORM_NUMBERS
+
 
 class ModuleState:
     """Which modules and parameters a module has, where they lie, and who hooks them.
@@ -16,8 +18,7 @@ class ModuleState:
         # Attributes of a module are slow to look up. Whole dictionaries, since what is in them may
         # be replaced.
         self._owns = [vars(each) for each in module.modules()]
-        names = ("variance_epsilon", "eps")
-        self._numbers = [(own, name) for own in self._owns for name in names if name in own]
+        self._numbers = [(own, name) for own in self._owns for name in NORM_NUMBERS if name in own]
         self._children, self._parameters, self._facts = self._look()
 
     def is_current(self) -> bool:

@@ -114,9 +114,10 @@ class RotaryPositions:
 
     def check(self, positions: Tensor) -> None:
         limit = self._tables.limit
-        wrong = positions[positions >= (sys.maxsize if limit is None else limit)]
+        if limit is None:
+            return
+        wrong = positions[positions >= limit]
         if len(wrong):
-            assert limit is not None
             raise ValueError(
                 f"position_ids: {int(wrong[0])}; allowed: 0 to {limit - 1}, below "
                 "max_position_embeddings: past them dynamic RoPE turns all rows by other angles"

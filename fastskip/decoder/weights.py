@@ -15,7 +15,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastskip.decoder.anatomy import LayerParts, has_hooks, is_plain, norm_of, parts_of
+from fastskip.decoder.anatomy import (
+    NORM_NUMBERS,
+    LayerParts,
+    has_hooks,
+    is_plain,
+    norm_of,
+    parts_of,
+)
 from fastskip.decoder.module_state import ModuleState
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
@@ -112,7 +119,7 @@ class MergedProducts:
     @staticmethod
     def _unshared(parts: LayerParts) -> tuple[Any, ...]:
         modules = (parts.attention_norm, parts.ffn_norm, parts.output, parts.down)
-        names = ("weight", "bias", "variance_epsilon", "eps")
+        names = ("weight", "bias", *NORM_NUMBERS)
         weights = (getattr(m, name, None) for m in modules for name in names)
         return (parts.activation, *weights)
 

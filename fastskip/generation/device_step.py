@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastskip.decoder.anatomy import has_hooks, is_plain, norm_of
+from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
 from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_stack import FusedDecoder
@@ -250,5 +250,5 @@ def _norm_of(module: Any) -> Norm | None:
 def _facts_of(module: Any) -> tuple[object, ...]:
     """Where its weights lie, and a norm's number."""
     bias = getattr(module, "bias", None)
-    numbers = (getattr(module, name, None) for name in ("variance_epsilon", "eps"))
+    numbers = (getattr(module, name, None) for name in NORM_NUMBERS)
     return module.weight.data_ptr(), None if bias is None else bias.data_ptr(), *numbers

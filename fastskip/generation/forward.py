@@ -11,12 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastskip.families import check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.generation.columns import (
-    cache_of,
-    codes_of,
-    positions_of,
-    real_columns,
-)
+from fastskip.generation.columns import cache_of, codes_of, positions_of, real_columns
 from fastskip.generation.refusals import check_unpacked
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
@@ -41,9 +36,8 @@ def decode_columns(
     cache, is_returned = cache_of(text_model, runtime, inputs, wants_gradient=wants_gradient)
     check_unpacked(inputs, keeps_cache=is_returned)
     real = real_columns(inputs.get("attention_mask"), cache, batch, width)
-    codes = codes_of(text_model, runtime, cache, inputs, keeps_cache=is_returned).masked_fill(
-        ~real, PAD
-    )
+    codes = codes_of(text_model, runtime, cache, inputs, keeps_cache=is_returned)
+    codes = codes.masked_fill(~real, PAD)
     positions = positions_of(runtime, inputs.get("position_ids"), cache, real)
     wants_hidden = inputs.get("output_hidden_states")
     if wants_hidden is None:

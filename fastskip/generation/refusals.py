@@ -13,6 +13,7 @@ from fastskip.policy import Group, RouterRule, TokenClass
 
 
 def check_parts(model: Any, runtime: Runtime) -> None:
+    """Raises where another language model stands in the prepared one's place."""
     if getattr(text_model_of(model), "_fastskip", None) is not runtime:
         raise RuntimeError(
             "language model: another one than was prepared; allowed: to put it in place first, and "

@@ -26,17 +26,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
     """``numbers`` of the host on ``device``, without waiting for what the device has to do."""
-    if device.type != "cuda":
-        return numbers.to(device)
-    return numbers.pin_memory().to(device, non_blocking=True)
+    return _sendable(numbers, device).to(device, non_blocking=True)
 
 
 def copy_over(numbers: Tensor, there: Tensor) -> None:
     """Writes ``numbers`` of the host to memory ``there``, without waiting either."""
-    if there.device.type != "cuda":
-        there.copy_(numbers)
-    else:
-        there.copy_(numbers.pin_memory(), non_blocking=True)
+    there.copy_(_sendable(numbers, there.device), non_blocking=True)
+
+
+def _sendable(numbers: Tensor, device: torch.device) -> Tensor:
+    """``numbers`` where a device takes them from by itself."""
+    return numbers.pin_memory() if device.type == "cuda" else numbers
 
 
 @contextmanager

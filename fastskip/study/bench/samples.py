@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastskip.study.bench.contenders import Contender, Models, Source
 from fastskip.study.bench.errors import BenchError
-from fastskip.timing import WARM_TOKENS, Arrivals, no_collection, warm_counts
+from fastskip.timing import WARM_TOKENS, Arrivals, no_collection, on_entry, warm_counts
 
 Inputs = Mapping[str, Any]
 
@@ -96,22 +96,19 @@ class _Entry:
 
     def __init__(self, device: torch.device) -> None:
         self.began = 0.0
-        self._device, self._is_in = device, False
+        self._device = device
         self._event: Any = None
         self._hook: Any = None
 
     def watch(self, model: Any) -> None:
-        self._hook = model.get_decoder().register_forward_pre_hook(self._enter)
+        self._hook = on_entry(model, self._enter)
 
     def leave(self) -> None:
         if self._hook is not None:
             self._hook.remove()
 
-    def _enter(self, *_: Any) -> None:
-        if self._is_in:
-            return
-        self._is_in, self.began = True, time.perf_counter()
-        self.leave()  # steps of a decoder that is hooked are whole forwards
+    def _enter(self) -> None:
+        self.began = time.perf_counter()
         if self._device.type == "cuda":
             self._event = self._mark()
 
