@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from fastskip.families import final_norm_of, text_model_of
-from fastskip.loading import PolicyLike, apply_, plan_of, record_routing
-from fastskip.plan import SkipPlan
+from fastskip.families import final_norm_of, shape_of, text_model_of
+from fastskip.loading import PolicyLike, apply_, record_routing
+from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.routing import RoutingRecord
 from fastskip.verification.budget import Budget, measure
@@ -154,7 +154,8 @@ def verify(
     real = inputs["attention_mask"].bool()
 
     product: Any = apply_(copy.deepcopy(model), chosen)
-    plan = plan_of(product)
+    # Not the product's own, which is what is judged.
+    plan = make_plan(chosen, shape_of(model.config))
     absent = _absent(plan, model, inputs, real, max_new_tokens)
     # The checkpoint's own may end sequences early, or sample.
     product.generation_config = GenerationConfig(pad_token_id=0)
