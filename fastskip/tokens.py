@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import torch
@@ -24,9 +25,12 @@ CODES = {token_class: code for code, token_class in enumerate(TokenClass)}
 
 def member(codes: Tensor, classes: frozenset[TokenClass]) -> Tensor:
     """Which of ``codes`` are of ``classes``; pads never are."""
-    wanted = torch.zeros(len(CODES) + 1, dtype=torch.bool)
-    wanted[[CODES[token_class] for token_class in classes]] = True
-    return wanted[codes]  # PAD indexes the last entry
+    return _membership(classes)[codes]  # PAD indexes the last entry
+
+
+@cache
+def _membership(classes: frozenset[TokenClass]) -> Tensor:
+    return torch.tensor([token_class in classes for token_class in CODES] + [False])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +123,19 @@ class TokenLayout:
         is_whole = len(order) == flat_codes.numel() and sum(map(bool, counts)) <= 1
         sizes = counts if rounded is None else list(map(rounded, counts))
         self._real: Tensor | None = None
+        columns = order
         if sizes != counts:
             order, is_whole = _filled_up(order, counts, sizes), False
-            self._real = (order >= 0).nonzero().squeeze(1)
+            self._real, columns = (order >= 0).nonzero().squeeze(1), order.clamp(min=0)
         self.bounds = (0, *accumulate(sizes))
         self.flat = None if is_whole else order
-        columns = order.clamp(min=0)
         self.codes = flat_codes[columns]
-        self.positions = self.source_positions.reshape(-1)[columns].masked_fill(order < 0, 0)
+        self.positions = self.source_positions.reshape(-1)[columns]
         self.sequences = columns // self.width if self.width else columns
         self.columns = columns % self.width + first_column if self.width else columns
-        self.codes = self.codes.masked_fill(order < 0, PAD)
+        if self._real is not None:
+            self.codes = self.codes.masked_fill(order < 0, PAD)
+            self.positions = self.positions.masked_fill(order < 0, 0)
         self._rows: dict[frozenset[TokenClass], Rows] = {}
         self._counts: dict[frozenset[TokenClass], list[int]] = {}
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+from typing import Any
+
 from torch import nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS
+
+# Of a module's attributes, what may change: hooks, and which modules lie in it.
+_mutable = itemgetter(
+    "training",
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_modules",
+)
 
 
 class ModuleState:
@@ -19,35 +32,31 @@ class ModuleState:
         # be replaced.
         self._owns = [vars(each) for each in module.modules()]
         self._numbers = [(own, name) for own in self._owns for name in NORM_NUMBERS if name in own]
-        self._children, self._parameters, self._facts = self._look()
+        self._seen = [tuple(map(_copied, own)) for own in map(_mutable, self._owns)]
+        # Held, so that no other tensor gets the identity of one.
+        self._parameters = self._list_parameters()
+        self._facts = self._look(self._parameters)
 
     def is_current(self) -> bool:
         """Whether nothing differs; modules and parameters are compared by identity."""
-        children, parameters, facts = self._look()
-        return (
-            facts == self._facts
-            and list(map(id, children)) == list(map(id, self._children))
-            and list(map(id, parameters)) == list(map(id, self._parameters))
-        )
+        if list(map(_mutable, self._owns)) != self._seen:
+            return False
+        return self._look(self._list_parameters()) == self._facts
 
-    def _look(self) -> tuple[list[object], list[object], list[object]]:
-        """Modules that lie in others, parameters, and what matters of both."""
-        owns = self._owns
-        children: list[object] = [child for own in owns for child in own["_modules"].values()]
-        parameters = [each for own in owns for each in own["_parameters"].values()]
-        facts: list[object] = [own["training"] for own in owns]
-        # How many hooks there are; ``forward``, where accelerate puts one of its kind.
-        facts += [
-            len(own["_forward_hooks"])
-            + len(own["_forward_pre_hooks"])
-            + len(own["_backward_hooks"])
-            + len(own["_backward_pre_hooks"])
-            + ("forward" in own)
-            for own in owns
-        ]
+    def _list_parameters(self) -> list[Any]:
+        return [each for own in self._owns for each in own["_parameters"].values()]
+
+    def _look(self, parameters: list[Any]) -> list[object]:
+        """What matters of parameters, and of the modules that have them."""
+        facts: list[object] = ["forward" in own for own in self._owns]  # as accelerate hooks one
         # Norms' numbers, which merged products hold.
         facts += [own.get(name) for own, name in self._numbers]
+        facts += map(id, parameters)
         for each in parameters:
             if each is not None:
                 facts += each.data_ptr(), each.dtype, each.requires_grad
-        return children, parameters, facts
+        return facts
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict) else value

@@ -298,6 +298,9 @@ class _StepRows:
     ) -> None:
         self._plan, self._layout, self._entries, self._narrow = plan, layout, entries, narrow
         self._made: dict[tuple[object, ...], BlockRows] = {}
+        # Of the last layer, whose rows are few: their codes, and which of them are of some classes.
+        self._narrow_codes: list[int] | None = None
+        self._narrow_rows: dict[frozenset[TokenClass], Rows] = {}
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         narrow = self._narrow if is_last else None
@@ -342,9 +345,16 @@ class _StepRows:
         """The rows of some classes among those that go on, indexing those."""
         if narrow is None:
             return self._layout.rows(classes)
-        codes = narrow.take(self._layout.codes)
-        wanted = torch.tensor(sorted(CODES[token_class] for token_class in classes))
-        index = torch.isin(codes, wanted).nonzero().squeeze(1)
-        if len(index) == len(codes):
-            return Rows(slice(0, len(codes)), len(codes))
-        return Rows(index, len(index))
+        found = self._narrow_rows.get(classes)
+        if found is None:
+            found = self._narrow_rows[classes] = self._among(narrow, classes)
+        return found
+
+    def _among(self, narrow: Rows, classes: frozenset[TokenClass]) -> Rows:
+        if self._narrow_codes is None:
+            self._narrow_codes = narrow.take(self._layout.codes).tolist()
+        wanted = {CODES[token_class] for token_class in classes}
+        index = [row for row, code in enumerate(self._narrow_codes) if code in wanted]
+        if len(index) == len(self._narrow_codes):
+            return Rows(slice(0, len(index)), len(index))
+        return Rows(torch.tensor(index, dtype=torch.int64), len(index))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear
-from fastskip.ops.reference import activate
+from fastskip.ops.reference import activate, wants_gradient
 
 LARGE = 1 << 20
 """Weights from which on the order shows; smaller ones stay in the cache."""
@@ -67,7 +67,7 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
         weight.numel() >= LARGE
         and x.dtype == weight.dtype == torch.float32
         and weight.device.type == "cpu"
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not wants_gradient(x, weight)
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -33,8 +33,17 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if x.dtype in _HALVES:
         return F.rms_norm(x, weight.shape, weight, epsilon)
     # In full precision nothing is cast, and these few steps cost half of the composed function.
-    mean_square = (x * x).mean(-1, keepdim=True)
-    return x * mean_square.add_(epsilon).rsqrt_() * weight
+    squares = x * x
+    scale = squares.mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    if wants_gradient(x, weight):
+        return x * scale * weight
+    # Memory that the system has to bring costs more than the sums: the squares' is used again.
+    return torch.mul(x, scale, out=squares).mul_(weight)
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to follow what is made of these."""
+    return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,10 +105,9 @@ def attend(
     if dropout or queries.requires_grad:
         return _attend_fused(queries, keys, values, visible, scale, dropout)
     if rows <= _BLOCK:
-        tail = None if visible is None else ~visible
-        if is_causal and rows > 1:
-            tail = _own_slots(rows, queries.device)
-        return _attend_block(queries, keys, values, tail, scale)
+        hidden = _after_own(rows, slots, queries) if is_causal and rows > 1 else None
+        hidden = hidden if visible is None else _hidden(visible, queries)
+        return _attend_block(queries, keys, values, hidden, scale)
     key = keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2)
     value = values[0] if len(values) == 1 else torch.cat(list(values), dim=2)
     outputs = []
@@ -107,38 +115,60 @@ def attend(
         block = queries[:, :, start : start + _BLOCK]
         stop = start + block.shape[2]
         seen = slots - rows + stop if is_causal else slots
-        tail = _own_slots(block.shape[2], queries.device) if is_causal else None
-        if visible is not None:
-            tail = ~visible[start:stop]
-        outputs.append(_attend_block(block, [key[:, :, :seen]], [value[:, :, :seen]], tail, scale))
+        hidden = _after_own(block.shape[2], seen, queries) if is_causal else None
+        hidden = hidden if visible is None else _hidden(visible[start:stop], queries)
+        own = [key[:, :, :seen]], [value[:, :, :seen]]
+        outputs.append(_attend_block(block, *own, hidden, scale))
     return torch.cat(outputs, dim=2)
 
 
-@functools.lru_cache(maxsize=_BLOCK)
-def _own_slots(rows: int, device: torch.device) -> Tensor:
-    """Which of a block's own slots are hidden from each of its queries: those after its own."""
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)
+def _hidden(visible: Tensor, like: Tensor) -> Tensor:
+    """What scores get added: ``[N, S]``, minus infinity for slots that a query does not see."""
+    zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+    return zeros.masked_fill_(~visible, float("-inf"))
+
+
+def _after_own(rows: int, slots: int, like: Tensor) -> Tensor:
+    """As ``_hidden``, of up to a block of queries that belong to the last of ``slots``."""
+    width = max(_BLOCK, 1 << (slots - 1).bit_length())
+    return _triangle(width, like.dtype, like.device)[_BLOCK - rows :, width - slots :]
+
+
+@functools.lru_cache(maxsize=8)
+def _triangle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[block, width]``: a block of queries on the last of ``width`` slots.
+
+    The last queries of it on the last slots are what fewer queries on fewer slots have.
+    """
+    with torch.inference_mode(False):
+        whole = torch.full((_BLOCK, width), float("-inf"), dtype=dtype, device=device)
+        return whole.triu_(width - _BLOCK + 1)
 
 
 def _attend_block(
     queries: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    tail: Tensor | None,
+    hidden: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attention of a block of queries; ``tail [N, s]``: which of the last ``s`` are hidden.
+    """Attention of a block of queries; ``hidden [N, S]`` is added to their scores.
 
     The query heads that share a key head become rows of one product, so nothing is repeated.
     """
     batch, heads, rows, width = queries.shape
     groups = keys[0].shape[1]
-    grouped = queries.reshape(batch * groups, heads // groups * rows, width)
-    scores = [_scaled_product(grouped, key.flatten(0, 1).transpose(1, 2), scale) for key in keys]
+    alike = heads // groups
+    grouped = queries.reshape(batch * groups, alike * rows, width)
+    added: Sequence[Tensor | None] = [None] * len(keys)
+    if hidden is not None:
+        hidden = hidden.repeat(alike, 1) if alike > 1 else hidden
+        added = hidden.split([key.shape[2] for key in keys], dim=-1)
+    scores = [
+        _scores(grouped, key.flatten(0, 1).transpose(1, 2), scale, own)
+        for key, own in zip(keys, added, strict=True)
+    ]
     score = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    if tail is not None:
-        per_row = score.view(batch * groups, heads // groups, rows, -1)
-        per_row[..., per_row.shape[-1] - tail.shape[1] :].masked_fill_(tail, float("-inf"))
     weights = torch.softmax(score, dim=-1)
     if len(keys) == 1:
         return torch.bmm(weights, values[0].flatten(0, 1)).view(batch, heads, rows, width)
@@ -149,13 +179,13 @@ def _attend_block(
     return sum(products[1:], products[0]).view(batch, heads, rows, width)
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale * (a @ b)``, batched, as one operation."""
-    if a.dtype not in _HALVES:
-        return torch.bmm(a * scale, b)
-    # Half precision would round the scaled factor once more; here the product is scaled in fp32.
-    shape = (a.shape[0], a.shape[1], b.shape[2])
-    return torch.baddbmm(a.new_empty(1).expand(shape), a, b, beta=0, alpha=scale)
+def _scores(queries: Tensor, keys: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
+    """``scale * (queries @ keys) + hidden``, batched, as one operation: half precision would round
+    a product that is scaled or masked afterwards once more."""
+    if hidden is not None:
+        return torch.baddbmm(hidden, queries, keys, alpha=scale)
+    blank = queries.new_empty(1).expand(len(queries), queries.shape[1], keys.shape[2])
+    return torch.baddbmm(blank, queries, keys, beta=0, alpha=scale)
 
 
 def _attend_fused(
