@@ -10,23 +10,25 @@ import torch
 from benchmarks.harness import Case
 from benchmarks.mixes import MIX
 from benchmarks.peers import DEFAULT, MORE, ROUTED, ROUTED_BATCH
-from benchmarks.shapes import DEMO, HALF_BILLION, SMOLVLM, Shape
+from benchmarks.shapes import DEMO, HALF_BILLION, INTERNVL, SMOLVLM, Shape
 
-_ROUNDS = {DEMO.name: 9, HALF_BILLION.name: 3, SMOLVLM.name: 5}  # a short call needs more of them
+_ROUNDS = {DEMO.name: 9, HALF_BILLION.name: 3}  # a short call needs more of them
+_RELATIVES = (SMOLVLM, INTERNVL)
 _BOTH = (torch.float32, torch.bfloat16)
 
 
 def _case(shape: Shape, dtype: torch.dtype, batch: int) -> Case:
     # Arrangements save launches, which a CPU hardly notices: they are shown at batch 1 only.
     peers = DEFAULT if batch == 1 else DEFAULT[:-2]
-    return Case(shape, dtype, batch, rounds=_ROUNDS[shape.name], peers=peers)
+    return Case(shape, dtype, batch, rounds=_ROUNDS.get(shape.name, 5), peers=peers)
 
 
 def default_cases() -> list[Case]:
-    """Two shapes at batch 1 in fp32 and bf16, at batch 4 in bf16; a relative of LLaVA in fp32."""
+    """Two shapes at batch 1 in fp32 and bf16, at batch 4 in bf16; relatives of LLaVA in fp32."""
     settings = ((torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 4))
     cases = [_case(shape, *setting) for shape in (DEMO, HALF_BILLION) for setting in settings]
-    return [*cases, _case(SMOLVLM, torch.float32, 1), mixed_case(), *routing_cases()]
+    relatives = [_case(shape, torch.float32, 1) for shape in _RELATIVES]
+    return [*cases, *relatives, mixed_case(), *routing_cases()]
 
 
 def mixed_case() -> Case:

@@ -42,6 +42,7 @@ from fastskip.ops.contracts import (
     Bounds,
     Choice,
     Feed,
+    HeadNorms,
     Linear,
     Norm,
     Pages,
@@ -136,13 +137,22 @@ class Model:
         table = numbers(sequences, CONTEXT // PAGE, dtype=torch.int64)
         return Pages(blank(16), table, 0, self.groups, self.head_dim, [])
 
-    def project(self, n: int) -> Projection:
+    def project(self, n: int, *, has_norms: bool = False) -> Projection:
         rows = (self.heads + 2 * self.groups) * self.head_dim
         half = self.head_dim // 2
         rotation = None if self.is_opt else Rotation(blank(4096, half), blank(4096, half))
         targets = Targets(numbers(n), numbers(n), numbers(n))
         linear = self.linear(rows, self.hidden)
-        return Projection(self.norm, linear, rotation, targets, self.pages(n), self.head_dim)
+        norm = Norm(blank(self.head_dim), 1e-6)
+        return Projection(
+            self.norm,
+            linear,
+            rotation,
+            targets,
+            self.pages(n),
+            self.head_dim,
+            head_norms=HeadNorms(norm, norm) if has_norms and rotation is not None else None,
+        )
 
     def up(self) -> Feed:
         rows = self.ffn if self.is_opt else 2 * self.ffn
@@ -257,6 +267,11 @@ PROBES = (
         "rotate_append of chosen rows",
         ("rotate_append",),
         lambda m, n: rotary.rotate_append(m.entries(n), m.project(n), runs=numbers(n)),
+    ),
+    Probe(
+        "rotate_append of heads with norms",
+        ("rotate_append",),
+        lambda m, n: rotary.rotate_append(m.entries(n), m.project(n, has_norms=True)),
     ),
     Probe(
         "activate",

@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen3Config,
     SmolVLMConfig,
 )
 from transformers.initialization import no_init_weights
@@ -84,9 +87,10 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     ids = word_ids(model, (batch, shape.n_text), generator)
     image = torch.full((batch, config.image_seq_length), config.image_token_id)
     ids = torch.cat([ids[:, : shape.text_before], image, ids[:, shape.text_before :]], dim=1)
-    side = config.vision_config.image_size
+    size = config.vision_config.image_size
+    sides = (size, size) if isinstance(size, int) else size
     crops = (CROPS,) if config.model_type == "smolvlm" else ()
-    pixels = torch.randn(batch, *crops, 3, side, side, generator=generator)
+    pixels = torch.randn(batch, *crops, 3, *sides, generator=generator)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -182,6 +186,36 @@ def _smolvlm(dtype: torch.dtype) -> Any:
     return random_model(config, dtype)
 
 
+def _internvl(dtype: torch.dtype) -> Any:
+    """InternVL3.5-1B's language model (Qwen3's, 0.6 B weights), a tile of 256 rows, and almost no
+    vision."""
+    vision = InternVLVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=[448, 448],
+        patch_size=[14, 14],
+    )
+    text = Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        pad_token_id=PAD_ID,
+    )
+    config = InternVLConfig(
+        vision_config=vision, text_config=text, image_token_id=151671, tie_word_embeddings=True
+    )
+    config.image_seq_length = rows_of_crop(config)
+    return random_model(config, dtype)
+
+
 @torch.no_grad()
 def random_model(config: Any, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Any:
     """A model with weights drawn once, in `dtype`, where they stay; Hugging Face would draw them
@@ -205,3 +239,4 @@ def random_model(config: Any, dtype: torch.dtype, seed: int = 0, device: str = "
 DEMO = Shape("demo", _demo, text_before=2, text_after=14)
 HALF_BILLION = Shape("0.5b", _half_billion, text_before=4, text_after=40)
 SMOLVLM = Shape("smolvlm-256m", _smolvlm, text_before=4, text_after=40)
+INTERNVL = Shape("internvl3.5-1b", _internvl, text_before=4, text_after=40)

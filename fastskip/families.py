@@ -28,11 +28,12 @@ TEXT_ONLY = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "opt": "OPTForCausalLM",
 }
 ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower")
 """What families call the modules that see."""
-DECODERS = ("llama", "mistral", "qwen2", "opt")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "opt")
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
 LONG_ROPE = "longrope"
 # What OPT's config can ask for and the runtime has one form of.
@@ -154,6 +155,7 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
         has_images=config.model_type in MULTIMODAL,
         **_biases(text),
         gated_ffn=not is_opt,
+        head_norms=text.model_type == "qwen3",
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         dtype_bytes=dtype.itemsize,
         max_positions=text.max_position_embeddings,

@@ -21,7 +21,7 @@ from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import LayerWeights
 from fastskip.ops import Implementation, operations_of
 from fastskip.ops.account import Account, counted, tables
-from fastskip.ops.contracts import Activation, Linear, Norm, Rotation
+from fastskip.ops.contracts import Activation, HeadNorms, Linear, Norm, Rotation
 from fastskip.ops.operations import FusedOperations
 from fastskip.plan import ModelShape, SkipPlan
 from fastskip.policy import RemovalRule, RouterRule, TokenClass, select_layers
@@ -127,6 +127,11 @@ def _norm(shape: ModelShape) -> Norm:
     return Norm(_empty(shape, shape.hidden_size), 1e-5)
 
 
+def _head_norms(shape: ModelShape) -> HeadNorms | None:
+    norm = Norm(_empty(shape, shape.head_dim), 1e-6)
+    return HeadNorms(norm, norm) if shape.head_norms else None
+
+
 def _linear(shape: ModelShape, rows: int, columns: int, *, has_bias: bool = False) -> Linear:
     return Linear(_empty(shape, rows, columns), _empty(shape, rows) if has_bias else None)
 
@@ -156,6 +161,7 @@ def _blocks(plan: SkipPlan, ops: FusedOperations) -> list[GuardedBlock]:
         ),
         activation=Activation.GATED_SILU if shape.gated_ffn else Activation.RELU,
         down=_linear(shape, hidden, shape.ffn_size, has_bias=shape.ffn_bias),
+        head_norms=_head_norms(shape),
     )
     scale = shape.head_dim**-0.5
     return [GuardedBlock(weights, layer, ops, scale, shape.head_dim) for layer in plan.layers]

@@ -15,6 +15,7 @@ class ModelShape:
     """The sizes of one decoder that plans and costs depend on.
 
     `dtype_bytes`: width of weights and of K and V. `has_images`: false for text-only models.
+    `head_norms`: whether queries and keys have norms, head by head.
     """
 
     depth: int
@@ -29,6 +30,7 @@ class ModelShape:
     attention_output_bias: bool = False
     ffn_bias: bool = False
     gated_ffn: bool = True
+    head_norms: bool = False
     tied_embeddings: bool = False
     dtype_bytes: int
     max_positions: int

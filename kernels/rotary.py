@@ -1,5 +1,6 @@
 """RoPE of queries and keys, and the append of keys and values to the pages of a cache.
 
+    head = head * rsqrt(mean(head^2) + epsilon) * weight       where heads have norms
     first, second = halves of a head
     rotated = [first * cosine - second * sine | second * cosine + first * sine]
 
@@ -13,7 +14,7 @@ all of them unless all leave entries. Tables: kernel ``rotate_append``, shape ``
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -23,13 +24,49 @@ from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
-from fastskip.ops.contracts import Projection
+from fastskip.ops.contracts import HeadNorms, Projection
 
 
 @triton.jit
 def rotate(first, second, cosine, sine):
     """Both halves of a head, turned, in fp32."""
     return first * cosine - second * sine, second * cosine + first * sine
+
+
+class Weighing(NamedTuple):
+    """The norms of query heads and of key heads: weights ``[K]``, and what is added to the mean."""
+
+    queries: Any
+    keys: Any
+    queries_epsilon: Any
+    keys_epsilon: Any
+
+
+@triton.jit
+def _normalize_heads(
+    first,
+    second,
+    head,
+    element,
+    is_real,
+    norms,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Both halves of heads ``[H, K / 2]``, 0 beyond their ends; values stay as they are."""
+    is_query = (head < QUERIES)[:, None]
+    is_normed = (head < QUERIES + GROUPS)[:, None]
+    mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
+    epsilon = tl.where(head < QUERIES, norms.queries_epsilon, norms.keys_epsilon)
+    scale = tl.rsqrt(mean + epsilon)[:, None]
+    query = numerics.load(norms.queries + element, is_real)[None, :]
+    key = numerics.load(norms.keys + element, is_real)[None, :]
+    other_query = numerics.load(norms.queries + HALF + element, is_real)[None, :]
+    other_key = numerics.load(norms.keys + HALF + element, is_real)[None, :]
+    normed_first = first * scale * tl.where(is_query, query, key)
+    normed_second = second * scale * tl.where(is_query, other_query, other_key)
+    return tl.where(is_normed, normed_first, first), tl.where(is_normed, normed_second, second)
 
 
 @triton.jit
@@ -43,6 +80,7 @@ def _rotate_append_kernel(
     sequences_ptr,
     slots_ptr,
     runs_ptr,
+    norms,
     stride_xn,
     stride_xh,
     stride_tb,
@@ -82,6 +120,10 @@ def _rotate_append_kernel(
     is_read = (is_query | is_entry)[:, None] & is_real[None, :]
     first = numerics.load(first_ptr, is_read)
     second = numerics.load(first_ptr + HALF, is_read)
+    if norms is not None:
+        first, second = _normalize_heads(
+            first, second, head, element, is_real, norms, QUERIES, GROUPS, HALF
+        )
     if cosine_ptr is not None:
         position = tl.load(positions_ptr + row).to(tl.int64)
         cosine = numerics.load(cosine_ptr + position * HALF + element, is_real)[None, :]
@@ -113,7 +155,7 @@ def rotate_append(
     runs: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Rotates the queries of ``heads [n, H + 2G, K]`` in place and stores keys and values.
+    """Norms and rotates the queries of ``heads [n, H + 2G, K]`` in place; stores keys and values.
 
     ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
     negative slot leaves no entry, nor does one whose flag in ``runs [n]`` is 0, unless
@@ -121,12 +163,17 @@ def rotate_append(
     """
     refuse_gradients(heads=heads)
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
+    norms = projection.head_norms
     assert heads.stride(2) == 1
+    assert norms is None or rotation is not None
     assert rotation is None or rotation.cosine.is_contiguous() and rotation.sine.is_contiguous()
     rows, queries, size = len(heads), projection.heads, projection.head_dim
     groups = 0 if pages is None else pages.groups
     shape = (queries, groups, size)
     options = dict(config or tuning.config_for("rotate_append", heads.device, rows, shape))
+    if norms is not None:
+        # Triton 3.6 miscompiles some reductions of 2 warps.
+        options["num_warps"] = max(4, options["num_warps"])
     block = options.pop("BLOCK_H")
     touched = 2 * groups + (0 if rotation is None else queries)
     launch(
@@ -143,6 +190,7 @@ def rotate_append(
         sequences_ptr=None if pages is None else targets.sequences,
         slots_ptr=None if pages is None else targets.slots,
         runs_ptr=runs,
+        norms=None if norms is None else _weighing(norms),
         stride_xn=heads.stride(0),
         stride_xh=heads.stride(1),
         stride_tb=0 if pages is None else pages.table.stride(0),
@@ -156,6 +204,11 @@ def rotate_append(
         BLOCK_K=triton.next_power_of_2(size // 2),
     )
     return heads[:, :queries]
+
+
+def _weighing(norms: HeadNorms) -> Weighing:
+    queries, keys = norms.queries, norms.keys
+    return Weighing(queries.weight, keys.weight, queries.epsilon, keys.epsilon)
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:

@@ -103,11 +103,11 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 vision_feature_select_strategy="full",
                 **own,
             )
-        case "internvl":
+        case "internvl" | "internvl_qwen3":
             images: Any = GotOcr2ImageProcessorPil(
                 size={"height": merged, "width": merged}, max_patches=3
             )
-            return image_only(kind)(images, tokenizer, image_seq_length=4, **own)
+            return image_only("internvl")(images, tokenizer, image_seq_length=4, **own)
         case "idefics3" | "smolvlm":
             edge = {"longest_edge": merged}
             pieces = {"size": {"longest_edge": 2 * merged}, "max_image_size": edge}

@@ -32,6 +32,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -47,7 +49,14 @@ LlavaKind = Literal[
     "llava", "llava_opt", "llava_next_vicuna", "llava_next_mistral", "llava_onevision"
 ]
 Relative = Literal[
-    "vipllava", "llava_next_video", "video_llava", "internvl", "mistral3", "idefics3", "smolvlm"
+    "vipllava",
+    "llava_next_video",
+    "video_llava",
+    "internvl",
+    "internvl_qwen3",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
 ]
 Kind = LlavaKind | Relative
 LLAVA_KINDS: tuple[Kind, ...] = get_args(LlavaKind)
@@ -58,6 +67,7 @@ _TEXT = {
     "llava_next_mistral": "mistral",
     "llava_onevision": "qwen2",
     "internvl": "qwen2",
+    "internvl_qwen3": "qwen3",
     "mistral3": "mistral",
 }
 PAD_ID = 0
@@ -143,7 +153,7 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
         case "video_llava":
             config = VideoLlavaConfig(vision_config=clip(square), video_token_id=video_id, **common)
             return VideoLlavaForConditionalGeneration, config
-        case "internvl":
+        case "internvl" | "internvl_qwen3":
             merged = {name: [size, size] for name, size in merged.items()}
             config = InternVLConfig(
                 vision_config=_encoder(InternVLVisionConfig, **merged), **common
@@ -199,9 +209,13 @@ def tiny_llama(
     return build_model(LlamaForCausalLM, config, seed, dtype)
 
 
-def tiny_text_only(family: Literal["mistral", "qwen2"], seed: int = 0) -> PreTrainedModel:
+def tiny_text_only(family: Literal["mistral", "qwen2", "qwen3"], seed: int = 0) -> PreTrainedModel:
     """A text-only model of another family in evaluation mode."""
-    model_class = MistralForCausalLM if family == "mistral" else Qwen2ForCausalLM
+    model_class = {
+        "mistral": MistralForCausalLM,
+        "qwen2": Qwen2ForCausalLM,
+        "qwen3": Qwen3ForCausalLM,
+    }[family]
     config = _text_config(
         family, heads=4, kv_heads=2, depth=4, hidden=32, ffn=48, vocab=64, tied=False
     )
@@ -265,6 +279,8 @@ def _text_config(
         )
     if family == "mistral":
         return MistralConfig(head_dim=head_dim, sliding_window=None, **common)
+    if family == "qwen3":
+        return Qwen3Config(head_dim=head_dim, attention_bias=attention_bias, **common)
     return Qwen2Config(use_sliding_window=False, **common)
 
 

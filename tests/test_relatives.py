@@ -148,7 +148,7 @@ def test_parts_that_learn(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_text_only(family: Any, impl: str) -> None:
     trio = Trio(tiny_text_only(family), impl)
     batch = random_batch(trio.plain, images=(0, 0, 0))

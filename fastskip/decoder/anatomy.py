@@ -20,6 +20,7 @@ class LayerParts:
         feed: the first product of the FFN: gate and up, or one linear. Not all of them are linears
             (``None``: not even there) where the FFN is of another kind.
         ffn: the module that is the whole FFN; ``None`` where a layer calls its parts.
+        head_norms: of each query head and of each key head; none in most families.
         attention_dropout, dropout: probabilities at present, 0 out of training: on attention
             weights, and on what each sublayer adds.
     """
@@ -37,6 +38,7 @@ class LayerParts:
     ffn: Any
     attention_dropout: float
     dropout: float
+    head_norms: tuple[Any, ...] = ()
 
     @property
     def linears(self) -> tuple[Any, ...]:
@@ -44,9 +46,14 @@ class LayerParts:
         return self.queries, self.keys, self.values, self.output, *self.feed, self.down
 
     @property
+    def norms(self) -> tuple[Any, ...]:
+        """All norms."""
+        return self.attention_norm, self.ffn_norm, *self.head_norms
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """All that a whole layer calls, one inside another included."""
-        others = self.attention_norm, self.ffn_norm, self.activation, self.ffn
+        others = *self.norms, self.activation, self.ffn
         return tuple(each for each in (*self.linears, *others) if isinstance(each, nn.Module))
 
     @property
@@ -115,6 +122,7 @@ def parts_of(layer: Any) -> LayerParts:
         ffn=mlp,
         attention_dropout=float(attention.attention_dropout) if layer.training else 0.0,
         dropout=0.0,
+        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else (),
     )
 
 

@@ -168,6 +168,7 @@ class FusedBlock:
             targets,
             store.pages(self.plan.index) if leaves else None,
             self.head_dim,
+            head_norms=self.weights.head_norms,
         )
 
 

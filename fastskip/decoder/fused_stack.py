@@ -98,7 +98,8 @@ class FusedDecoder(Decoder):
             return routing
         merged = [weights.merged for weights in self.weights]
         if any(own is not None and not own.is_fusable for own in merged):
-            return "activation of the FFN; supported: SiLU, gated, or ReLU, not gated"
+            allowed = "SiLU, gated, or ReLU, not gated; RMS norms of heads"
+            return f"activation of the FFN, or a norm of heads; supported: {allowed}"
         return None
 
     @property
@@ -117,6 +118,8 @@ class FusedDecoder(Decoder):
         parts: list[Norm | Linear] = []
         for one in own:
             parts += one.attention_norm, one.qkv, one.output, one.ffn_norm, one.feed, one.down
+            if one.head_norms is not None:
+                parts += one.head_norms.queries, one.head_norms.keys
         tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
         tensors.append(self.positions.table)
         return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)

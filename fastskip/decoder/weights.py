@@ -26,7 +26,7 @@ from fastskip.decoder.anatomy import (
 from fastskip.decoder.module_state import ModuleState
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
-from fastskip.ops.contracts import Activation, Linear, Norm
+from fastskip.ops.contracts import Activation, HeadNorms, Linear, Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class LayerWeights:
     """The weights of one layer as the fused operations read them; views of merged storages.
 
     ``qkv``, ``queries``, ``keys_values``: the whole product of attention and parts of it.
-    ``feed``, ``down``: the two products of the FFN.
+    ``feed``, ``down``: the two products of the FFN. ``head_norms``: of models that have them.
     """
 
     attention_norm: Norm
@@ -46,6 +46,7 @@ class LayerWeights:
     feed: Linear
     activation: Activation
     down: Linear
+    head_norms: HeadNorms | None = None
 
 
 class Products(Protocol):
@@ -58,7 +59,8 @@ class Products(Protocol):
         """``N2``: ``[N, D] -> [N, D]``."""
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, D] -> [N, H + G, K]`` (queries, then keys) and values ``[N, G, K]``."""
+        """``[N, D] -> [N, H + G, K]`` (queries, then keys) and values ``[N, G, K]``; here and below
+        with the norms of heads, if there are some."""
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, D] ->`` keys and values ``[N, G, K]``: what a row that skips attention leaves."""
@@ -80,17 +82,19 @@ class ModuleProducts:
         self.attention_norm, self.ffn_norm = parts.attention_norm, parts.ffn_norm
         self.attention_output, self.ffn = parts.attend_out, parts.run_ffn
         self._parts, self._head_dim = parts, head_dim
+        self._query_norm, self._key_norm = parts.head_norms or (_unchanged, _unchanged)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        parts = self._parts
-        both = torch.cat((parts.queries(x), parts.keys(x)), dim=-1)
-        return self._heads(both), self._heads(parts.values(x))
+        keys, values = self.keys_values(x)
+        return torch.cat((self.queries(x), keys), dim=1), values
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self._parts.keys(x)), self._heads(self._parts.values(x))
+        keys = self._key_norm(self._heads(self._parts.keys(x)))
+        return keys, self._heads(self._parts.values(x))
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._heads(self._parts.queries(x))
+        queries: Tensor = self._query_norm(self._heads(self._parts.queries(x)))
+        return queries
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self._head_dim)
@@ -102,15 +106,16 @@ class MergedProducts:
     def __init__(self, parts: LayerParts, head_dim: int, ops: Operations) -> None:
         """Builds the storages and turns the modules' parameters into views of them."""
         self._parts, self._ops, self._head_dim = parts, ops, head_dim
-        norms = norm_of(parts.attention_norm), norm_of(parts.ffn_norm)
-        assert norms[0] is not None and norms[1] is not None
-        self._norms = norms[0], norms[1]
+        norms = list(map(norm_of, parts.norms))
+        self._attention_norm, self._ffn_norm = (_known(norm) for norm in norms[:2])
+        self._head_norms = HeadNorms(*map(_known, norms[2:])) if norms[2:] else None
         self._qkv = _merge((parts.queries, parts.keys, parts.values))
         self._feed = _merge(parts.feed)
         rows = parts.queries.out_features
         self._q, self._kv = _rows(self._qkv, 0, rows), _rows(self._qkv, rows, None)
         groups = parts.keys.out_features // head_dim
         self._split = [rows // head_dim + groups, groups]
+        self._groups = groups
         self._output = (parts.output.weight, parts.output.bias)
         self._down = (parts.down.weight, parts.down.bias)
         self._activation = parts.known_activation
@@ -118,7 +123,7 @@ class MergedProducts:
 
     @staticmethod
     def _unshared(parts: LayerParts) -> tuple[Any, ...]:
-        modules = (parts.attention_norm, parts.ffn_norm, parts.output, parts.down)
+        modules = (*parts.norms, parts.output, parts.down)
         names = ("weight", "bias", *NORM_NUMBERS)
         weights = (getattr(m, name, None) for m in modules for name in names)
         return (parts.activation, *weights)
@@ -137,42 +142,57 @@ class MergedProducts:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether the fused operations compute this layer: its activation is one of theirs."""
-        return self._activation is not None
+        """Whether the fused operations compute this layer: its activation is one of theirs, and
+        so are the norms of its heads."""
+        norms = self._head_norms
+        is_known = norms is None or not (norms.queries.is_centred or norms.keys.is_centred)
+        return self._activation is not None and is_known
 
     def layer_weights(self) -> LayerWeights:
         """The weights for the fused operations, which have a name for the activation."""
         assert self._activation is not None
         return LayerWeights(
-            attention_norm=self._norms[0],
+            attention_norm=self._attention_norm,
             qkv=Linear(*self._qkv),
             queries=Linear(*self._q),
             keys_values=Linear(*self._kv),
             output=Linear(*self._output),
-            ffn_norm=self._norms[1],
+            ffn_norm=self._ffn_norm,
             feed=Linear(*self._feed),
             activation=self._activation,
             down=Linear(*self._down),
+            head_norms=self._head_norms,
         )
 
     def attention_norm(self, x: Tensor) -> Tensor:
-        return self._ops.normalize(x, self._norms[0])
+        return self._ops.normalize(x, self._attention_norm)
 
     def ffn_norm(self, x: Tensor) -> Tensor:
-        return self._ops.normalize(x, self._norms[1])
+        return self._ops.normalize(x, self._ffn_norm)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         merged = self._ops.linear(x, *self._qkv).view(len(x), -1, self._head_dim)
         heads, values = torch.split_with_sizes(merged, self._split, dim=1)
+        if self._head_norms is not None:
+            queries, keys = heads[:, : -self._groups], heads[:, -self._groups :]
+            heads = torch.cat((self._norm_queries(queries), self._norm_keys(keys)), dim=1)
         return heads, values
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         merged = self._ops.linear(x, *self._kv).view(len(x), -1, self._head_dim)
         keys, values = merged.chunk(2, dim=1)
-        return keys, values
+        return self._norm_keys(keys), values
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, *self._q).view(len(x), -1, self._head_dim)
+        return self._norm_queries(self._ops.linear(x, *self._q).view(len(x), -1, self._head_dim))
+
+    def _norm_queries(self, heads: Tensor) -> Tensor:
+        norms = self._head_norms
+        return heads if norms is None else self._ops.normalize(heads, norms.queries)
+
+    def _norm_keys(self, heads: Tensor) -> Tensor:
+        norms = self._head_norms
+        return heads if norms is None else self._ops.normalize(heads, norms.keys)
 
     def attention_output(self, x: Tensor) -> Tensor:
         return self._ops.linear(x, *self._output)
@@ -237,12 +257,23 @@ class BlockWeights:
         self._seen = ModuleState(self.layer)
 
 
+def _unchanged(heads: Tensor) -> Tensor:
+    """The norm of heads that have none."""
+    return heads
+
+
+def _known(norm: Norm | None) -> Norm:
+    """A norm that was looked at before."""
+    assert norm is not None
+    return norm
+
+
 def _can_merge(parts: LayerParts) -> bool:
     """Plain linears without hooks, alike within each group, with norms as we know them."""
     return (
         all(is_plain(module, nn.Linear) for module in parts.linears)
         and not any(has_hooks(module) for module in parts.modules)
-        and not any(norm_of(norm) is None for norm in (parts.attention_norm, parts.ffn_norm))
+        and not any(norm_of(norm) is None for norm in parts.norms)
         and not parts.dropout
         and _are_alike((parts.queries, parts.keys, parts.values))
         and _are_alike(parts.feed)

@@ -9,6 +9,7 @@ and a count, which products of many rows read. Shapes and meanings are those of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,8 @@ def project_append(
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append; rotated queries ``[n, H, K]`` of each block."""
     by = _choice(h, index, [projections[0].linear], chosen)
+    if by == FEW_ROWS and projections[0].head_norms is not None:
+        return _project_normed(h, projections, index, chosen)
     if by == FEW_ROWS:
         return projection.project_append(h, projections, index=index, chosen=chosen)
     if chosen is not None:
@@ -111,11 +114,12 @@ def project_append_feed(
 ) -> tuple[Tensor, Tensor]:
     """Both first halves of a parallel block: queries ``[n, H, K]`` and ``[n, F]``."""
     by = _choice(h, index, [own.linear, part.linear], *chosen)
-    if by == FEW_ROWS:
+    is_split = own.head_norms is not None or any(each is not None for each in chosen)
+    if by == FEW_ROWS and own.head_norms is None:
         return parallel.project_append_feed(h, own, part, index=index, chosen=chosen)
-    if any(each is not None for each in chosen):
-        queries = project_append(h, [own], chosen=chosen[0])[0]
-        return queries, feed(h, [part], chosen=chosen[1])[0]
+    if is_split:
+        queries = project_append(h, [own], index=index, chosen=chosen[0])[0]
+        return queries, feed(h, [part], index=index, chosen=chosen[1])[0]
     x = normalize(h, own.norm, index=index)
     is_shared = own.norm.weight is part.norm.weight and own.norm.bias is part.norm.bias
     other = x if is_shared else normalize(h, part.norm, index=index)
@@ -206,6 +210,32 @@ def _project(x: Tensor, own: Projection, by: str) -> Tensor:
     """From normalized rows to rotated queries; keys and values go to the cache."""
     found = _product(x, own.linear, by)
     return rotate_append(found.unflatten(1, (-1, own.head_dim)), own)
+
+
+def _project_normed(
+    h: Tensor, projections: Sequence[Projection], index: Tensor | None, chosen: Chosen | None
+) -> list[Tensor]:
+    """Few rows of a model whose heads have norms: their kernels share a head among programs, so
+    heads are turned by a launch of their own."""
+    own = projections[0]
+    if chosen is not None and own.leaves_all and own.pages is not None and own.heads:
+        return [_project_apart(h, each, chosen) for each in projections]
+    plain = [replace(each, rotation=None, pages=None, head_norms=None) for each in projections]
+    found = projection.project_append(h, plain, index=index, chosen=chosen)
+    runs = None if chosen is None else chosen.runs
+    return [
+        rotate_append(heads, each, runs=runs)
+        for heads, each in zip(found, projections, strict=True)
+    ]
+
+
+def _project_apart(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
+    """Queries of the chosen rows, and entries of all."""
+    width = own.heads * own.head_dim
+    queries = replace(own, linear=_rows(own.linear, 0, width), pages=None)
+    entries = replace(own, linear=_rows(own.linear, width, None))
+    _project_normed(h, [entries], None, None)
+    return _project_normed(h, [queries], None, chosen)[0]
 
 
 def _project_chosen(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:

@@ -38,6 +38,14 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMS norms of each query head and each key head before they turn; weights ``[K]``."""
+
+    queries: Norm
+    keys: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
     """``x @ weight.T + bias``; ``weight [M, E]`` with dense rows, ``bias [M]`` or none."""
 
@@ -166,6 +174,7 @@ class Projection:
     ``linear`` has ``(queries + 2G) * K`` rows: query heads, keys, values; either part may be
     missing. ``rotation`` is ``None`` for models without RoPE. ``pages`` is ``None`` if no entry is
     made. ``leaves_all``: where only chosen rows run, whether the others leave entries all the same.
+    ``head_norms``: of models that have them.
     """
 
     norm: Norm
@@ -175,6 +184,7 @@ class Projection:
     pages: Pages | None
     head_dim: int
     leaves_all: bool = True
+    head_norms: HeadNorms | None = None
 
     @property
     def heads(self) -> int:

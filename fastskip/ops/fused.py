@@ -83,7 +83,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def rotate_append(heads: Tensor, projection: Projection) -> Tensor:
-    """Rotates ``heads [n, H + 2G, K]`` (queries, keys, values) and stores the entries.
+    """Norms, if they have some, and rotates ``heads [n, H + 2G, K]`` (queries, keys, values) and
+    stores the entries.
 
     Returns the rotated queries ``[n, H, K]``. Hugging Face's half-split form: element ``i``
     turns with element ``i + K/2``.
@@ -92,6 +93,11 @@ def rotate_append(heads: Tensor, projection: Projection) -> Tensor:
     queries = projection.heads
     groups = 0 if pages is None else pages.groups
     turned = heads[:, : queries + groups]
+    norms = projection.head_norms
+    if norms is not None:
+        parts = turned.split((queries, groups), dim=1)
+        both = zip(parts, (norms.queries, norms.keys), strict=True)
+        turned = torch.cat([normalize(part, norm) for part, norm in both], dim=1)
     if rotation is not None:
         cosine = rotation.cosine[targets.positions.long(), None]
         sine = rotation.sine[targets.positions.long(), None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastskip.policy import Sublayer
 
-# Llama, Mistral and Qwen2 say o_proj, gate_proj, up_proj, down_proj; OPT says out_proj, fc1, fc2.
+# Others say o_proj, gate_proj, up_proj, down_proj; OPT says out_proj, fc1, fc2.
 PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), Sublayer.ATTENTION),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2"), Sublayer.FFN),
@@ -87,7 +87,7 @@ def stack_of(model: Any) -> Any:
     found = base.get_decoder() if hasattr(base, "get_decoder") else base
     found = getattr(found, "decoder", found)  # OPT has one more floor
     if not isinstance(getattr(found, "layers", None), nn.ModuleList):
-        kinds = "a Hugging Face model with a Llama, Mistral, Qwen2 or OPT decoder"
+        kinds = "a Hugging Face model with a Llama, Mistral, Qwen2, Qwen3 or OPT decoder"
         raise SparseError("model", type(model).__name__, kinds)
     return found
 

@@ -1,7 +1,7 @@
 """Norms, products, projections and feeds for kernel tests: the same numbers in every dtype."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastskip.ops.contracts import (
     Activation,
     Feed,
+    HeadNorms,
     Linear,
     Norm,
     Pages,
@@ -86,6 +87,12 @@ class Place:
         return Linear(weight, self.numbers(rows, seed=seed + 1) if has_bias else None)
 
 
+def head_norms(place: Place, size: int, *, seed: int) -> HeadNorms:
+    """Two norms that differ in all they have."""
+    queries, keys = (place.norm(size, seed=each) for each in (seed, seed + 1))
+    return HeadNorms(queries, replace(keys, epsilon=5e-2))
+
+
 @dataclass(frozen=True)
 class ProjectionCase:
     """Up to six rows of three sequences, some without an entry, on both sides of page borders."""
@@ -99,6 +106,7 @@ class ProjectionCase:
     has_bias: bool = False
     is_centred: bool = False
     leaves_all: bool = True
+    has_head_norms: bool = False
 
     def build(self, rows: int, place: Place, *, seed: int = 0) -> Projection:
         half = self.head_dim // 2
@@ -129,6 +137,7 @@ class ProjectionCase:
             pages if self.has_pages else None,
             self.head_dim,
             self.leaves_all,
+            head_norms(place, self.head_dim, seed=seed + 11) if self.has_head_norms else None,
         )
 
 

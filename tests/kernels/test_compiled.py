@@ -64,10 +64,18 @@ def rows_of(place: Place, is_indexed: bool) -> tuple[Tensor, Tensor | None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blocks", (1, 2))
 @pytest.mark.parametrize("is_indexed", (False, True))
+@pytest.mark.parametrize("is_normed", (False, True))
 def test_project_append(
-    by: str, blocks: int, is_indexed: bool, dtype: torch.dtype, device: torch.device
+    by: str,
+    is_normed: bool,
+    blocks: int,
+    is_indexed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    case = ProjectionCase(4, 2, 16, WIDTH, has_bias=blocks == 1, is_centred=blocks == 2)
+    case = ProjectionCase(
+        4, 2, 16, WIDTH, has_bias=blocks == 1, is_centred=blocks == 2, has_head_norms=is_normed
+    )
     made_pages: list[Any] = []
 
     def made(ops: FusedOperations, place: Place) -> list[Tensor]:
@@ -100,10 +108,12 @@ def test_feed(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_shared", (False, True))
+@pytest.mark.parametrize("is_normed", (False, True))
 def test_project_append_feed(
-    by: str, is_shared: bool, dtype: torch.dtype, device: torch.device
+    by: str, is_normed: bool, is_shared: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    heads, ffn = ProjectionCase(4, 2, 16, WIDTH), FeedCase(24, WIDTH)
+    heads = ProjectionCase(4, 2, 16, WIDTH, has_head_norms=is_normed)
+    ffn = FeedCase(24, WIDTH)
     made_pages: list[Any] = []
 
     def made(ops: FusedOperations, place: Place) -> list[Tensor]:
@@ -248,8 +258,10 @@ def check_some(name: str, made: Made, dtype: torch.dtype, device: torch.device) 
         (ProjectionCase(4, 2, 16, WIDTH, has_bias=True), 1),
         (ProjectionCase(4, 2, 16, WIDTH, is_centred=True), 2),
         (ProjectionCase(4, 2, 16, WIDTH, has_pages=False), 1),
+        (ProjectionCase(4, 2, 16, WIDTH, has_bias=True, has_head_norms=True), 1),
+        (ProjectionCase(4, 2, 16, WIDTH, has_head_norms=True), 2),
     ],
-    ids=("one", "pair", "queries"),
+    ids=("one", "pair", "queries", "norms of heads", "pair with norms of heads"),
 )
 def test_project_append_of_chosen_rows(
     way: str,

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastskip.kernels.launch import recording
 from fastskip.kernels.rotary import candidates, rotate_append
 from fastskip.ops import fused
-from fastskip.ops.contracts import Linear, Norm, Pages, Projection, Rotation, Targets
+from fastskip.ops.contracts import HeadNorms, Linear, Norm, Pages, Projection, Rotation, Targets
 from tests.budget import assert_within_budget
 from tests.kernels.paging import build_pages, exact
+from tests.kernels.sublayers import Place, head_norms
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CAPACITY = (70, 200)
@@ -27,6 +29,7 @@ class Case:
     has_rotation: bool = True
     has_pages: bool = True
     rows: int = 5
+    has_norms: bool = False
 
     def heads(self) -> Tensor:
         total = self.queries + 2 * self.groups * self.has_pages
@@ -54,7 +57,11 @@ class Case:
             targets,
             pages if self.has_pages else None,
             self.head_dim,
+            head_norms=self.norms(Place(dtype, torch.device(device))) if self.has_norms else None,
         )
+
+    def norms(self, place: Place) -> HeadNorms:
+        return head_norms(place, self.head_dim, seed=3)
 
 
 def memory(pages: Pages | None) -> Tensor:
@@ -79,6 +86,10 @@ CASES = {
     "queries only": Case(3, 1, 48, has_pages=False),
     "no rotation": Case(4, 2, 32, has_rotation=False),
     "one row": Case(2, 1, 64, rows=1),
+    "norms": Case(6, 2, 16, has_norms=True),
+    "norms, odd": Case(3, 3, 80, has_norms=True),
+    "norms, entries only": Case(0, 2, 16, has_norms=True),
+    "norms, queries only": Case(3, 1, 48, has_pages=False, has_norms=True),
 }
 
 
@@ -121,7 +132,9 @@ def test_no_rows(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("leaves_all", [False, True])
-@pytest.mark.parametrize("name", ["grouped", "entries only", "queries only", "no rotation"])
+@pytest.mark.parametrize(
+    "name", ["grouped", "entries only", "queries only", "no rotation", "norms"]
+)
 def test_rows_that_do_not_run(name: str, leaves_all: bool, device: torch.device) -> None:
     case = CASES[name]
     runs = torch.tensor([1, 0, 1, 0, 1], dtype=torch.int32, device=device)
@@ -149,6 +162,17 @@ def test_values_do_not_turn(device: torch.device) -> None:
     rotate_append(heads, projection)
     stored = memory(projection.pages)
     assert stored.isinf().sum() == 1 and (~stored.isnan()).sum() == 32
+
+
+def test_never_two_warps_where_heads_are_summed(device: torch.device) -> None:
+    """Triton 3.6 miscompiles some reductions there."""
+    case = Case(4, 2, 16, has_norms=True)
+    projection = case.projection(torch.float32, device)
+    with recording() as account:
+        for warps in (1, 2, 4, 8):
+            config = {"BLOCK_H": 4, "num_warps": warps}
+            rotate_append(case.heads().float().to(device), projection, config=config)
+    assert [launch.options["num_warps"] for launch in account.launches] == [4, 4, 4, 8]
 
 
 def test_gradients_are_refused(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from fastskip.policy import Sublayer
 from fastskip.verification.cells import IMAGE
 from tests.agreement import Trio, generate
 from tests.batches import Batch, random_batch
-from tests.models import tiny_llava
+from tests.models import Kind, tiny_llava
 from tests.policies import pair, parallel, skip
 from tests.removals.removing import (
     attention_of,
@@ -167,10 +167,13 @@ def test_attention_is_fastv(trio: Trio, batches: list[Batch], ratio: float) -> N
         assert torch.equal(_left_by(trio, policy, batch, layer=2), stay)
 
 
-def test_next_attention_is_pyramid_drop(trio: Trio, batches: list[Batch]) -> None:
+@pytest.mark.parametrize("kind", ["llava", "internvl_qwen3"])
+def test_next_attention_is_pyramid_drop(kind: Kind) -> None:
     """PyramidDrop, first stage: the projections of the layer to come, on what the layer before it
     gave. In the dense model that is the attention of that layer."""
-    for batch in batches:
+    trio = Trio(tiny_llava(kind))
+    for images in ((1,), (0, 2), (2, 0, 1)):
+        batch = random_batch(trio.plain, images=images)
         weights = attention_of(trio.plain, batch, layer=2)
         last = torch.tensor(last_prompt_columns(batch.token_classes, batch.real))
         stay = kept_by(weights[torch.arange(batch.size), last], batch, 0.5)

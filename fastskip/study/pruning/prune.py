@@ -53,8 +53,8 @@ def find_masks(
     what a pruned layer gives. What it removes is kept aside meanwhile, in host memory.
 
     Args:
-        model: a Hugging Face model with a Llama, Mistral, Qwen2 or OPT decoder, inside a LLaVA or
-            alone, plain or prepared. Wanda runs it dense, whatever its policy.
+        model: a Hugging Face model with a Llama, Mistral, Qwen2, Qwen3 or OPT decoder, inside a
+            LLaVA or alone, plain or prepared. Wanda runs it dense, whatever its policy.
         recipe: what to prune.
         samples: what Wanda calibrates on: inputs of the model, as ``processor(...)`` gives them.
             Padding in them has no effect. Other methods need none.
