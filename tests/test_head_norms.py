@@ -16,9 +16,9 @@ from fastskip.plan import make_plan
 from fastskip.policy import SkipPolicy
 from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
-from tests.device.interpreted import STREAM, TENSOR
+from tests.device.interpreted import STREAM
 from tests.models import tiny_llava, tiny_text_only
-from tests.policies import MIXED, Policy, policy_of
+from tests.policies import MIXED, Policy
 from tests.routing.routed import check_forward, check_generate, random, routed
 
 IMPLS = ["reference", "torch"]
@@ -64,11 +64,7 @@ def test_routers(trio: Trio, batch: Batch, name: str) -> None:
         assert any(mask.any() for mask in masks.values())
 
 
-KERNELS: dict[str, Policy] = {
-    "dense": policy_of(),
-    **{name: MIXED[name] for name in ("each class its own rule", "parallel, shared")},
-    "pairs to the end": MIXED["pairs to the end"],
-}
+KERNELS: dict[str, Policy] = {n: MIXED[n] for n in ("each class its own rule", "parallel, shared")}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -81,10 +77,9 @@ def test_token_for_token_on_kernels(plain: Any, batch: Batch, name: str) -> None
     assert account.by_kernel["rotate_append"][0] >= 4 * NEW
 
 
-@pytest.mark.parametrize("table", [STREAM, TENSOR], ids=["stream", "tensor"])
-def test_decisions_on_kernels(plain: Any, batch: Batch, table: Any) -> None:
+def test_decisions_on_kernels(plain: Any, batch: Batch) -> None:
     trio = Trio(copy.deepcopy(plain), impl="triton")
-    with tuning.table(table):
+    with tuning.table(STREAM):
         check_generate(trio, ROUTED["blocks"], batch, 2)
 
 
