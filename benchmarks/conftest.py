@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from benchmarks.harness import Case, Measurement, measure
 from benchmarks.records import Record, file_name
 from benchmarks.report import Results, markdown, tables
+from fastskip.timing import on_shallow_stack
 
 _HERE = Path(__file__).parent
 _RECORDS = pytest.StashKey[list[Record]]()
@@ -53,7 +55,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
         if case not in known:
             selected = {own["peer"] for own in params if own.get("case") == case}
             try:
-                known[case] = measure(case, selected)
+                known[case] = on_shallow_stack(partial(measure, case, selected))
             except Exception as error:  # the other items of the case need not wait for it again
                 known[case] = error
         found = known[case]

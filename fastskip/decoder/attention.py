@@ -136,13 +136,13 @@ def _views(
     mask and no copy. Where such runs are short or many they are gathered into one view: there the
     calls would cost more than the copy.
     """
-    mine = np.flatnonzero(sequences == sequence)
+    mine = (sequences == sequence).nonzero()[0]
     if not len(mine):
         return []
     # How many entries each query sees; it is itself the last of them.
-    seen = np.searchsorted(entry_columns, columns[mine], side="right")
-    breaks = (np.diff(mine) != 1) | (np.diff(seen) != 1)
-    starts = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(mine)]
+    seen = entry_columns.searchsorted(columns[mine], side="right")
+    breaks = (mine[1:] - mine[:-1] != 1) | (seen[1:] - seen[:-1] != 1)
+    starts = [0, *(breaks.nonzero()[0] + 1).tolist(), len(mine)]
     here = slice(sequence, sequence + 1)
     if len(starts) == 2 or len(mine) >= _SHORT_RUN * (len(starts) - 1):
         return [
@@ -182,12 +182,12 @@ def _inverse(views: list[_View], total: int) -> Tensor | None:
     if len(spans) == len(views) and _follow_on(spans, total):
         return None
     pieces = [_ids(view.rows, total) for view in views]
-    order = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-    if torch.equal(order, torch.arange(total)):
+    order = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+    if len(order) == total and bool((order[1:] > order[:-1]).all()):
         return None
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(total)
-    return inverse
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(total)
+    return torch.from_numpy(inverse)
 
 
 def _follow_on(spans: list[slice], total: int) -> bool:
@@ -196,5 +196,5 @@ def _follow_on(spans: list[slice], total: int) -> bool:
     return ends[-1] == total and [span.start for span in spans] == ends[:-1]
 
 
-def _ids(rows: slice | Tensor, total: int) -> Tensor:
-    return torch.arange(*rows.indices(total)) if isinstance(rows, slice) else rows
+def _ids(rows: slice | Tensor, total: int) -> Numbers:
+    return np.arange(*rows.indices(total)) if isinstance(rows, slice) else rows.numpy()

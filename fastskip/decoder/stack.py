@@ -101,7 +101,7 @@ class Decoder:
         """Users may put other layers where the model's own were, and other angles."""
         text_model, depth = self._text_model(), self.plan.shape.depth
         assert text_model is not None
-        layers = text_model.layers[:depth]
+        layers = list(text_model.layers)[:depth]  # a slice would be a module of its own
         if len(layers) < depth:
             raise RuntimeError(
                 f"layers: {len(layers)}; allowed: {depth}, as when the model was prepared (a "
