@@ -13,7 +13,7 @@ import pytest
 from benchmarks.harness import Case, Measurement, measure
 from benchmarks.records import Record, file_name
 from benchmarks.report import Results, markdown, tables
-from fastskip.timing import on_shallow_stack
+from fastskip.timing import with_stack_room
 
 _HERE = Path(__file__).parent
 _RECORDS = pytest.StashKey[list[Record]]()
@@ -55,7 +55,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
         if case not in known:
             selected = {own["peer"] for own in params if own.get("case") == case}
             try:
-                known[case] = on_shallow_stack(partial(measure, case, selected))
+                known[case] = with_stack_room(partial(measure, case, selected))
             except Exception as error:  # the other items of the case need not wait for it again
                 known[case] = error
         found = known[case]
