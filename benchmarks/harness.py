@@ -16,7 +16,6 @@ from benchmarks.peers import DEFAULT, DENSE, HF, Peer, dense
 from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import FIRST_WORD, Builder, Models, Shape, models, prompts
 from fastskip.plan import SkipPlan
-from fastskip.policy import SkipPolicy
 from fastskip.routing import RoutingRecord
 from fastskip.timing import threads_set, warm_counts
 
@@ -122,8 +121,13 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
         return result
     inputs = case.prompts(both.hf)
 
+    def under(peer: Peer) -> Any:
+        return fastskip.set_policy(both.ours, policies[peer.name])
+
     def run(peer: Peer, threads: int, n_new: int = case.n_new) -> Run:
-        model = both.hf if peer.policy is None else _under(both, policies[peer.name])
+        model = (
+            both.hf if peer.policy is None else fastskip.set_policy(both.ours, policies[peer.name])
+        )
         with threads_set(threads):
             if case.device == "cpu":
                 run_once(model, _short_prompt(case.batch), WARM_TOKENS, case.device)
@@ -134,7 +138,9 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
 
     for peer in peers:
         if result.plans[peer.name].routed and peer.name not in result.failures:
-            with fastskip.record_routing(_under(both, policies[peer.name])) as seen:
+            with fastskip.record_routing(
+                fastskip.set_policy(both.ours, policies[peer.name])
+            ) as seen:
                 run(peer, THREADS[0])
             prompt, *steps = seen.forwards[-case.n_new :]
             result.rates[peer.name] = RoutingRecord([prompt]).rate, RoutingRecord(steps).rate
@@ -175,10 +181,6 @@ def _compare_tokens(result: Measurement) -> None:
         for runs in (runs for (name, _), runs in result.runs.items() if name == peer.name):
             if any(not torch.equal(run.tokens, first.tokens) for run in runs):
                 result.failures[peer.name] = "tokens differ from Hugging Face's in fp32"
-
-
-def _under(both: Models, policy: SkipPolicy) -> Any:
-    return fastskip.set_policy(both.ours, policy)
 
 
 def _short_prompt(batch: int) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 import fastskip
-from fastskip.families import model_class_name, rows_of_crop
+from fastskip.families import model_class_name, rows_of_crop, side_of
 
 DEMO_CHECKPOINT = Path(fastskip.__file__).parent / "demo" / "checkpoint"
 PAD_ID = 0
@@ -35,6 +35,13 @@ CROPS = 13
 """Of an image that SmolVLM's processor cuts: four by three, and the whole."""
 FIRST_WORD = 5
 """Ids below are special tokens."""
+
+_LITTLE_VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 Builder = Callable[[torch.dtype], Any]
 """Makes Hugging Face's model."""
@@ -87,10 +94,9 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     ids = word_ids(model, (batch, shape.n_text), generator)
     image = torch.full((batch, config.image_seq_length), config.image_token_id)
     ids = torch.cat([ids[:, : shape.text_before], image, ids[:, shape.text_before :]], dim=1)
-    size = config.vision_config.image_size
-    sides = (size, size) if isinstance(size, int) else size
+    side = side_of(config.vision_config.image_size)
     crops = (CROPS,) if config.model_type == "smolvlm" else ()
-    pixels = torch.randn(batch, *crops, 3, *sides, generator=generator)
+    pixels = torch.randn(batch, *crops, 3, side, side, generator=generator)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -154,14 +160,7 @@ def _half_billion(dtype: torch.dtype) -> Any:
 def _smolvlm(dtype: torch.dtype) -> Any:
     """SmolVLM-256M's language model, 135 M weights; crops of 64 rows, as of a photo, and almost no
     vision."""
-    vision = SmolVLMVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=128,
-        patch_size=4,
-    )
+    vision = SmolVLMVisionConfig(image_size=128, patch_size=4, **_LITTLE_VISION)
     text = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -189,14 +188,7 @@ def _smolvlm(dtype: torch.dtype) -> Any:
 def _internvl(dtype: torch.dtype) -> Any:
     """InternVL3.5-1B's language model (Qwen3's, 0.6 B weights), a tile of 256 rows, and almost no
     vision."""
-    vision = InternVLVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=[448, 448],
-        patch_size=[14, 14],
-    )
+    vision = InternVLVisionConfig(image_size=[448, 448], patch_size=[14, 14], **_LITTLE_VISION)
     text = Qwen3Config(
         hidden_size=1024,
         intermediate_size=3072,

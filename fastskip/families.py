@@ -204,11 +204,12 @@ def rows_of_crop(config: Any) -> int:
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0
-    patches = _side(vision.image_size) // _side(vision.patch_size)
+    patches = side_of(vision.image_size) // side_of(vision.patch_size)
     return round((patches / _patches_of_row(config)) ** 2)
 
 
-def _side(size: Any) -> int:
+def side_of(size: Any) -> int:
+    """Of a square, whose size a config says as one number or as two."""
     side: int = size if isinstance(size, int) else size[0]
     return side
 

@@ -1,7 +1,6 @@
 """Models whose query and key heads have norms of their own, as Qwen3's do."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,9 +19,9 @@ from tests.device.interpreted import STREAM
 from tests.models import tiny_llava, tiny_text_only
 from tests.policies import MIXED, Policy
 from tests.routing.routed import check_forward, check_generate, random, routed
+from tests.test_drop_in import Edit, check_followed, told
 
 IMPLS = ["reference", "torch"]
-IDS = torch.arange(2, 14)[None]
 NEW = 3
 
 
@@ -94,9 +93,6 @@ def test_a_step_takes_one_more_launch_a_layer() -> None:
     assert "rotate_append" not in other
 
 
-Edit = Callable[[Any], object]
-
-
 def replace_norm(model: Any) -> None:
     other = copy.deepcopy(model.model.layers[1].self_attn.k_norm)
     other.weight.data.mul_(-2.0)
@@ -104,7 +100,7 @@ def replace_norm(model: Any) -> None:
 
 
 def change_weights(model: Any) -> None:
-    model.model.layers[1].self_attn.q_norm.weight.data.mul_(3.0)
+    model.model.layers[1].self_attn.q_norm.weight.data.mul_(-3.0)
 
 
 def change_epsilon(model: Any) -> None:
@@ -120,17 +116,7 @@ def hook_norm(model: Any) -> None:
 @pytest.mark.parametrize("edit", [replace_norm, change_weights, change_epsilon, hook_norm])
 def test_changes_to_norms_of_heads_are_followed(edit: Edit, impl: str) -> None:
     stock = tiny_text_only("qwen3")
-    pair = stock, fastskip.apply_(copy.deepcopy(stock), impl=impl)
-    before = [told(model) for model in pair]
-    for model in pair:
-        edit(model)
-    after = [told(model) for model in pair]
-    assert before[0] == before[1] and after[0] == after[1] != before[0]
-
-
-def told(model: Any) -> list[int]:
-    tokens: list[int] = model.generate(IDS, max_new_tokens=8, do_sample=False)[0].tolist()
-    return tokens
+    check_followed((stock, fastskip.apply_(copy.deepcopy(stock), impl=impl)), edit)
 
 
 def test_layer_norms_of_heads_are_no_business_of_kernels() -> None:

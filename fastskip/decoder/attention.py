@@ -178,9 +178,6 @@ def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
 
 def _inverse(views: list[_View], total: int) -> Tensor | None:
     """The order that undoes the views' grouping of rows; ``None`` if they are in order."""
-    spans = [view.rows for view in views if isinstance(view.rows, slice)]
-    if len(spans) == len(views) and _follow_on(spans, total):
-        return None
     pieces = [_ids(view.rows, total) for view in views]
     order = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
     if len(order) == total and bool((order[1:] > order[:-1]).all()):
@@ -188,12 +185,6 @@ def _inverse(views: list[_View], total: int) -> Tensor | None:
     inverse = np.empty_like(order)
     inverse[order] = np.arange(total)
     return torch.from_numpy(inverse)
-
-
-def _follow_on(spans: list[slice], total: int) -> bool:
-    """Whether spans begin where the one before ends, the first at 0, and end at ``total``."""
-    ends = [0, *(span.stop for span in spans)]
-    return ends[-1] == total and [span.start for span in spans] == ends[:-1]
 
 
 def _ids(rows: slice | Tensor, total: int) -> Numbers:

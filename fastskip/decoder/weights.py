@@ -115,7 +115,6 @@ class MergedProducts:
         self._q, self._kv = _rows(self._qkv, 0, rows), _rows(self._qkv, rows, None)
         groups = parts.keys.out_features // head_dim
         self._split = [rows // head_dim + groups, groups]
-        self._groups = groups
         self._output = (parts.output.weight, parts.output.bias)
         self._down = (parts.down.weight, parts.down.bias)
         self._activation = parts.known_activation
@@ -174,7 +173,8 @@ class MergedProducts:
         merged = self._ops.linear(x, *self._qkv).view(len(x), -1, self._head_dim)
         heads, values = torch.split_with_sizes(merged, self._split, dim=1)
         if self._head_norms is not None:
-            queries, keys = heads[:, : -self._groups], heads[:, -self._groups :]
+            groups = self._split[1]
+            queries, keys = heads[:, :-groups], heads[:, -groups:]
             heads = torch.cat((self._norm_queries(queries), self._norm_keys(keys)), dim=1)
         return heads, values
 

@@ -114,10 +114,9 @@ def project_append_feed(
 ) -> tuple[Tensor, Tensor]:
     """Both first halves of a parallel block: queries ``[n, H, K]`` and ``[n, F]``."""
     by = _choice(h, index, [own.linear, part.linear], *chosen)
-    is_split = own.head_norms is not None or any(each is not None for each in chosen)
     if by == FEW_ROWS and own.head_norms is None:
         return parallel.project_append_feed(h, own, part, index=index, chosen=chosen)
-    if is_split:
+    if by == FEW_ROWS or any(each is not None for each in chosen):
         queries = project_append(h, [own], index=index, chosen=chosen[0])[0]
         return queries, feed(h, [part], index=index, chosen=chosen[1])[0]
     x = normalize(h, own.norm, index=index)

@@ -105,8 +105,7 @@ def attend(
     if dropout or queries.requires_grad:
         return _attend_fused(queries, keys, values, visible, scale, dropout)
     if rows <= _BLOCK:
-        hidden = _after_own(rows, slots, queries) if is_causal and rows > 1 else None
-        hidden = hidden if visible is None else _hidden(visible, queries)
+        hidden = _hidden(visible, rows, slots, queries, is_causal=is_causal)
         return _attend_block(queries, keys, values, hidden, scale)
     key = keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2)
     value = values[0] if len(values) == 1 else torch.cat(list(values), dim=2)
@@ -115,15 +114,19 @@ def attend(
         block = queries[:, :, start : start + _BLOCK]
         stop = start + block.shape[2]
         seen = slots - rows + stop if is_causal else slots
-        hidden = _after_own(block.shape[2], seen, queries) if is_causal else None
-        hidden = hidden if visible is None else _hidden(visible[start:stop], queries)
+        sight = None if visible is None else visible[start:stop]
+        hidden = _hidden(sight, block.shape[2], seen, queries, is_causal=is_causal)
         own = [key[:, :, :seen]], [value[:, :, :seen]]
         outputs.append(_attend_block(block, *own, hidden, scale))
     return torch.cat(outputs, dim=2)
 
 
-def _hidden(visible: Tensor, like: Tensor) -> Tensor:
+def _hidden(
+    visible: Tensor | None, rows: int, slots: int, like: Tensor, *, is_causal: bool
+) -> Tensor | None:
     """What scores get added: ``[N, S]``, minus infinity for slots that a query does not see."""
+    if visible is None:
+        return _after_own(rows, slots, like) if is_causal and rows > 1 else None
     zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
     return zeros.masked_fill_(~visible, float("-inf"))
 
