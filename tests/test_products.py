@@ -21,6 +21,7 @@ ROWS = (0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 48, 64, 65, 70, 130)
 def forms_of_small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The same choices, at sizes that take no time."""
     monkeypatch.setattr(products, "LARGE", SMALL)
+    monkeypatch.setattr(products, "LARGE_FOR_ONE", SMALL)
     monkeypatch.setattr(products, "SLICE", 48)
     monkeypatch.setattr(products, "FEWEST", 8)
     monkeypatch.setattr(products, "FEW", 64)

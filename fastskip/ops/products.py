@@ -3,14 +3,17 @@
 Called with all of a large weight, the library copies it into another order first, which for some
 rows costs more than the product itself, and then finds it in the cache no more. So the weight is
 taken slice by slice; and while rows are few, it is the first factor, ``(weight @ x.T).T``, which
-several threads share better. ``benchmarks/products.py`` measures this against the plain call; the
-bounds below are from there. Between the two products of an FFN rows stay the columns that the first
-one leaves.
+several threads share better. A single row, of which the plain call makes one thread's work at half
+of a thread's bandwidth, is a batch of small products with parts of the weight: they go to all
+threads and read the weight as it lies. ``benchmarks/products.py`` measures this against the plain
+call; the bounds below are from there. Between the two products of an FFN rows stay the columns that
+the first one leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import gcd
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +23,17 @@ from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.reference import activate, wants_gradient
 
-LARGE = 1 << 20
-"""Weights from which on the order shows; smaller ones stay in the cache."""
+LARGE, LARGE_FOR_ONE = 1 << 20, 1 << 15
+"""Weights from which on the order shows; smaller ones stay in the cache. For a single row, those
+that take longer than a call does."""
 FEWEST, FEW = 16, 256
 """Rows up to which the weight is the first factor; in an FFN, of more than the fewest."""
 MANY = 2048
 """Rows from which on the product takes so long that nothing else shows."""
 SLICE = 1024
 """Out features of a slice."""
+PARTS = 64
+"""Parts that a weight is read in for a single row, at most: threads share them."""
 _WIDTH = 16
 """Rows that are computed together, if there are more than half as many."""
 
@@ -35,7 +41,9 @@ _WIDTH = 16
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[N, E] x [M, E] -> [N, M]``, contiguous; ``bias [M]``."""
     rows = len(x)
-    if not (1 < rows < MANY and _is_ours(x, weight)):
+    if rows == 1 and _is_ours(x, weight, LARGE_FOR_ONE):
+        return _multiply_row(x, weight, bias)
+    if not (1 < rows < MANY and _is_ours(x, weight, LARGE)):
         return F.linear(x, weight, bias)
     if len(weight) <= SLICE and (rows > FEW or torch.get_num_threads() == 1):
         return F.linear(x, weight, bias)
@@ -47,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) -> Tensor:
     """``down(activation(up(x)))``: ``[N, D] -> [N, D]``, contiguous."""
     rows = len(x)
-    is_ours = _is_ours(x, up.weight) and _is_ours(x, down.weight)
+    is_ours = all(_is_ours(x, each.weight, LARGE) for each in (up, down))
     if not (FEWEST < rows <= FEW and is_ours):
         return linear(activate(linear(x, up.weight, up.bias), activation), down.weight, down.bias)
     columns = _filled(x).t()
@@ -60,11 +68,11 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
     return _sliced(_multiply_weight, inner, down.weight, down.bias, rows)
 
 
-def _is_ours(x: Tensor, weight: Tensor) -> bool:
+def _is_ours(x: Tensor, weight: Tensor, fewest: int) -> bool:
     """Whether the other forms are quicker, and nobody asks for gradients or another precision,
     which they have not."""
     return (
-        weight.numel() >= LARGE
+        weight.numel() >= fewest
         and x.dtype == weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and not wants_gradient(x, weight)
@@ -112,3 +120,11 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _multiply_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight times the only row."""
+    count = gcd(len(weight), PARTS)
+    parts, column = weight.unflatten(0, (count, -1)), x.t().expand(count, -1, 1)
+    product = torch.bmm(parts, column).view(1, -1)
+    return product if bias is None else product.add_(bias)
