@@ -39,6 +39,11 @@ from tests.models import (
 
 VOCAB = 128
 IMAGE_ID, VIDEO_ID = VOCAB - 1, VOCAB - 2
+VIDEO_PROCESSORS = {
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+    "internvl_qwen3": "InternVLVideoProcessor",
+}
 NEEDING_TORCHVISION = ("mistral3", "video_llava")
 """Kinds whose processors do; their checkpoints are saved without."""
 PROCESSED: tuple[Kind, ...] = tuple(kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION)
@@ -149,9 +154,9 @@ def save_checkpoint(
         model = (tiny_llama if kind == "llama" else tiny_opt)(vocab=VOCAB, **options)
         build_tokenizer().save_pretrained(folder)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if kind == "llava_onevision":
+    if kind in VIDEO_PROCESSORS:
         # the hub's checkpoints also describe a video processor
-        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": crop_size()}
+        video = {"video_processor_type": VIDEO_PROCESSORS[kind], "size": crop_size()}
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     return folder
 
