@@ -23,6 +23,8 @@ MULTIMODAL = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
 }
 TEXT_ONLY = {
     "llama": "LlamaForCausalLM",
@@ -31,9 +33,12 @@ TEXT_ONLY = {
     "qwen3": "Qwen3ForCausalLM",
     "opt": "OPTForCausalLM",
 }
-ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower")
+ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower", "visual")
 """What families call the modules that see."""
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "opt")
+_QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+DECODERS = ("llama", "mistral", *_QWEN2, "qwen3", "opt")
+UNCUT_SIDE = 448
+"""Pixels a side of what is taken for an image where images keep their sizes."""
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
 LONG_ROPE = "longrope"
 # What OPT's config can ask for and the runtime has one form of.
@@ -167,7 +172,7 @@ def _biases(text: Any) -> dict[str, bool]:
     if text.model_type == "opt":
         names = "attention_bias", "attention_output_bias", "ffn_bias"
         return dict.fromkeys(names, bool(text.enable_bias))
-    is_qwen = text.model_type == "qwen2"
+    is_qwen = text.model_type in _QWEN2
     has_bias = is_qwen or bool(getattr(text, "attention_bias", False))
     return {
         "attention_bias": has_bias,
@@ -200,11 +205,13 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
 
 
 def rows_of_crop(config: Any) -> int:
-    """Positions that one image of a single crop fills; 0 in a text-only model."""
+    """Positions that one image of a single crop fills; 0 in a text-only model. Where images keep
+    their sizes, of one of ``UNCUT_SIDE`` pixels a side."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0
-    patches = side_of(vision.image_size) // side_of(vision.patch_size)
+    side = getattr(vision, "image_size", UNCUT_SIDE)
+    patches = side_of(side) // side_of(vision.patch_size)
     return round((patches / _patches_of_row(config)) ** 2)
 
 
@@ -221,6 +228,8 @@ def _patches_of_row(config: Any) -> float:
             return float(config.scale_factor)
         case "mistral3":
             return float(config.spatial_merge_size)
+        case "qwen2_vl" | "qwen2_5_vl":
+            return float(config.vision_config.spatial_merge_size)
         case "internvl":
             return float(1 / config.downsample_ratio)
     return 1.0

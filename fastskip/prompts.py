@@ -18,6 +18,8 @@ _IMAGES_ALONE = {
     "llava_onevision": "LlavaOnevisionProcessor",
     "internvl": "InternVLProcessor",
     "smolvlm": "Idefics3Processor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
 }
 """By model type, for want of torchvision: a processor that makes of images what its own does."""
 

@@ -85,6 +85,8 @@ class TokenLayout:
         batch, width: ``B`` and ``T`` of the columns that the forward was given.
         first_column: the column of ``T``'s first entry; columns before it lie in the cache.
         columns, positions, sequences, codes: ``[N]`` int64, on the host, in packed order.
+        axes, source_axes: ``[3, N]``, ``[3, B, T]``: where the rows of a model stand that tells
+            time, height and width apart, by which they turn; ``None``: at their positions.
         flat: ``[N]`` where each row lies in the flattened ``[B * T]`` input, -1 for idle rows;
             ``None`` if the rows are all of it, in order.
         bounds: where each group's rows begin, and the end of the last one.
@@ -100,12 +102,16 @@ class TokenLayout:
         first_column: int,
         groups: Sequence[frozenset[TokenClass]],
         rounded: Callable[[int], int] | None = None,
+        *,
+        axes: Tensor | None = None,
     ) -> None:
         """Packs ``source [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions.
 
-        ``rounded``: from the rows of a group to how many it gets with idle ones.
+        ``rounded``: from the rows of a group to how many it gets with idle ones; ``axes``: as
+        ``source_axes``.
         """
         self.source, self.source_positions = source, positions.expand_as(source)
+        self.source_axes = axes
         self.batch, self.width = source.shape
         self.first_column = first_column
         self._groups = tuple(groups)
@@ -131,6 +137,7 @@ class TokenLayout:
         self.flat = None if is_whole else order
         self.codes = flat_codes[columns]
         self.positions = self.source_positions.reshape(-1)[columns]
+        self.axes = None if axes is None else axes.flatten(1)[:, columns]
         self.sequences = columns // self.width if self.width else columns
         self.columns = columns % self.width + first_column if self.width else columns
         if self._real is not None:
@@ -146,18 +153,21 @@ class TokenLayout:
         step.columns = self.columns + self.width
         step.positions = self.positions + self.width
         step.source_positions = self.source_positions + self.width
+        if self.axes is not None and self.source_axes is not None:
+            step.axes, step.source_axes = self.axes + self.width, self.source_axes + self.width
         return step
 
     def filled(self, rounded: Callable[[int], int]) -> TokenLayout:
         """The same columns, each group filled up with idle rows to ``rounded`` of its rows."""
         given = self.source, self.source_positions, self.first_column, self._groups
-        return TokenLayout(*given, rounded)
+        return TokenLayout(*given, rounded, axes=self.source_axes)
 
     def without(self, gone: Tensor) -> TokenLayout:
         """The same columns without some rows, ``gone [N]`` bool, whose columns become pads."""
         source = self.source.clone()
         source[self.sequences[gone], self.columns[gone] - self.first_column] = PAD
-        return TokenLayout(source, self.source_positions, self.first_column, self._groups)
+        given = source, self.source_positions, self.first_column, self._groups
+        return TokenLayout(*given, axes=self.source_axes)
 
     def counts(self, classes: frozenset[TokenClass]) -> list[int]:
         """How many columns of ``classes`` each sequence has."""
@@ -173,7 +183,8 @@ class TokenLayout:
     @property
     def positions_needed(self) -> int:
         """Positions from 0 to the largest of a row, at least one."""
-        return int(self.positions.max()) + 1 if len(self) else 1
+        largest = self.positions if self.axes is None else self.axes
+        return int(largest.max()) + 1 if len(self) else 1
 
     @property
     def is_step(self) -> bool:

@@ -18,6 +18,10 @@ BY_PROMPT = ("idefics3", "smolvlm")
 """Families that take `[batch, images, 3, height, width]`, blank images behind."""
 UNCUT_SIZES = ((16, 16), (8, 16), (16, 8))
 """The same where they come as they are, in the corner of a square (Mistral 3)."""
+BY_PATCHES = ("qwen2_vl", "qwen2_5_vl")
+"""Families that take images as rows of patches, `[patches, pixels]`, and how many lie where."""
+GRIDS = ((2, 2), (2, 4), (6, 2), (4, 4))
+"""Patches of theirs along height and width."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,12 @@ class Batch:
         """What the model's `forward` and `generate` take."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         pixels = [pixels for pixels, _ in self.images]
-        if self.images and self.model_type in BY_PROMPT:
+        if self.model_type in BY_PATCHES:
+            inputs["mm_token_type_ids"] = (self.token_classes == IMAGE).long()
+        if self.images and self.model_type in BY_PATCHES:
+            inputs["pixel_values"] = torch.cat(pixels)
+            inputs["image_grid_thw"] = torch.tensor([(1, *size) for _, size in self.images])
+        elif self.images and self.model_type in BY_PROMPT:
             of_prompts = torch.stack(pixels).split(self.image_counts)
             inputs["pixel_values"] = _padded(of_prompts)
         elif self.images:
@@ -116,7 +125,10 @@ def random_batch(
                 prompt.append(token)
                 continue
             drawn.append(_random_image(config, generator))
-            prompt += [image_id] * _placeholders(model, drawn[-1])
+            rows = [image_id] * _placeholders(model, drawn[-1])
+            if config.model_type in BY_PATCHES:  # which tell images apart by what is between them
+                rows = [config.vision_start_token_id, *rows, config.vision_end_token_id]
+            prompt += rows
         prompts.append(prompt)
     columns = max(len(prompt) for prompt in prompts) + extra_columns
     input_ids = torch.full((len(prompts), columns), PAD_ID)
@@ -155,6 +167,11 @@ def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tupl
         size = IMAGE_SIZES[_integer(generator, 0, len(IMAGE_SIZES) - 1)]
         crops = image_size_to_num_patches(size, config.image_grid_pinpoints, CROP)
         return torch.randn(crops, 3, CROP, CROP, generator=generator), size
+    if config.model_type in BY_PATCHES:
+        grid = GRIDS[_integer(generator, 0, len(GRIDS) - 1)]
+        vision = config.vision_config
+        depth = 3 * vision.temporal_patch_size * vision.patch_size**2
+        return torch.randn(grid[0] * grid[1], depth, generator=generator), grid
     side = config.vision_config.image_size
     side = side if isinstance(side, int) else side[0]
     pixels, size = torch.randn(3, side, side, generator=generator), (side, side)
@@ -168,6 +185,9 @@ def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tupl
 def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
     """Ask the model how many features the image becomes."""
     pixels, size = image
+    if model.config.model_type in BY_PATCHES:
+        merged: int = model.config.vision_config.spatial_merge_size**2
+        return size[0] * size[1] // merged
     sizes = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
     pixels = pixels[None, None] if model.config.model_type in BY_PROMPT else pixels[None]
     dtype = next(model.parameters()).dtype

@@ -21,6 +21,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from fastskip.prompts import image_only
@@ -43,6 +44,8 @@ VIDEO_PROCESSORS = {
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "internvl_qwen3": "InternVLVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
 }
 NEEDING_TORCHVISION = ("mistral3", "video_llava")
 """Kinds whose processors do; their checkpoints are saved without."""
@@ -113,6 +116,12 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": merged, "width": merged}, max_patches=3
             )
             return image_only("internvl")(images, tokenizer, image_seq_length=4, **own)
+        case "qwen2_vl" | "qwen2_5_vl":
+            sides = {"shortest_edge": merged**2, "longest_edge": 4 * merged**2}
+            images = Qwen2VLImageProcessorPil(
+                patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=sides
+            )
+            return image_only(kind)(images, tokenizer, **own)
         case "idefics3" | "smolvlm":
             edge = {"longest_edge": merged}
             pieces = {"size": {"longest_edge": 2 * merged}, "max_image_size": edge}

@@ -30,8 +30,12 @@ from transformers import (
     OPTForCausalLM,
     PixtralVisionConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
@@ -57,6 +61,8 @@ Relative = Literal[
     "mistral3",
     "idefics3",
     "smolvlm",
+    "qwen2_vl",
+    "qwen2_5_vl",
 ]
 Kind = LlavaKind | Relative
 LLAVA_KINDS: tuple[Kind, ...] = get_args(LlavaKind)
@@ -69,6 +75,8 @@ _TEXT = {
     "internvl": "qwen2",
     "internvl_qwen3": "qwen3",
     "mistral3": "mistral",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen2_5_vl": "qwen2_5_vl_text",
 }
 PAD_ID = 0
 PATCH = 4
@@ -175,6 +183,25 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
             )
             return SmolVLMForConditionalGeneration, config
+        case "qwen2_vl" | "qwen2_5_vl":
+            return _qwen_vl(kind, video_id, common)
+
+
+def _qwen_vl(kind: str, video_id: int, common: dict[str, Any]) -> tuple[Any, Any]:
+    """Images of any size; two frames of a video, or an image twice, are one."""
+    sees = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
+    width = common["text_config"]["hidden_size"]
+    if kind == "qwen2_vl":
+        vision: Any = {**sees, "embed_dim": 16, "mlp_ratio": 2, "hidden_size": width}
+        model_class, config_class = Qwen2VLForConditionalGeneration, Qwen2VLConfig
+    else:
+        vision = {**sees, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": width}
+        vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+        model_class, config_class = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig  # type: ignore[assignment]
+    ends = {"vision_start_token_id": video_id - 1, "vision_end_token_id": video_id - 2}
+    return model_class, config_class(
+        vision_config=vision, video_token_id=video_id, **ends, **common
+    )
 
 
 def tiny_llama(
@@ -281,6 +308,11 @@ def _text_config(
         return MistralConfig(head_dim=head_dim, sliding_window=None, **common)
     if family == "qwen3":
         return Qwen3Config(head_dim=head_dim, attention_bias=attention_bias, **common)
+    if family in ("qwen2_vl_text", "qwen2_5_vl_text"):
+        eighth = hidden // heads // 8
+        sections = [2 * eighth, eighth, eighth]
+        turns = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
+        return {"model_type": family, "rope_parameters": turns, **common}
     return Qwen2Config(use_sliding_window=False, **common)
 
 

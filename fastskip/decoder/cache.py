@@ -61,6 +61,8 @@ class SkipCache(Cache):
         gone: ``[B, C]`` from which stage of the plan's removals on a column is no row any more,
             host; ``STAYS`` where it stays.
         positions: ``[B, C]`` RoPE position of every column, host.
+        axes: ``[3, B, C]`` where every column stands in time, height and width, host; ``None``:
+            columns have but one position.
         prompt_columns: inside ``generate``, where the prompt ends; ``None`` outside.
         ends_gradients: a forward with gradients filled it, whose entries are kept without.
     """
@@ -75,6 +77,7 @@ class SkipCache(Cache):
         self.codes = torch.empty(0, 0, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
         self.gone = torch.empty(0, 0, dtype=torch.int64)
+        self.axes: Tensor | None = None
         self.tables: dict[Table, EntryTable] = {}
         self.entries: dict[int, LayerEntries] = {}
         # What routers keep from forward to forward, by the number of their rule.
@@ -182,6 +185,9 @@ class SkipCache(Cache):
         stages = (layout, *left)
         self.codes = torch.cat((self.codes, layout.source), dim=1)
         self.positions = torch.cat((self.positions, layout.source_positions), dim=1)
+        if layout.source_axes is not None:
+            axes = layout.source_axes
+            self.axes = axes if self.axes is None else torch.cat((self.axes, axes), dim=2)
         gone = torch.full_like(layout.source, STAYS)
         for stage in reversed(range(1, len(stages))):
             gone[stages[stage].source != layout.source] = stage
@@ -206,6 +212,29 @@ class SkipCache(Cache):
         if not self.columns:
             return torch.full((self.codes.shape[0],), -1, dtype=torch.int64)
         return self.positions.masked_fill(self.codes == PAD, -1).max(dim=1).values
+
+    def last_axes(self) -> Tensor:
+        """``[3, B]`` where each sequence's last real column stands; -1 for one without any."""
+        last = self.last_positions()
+        if self.axes is None or not self.columns:
+            return last.expand(3, -1)
+        columns = torch.arange(self.columns).masked_fill(self.codes == PAD, 0).amax(1)
+        found = self.axes.gather(2, columns.expand(3, -1)[:, :, None])[:, :, 0]
+        return found.masked_fill(last < 0, -1)
+
+    def next_places(self) -> Tensor:
+        """``[B]`` by which position each sequence's next row turns.
+
+        Raises:
+            ValueError: it would turn by different ones in time, height and width.
+        """
+        last = self.last_axes()
+        if not bool((last == last[0]).all()):
+            raise ValueError(
+                "input_ids: a prompt that ends in an image; allowed: text behind images, as chat "
+                "templates write it, or a model with impl='reference'"
+            )
+        return last[0] + 1
 
     def live_bytes(self) -> int:
         """Bytes of live entries; ``plan.kv_bytes`` predicts them."""
@@ -255,6 +284,7 @@ class SkipCache(Cache):
         keep = min(max(keep, 0), self.columns)
         self.codes, self.positions = self.codes[:, :keep], self.positions[:, :keep]
         self.gone = self.gone[:, :keep]
+        self.axes = None if self.axes is None else self.axes[:, :, :keep]
         for key, table in self.tables.items():
             table.held = None if table.held is None else table.held[:, :keep]
             table.counts = self.held(key).sum(1).tolist()
@@ -267,6 +297,7 @@ class SkipCache(Cache):
         host = indices.cpu()
         self.codes, self.positions = self.codes[host], self.positions[host]
         self.gone = self.gone[host]
+        self.axes = None if self.axes is None else self.axes[:, host]
         for table in self.tables.values():
             table.counts = [table.counts[sequence] for sequence in host.tolist()]
             table.held = None if table.held is None else table.held[host]
@@ -282,6 +313,7 @@ class SkipCache(Cache):
         self.codes = torch.empty(0, 0, dtype=torch.int64)
         self.positions = torch.empty(0, 0, dtype=torch.int64)
         self.gone = torch.empty(0, 0, dtype=torch.int64)
+        self.axes = None
         self.tables.clear()
         self.entries.clear()
         self.routing.clear()

@@ -27,6 +27,7 @@ from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two
 from fastskip.layer_plan import stage_of
 from fastskip.ops.allocate import empty
+from fastskip.ops.contracts import Rotation
 from fastskip.ops.graphs import capture, new_pool
 from fastskip.plan import SkipPlan
 from fastskip.routing import Router
@@ -149,8 +150,10 @@ class CapturedForward:
             for layer in plan.layers
             if layer.holding and layer.stage == self._stage
         }
-        rotation = layers.positions.rotation(shape.positions, anchor)
-        self._store = Store(rotation, pages.__getitem__)
+        has_axes, self._needed = layers.positions.has_axes, shape.positions
+        self._axes = parcel.send(RowNumbers.axes).view(3, -1) if has_axes else None
+        self._rotation = self._tabulate()
+        self._store = Store(self._rotation, pages.__getitem__)
         self._out = self._h
         self._load(h, cache)
         self._replay = capture(self._work, device, pool)
@@ -185,7 +188,19 @@ class CapturedForward:
         # The next run writes to the same memory.
         return out.clone() if out is self._out else out
 
+    def _tabulate(self) -> Rotation | None:
+        """The tables of RoPE: of positions, or of the rows that stand in time, height and width."""
+        positions = self._layers.positions
+        if self._axes is None:
+            return positions.rotation(self._needed, self._h)
+        return positions.rotation_at(self._axes, self._needed, self._h)
+
     def _load(self, h: Tensor, cache: PagedCache) -> None:
+        if self._axes is not None:
+            new = self._tabulate()
+            assert new is not None and self._rotation is not None
+            self._rotation.cosine.copy_(new.cosine)
+            self._rotation.sine.copy_(new.sine)
         rows = h.flatten(0, -2).index_select(0, self._columns)
         if not self._stage:
             rows = self._layers.positions.embed(rows, self._positions)

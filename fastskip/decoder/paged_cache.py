@@ -104,6 +104,9 @@ class PagedCache(SkipCache):
         batch = self.codes.shape[0]
         new = torch.full((batch, steps), CODES[TokenClass.GENERATED])
         positions = self.last_positions()[:, None] + 1 + torch.arange(steps)
+        if self.axes is not None:
+            later = self.last_axes()[:, :, None] + 1 + torch.arange(steps)
+            self.axes = torch.cat((self.axes, later), dim=2)
         self.codes = torch.cat((self.codes, new), dim=1)
         self.positions = torch.cat((self.positions, positions), dim=1)
         self.gone = torch.cat((self.gone, torch.full_like(new, STAYS)), dim=1)

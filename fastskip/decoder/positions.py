@@ -12,7 +12,7 @@ from torch import Tensor
 from fastskip.decoder.anatomy import has_hooks
 from fastskip.decoder.rope import RotaryTable
 from fastskip.ops.contracts import Rotation
-from fastskip.tokens import Rows
+from fastskip.tokens import Rows, TokenLayout
 
 
 class Turns(Protocol):
@@ -55,11 +55,15 @@ class Positions(Protocol):
 
     Attributes:
         counts_pads: whether a row's position, where none is given, is its column.
+        has_axes: whether rows may stand elsewhere in time, height and width.
         table: ``[positions, D]`` that decode steps add to embeddings; ``None``: nothing.
         is_plain: whether ``table`` says all that is added.
     """
 
     counts_pads: bool
+
+    @property
+    def has_axes(self) -> bool: ...
 
     @property
     def table(self) -> Tensor | None: ...
@@ -80,11 +84,15 @@ class Positions(Protocol):
     def room(self, next_one: int) -> int:
         """How many positions there are from ``next_one`` on."""
 
-    def turns(self, positions: Tensor, like: Tensor) -> Turns:
-        """For ``positions [N]`` (host), in the dtype and on the device of ``like``."""
+    def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
+        """Of all its rows, in the dtype and on the device of ``like``."""
 
     def rotation(self, needed: int, like: Tensor) -> Rotation | None:
         """Tables of at least ``needed`` positions as kernels read them; ``None`` without RoPE."""
+
+    def rotation_at(self, axes: Tensor, needed: int, like: Tensor) -> Rotation:
+        """Tables with a row for each one that stands at ``axes [3, N]`` of any device, below
+        ``needed``."""
 
 
 class RotaryPositions:
@@ -102,6 +110,10 @@ class RotaryPositions:
         # Not its rotary module, which users may replace.
         self._text_model, self._rotate = text_model, rotate
         self._tables = RotaryTable(text_model().rotary_emb)
+
+    @property
+    def has_axes(self) -> bool:
+        return self._tables.sections is not None
 
     def refresh(self) -> object:
         rotary = self._text_model().rotary_emb
@@ -127,17 +139,24 @@ class RotaryPositions:
         limit = self._tables.limit
         return sys.maxsize if limit is None else max(0, limit - next_one)
 
-    def turns(self, positions: Tensor, like: Tensor) -> Turns:
-        return RotaryTurns(*self._tables.at(positions, like), self._rotate)
+    def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
+        if layout.axes is None:
+            return RotaryTurns(*self._tables.at(layout.positions, like), self._rotate)
+        angles = self._tables.at_axes(layout.axes, layout.positions_needed, like)
+        return RotaryTurns(*angles, self._rotate)
 
     def rotation(self, needed: int, like: Tensor) -> Rotation | None:
         return Rotation(*self._tables.halves(needed, like))
+
+    def rotation_at(self, axes: Tensor, needed: int, like: Tensor) -> Rotation:
+        return Rotation(*self._tables.halves_at(axes, needed, like))
 
 
 class LearnedPositions:
     """A learned row a position is added to the embeddings, as in OPT; pads do not count."""
 
     counts_pads = False
+    has_axes = False
 
     def __init__(self, text_model: Callable[[], Any]) -> None:
         # Not its embedding, which users may replace.
@@ -177,11 +196,14 @@ class LearnedPositions:
         embedding = self._text_model().embed_positions
         return max(0, int(embedding.num_embeddings - embedding.offset) - next_one)
 
-    def turns(self, positions: Tensor, like: Tensor) -> Turns:
+    def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
         return NoTurns()
 
     def rotation(self, needed: int, like: Tensor) -> Rotation | None:
         return None
+
+    def rotation_at(self, axes: Tensor, needed: int, like: Tensor) -> Rotation:
+        raise TypeError("axes: given to a model that does not turn")
 
 
 def positions_of(

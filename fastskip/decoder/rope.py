@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ class RotaryTable:
 
     Attributes:
         limit: how many positions there are; ``None``: as many as are wanted.
+        sections: how many frequencies turn by time, height and width, in turns (Qwen2-VL,
+            arXiv:2409.12191, section 2.1: M-RoPE); ``None``: all turn by one position.
     """
 
     def __init__(self, rotary: Any) -> None:
@@ -28,6 +31,7 @@ class RotaryTable:
                 rotary(rotary.inv_freq, rotary.inv_freq.new_zeros(1, 1))
         # Kept alive, so that no other tensor gets its identity.
         self._frequencies = getattr(rotary, "inv_freq", None)
+        self.sections: Sequence[int] | None = getattr(rotary, "mrope_section", None)
         self._made_of = _facts_of(rotary)
         self._cosine: Tensor | None = None
         self._sine: Tensor | None = None
@@ -52,6 +56,21 @@ class RotaryTable:
             return cosine[needed - 1 : needed], sine[needed - 1 : needed]
         index = positions.to(like.device)
         return cosine[index], sine[index]
+
+    def at_axes(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``at``, for rows that stand at ``axes [3, N]`` in time, height and width, all of them
+        below ``needed``."""
+        cosine, sine = self.halves_at(axes, needed, like)
+        return torch.cat((cosine, cosine), 1)[:, None], torch.cat((-sine, sine), 1)[:, None]
+
+    def halves_at(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[N, K / 2]`` of such rows, dense, as kernels read them."""
+        assert self.sections is not None
+        numbers = torch.arange(len(self.sections)) % len(axes)
+        axis = numbers.repeat_interleave(torch.tensor(self.sections))  # [K / 2]
+        index = axes.long()[axis.to(axes.device)].t().to(like.device)
+        cosine, sine = self.halves(needed, like)
+        return cosine.gather(0, index), sine.gather(0, index)
 
     def halves(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[P, K / 2]`` of the positions below ``needed`` (and of some more),
@@ -80,6 +99,8 @@ class RotaryTable:
         length = max(64, 1 << (needed - 1).bit_length())
         length = length if self.limit is None else min(length, self.limit)
         positions = torch.arange(length, device=like.device)[None]
+        if self.sections is not None:
+            positions = positions.expand(3, 1, -1)  # the same in time, height and width
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             cosine, sine = self.rotary(like.detach(), positions)
             half = sine.shape[-1] // 2

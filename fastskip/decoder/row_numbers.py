@@ -77,7 +77,16 @@ class RowNumbers:
         return self.read.ids(torch.device("cpu"))
 
     def positions(self, rows: Rows) -> Tensor:
-        return rows.take(self.layout.positions)
+        """Where in the tables of RoPE lies what rows turn by: at their positions, or, if they stand
+        in time, height and width, in a row for each of them."""
+        layout = self.layout
+        own = layout.positions if layout.axes is None else torch.arange(len(layout))
+        return rows.take(own)
+
+    def axes(self) -> Tensor:
+        """``[3 * N]``: where rows stand in time, then in height, then in width."""
+        assert self.layout.axes is not None
+        return self.layout.axes.flatten()
 
     def sequences(self, rows: Rows) -> Tensor:
         return rows.take(self.layout.sequences)

@@ -123,9 +123,11 @@ class Decoder:
         """
         return SkipCache(self.plan, reserve=reserve)
 
-    def lay_out(self, codes: Tensor, positions: Tensor, cache: SkipCache) -> TokenLayout:
+    def lay_out(
+        self, codes: Tensor, positions: Tensor, cache: SkipCache, axes: Tensor | None = None
+    ) -> TokenLayout:
         """The rows of a forward over columns ``[B, T]`` that come after the cache's."""
-        return TokenLayout(codes, positions, cache.columns, self.plan.groups)
+        return TokenLayout(codes, positions, cache.columns, self.plan.groups, axes=axes)
 
     def run(
         self,
@@ -162,7 +164,7 @@ class Decoder:
             entries = GradientEntries(self.plan, cache, layout, like)
         else:
             entries = CachedEntries(self.plan, cache, layout, packed)
-        rotation = self.positions.turns(layout.positions, packed)
+        rotation = self.positions.turns(layout, packed)
         narrow = None if wanted is None else layout.locate(wanted)
         late = narrow if narrows_after(self.plan) else None
         if narrow is not None and may_leave(self.plan, layout, narrow):

@@ -88,7 +88,7 @@ class StagedForward:
         if late is not None and not may_leave(plan, layout, late):
             late = None
         keeps_gone = watch is not None or wanted is None or late is not None
-        turns = self.positions.turns(layout.positions, cache.anchor)
+        turns = self.positions.turns(layout, cache.anchor)
         rest = RowsLeft(plan, self.blocks, layout, turns, keys, keeps_gone=keeps_gone)
 
         def see(layer: int, rows: Tensor) -> None:

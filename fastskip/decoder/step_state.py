@@ -156,7 +156,7 @@ class StepState:
             counts[number, :batch] = torch.tensor(cache.tables[holding].counts)
         # Of hollow layers these are too many; the device knows.
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
-        positions[:batch] = cache.last_positions() + 1
+        positions[:batch] = cache.next_places()
         choice.counts.copy_(counts)
         for number, key in enumerate(self._sets):
             if key in cache.device_counts:

@@ -88,6 +88,49 @@ def codes_of(
     return codes
 
 
+def split_axes(
+    runtime: Runtime, given: Any, cache: SkipCache, real: Tensor
+) -> tuple[Any, Tensor | None]:
+    """What Hugging Face calls positions: those in the text (``None``: not given), and those in
+    time, height and width ``[3, B, T]``, which some models have."""
+    if not runtime.decoder.positions.has_axes or getattr(given, "ndim", 0) != 3:
+        return given, None
+    batch, width = real.shape
+    if given.shape[2] == cache.columns + width:  # as Hugging Face makes them of a whole mask
+        given = given[:, :, cache.columns :]
+    if given.shape[0] not in (3, 4) or given.shape[1] not in (1, batch) or given.shape[2] != width:
+        raise ValueError(
+            f"position_ids: {tuple(given.shape)}; needed: [3, {batch}, {width}], time, height and "
+            f"width, or [4, {batch}, {width}], before them the positions in the text"
+        )
+    axes = given[-3:].detach().cpu().to(torch.int64).expand(3, batch, width)
+    return given[0] if given.shape[0] == 4 else None, axes
+
+
+def axes_of(
+    runtime: Runtime, given: Tensor | None, positions: Tensor, cache: SkipCache, real: Tensor
+) -> Tensor | None:
+    """Where columns stand in time, height and width: ``[3, B, T]``, host; ``None``: the model
+    does not ask.
+
+    As given; else text, which follows on. Within ``generate`` new columns follow on from the
+    sequence's last real row, as ``positions_of`` says.
+    """
+    if not runtime.decoder.positions.has_axes:
+        return None
+    width, session = real.shape[1], runtime.session
+    if cache.columns and (given is None or (session is not None and width == 1)):
+        return cache.last_axes()[:, :, None] + real.cumsum(1)
+    if given is None:
+        return positions.expand(3, -1, -1)
+    end = width if session is None or cache.columns else session.prompt_columns
+    if end >= width:
+        return given
+    last = torch.arange(end).masked_fill(~real[:, :end], 0).amax(1, keepdim=True)
+    begin = given.gather(2, last.expand(3, -1, -1))
+    return torch.cat((given[:, :, :end], begin + real[:, end:].cumsum(1)), dim=2)
+
+
 def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -> Tensor:
     """Positions ``[B, T]``, host: what is given, or columns, or real columns, as in Hugging Face.
 

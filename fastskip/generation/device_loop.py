@@ -49,7 +49,7 @@ class StepLogits:
     def __init__(self, model: Any, runtime: Runtime, cache: PagedCache) -> None:
         self._model, self._runtime, self._cache = model, runtime, cache
         self._step: DeviceStep | None = None
-        next_one = int(cache.last_positions().max()) + 1
+        next_one = int(cache.next_places().max())
         self._room = runtime.decoder.positions.room(next_one)
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class StepLogits:
             step.state.load_pages(cache)
         step.state.choice.tokens[:batch] = tokens
         if self._room == 0:
-            self._runtime.decoder.positions.check(cache.last_positions() + 1)
+            self._runtime.decoder.positions.check(cache.next_places())
         self._room -= 1
         step.run()
         answers = Answers(self._runtime.decoder.record, step, cache)
@@ -183,7 +183,7 @@ def decode_greedily(
     )
     step.state.load(cache, first, end.stops)
     choice, positions = step.state.choice, runtime.decoder.positions
-    next_one = int(cache.last_positions().max()) + 1
+    next_one = int(cache.next_places().max())
     steps = min(most - 1, positions.room(next_one))
     answers = Answers(runtime.decoder.record, step, cache)
     mails: deque[_Mail] = deque()

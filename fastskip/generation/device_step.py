@@ -182,7 +182,7 @@ class DeviceSteps:
             pad=pad,
         )
         # Positions that a caller gave may run ahead of columns.
-        ahead = max(0, int(cache.last_positions().max()) + 1 - cache.columns)
+        ahead = max(0, int(cache.next_places().max()) - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
         overlap = self.overlap if bodies is None else None

@@ -11,7 +11,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastskip.families import check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.generation.columns import cache_of, codes_of, positions_of, real_columns
+from fastskip.generation.columns import (
+    axes_of,
+    cache_of,
+    codes_of,
+    positions_of,
+    real_columns,
+    split_axes,
+)
 from fastskip.generation.refusals import check_unpacked
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
@@ -38,13 +45,15 @@ def decode_columns(
     real = real_columns(inputs.get("attention_mask"), cache, batch, width)
     codes = codes_of(text_model, runtime, cache, inputs, keeps_cache=is_returned)
     codes = codes.masked_fill(~real, PAD)
-    positions = positions_of(runtime, inputs.get("position_ids"), cache, real)
+    in_text, axes = split_axes(runtime, inputs.get("position_ids"), cache, real)
+    positions = positions_of(runtime, in_text, cache, real)
+    axes = axes_of(runtime, axes, positions, cache, real)
     wants_hidden = inputs.get("output_hidden_states")
     if wants_hidden is None:
         wants_hidden = getattr(text_model.config, "output_hidden_states", False)
     kept = _Kept.of(inputs.get("kept_columns"), real, every_row=bool(wants_hidden))
     seen: list[Tensor] = []
-    layout = runtime.decoder.lay_out(codes, positions, cache)
+    layout = runtime.decoder.lay_out(codes, positions, cache, axes)
     out = runtime.decoder.run(
         h,
         layout,

@@ -27,6 +27,10 @@ def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
     given = inputs.get("position_ids")
     if given is None or keeps_cache or inputs.get("attention_mask") is not None:
         return
+    if given.ndim == 3:  # after those in the text, if these are given: time, height and width
+        if len(given) == 3:
+            return
+        given = given[0]
     if bool((given.diff(dim=-1) != 1).any()):
         raise ValueError(
             "position_ids: several sequences packed into one row; allowed: one a row, padded, with "

@@ -55,7 +55,8 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Rotary tables by position, ``[positions, K / 2]`` each, in the dtype of the data."""
+    """Rotary tables, ``[positions, K / 2]`` each, in the dtype of the data: by position, or a row
+    for each row of a forward."""
 
     cosine: Tensor
     sine: Tensor
@@ -65,8 +66,8 @@ class Rotation:
 class Targets:
     """Where the entries of ``n`` rows go.
 
-    ``positions [n]``: what RoPE turns by. ``sequences [n]``, ``slots [n]``: the cache slot; a row
-    whose slot is negative leaves no entry.
+    ``positions [n]``: what RoPE turns by, a row of its tables. ``sequences [n]``, ``slots [n]``:
+    the cache slot; a row whose slot is negative leaves no entry.
     """
 
     positions: Tensor

@@ -32,6 +32,9 @@ def _rotary_table(
 ) -> tuple[Tensor, Tensor]:
     positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     angles = positions[..., None].double() * module.inv_freq.double()
+    if hasattr(module, "mrope_section"):  # Hugging Face's choice of an axis for each frequency
+        cosine, sine = map(module.recomposition_frequencies, (angles.cos(), angles.sin()))
+        return cosine * module.attention_scaling, sine * module.attention_scaling
     both_halves = torch.cat([angles, angles], dim=-1)
     return (
         both_halves.cos() * module.attention_scaling,

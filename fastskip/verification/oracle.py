@@ -38,11 +38,22 @@ class Continuation(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A batch of prompts as the decoder sees it, padded on the left."""
+    """A batch of prompts as the decoder sees it, padded on the left.
+
+    `axes`: [3, batch, columns], where a model tells time, height and width apart.
+    """
 
     embeddings: Tensor
     attention_mask: Tensor
     token_classes: Tensor
+    axes: Tensor | None = None
+
+    def axes_with(self, new: int) -> Tensor | None:
+        """The same with so many new tokens, which follow on from the last one."""
+        if self.axes is None:
+            return None
+        later = self.axes[:, :, -1:] + torch.arange(1, new + 1, device=self.axes.device)
+        return torch.cat([self.axes, later], dim=2)
 
 
 class MaskedOracle:
@@ -89,6 +100,9 @@ class MaskedOracle:
         self._undo: ExitStack | None = None
         self._run: _Run | None = None
         self._prompt_embeddings: Tensor | None = None
+        rotary = getattr(self._decoder, "rotary_emb", None)
+        self._has_axes = hasattr(rotary, "mrope_section")
+        self._prompt_axes: Tensor | None = None
 
     def __enter__(self) -> Self:
         if self._undo is not None:
@@ -166,6 +180,9 @@ class MaskedOracle:
             embeddings.gather(1, index),
             mask.gather(1, order),
             token_classes.gather(1, order),
+            None
+            if self._prompt_axes is None
+            else self._prompt_axes.gather(2, order.expand(3, -1, -1)),
         )
 
     @torch.no_grad()
@@ -179,6 +196,7 @@ class MaskedOracle:
             self._decoder,
             torch.cat([prompt.token_classes, torch.full_like(tokens, GENERATED)], dim=1),
             torch.cat([prompt.attention_mask, torch.ones_like(tokens)], dim=1),
+            prompt.axes_with(tokens.shape[1]),
             inputs_embeds=torch.cat([prompt.embeddings, new], dim=1),
         )
         columns = prompt.attention_mask.shape[1]
@@ -240,6 +258,9 @@ class MaskedOracle:
 
     def _see_embeddings(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._prompt_embeddings = kwargs.get("inputs_embeds")
+        positions: Tensor | None = kwargs.get("position_ids")
+        if positions is not None:
+            self._prompt_axes = positions[-3:] if positions.ndim == 3 else None
 
     def _compute(
         self,
@@ -252,7 +273,9 @@ class MaskedOracle:
         if self._undo is None:
             raise RuntimeError("enter the oracle first: with MaskedOracle(model, policy) as oracle")
         mask = torch.ones_like(token_classes) if attention_mask is None else attention_mask
-        if position_ids is None:
+        # The model itself knows where images lie in time, height and width.
+        is_asked = self._has_axes and module is self.model
+        if position_ids is None and not is_asked:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         self._run = _Run(token_classes, mask.bool(), {}, self._sources(token_classes))
         for number, layer in enumerate(self._layers):

@@ -6,6 +6,7 @@ the memory says all that a forward depends on.
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,6 +92,22 @@ def test_one_capture_serves_other_prompts(trio: Trio, batches: list[Batch]) -> N
             generate(model, batch, new), greedy(trio.plain, RULES_AND_PAIR, batch, new)
         )
         assert len(captured_of(model)) == min(number, 1)
+
+
+def test_rows_in_time_height_and_width(at_once: None) -> None:
+    """One capture serves images that lie otherwise: what rows turn by is sent anew."""
+    trio = Trio(tiny_llava("qwen2_5_vl", heads=2, kv_heads=1), impl="triton")
+    first = random_batch(trio.plain, 1, images=(2, 1))
+    lying = tuple((pixels, (size[1], size[0])) for pixels, size in first.images)
+    assert any(size[0] != size[1] for _, size in lying)
+    other = replace(first, images=lying)
+    model, found = trio.under(RULES_AND_PAIR), []
+    for batch in (first, other, first):
+        found.append(generate(model, batch, 2))
+        assert torch.equal(found[-1], greedy(trio.plain, RULES_AND_PAIR, batch, 2))
+    assert len(captured_of(model)) == 1
+    scores = [scores_of(model, batch)[0] for batch in (first, other)]
+    assert (scores[0] - scores[1]).abs().max() > 1e-2
 
 
 def scores_of(model: Any, batch: Batch) -> tuple[Tensor, Any]:

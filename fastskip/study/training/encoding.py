@@ -38,7 +38,8 @@ class Encoder:
             )
 
     def __call__(self, example: Example) -> Features:
-        """``input_ids`` and ``labels`` ``[T]`` int64, and what the processor makes of the images.
+        """``input_ids`` and ``labels`` ``[T]`` int64, and what the processor makes of the images;
+        what it says of tokens is ``[T]`` too.
 
         Raises:
             DataError: an image cannot be read, the template cannot say it, or it is too long.
@@ -56,11 +57,10 @@ class Encoder:
         else:
             made = self._processed(example, text, special)
             features = {
-                name: value
+                name: value[0] if value.shape == made["input_ids"].shape else value
                 for name, value in made.items()
                 if name not in ("attention_mask", "token_type_ids")
             }
-            features["input_ids"] = features["input_ids"][0]
         features["labels"] = self._labels(example, features["input_ids"], ids, learned)
         length = len(features["input_ids"])
         if self._max_tokens is not None and length > self._max_tokens:

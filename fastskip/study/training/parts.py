@@ -14,7 +14,7 @@ from torch import nn
 from fastskip.families import ENCODERS, text_model_of
 from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
 
-_PROJECTOR = ("multi_modal_projector", "connector", "image_newline")
+_PROJECTOR = ("multi_modal_projector", "connector", "image_newline", "visual.merger")
 _HALVES = {torch.bfloat16, torch.float16}
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
     Raises:
         SettingsError: the model has no such part.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = {name for name, _ in model.named_parameters()}
     projector = {name for name in names if any(part in name for part in _PROJECTOR)}
     if parts is Parts.PROJECTOR:
         if not projector:
@@ -33,7 +33,8 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
             raise SettingsError("parts", parts.value, f"{others} (this model has no projector)")
         return frozenset(projector)
     if parts is Parts.LANGUAGE:
-        return frozenset(name for name in names if not any(part in name for part in ENCODERS))
+        sees = {name for name in names if any(part in name for part in ENCODERS)}
+        return frozenset(names - (sees - projector))
     return frozenset(names) if parts is Parts.EVERYTHING else frozenset()
 
 
