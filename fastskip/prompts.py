@@ -24,6 +24,9 @@ _IMAGES_ALONE = {
 """By model type, for want of torchvision: a processor that makes of images what its own does."""
 
 
+_BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+
+
 class PromptError(ValueError):
     """A prompt that the model cannot take; says what it is and what is allowed."""
 
@@ -139,9 +142,9 @@ def _render(processor: Any, text: str, images: int) -> str:
             raise PromptError(f"images: got {images}; allowed: none, this model reads text only")
         return _converse(processor, text) if processor.chat_template else text
     token = processor.image_token
-    text = text.replace(PLACEHOLDER, token)
-    if not text.replace(token, "").strip():
+    if not text.replace(PLACEHOLDER, "").replace(token, "").strip():
         raise PromptError(f"prompt: got {text!r}; allowed: words beside the placeholders")
+    text = text.replace(PLACEHOLDER, image_in_text(processor))
     placed = text.count(token)
     if placed not in (0, images):
         raise PromptError(
@@ -152,7 +155,7 @@ def _render(processor: Any, text: str, images: int) -> str:
         raise PromptError(f"prompt: contains {video}; allowed: text and images, no videos")
     ahead = 0 if placed else images
     if not processor.chat_template:
-        return "USER: " + f"{token}\n" * ahead + f"{text} ASSISTANT:"
+        return "USER: " + f"{image_in_text(processor)}\n" * ahead + f"{text} ASSISTANT:"
     prompt = _converse(processor, [{"type": "image"}] * ahead + [{"type": "text", "text": text}])
     if prompt.count(token) != images:
         raise PromptError(
@@ -160,6 +163,14 @@ def _render(processor: Any, text: str, images: int) -> str:
             f"one each (place every {token} in the text yourself)"
         )
     return prompt
+
+
+def image_in_text(processor: Any) -> str:
+    """What stands for an image within a text: its placeholder, in some families between two tokens
+    that their chat templates write around it."""
+    token = str(processor.image_token)
+    has_ends = type(processor).__name__ in _BETWEEN_ENDS
+    return f"<|vision_start|>{token}<|vision_end|>" if has_ends else token
 
 
 def _converse(processor: Any, content: Any) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastskip.conversations import PLACEHOLDER, DataError, Example, Turn
-from fastskip.prompts import PromptError, check_text
+from fastskip.prompts import PromptError, check_text, image_in_text
 
 Span = tuple[int, int]
 
@@ -136,8 +136,7 @@ class Renderer:
             question, count = question.removeprefix(PLACEHOLDER).lstrip(), count + 1
         while question.endswith(PLACEHOLDER):
             question, count = question.removesuffix(PLACEHOLDER).rstrip(), count + 1
-        assert self._image is not None
-        question = question.replace(PLACEHOLDER, self._image)
+        question = question.replace(PLACEHOLDER, image_in_text(self._processor))
         return [{"type": "image"}] * count + [{"type": "text", "text": question}]
 
     def _converse(self, written: _Written, *, is_prompt: bool) -> str:
@@ -168,7 +167,7 @@ class Renderer:
             elif message["role"] == "assistant":
                 text += f" {content[0]['text']}{self._tokenizer.eos_token}"
             else:
-                images = f"{self._image}\n" * (len(content) - 1)
+                images = f"{image_in_text(self._processor)}\n" * (len(content) - 1)
                 text += f"USER: {images}{content[-1]['text']} ASSISTANT:"
         return text
 

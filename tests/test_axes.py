@@ -17,13 +17,17 @@ import fastskip
 from fastskip.decoder.rope import RotaryTable
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import TokenClass
+from fastskip.prompts import build_inputs
+from fastskip.rendering import Renderer
 from fastskip.tokens import CODES, PAD, TokenLayout
 from fastskip.verification.cells import IMAGE
 from tests.agreement import Trio, generate
 from tests.batches import BY_PATCHES, Batch, random_batch
 from tests.budget import assert_within_budget
+from tests.checkpoints import CHAT_TEMPLATE, VOCAB, build_processor
 from tests.models import PATCH, Kind, tiny_llava
 from tests.policies import policy_of, skip
+from tests.test_prompts import image
 
 NEW = 6
 IMAGE_FFN = policy_of(skip([1, 2], ["image"], "ffn"))
@@ -241,3 +245,16 @@ def test_prompts_that_end_in_an_image(kind: Kind) -> None:
     assert torch.equal(generate(trio.prepared, ending, NEW), expected[:, end:])
     with pytest.raises(ValueError, match="ends in an image; allowed: text behind.*reference"):
         generate(device.prepared, ending, NEW)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, None])
+@pytest.mark.parametrize("kind", BY_PATCHES)
+def test_images_next_to_each_other(kind: Kind, template: str | None) -> None:
+    """Hugging Face tells them apart by what lies between them, and raises where nothing does."""
+    processor, model = build_processor(kind, template), tiny_llava(kind, vocab=VOCAB)
+    images = [image(8, 16), image(20, 9)]
+    with torch.no_grad():
+        model(**build_inputs(processor, "these: <image><image> say?", images))
+    text = Renderer(processor).prompt((), "these: <image><image> say?", 2, "a question")
+    with torch.no_grad():
+        model(**processor(text=[text], images=[images], return_tensors="pt"))
