@@ -3,6 +3,7 @@
     python -m benchmarks.products            # two minutes
 
 prints, for shapes of decoders and numbers of rows, both times and their ratio; medians, in turn.
+Weights come from memory, as those of a model do: there are so many that no cache holds them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.products import feed_forward, linear
@@ -33,6 +35,8 @@ FFN = ("0.5b: whole FFN", (2816, 1024))
 ROWS = (1, 2, 4, 8, 16, 48, 155, 310, 620)
 MOST_OPERATIONS = 2e10
 ROUNDS = 7
+MEMORY = 1 << 28
+"""Bytes of weights that calls go through in turn."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,23 +63,31 @@ def _print(name: str, shape: tuple[int, int], cells: Sequence[str]) -> None:
 def _cell(n_out: int, n_in: int, rows: int) -> str:
     if 2.0 * n_out * n_in * rows > MOST_OPERATIONS:
         return f"{'':>22}"
-    weight, x = torch.randn(n_out, n_in), torch.randn(rows, n_in)
-    return _compared([partial(each, x, weight, None) for each in (F.linear, linear)])
+    x, weights = torch.randn(rows, n_in), cycle(_drawn(n_out, n_in))
+    return _compared([lambda: F.linear(x, next(weights)), lambda: linear(x, next(weights), None)])
 
 
 def _ffn_cell(inner: int, width: int, rows: int) -> str:
     """An FFN with its activation."""
-    x, up, down = (
-        torch.randn(*size) for size in ((rows, width), (2 * inner, width), (width, inner))
-    )
+    x, both = torch.randn(rows, width), (_drawn(2 * inner, width), _drawn(width, inner))
+    pairs = cycle(list(zip(*both, strict=False)))
 
     def plain() -> object:
+        up, down = next(pairs)
         return F.linear(gated_silu(F.linear(x, up)), down)
 
     def ours() -> object:
+        up, down = next(pairs)
         return feed_forward(x, Linear(up), Activation.GATED_SILU, Linear(down))
 
     return _compared([plain, ours])
+
+
+def _drawn(n_out: int, n_in: int) -> list[Tensor]:
+    """Weights of a shape, more than a cache holds, and an odd number of them, so that both forms
+    come to each of them."""
+    count = MEMORY // (4 * n_out * n_in) // 2 * 2 + 1
+    return [torch.randn(n_out, n_in) for _ in range(max(3, count))]
 
 
 def _compared(calls: Sequence[Callable[[], object]]) -> str:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from packaging import version
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, pad
 
 import fastskip
 from fastskip.decoder.rope import RotaryTable
@@ -19,6 +20,10 @@ from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import TokenClass
 from fastskip.prompts import build_inputs
 from fastskip.rendering import Renderer
+from fastskip.study.evaluation import Exam
+from fastskip.study.items import Item
+from fastskip.study.search.calibrating import Calibrator
+from fastskip.study.similarity import similarities
 from fastskip.tokens import CODES, PAD, TokenLayout
 from fastskip.verification.cells import IMAGE
 from tests.agreement import Trio, generate
@@ -30,6 +35,8 @@ from tests.policies import policy_of, skip
 from tests.test_prompts import image
 
 NEW = 6
+LATER = {"attention_mask": 1, "mm_token_type_ids": 0}
+"""What is said of a token that was generated."""
 IMAGE_FFN = policy_of(skip([1, 2], ["image"], "ffn"))
 DENSE = policy_of()
 POLICIES = {"dense": DENSE, "no image FFN": IMAGE_FFN}
@@ -37,7 +44,7 @@ POLICIES = {"dense": DENSE, "no image FFN": IMAGE_FFN}
 
 @pytest.fixture(
     scope="module",
-    params=[(kind, impl) for kind in BY_PATCHES for impl in ("reference", "torch")],
+    params=[*((kind, "reference") for kind in BY_PATCHES), ("qwen2_5_vl", "torch")],
     ids=" on ".join,
 )
 def trio(request: pytest.FixtureRequest) -> Trio:
@@ -258,3 +265,38 @@ def test_images_next_to_each_other(kind: Kind, template: str | None) -> None:
     text = Renderer(processor).prompt((), "these: <image><image> say?", 2, "a question")
     with torch.no_grad():
         model(**processor(text=[text], images=[images], return_tensors="pt"))
+
+
+@pytest.mark.parametrize("kind", BY_PATCHES)
+def test_answers_are_judged_where_they_stand(kind: Kind) -> None:
+    """A search embeds prompts and answers once, and feeds them with where they stand."""
+    stock = tiny_llava(kind, vocab=VOCAB)
+    items = [Item(f"what is {n}?", ("b",), (image(8, 8 + 8 * n),)) for n in range(2)]
+    exam = Exam(items, build_processor(kind), batch_size=2, new_tokens=3)
+    (batch,) = Calibrator(fastskip.apply_(copy.deepcopy(stock)), exam)._batches
+    told = stock.generate(
+        **exam.inputs(0),
+        max_new_tokens=3,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logs = torch.stack(told.logits, dim=1).log_softmax(-1)
+    assert torch.equal(batch.told, told.sequences[:, -3:])
+    torch.testing.assert_close(batch.logs, logs)
+
+
+@pytest.mark.parametrize("kind", BY_PATCHES)
+def test_similarities_of_answers(kind: Kind) -> None:
+    model = tiny_llava(kind)
+    given = random_batch(model, 3, images=(1, 2)).inputs()
+    found = similarities(model, [given], new_tokens=2)
+    with torch.no_grad():
+        ids = model.generate(**given, max_new_tokens=2, do_sample=False)
+        more = {name: pad(given[name], (0, 2), value=value) for name, value in LATER.items()}
+        out = model(**given | more | {"input_ids": ids}, output_hidden_states=True)
+    for each in found:
+        if each.token_class is TokenClass.GENERATED and each.layer < 3:  # the last has a norm
+            before, after = (out.hidden_states[each.layer + n][:, -2:] for n in (0, 1))
+            cosine = cosine_similarity(before, after, dim=-1).mean()
+            assert each.block == pytest.approx(float(cosine), abs=1e-5)

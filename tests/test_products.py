@@ -26,6 +26,7 @@ def forms_of_small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(products, "FEWEST", 8)
     monkeypatch.setattr(products, "FEW", 64)
     monkeypatch.setattr(products, "MANY", 128)
+    monkeypatch.setattr(products, "_has_avx512", lambda: False)
     with torch.no_grad(), poisoned():
         yield
 
@@ -95,6 +96,21 @@ def test_rows_and_weights_that_are_parts_of_others() -> None:
     assert_within_budget("product", products.linear(x, weight, None), F.linear(x, weight), truth)
 
 
+@pytest.mark.parametrize(("threads", "rows"), [(1, 3), (1, 64), (2, 8)])
+def test_what_is_the_librarys_with_avx512(
+    threads: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = torch.randn(rows, 40), torch.randn(200, 40)
+    asked: list[int] = []
+    monkeypatch.setattr(F, "linear", lambda *_: asked.append(rows))
+    with threads_set(threads):
+        products.linear(x, weight, None)
+        assert not asked
+        monkeypatch.setattr(products, "_has_avx512", lambda: True)
+        products.linear(x, weight, None)
+        assert asked == [rows]
+
+
 @pytest.mark.parametrize("rows", [4, 100])
 @pytest.mark.parametrize("wants", ["x", "weight"])
 def test_gradients_go_through_the_plain_call(wants: str, rows: int) -> None:
@@ -125,6 +141,7 @@ def test_the_benchmark_runs(
 ) -> None:
     monkeypatch.setattr(benchmark, "SHAPES", {"small": (200, 40)})
     monkeypatch.setattr(benchmark, "FFN", ("FFN", (60, 40)))
+    monkeypatch.setattr(benchmark, "MEMORY", 1 << 16)
     benchmark.main(["--rows", "4", "--threads", "1"])
     out = capsys.readouterr().out
     assert "200 x 40" in out and "60 x 40" in out

@@ -306,8 +306,9 @@ class _StepRows:
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         narrow = self._narrow if is_last else None
-        # A hollow layer has slots of its own.
-        key = (layer.row_sets, layer.table if layer.hollow else None, narrow is not None)
+        # A hollow layer has slots of its own, which matter to those who look at them.
+        looks = layer.hollow and self._going_on(layer.attending, narrow).count
+        key = (layer.row_sets, layer.table if looks else None, narrow is not None)
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = self._make(layer, narrow)

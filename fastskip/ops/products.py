@@ -13,6 +13,7 @@ the first one leaves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from math import gcd
 
 import torch
@@ -28,6 +29,8 @@ LARGE, LARGE_FOR_ONE = 1 << 20, 1 << 15
 that take longer than a call does."""
 FEWEST, FEW = 16, 256
 """Rows up to which the weight is the first factor; in an FFN, of more than the fewest."""
+NOT_WITH_AVX512 = range(7, 9)
+"""Rows that several threads leave to the plain call there; one thread leaves all but two."""
 MANY = 2048
 """Rows from which on the product takes so long that nothing else shows."""
 SLICE = 1024
@@ -43,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = len(x)
     if rows == 1 and _is_ours(x, weight, LARGE_FOR_ONE):
         return _multiply_row(x, weight, bias)
-    if not (1 < rows < MANY and _is_ours(x, weight, LARGE)):
+    if not (1 < rows < MANY and _is_ours(x, weight, LARGE) and _is_quicker(rows)):
         return F.linear(x, weight, bias)
     if len(weight) <= SLICE and (rows > FEW or torch.get_num_threads() == 1):
         return F.linear(x, weight, bias)
@@ -56,7 +59,7 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
     """``down(activation(up(x)))``: ``[N, D] -> [N, D]``, contiguous."""
     rows = len(x)
     is_ours = all(_is_ours(x, each.weight, LARGE) for each in (up, down))
-    if not (FEWEST < rows <= FEW and is_ours):
+    if not (FEWEST < rows <= FEW and is_ours and _is_quicker(rows)):
         return linear(activate(linear(x, up.weight, up.bias), activation), down.weight, down.bias)
     columns = _filled(x).t()
     fed = empty((len(up.weight), columns.shape[1]), x.dtype, x.device)
@@ -66,6 +69,19 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
         fed += up.bias[:, None]
     inner = activate(fed.t(), activation)  # which keeps the order in memory
     return _sliced(_multiply_weight, inner, down.weight, down.bias, rows)
+
+
+def _is_quicker(rows: int) -> bool:
+    """Whether the other forms of several rows are: not everywhere with AVX-512, whose plain call
+    copies less."""
+    if not _has_avx512():
+        return True
+    return rows <= 2 if torch.get_num_threads() == 1 else rows not in NOT_WITH_AVX512
+
+
+@cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _is_ours(x: Tensor, weight: Tensor, fewest: int) -> bool:
@@ -125,6 +141,6 @@ def _multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 def _multiply_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Weight times the only row."""
     count = gcd(len(weight), PARTS)
-    parts, column = weight.unflatten(0, (count, -1)), x.t().expand(count, -1, 1)
-    product = torch.bmm(parts, column).view(1, -1)
+    parts = weight.view(count, -1, weight.shape[1])
+    product = torch.bmm(parts, x.t().expand(count, -1, 1)).view(1, -1)
     return product if bias is None else product.add_(bias)

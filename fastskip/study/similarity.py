@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, pad
 
 from fastskip.families import image_token_ids, text_model_of
 from fastskip.policy import TokenClass
@@ -101,7 +101,13 @@ def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor,
         own = torch.where(lives, CODES[TokenClass.GENERATED], PAD)
         ids, mask = out, torch.cat([mask, lives.to(mask.dtype)], 1)
         codes = torch.cat([codes, own], 1)
-    return codes.cpu(), {**inputs, "input_ids": ids, "attention_mask": mask}
+    more = ids.shape[1] - inputs["input_ids"].shape[1]
+    told = {
+        # what is said of each token, as which ones are an image's
+        name: pad(value, (0, more)) if value.shape == inputs["input_ids"].shape else value
+        for name, value in inputs.items()
+    }
+    return codes.cpu(), told | {"input_ids": ids, "attention_mask": mask}
 
 
 def _lives(new: Tensor, ends: int | Sequence[int] | None) -> Tensor:

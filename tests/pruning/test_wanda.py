@@ -16,11 +16,11 @@ from tests.batches import random_batch
 from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava, tiny_opt
 from tests.pruning.plain import blocks_of, linears_of, wanda_
 
-KINDS = (*LLAVA_KINDS, "llama", "opt")
+KINDS = (*LLAVA_KINDS, "qwen2_5_vl", "llama", "opt")
 
 
 def build(kind: str) -> Any:
-    if kind in LLAVA_KINDS:
+    if kind not in ("llama", "opt"):
         return tiny_llava(kind)  # type: ignore[arg-type]
     return tiny_llama() if kind == "llama" else tiny_opt()
 

@@ -125,8 +125,9 @@ def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, T
         own = {key: rows[index, real][None]}
         if not own[key].shape[1]:
             raise PruningError(where, f"sequence {index} is all padding", "real rows in each")
-        if positions is not None:
-            own["position_ids"] = positions[index % len(positions), real][None]
+        if positions is not None:  # [B, T], or [axes, B, T] in time, height and width
+            number = index % positions.shape[-2]
+            own["position_ids"] = positions[..., number : number + 1, real]
         yield own
 
 

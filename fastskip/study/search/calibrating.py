@@ -46,7 +46,8 @@ class _Batch:
     """Prompts and dense answers `[B, T]`, embedded; what is asked are the last `n` columns.
 
     `logs [B, n, V]`: the dense model's log probabilities; `told [B, n]`: its tokens;
-    `asked [B, n]`: which of them are part of an answer.
+    `asked [B, n]`: which of them are part of an answer; `axes [3, B, T]`: where rows stand, of a
+    model that tells time, height and width apart.
     """
 
     embeddings: Tensor
@@ -55,6 +56,7 @@ class _Batch:
     logs: Tensor
     told: Tensor
     asked: Tensor
+    axes: Tensor | None
 
 
 class Calibrator:
@@ -120,16 +122,19 @@ def _answered(model: Any, inputs: dict[str, Any], exam: Exam) -> _Batch:
     # The last token is asked for and never fed: what it would lead to is no part of the answer.
     whole = torch.cat([mask, asked[:, 1:].to(mask.dtype)], 1)
     codes = _codes(model, ids, inputs, told.shape[1] - 1)
-    embeddings = torch.cat(
-        [_embedded(model, inputs), model.get_input_embeddings()(told[:, :-1])], 1
-    )
+    prompts, axes = _embedded(model, inputs)
+    embeddings = torch.cat([prompts, model.get_input_embeddings()(told[:, :-1])], 1)
+    if axes is not None:  # prompts are padded on the left: answers follow on from the last column
+        later = torch.arange(1, told.shape[1], device=axes.device)
+        axes = torch.cat([axes, axes[:, :, -1:] + later], 2)
     empty = told.new_zeros(0, dtype=torch.float32)
-    batch = _Batch(embeddings, whole, codes, empty, told, asked)
+    batch = _Batch(embeddings, whole, codes, empty, told, asked, axes)
     return replace(batch, logs=_logs(model, batch))
 
 
-def _embedded(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Prompts `[B, P, D]` as the decoder reads them, image features in their places."""
+def _embedded(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Prompts `[B, P, D]` as the decoder reads them, image features in their places; and where
+    they stand in time, height and width, if the model asks."""
     seen: dict[str, Any] = {}
     hook = model.get_decoder().register_forward_pre_hook(
         lambda _, args, given: seen.update(given), with_kwargs=True
@@ -141,7 +146,10 @@ def _embedded(model: Any, inputs: dict[str, Any]) -> Tensor:
     found: Tensor | None = seen.get("inputs_embeds")
     if found is None:  # a text-only model's decoder embeds by itself
         found = model.get_input_embeddings()(inputs["input_ids"])
-    return found
+    positions: Tensor | None = seen.get("position_ids")
+    if positions is None or positions.ndim != 3:
+        return found, None
+    return found, positions[-3:]
 
 
 def _logs(model: Any, batch: _Batch) -> Tensor:
@@ -152,6 +160,7 @@ def _logs(model: Any, batch: _Batch) -> Tensor:
         token_classes=batch.codes,
         use_cache=False,
         logits_to_keep=batch.told.shape[1],
+        **({} if batch.axes is None else {"position_ids": batch.axes}),
     )
     return F.log_softmax(out.logits.float(), dim=-1)
 
