@@ -101,13 +101,13 @@ def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor,
         own = torch.where(lives, CODES[TokenClass.GENERATED], PAD)
         ids, mask = out, torch.cat([mask, lives.to(mask.dtype)], 1)
         codes = torch.cat([codes, own], 1)
-    more = ids.shape[1] - inputs["input_ids"].shape[1]
-    told = {
-        # what is said of each token, as which ones are an image's
-        name: pad(value, (0, more)) if value.shape == inputs["input_ids"].shape else value
+    # What is said of each token, as which ones are an image's.
+    said = {
+        name: pad(value, (0, ids.shape[1] - value.shape[1]))
         for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
     }
-    return codes.cpu(), told | {"input_ids": ids, "attention_mask": mask}
+    return codes.cpu(), {**inputs, **said, "input_ids": ids, "attention_mask": mask}
 
 
 def _lives(new: Tensor, ends: int | Sequence[int] | None) -> Tensor:

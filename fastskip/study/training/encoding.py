@@ -56,8 +56,9 @@ class Encoder:
             features = {"input_ids": ids}
         else:
             made = self._processed(example, text, special)
+            shape = made["input_ids"].shape
             features = {
-                name: value[0] if value.shape == made["input_ids"].shape else value
+                name: value[0] if getattr(value, "shape", None) == shape else value
                 for name, value in made.items()
                 if name not in ("attention_mask", "token_type_ids")
             }
