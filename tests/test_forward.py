@@ -1,13 +1,16 @@
 """What a prepared `forward` can be asked for: rows, states, losses, families, dtypes."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import fastskip
+from fastskip.decoder import attention
 from fastskip.families import text_model_of
+from fastskip.verification.cells import TEXT
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio, answer_labels
 from tests.batches import Batch, random_batch
@@ -65,6 +68,35 @@ def test_only_wanted_rows_pass_the_last_layer(trio: Trio, batch: Batch, name: st
             assert_within_budget(
                 f"logits_to_keep={keep}", logits, eager[:, columns], truth[:, columns], rows=rows
             )
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_sequences_that_are_alike(trio: Trio, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with their images in the same places attend together, wherever their rows lie."""
+    one = random_batch(trio.plain, seed=3, images=(2,), text=(6, 6))
+    ids = one.input_ids.repeat(3, 1)
+    words = torch.randint(1, 60, ids.shape, generator=torch.Generator().manual_seed(0))
+    batch = replace(
+        one,
+        input_ids=torch.where(one.token_classes == TEXT, words, ids),
+        attention_mask=one.attention_mask.repeat(3, 1),
+        token_classes=one.token_classes.repeat(3, 1),
+        images=one.images * 3,
+        image_counts=(2, 2, 2),
+    )
+    counts: list[int] = []
+
+    def merged(views: Any, *rest: Any) -> Any:
+        found = merge(views, *rest)
+        counts.append(len(found))
+        return found
+
+    merge = attention._merge
+    monkeypatch.setattr(attention, "_merge", merged)
+    trio.check_forward(POLICIES[name], batch)
+    is_plain = trio.prepared._fastskip.decoder.ops.fused is None
+    assert set(counts) == ({1} if is_plain else set())
+    trio.check_greedy(POLICIES[name], batch)
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -164,16 +164,35 @@ def _views(
 
 
 def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
-    """One view for all sequences where they are alike: as many rows and entries, in order."""
+    """One view for all sequences where they are alike: as many rows, which see the same slots.
+
+    Rows that lie in order need no copy then, and those that are gathered anyway no more of one;
+    whole runs that do not lie in order stay views of their own.
+    """
     if len(views) < 2 or len(views) != batch or total % batch:
         return views
-    first, each = views[0], total // batch
-    alike = [
-        _View(slice(n * each, (n + 1) * each), slice(n, n + 1), first.count, None, first.is_causal)
-        for n in range(batch)
-    ]
-    whole = _View(slice(0, total), slice(0, batch), first.count, None, first.is_causal)
-    return [whole] if views == alike else views
+    ordered = sorted(views, key=lambda view: view.sequences.start)
+    rows = [_ids(view.rows, total) for view in ordered]
+    first, ids = ordered[0], np.concatenate(rows)
+    if any(len(own) != total // batch for own in rows):
+        return views
+    if not all(_see_alike(first, view, n) for n, view in enumerate(ordered)):
+        return views
+    if np.array_equal(ids, np.arange(total)):
+        where: slice | Tensor = slice(0, total)
+    elif any(isinstance(view.rows, slice) for view in ordered):
+        return views
+    else:
+        where = torch.from_numpy(ids)
+    return [_View(where, slice(0, batch), first.count, first.visible, first.is_causal)]
+
+
+def _see_alike(first: _View, view: _View, sequence: int) -> bool:
+    """Whether the rows of a view, which should be of a sequence, see what those of the first do."""
+    one, other = first.visible, view.visible
+    is_same = one is other if one is None or other is None else torch.equal(one, other)
+    form = view.sequences.start, view.count, view.is_causal
+    return is_same and form == (sequence, first.count, first.is_causal)
 
 
 def _inverse(views: list[_View], total: int) -> Tensor | None:
