@@ -97,6 +97,14 @@ def test_padding_on_either_side(trio: Trio, name: str, use_cache: bool) -> None:
             assert torch.equal(together[index], alone[0]), padding
 
 
+def test_the_oracle_forgets_where_images_lay(trio: Trio) -> None:
+    batches = [random_batch(trio.plain, 5, images=(images,)) for images in (2, 0)]
+    with MaskedOracle(trio.plain, DENSE) as oracle:
+        found = [oracle.greedy(**batch.inputs(), max_new_tokens=NEW).tokens for batch in batches]
+    for batch, tokens in zip(batches, found, strict=True):
+        assert torch.equal(tokens, generate(trio.plain, batch, NEW))
+
+
 def test_alone_is_hugging_faces(trio: Trio) -> None:
     batch = random_batch(trio.plain, 5, images=(2,))
     given: list[dict[str, Any]] = [{}, {"assistant_model": trio.plain}, {"num_beams": 3}]

@@ -259,8 +259,9 @@ class MaskedOracle:
     def _see_embeddings(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._prompt_embeddings = kwargs.get("inputs_embeds")
         positions: Tensor | None = kwargs.get("position_ids")
-        if positions is not None:
-            self._prompt_axes = positions[-3:] if positions.ndim == 3 else None
+        self._prompt_axes = None
+        if positions is not None and positions.ndim == 3:
+            self._prompt_axes = positions[-3:]
 
     def _compute(
         self,
