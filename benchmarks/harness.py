@@ -125,9 +125,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
         return fastskip.set_policy(both.ours, policies[peer.name])
 
     def run(peer: Peer, threads: int, n_new: int = case.n_new) -> Run:
-        model = (
-            both.hf if peer.policy is None else fastskip.set_policy(both.ours, policies[peer.name])
-        )
+        model = both.hf if peer.policy is None else under(peer)
         with threads_set(threads):
             if case.device == "cpu":
                 run_once(model, _short_prompt(case.batch), WARM_TOKENS, case.device)
@@ -138,9 +136,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
 
     for peer in peers:
         if result.plans[peer.name].routed and peer.name not in result.failures:
-            with fastskip.record_routing(
-                fastskip.set_policy(both.ours, policies[peer.name])
-            ) as seen:
+            with fastskip.record_routing(under(peer)) as seen:
                 run(peer, THREADS[0])
             prompt, *steps = seen.forwards[-case.n_new :]
             result.rates[peer.name] = RoutingRecord([prompt]).rate, RoutingRecord(steps).rate

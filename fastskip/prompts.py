@@ -25,6 +25,7 @@ _IMAGES_ALONE = {
 
 
 _BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+"""Processors of families whose images stand between two tokens."""
 
 
 class PromptError(ValueError):

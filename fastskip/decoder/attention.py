@@ -172,12 +172,13 @@ def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
     if len(views) < 2 or len(views) != batch or total % batch:
         return views
     ordered = sorted(views, key=lambda view: view.sequences.start)
-    rows = [_ids(view.rows, total) for view in ordered]
-    first, ids = ordered[0], np.concatenate(rows)
-    if any(len(own) != total // batch for own in rows):
-        return views
+    first = ordered[0]
     if not all(_see_alike(first, view, n) for n, view in enumerate(ordered)):
         return views
+    rows = [_ids(view.rows, total) for view in ordered]
+    if any(len(own) != total // batch for own in rows):
+        return views
+    ids = np.concatenate(rows)
     if np.array_equal(ids, np.arange(total)):
         where: slice | Tensor = slice(0, total)
     elif any(isinstance(view.rows, slice) for view in ordered):

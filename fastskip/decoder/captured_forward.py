@@ -189,11 +189,7 @@ class CapturedForward:
         return out.clone() if out is self._out else out
 
     def _tabulate(self) -> Rotation | None:
-        """The tables of RoPE: of positions, or of the rows that stand in time, height and width."""
-        positions = self._layers.positions
-        if self._axes is None:
-            return positions.rotation(self._needed, self._h)
-        return positions.rotation_at(self._axes, self._needed, self._h)
+        return self._layers.positions.rotation(self._needed, self._h, self._axes)
 
     def _load(self, h: Tensor, cache: PagedCache) -> None:
         if self._axes is not None:

@@ -242,11 +242,8 @@ class FusedDecoder(Decoder):
         rows = ForwardRows(
             self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
         )
-        needed, axes = numbers.layout.positions_needed, numbers.layout.axes
-        if axes is None:
-            rotation = self.positions.rotation(needed, packed)
-        else:
-            rotation = self.positions.rotation_at(axes, needed, packed)
+        layout = numbers.layout
+        rotation = self.positions.rotation(layout.positions_needed, packed, layout.axes)
         store, steps = Store(rotation, cache.pages_of), self.plan.stages[stage]
         with span("decoder"):
             out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch, steps)

@@ -87,12 +87,9 @@ class Positions(Protocol):
     def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
         """Of all its rows, in the dtype and on the device of ``like``."""
 
-    def rotation(self, needed: int, like: Tensor) -> Rotation | None:
-        """Tables of at least ``needed`` positions as kernels read them; ``None`` without RoPE."""
-
-    def rotation_at(self, axes: Tensor, needed: int, like: Tensor) -> Rotation:
-        """Tables with a row for each one that stands at ``axes [3, N]`` of any device, below
-        ``needed``."""
+    def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
+        """Tables of at least ``needed`` positions as kernels read them, or with a row for each one
+        that stands at ``axes [3, N]`` of any device, below ``needed``; ``None`` without RoPE."""
 
 
 class RotaryPositions:
@@ -113,7 +110,7 @@ class RotaryPositions:
 
     @property
     def has_axes(self) -> bool:
-        return self._tables.sections is not None
+        return self._tables.axis is not None
 
     def refresh(self) -> object:
         rotary = self._text_model().rotary_emb
@@ -145,11 +142,11 @@ class RotaryPositions:
         angles = self._tables.at_axes(layout.axes, layout.positions_needed, like)
         return RotaryTurns(*angles, self._rotate)
 
-    def rotation(self, needed: int, like: Tensor) -> Rotation | None:
-        return Rotation(*self._tables.halves(needed, like))
-
-    def rotation_at(self, axes: Tensor, needed: int, like: Tensor) -> Rotation:
-        return Rotation(*self._tables.halves_at(axes, needed, like))
+    def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
+        tables = self._tables
+        if axes is None:
+            return Rotation(*tables.halves(needed, like))
+        return Rotation(*tables.halves_at(axes, needed, like))
 
 
 class LearnedPositions:
@@ -199,11 +196,8 @@ class LearnedPositions:
     def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
         return NoTurns()
 
-    def rotation(self, needed: int, like: Tensor) -> Rotation | None:
+    def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
         return None
-
-    def rotation_at(self, axes: Tensor, needed: int, like: Tensor) -> Rotation:
-        raise TypeError("axes: given to a model that does not turn")
 
 
 def positions_of(

@@ -17,8 +17,8 @@ class RotaryTable:
 
     Attributes:
         limit: how many positions there are; ``None``: as many as are wanted.
-        sections: how many frequencies turn by time, height and width, in turns (Qwen2-VL,
-            arXiv:2409.12191, section 2.1: M-RoPE); ``None``: all turn by one position.
+        axis: ``[K / 2]`` whether a frequency turns by time, height or width (Qwen2-VL,
+            arXiv:2409.12191, section 2.1: M-RoPE), host; ``None``: all turn by one position.
     """
 
     def __init__(self, rotary: Any) -> None:
@@ -31,7 +31,11 @@ class RotaryTable:
                 rotary(rotary.inv_freq, rotary.inv_freq.new_zeros(1, 1))
         # Kept alive, so that no other tensor gets its identity.
         self._frequencies = getattr(rotary, "inv_freq", None)
-        self.sections: Sequence[int] | None = getattr(rotary, "mrope_section", None)
+        sections: Sequence[int] | None = getattr(rotary, "mrope_section", None)
+        self.axis: Tensor | None = None
+        if sections is not None:  # so many frequencies by each of the three, in turns
+            numbers = torch.arange(len(sections)) % 3
+            self.axis = numbers.repeat_interleave(torch.tensor(sections))
         self._made_of = _facts_of(rotary)
         self._cosine: Tensor | None = None
         self._sine: Tensor | None = None
@@ -65,10 +69,8 @@ class RotaryTable:
 
     def halves_at(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[N, K / 2]`` of such rows, dense, as kernels read them."""
-        assert self.sections is not None
-        numbers = torch.arange(len(self.sections)) % len(axes)
-        axis = numbers.repeat_interleave(torch.tensor(self.sections))  # [K / 2]
-        index = axes.long()[axis.to(axes.device)].t().to(like.device)
+        assert self.axis is not None
+        index = axes.long()[self.axis.to(axes.device)].t().to(like.device)
         cosine, sine = self.halves(needed, like)
         return cosine.gather(0, index), sine.gather(0, index)
 
@@ -99,7 +101,7 @@ class RotaryTable:
         length = max(64, 1 << (needed - 1).bit_length())
         length = length if self.limit is None else min(length, self.limit)
         positions = torch.arange(length, device=like.device)[None]
-        if self.sections is not None:
+        if self.axis is not None:
             positions = positions.expand(3, 1, -1)  # the same in time, height and width
         with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             cosine, sine = self.rotary(like.detach(), positions)

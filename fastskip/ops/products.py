@@ -58,8 +58,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) -> Tensor:
     """``down(activation(up(x)))``: ``[N, D] -> [N, D]``, contiguous."""
     rows = len(x)
-    is_ours = all(_is_ours(x, each.weight, LARGE) for each in (up, down))
-    if not (FEWEST < rows <= FEW and is_ours and _is_quicker(rows)):
+    if not (
+        FEWEST < rows <= FEW
+        and _is_quicker(rows)
+        and _is_ours(x, up.weight, LARGE)
+        and _is_ours(x, down.weight, LARGE)
+    ):
         return linear(activate(linear(x, up.weight, up.bias), activation), down.weight, down.bias)
     columns = _filled(x).t()
     fed = empty((len(up.weight), columns.shape[1]), x.dtype, x.device)

@@ -160,7 +160,7 @@ def _logs(model: Any, batch: _Batch) -> Tensor:
         token_classes=batch.codes,
         use_cache=False,
         logits_to_keep=batch.told.shape[1],
-        **({} if batch.axes is None else {"position_ids": batch.axes}),
+        position_ids=batch.axes,
     )
     return F.log_softmax(out.logits.float(), dim=-1)
 

@@ -44,8 +44,9 @@ class Collator:
                 blank = torch.zeros_like(like[:, :1])
                 found = [blank if each is None else each for each in found]
             given = [each for each in found if each is not None]
-            ids = [each["input_ids"] for each in examples if each.get(name) is not None]
-            if all(map(_are_alike, given, ids)):  # of each token: which ones are an image's
+            pairs = zip(examples, found, strict=True)
+            if all(own is None or own.shape == e["input_ids"].shape for e, own in pairs):
+                # something of each token: which ones are an image's
                 batch[name] = self._padded(given, width, 0)
                 continue
             batch[name] = _joined(given, is_ragged=_BY_EXAMPLE in names or given[0].ndim > 4)
@@ -58,10 +59,6 @@ class Collator:
         return torch.stack(
             [pad(row, ends, value=fill) for row, ends in zip(rows, sides, strict=True)]
         )
-
-
-def _are_alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape
 
 
 def _joined(tensors: list[Tensor], *, is_ragged: bool) -> Tensor:
