@@ -61,8 +61,6 @@ CONTEXT = 1024
 """Entries of a sequence."""
 STEPS, SETS = 128, 2
 STEP_ROWS = (1, 16)
-AHEAD = 2048
-"""Bytes of each weight row that launches ask for ahead where they overlap."""
 CONFIGURED = ("BLOCK", "STAGES", "SPLITS", "FUSED")
 """How the names of block sizes begin."""
 
@@ -588,7 +586,7 @@ def record(slug: str) -> Iterator[Probed]:
 
 def record_overlapping(slug: str) -> Iterator[Probed]:
     """Launches of a 7B model's step of 1 and of 16 rows that overlap, under the table ``slug``."""
-    with tuning.table(slug), overlap.overlapping(AHEAD):
+    with tuning.table(slug), overlap.overlapping(True):
         for probe in PROBES:
             for rows in STEP_ROWS:
                 if probe.most is not None and rows > probe.most:

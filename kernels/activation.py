@@ -44,8 +44,8 @@ def _activate_kernel(
     BLOCK_F: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_real = column < F

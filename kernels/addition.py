@@ -33,8 +33,8 @@ def _add_rows_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     n = tl.program_id(0).to(tl.int64)
     row = n
     if index_ptr is not None:

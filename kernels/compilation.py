@@ -50,8 +50,7 @@ WAIT = re.compile(r"\bACQBULK\b")
 ACCESS = re.compile(
     r"\b(?:LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UTMALDG|UTMASTG|UBLKCP|UBLKRED|EXIT)\b"
 )
-"""Accesses to memory that others write, and the end of a program. Asking a line into the L2 cache
-is none."""
+"""Accesses to memory that others write, and the end of a program."""
 
 
 @dataclass(frozen=True)

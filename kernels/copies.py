@@ -45,8 +45,8 @@ def _copy_entries_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row = tl.program_id(0)
     from_slot = tl.load(from_slots_ptr + row)
     to_slot = tl.load(to_slots_ptr + row)

@@ -155,8 +155,8 @@ def _feed_kernel(
             None if weights.bias is None else weights.bias + part * weights_step.bias,
         )
         out_ptr += part * rows * F
-    if OVERLAP is not None:
-        overlap.begin_with(weights, rows_of(tile, F, IS_GATED, BLOCK_M), D, OVERLAP)
+    if OVERLAP:
+        overlap.wait()
 
     if runs_ptr is None:
         _feed_tile(

@@ -62,5 +62,5 @@ def width_of(blocks: dict[str, int], rows: int, tiles: int, *, is_guarded: bool)
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Numbers of programs worth timing: 1 to 8 for each of 132 multiprocessors."""
-    return [{"PROGRAMS": 132 * each} for each in (1, 2, 4, 8)]
+    """Numbers of programs worth timing: 1 to 16 for each of 132 multiprocessors."""
+    return [{"PROGRAMS": 132 * each} for each in (1, 2, 4, 8, 16)]

@@ -52,8 +52,8 @@ def _head_kernel(
     part = tl.program_id(1)
     v = part * BLOCK_M + tl.arange(0, BLOCK_M)
     owned = tl.minimum(v, V - 1)
-    if OVERLAP is not None:
-        overlap.begin_with(weights, owned, D, OVERLAP)
+    if OVERLAP:
+        overlap.wait()
     y = products.product(weights, owned, inputs, start, rows, D, NORM, BLOCK_N, BLOCK_E, STAGES)
     if weights.bias is not None:
         y += numerics.load(weights.bias + owned)[:, None]

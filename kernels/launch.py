@@ -93,8 +93,8 @@ def launch(
     """
     if not prod(grid):
         return
-    arguments |= overlap.arguments_of(kernel, is_guarded=bool(is_guarded))
-    if arguments.get("OVERLAP") is not None:
+    arguments |= overlap.arguments_of(kernel)
+    if arguments.get("OVERLAP"):
         options = {**options, "launch_pdl": True}
     account = _account.get()
     if account is not None:

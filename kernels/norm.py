@@ -42,8 +42,8 @@ def _normalize_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     out_row = tl.program_id(0).to(tl.int64)
     if count_ptr is not None:
         count = tl.load(count_ptr)

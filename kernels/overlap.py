@@ -1,18 +1,18 @@
-"""Launches that overlap: a kernel starts while the one before it ends (sm_90 and later).
+"""Launches that overlap: a kernel is set up while the one before it ends (sm_90 and later).
 
-CUDA's programmatic dependent launch. Once every program of a kernel has begun, the next kernel may
-take the multiprocessors that become free; its programs then wait until all work before them is
-complete and can be seen. So ramps and tails of a chain of short kernels lie over each other.
+CUDA's programmatic dependent launch. When all programs of a kernel have ended, those of the next
+one begin, while what was written is still on its way to where they see it; they wait for that.
 
-Two rules make it right, whatever a kernel computes: ``begin`` comes before the first access to
-memory, and no program ends without it (else the kernel after could pass the one before). What is
-done ahead of the wait reads nothing: lines of the weights are asked into the L2 cache, so that
-memory is busy while a kernel before, like the attention of a step, leaves it idle. A guarded launch
-asks for none, since its weights may not be needed. ``benchmarks.compile_gate`` checks the machine
-code for both rules.
+Two rules make it right, whatever a kernel computes: ``wait`` comes before the first access to
+memory, and no program ends without it (else the kernel after could pass the one before).
+``benchmarks.compile_gate`` checks the machine code for both.
 
-Kernels that take part have a last constant ``OVERLAP``, which ``launch`` gives: ``None`` for an
-ordinary launch, else the bytes of each weight row to ask for ahead.
+A kernel could let the next one begin earlier. On an H200 that costs a tenth of a step: programs
+that come while others still run go to the multiprocessors that are free just then, so that the next
+kernel's load is spread unevenly. Nor does it help to ask for the next weights ahead of their use:
+what is in the L2 cache already streams no faster to few rows than what comes from memory.
+
+Kernels that take part have a last constant ``OVERLAP``, which ``launch`` gives.
 """
 
 from __future__ import annotations
@@ -25,61 +25,25 @@ from typing import Any
 import triton
 import triton.language as tl
 
-LINE = tl.constexpr(128)
-"""Bytes that one thread asks for at once."""
-
-_WITH_WEIGHTS = frozenset({"weights", "first"})
-"""Arguments that weights come in; kernels without them are built once for all distances."""
-
-_ahead: ContextVar[int | None] = ContextVar("ahead", default=None)
+_overlaps: ContextVar[bool] = ContextVar("overlaps", default=False)
 
 
 @contextmanager
-def overlapping(ahead: int | None) -> Iterator[None]:
-    """Launches of this block overlap, as far as their kernels take part.
-
-    ``ahead``: bytes of each weight row to ask for before the wait; ``None`` is the ordinary launch.
-    """
-    token = _ahead.set(ahead)
+def overlapping(overlaps: bool) -> Iterator[None]:
+    """Whether launches of this block overlap, as far as their kernels take part."""
+    token = _overlaps.set(overlaps)
     try:
         yield
     finally:
-        _ahead.reset(token)
+        _overlaps.reset(token)
 
 
-def arguments_of(kernel: Any, *, is_guarded: bool) -> Mapping[str, Any]:
+def arguments_of(kernel: Any) -> Mapping[str, Any]:
     """What a kernel is told of it: its constant, if it has one."""
-    ahead = _ahead.get()
-    if "OVERLAP" not in kernel.arg_names:
-        return {}
-    asks = not is_guarded and not _WITH_WEIGHTS.isdisjoint(kernel.arg_names)
-    return {"OVERLAP": ahead if ahead is None or asks else 0}
+    return {"OVERLAP": _overlaps.get()} if "OVERLAP" in kernel.arg_names else {}
 
 
 @triton.jit
-def begin():
-    """Lets the next kernel start, then waits for all that was launched before."""
-    tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def begin_with(weights, m, E: tl.constexpr, AHEAD: tl.constexpr):
-    """``begin``, with the first ``AHEAD`` bytes of weight rows ``m [M]`` of ``E`` elements under
-    way to the L2 cache before the wait."""
-    tl.extra.cuda.gdc_launch_dependents()
-    SIZE: tl.constexpr = weights.weight.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = min(AHEAD, E * SIZE) // LINE
-    if LINES > 0:
-        # Powers of two are what a block of numbers has; some lines at the end are left out.
-        BLOCK: tl.constexpr = triton.next_power_of_2(LINES + 1) // 2
-        row = (weights.weight + m.to(tl.int64) * weights.stride).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [row[:, None] + tl.arange(0, BLOCK)[None] * LINE],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def wait():
+    """Waits for all that was launched before."""
     tl.extra.cuda.gdc_wait()

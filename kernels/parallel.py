@@ -188,10 +188,8 @@ def _project_append_feed_kernel(
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    if OVERLAP is not None:
-        _, is_feed, m = _whose(tl.program_id(1), F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
-        own_ptr = weights.weight + is_feed.to(tl.int64) * weight_distance
-        overlap.begin_with(products.Weights(own_ptr, weights.stride), m, D, OVERLAP)
+    if OVERLAP:
+        overlap.wait()
     if runs_ptr is None and feed_runs_ptr is None:
         _tile(
             tl.program_id(1),

@@ -291,9 +291,8 @@ def _project_append_kernel(
             heads.offset + part * heads_step.offset,
         )
         out_ptr += part * rows * (QUERIES * HEAD_DIM)
-    if OVERLAP is not None:
-        m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
-        overlap.begin_with(weights, m, D, OVERLAP)
+    if OVERLAP:
+        overlap.wait()
 
     if runs_ptr is None:
         _project_tile(

@@ -213,9 +213,8 @@ def _add_terms_kernel(
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    if OVERLAP is not None:
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        overlap.begin_with(first.weights, tl.minimum(m, M - 1), E, OVERLAP)
+    if OVERLAP:
+        overlap.wait()
     if runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
@@ -329,8 +328,8 @@ def _apply_terms_kernel(
     weight_ptr = first.weights.weight + part * step.weights.weight
     weights = products.Weights(weight_ptr, first.weights.stride)
     owned = tl.minimum(m, M - 1)
-    if OVERLAP is not None:
-        overlap.begin_with(weights, owned, E, OVERLAP)
+    if OVERLAP:
+        overlap.wait()
     total = _term(Addend(inputs, weights), owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
     if first.weights.bias is not None:
         total += numerics.load(first.weights.bias + part * step.weights.bias + owned)[:, None]

@@ -94,8 +94,8 @@ def _rotate_append_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     HALF: tl.constexpr = HEAD_DIM // 2
     row = tl.program_id(0).to(tl.int64)
     if runs_ptr is not None:

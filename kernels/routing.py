@@ -55,8 +55,8 @@ def _route_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     is_real = column < D
@@ -120,8 +120,8 @@ def _decide_kernel(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     is_own = tl.load(candidates_ptr + row, mask=row < rows, other=0) != 0
     position = tl.load(positions_ptr + row, mask=is_own, other=0)

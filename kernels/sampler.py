@@ -59,8 +59,8 @@ def _maxima_kernel(
     BLOCK_V: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = column < columns
@@ -121,8 +121,8 @@ def _finish_kernel(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     step = tl.load(step_ptr)
     for start in range(0, ROWS, BLOCK_B):
         row = start + tl.arange(0, BLOCK_B)
@@ -162,8 +162,8 @@ def _advance_kernel(
     BLOCK_S: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     inside = row < rows
     _advance_rows(
@@ -185,8 +185,8 @@ def _embed_kernel(
     BLOCK_D: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(tokens_ptr + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

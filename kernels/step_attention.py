@@ -115,8 +115,8 @@ def _attend_step_kernel(
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     lane, part, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     sequence = (lane // (GROUPS * CHUNKS)).to(tl.int64)
     # All programs of a sequence read the same, so either all of its splits arrive or none.
@@ -212,8 +212,8 @@ def _attend_step_combine_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP is not None:
-        overlap.begin()
+    if OVERLAP:
+        overlap.wait()
     if runs_ptr is not None and tl.load(runs_ptr + tl.program_id(0) // HEADS) == 0:
         return
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
@@ -326,15 +326,19 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     lanes = rows * groups * (1 if heads == groups else triton.cdiv(heads // groups, 64))
     found = []
     seen = set()
-    for programs in (132, 264, 528):
+    for programs in (132, 264, 528, 1056):
         wanted = {"PROGRAMS": programs, "BLOCK_S": 16}
         splits = splits_of(lanes, 1 << 20, wanted)
         if splits in seen:
             continue
         seen.add(splits)
         for block, stages, warps in (
+            (16, 2, 4),
             (16, 3, 4),
+            (16, 4, 4),
+            (16, 6, 4),
             (32, 2, 4),
+            (32, 3, 4),
             (32, 4, 4),
             (64, 2, 4),
             (64, 3, 8),

@@ -18,15 +18,13 @@ from benchmarks.gpu.routing import policy_of, router
 from benchmarks.peers import Peer
 from benchmarks.shapes import Models, prompts
 from fastskip import SkipPolicy
-from fastskip.ops.overlap import Overlap
 
-AHEAD = (0, 1024, 4096)
-"""Bytes of each weight row; the last is half a row of what is as wide as the residual stream."""
 ROUTED = "routed, 50%"
+ORDINARY, OVERLAPPING = "ordinary", "overlapping"
 
 
 def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) -> Values:
-    """Milliseconds a token of each policy, by what is asked for ahead.
+    """Milliseconds a token of each policy, of ordinary launches and of those that overlap.
 
     What gives other tokens than ordinary launches is not timed, and named among the faults.
     """
@@ -35,16 +33,13 @@ def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) 
     both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
     batch = min(batch, 2) if setting.is_tiny else batch
     inputs = prompts(both.hf, shape(widths, device), batch)
-    ways: list[Overlap | None] = [None]
-    if not setting.is_tiny:  # on a CPU there is nothing to overlap
-        ways += map(Overlap, AHEAD)
     contenders: dict[tuple[str, str], Contender] = {}
     faults: list[str] = []
     try:
         for name, policy in _policies(both, names):
             tokens = None
-            for way in ways:
-                own = _contender(both, name, policy, way)
+            for overlaps in (False, True):
+                own = _contender(both, name, policy, overlaps)
                 first_call(own, inputs, n_new, device)
                 assert own.tokens is not None
                 tokens = own.tokens if tokens is None else tokens
@@ -54,13 +49,13 @@ def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) 
                     faults.append(f"{own.peer.label}: tokens differ from those without")
         count = rounds(list(contenders.values()), inputs, n_new, setting)
     finally:
-        both.ours._fastskip.steps.overlap = None
+        both.ours._fastskip.steps.overlaps = True
     found: dict[str, dict[str, Any]] = {}
     for (name, way_name), own in contenders.items():
         if own.failure is not None:
             faults.append(own.failure)
             continue
-        seconds, plain = own.median("tpot"), contenders[name, "none"].median("tpot")
+        seconds, plain = own.median("tpot"), contenders[name, ORDINARY].median("tpot")
         if seconds is None or plain is None:
             continue  # nothing to hold it to
         found.setdefault(name, {})[way_name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
@@ -74,12 +69,13 @@ def _policies(both: Models, names: Sequence[str]) -> Iterator[tuple[str, SkipPol
         yield name, policy_of(router(0.5, "omit")) if name == ROUTED else known[name]
 
 
-def _contender(both: Models, name: str, policy: SkipPolicy, way: Overlap | None) -> Contender:
+def _contender(both: Models, name: str, policy: SkipPolicy, overlaps: bool) -> Contender:
     def select() -> Any:
-        both.ours._fastskip.steps.overlap = way
+        both.ours._fastskip.steps.overlaps = overlaps
         return fastskip.set_policy(both.ours, policy)
 
-    peer = Peer("none" if way is None else str(way.ahead), f"{name}, {way}", lambda depth: policy)
+    way = OVERLAPPING if overlaps else ORDINARY
+    peer = Peer(way, f"{name}, {way}", lambda depth: policy)
     return Contender(peer, fastskip.plan_of(select()), select)
 
 

@@ -63,6 +63,7 @@ def sample(
     scores: list[Tensor] | None = [] if keeps and config.output_scores else None
     raw: list[Tensor] | None = [] if keeps and config.output_logits else None
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    pad_id = _pad_of(config)  # now, since behind the prompt it would wait for that
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
     )
@@ -74,7 +75,6 @@ def sample(
     end = GreedyEnd.of(stopping_criteria)
     is_greedy = not (config.do_sample or logits_processor or scores is not None or raw is not None)
     if is_greedy and end is not None and isinstance(cache, PagedCache) and called is None:
-        pad_id = _pad_of(config)
         with on_host():
             input_ids = decode_greedily(
                 model, runtime, cache, input_ids, logits, end, pad=pad_id, streamer=streamer

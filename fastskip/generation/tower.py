@@ -31,12 +31,12 @@ Forward = Callable[..., Any]
 class TowerGraphs:
     """The graphs of one tower.
 
-    ``captures`` may be set at any time. It is off, since what it gains on a GPU has not been
-    measured yet: the cell ``graphs.tower.b1`` of the GPU protocol does.
+    ``captures`` may be set at any time; without, towers run as they are. On an H200 the first token
+    of a 7B model comes a fifth sooner with it (cell ``graphs.tower.b1`` of the GPU protocol).
     """
 
     def __init__(self) -> None:
-        self.captures = False
+        self.captures = True
         self._state: ModuleState | None = None
         self._is_capturable = False
         self._graphs: Recent[Hashable, TowerGraph] = Recent(KEPT)

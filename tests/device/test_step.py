@@ -25,7 +25,6 @@ from fastskip.generation.device_step import KEPT, DeviceStep, bucket
 from fastskip.generation.runtime import Runtime
 from fastskip.kernels import overlap
 from fastskip.ops.contracts import PAGE
-from fastskip.ops.overlap import Overlap
 from fastskip.ops.ranges import ranges
 from fastskip.verification.cells import GENERATED
 from tests.agreement import Trio, generate, greedy
@@ -490,35 +489,40 @@ def test_positions_ahead_of_columns(batch: Batch, do_sample: bool) -> None:
 def test_overlapping_is_for_steps_alone(
     trio: Trio, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is refused where there is none; set, all launches of a step see it, and nothing else."""
+    """Where the device can, all launches of a step see it, and nothing else does."""
     steps = runtime_of(trio.prepared).steps
     plain = generate(trio.prepared, batch, NEW)
-    steps.overlap = Overlap(ahead=256)
-    try:
-        with pytest.raises(ValueError, match="overlap: cpu; allowed: CUDA"):
-            generate(trio.prepared, batch, NEW)
-        seen = []
-        whole = FusedDecoder.run
+    seen = []
+    whole = FusedDecoder.run
 
-        def run(*arguments: Any, **options: Any) -> Any:
-            seen.append(("prompt", _ahead()))
-            return whole(*arguments, **options)
+    def run(*arguments: Any, **options: Any) -> Any:
+        seen.append(("prompt", _overlaps()))
+        return whole(*arguments, **options)
 
-        def layers(*arguments: Any, **options: Any) -> Tensor:
-            seen.append(("step", _ahead()))
-            return run_steps(*arguments, **options)
+    def layers(*arguments: Any, **options: Any) -> Tensor:
+        seen.append(("step", _overlaps()))
+        return run_steps(*arguments, **options)
 
-        monkeypatch.setattr(FusedDecoder, "run", run)
-        monkeypatch.setattr("fastskip.generation.device_step.run_steps", layers)
-        monkeypatch.setattr("fastskip.generation.device_step.check_overlap", lambda device: None)
+    monkeypatch.setattr(FusedDecoder, "run", run)
+    monkeypatch.setattr("fastskip.generation.device_step.run_steps", layers)
+    for can, overlaps in ((False, False), (True, True)):
+        monkeypatch.setattr(
+            "fastskip.generation.device_step.can_overlap", lambda device, can=can: can
+        )
+        seen.clear()
         assert torch.equal(generate(trio.prepared, batch, NEW), plain)
-        assert copy.deepcopy(steps).overlap == Overlap(256)
+        assert set(seen) == {("prompt", False), ("step", overlaps)}
+    steps.overlaps = False
+    try:
+        seen.clear()
+        generate(trio.prepared, batch, NEW)
+        assert not copy.deepcopy(steps).overlaps
     finally:
-        steps.overlap = None
-    assert set(seen) == {("prompt", None), ("step", 256)}
-    assert _ahead() is None
+        steps.overlaps = True
+    assert set(seen) == {("prompt", False), ("step", False)}
+    assert not _overlaps()
 
 
-def _ahead() -> int | None:
+def _overlaps() -> bool:
     """What launches are told at this moment."""
-    return overlap._ahead.get()
+    return overlap._overlaps.get()

@@ -23,7 +23,7 @@ from fastskip.kernels.compilation import build_of, compile_all, compile_build
 from fastskip.kernels.head import head_logits
 from fastskip.kernels.launch import launch, recording
 from fastskip.kernels.norm import normalize
-from fastskip.kernels.overlap import begin, overlapping
+from fastskip.kernels.overlap import overlapping, wait
 from fastskip.ops.contracts import Linear, Norm
 import triton
 import triton.language as tl
@@ -31,14 +31,14 @@ import triton.language as tl
 @triton.jit
 def _late_kernel(x_ptr, out_ptr, OVERLAP: tl.constexpr):
     x = tl.load(x_ptr)
-    begin()
+    wait()
     tl.store(out_ptr, x)
 
 @triton.jit
 def _leaving_kernel(x_ptr, out_ptr, n, OVERLAP: tl.constexpr):
     if tl.program_id(0) > n:
         return
-    begin()
+    wait()
     tl.store(out_ptr, tl.load(x_ptr))
 
 @triton.jit
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     tight = dataclasses.replace(tight, options={"num_warps": 4, "maxnreg": 32})
     builds = [build_of(launch, 90) for launch in (product, narrow, tight)]
     builds.append(build_of(product, 80))
-    with overlapping(512):
+    with overlapping(True):
         again = recorded(head_logits, blank(16, 256), None, Linear(blank(128, 256)), config=config)
         pair = dict(x_ptr=blank(16), out_ptr=blank(16))
         late = recorded(launch, _late_kernel, (1,), {}, **pair)

@@ -8,7 +8,7 @@ import torch
 from fastskip.kernels import launch, overlap
 from fastskip.kernels.launch import Launch
 from fastskip.launches import decode_launches
-from fastskip.ops.overlap import Overlap, check_overlap, overlapping
+from fastskip.ops.overlap import can_overlap, overlapping
 from fastskip.plan import ModelShape, make_plan
 from fastskip.policy import SkipPolicy
 from tests.policies import Policy, pair, parallel, policy_of, skip
@@ -36,8 +36,6 @@ POLICIES: dict[str, Policy] = {
     "similar, batch": routed(similarity("1:", threshold=0.9, group="batch")),
 }
 ROUTED = ("random", "similar, batch")
-ASKING = {"project_append", "project_append_feed", "feed", "add_terms", "apply_terms", "head"}
-"""Kernels that have weights."""
 
 
 @pytest.fixture
@@ -61,40 +59,26 @@ def step(policy: Policy, batch: int) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_kernel_of_a_step_takes_part(launches: list[Launch], name: str, batch: int) -> None:
     """One that does not is launched as ever, which is right, but nothing overlaps there."""
-    with overlapping(Overlap(ahead=512)):
+    with overlapping(True):
         step(POLICIES[name], batch)
     own = [each for each in launches if each.kernel is not None]
     assert own and all(each.options["launch_pdl"] is True for each in own)
-    for each in own:
-        # What a guarded launch would ask for may not be needed.
-        asks = each.name in ASKING and not each.is_guarded
-        assert each.arguments["OVERLAP"] == (512 if asks else 0), each.name
-    assert any(each.arguments["OVERLAP"] for each in own)
+    assert all(each.arguments["OVERLAP"] is True for each in own)
     assert any(each.is_guarded for each in own) == (name in ROUTED)
 
 
 def test_without_it_launches_are_ordinary(launches: list[Launch]) -> None:
-    with overlap.overlapping(0), overlap.overlapping(None):
+    with overlap.overlapping(True), overlap.overlapping(False), overlapping(False):
         step(POLICIES["random"], 1)
     step(POLICIES["dense"], 1)
     assert launches and not any("launch_pdl" in each.options for each in launches)
-    assert {each.arguments.get("OVERLAP") for each in launches} == {None}
+    assert {each.arguments.get("OVERLAP") for each in launches} == {False}
 
 
-def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ahead: -1 bytes; allowed: 0 and more"):
-        Overlap(-1)
-    with pytest.raises(ValueError, match=r"overlap: cpu; allowed: CUDA .* 9\.0 or later"):
-        check_overlap(torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("found", "is_fine"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+@pytest.mark.parametrize(("found", "can"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
 def test_it_takes_hopper(
-    monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], is_fine: bool
+    monkeypatch: pytest.MonkeyPatch, found: tuple[int, int], can: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
-    if is_fine:
-        check_overlap(torch.device("cuda"))
-    else:
-        with pytest.raises(ValueError, match=r"overlap: compute capability 8\.9"):
-            check_overlap(torch.device("cuda"))
+    assert can_overlap(torch.device("cuda")) is can
+    assert not can_overlap(torch.device("cpu"))
