@@ -466,6 +466,17 @@ PROBES = (
         ),
     ),
     Probe(
+        "linear_rows of the heads of chosen rows, counted on the device",
+        ("linear_rows",),
+        lambda m, n: row_gemm.linear_rows(
+            m.h(n),
+            m.project(n).linear,
+            out=m.entries(n).flatten(1),
+            out_index=numbers(n),
+            count=numbers(1),
+        ),
+    ),
+    Probe(
         "head_logits",
         ("head",),
         lambda m, n: head.head_logits(m.h(n), m.norm, m.lm_head()),

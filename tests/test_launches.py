@@ -148,12 +148,16 @@ def test_a_router_adds_nothing_to_a_step(router: dict[str, object], batch: int) 
     """Decisions ride in residual updates; what rows may skip is launched as in a dense step."""
     dense, own = decode(DENSE, batch), decode(routed(router), batch)
     extra = difference(own, dense)
+    # For many rows another kernel may be as quick, which reads no flags; it is one launch as well.
+    has_changed = "linear_rows" in extra
+    assert extra.pop("linear_rows", 0) + extra.pop("feed", 0) == 0
     # The trace of similarity begins before the layer below the first decision.
     begins_at_the_bottom = router["kind"] == "similarity" and router["layers"] == ODD
     assert extra == ({"route": 1} if begins_at_the_bottom else {})
     # No more programs, each for more tiles where there were many: those that leave cost time too.
     _, alone = own.by_kernel.get("route", (0, 0))
-    assert 0 < own.guarded_programs < own.programs - alone <= dense.programs
+    assert 0 < own.guarded_programs < own.programs - alone
+    assert own.programs - alone <= dense.programs or has_changed
     assert dense.guarded_programs == 0
 
 

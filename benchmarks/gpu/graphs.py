@@ -67,7 +67,7 @@ def tower(setting: Setting, widths: Widths, images: int) -> Values:
                 features[graphs.captures] = torch.stack(list(found)).clone()
         captured_ones = len(graphs)
     finally:
-        graphs.captures = True
+        graphs.captures = None
     if not captured_ones:
         raise RuntimeError("no graph was made, so nothing was compared")
     # Zero, unless libraries choose other algorithms in a capture.

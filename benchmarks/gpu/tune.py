@@ -100,21 +100,31 @@ def _tune_work(
 def _tune_kernels(
     setting: Setting, works: Sequence[Work], answered: Mapping[Question, Answer]
 ) -> dict[Question, Answer]:
-    """Tunes the kernels that a work launches as ``answered`` has it."""
+    """Tunes the kernels that a work launches as ``answered`` has it.
+
+    What a kernel asks may depend on how one before it was answered: blocks make partial results.
+    """
     found: dict[Question, Answer] = {}
-    for question, current in _asked(works[0], _configs(answered)).items():
-        configs = _candidates(question, current)
-        if question in answered or question.kernel in TABLES or not configs:
-            continue
-        configs = configs[:TINY_CANDIDATES] if setting.is_tiny else configs
+    while True:
         known = {**answered, **found}
+        asked = _asked(works[0], _configs(known))
+        open_ones = {
+            question: configs
+            for question, current in asked.items()
+            if question not in known and question.kernel not in TABLES
+            if (configs := _candidates(question, current))
+        }
+        if not open_ones:
+            return found
+        question, configs = next(iter(open_ones.items()))
+        current = asked[question]
+        configs = configs[:TINY_CANDIDATES] if setting.is_tiny else configs
         calls = [partial(_run, works[0], {**_configs(known), question: each}) for each in configs]
         compile_ahead(calls, setting.device)
         times, faults = _times(setting, works, known, question, configs)
         if not times:
             raise RuntimeError(f"{question}: nothing was timed: {faults[:1] or 'no time was left'}")
         found[question] = _best(times, current, len(configs), works[0], setting, faults)
-    return found
 
 
 def _times(

@@ -31,12 +31,12 @@ Forward = Callable[..., Any]
 class TowerGraphs:
     """The graphs of one tower.
 
-    ``captures`` may be set at any time; without, towers run as they are. On an H200 the first token
-    of a 7B model comes a fifth sooner with it (cell ``graphs.tower.b1`` of the GPU protocol).
+    ``captures`` may be set at any time; ``None``: on CUDA. On an H200 the first token of a 7B model
+    comes a fifth sooner with it (cell ``graphs.tower.b1`` of the GPU protocol).
     """
 
     def __init__(self) -> None:
-        self.captures = True
+        self.captures: bool | None = None
         self._state: ModuleState | None = None
         self._is_capturable = False
         self._graphs: Recent[Hashable, TowerGraph] = Recent(KEPT)
@@ -78,9 +78,11 @@ class TowerGraphs:
 
     def _call(self, pixels: Any, options: Mapping[str, Any]) -> Hashable:
         """What a graph has baked in of a call; ``None`` where it cannot be captured."""
-        if not self.captures or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return None
         if not isinstance(pixels, Tensor) or not 0 < len(pixels) <= MOST_IMAGES:
+            return None
+        if not (pixels.is_cuda if self.captures is None else self.captures):
             return None
         plain = {
             name: tuple(value) if isinstance(value, list) else value

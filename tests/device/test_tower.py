@@ -107,9 +107,11 @@ def test_few_are_kept() -> None:
     assert len(graphs_of(model)) == KEPT
 
 
-def test_off_unless_asked_for() -> None:
+@pytest.mark.parametrize("captures", [None, False])
+def test_off_where_there_is_no_gpu_or_so_wanted(captures: bool | None) -> None:
     plain = tiny_llava()
     model = fastskip.apply_(copy.deepcopy(plain), impl="torch")
+    graphs_of(model).captures = captures
     for _ in range(3):
         check(plain, model, batch_of(plain, 1))
     assert len(graphs_of(model)) == 0
