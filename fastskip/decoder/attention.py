@@ -41,11 +41,15 @@ class _View:
 
 
 class AttentionPattern:
-    """The views of one set of query rows over the layers of one entry table."""
+    """The views of one set of query rows over the layers of one entry table, or, in a step, over
+    any layer."""
 
-    def __init__(self, views: list[_View], order: Tensor | None) -> None:
-        """``order`` brings the views' outputs, one after the other, back into packed order."""
-        self._views, self._order = views, order
+    def __init__(self, views: list[_View] | None, order: Tensor | None, batch: int = 0) -> None:
+        """``order`` brings the views' outputs, one after the other, back into packed order.
+
+        ``views=None``: row ``b`` of ``batch`` is the last of sequence ``b`` and sees all its
+        entries, however many a layer has."""
+        self._views, self._order, self._batch = views, order, batch
 
     @classmethod
     def of(
@@ -64,16 +68,9 @@ class AttentionPattern:
         return cls(merged, _inverse(merged, len(columns)))
 
     @classmethod
-    def newest(cls, batch: int, layer: int, entries: Entries) -> AttentionPattern:
+    def newest(cls, batch: int) -> AttentionPattern:
         """For a decode step: row ``b`` is the last of sequence ``b`` and sees all its entries."""
-        counts = entries.counts(layer)
-        if len(set(counts)) == 1:
-            whole = slice(0, batch)
-            return cls([_View(whole, whole, counts[0], None, False)], None)
-        single = [slice(b, b + 1) for b in range(batch)]
-        return cls(
-            [_View(b, b, count, None, False) for b, count in zip(single, counts, strict=True)], None
-        )
+        return cls(None, None, batch)
 
     @classmethod
     def unimodal(
@@ -100,10 +97,11 @@ class AttentionPattern:
     ) -> Tensor:
         """``[n, H, K]`` queries, rotated -> ``[n, H * K]``."""
         outputs = []
-        for view in self._views:
+        views = self._newest(entries.counts(layer)) if self._views is None else self._views
+        for view in views:
             keys, values = entries.read(layer, view.sequences, view.count)
             alike = keys[0].shape[0]
-            q = queries if len(self._views) == 1 and self._order is None else queries[view.rows]
+            q = queries if len(views) == 1 and self._order is None else queries[view.rows]
             q = q.view(alike, -1, *q.shape[1:]).transpose(1, 2)
             visible = None if view.visible is None else view.visible.to(q.device)
             out = ops.attend(
@@ -113,13 +111,25 @@ class AttentionPattern:
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return packed if self._order is None else packed[self._order.to(packed.device)]
 
+    def _newest(self, counts: list[int]) -> list[_View]:
+        if len(set(counts)) == 1:
+            whole = slice(0, self._batch)
+            return [_View(whole, whole, counts[0], None, False)]
+        single = [slice(b, b + 1) for b in range(self._batch)]
+        return [_View(b, b, count, None, False) for b, count in zip(single, counts, strict=True)]
+
+
+def sees_all(layer: LayerPlan, layout: TokenLayout, count: int) -> bool:
+    """Whether so many query rows are one a sequence, in a step, that sees all of its entries."""
+    return layout.is_step and count == layout.batch and not layer.unimodal
+
 
 def pattern_of(
     layer: LayerPlan, layout: TokenLayout, queries: Rows, entries: Entries
 ) -> AttentionPattern:
     """What ``queries``, packed rows that attend in a layer, see there."""
-    if layout.is_step and queries.count == layout.batch and not layer.unimodal:
-        return AttentionPattern.newest(layout.batch, layer.index, entries)
+    if sees_all(layer, layout, queries.count):
+        return AttentionPattern.newest(layout.batch)
     sequences, columns = queries.take(layout.sequences), queries.take(layout.columns)
     if layer.unimodal:
         codes = queries.take(layout.codes)

@@ -78,14 +78,24 @@ class SlotMap:
         # The rows of each stage; layers of a stage index those.
         self.stages = [layout]
         self.held: dict[Table, Tensor] = {}
+        # By what ``hold`` was told: that, its columns, and how many each sequence has.
+        self._known: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
         self._counts: dict[Table, list[int]] = {}
         self._placements: dict[tuple[Table, int], tuple[Rows, Placement]] = {}
         self._columns: dict[tuple[Table, int], Tensor] = {}
 
     def hold(self, layer: int, held: Tensor) -> list[int]:
-        """Notes whose entries a hollow layer will hold; entries of each sequence by then."""
-        self.held[layer] = self._layout.unpack(held)
-        return self.counts(layer)
+        """Notes whose entries a hollow layer will hold; entries of each sequence by then.
+
+        ``held [N]`` may be the same tensor for many layers, for which it is looked at once.
+        """
+        known = self._known.get(id(held))
+        if known is None:
+            columns = self._layout.unpack(held)
+            known = self._known[id(held)] = held, columns, columns.sum(1).tolist()
+        _, self.held[layer], new = known
+        found = self._counts[layer] = list(map(add, self._cache.tables[layer].counts, new))
+        return found
 
     def counts(self, layer: int) -> list[int]:
         table = self._plan.layers[layer].table
@@ -121,8 +131,6 @@ class SlotMap:
 
     def _new(self, table: Table) -> list[int]:
         """New entries of each sequence."""
-        if isinstance(table, int):
-            return self.held[table].sum(1).tolist()
         return self._rows_of(table).counts(classes_of(table))
 
     def _rows_of(self, table: Table) -> TokenLayout:

@@ -8,7 +8,7 @@ static cell of a policy would treat it; only which rows those are is not known s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -36,23 +36,51 @@ FEW = 16
 StaticRows = Callable[[LayerPlan, bool], BlockRows]
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One rule at one point of a layer: the cells that it decides on, and the classes of these."""
+
+    number: int
+    cells: tuple[RoutedCell, ...]
+    classes: Classes
+
+
 class RoutedPlan:
     """What all forwards under a plan with routers ask of it: worked out once.
 
-    ``start``: the first layer whose input some router looks back to. ``rules``: the routed cells by
-    layer and point, and there by rule.
+    ``start``: the first layer whose input some router looks back to. ``questions``: what is decided
+    by layer and point.
     """
 
     def __init__(self, plan: SkipPlan, routers: Sequence[Router]) -> None:
         self.plan, self.routers = plan, routers
         self.start = trace_start(plan, routers)
-        self.rules: dict[tuple[int, Point], dict[int, list[RoutedCell]]] = {}
+        rules: dict[tuple[int, Point], dict[int, list[RoutedCell]]] = {}
         for cell in plan.routed:
             key = cell.layer, point_of(plan.layers[cell.layer], cell)
-            self.rules.setdefault(key, {}).setdefault(cell.number, []).append(cell)
+            rules.setdefault(key, {}).setdefault(cell.number, []).append(cell)
+        self.questions = {
+            key: [
+                Question(number, tuple(cells), frozenset(cell.token_class for cell in cells))
+                for number, cells in own.items()
+            ]
+            for key, own in rules.items()
+        }
+        self._even: dict[tuple[int, frozenset[int]], LayerPlan | None] = {}
 
     def is_of(self, plan: SkipPlan, routers: Sequence[Router]) -> bool:
         return self.plan is plan and self.routers is routers
+
+    def static_form(self, layer: int, skipping: frozenset[int]) -> LayerPlan | None:
+        """A layer as a static plan would have it where the rules ``skipping`` let all of their rows
+        skip; ``None`` if what is copied there depends on who left entries below."""
+        key = layer, skipping
+        if key not in self._even:
+            found = self.plan.layer_when(layer, skipping) if skipping else self.plan.layers[layer]
+            sources = {cell.kv_source for cell in found.cells.values()} - {None}
+            is_even = not any(self.plan.layers[source or 0].hollow for source in sources)
+            self._even[key] = found if is_even else None
+        return self._even[key]
 
 
 class RoutedRows:
@@ -74,8 +102,8 @@ class RoutedRows:
         lens: Lens | None = None,
         attended: Attended | None = None,
     ) -> None:
-        self._plan, self._routers, self._layout = routed.plan, routed.routers, layout
-        self._rules, self._start = routed.rules, routed.start
+        self._routed, self._plan, self._routers = routed, routed.plan, routed.routers
+        self._layout, self._start = layout, routed.start
         self._cache, self._entries, self._narrow, self._static = cache, entries, narrow, static
         self._lens, self._attended = lens, attended
         self._trace: RowTrace | None = None
@@ -90,6 +118,8 @@ class RoutedRows:
         self._codes = layout.codes.numpy()
         self._positions = layout.positions.tolist() if len(layout) <= FEW else []
         self._members: dict[Classes, Mask] = {}
+        # Masks of classes as tensors, which are told apart by being the same.
+        self._tensors: dict[Classes, Tensor] = {}
         self._held: dict[int, Mask] = {}
         self._skips: dict[tuple[int, Sublayer], Mask] = {}
         self._asked: dict[tuple[int, Sublayer], Mask] = {}
@@ -113,8 +143,8 @@ class RoutedRows:
         if self._start is not None:
             # Who runs the layer whole: what its class has to do there, unless a router takes some.
             self._ran = self._staying(self._of(layer.attending | layer.feeding))
-        for number, cells in self._rules.get((layer.index, Point.START), {}).items():
-            self._decide(number, cells, h, None)
+        for question in self._routed.questions.get((layer.index, Point.START), ()):
+            self._decide(question, h, None)
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         """What enters each part of a layer; to be called once a layer, after ``enter``."""
@@ -122,14 +152,14 @@ class RoutedRows:
             assert self._h is not None
             attending = torch.from_numpy(self._attending(layer))
             self._attended.inputs[layer.index] = self._h.detach().clone(), attending
-        late = self._rules.get((layer.index, Point.MIDDLE))
+        late = self._routed.questions.get((layer.index, Point.MIDDLE))
         narrow = self._narrow if is_last else None
         decide = partial(self._feed, layer, late, narrow) if late else None
         static = self._static_form(layer)
         if static is None:
             return self._make(layer, narrow, decide)
         if layer.hollow:
-            self._hold(layer, self._of(static.holding))
+            self._hold(layer, self._of(static.holding), self._tensor_of(static.holding))
         rows = self._static(static, is_last)
         if decide is None and not self._factors:
             return rows
@@ -148,12 +178,7 @@ class RoutedRows:
         """The layer as a static plan would have it; ``None`` where rows of a class differ."""
         if self._gone is not None or self._whole is None:
             return None
-        found = layer
-        if self._whole:
-            found = self._plan.layer_when(layer.index, frozenset(self._whole))
-        copies = (cell for cell in found.cells.values() if cell.kv_source is not None)
-        is_even = all(not self._plan.layers[cell.kv_source or 0].hollow for cell in copies)
-        return found if is_even else None
+        return self._routed.static_form(layer.index, frozenset(self._whole))
 
     def _make(
         self, layer: LayerPlan, narrow: Rows | None, decide: Callable[[Tensor], Rows] | None
@@ -164,7 +189,7 @@ class RoutedRows:
             held = attending | stored | raw
             for _, mask in copied:
                 held = held | mask
-            self._hold(layer, held)
+            self._hold(layer, held, torch.from_numpy(held))
         going_on, pattern = _rows(_taken(attending, narrow)), None
         if going_on.count:
             queries = going_on
@@ -192,9 +217,9 @@ class RoutedRows:
             factors=self._factors,
         )
 
-    def _hold(self, layer: LayerPlan, held: Mask) -> None:
+    def _hold(self, layer: LayerPlan, held: Mask, same: Tensor) -> None:
         self._held[layer.index] = held
-        self._entries.hold(layer.index, torch.from_numpy(held))
+        self._entries.hold(layer.index, same)
 
     def _attending(self, layer: LayerPlan) -> Mask:
         return self._running(layer, Sublayer.ATTENTION, layer.attending)
@@ -240,25 +265,27 @@ class RoutedRows:
         return leaves[SkippedKV.PROJECT], leaves[SkippedKV.HIDDEN], copied
 
     def _feed(
-        self, layer: LayerPlan, rules: dict[int, list[RoutedCell]], narrow: Rows | None, h: Tensor
+        self, layer: LayerPlan, questions: Sequence[Question], narrow: Rows | None, h: Tensor
     ) -> Rows:
         """The rows that run the FFN, decided on ``h`` as the attention leaves it."""
-        for number, cells in rules.items():
-            self._decide(number, cells, h, narrow)
+        for question in questions:
+            self._decide(question, h, narrow)
         return _rows(_taken(self._feeding(layer) & ~self._of(layer.beside), narrow))
 
-    def _decide(
-        self, number: int, cells: Sequence[RoutedCell], h: Tensor, narrow: Rows | None
-    ) -> None:
+    def _decide(self, question: Question, h: Tensor, narrow: Rows | None) -> None:
         """Asks one rule's router about its candidates among the rows of ``h``."""
+        number, cells = question.number, question.cells
         layer, skip, router = cells[0].layer, cells[0].skip, self._routers[number]
-        asked = self._staying(self._of(frozenset(cell.token_class for cell in cells)))
+        asked = self._staying(self._of(question.classes))
         # Not of those who put something around it.
         if narrow is None and len(asked) <= FEW and type(router) is ScoreRouter:
             trace = None if self._trace is None else self._trace.listed
             answers = router.decide_few(layer, self._positions, trace)
             if answers is not None:
-                self._take(number, cells, asked & np.array(answers), asked, Scope.SUBLAYER)
+                skipped = self._nobody
+                if any(answers):
+                    skipped = asked if all(answers) else asked & np.array(answers)
+                self._take(number, cells, skipped, asked, Scope.SUBLAYER)
                 return
         within = _rows(_taken(asked, narrow))
         if not within.count:
@@ -301,10 +328,10 @@ class RoutedRows:
         scope: Scope,
     ) -> None:
         """Notes an answer: who skips, among whom."""
-        count = int(np.count_nonzero(skipped))
-        if count not in (0, int(np.count_nonzero(asked))):
+        does_any = skipped is not self._nobody and bool(skipped.any())
+        if does_any and skipped is not asked and not np.array_equal(skipped, asked):
             self._whole = None
-        elif count and self._whole is not None:
+        elif does_any and self._whole is not None and bool(asked.any()):
             self._whole.add(number)
         for sublayer in cells[0].skip:
             key = cells[0].layer, sublayer
@@ -312,7 +339,7 @@ class RoutedRows:
             self._asked[key] = self._asked[key] | asked if key in self._asked else asked
         if self._start is not None:
             self._ran = self._ran & ~skipped
-        if scope is Scope.REST and count:
+        if scope is Scope.REST and does_any:
             kv = cells[0].rule.kv or SkippedKV.PROJECT
             self._exiting[kv] = self._exiting.get(kv, self._nobody) | skipped
 
@@ -332,6 +359,13 @@ class RoutedRows:
                 (Sublayer.FFN, layer.feeding),
             ):
                 self._skips[index, sublayer] = gone & self._of(classes)
+
+    def _tensor_of(self, classes: Classes) -> Tensor:
+        """``_of`` as a tensor, the same one each time."""
+        found = self._tensors.get(classes)
+        if found is None:
+            found = self._tensors[classes] = torch.from_numpy(self._of(classes))
+        return found
 
     def _of(self, classes: Classes) -> Mask:
         found = self._members.get(classes)

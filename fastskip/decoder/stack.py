@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.anatomy import has_hooks, hooks_of, is_transformers_own
-from fastskip.decoder.attention import pattern_of
+from fastskip.decoder.attention import pattern_of, sees_all
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
@@ -306,8 +306,9 @@ class _StepRows:
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         narrow = self._narrow if is_last else None
-        # A hollow layer has slots of its own, which matter to those who look at them.
-        looks = layer.hollow and self._going_on(layer.attending, narrow).count
+        # A hollow layer has slots of its own, which matter to those who look at some of them.
+        count = self._going_on(layer.attending, narrow).count if layer.hollow else 0
+        looks = count and not sees_all(layer, self._layout, count)
         key = (layer.row_sets, layer.table if looks else None, narrow is not None)
         found = self._made.get(key)
         if found is None:

@@ -109,6 +109,7 @@ def settle(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -
 
 
 @functools.cache
+@functools.lru_cache(1024)
 def rounded(bar: float) -> float:
     """The bar in fp32."""
     return torch.tensor(bar, dtype=torch.float32).item()
