@@ -133,7 +133,7 @@ class RoutedRows:
             if self._trace is None:
                 self._trace = RowTrace(h)
             else:
-                self._trace.move(h, torch.from_numpy(self._ran))
+                self._trace.move(h, self._ran)
         self._h, self._whole = h, set()
         if self._exiting:
             self._let_go()

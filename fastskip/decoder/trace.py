@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskip.ops.fused_routes import measure
@@ -71,17 +73,16 @@ class RowTrace:
             self._listed = self.found.tolist()
         return self._listed
 
-    def move(self, h: Tensor, ran: Tensor) -> None:
+    def move(self, h: Tensor, ran: NDArray[np.bool_]) -> None:
         """The layer is left: ``h`` is its output, and what the next one begins with.
 
-        ``ran [N]`` bool, host: rows that ran it whole.
+        ``ran [N]``: rows that ran it whole.
         """
-        h, count = h.detach(), int(ran.count_nonzero())
-        if count:
+        h = h.detach()
+        if ran.any():
             found = measure(self._snapshot, h)
-            is_all = count == len(h)
-            self.found = (
-                found if is_all else torch.where(ran.to(h.device)[:, None], found, self.found)
-            )
-            self._listed = None
+            if not ran.all():
+                own = torch.from_numpy(ran).to(h.device)[:, None]
+                found = torch.where(own, found, self.found)
+            self.found, self._listed = found, None
         self._snapshot.copy_(h)
