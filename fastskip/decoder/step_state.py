@@ -21,7 +21,7 @@ from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import PagePool
 from fastskip.decoder.riding import Part, riding
 from fastskip.layer_plan import Cell, Table
-from fastskip.ops.allocate import empty
+from fastskip.ops.allocate import copy_over, empty
 from fastskip.ops.contracts import PAGE, Choice, Pages, Rotation, StepReach, Targets
 from fastskip.ops.routes import Route
 from fastskip.plan import LayerPlan, SkipPlan
@@ -147,7 +147,8 @@ class StepState:
             self.routes.reset()
 
     def load(self, cache: PagedCache, tokens: Tensor, stops: Sequence[int]) -> None:
-        """Takes over a cache whose newest tokens ``[B]`` are to be fed next."""
+        """Takes over a cache whose newest tokens ``[B]`` are to be fed next, without waiting for
+        what the device has to do."""
         self.unload()
         self.is_loaded = True
         batch, choice = len(tokens), self.choice
@@ -157,13 +158,13 @@ class StepState:
         # Of hollow layers these are too many; the device knows.
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
         positions[:batch] = cache.next_places()
-        choice.counts.copy_(counts)
+        copy_over(counts, choice.counts)
         for number, key in enumerate(self._sets):
             if key in cache.device_counts:
                 choice.counts[number, :batch] = cache.device_counts[key]
-        choice.positions.copy_(positions)
+        copy_over(positions, choice.positions)
         padded = [*stops, *[-1] * (self.shape.stops - len(stops))]
-        choice.stops.copy_(torch.tensor(padded, dtype=torch.int64))
+        copy_over(torch.tensor(padded, dtype=torch.int64), choice.stops)
         choice.tokens[:batch] = tokens
         choice.unfinished.zero_()
         choice.unfinished[:batch] = ~torch.isin(tokens, choice.stops)
@@ -193,7 +194,7 @@ class StepState:
         host = torch.full(table.shape, spare, dtype=torch.int64)
         for sequence, row in enumerate(rows):
             host[sequence, : len(row)] = torch.tensor(row[: table.shape[1]])
-        table.copy_(host)
+        copy_over(host, table)
 
     def _idle_pool(self, key: Table) -> PagePool:
         shape = self.plan.shape

@@ -23,6 +23,12 @@ def given_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if present is None else (present.shape[0], present.shape[1])
 
 
+def host_ids(inputs: Mapping[str, Any]) -> Tensor | None:
+    """``input_ids [B, T]`` on the host, where something is to fill placeholders among them."""
+    ids = inputs.get("input_ids")
+    return ids.cpu() if isinstance(ids, Tensor) and _has_features(inputs) else None
+
+
 def classify(
     plan: SkipPlan,
     config: Any,

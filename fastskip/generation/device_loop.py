@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,12 +168,9 @@ def decode_greedily(
     batch, most = input_ids.shape[0], end.columns - input_ids.shape[1]
     first = torch.argmax(logits, dim=-1)
     stops = torch.tensor(end.stops, dtype=first.dtype, device=first.device)
-    tokens, goes_on = _Mail(first, ~torch.isin(first, stops)).open()
-    if streamer is not None:
-        streamer.put(tokens)
-    if not goes_on or most <= 1:
-        return torch.cat((input_ids, first[:, None]), dim=1)
-    step = runtime.steps.take(
+    mail = _Mail(first, ~torch.isin(first, stops))
+    find = partial(
+        runtime.steps.find,
         model,
         runtime.fused_decoder,
         cache,
@@ -181,7 +179,19 @@ def decode_greedily(
         pad=pad,
         chooses=True,
     )
-    step.state.load(cache, first, end.stops)
+    # While the prompt runs; but nobody waits for the first token until a step is captured.
+    step = find() if most > 1 else None
+    if step is not None:
+        step.state.load(cache, first, end.stops)
+    tokens, goes_on = mail.open()
+    if streamer is not None:
+        streamer.put(tokens)
+    if not goes_on or most <= 1:
+        return torch.cat((input_ids, first[:, None]), dim=1)
+    if step is None:
+        step = find(makes=True)
+        assert step is not None
+        step.state.load(cache, first, end.stops)
     choice, positions = step.state.choice, runtime.decoder.positions
     next_one = int(cache.next_places().max())
     steps = min(most - 1, positions.room(next_one))

@@ -166,6 +166,32 @@ class DeviceSteps:
 
         Batch and columns are rounded up, so that a few steps serve all calls.
         """
+        found = self.find(
+            model,
+            decoder,
+            cache,
+            columns=columns,
+            stops=stops,
+            pad=pad,
+            chooses=chooses,
+            makes=True,
+        )
+        assert found is not None
+        return found
+
+    def find(
+        self,
+        model: Any,
+        decoder: FusedDecoder,
+        cache: PagedCache,
+        *,
+        columns: int,
+        stops: int = 0,
+        pad: int = 0,
+        chooses: bool,
+        makes: bool = False,
+    ) -> DeviceStep | None:
+        """``take``, of what there is already; ``makes``: or else is made."""
         # All that a graph has baked in.
         around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
         version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
@@ -188,7 +214,7 @@ class DeviceSteps:
         overlaps = self.overlaps and bodies is None and can_overlap(decoder.anchor.device)
         key = (shape, positions, chooses, bodies is not None, overlaps, self._depth)
         step = self._steps.get(key)
-        if step is None:
+        if step is None and makes:
             self._steps.make_room(key)
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.
             with torch.inference_mode(False), torch.no_grad():

@@ -3,9 +3,9 @@
 A prepared model's class is a subclass made from the checkpoint's class, with its name. It differs
 in few places: the text model's ``forward`` runs our decoder; the outer ``forward`` tells it the
 class of each column and which logits are read; ``generate`` runs our loop for greedy decoding and
-sampling; on a GPU the vision tower may run as a graph. This file and ``loop.py`` are the only ones
-that touch private Hugging Face names (``_sample``, ``_prefill``,
-``_prepare_cache_for_generation``).
+sampling; on a GPU the vision tower runs as a graph, and where its features go is worked out
+meanwhile. This file and ``loop.py`` are the only ones that touch private Hugging Face names
+(``_sample``, ``_prefill``, ``_prepare_cache_for_generation``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fastskip.families import (
     tower_of,
 )
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
+from fastskip.generation.classes import host_ids
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
@@ -39,7 +40,7 @@ from fastskip.generation.refusals import (
 )
 from fastskip.generation.runtime import Runtime
 from fastskip.generation.saving import save, write_policy
-from fastskip.ops.allocate import on_host
+from fastskip.ops.allocate import on_host, to_device
 from fastskip.routing import RouterError
 from fastskip.sparse.checkpoint import write_sparse
 from fastskip.sparse.convert import sparse_matrices
@@ -169,6 +170,32 @@ class PreparedBackbone(_Prepared):
         inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
         return self._fastskip_origin[0].forward(self, **inputs)
 
+    def get_placeholder_mask(
+        self: Any, input_ids: Any, inputs_embeds: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's, worked out on the host.
+
+        It compares numbers of placeholders and features, for which the host would wait until the
+        vision tower is done, instead of working out meanwhile where rows lie.
+        """
+        find = self._fastskip_origin[0].get_placeholder_mask
+        known = None if self._fastskip is None else self._runtime.ids
+        if known is None or known[0] is not input_ids:
+            return find(self, input_ids, inputs_embeds, *args, **kwargs)
+        with on_host():
+            like = torch.empty(()).expand(inputs_embeds.shape)
+            found = find(self, known[1], like, *args, **kwargs)
+        if isinstance(found, tuple):
+            return tuple(_mask_on(inputs_embeds.device, mask) for mask in found)
+        return _mask_on(inputs_embeds.device, found)
+
+
+def _mask_on(device: torch.device, mask: Tensor) -> Tensor:
+    """A mask of columns, ``[B, T]`` or ``[B, T, D]`` with equal elements, on a device, which is not
+    waited for."""
+    columns = mask if mask.ndim < 3 else mask[..., :1]
+    return to_device(columns.contiguous(), device).expand(mask.shape)
+
 
 class PreparedTower(_Prepared):
     """The vision tower: Hugging Face's forward, inside ``generate`` perhaps as a graph."""
@@ -192,13 +219,19 @@ class PreparedModel(_Prepared):
         with runtime.lock:
             runtime.decoder.lens = _lens_of(self)
             with on_host():
-                inputs["token_classes"] = classes_of(self.config, runtime, inputs)
+                given, ids = inputs.get("input_ids"), host_ids(inputs)
+                known = inputs if ids is None else {**inputs, "input_ids": ids}
+                inputs["token_classes"] = classes_of(self.config, runtime, known)
                 # Read on the host: now, since later that would wait for the vision tower.
                 for name in ("attention_mask", "position_ids"):
                     if isinstance(inputs.get(name), Tensor):
                         inputs[name] = inputs[name].cpu()
                 inputs["kept_columns"] = kept_columns(runtime, inputs)
-            return self._fastskip_origin[0].forward(self, **inputs)
+            before, runtime.ids = runtime.ids, None if ids is None else (given, ids)
+            try:
+                return self._fastskip_origin[0].forward(self, **inputs)
+            finally:
+                runtime.ids = before
 
     @takes_old_name
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
+from torch import Tensor
+
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_stack import FusedDecoder
@@ -48,6 +50,8 @@ class Runtime:
         self.steps = DeviceSteps()
         self.tower = TowerGraphs()
         self.session: Session | None = None
+        # Of the forward that runs: its ids as they were given, and the same on the host.
+        self.ids: tuple[Tensor, Tensor] | None = None
         self.lock = RLock()
 
     @property

@@ -16,9 +16,10 @@ from transformers import (
 
 import fastskip
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.step_state import StepState
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import AHEAD
-from fastskip.generation.device_step import DeviceStep
+from fastskip.generation.device_step import DeviceStep, DeviceSteps
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
 from tests.agreement import greedy
@@ -135,6 +136,32 @@ def test_tokens_are_put_as_they_arrive(models: Twins, launches: list[DeviceStep]
     models.ours.generate(**models.inputs, max_new_tokens=NEW, streamer=Counter())
     # Prompt, first token, and then one a step, while one more is under way.
     assert counts == [0, 0, *(min(AHEAD + step, NEW - 1) for step in range(NEW - 1))]
+
+
+def test_a_step_that_is_there_is_loaded_while_the_prompt_runs(
+    models: Twins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first one is made after the first token, which would have to wait for its capture."""
+    events: list[str] = []
+    load = StepState.load
+
+    def note(*arguments: Any) -> None:
+        events.append("load")
+        load(*arguments)
+
+    class Noting(Recorder):
+        def put(self, value: Tensor) -> None:
+            events.append("put")
+
+    monkeypatch.setattr(StepState, "load", note)
+    monkeypatch.setattr(models.ours._fastskip, "steps", DeviceSteps())
+    for expected in (["put", "put", "load"], ["put", "load", "put"]):
+        events.clear()
+        models.ours.generate(**models.inputs, max_new_tokens=NEW, streamer=Noting())
+        assert events[:3] == expected and events.count("load") == 1
+    events.clear()
+    models.ours.generate(**models.inputs, max_new_tokens=1, streamer=Noting())
+    assert events == ["put", "put"]
 
 
 def test_second_turn(models: Twins) -> None:
