@@ -61,6 +61,11 @@ CONTEXT = 1024
 """Entries of a sequence."""
 STEPS, SETS = 128, 2
 STEP_ROWS = (1, 16)
+LONG = {
+    **{"BLOCK_M": 8, "BLOCK_N": 1, "BLOCK_E": 256, "STAGES": 4},
+    **{"LONG": 264, "num_warps": 4},
+}
+"""One of the configurations of few programs that go through many tiles, which no table has yet."""
 CONFIGURED = ("BLOCK", "STAGES", "SPLITS", "FUSED")
 """How the names of block sizes begin."""
 
@@ -350,6 +355,12 @@ PROBES = (
         most=64,
     ),
     Probe(
+        "project_append, long programs",
+        ("project_append",),
+        lambda m, n: projection.project_append(m.h(n), [m.project(n)], config=LONG),
+        most=1,
+    ),
+    Probe(
         "project_append of a pair of indexed rows",
         ("project_append",),
         lambda m, n: projection.project_append(
@@ -372,6 +383,12 @@ PROBES = (
         most=16,
     ),
     Probe("feed", ("feed",), lambda m, n: feed.feed(m.h(n), [m.up()]), most=64),
+    Probe(
+        "feed, long programs",
+        ("feed",),
+        lambda m, n: feed.feed(m.h(n), [m.up()], config=LONG),
+        most=1,
+    ),
     Probe(
         "feed of a pair with changes",
         ("feed",),
@@ -481,6 +498,12 @@ PROBES = (
         ("head",),
         lambda m, n: head.head_logits(m.h(n), m.norm, m.lm_head()),
         most=64,
+    ),
+    Probe(
+        "head_choose, long programs",
+        ("head",),
+        lambda m, n: head.head_choose(m.h(n), m.norm, m.lm_head(), m.choice(n), config=LONG),
+        most=1,
     ),
     Probe(
         "head_choose",

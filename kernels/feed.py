@@ -8,6 +8,7 @@
 owns ``BLOCK_M`` weight rows: gate rows and the up rows that belong to them, one after the other.
 Grid ``(n / BLOCK_N, parts * weight rows / BLOCK_M)``, where a pair of blocks makes two parts;
 programs that share weights are neighbours. Tables: kernel ``feed``, shape ``(weight rows, D)``.
+``LONG`` in a configuration: as many programs instead, tile after tile (``operands.share_out``).
 
 With flags (``guards``) the rows that run are computed, and nothing where there are none. Grid then
 ``(n / BLOCK_N, PROGRAMS)``, tile after tile.
@@ -31,6 +32,7 @@ from fastskip.kernels.operands import (
     kind_of,
     product_candidates,
     rows_read,
+    share_out,
     weights_of,
     weights_step,
 )
@@ -138,6 +140,7 @@ def _feed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_LONG: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
@@ -158,7 +161,30 @@ def _feed_kernel(
     if OVERLAP:
         overlap.wait()
 
-    if runs_ptr is None:
+    TILES: tl.constexpr = tiles_of(F, IS_GATED, BLOCK_M)
+    if runs_ptr is None and IS_LONG:
+        for number in tl.range(tile, TILES, tl.num_programs(1), flatten=True):
+            _feed_tile(
+                number,
+                start,
+                n,
+                n < rows,
+                part,
+                inputs,
+                inputs_step,
+                weights,
+                out_ptr,
+                rows,
+                D,
+                F,
+                IS_GATED,
+                NORM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_E,
+                STAGES,
+            )
+    elif runs_ptr is None:
         _feed_tile(
             tile,
             start,
@@ -180,7 +206,6 @@ def _feed_kernel(
             STAGES,
         )
     else:
-        TILES: tl.constexpr = tiles_of(F, IS_GATED, BLOCK_M)
         does = guards.flagged(runs_ptr, n, rows)
         begin = tl.where(guards.some(does), 0, TILES)
         for number in tl.range(begin + tile, TILES, tl.num_programs(1), disable_licm=True):
@@ -247,6 +272,8 @@ def feed(
     is_apart = bool(blocks.pop("NORM_APART", False))
     tiles = parts * triton.cdiv(shape[0], blocks["BLOCK_M"])
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
+    may_be_long = parts == 1 and not is_guarded
+    programs, is_long = share_out(blocks, tiles, programs, may_be_long=may_be_long)
     out = empty((parts, rows, width), h.dtype, h.device)
     x = rows_read(h, [each.norm for each in feeds], index=index, changes=changes, is_apart=is_apart)
     launch(
@@ -266,6 +293,7 @@ def feed(
         IS_GATED=feeds[0].activation is Activation.GATED_SILU,
         PARTS=parts,
         NORM=x.form,
+        IS_LONG=is_long,
         **blocks,
     )
     return list(out)
@@ -273,7 +301,7 @@ def feed(
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing."""
-    return product_candidates(rows)
+    return product_candidates(rows, may_be_long=True)
 
 
 def _kind(part: Feed) -> Hashable:

@@ -9,6 +9,7 @@ writes the logits, or the best of each program's ``BLOCK_M`` logits as a ranked 
 is ranked are the rounded logits, so the choice is that of ``choose(head_logits(..))``. The loops
 are those of ``products``; ``NORM_APART`` in a configuration gives the norm a launch of its own.
 Tables: kernel ``head``, shape ``(V, D)``.
+``LONG`` in a configuration: as many programs instead, tile after tile (``operands.share_out``).
 """
 
 from __future__ import annotations
@@ -24,10 +25,53 @@ from torch import Tensor
 from fastskip.kernels import numerics, overlap, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
-from fastskip.kernels.operands import blocks_for, product_candidates, rows_read, weights_of
+from fastskip.kernels.operands import (
+    blocks_for,
+    product_candidates,
+    rows_read,
+    share_out,
+    weights_of,
+)
 from fastskip.kernels.sampler import finish, ranked
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, Linear, Norm
+
+
+@triton.jit
+def _head_tile(
+    part,
+    start,
+    inputs,
+    weights,
+    logits_ptr,
+    partials_ptr,
+    stride_ln,
+    stride_pn,
+    rows,
+    V: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The logits of ``BLOCK_M`` tokens, and the best of them."""
+    v = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    owned = tl.minimum(v, V - 1)
+    y = products.product(weights, owned, inputs, start, rows, D, NORM, BLOCK_N, BLOCK_E, STAGES)
+    if weights.bias is not None:
+        y += numerics.load(weights.bias + owned)[:, None]
+    n = start + tl.arange(0, BLOCK_N)
+    if logits_ptr is not None:
+        place_ptr = logits_ptr + n.to(tl.int64)[None] * stride_ln + v[:, None]
+        numerics.store(place_ptr, y, (v < V)[:, None] & (n < rows)[None])
+    if partials_ptr is not None:
+        logit = numerics.round_to(y, weights.weight.dtype.element_ty).to(tl.float32)
+        # What lies outside has the larger index, so it loses against every logit.
+        logit = tl.where((v < V)[:, None], logit, float("-inf"))
+        best = tl.max(ranked(logit, v[:, None]), 0)
+        tl.store(partials_ptr + n.to(tl.int64) * stride_pn + part, best, mask=n < rows)
 
 
 @triton.jit
@@ -46,27 +90,52 @@ def _head_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_LONG: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
-    v = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    owned = tl.minimum(v, V - 1)
     if OVERLAP:
         overlap.wait()
-    y = products.product(weights, owned, inputs, start, rows, D, NORM, BLOCK_N, BLOCK_E, STAGES)
-    if weights.bias is not None:
-        y += numerics.load(weights.bias + owned)[:, None]
-    n = start + tl.arange(0, BLOCK_N)
-    if logits_ptr is not None:
-        place_ptr = logits_ptr + n.to(tl.int64)[None] * stride_ln + v[:, None]
-        numerics.store(place_ptr, y, (v < V)[:, None] & (n < rows)[None])
-    if partials_ptr is not None:
-        logit = numerics.round_to(y, weights.weight.dtype.element_ty).to(tl.float32)
-        # What lies outside has the larger index, so it loses against every logit.
-        logit = tl.where((v < V)[:, None], logit, float("-inf"))
-        best = tl.max(ranked(logit, v[:, None]), 0)
-        tl.store(partials_ptr + n.to(tl.int64) * stride_pn + part, best, mask=n < rows)
+    if IS_LONG:
+        for number in tl.range(part, tl.cdiv(V, BLOCK_M), tl.num_programs(1), flatten=True):
+            _head_tile(
+                number,
+                start,
+                inputs,
+                weights,
+                logits_ptr,
+                partials_ptr,
+                stride_ln,
+                stride_pn,
+                rows,
+                V,
+                D,
+                NORM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_E,
+                STAGES,
+            )
+    else:
+        _head_tile(
+            part,
+            start,
+            inputs,
+            weights,
+            logits_ptr,
+            partials_ptr,
+            stride_ln,
+            stride_pn,
+            rows,
+            V,
+            D,
+            NORM,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+        )
 
 
 def head_logits(
@@ -99,7 +168,7 @@ def head_choose(
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing; ``shape`` as in the tables."""
-    return product_candidates(rows)
+    return product_candidates(rows, may_be_long=True)
 
 
 def _launch_head(
@@ -119,9 +188,10 @@ def _launch_head(
     x = rows_read(h, norms, index=None, is_apart=is_apart)
     parts = triton.cdiv(columns, blocks["BLOCK_M"])
     partials = empty((rows, parts), torch.int64, h.device) if does_rank else None
+    programs, is_long = share_out(blocks, parts, parts, may_be_long=True)
     launch(
         _head_kernel,
-        (triton.cdiv(rows, blocks["BLOCK_N"]), parts),
+        (triton.cdiv(rows, blocks["BLOCK_N"]), programs),
         options,
         inputs=x.first,
         weights=weights_of(head),
@@ -133,6 +203,7 @@ def _launch_head(
         V=columns,
         D=width,
         NORM=x.form,
+        IS_LONG=is_long,
         **blocks,
     )
     return partials

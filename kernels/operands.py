@@ -50,6 +50,21 @@ def blocks_for(
     return {**blocks, "BLOCK_E": max(16, width)}, options
 
 
+def share_out(
+    blocks: dict[str, int], tiles: int, programs: int, *, may_be_long: bool
+) -> tuple[int, bool]:
+    """How many programs ``tiles`` of a product get, and whether they are long: as many as fill the
+    multiprocessors once, each with several tiles, whose loads go on from one to the next.
+
+    ``programs``: how many there are if not. ``LONG``, how many long ones, is taken out of
+    ``blocks``.
+    """
+    long = blocks.pop("LONG", None)
+    if long is None or not may_be_long or long >= tiles:
+        return programs, False
+    return long, True
+
+
 def rows_read(
     h: Tensor,
     norms: Sequence[Norm],
@@ -130,11 +145,12 @@ def weights_step(linears: Sequence[Linear]) -> products.Weights:
     return products.Weights(distance(weight), 0, distance(bias))
 
 
-def product_candidates(rows: int) -> list[dict[str, int]]:
+def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str, int]]:
     """Configurations worth timing for a product of few rows: bytes in flight against launch width.
 
     In the streaming form a tile is 2 to 32 KB, pipelined through shared memory or, with one stage,
-    held by many small programs. In the tensor form WGMMA (64 weight rows and more) stands against
+    held by many small programs; ``may_be_long``: or by few that go through many (``share_out``).
+    In the tensor form WGMMA (64 weight rows and more) stands against
     narrower tiles, and the norm in the product against one of its own.
     """
     found = []
@@ -145,6 +161,11 @@ def product_candidates(rows: int) -> list[dict[str, int]]:
             for m, e, stages, warps in _STREAM_TILES
             # An accumulator a row: no more than 64 registers of them.
             if m * e * block <= 64 * 32 * warps
+        ]
+        found += [
+            {**_blocks(m, block, e, stages, warps), "LONG": programs}
+            for m, e, stages, warps in (_LONG_TILES if may_be_long and rows == 1 else ())
+            for programs in (264, 396, 528)
         ]
     if rows > 1:
         block = min(64, max(16, triton.next_power_of_2(rows)))
@@ -204,6 +225,12 @@ _STREAM_TILES = (
     (64, 128, 3, 4),
     (64, 128, 4, 4),
     (64, 128, 4, 8),
+)
+_LONG_TILES = (
+    (8, 256, 4, 4),
+    (8, 256, 6, 4),
+    (8, 512, 4, 4),
+    (16, 256, 4, 4),
 )
 _TENSOR_TILES = (
     (16, 256, 4, 4),

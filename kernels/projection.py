@@ -12,6 +12,7 @@ A program owns ``BLOCK_M / 2`` pairs ``(i, i + K/2)``, counted through all heads
 dim fits any block. Grid ``(n / BLOCK_N, parts * pairs / (BLOCK_M / 2))``, where a pair of blocks
 makes two parts; programs that share weights are neighbours, so that all but one find them in the
 L2 cache. Tables: kernel ``project_append``, shape ``((H + 2G) * K, D)``.
+``LONG`` in a configuration: as many programs instead, tile after tile (``operands.share_out``).
 
 With flags (``guards``) there are queries of the rows that run, and entries of these or of all rows;
 tiles that no row needs are left out. Grid then ``(n / BLOCK_N, PROGRAMS)``, tile after tile.
@@ -35,6 +36,7 @@ from fastskip.kernels.operands import (
     kind_of,
     product_candidates,
     rows_read,
+    share_out,
     weights_of,
     weights_step,
 )
@@ -262,6 +264,7 @@ def _project_append_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_LONG: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
@@ -294,7 +297,34 @@ def _project_append_kernel(
     if OVERLAP:
         overlap.wait()
 
-    if runs_ptr is None:
+    if runs_ptr is None and IS_LONG:
+        PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * (HEAD_DIM // 2)
+        TILES: tl.constexpr = tl.cdiv(PAIRS, BLOCK_M // 2)
+        for number in tl.range(tile, TILES, tl.num_programs(1), flatten=True):
+            _project_tile(
+                number,
+                start,
+                n,
+                n < rows,
+                n < rows,
+                part,
+                inputs,
+                inputs_step,
+                weights,
+                heads,
+                out_ptr,
+                rows,
+                D,
+                QUERIES,
+                GROUPS,
+                HEAD_DIM,
+                NORM,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_E,
+                STAGES,
+            )
+    elif runs_ptr is None:
         _project_tile(
             tile,
             start,
@@ -381,6 +411,8 @@ def project_append(
     out = empty((parts, rows, queries, size), h.dtype, h.device)
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
+    may_be_long = parts == 1 and not is_guarded
+    width, is_long = share_out(blocks, tiles, width, may_be_long=may_be_long)
     x = rows_read(h, [each.norm for each in projections], index=index, is_apart=is_apart)
     launch(
         _project_append_kernel,
@@ -400,6 +432,7 @@ def project_append(
         PARTS=parts,
         LEAVES_ALL=chosen is None or first.leaves_all,
         NORM=x.form,
+        IS_LONG=is_long,
         **blocks,
     )
     return list(out)
@@ -434,7 +467,7 @@ def head_arguments(projection: Projection) -> dict[str, Any]:
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing."""
-    return product_candidates(rows)
+    return product_candidates(rows, may_be_long=True)
 
 
 def _steps(first: Heads, last: Heads) -> Heads:

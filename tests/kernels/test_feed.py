@@ -367,5 +367,6 @@ def test_parallel_table(rows: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 33, 64, 100])
 def test_candidates(rows: int) -> None:
-    assert 8 <= len(candidates(rows, (22016, 4096))) <= 48
-    assert candidates(rows, (1, 1)) == parallel.candidates(rows, (1, 1))
+    own = candidates(rows, (22016, 4096))
+    assert 8 <= len(own) <= 72
+    assert [each for each in own if "LONG" not in each] == parallel.candidates(rows, (1, 1))
