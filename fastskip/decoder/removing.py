@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastskip.decoder.layer import Block
 from fastskip.decoder.positions import Turns
+from fastskip.ops.allocate import to_device
 from fastskip.ops.routes import draw, mixed
 from fastskip.plan import SkipPlan
 from fastskip.policy import Ranking, RemovalRule, Sublayer, TokenClass
@@ -111,7 +112,7 @@ class RowsLeft:
         self._choices = self._choose(rule)
         if rule.keep.by is Ranking.ATTENTION and self._choices:
             last = torch.tensor([choice.last for choice in self._choices])
-            self._entering = h.detach()[last.to(h.device)]
+            self._entering = h.detach()[to_device(last, h.device)]
 
     def remove(self, layer: int, h: Tensor) -> Tensor:
         """Rows ``[N, D]`` stand behind a layer: those that stay after it, ``[n, D]``."""
@@ -145,7 +146,7 @@ class RowsLeft:
         if self._ids is None:
             return h
         ids, rows = zip(*self._gone, (self._ids, h), strict=True)
-        return torch.cat(rows)[torch.argsort(torch.cat(ids)).to(h.device)]
+        return torch.cat(rows)[to_device(torch.argsort(torch.cat(ids)), h.device)]
 
     def decisions(self, plan: SkipPlan) -> Decisions:
         """Who left, by column: in every layer after a removal all whom it sent away."""
@@ -165,10 +166,10 @@ class RowsLeft:
         ids = torch.arange(len(gone)) if self._ids is None else self._ids
         if self._keeps_gone:
             away = gone.nonzero().squeeze(1)
-            self._gone.append((ids[away], h[away.to(h.device)]))
+            self._gone.append((ids[away], h[to_device(away, h.device)]))
         self._ids = ids[stay]
         self.rotation = self.rotation.take(Rows(stay, len(stay)))
-        return h[stay.to(h.device)]
+        return h[to_device(stay, h.device)]
 
     def _choose(self, rule: RemovalRule) -> list[_Choice]:
         layout = self.layout
@@ -217,7 +218,7 @@ class RowsLeft:
         keys = self._entries.keys(layer, sequence, count)
         weights = attention_weights(self._blocks[layer], entering, self._at(choice.last), keys)
         spots = torch.searchsorted(columns[:count], layout.columns[choice.candidates])
-        return weights.mean(0)[spots.to(weights.device)]
+        return weights.mean(0)[to_device(spots, weights.device)]
 
     def _to_attend(self, layer: int, h: Tensor, choice: _Choice) -> Tensor:
         """The same of a layer that has not run yet, by its projections of the rows as they are."""
@@ -225,7 +226,7 @@ class RowsLeft:
         sequence, last = int(layout.sequences[choice.last]), layout.columns[choice.last]
         seen = (layout.sequences == sequence) & (layout.columns <= last)
         rows = (seen & member(layout.codes, block.plan.projecting)).nonzero().squeeze(1)
-        x = block.products.attention_norm(h[rows.to(h.device)])
+        x = block.products.attention_norm(h[to_device(rows, h.device)])
         keys, _ = block.products.keys_values(x)
         keys = self.rotation.take(Rows(rows, len(rows))).turn(keys).transpose(0, 1)
         past = self._entries.past(layer, sequence)
@@ -235,7 +236,7 @@ class RowsLeft:
         weights = attention_weights(block, row, self._at(choice.last), every).mean(0)
         where = torch.empty(len(layout), dtype=torch.int64)
         where[rows] = torch.arange(len(rows))
-        return weights[(before + where[choice.candidates]).to(weights.device)]
+        return weights[to_device(before + where[choice.candidates], weights.device)]
 
     def _at(self, row: int) -> Turns:
         return self.rotation.take(Rows(slice(row, row + 1), 1))
