@@ -161,30 +161,7 @@ def _feed_kernel(
     if OVERLAP:
         overlap.wait()
 
-    TILES: tl.constexpr = tiles_of(F, IS_GATED, BLOCK_M)
-    if runs_ptr is None and IS_LONG:
-        for number in tl.range(tile, TILES, tl.num_programs(1), flatten=True):
-            _feed_tile(
-                number,
-                start,
-                n,
-                n < rows,
-                part,
-                inputs,
-                inputs_step,
-                weights,
-                out_ptr,
-                rows,
-                D,
-                F,
-                IS_GATED,
-                NORM,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_E,
-                STAGES,
-            )
-    elif runs_ptr is None:
+    if runs_ptr is None and not IS_LONG:
         _feed_tile(
             tile,
             start,
@@ -206,9 +183,12 @@ def _feed_kernel(
             STAGES,
         )
     else:
+        TILES: tl.constexpr = tiles_of(F, IS_GATED, BLOCK_M)
         does = guards.flagged(runs_ptr, n, rows)
         begin = tl.where(guards.some(does), 0, TILES)
-        for number in tl.range(begin + tile, TILES, tl.num_programs(1), disable_licm=True):
+        for number in tl.range(
+            begin + tile, TILES, tl.num_programs(1), disable_licm=not IS_LONG, flatten=IS_LONG
+        ):
             _feed_tile(
                 number,
                 start,

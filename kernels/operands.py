@@ -150,8 +150,8 @@ def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str
 
     In the streaming form a tile is 2 to 32 KB, pipelined through shared memory or, with one stage,
     held by many small programs; ``may_be_long``: or by few that go through many (``share_out``).
-    In the tensor form WGMMA (64 weight rows and more) stands against
-    narrower tiles, and the norm in the product against one of its own.
+    In the tensor form WGMMA (64 weight rows and more) stands against narrower tiles, and the norm
+    in the product against one of its own.
     """
     found = []
     if rows <= 4:

@@ -297,34 +297,7 @@ def _project_append_kernel(
     if OVERLAP:
         overlap.wait()
 
-    if runs_ptr is None and IS_LONG:
-        PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * (HEAD_DIM // 2)
-        TILES: tl.constexpr = tl.cdiv(PAIRS, BLOCK_M // 2)
-        for number in tl.range(tile, TILES, tl.num_programs(1), flatten=True):
-            _project_tile(
-                number,
-                start,
-                n,
-                n < rows,
-                n < rows,
-                part,
-                inputs,
-                inputs_step,
-                weights,
-                heads,
-                out_ptr,
-                rows,
-                D,
-                QUERIES,
-                GROUPS,
-                HEAD_DIM,
-                NORM,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_E,
-                STAGES,
-            )
-    elif runs_ptr is None:
+    if runs_ptr is None and not IS_LONG:
         _project_tile(
             tile,
             start,
@@ -352,7 +325,9 @@ def _project_append_kernel(
         begin, end, asks, leaves = chosen_tiles(
             runs_ptr, n, rows, QUERIES, GROUPS, HEAD_DIM, LEAVES_ALL, BLOCK_M
         )
-        for number in tl.range(begin + tile, end, tl.num_programs(1), disable_licm=True):
+        for number in tl.range(
+            begin + tile, end, tl.num_programs(1), disable_licm=not IS_LONG, flatten=IS_LONG
+        ):
             _project_tile(
                 number,
                 start,

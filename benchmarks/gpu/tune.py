@@ -108,16 +108,16 @@ def _tune_kernels(
     while True:
         known = {**answered, **found}
         asked = _asked(works[0], _configs(known))
-        open_ones = {
-            question: configs
+        open_ones = (
+            (question, current, configs)
             for question, current in asked.items()
             if question not in known and question.kernel not in TABLES
             if (configs := _candidates(question, current))
-        }
-        if not open_ones:
+        )
+        first = next(open_ones, None)
+        if first is None:
             return found
-        question, configs = next(iter(open_ones.items()))
-        current = asked[question]
+        question, current, configs = first
         configs = configs[:TINY_CANDIDATES] if setting.is_tiny else configs
         calls = [partial(_run, works[0], {**_configs(known), question: each}) for each in configs]
         compile_ahead(calls, setting.device)

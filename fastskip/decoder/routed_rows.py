@@ -76,10 +76,13 @@ class RoutedPlan:
         skip; ``None`` if what is copied there depends on who left entries below."""
         key = layer, skipping
         if key not in self._even:
-            found = self.plan.layer_when(layer, skipping) if skipping else self.plan.layers[layer]
-            sources = {cell.kv_source for cell in found.cells.values()} - {None}
-            is_even = not any(self.plan.layers[source or 0].hollow for source in sources)
-            self._even[key] = found if is_even else None
+            found = self.plan.layer_when(layer, skipping)
+            is_uneven = any(
+                self.plan.layers[cell.kv_source].hollow
+                for cell in found.cells.values()
+                if cell.kv_source is not None
+            )
+            self._even[key] = None if is_uneven else found
         return self._even[key]
 
 
@@ -159,7 +162,7 @@ class RoutedRows:
         if static is None:
             return self._make(layer, narrow, decide)
         if layer.hollow:
-            self._hold(layer, self._of(static.holding), self._tensor_of(static.holding))
+            self._hold(layer, self._tensor_of(static.holding))
         rows = self._static(static, is_last)
         if decide is None and not self._factors:
             return rows
@@ -189,7 +192,7 @@ class RoutedRows:
             held = attending | stored | raw
             for _, mask in copied:
                 held = held | mask
-            self._hold(layer, held, torch.from_numpy(held))
+            self._hold(layer, torch.from_numpy(held))
         going_on, pattern = _rows(_taken(attending, narrow)), None
         if going_on.count:
             queries = going_on
@@ -217,9 +220,9 @@ class RoutedRows:
             factors=self._factors,
         )
 
-    def _hold(self, layer: LayerPlan, held: Mask, same: Tensor) -> None:
-        self._held[layer.index] = held
-        self._entries.hold(layer.index, same)
+    def _hold(self, layer: LayerPlan, held: Tensor) -> None:
+        self._held[layer.index] = held.numpy()
+        self._entries.hold(layer.index, held)
 
     def _attending(self, layer: LayerPlan) -> Mask:
         return self._running(layer, Sublayer.ATTENTION, layer.attending)
@@ -331,7 +334,7 @@ class RoutedRows:
         does_any = skipped is not self._nobody and bool(skipped.any())
         if does_any and skipped is not asked and not np.array_equal(skipped, asked):
             self._whole = None
-        elif does_any and self._whole is not None and bool(asked.any()):
+        elif does_any and self._whole is not None:
             self._whole.add(number)
         for sublayer in cells[0].skip:
             key = cells[0].layer, sublayer

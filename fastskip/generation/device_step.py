@@ -151,31 +151,9 @@ class DeviceSteps:
                         step.state.unload()
             self._depth -= 1
 
-    def take(
-        self,
-        model: Any,
-        decoder: FusedDecoder,
-        cache: PagedCache,
-        *,
-        columns: int,
-        stops: int = 0,
-        pad: int = 0,
-        chooses: bool,
-    ) -> DeviceStep:
-        """The step for the cache's batch and up to ``columns`` columns in all.
-
-        Batch and columns are rounded up, so that a few steps serve all calls.
-        """
-        found = self.find(
-            model,
-            decoder,
-            cache,
-            columns=columns,
-            stops=stops,
-            pad=pad,
-            chooses=chooses,
-            makes=True,
-        )
+    def take(self, *asked: Any, **options: Any) -> DeviceStep:
+        """``find``, or else made."""
+        found = self.find(*asked, **options, makes=True)
         assert found is not None
         return found
 
@@ -191,7 +169,11 @@ class DeviceSteps:
         chooses: bool,
         makes: bool = False,
     ) -> DeviceStep | None:
-        """``take``, of what there is already; ``makes``: or else is made."""
+        """The step for the cache's batch and up to ``columns`` columns in all, if there is one;
+        ``makes``: or else it is made.
+
+        Batch and columns are rounded up, so that a few steps serve all calls.
+        """
         # All that a graph has baked in.
         around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
         version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
