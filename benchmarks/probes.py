@@ -53,7 +53,7 @@ from fastskip.ops.contracts import (
     Targets,
     Term,
 )
-from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Trace, Verdict
+from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Trace, Verdict
 
 MANY = 640
 """Rows of a bucket without bound: a prompt of one image."""
@@ -269,6 +269,15 @@ PROBES = (
         lambda m, n: rotary.rotate_append(m.entries(n), m.project(n), runs=numbers(n)),
     ),
     Probe(
+        "rotate_append of compacted rows",
+        ("rotate_append",),
+        lambda m, n: rotary.rotate_append(
+            m.entries(n),
+            replace(m.project(n), leaves_all=False),
+            chosen=Chosen(numbers(n), numbers(n), numbers(1), n),
+        ),
+    ),
+    Probe(
         "rotate_append of heads with norms",
         ("rotate_append",),
         lambda m, n: rotary.rotate_append(m.entries(n), m.project(n, has_norms=True)),
@@ -282,6 +291,11 @@ PROBES = (
         "add_rows",
         ("add_rows",),
         lambda m, n: addition.add_rows_(m.h(2 * n), m.h(n), index=numbers(n)),
+    ),
+    Probe(
+        "add_rows, counted on the device",
+        ("add_rows",),
+        lambda m, n: addition.add_rows_(m.h(2 * n), m.h(n), index=numbers(n), count=numbers(1)),
     ),
     Probe(
         "copy_entries",
@@ -345,6 +359,11 @@ PROBES = (
         also=(1, 4, 16),
     ),
     Probe("compact", ("compact",), lambda m, n: compaction.compact(numbers(n, dtype=torch.bool))),
+    Probe(
+        "compact for a SWITCH node",
+        ("compact",),
+        lambda m, n: compaction.compact(numbers(n), switch=Switch(16, 64)),
+    ),
     Probe(
         "project_append",
         ("project_append",),

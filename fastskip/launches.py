@@ -40,7 +40,9 @@ def prefill_launches(
 ) -> Account:
     """Launches of the decoder for ``batch`` prompts of this many positions, and of its head.
 
-    A captured prompt has the same launches on rows filled up to its shape. After a removal the rows
+    A captured prompt has the same launches on rows filled up to its shape, but for what routers
+    decide on, where it goes by SWITCH nodes (``decoder.counted_layer``): there a product of chosen
+    rows is one of the library, and an update of them one more launch. After a removal the rows
     are taken as evenly spaced; what it computes to choose them is not counted.
 
     ``table``: the GPU's tuning table, since it decides how a launch is split.

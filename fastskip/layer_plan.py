@@ -91,14 +91,24 @@ class Staged(NamedTuple):
 Table = frozenset[TokenClass] | Staged | int
 
 
+class Hollow(NamedTuple):
+    """Layers with tables of their own, where rows of some classes may have entries."""
+
+    classes: frozenset[TokenClass]
+
+
+# Layers of one pool need room for as many entries: those of a table, or all that are hollow alike.
+Pool = frozenset[TokenClass] | Staged | Hollow
+
+
 def classes_of(table: Table) -> frozenset[TokenClass]:
     """Whose rows have entries in the layers of a table that is no layer's own."""
     assert not isinstance(table, int)
     return table.classes if isinstance(table, Staged) else table
 
 
-def stage_of(table: Table) -> int:
-    """How many removals come before the layers of a table."""
+def stage_of(table: Table | Pool) -> int:
+    """How many removals come before the layers of a table or a pool."""
     return table.stage if isinstance(table, Staged) else 0
 
 
@@ -186,6 +196,12 @@ class LayerPlan:
         if self.hollow:
             return self.index
         return Staged(self.holding, self.stage) if self.stage else self.holding
+
+    @property
+    def pool(self) -> Pool:
+        """Where the layer's entries lie."""
+        table = self.table
+        return Hollow(self.holding) if isinstance(table, int) else table
 
     @property
     def is_even(self) -> bool:

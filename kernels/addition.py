@@ -2,8 +2,9 @@
 
     h[index[n]] += factor * x[n]                               [N, D], in place
 
-``x [n, D]``; a row that is broadcast (a bias) has stride 0. No row occurs twice in ``index``, so no
-sum needs to be atomic. Grid ``(n, D / BLOCK_D)``. Tables: kernel ``add_rows``, shape ``(D,)``.
+``x [n, D]``; a row that is broadcast (a bias) has stride 0. ``count [1]`` says on the device how
+many of the ``n`` rows are added. No row occurs twice in ``index``, so no sum needs to be atomic.
+Grid ``(n, D / BLOCK_D)``. Tables: kernel ``add_rows``, shape ``(D,)``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def _add_rows_kernel(
     h_ptr,
     index_ptr,
     x_ptr,
+    count_ptr,
     stride_hn,
     stride_xn,
     factor,
@@ -36,6 +38,10 @@ def _add_rows_kernel(
     if OVERLAP:
         overlap.wait()
     n = tl.program_id(0).to(tl.int64)
+    if count_ptr is not None:
+        rows = tl.load(count_ptr)
+        if n >= rows:
+            return
     row = n
     if index_ptr is not None:
         row = tl.load(index_ptr + n).to(tl.int64)
@@ -51,10 +57,14 @@ def add_rows_(
     x: Tensor,
     *,
     index: Tensor | None = None,
+    count: Tensor | None = None,
     factor: float = 1.0,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """``h[index] += factor * x``, in place: ``h [N, D]``, ``x [n, D]``. Returns ``h``."""
+    """``h[index] += factor * x``, in place: ``h [N, D]``, ``x [n, D]``. Returns ``h``.
+
+    ``count [1]`` int32: how many of the ``n`` rows are added, all without it.
+    """
     refuse_gradients(h=h, x=x)
     assert h.stride(1) == 1 and x.stride(1) == 1
     rows, size = x.shape
@@ -63,9 +73,11 @@ def add_rows_(
         _add_rows_kernel,
         (rows, triton.cdiv(size, blocks["BLOCK_D"])),
         options,
+        is_guarded=count is not None,
         h_ptr=h,
         index_ptr=index,
         x_ptr=x,
+        count_ptr=count,
         stride_hn=h.stride(0),
         stride_xn=x.stride(0),
         factor=float(factor),

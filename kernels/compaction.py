@@ -1,11 +1,13 @@
 """From a mask to the rows it chooses, without a word to the host.
 
     index[: count] = the numbers of the true elements of mask, ascending
+    index[count :] = those of the others
+    body of the SWITCH node ``handle`` = ceil(count / STEP) - 1, none for a count of 0
 
 ``mask [N]`` -> ``index [N]``, ``count [1]``, int32. Grid ``(N / BLOCK,)``: a program counts what is
 chosen before its block, then places its own. Reading the mask again is cheaper than a second launch
-as long as it lies in the L2 cache, and it needs neither scratch nor an order of the programs.
-Tables: kernel ``compact``, shape ``()``.
+as long as it lies in the L2 cache, and it needs neither scratch nor an order of the programs: the
+others are placed from the end. Tables: kernel ``compact``, shape ``()``.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import numerics, tuning
+from fastskip.kernels.conditional import set_conditional, signed
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
+from fastskip.ops.routes import Switch
 
 
-@triton.jit
-def _compact_kernel(mask_ptr, index_ptr, count_ptr, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["handle"])
+def _compact_kernel(
+    mask_ptr, index_ptr, count_ptr, size, handle: tl.int64, STEP: tl.constexpr, BLOCK: tl.constexpr
+):
     block = tl.program_id(0)
     within = tl.arange(0, BLOCK)
     # Blocks before this one are whole. One sum at the end instead of one a block.
@@ -35,16 +41,25 @@ def _compact_kernel(mask_ptr, index_ptr, count_ptr, size, BLOCK: tl.constexpr):
 
     row = block * BLOCK + within
     is_chosen = numerics.load(mask_ptr + row, row < size) != 0
-    place = before + tl.cumsum(is_chosen.to(tl.int32)) - 1
-    tl.store(index_ptr + place, row, mask=is_chosen)
+    until = before + tl.cumsum(is_chosen.to(tl.int32))
+    place = tl.where(is_chosen, until - 1, size - 1 - (row - until))
+    tl.store(index_ptr + place, row, mask=row < size)
     if block == tl.num_programs(0) - 1:
-        tl.store(count_ptr, before + tl.sum(is_chosen.to(tl.int32)))
+        count = before + tl.sum(is_chosen.to(tl.int32))
+        tl.store(count_ptr, count)
+        if STEP:
+            body = tl.cdiv(count, STEP) - 1
+            if handle != 0:
+                set_conditional(handle, body)
 
 
-def compact(mask: Tensor, *, config: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+def compact(
+    mask: Tensor, *, switch: Switch | None = None, config: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """Where ``mask [N]``, bool or integer, is true: ``index [N]`` and ``count [1]``, int32.
 
-    The first ``count`` numbers of ``index`` ascend; what lies behind them is unspecified.
+    The first ``count`` numbers of ``index`` ascend; behind them are the others, in no order.
+    ``switch``: the SWITCH node whose body is chosen by the count.
     """
     assert mask.is_contiguous()
     size = len(mask)
@@ -61,6 +76,8 @@ def compact(mask: Tensor, *, config: Mapping[str, Any] | None = None) -> tuple[T
         index_ptr=index,
         count_ptr=count,
         size=size,
+        handle=0 if switch is None else signed(switch.handle),
+        STEP=0 if switch is None else switch.step,
         BLOCK=block,
     )
     return index, count

@@ -1,4 +1,4 @@
-"""The condition of an IF node of a CUDA graph: whether any row runs.
+"""Conditions of nodes of a CUDA graph; of an IF node: whether any row runs.
 
     condition of ``handle`` = any(runs[n] != 0)                        ``runs [n]`` int32
 
@@ -18,7 +18,8 @@ from fastskip.kernels.launch import launch
 
 
 @core.extern
-def _set_conditional(handle, value, _semantic=None):
+def set_conditional(handle, value, _semantic=None):
+    """Sets the condition of a node, int64 and int32."""
     kinds = core.dtype("int64"), core.dtype("int32")
     symbol = "cudaGraphSetConditional", core.dtype("int32")
     return core.extern_elementwise(
@@ -32,18 +33,22 @@ def _set_condition_kernel(runs_ptr, handle: tl.int64, rows, BLOCK: tl.constexpr)
     runs = tl.load(runs_ptr + n, mask=n < rows, other=0)
     some = tl.max((runs != 0).to(tl.int32), 0)
     if handle != 0:
-        _set_conditional(handle, some)
+        set_conditional(handle, some)
 
 
 def set_condition(runs: Tensor, handle: int) -> None:
     """Sets the condition of a node; with handle 0 of none, which compiles and loads the kernel."""
-    signed = (handle + (1 << 63)) % (1 << 64) - (1 << 63)
     launch(
         _set_condition_kernel,
         (1,),
         {"num_warps": 1},
         runs_ptr=runs,
-        handle=signed,
+        handle=signed(handle),
         rows=len(runs),
         BLOCK=triton.next_power_of_2(max(32, len(runs))),
     )
+
+
+def signed(handle: int) -> int:
+    """The 64 bits of a handle as kernels take them."""
+    return (handle + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -252,8 +252,7 @@ def feed(
     is_apart = bool(blocks.pop("NORM_APART", False))
     tiles = parts * triton.cdiv(shape[0], blocks["BLOCK_M"])
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
-    may_be_long = parts == 1 and not is_guarded
-    programs, is_long = share_out(blocks, tiles, programs, may_be_long=may_be_long)
+    programs, is_long = share_out(blocks, tiles, programs, may_be_long=parts == 1)
     out = empty((parts, rows, width), h.dtype, h.device)
     x = rows_read(h, [each.norm for each in feeds], index=index, changes=changes, is_apart=is_apart)
     launch(

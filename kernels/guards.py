@@ -2,7 +2,8 @@
 
 A guarded launch reads the flags of its rows first, and a program that finds nothing to do touches
 no weights. Programs that only leave cost time too, so a guarded launch has a bounded number of them
-(``width_of``), and each goes through tiles: its own, then every ``tl.num_programs(1)``-th.
+(``width_of``), and each goes through tiles: its own, then every ``tl.num_programs(1)``-th. Programs
+that are long for themselves (``operands.share_out``) are few enough.
 
 A row's flag is 1 if the row runs, else 0. Tables: ``guarded``, with rows and shape of the product;
 ``PROGRAMS`` is how many there are at most. A loop over tiles takes registers, so what else such an

@@ -386,8 +386,7 @@ def project_append(
     out = empty((parts, rows, queries, size), h.dtype, h.device)
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
-    may_be_long = parts == 1 and not is_guarded
-    width, is_long = share_out(blocks, tiles, width, may_be_long=may_be_long)
+    width, is_long = share_out(blocks, tiles, width, may_be_long=parts == 1)
     x = rows_read(h, [each.norm for each in projections], index=index, is_apart=is_apart)
     launch(
         _project_append_kernel,

@@ -8,7 +8,9 @@
 are rotated where they are; rotated keys and plain values go to their slots, head ``e`` of the
 ``2G`` at ``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. Grid
 ``(n, heads / BLOCK_H)``. Of rows whose flag in ``runs [n]`` is 0 the queries are left alone, and
-all of them unless all leave entries. Tables: kernel ``rotate_append``, shape ``(H, G, K)``.
+all of them unless all leave entries. With ``index`` and ``count [1]``, ``heads`` are those of rows
+``index[:count]``: positions and slots are read, and queries put, where these rows lie. Tables:
+kernel ``rotate_append``, shape ``(H, G, K)``.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from torch import Tensor
 from fastskip.kernels import numerics, overlap, tuning
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
+from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
 from fastskip.ops.contracts import HeadNorms, Projection
+from fastskip.ops.routes import Chosen
 
 
 @triton.jit
@@ -80,9 +84,14 @@ def _rotate_append_kernel(
     sequences_ptr,
     slots_ptr,
     runs_ptr,
+    index_ptr,
+    count_ptr,
+    out_ptr,
     norms,
     stride_xn,
     stride_xh,
+    stride_on,
+    stride_oh,
     stride_tb,
     offset,
     QUERIES: tl.constexpr,
@@ -90,6 +99,7 @@ def _rotate_append_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     LEAVES_ALL: tl.constexpr,
+    MOVES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -97,13 +107,18 @@ def _rotate_append_kernel(
     if OVERLAP:
         overlap.wait()
     HALF: tl.constexpr = HEAD_DIM // 2
-    row = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0).to(tl.int64)
+    row = number
+    if MOVES:
+        if number >= tl.load(count_ptr):
+            return
+        row = tl.load(index_ptr + number).to(tl.int64)
     if runs_ptr is not None:
         does_run = tl.load(runs_ptr + row) != 0
         if not (does_run | LEAVES_ALL):
             return
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    if cosine_ptr is None:
+    if cosine_ptr is None and not MOVES:
         # Queries that do not turn stay as they are.
         head += QUERIES
     element = tl.arange(0, BLOCK_K)
@@ -116,7 +131,7 @@ def _rotate_append_kernel(
         slot = tl.load(slots_ptr + row)
         is_entry = is_entry & (slot >= 0)
 
-    first_ptr = heads_ptr + row * stride_xn + head[:, None] * stride_xh + element[None, :]
+    first_ptr = heads_ptr + number * stride_xn + head[:, None] * stride_xh + element[None, :]
     is_read = (is_query | is_entry)[:, None] & is_real[None, :]
     first = numerics.load(first_ptr, is_read)
     second = numerics.load(first_ptr + HALF, is_read)
@@ -132,9 +147,11 @@ def _rotate_append_kernel(
         does_turn = (head < QUERIES + GROUPS)[:, None]
         first = tl.where(does_turn, turned_first, first)
         second = tl.where(does_turn, turned_second, second)
+    if cosine_ptr is not None or MOVES:
+        query_ptr = out_ptr + row * stride_on + head[:, None] * stride_oh + element[None, :]
         is_written = is_query[:, None] & is_real[None, :]
-        numerics.store(first_ptr, first, is_written)
-        numerics.store(first_ptr + HALF, second, is_written)
+        numerics.store(query_ptr, first, is_written)
+        numerics.store(query_ptr + HALF, second, is_written)
 
     if slots_ptr is not None:
         sequence = tl.load(sequences_ptr + row).to(tl.int64)
@@ -153,9 +170,13 @@ def rotate_append(
     projection: Projection,
     *,
     runs: Tensor | None = None,
+    chosen: Chosen | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Norms and rotates the queries of ``heads [n, H + 2G, K]`` in place; stores keys and values.
+
+    ``chosen``, with a bound: ``heads`` are those of its rows. Queries are then put where these rows
+    lie among all ``N``: ``[N, H, K]``.
 
     ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
     negative slot leaves no entry, nor does one whose flag in ``runs [n]`` is 0, unless
@@ -170,17 +191,21 @@ def rotate_append(
     rows, queries, size = len(heads), projection.heads, projection.head_dim
     groups = 0 if pages is None else pages.groups
     shape = (queries, groups, size)
+    turned = heads
+    if chosen is not None:
+        assert runs is None and not projection.leaves_all
+        turned = empty((len(chosen.runs), queries, size), heads.dtype, heads.device)
     options = dict(config or tuning.config_for("rotate_append", heads.device, rows, shape))
     if norms is not None:
         # Triton 3.6 miscompiles some reductions of 2 warps.
         options["num_warps"] = max(4, options["num_warps"])
     block = options.pop("BLOCK_H")
-    touched = 2 * groups + (0 if rotation is None else queries)
+    touched = 2 * groups + (queries if rotation is not None or chosen is not None else 0)
     launch(
         _rotate_append_kernel,
         (rows, triton.cdiv(touched, block)),
         options,
-        is_guarded=runs is not None,
+        is_guarded=runs is not None or chosen is not None,
         heads_ptr=heads,
         cosine_ptr=None if rotation is None else rotation.cosine,
         sine_ptr=None if rotation is None else rotation.sine,
@@ -190,9 +215,14 @@ def rotate_append(
         sequences_ptr=None if pages is None else targets.sequences,
         slots_ptr=None if pages is None else targets.slots,
         runs_ptr=runs,
+        index_ptr=None if chosen is None else chosen.index,
+        count_ptr=None if chosen is None else chosen.count,
+        out_ptr=turned,
         norms=None if norms is None else _weighing(norms),
         stride_xn=heads.stride(0),
         stride_xh=heads.stride(1),
+        stride_on=turned.stride(0),
+        stride_oh=turned.stride(1),
         stride_tb=0 if pages is None else pages.table.stride(0),
         offset=0 if pages is None else pages.offset,
         QUERIES=queries,
@@ -200,10 +230,11 @@ def rotate_append(
         HEAD_DIM=size,
         PAGE=PAGE_SLOTS,
         LEAVES_ALL=pages is not None and projection.leaves_all,
+        MOVES=chosen is not None,
         BLOCK_H=block,
         BLOCK_K=triton.next_power_of_2(size // 2),
     )
-    return heads[:, :queries]
+    return turned[:, :queries]
 
 
 def _weighing(norms: HeadNorms) -> Weighing:

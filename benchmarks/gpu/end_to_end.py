@@ -309,7 +309,7 @@ def _agreement(own: Contender, hf: Contender | None) -> float | None:
 
 def _cell(widths: Widths, batch: int) -> Cell:
     about = f"{widths.name.upper()} with random weights at batch {batch}"
-    minutes = (3.0 if batch == 1 else 4.0) if widths is SEVEN and batch < 64 else 5.0
+    minutes = (2.7 if batch == 1 else 3.0) if widths is SEVEN and batch < 64 else 5.0
     is_default = widths is SEVEN and batch in (1, 16)
     run = partial(measure, widths=widths, batch=batch)
     return Cell(f"e2e.{widths.name}.b{batch}", about, minutes, run, is_default)

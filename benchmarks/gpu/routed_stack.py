@@ -21,9 +21,9 @@ from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import LayerWeights
-from fastskip.generation.conditional import bodies_on
 from fastskip.kernels import tuning
 from fastskip.kernels.tuning import Entry, Table
+from fastskip.ops.bodies import bodies_on
 from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.graphs import capture
 from fastskip.plan import ModelShape, SkipPlan, make_plan

@@ -145,14 +145,17 @@ def _other_decisions(
     """Where the device's decisions are not those of its torch form, on the same prompt."""
     wrong = []
     form = models(build, both.hf.dtype, setting.device.type, "torch").ours
-    inputs = ragged(prompts(both.hf, Shape("tiny", build, 2, 6), 2))
+    # Long enough for products by index and count; and again, until prompts are captured.
+    words, times = (6, 1) if setting.is_tiny else (90, 3)
+    inputs = ragged(prompts(both.hf, Shape("tiny", build, 2, words), 2))
     for name, policy in policies.items():
         records = []
         for model in (both.ours, form):
             fastskip.set_policy(model, policy)
             with fastskip.record_routing(model) as record, torch.no_grad():
-                model(**inputs)
-            records.append(record.forwards[0])
+                for _ in range(times):
+                    model(**inputs)
+            records.append(record.forwards[-1])
         ours, theirs = (each.skipped for each in records)
         asked = sum(int(mask.sum()) for mask in records[1].candidates.values())
         differing = sum(int((ours[key] != theirs[key]).sum()) for key in theirs)
@@ -403,7 +406,7 @@ def _model_cell(batch: int, kv: str) -> Cell:
 
 
 CELLS = [
-    Cell("routing.decisions", "are routed runs right? (small models)", 0.5, decisions, True),
+    Cell("routing.decisions", "are routed runs right? (small models)", 2.0, decisions, True),
     Cell(
         "routing.blocks",
         "a guarded block that runs or is passed by",

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.decoder.counted_layer import CountedBlock
 from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
-from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.paged_cache import PagedCache, aligned_counts
 from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.recent import Recent
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two
 from fastskip.layer_plan import stage_of
-from fastskip.ops.allocate import empty
+from fastskip.ops.allocate import copy_over, empty
+from fastskip.ops.bodies import Bodies, bodies_on, can_switch
 from fastskip.ops.contracts import Rotation
 from fastskip.ops.graphs import capture, new_pool
 from fastskip.plan import SkipPlan
@@ -75,7 +77,7 @@ class ForwardShape:
             None if narrow is None else tuple(narrow.take(layout.codes).tolist()),
             None if numbers.read is None else numbers.read.count,
             tuple(
-                max(PAGES, power_of_two(pool.table.shape[1]))
+                max(PAGES, power_of_two(pool.width))
                 for key, pool in cache.pools.items()
                 if stage_of(key) == stage
             ),
@@ -116,17 +118,15 @@ class CapturedForward:
         self._asked = self._steps[-1][-1] if shape.stage < len(plan.removals) else None
         self._entered: Tensor | None = None
         self._h = empty((len(numbers.layout), h.shape[-1]), anchor.dtype, device)
-        self._tables = {
-            key: torch.zeros(shape.batch, width, dtype=torch.int64, device=device)
-            for key, width in zip(
-                (key for key in cache.pools if stage_of(key) == shape.stage),
-                shape.pages,
-                strict=True,
-            )
-        }
+        keys = [key for key in cache.pools if stage_of(key) == shape.stage]
+        width = max(shape.pages, default=PAGES)
+        self._all_tables = torch.zeros(
+            len(keys), shape.batch, width, dtype=torch.int64, device=device
+        )
+        self._tables = dict(zip(keys, self._all_tables, strict=True))
         # Of hollow tables: where a run begins, and what it brings up to date.
-        self._begun = _aligned_rows(len(cache.device_counts), shape.batch, device)
-        self._reached = torch.zeros_like(self._begun)
+        hollow = len(cache.device_counts)
+        self._begun, self._reached = (aligned_counts(hollow, shape.batch, device) for _ in range(2))
         self._counts = {
             key: own[: shape.batch]
             for key, own in zip(cache.device_counts, self._reached, strict=True)
@@ -145,7 +145,7 @@ class CapturedForward:
         # Kernels read the table alone, so that no slab is kept alive.
         pages = {
             layer.index: replace(
-                cache.pages_of(layer.index), table=self._tables[layer.table], slabs=()
+                cache.pages_of(layer.index), table=self._tables[layer.pool], slabs=()
             )
             for layer in plan.layers
             if layer.holding and layer.stage == self._stage
@@ -180,8 +180,8 @@ class CapturedForward:
         self._parcel.load(numbers)
         self._load(h, cache)
         self._replay()
-        for key, counts in self._counts.items():
-            cache.device_counts[key].copy_(counts)
+        if cache.hollow_counts is not None:
+            cache.hollow_counts.copy_(self._reached)
         if self._read is not None:
             return self._out.index_select(0, self._read)
         out = self._out if numbers.narrow is not None else numbers.layout.real(self._out)
@@ -201,11 +201,12 @@ class CapturedForward:
         if not self._stage:
             rows = self._layers.positions.embed(rows, self._positions)
         self._h.copy_(rows)
-        for key, table in self._tables.items():
-            own = cache.pools[key].table
-            table[:, : own.shape[1]].copy_(own)
-        for begun, counts in zip(self._begun, cache.device_counts.values(), strict=True):
-            begun[: len(counts)].copy_(counts)
+        width = self._all_tables.shape[2]
+        tables = [cache.pools[key].rows(width) for key in self._tables]
+        if tables:
+            copy_over(torch.tensor(tables, dtype=torch.int64), self._all_tables)
+        if cache.hollow_counts is not None:
+            self._begun.copy_(cache.hollow_counts)
 
     def _work(self) -> None:
         # A capture runs this several times, each of them from the same beginning.
@@ -228,19 +229,19 @@ class CapturedForward:
             self._entered = h.clone()
 
 
-def _aligned_rows(rows: int, columns: int, device: torch.device) -> Tensor:
-    """int32 zeros; each row begins at a multiple of 16 bytes, as a tensor of its own would."""
-    return torch.zeros(rows, -(-columns // 4) * 4, dtype=torch.int32, device=device)
-
-
 class CapturedForwards:
     """The captured forwards of one decoder; the least recently used one goes first.
 
     A shape gets a graph when it comes for the second time: most prompts of a kind share a few
     shapes, and a capture takes as long as several prompts.
+
+    ``switches`` may be set at any time: whether what routers decide on are bodies of SWITCH nodes
+    (``CountedBlock``); ``None``: where the device and the bindings have them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, switches: bool | None = None) -> None:
+        self.switches = switches
+        self._bodies: Bodies | None = None
         self._version: object = None
         self._kept: Recent[ForwardShape, CapturedForward] = Recent(KEPT)
         self._seen: Recent[ForwardShape, None] = Recent(SEEN)
@@ -251,8 +252,9 @@ class CapturedForwards:
 
     def find(self, shape: ForwardShape, version: object) -> CapturedForward | None:
         """The graph of a shape, if any; ``version``: all else that graphs have baked in."""
+        version = version, self.switches
         if version != self._version:
-            self._version, self._pool = version, None
+            self._version, self._pool, self._bodies = version, None, None
             self._kept.clear()
             self._seen.clear()
         return self._kept.get(shape)
@@ -262,6 +264,16 @@ class CapturedForwards:
         has_seen = shape in self._seen
         self._seen.keep(shape, None)
         return has_seen
+
+    def blocks(self, blocks: Sequence[FusedBlock], plan: SkipPlan) -> Sequence[FusedBlock]:
+        """The layers of a plan as graphs run them."""
+        device = blocks[0].weights.qkv.weight.device
+        does_switch = can_switch(device) if self.switches is None else self.switches
+        if not plan.routed or not does_switch:
+            return blocks
+        if self._bodies is None:
+            self._bodies = bodies_on(device)
+        return [CountedBlock.of(block, self._bodies) for block in blocks]
 
     def pool(self, device: torch.device) -> Any:
         """The memory of all graphs kept."""

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, Self
+from typing import Self
 
 from torch import Tensor
 
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
-from fastskip.decoder.guarded_layer import GuardedBlock
+from fastskip.decoder.guarded_layer import GuardedBlock, is_one_decision
+from fastskip.ops.bodies import Bodies, Body
 from fastskip.ops.contracts import Term
-from fastskip.ops.routes import Route
 from fastskip.policy import Arrangement
-
-Body = Callable[[], object]
-
-
-class Bodies(Protocol):
-    """Does what is to be left out where no row runs, or arranges for it."""
-
-    def run_if(self, runs: Tensor, body: Body) -> None:
-        """``body()`` if any of the flags ``runs [n]`` is not 0 by the time it is reached."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +36,7 @@ class ConditionalBlock(GuardedBlock):
 
     def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         own = rows.attention
-        if own is None or not _is_one_decision(rows):
+        if own is None or not is_one_decision(rows):
             return super().run(h, rows, store)
         is_parallel = self.plan.arrangement is Arrangement.PARALLEL
         if is_parallel and _leaves_entries(own):
@@ -91,18 +81,6 @@ class ConditionalBlock(GuardedBlock):
             self.ops.add_terms_(h, terms, chosen=[queries.chosen])
 
         return body
-
-    def _route(self, h: Tensor, taken: Route | None) -> None:
-        if taken is not None:
-            self.ops.route(h, taken)
-
-
-def _is_one_decision(rows: FusedRows) -> bool:
-    """Whether one flag decides on the whole block, before it begins."""
-    attention, ffn = rows.attention, rows.ffn
-    if attention is None or ffn is None or attention.runs is not ffn.runs:
-        return False
-    return rows.then_attention is None and ffn.between is None
 
 
 def _leaves_entries(own: GuardedAttention) -> bool:

@@ -62,7 +62,7 @@ class FusedDecoder(Decoder):
     def __getstate__(self) -> dict[str, Any]:
         # Blocks and the graphs made of them hold addresses; a copy starts without.
         own: dict[str, Any] = {"_fused_blocks": [], "_made_of": [], "_anchor": None}
-        own["captured"] = CapturedForwards()
+        own["captured"] = CapturedForwards(self.captured.switches)
         return {**super().__getstate__(), **own}
 
     @property
@@ -276,7 +276,8 @@ class FusedDecoder(Decoder):
         if forward is None:
             if not self.captured.has_seen(shape):
                 return None
-            layers = Layers(self.plan, self._fused_blocks, self.positions, self.routers)
+            blocks = self.captured.blocks(self._fused_blocks, self.plan)
+            layers = Layers(self.plan, blocks, self.positions, self.routers)
             pool = self.captured.pool(h.device)
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.
             with torch.inference_mode(False), torch.no_grad():

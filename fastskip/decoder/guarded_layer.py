@@ -18,7 +18,7 @@ from fastskip.ops.routes import Chosen, Route
 
 
 @dataclass(frozen=True, slots=True)
-class _Queries:
+class Queries:
     """Rotated queries ``[N, H, K]``, who has one, and what they see."""
 
     rows: Tensor
@@ -77,8 +77,8 @@ class GuardedBlock(FusedBlock):
             )
         elif fed is not None:
             self._add(h, rows.feeding, [Term(fed, self.weights.down)], rows.then_ffn)
-        elif rows.then_ffn is not None:
-            self.ops.route(h, rows.then_ffn)
+        else:
+            self._route(h, rows.then_ffn)
         return h
 
     def _run_merged(
@@ -96,13 +96,13 @@ class GuardedBlock(FusedBlock):
         own = replace(self.projection(targets, store), leaves_all=attention.leaves_all)
         found, fed = self.ops.project_append_feed(h, own, self.part(), chosen=(attends, feeds))
         self._copy(attention, targets, store)
-        mixed = self._attend_guarded(_Queries(found, attends, reach), store)
+        mixed = self._attend_guarded(Queries(found, attends, reach), store)
         terms = [Term(mixed, self.weights.output), Term(fed, self.weights.down)]
         return self.ops.add_terms_(h, terms, chosen=[attends, feeds], then=rows.then_ffn)
 
     def _project_guarded(
         self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store
-    ) -> _Queries:
+    ) -> Queries:
         """Stores the layer's entries; the queries of the rows that go on and attend."""
         targets, reach = self._placed(own, rows)
         narrow = rows.narrow
@@ -111,7 +111,7 @@ class GuardedBlock(FusedBlock):
             projection = replace(self.projection(targets, store), leaves_all=own.leaves_all)
             queries = self.ops.project_append(h, [projection], chosen=chosen)[0]
             self._copy(own, targets, store)
-            return _Queries(queries, chosen, reach)
+            return Queries(queries, chosen, reach)
         keys_values = self.projection(targets, store, linear=self.weights.keys_values)
         self.ops.project_append(h, [keys_values])
         self._copy(own, targets, store)
@@ -120,7 +120,7 @@ class GuardedBlock(FusedBlock):
         parts = (narrow.take(t) for t in (targets.positions, targets.sequences, targets.slots))
         alone = self.projection(Targets(*parts), store, linear=self.weights.queries, leaves=False)
         queries = self.ops.project_append(narrow.take(h), [alone], chosen=chosen)[0]
-        return _Queries(queries, chosen, replace(reach, runs=runs))
+        return Queries(queries, chosen, replace(reach, runs=runs))
 
     def _placed(self, own: GuardedAttention, rows: FusedRows) -> tuple[Targets, Reach | StepReach]:
         """Where entries go and what rows see; of a hollow layer's prompt as the flags say."""
@@ -141,7 +141,7 @@ class GuardedBlock(FusedBlock):
             is_hollow = own.placing is not None
             self.copy(replace(copies, to_slots=targets.slots) if is_hollow else copies, store)
 
-    def _attend_guarded(self, queries: _Queries, store: Store) -> Tensor:
+    def _attend_guarded(self, queries: Queries, store: Store) -> Tensor:
         """``[N, H * K]`` of the rows that attend."""
         pages = store.pages(self.plan.index)
         if isinstance(queries.reach, StepReach):
@@ -160,6 +160,18 @@ class GuardedBlock(FusedBlock):
                 rows.narrow.put(own.runs, runs)
         chosen = self.ops.choose_rows(runs)
         return self.ops.feed(h, [self.part()], chosen=chosen)[0], chosen
+
+    def _route(self, h: Tensor, taken: Route | None) -> None:
+        if taken is not None:
+            self.ops.route(h, taken)
+
+
+def is_one_decision(rows: FusedRows) -> bool:
+    """Whether one flag decides on the whole block, before it begins."""
+    attention, ffn = rows.attention, rows.ffn
+    if attention is None or ffn is None or attention.runs is not ffn.runs:
+        return False
+    return rows.then_attention is None and ffn.between is None
 
 
 def _narrowed_route(route: Route, narrow: Selection, runs: dict[int, Tensor]) -> Route:

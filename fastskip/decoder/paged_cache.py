@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from operator import add
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastskip.decoder.cache import STAYS, SkipCache
 from fastskip.decoder.pages import PagePool
-from fastskip.layer_plan import Table
+from fastskip.layer_plan import Hollow, Pool, Table
 from fastskip.ops.contracts import Pages
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
@@ -22,17 +22,26 @@ from fastskip.tokens import CODES, TokenLayout, member
 class PagedCache(SkipCache):
     """A ``SkipCache`` whose entries lie in pages.
 
-    ``pools`` has one pool of pages an entry table. Who has entries in a hollow layer is known on
+    ``pools`` has one pool of pages an entry table, and one for all layers that are hollow alike,
+    which may need as many pages. Who has entries in a hollow layer is known on
     the device only: there ``device_counts [B]`` and the table's ``held [B, C]`` lie, and the
-    table's own counts are what there may be at most.
+    table's own counts are what there may be at most. ``hollow_counts [tables, >= B]`` is the memory
+    of all ``device_counts``, so that one copy takes them along.
     """
 
     def __init__(self, plan: SkipPlan, anchor: Tensor, *, reserve: int = 0) -> None:
         """``anchor``: a tensor that outlives the cache; gives dtype and device."""
         super().__init__(plan, reserve=reserve)
         self.anchor = anchor
-        self.pools: dict[Table, PagePool] = {}
+        self.pools: dict[Pool, PagePool] = {}
         self.device_counts: dict[Table, Tensor] = {}
+        self.hollow_counts: Tensor | None = None
+        self._layers_by_pool: dict[Pool, list[int]] = {}
+        self._tables_by_pool: dict[Pool, dict[Table, None]] = {}
+        for layer in plan.layers:
+            if layer.holding:
+                self._layers_by_pool.setdefault(layer.pool, []).append(layer.index)
+                self._tables_by_pool.setdefault(layer.pool, {})[layer.table] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         copied = PagedCache(self.plan, self.anchor, reserve=self.reserve)
@@ -42,39 +51,53 @@ class PagedCache(SkipCache):
         return copied
 
     def pages_of(self, layer: int) -> Pages:
-        return self.pools[self.plan.layers[layer].table].pages_of(layer)
+        return self.pools[self.plan.layers[layer].pool].pages_of(layer)
 
     def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
         super().grow(layout, like)
-        for key, table in self.tables.items():
-            if table.held is None or like is None:
-                continue
-            if key not in self.device_counts:
-                batch, device = layout.batch, self.anchor.device
-                self.device_counts[key] = torch.zeros(batch, dtype=torch.int32, device=device)
-                table.held = table.held.to(device)
-            needed = list(map(add, table.counts, layout.counts(self._holding(key))))
-            self._make_room(key, needed, layout, like)
+        hollow = [key for key, table in self.tables.items() if table.held is not None]
+        if like is None or not hollow:
+            return
+        if not self.device_counts:
+            counts = aligned_counts(len(hollow), layout.batch, self.anchor.device)
+            self._set_counts(counts, hollow, layout.batch)
+            nobody = torch.zeros(layout.batch, 0, dtype=torch.bool, device=self.anchor.device)
+            for key in hollow:
+                self.tables[key].held = nobody
+        for pool, layers in self._layers_by_pool.items():
+            if isinstance(pool, Hollow):
+                needed = list(map(add, self._most(pool), layout.counts(pool.classes)))
+                self._make_room(layers[0], needed, layout, like)
+
+    def _set_counts(self, counts: Tensor, keys: Iterable[Table], batch: int) -> None:
+        self.hollow_counts = counts
+        self.device_counts = {key: own[:batch] for key, own in zip(keys, counts, strict=True)}
 
     def _holding(self, key: Table) -> frozenset[TokenClass]:
         """The classes that have entries, or may have, in the layers of a table."""
         return self.plan.layers[self._layers_by_table[key][0]].holding
 
+    def _most(self, pool: Pool) -> list[int]:
+        """``[B]``: entries that a layer of a pool has, or may have, at most."""
+        counts = [self.tables[key].counts for key in self._tables_by_pool[pool]]
+        return [max(own) for own in zip(*counts, strict=True)]
+
     def _make_room(
         self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
-        if key not in self.pools:
+        pool = self.plan.layers[self._layers_by_table[key][0]].pool
+        if pool not in self.pools:
             shape = self.plan.shape
-            self.pools[key] = PagePool(
+            self.pools[pool] = PagePool(
                 self.anchor,
                 layout.batch,
-                self._layers_by_table[key],
+                self._layers_by_pool[pool],
                 shape.num_kv_heads,
                 shape.head_dim,
             )
         later = max(0, self.reserve - layout.first_column - layout.width)
         grows = TokenClass.GENERATED in self._holding(key)
-        self.pools[key].reserve(needed, later if grows else 0)
+        self.pools[pool].reserve(needed, later if grows else 0)
 
     def _count_held(self, key: Table, layout: TokenLayout, columns: Tensor) -> list[int]:
         return layout.counts(self._holding(key))
@@ -91,8 +114,9 @@ class PagedCache(SkipCache):
         later = max(0, self.reserve - self.columns - done - steps)
         added = False
         for key, pool in self.pools.items():
-            if TokenClass.GENERATED in self._holding(key):
-                needed = [count + done + steps for count in self.tables[key].counts]
+            holding = self.plan.layers[self._layers_by_pool[key][0]].holding
+            if TokenClass.GENERATED in holding:
+                needed = [count + done + steps for count in self._most(key)]
                 added = pool.reserve(needed, later) or added
         return added
 
@@ -123,10 +147,10 @@ class PagedCache(SkipCache):
         entry = self.plan.shape.num_kv_heads * self.plan.shape.head_dim * 2
         entry *= self.anchor.element_size()
         total = 0
-        for key, pool in self.pools.items():
+        for key, table in self.tables.items():
             counts = self.device_counts.get(key)
-            slots = sum(self.tables[key].counts) if counts is None else int(counts.sum())
-            total += slots * len(pool.layers) * entry
+            slots = sum(table.counts) if counts is None else int(counts.sum())
+            total += slots * len(self._layers_by_table[key]) * entry
         return total
 
     def allocated_bytes(self) -> int:
@@ -140,11 +164,20 @@ class PagedCache(SkipCache):
         chosen = indices.tolist()
         for pool in self.pools.values():
             pool.select(chosen)
-        for key, counts in self.device_counts.items():
-            self.device_counts[key] = counts[indices.to(counts.device)]
+        if self.hollow_counts is not None:
+            old, keys = self.hollow_counts, tuple(self.device_counts)
+            counts = aligned_counts(len(keys), len(indices), old.device)
+            counts[:, : len(indices)] = old[:, indices.to(old.device)]
+            self._set_counts(counts, keys, len(indices))
 
     def reset(self) -> None:
         """Forgets every column; pages are given back."""
         super().reset()
         self.pools.clear()
         self.device_counts.clear()
+        self.hollow_counts = None
+
+
+def aligned_counts(tables: int, batch: int, device: torch.device) -> Tensor:
+    """int32 zeros; each row begins at a multiple of 16 bytes, as a tensor of its own would."""
+    return torch.zeros(tables, -(-batch // 4) * 4, dtype=torch.int32, device=device)

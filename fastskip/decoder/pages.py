@@ -101,15 +101,21 @@ class PagePool:
         ]
 
     @property
+    def width(self) -> int:
+        """Columns of the table: pages of the sequence that has most."""
+        return max(1, *map(len, self._pages)) if self._pages else 1
+
+    @property
     def table(self) -> Tensor:
         """``[B, P]`` int64 on the device; rows of shorter sequences end in repeats."""
         if self._table is None:
-            rows = self.offsets()
-            width = max(1, *map(len, rows)) if rows else 1
-            padded = [row + (row[-1:] or [0]) * (width - len(row)) for row in rows]
-            host = torch.tensor(padded, dtype=torch.int64).view(len(rows), width)
-            self._table = to_device(host, self.anchor.device)
+            host = torch.tensor(self.rows(self.width), dtype=torch.int64)
+            self._table = to_device(host.view(-1, self.width), self.anchor.device)
         return self._table
+
+    def rows(self, width: int) -> list[list[int]]:
+        """The table's rows, each so wide."""
+        return [row + (row[-1:] or [0]) * (width - len(row)) for row in self.offsets()]
 
     def offset_of(self, layer: int) -> int:
         """Elements from the start of a page to a layer's part."""

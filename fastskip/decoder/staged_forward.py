@@ -48,7 +48,7 @@ class PagedKeys:
         self.columns = self._slots.columns
 
     def keys(self, layer: int, sequence: int, count: int) -> Tensor:
-        pool = self._cache.pools[self._plan.layers[layer].table]
+        pool = self._cache.pools[self._plan.layers[layer].pool]
         return pool.keys(layer, sequence, count)
 
     def past(self, layer: int, sequence: int) -> Tensor | None:

@@ -20,7 +20,7 @@ from fastskip.decoder.fused_parts import (
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import PagePool
 from fastskip.decoder.riding import Part, riding
-from fastskip.layer_plan import Cell, Table
+from fastskip.layer_plan import Cell, Pool, Table
 from fastskip.ops.allocate import copy_over, empty
 from fastskip.ops.contracts import PAGE, Choice, Pages, Rotation, StepReach, Targets
 from fastskip.ops.routes import Route
@@ -67,9 +67,13 @@ class StepState:
             if layer.holding:
                 self._layers.setdefault(layer.table, []).append(layer.index)
         self._sets = list(self._layers)
-        self._idle = {key: self._idle_pool(key) for key in self._sets}
-        self._slabs: dict[Table, list[Tensor]] = {}
-        self._tables: dict[Table, Tensor] = {}
+        pooled: dict[Pool, list[int]] = {}
+        for layer in plan.layers:
+            if layer.holding:
+                pooled.setdefault(layer.pool, []).append(layer.index)
+        self._idle = {key: self._idle_pool(layers) for key, layers in pooled.items()}
+        self._slabs: dict[Pool, list[Tensor]] = {}
+        self._tables: dict[Pool, Tensor] = {}
 
         def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -94,7 +98,7 @@ class StepState:
         heads = plan.shape.num_heads
         # Two, since the blocks of a pair count their arrivals in one launch.
         self._arrivals = [zeros(batch * heads) for _ in range(2)]
-        for key in self._sets:
+        for key in self._idle:
             self._slabs[key] = []
             width = -(-shape.slots // PAGE) + 1
             self._tables[key] = torch.zeros((batch, width), dtype=torch.int64, device=device)
@@ -136,8 +140,8 @@ class StepState:
     def unload(self) -> None:
         """Every sequence idle: steps run (for a capture, say), touch no cache and keep none."""
         self.is_loaded = False
-        for holding in self._sets:
-            self._fill(holding, [], [])
+        for key in self._idle:
+            self._fill(key, [], [])
         self.choice.counts.zero_()
         self.choice.positions.zero_()
         self.choice.tokens.zero_()
@@ -183,11 +187,11 @@ class StepState:
 
     def load_pages(self, cache: PagedCache) -> None:
         """Takes over a cache's page tables: at first, and after it has grown."""
-        for key in self._sets:
+        for key in self._idle:
             pool = cache.pools[key]
             self._fill(key, pool.slabs, pool.offsets())
 
-    def _fill(self, key: Table, slabs: Sequence[Tensor], rows: list[list[int]]) -> None:
+    def _fill(self, key: Pool, slabs: Sequence[Tensor], rows: list[list[int]]) -> None:
         idle, table = self._idle[key], self._tables[key]
         self._slabs[key][:] = [*slabs, *idle.slabs]
         spare = idle.offsets()[0][0]
@@ -196,9 +200,8 @@ class StepState:
             host[sequence, : len(row)] = torch.tensor(row[: table.shape[1]])
         copy_over(host, table)
 
-    def _idle_pool(self, key: Table) -> PagePool:
+    def _idle_pool(self, layers: Sequence[int]) -> PagePool:
         shape = self.plan.shape
-        layers = self._layers[key]
         pool = PagePool(self.anchor, 1, layers, shape.num_kv_heads, shape.head_dim)
         pool.reserve([1], 0)
         # Idle sequences attend here; zeros keep their numbers finite.
@@ -206,14 +209,14 @@ class StepState:
         return pool
 
     def _pages_of(self, layer: LayerPlan) -> Pages:
-        idle = self._idle[layer.table]
+        idle = self._idle[layer.pool]
         return Pages(
             self.anchor,
-            self._tables[layer.table],
+            self._tables[layer.pool],
             idle.offset_of(layer.index),
             idle.groups,
             idle.head_dim,
-            self._slabs[layer.table],
+            self._slabs[layer.pool],
         )
 
     def _counts(self, layer: LayerPlan) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
-from fastskip.decoder.conditional_layer import Bodies, ConditionalBlock
+from fastskip.decoder.conditional_layer import ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.paged_cache import PagedCache
@@ -18,9 +18,10 @@ from fastskip.decoder.recent import Recent
 from fastskip.decoder.sizes import power_of_two
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of
-from fastskip.generation.conditional import MOST_ROWS, Guarding, bodies_on
+from fastskip.generation.conditional import MOST_ROWS, Guarding
 from fastskip.ops import Implementation
 from fastskip.ops.allocate import on_host
+from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.graphs import capture, new_pool
 from fastskip.ops.overlap import can_overlap, overlapping

@@ -34,7 +34,7 @@ from fastskip.kernels.sampler import advance, choose, embed
 from fastskip.kernels.step_attention import attend_step
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, Feed, Linear, Norm, Projection, Term
-from fastskip.ops.routes import Chosen, Route
+from fastskip.ops.routes import Chosen, Route, Switch
 
 __all__ = [
     "activate",
@@ -178,11 +178,14 @@ def head_choose(h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> N
         choose(head_logits(h, norm, head), choice)
 
 
-def choose_rows(runs: Tensor) -> Chosen:
-    """The rows with a flag of 1; few of them by their flags alone, many also by an index."""
+def choose_rows(runs: Tensor, switch: Switch | None = None) -> Chosen:
+    """The rows with a flag of 1; few of them by their flags alone, many also by an index.
+
+    ``switch``, for more than few: the node whose body is chosen by how many there are.
+    """
     if len(runs) <= FEW_CHOSEN:
         return Chosen(runs)
-    return Chosen(runs, *compact(runs))
+    return Chosen(runs, *compact(runs, switch=switch))
 
 
 def _choice(
@@ -199,6 +202,8 @@ def _choice(
     given = [each for each in chosen if each is not None]
     if given and given[0].index is None:
         return FEW_ROWS
+    if given and given[0].bound is not None:
+        return LIBRARY
     rows = len(x) if index is None else len(index)
     shape = sum(len(linear.weight) for linear in linears), linears[0].weight.shape[1]
     by = choose_product(x.device, rows, shape, is_scattered=is_scattered)
@@ -240,6 +245,10 @@ def _project_apart(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
 def _project_chosen(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
     """Rotated queries of chosen rows; keys and values of these, or of all, go to the cache."""
     index, count = chosen.index, chosen.count
+    if chosen.bound is not None:
+        x = normalize(h, own.norm, index=index, count=count)
+        found = _product(x, own.linear, LIBRARY).unflatten(1, (-1, own.head_dim))
+        return rotate_append(found, own, chosen=chosen)
     heads = empty((len(h), len(own.linear.weight)), h.dtype, h.device)
     if own.pages is None or not own.leaves_all:
         x = normalize(h, own.norm, index=index, count=count)
@@ -260,8 +269,13 @@ def _activated(x: Tensor, part: Feed, by: str) -> Tensor:
 
 
 def _feed_chosen(h: Tensor, part: Feed, change: Tensor | None, chosen: Chosen) -> Tensor:
-    """Norm, first product and activation of chosen rows: ``[n, F]`` in the order of ``h``."""
+    """Norm, first product and activation of chosen rows: ``[n, F]`` in the order of ``h``, or of
+    the index if there is a bound."""
     index = chosen.index
+    if chosen.bound is not None:
+        assert change is None
+        x = normalize(h, part.norm, index=index, count=chosen.count)
+        return _activated(x, part, LIBRARY)
     if change is None:
         x, index = normalize(h, part.norm, index=index, count=chosen.count), None
     else:
@@ -287,7 +301,10 @@ def _add_term(
     by: str,
 ) -> None:
     """``h[index] += factor * (x @ weight.T + bias)``, of all rows of ``x`` or of chosen ones."""
-    if chosen is not None:
+    if chosen is not None and chosen.bound is not None:
+        found = _product(term.x, term.linear, LIBRARY)
+        add_rows_(h, found, index=chosen.index, count=chosen.count, factor=factor)
+    elif chosen is not None:
         linear_rows(
             term.x,
             term.linear,

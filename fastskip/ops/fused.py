@@ -129,6 +129,7 @@ def project_append(
         if chosen is not None and not projection.leaves_all:
             slots = torch.where(chosen.runs.bool(), projection.targets.slots, -1)
             projection = replace(projection, targets=replace(projection.targets, slots=slots))
+        # Queries lie in the order of h, whatever is known of their number.
         found.append(_only(rotate_append(heads, projection), chosen))
     return found
 
@@ -150,7 +151,10 @@ def feed(
     for number, part in enumerate(feeds):
         change = None if changes is None else changes[number]
         x = linear(normalize(h, part.norm, index=index, change=change), part.linear)
-        found.append(_only(activate(x, part.activation), chosen))
+        active = _only(activate(x, part.activation), chosen)
+        if chosen is not None and chosen.bound is not None:
+            active = _rows(active, chosen.index)
+        found.append(active)
     return found
 
 
@@ -190,6 +194,8 @@ def add_terms_(
     found = apply_terms(terms)
     for number, own in enumerate(chosen):
         if own is not None:
+            if own.bound is not None:
+                found[number] = _spread(found[number], own)
             found[number] = torch.where(own.runs.bool()[:, None], found[number], 0.0)
     total = torch.stack([*found, *changes]).sum(0)
     rows = _rows(h, index) + (total if factor == 1.0 else factor * total)
@@ -353,6 +359,14 @@ def _only(found: Tensor, chosen: Chosen | None) -> Tensor:
     out = empty(tuple(found.shape), found.dtype, found.device)
     rows = chosen.runs.bool()
     out[rows] = found[rows]
+    return out
+
+
+def _spread(found: Tensor, chosen: Chosen) -> Tensor:
+    """Rows in the order of the index, in that of all rows."""
+    assert chosen.index is not None
+    out = found.new_zeros(len(chosen.runs), *found.shape[1:])
+    out[chosen.index.long()] = found
     return out
 
 

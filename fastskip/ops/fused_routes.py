@@ -21,6 +21,7 @@ from fastskip.ops.routes import (
     Move,
     Route,
     Score,
+    Switch,
     Terms,
     Verdict,
     draw,
@@ -60,8 +61,10 @@ def linear_score(h: Tensor, weight: Tensor, bias: float | Tensor) -> Tensor:
     return wide @ weight.to(wide.dtype) * scale + bias
 
 
-def choose_rows(runs: Tensor) -> Chosen:
-    """The rows with a flag of 1, compacted where the products that follow need it."""
+def choose_rows(runs: Tensor, switch: Switch | None = None) -> Chosen:
+    """The rows with a flag of 1, compacted where the products that follow need it; there are no
+    graphs here, so no ``switch``."""
+    assert switch is None
     order = torch.argsort(1 - runs, stable=True).to(torch.int32)
     return Chosen(runs, order, runs.sum(dtype=torch.int32)[None])
 

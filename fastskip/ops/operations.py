@@ -24,7 +24,7 @@ from fastskip.ops.contracts import (
     StepReach,
     Term,
 )
-from fastskip.ops.routes import Chosen, Route
+from fastskip.ops.routes import Chosen, Route, Switch
 
 
 class FusedOperations(Protocol):
@@ -128,7 +128,7 @@ class FusedOperations(Protocol):
 
     def route(self, h: Tensor, taken: Route) -> None: ...
 
-    def choose_rows(self, runs: Tensor) -> Chosen: ...
+    def choose_rows(self, runs: Tensor, switch: Switch | None = None) -> Chosen: ...
 
     def place_entries(
         self, held: Tensor, order: Tensor, bounds: Bounds, counts: Tensor

@@ -61,16 +61,35 @@ class Move(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Switch:
+    """A SWITCH node of a CUDA graph: body ``b`` is for up to ``(b + 1) * step`` chosen rows.
+
+    ``handle``: that of its condition; 0 stands for no node.
+    """
+
+    handle: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """Which rows of ``h [n, D]`` run; the tensors of the others stay as they are.
 
     ``runs [n]``: 1 or 0. ``index [n]``, ``count [1]``: the same rows compacted, where products of
-    many rows need it; ``None`` where the flags are enough.
+    many rows need it; ``None`` where the flags are enough. ``bound``: where the host knows of more
+    than that, there are no more than so many, and ``index`` ends there, rows that do not run at its
+    end; what an FFN's first half returns, and terms, then have one row for each of ``index``.
     """
 
     runs: Tensor
     index: Tensor | None = None
     count: Tensor | None = None
+    bound: int | None = None
+
+    def at_most(self, bound: int) -> Chosen:
+        """The same rows, which are no more than ``bound``; ``index`` must be of all rows."""
+        assert self.index is not None
+        return Chosen(self.runs, self.index[:bound], self.count, bound)
 
 
 @dataclass(frozen=True, slots=True)

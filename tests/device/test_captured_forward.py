@@ -25,19 +25,44 @@ from fastskip.decoder.sizes import rounded_rows
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.kernels import tuning
 from fastskip.ops.allocate import poisoned
+from fastskip.ops.bodies import Choose, CountedBody, HostBodies
+from fastskip.ops.routes import Chosen
 from fastskip.profiling import ranges
 from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, pair, parallel, policy_of, skip
-from tests.routing.routed import check_generate, decided, random, routed
+from tests.routing.routed import check_generate, decided, random, routed, similarity
 
 RULES_AND_PAIR: Policy = policy_of(
     skip([1], ["image"], "block", kv="omit"),
     skip([1], ["text"], "attention", kv="reuse"),
     arrangements=(pair([[2, 3]]),),
 )
+SWITCHED: dict[str, Policy] = {
+    "block, omit": routed(random([0, 2, 3], "all", "block", kv="omit")),
+    "block, project, beside a rule": routed(
+        random([0, 2, 3], "all", "block", kv="project"), rules=[skip([1], ["image"], "ffn")]
+    ),
+    "block, reuse": routed(random("1:", "all", "block", kv="reuse")),
+    "attention, omit": routed(random(":", "all", "attention", kv="omit")),
+    "attention, reuse": routed(random("1:", "all", "attention", kv="reuse")),
+    "ffn, in its layer's middle": routed(similarity("1:", "all", "ffn", threshold=0.5)),
+    "both apart": routed(
+        random(":", "all", "attention", kv="project"), random(":", "all", "ffn", seed=3)
+    ),
+    "only image rows": routed(random(":", ["image"], "block", kv="omit")),
+    "nobody skips": routed(random(":", "all", "block", kv="omit", rate=0.0)),
+    "all skip": routed(random("1:3", "all", "block", kv="omit", rate=1.0)),
+    "parallel, one flag": routed(
+        random(":", "all", "block", kv="omit"), arrangements=(parallel(":"),)
+    ),
+    "parallel, one flag, projected": routed(
+        random(":", "all", "block", kv="project"), arrangements=(parallel(":", "shared"),)
+    ),
+    "parallel, two flags": routed(random(":", "all", "ffn"), arrangements=(parallel(":"),)),
+}
 ROUTED: dict[str, Policy] = {
     "omit beside a rule": routed(
         random([0, 3], "all", "block", kv="omit"), rules=[skip([1], ["image"], "ffn")]
@@ -140,6 +165,63 @@ def test_decisions(name: str, trio: Trio, batches: list[Batch], at_once: None) -
     assert masks.keys() == expected_masks.keys()
     assert all(torch.equal(masks[key], expected_masks[key]) for key in masks)
     assert any(mask.any() for mask in masks.values())
+
+
+class Counting(HostBodies):
+    """Notes up to how many rows each body was for."""
+
+    def __init__(self) -> None:
+        self.bounds: list[int | None] = []
+
+    def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
+        def noted(chosen: Chosen) -> None:
+            self.bounds.append(chosen.bound)
+            body(chosen)
+
+        super().run_counted(runs, choose, noted)
+
+
+@pytest.fixture
+def switched(trio: Trio, at_once: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    """Captured prompts go by bodies of 4, 8, 12, ... rows."""
+    made = Counting()
+    monkeypatch.setattr("fastskip.decoder.captured_forward.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.ops.bodies.BOUNDS", 4)
+    monkeypatch.setattr("fastskip.ops.compiled.FEW_CHOSEN", 4)
+    captured = captured_of(trio.prepared)
+    captured.switches = True
+    yield made
+    captured_of(trio.prepared).switches = None
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_bodies_for_numbers_of_rows(
+    name: str, trio: Trio, batches: list[Batch], switched: Counting
+) -> None:
+    """Against the oracle, with the decisions read back."""
+    check_generate(trio, SWITCHED[name], batches[1], new=2)
+    bounds = switched.bounds
+    (shape,) = (key for key, _ in captured_of(trio.prepared)._kept.items())
+    assert all(bound is not None and bound % 4 == 0 for bound in bounds)
+    if name == "parallel, two flags":  # their launches are shared
+        assert not bounds
+    elif name == "nobody skips":
+        assert len(bounds) == 3  # the last layer narrows
+    elif name == "all skip":
+        assert not bounds
+    else:
+        assert min(filter(None, bounds)) < shape.bounds[-1]
+
+
+def test_learned_positions_and_biases_in_bodies(
+    switched: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries that do not turn are put where their rows lie, too."""
+    trio = Trio(tiny_llava("llava_opt", depth=2), impl="triton")
+    batch = random_batch(trio.plain, 3, images=(1, 1), text=(5, 7))
+    monkeypatch.setattr(captured_of(trio.prepared), "switches", True)
+    check_generate(trio, routed(random(":", "all", "block", kv="omit")), batch, new=2)
+    assert switched.bounds
 
 
 def test_every_run_of_a_capture_begins_anew(

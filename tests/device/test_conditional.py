@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.conditional_layer import ConditionalBlock
-from fastskip.generation import conditional
-from fastskip.generation.conditional import GraphBodies, Guarding, HostBodies, load_driver
+from fastskip.generation.conditional import Guarding
 from fastskip.generation.device_step import DeviceStep
 from fastskip.kernels.launch import recording
+from fastskip.ops import bodies as nodes
+from fastskip.ops.bodies import Choose, GraphBodies, HostBodies, load_driver
+from fastskip.ops.routes import Chosen, Switch
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch
 from tests.device.conftest import IMPL
@@ -152,7 +154,9 @@ class Cuda:
     CU_GRAPH_COND_ASSIGN_DEFAULT = 1
     CUresult = SimpleNamespace(CUDA_SUCCESS="success")
     CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
-    CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_IF="if")
+    CUgraphConditionalNodeType = SimpleNamespace(
+        CU_GRAPH_COND_TYPE_IF="if", CU_GRAPH_COND_TYPE_SWITCH="switch"
+    )
     CUstreamUpdateCaptureDependencies_flags = SimpleNamespace(CU_STREAM_SET_CAPTURE_DEPENDENCIES=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
 
@@ -193,9 +197,9 @@ class Cuda:
     ) -> Any:
         assert len(after) == count and what.type == "conditional"
         own = what.conditional
-        assert (own.type, own.size, own.ctx) == ("if", 1, 7)
-        own.phGraph_out = [Graph()]
-        return self.answer("node", graph.add((own.handle, own.phGraph_out[0]), after))
+        assert own.ctx == 7 and (own.type == "switch" or (own.type, own.size) == ("if", 1))
+        own.phGraph_out = [Graph() for _ in range(own.size)]
+        return self.answer("node", graph.add((own.handle, *own.phGraph_out), after))
 
     def cuStreamUpdateCaptureDependencies(
         self, stream: int, after: list[int], edges: None, count: int, flag: int
@@ -235,8 +239,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     def set_condition(runs: Tensor, handle: int) -> None:
         made.launch(f"set {handle:x} from {runs.tolist()}")
 
-    monkeypatch.setattr(conditional, "load_driver", lambda: made)
-    monkeypatch.setattr(conditional, "set_condition", set_condition)
+    monkeypatch.setattr(nodes, "load_driver", lambda: made)
+    monkeypatch.setattr(nodes, "set_condition", set_condition)
+    monkeypatch.setattr(nodes, "_take_workspaces", lambda device: None)
     # They come round: the first one is what is being captured.
     streams = (SimpleNamespace(cuda_stream=number) for number in itertools.cycle((1, 2)))
     stand_ins: dict[str, Any] = {
@@ -282,6 +287,66 @@ def test_bodies_become_if_nodes_of_the_graph(cuda: Cuda) -> None:
     assert cuda.streams.keys() == {1}, "no capture of a body is left open"
 
 
+def chosen_by(cuda: Cuda) -> Choose:
+    def choose(runs: Tensor, switch: Switch | None) -> Chosen:
+        cuda.launch("choose" if switch is None else f"choose for {switch.handle:x}, {switch.step}")
+        return Chosen(runs, torch.arange(len(runs)), runs.sum()[None])
+
+    return choose
+
+
+def test_numbers_of_rows_become_a_switch_node(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "BOUNDS", 4)
+    bodies = GraphBodies(torch.device("cuda"))
+    cuda.launch("before")
+    runs = torch.ones(10, dtype=torch.int32)
+    bodies.run_counted(runs, chosen_by(cuda), lambda chosen: cuda.launch(f"to {chosen.bound}"))
+    cuda.launch("behind")
+    (handle,) = cuda.handles
+    (one, _), (two, _), (three, after), (four, last) = cuda.graph.nodes.values()
+    assert (one, two, four) == (
+        ("before", False),
+        (f"choose for {handle:x}, 4", False),
+        ("behind", False),
+    )
+    assert after == [2] and last == [3]
+    assert isinstance(three, tuple) and three[0] == handle
+    inside = [graph.nodes for graph in three[1:]]
+    assert inside == [{1: ((f"to {bound}", True), [])} for bound in (4, 8, 10)]
+    assert cuda.streams.keys() == {1}
+
+
+def test_few_rows_have_one_body_in_the_graph_itself(cuda: Cuda) -> None:
+    runs = torch.ones(nodes.BOUNDS, dtype=torch.int32)
+    bodies = GraphBodies(torch.device("cuda"))
+    bodies.run_counted(runs, chosen_by(cuda), lambda chosen: cuda.launch(f"to {chosen.bound}"))
+    names = [what for what, _ in cuda.graph.nodes.values()]
+    assert names == [("choose", False), ("to None", False)]
+
+
+def test_every_number_of_rows_runs_before_a_capture(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = GraphBodies(torch.device("cuda"))
+    cuda.streams.pop(1)
+    seen: list[str] = []
+    monkeypatch.setattr(cuda, "launch", seen.append)
+    runs = torch.zeros(130, dtype=torch.int32)
+    bodies.run_counted(runs, chosen_by(cuda), lambda chosen: seen.append(f"to {chosen.bound}"))
+    assert seen == ["choose for 0, 64", "to 64", "to 128", "to 130"]
+
+
+@pytest.mark.parametrize("rows", (65, 640, 768, 769, 8192))
+def test_bodies_are_few_and_the_last_is_for_all(rows: int) -> None:
+    step, bounds = nodes.bounds_of(rows)
+    assert len(bounds) <= nodes.MOST_BODIES and bounds[-1] == rows
+    assert step % nodes.BOUNDS == 0 and bounds[:-1] == [step * n for n in range(1, len(bounds))]
+    # The number that the kernel sets is that of the first body that is large enough.
+    for count in range(1, rows + 1):
+        own = -(-count // step) - 1
+        assert count <= bounds[own] and (own == 0 or bounds[own - 1] < count)
+
+
 def test_outside_of_a_capture_bodies_run(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     bodies = GraphBodies(torch.device("cuda"))
     graph, _ = cuda.streams.pop(1)
@@ -307,11 +372,11 @@ def test_what_the_driver_refuses_is_an_error(cuda: Cuda, what: str) -> None:
 
 
 def test_without_bindings_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditional, "find_spec", lambda name: None)
+    monkeypatch.setattr(nodes, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"cuda-bindings.*allowed without it: .*EARLY_EXIT"):
         load_driver()
-    monkeypatch.setattr(conditional, "find_spec", lambda name: name)
-    monkeypatch.setattr(conditional, "import_module", lambda name: SimpleNamespace())
+    monkeypatch.setattr(nodes, "find_spec", lambda name: name)
+    monkeypatch.setattr(nodes, "import_module", lambda name: SimpleNamespace())
     with pytest.raises(ValueError, match="too old"):
         load_driver()
 
@@ -354,15 +419,45 @@ print(json.dumps({
     "machine": disassemble(compiled.asm["cubin"]),
 }))
 """
+CHOOSER = """
+import json
+import torch
+from fastskip.kernels.compaction import compact
+from fastskip.kernels.compilation import build_of, compile_build
+from fastskip.kernels.launch import recording
+from fastskip.ops.routes import Switch
+
+def build(switch):
+    with recording(is_dry=True) as account:
+        compact(torch.empty(640, dtype=torch.int32, device="meta"), switch=switch)
+    return build_of(account.launches[0], 90)
+
+warm, real, plain = build(Switch(0, 64)), build(Switch((1 << 63) + 16, 64)), build(None)
+findings = [compile_build(each) for each in (real, plain)]
+print(json.dumps({
+    "is_one": warm.key == real.key,
+    "spills": [each.spills for each in findings],
+    "errors": [each.error for each in findings],
+}))
+"""
+
+
+def compiled_by(script: str, folder: Path) -> Any:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_kernel_that_chooses_a_body(tmp_path: Path) -> None:
+    found = compiled_by(CHOOSER, tmp_path)
+    assert found == {"is_one": True, "spills": [0, 0], "errors": [None, None]}
 
 
 def test_the_kernel_that_sets_a_condition(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", SETTER]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled_by(SETTER, tmp_path)
     assert found["error"] is None and found["spills"] == 0
     assert found["signature"]["handle"] == "i64"
     assert "call.uni (retval0), cudaGraphSetConditional, (param0, param1)" in found["ptx"]

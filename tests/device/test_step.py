@@ -101,7 +101,7 @@ def allow(cache: PagedCache, changed: list[Tensor], start: list[dict[Any, int]])
     for pool, counts, now in zip(
         cache.pools.values(),
         start,
-        (cache.tables[holding].counts for holding in cache.pools),
+        map(cache._most, cache.pools),
         strict=True,
     ):
         slabs = [next(numbers) for _ in pool.slabs]
@@ -121,7 +121,7 @@ def test_steps_write_new_entries_and_nothing_else(trio: Trio, batch: Batch, name
     model, cache = case.model, fill(case.model, batch)
     cache.make_room_for_steps(0, 70)
     before = bits(cache)
-    start = [dict(enumerate(cache.tables[holding].counts)) for holding in cache.pools]
+    start = [dict(enumerate(cache._most(pool))) for pool in cache.pools]
     tokens = some_tokens(batch, 70)
     logits = decode(model, cache, tokens)
     case.check(logits, tokens, GENERATED)

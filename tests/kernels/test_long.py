@@ -1,5 +1,6 @@
 """Programs that go through several tiles yield what one program a tile does, to the bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,13 +75,38 @@ def test_head(config: dict[str, int], rows: int, long: int, device: torch.device
     assert_same(*choices)
 
 
-def test_pairs_and_guarded_launches_have_a_program_a_tile(device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "rows", "long"), WAYS)
+@pytest.mark.parametrize("leaves_all", (False, True))
+def test_guarded(
+    config: dict[str, int], rows: int, long: int, leaves_all: bool, device: torch.device
+) -> None:
+    """Some rows run, all, or none: then nothing is written but what all leave."""
+    place = Place(torch.bfloat16, device)
+    h, part = place.numbers(rows, 96, seed=2), GATED.build(place)
+    for runs in ([1] * rows, [1, *[0] * (rows - 1)], [0] * rows):
+        chosen = place.chosen(tuple(runs))
+        found = []
+        for more in ({}, {"LONG": long}):
+            own = replace(HEADS.build(rows, place), leaves_all=leaves_all)
+            assert own.pages is not None
+            with allocate.poisoned():
+                (queries,) = project_append(h, [own], chosen=chosen, config={**config, **more})
+                (fed,) = feed(h, [part], chosen=chosen, config={**config, **more})
+            found.append([queries, fed, memory(own.pages)])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        idle = [number for number, runs_too in enumerate(runs) if not runs_too]
+        if config["BLOCK_N"] == 1:
+            assert found[1][1][idle].isnan().all()
+    longer = {**config, "LONG": long}
+    assert programs(lambda: feed(h, [part], chosen=chosen, config=longer)) == long
+
+
+def test_pairs_have_a_program_a_tile(device: torch.device) -> None:
     place = Place(torch.bfloat16, device)
     h, config = place.numbers(1, 96, seed=2), {**ONE, "LONG": 3}
     pair = [GATED.build(place), GATED.build(place)]
     assert programs(lambda: feed(h, pair, config=config)) == 2 * 10
-    chosen = place.chosen((1,))
-    assert programs(lambda: feed(h, pair[:1], chosen=chosen, config=config)) == 10
 
 
 def test_share_out() -> None:

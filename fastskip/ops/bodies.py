@@ -1,0 +1,259 @@
+"""Guarded sublayers as bodies of conditional nodes of a CUDA graph.
+
+An IF node leaves its body out where no row runs. A SWITCH node chooses among bodies that were
+captured for different numbers of rows: the host never learns how many run, and yet each body has
+products of a size that is known, which a library does best.
+
+torch makes IF nodes from 2.13 on; here CUDA's own bindings make both (``cuda-bindings``, which
+torch's wheels for CUDA 13 bring along), so that torch 2.11 will do.
+
+What is assumed of a body:
+
+- Its launches go to the current stream, which is another one while a body is captured. Triton's
+  and torch's do. Workspaces of library products belong to streams; those of bodies get theirs
+  before a capture.
+- What it allocates is used in bodies only, one after the other, and lies in a memory pool of its
+  own as long as any graph that has bodies lives. torch's allocator knows a capture by its id, and
+  that of a body is another one than its graph's; without the pool it would hand out the memory
+  again to work outside of the graph.
+- Kernels are compiled and loaded before: ``graphs.capture`` runs the work first, and outside of a
+  capture every body runs.
+- Conditions are set before they are read, so that their default does not matter; it is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastskip.ops.conditions import set_condition
+from fastskip.ops.routes import Chosen, Switch
+
+Body = Callable[[], object]
+CountedBody = Callable[[Chosen], object]
+# From flags, and the node that is to know, to the rows that run.
+Choose = Callable[[Tensor, Switch | None], Chosen]
+
+MODULE = "cuda.bindings.driver"
+BOUNDS = 64
+"""Bodies are for multiples of so many rows; of no more rows there is one body, by flags."""
+MOST_BODIES = 12
+"""Of a SWITCH node: a graph holds all of them, and takes its time to be made."""
+
+
+class Bodies(Protocol):
+    """Does what is to be left out where no row runs, or arranges for it."""
+
+    def run_if(self, runs: Tensor, body: Body) -> None:
+        """``body()`` if any of the flags ``runs [n]`` is not 0 by the time it is reached."""
+
+    def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
+        """``body`` of the rows that ``runs [n]`` says by then, if any; of many rows with a bound
+        (``Chosen``) that is no more than a body's step above their number."""
+
+
+def bodies_on(device: torch.device) -> Bodies:
+    """What leaves out bodies on a device.
+
+    Raises:
+        ValueError: on CUDA, without the bindings.
+    """
+    return GraphBodies(device) if device.type == "cuda" else HostBodies()
+
+
+def bounds_of(rows: int) -> tuple[int, list[int]]:
+    """The step from one body to the next, and up to how many rows each is for, the last for all."""
+    step = BOUNDS * -(-rows // (BOUNDS * MOST_BODIES))
+    return step, [min(bound, rows) for bound in range(step, rows + step, step)]
+
+
+class HostBodies:
+    """The host looks at the flags: what graph nodes do, where there are no graphs."""
+
+    def run_if(self, runs: Tensor, body: Body) -> None:
+        if bool(runs.any()):
+            body()
+
+    def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
+        count = int(runs.sum())
+        chosen = choose(runs, None)
+        if count and len(runs) > BOUNDS:
+            _, bounds = bounds_of(len(runs))
+            chosen = chosen.at_most(next(bound for bound in bounds if count <= bound))
+        if count:
+            body(chosen)
+
+
+class GraphBodies:
+    """Nodes in the graph that the current stream is captured into.
+
+    Outside of a capture bodies run, and their kernels leave by themselves.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._driver = load_driver()
+        with torch.cuda.device(device):
+            # torch's streams come round again: one of them may be captured itself by then.
+            self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+            self._pool = torch.cuda.MemPool()
+            for stream in self._streams:
+                with torch.cuda.stream(stream):
+                    _take_workspaces(device)
+
+    def run_if(self, runs: Tensor, body: Body) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            set_condition(runs, 0)
+            body()
+            return
+        graph, _ = self._captured()
+        handle = new_handle(self._driver, graph)
+        set_condition(runs, int(handle))
+        graph, after = self._captured()
+        node, inside = add_if(self._driver, graph, after, handle)
+        self._fill(node, [inside], [body])
+
+    def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
+        step, bounds = bounds_of(len(runs))
+        if len(runs) <= BOUNDS:
+            body(choose(runs, None))
+            return
+        if not torch.cuda.is_current_stream_capturing():
+            chosen = choose(runs, Switch(0, step))
+            for bound in bounds:
+                body(chosen.at_most(bound))
+            return
+        graph, _ = self._captured()
+        handle = new_handle(self._driver, graph)
+        chosen = choose(runs, Switch(int(handle), step))
+        graph, after = self._captured()
+        node, inside = add_switch(self._driver, graph, after, handle, len(bounds))
+        self._fill(node, inside, [partial(body, chosen.at_most(bound)) for bound in bounds])
+
+    def _captured(self) -> tuple[Any, list[Any]]:
+        """The graph that the current stream is captured into, and what its next node will depend
+        on."""
+        answer = self._driver.cuStreamGetCaptureInfo(torch.cuda.current_stream().cuda_stream)
+        checked(self._driver, answer)
+        _, _, _, graph, after, *_ = answer
+        return graph, list(after)
+
+    def _fill(self, node: Any, inside: Sequence[Any], bodies: Sequence[Body]) -> None:
+        """Captures bodies into the graphs ``inside`` of a node, on which all that follows waits."""
+        driver, outer = self._driver, torch.cuda.current_stream().cuda_stream
+        flag = driver.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
+        edges = _edges(driver)
+        checked(
+            driver,
+            driver.cuStreamUpdateCaptureDependencies(outer, [node], *edges, 1, int(flag)),
+        )
+        stream = next(own for own in self._streams if own.cuda_stream != outer)
+        inner = stream.cuda_stream
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        for graph, body in zip(inside, bodies, strict=True):
+            begun = driver.cuStreamBeginCaptureToGraph(inner, graph, None, None, 0, mode)
+            checked(driver, begun)
+            try:
+                with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):
+                    body()
+            finally:
+                ended = driver.cuStreamEndCapture(inner)
+            checked(driver, ended)
+
+
+def _take_workspaces(device: torch.device) -> None:
+    """Makes libraries reserve what they need on the current stream, with and without a bias."""
+    x = torch.zeros(16, 16, dtype=torch.float16, device=device)
+    F.linear(x, x)
+    F.linear(x, x, x[0])
+
+
+@cache
+def can_switch(device: torch.device) -> bool:
+    """Whether graphs on a device can have SWITCH nodes: CUDA 12.8, and its bindings."""
+    if device.type != "cuda" or not _has_bindings():
+        return False
+    driver = import_module(MODULE)
+    kinds = getattr(driver, "CUgraphConditionalNodeType", None)
+    is_known = hasattr(kinds, "CU_GRAPH_COND_TYPE_SWITCH")
+    return is_known and int(checked(driver, driver.cuDriverGetVersion())) >= 12080
+
+
+def _has_bindings() -> bool:
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+def load_driver() -> Any:
+    """CUDA's driver API.
+
+    Raises:
+        ValueError: the bindings are not installed, or older than IF nodes.
+    """
+    needed = (
+        "conditional graph nodes need the package cuda-bindings (pip install 'cuda-bindings>=13', "
+        "of the driver's CUDA version); allowed without it: Guarding.EARLY_EXIT, no switches"
+    )
+    if not _has_bindings():
+        raise ValueError(f"guarding: {needed}")
+    driver = import_module(MODULE)
+    if not hasattr(driver, "cuStreamBeginCaptureToGraph"):
+        raise ValueError(f"guarding: {MODULE} is too old: {needed}")
+    return driver
+
+
+def new_handle(driver: Any, graph: Any, default: int = 0) -> Any:
+    """A condition in ``graph``, which starts every launch as ``default``."""
+    context = checked(driver, driver.cuCtxGetCurrent())
+    flag = driver.CU_GRAPH_COND_ASSIGN_DEFAULT
+    return checked(driver, driver.cuGraphConditionalHandleCreate(graph, context, default, flag))
+
+
+def add_if(driver: Any, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
+    """An IF node behind the nodes ``after``, and the graph of its body."""
+    node, (inside,) = _add_node(driver, graph, after, handle, "IF", 1)
+    return node, inside
+
+
+def add_switch(
+    driver: Any, graph: Any, after: list[Any], handle: Any, bodies: int
+) -> tuple[Any, list[Any]]:
+    """A SWITCH node behind the nodes ``after``, and the graphs of its bodies: the condition's value
+    is the number of the body that runs; from their number on, none does."""
+    return _add_node(driver, graph, after, handle, "SWITCH", bodies)
+
+
+def _add_node(
+    driver: Any, graph: Any, after: list[Any], handle: Any, kind: str, bodies: int
+) -> tuple[Any, list[Any]]:
+    what = driver.CUgraphNodeParams()
+    what.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+    what.conditional.handle = handle
+    kinds = driver.CUgraphConditionalNodeType
+    what.conditional.type = getattr(kinds, f"CU_GRAPH_COND_TYPE_{kind}")
+    what.conditional.size = bodies
+    what.conditional.ctx = checked(driver, driver.cuCtxGetCurrent())
+    made = driver.cuGraphAddNode(graph, after, *_edges(driver), len(after), what)
+    return checked(driver, made), [what.conditional.phGraph_out[each] for each in range(bodies)]
+
+
+def checked(driver: Any, answer: tuple[Any, ...]) -> Any:
+    """What a call of the driver returned.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    status, *values = answer
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver refused a graph node: {status}")
+    return values[0] if values else None
+
+
+def _edges(driver: Any) -> tuple[None, ...]:
+    """CUDA 13 has an argument more for dependencies; nobody here needs it."""
+    return () if int(driver.CUDA_VERSION) < 13000 else (None,)
