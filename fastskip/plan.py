@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from math import prod
+from typing import TypeVar
 
 from fastskip import costs
 from fastskip.chances import ExpectedPlan, LayerChance, Rate, certain, expected, rates_of
-from fastskip.layer_plan import Cell, LayerPlan, ModelShape, shape_of_depth
+from fastskip.layer_plan import Cell, LayerPlan, ModelShape, Pool, Table, shape_of_depth
 from fastskip.plan_cells import RoutedCell, resolve_layers
 from fastskip.policy import (
     Arrangement,
@@ -37,6 +38,9 @@ __all__ = [
     "make_plan",
     "shape_of_depth",
 ]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,22 @@ class SkipPlan:
             return self.layers[step[0]].stage
 
         return tuple(tuple(steps) for _, steps in groupby(self.steps, stage))
+
+    @cached_property
+    def layers_by_table(self) -> dict[Table, tuple[int, ...]]:
+        """The layers whose entries are counted together."""
+        return _grouped((layer.table, layer.index) for layer in self.layers if layer.holding)
+
+    @cached_property
+    def layers_by_pool(self) -> dict[Pool, tuple[int, ...]]:
+        """The layers whose entries lie together."""
+        return _grouped((layer.pool, layer.index) for layer in self.layers if layer.holding)
+
+    @cached_property
+    def tables_by_pool(self) -> dict[Pool, tuple[Table, ...]]:
+        """What is counted apart of what lies together."""
+        tables = self.layers_by_table.items()
+        return _grouped((self.layers[layers[0]].pool, table) for table, layers in tables)
 
     @cached_property
     def groups(self) -> tuple[frozenset[TokenClass], ...]:
@@ -305,6 +325,14 @@ _LEFT = {
     SkippedKV.REUSE: "copied K, V",
     SkippedKV.HIDDEN: "hidden K, V",
 }
+
+
+def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, tuple[Value, ...]]:
+    """The values of each key, in their order."""
+    found: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return {key: tuple(values) for key, values in found.items()}
 
 
 def _arrangement_text(plan: LayerPlan, classes: Sequence[TokenClass]) -> str:

@@ -82,10 +82,7 @@ class SkipCache(Cache):
         self.entries: dict[int, LayerEntries] = {}
         # What routers keep from forward to forward, by the number of their rule.
         self.routing: dict[int, dict[str, Any]] = {}
-        self._layers_by_table: dict[Table, list[int]] = {}
-        for layer in plan.layers:
-            if layer.holding:
-                self._layers_by_table.setdefault(layer.table, []).append(layer.index)
+        self._layers_by_table = plan.layers_by_table
 
     # What the decoder uses.
 

@@ -7,6 +7,7 @@ not defined: when gradients are wanted, and while a layer's projections cannot b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -56,12 +57,15 @@ class FusedDecoder(Decoder):
         self.captured = CapturedForwards()
         self._fused_blocks: list[FusedBlock] = []
         self._made_of: list[object] = []
+        self._settled: tuple[object, ...] = ()
+        self._addresses: tuple[int, ...] = ()
         self._scales: list[float] = []
         self._anchor: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Blocks and the graphs made of them hold addresses; a copy starts without.
         own: dict[str, Any] = {"_fused_blocks": [], "_made_of": [], "_anchor": None}
+        own["_settled"] = ()
         own["captured"] = CapturedForwards(self.captured.switches)
         return {**super().__getstate__(), **own}
 
@@ -113,22 +117,24 @@ class FusedDecoder(Decoder):
         return self._fused_blocks
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the weights lie that decode steps read: parameters may get other data."""
-        own = [block.weights for block in self._fused_blocks]
-        parts: list[Norm | Linear] = []
-        for one in own:
-            parts += one.attention_norm, one.qkv, one.output, one.ffn_norm, one.feed, one.down
-            if one.head_norms is not None:
-                parts += one.head_norms.queries, one.head_norms.keys
-        tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        tensors.append(self.positions.table)
-        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+        """Where the weights lay that graphs read, at the last ``refresh``: parameters may get
+        other data."""
+        table = self.positions.table
+        return self._addresses if table is None else (*self._addresses, table.data_ptr())
 
     def refresh(self, *, wants_gradient: bool) -> None:
         super().refresh(wants_gradient=wants_gradient)
         if wants_gradient or _is_cast(self.like):
             self._fused_blocks = []
             return
+        settled = (self._blocks, self.plan, self._angles)
+        if self._fused_blocks and all(map(is_, settled, self._settled)):
+            return
+        self._settled = settled
+        self._make_blocks()
+        self._addresses = _addresses_of(self._fused_blocks)
+
+    def _make_blocks(self) -> None:
         merged = [weights.merged for weights in self.weights]
         drops = any(block.dropout for block in self._blocks)
         made_of: list[object] = [self.plan, self.like.dtype, drops, self._angles, *merged]
@@ -302,6 +308,16 @@ class FusedDecoder(Decoder):
                 "past_key_values: this cache was filled by another model, or before this one was "
                 "moved to another device or dtype; start from the whole prompt"
             )
+
+
+def _addresses_of(blocks: Sequence[FusedBlock]) -> tuple[int, ...]:
+    parts: list[Norm | Linear] = []
+    for own in (block.weights for block in blocks):
+        parts += own.attention_norm, own.qkv, own.output, own.ffn_norm, own.feed, own.down
+        if own.head_norms is not None:
+            parts += own.head_norms.queries, own.head_norms.keys
+    tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
+    return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
 def _is_cast(like: Tensor) -> bool:

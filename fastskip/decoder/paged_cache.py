@@ -36,12 +36,6 @@ class PagedCache(SkipCache):
         self.pools: dict[Pool, PagePool] = {}
         self.device_counts: dict[Table, Tensor] = {}
         self.hollow_counts: Tensor | None = None
-        self._layers_by_pool: dict[Pool, list[int]] = {}
-        self._tables_by_pool: dict[Pool, dict[Table, None]] = {}
-        for layer in plan.layers:
-            if layer.holding:
-                self._layers_by_pool.setdefault(layer.pool, []).append(layer.index)
-                self._tables_by_pool.setdefault(layer.pool, {})[layer.table] = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         copied = PagedCache(self.plan, self.anchor, reserve=self.reserve)
@@ -64,7 +58,7 @@ class PagedCache(SkipCache):
             nobody = torch.zeros(layout.batch, 0, dtype=torch.bool, device=self.anchor.device)
             for key in hollow:
                 self.tables[key].held = nobody
-        for pool, layers in self._layers_by_pool.items():
+        for pool, layers in self.plan.layers_by_pool.items():
             if isinstance(pool, Hollow):
                 needed = list(map(add, self._most(pool), layout.counts(pool.classes)))
                 self._make_room(layers[0], needed, layout, like)
@@ -79,7 +73,7 @@ class PagedCache(SkipCache):
 
     def _most(self, pool: Pool) -> list[int]:
         """``[B]``: entries that a layer of a pool has, or may have, at most."""
-        counts = [self.tables[key].counts for key in self._tables_by_pool[pool]]
+        counts = [self.tables[key].counts for key in self.plan.tables_by_pool[pool]]
         return [max(own) for own in zip(*counts, strict=True)]
 
     def _make_room(
@@ -91,7 +85,7 @@ class PagedCache(SkipCache):
             self.pools[pool] = PagePool(
                 self.anchor,
                 layout.batch,
-                self._layers_by_pool[pool],
+                self.plan.layers_by_pool[pool],
                 shape.num_kv_heads,
                 shape.head_dim,
             )
@@ -114,7 +108,7 @@ class PagedCache(SkipCache):
         later = max(0, self.reserve - self.columns - done - steps)
         added = False
         for key, pool in self.pools.items():
-            holding = self.plan.layers[self._layers_by_pool[key][0]].holding
+            holding = self.plan.layers[self.plan.layers_by_pool[key][0]].holding
             if TokenClass.GENERATED in holding:
                 needed = [count + done + steps for count in self._most(key)]
                 added = pool.reserve(needed, later) or added

@@ -15,6 +15,7 @@ from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Add, Block, BlockRows
+from fastskip.decoder.module_state import ModuleState
 from fastskip.decoder.positions import Turns, positions_of
 from fastskip.decoder.recomputing import maybe_recomputed
 from fastskip.decoder.removing import RowsLeft, may_leave
@@ -51,6 +52,9 @@ class Decoder:
         self.lens: Lens | None = None
         self._routed: RoutedPlan | None = None
         self._blocks: list[Block] = []
+        # What blocks were made of.
+        self._state: ModuleState | None = None
+        self._planned: SkipPlan | None = None
         self._angles: object = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,6 +62,7 @@ class Decoder:
         # attached then.
         own: dict[str, Any] = {
             "_blocks": [],
+            "_state": None,
             "record": None,
             "_routed": None,
             "_angles": None,
@@ -86,6 +91,9 @@ class Decoder:
                 plan has.
         """
         self._follow_layers()
+        if not wants_gradient and self._is_settled():
+            return
+        self._state = None
         for index, weights in enumerate(self.weights):
             for module in (weights.layer, weights.layer.self_attn):
                 if has_hooks(module) and not all(map(is_transformers_own, hooks_of(module))):
@@ -96,6 +104,16 @@ class Decoder:
                     )
             weights.refresh(wants_gradient=wants_gradient)
         self._blocks = [self._block(index) for index in range(len(self.weights))]
+        self._planned = self.plan
+        layers = [weights.layer for weights in self.weights]
+        # In training, dropout may change from one forward to the next.
+        if not wants_gradient and not any(layer.training for layer in layers):
+            self._state = ModuleState(*layers)
+
+    def _is_settled(self) -> bool:
+        """Whether blocks are as the plan and the layers would make them."""
+        is_of_plan = self._planned is self.plan
+        return is_of_plan and self._state is not None and self._state.is_current()
 
     def _follow_layers(self) -> None:
         """Users may put other layers where the model's own were, and other angles."""
@@ -110,6 +128,7 @@ class Decoder:
         for index, layer in enumerate(layers):
             if self.weights[index].layer is not layer:
                 self.weights[index] = BlockWeights(layer, self.plan.shape.head_dim, self.ops)
+                self._state = None
         self._angles = self.positions.refresh()
 
     def unsupported(self) -> str | None:

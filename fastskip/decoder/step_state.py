@@ -62,15 +62,8 @@ class StepState:
     ) -> None:
         self.plan, self.shape, self.anchor = plan, shape, anchor
         device, batch = anchor.device, shape.batch
-        self._layers: dict[Table, list[int]] = {}
-        for layer in plan.layers:
-            if layer.holding:
-                self._layers.setdefault(layer.table, []).append(layer.index)
-        self._sets = list(self._layers)
-        pooled: dict[Pool, list[int]] = {}
-        for layer in plan.layers:
-            if layer.holding:
-                pooled.setdefault(layer.pool, []).append(layer.index)
+        self._sets = list(plan.layers_by_table)
+        pooled = plan.layers_by_pool
         self._idle = {key: self._idle_pool(layers) for key, layers in pooled.items()}
         self._slabs: dict[Pool, list[Tensor]] = {}
         self._tables: dict[Pool, Tensor] = {}
@@ -79,7 +72,9 @@ class StepState:
             return torch.zeros(size, dtype=dtype, device=device)
 
         new = TokenClass.GENERATED
-        grows = [int(new in plan.layers[layers[0]].holding) for layers in self._layers.values()]
+        grows = [
+            int(new in plan.layers[layers[0]].holding) for layers in plan.layers_by_table.values()
+        ]
         self.choice = Choice(
             tokens=zeros(batch, dtype=torch.int64),
             history=zeros(shape.slots, batch, dtype=torch.int64),

@@ -23,7 +23,6 @@ from fastskip.decoder.anatomy import (
     norm_of,
     parts_of,
 )
-from fastskip.decoder.module_state import ModuleState
 from fastskip.ops import Operations
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, HeadNorms, Linear, Norm
@@ -214,14 +213,13 @@ class BlockWeights:
         self.layer = layer
         self._head_dim, self._ops = head_dim, ops
         self._merged: MergedProducts | None = None
-        self._seen: ModuleState | None = None
         self.parts = parts_of(layer)
         self.products: Products = ModuleProducts(self.parts, head_dim)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's parameters have storages of their own; merged ones are built on its first use.
         modules = ModuleProducts(self.parts, self._head_dim)
-        return {**self.__dict__, "_merged": None, "_seen": None, "products": modules}
+        return {**self.__dict__, "_merged": None, "products": modules}
 
     @property
     def is_merged(self) -> bool:
@@ -238,14 +236,10 @@ class BlockWeights:
         return _can_merge(parts_of(self.layer))
 
     def refresh(self, *, wants_gradient: bool) -> None:
-        """Chooses the form, once per forward or ``generate``.
+        """Chooses the form, where anything of the layer may have changed.
 
         Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
         """
-        is_settled = self.is_merged and not wants_gradient and not self.layer.training
-        if is_settled and self._seen is not None and self._seen.is_current():
-            return
-        self._seen = None
         parts = self.parts = parts_of(self.layer)
         if wants_gradient or not _can_merge(parts):
             self.products = ModuleProducts(parts, self._head_dim)
@@ -254,7 +248,6 @@ class BlockWeights:
             self._merged = None  # the old storages go before the new ones come
             self._merged = MergedProducts(parts, self._head_dim, self._ops)
         self.products = self._merged
-        self._seen = ModuleState(self.layer)
 
 
 def _unchanged(heads: Tensor) -> Tensor:
