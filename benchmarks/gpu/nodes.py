@@ -16,7 +16,8 @@ from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import captured, synchronize
 from fastskip.kernels import numerics
-from fastskip.ops.bodies import GraphBodies, add_if, checked, load_driver, new_handle
+from fastskip.ops.bodies import GraphBodies
+from fastskip.ops.graph_nodes import add_if, checked, load_driver, new_handle
 from fastskip.ops.graphs import capture
 
 PROGRAMS = (132, 264, 1376)

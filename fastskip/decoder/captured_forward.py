@@ -28,8 +28,9 @@ from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two
 from fastskip.layer_plan import stage_of
 from fastskip.ops.allocate import copy_over, empty
-from fastskip.ops.bodies import Bodies, bodies_on, can_switch
+from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.contracts import Rotation
+from fastskip.ops.graph_nodes import can_switch
 from fastskip.ops.graphs import capture, new_pool
 from fastskip.plan import SkipPlan
 from fastskip.routing import Router

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
-from fastskip.decoder.guarded_layer import GuardedBlock, is_one_decision
-from fastskip.ops.bodies import Bodies, Body
+from fastskip.decoder.guarded_layer import BodiedBlock, is_one_decision
+from fastskip.ops.bodies import Body
 from fastskip.ops.contracts import Term
 from fastskip.policy import Arrangement
 
 
 @dataclass(frozen=True)
-class ConditionalBlock(GuardedBlock):
+class ConditionalBlock(BodiedBlock):
     """A ``GuardedBlock`` of decode steps that goes by ``bodies``.
 
     Its launches are those of a ``GuardedBlock``, since some rows may run and others not. What
@@ -25,14 +23,6 @@ class ConditionalBlock(GuardedBlock):
     block makes one body; the two sublayers of a parallel block share launches, so they have one
     only if they share the flag too and leave nothing.
     """
-
-    bodies: Bodies = field(kw_only=True)
-
-    @classmethod
-    def of(cls, block: FusedBlock, bodies: Bodies) -> Self:
-        """The same layer."""
-        own = {each.name: getattr(block, each.name) for each in fields(FusedBlock)}
-        return cls(**own, bodies=bodies)
 
     def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         own = rows.attention

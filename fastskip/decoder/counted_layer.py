@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
-from fastskip.decoder.guarded_layer import GuardedBlock, Queries, is_one_decision
-from fastskip.ops.bodies import Bodies
+from fastskip.decoder.guarded_layer import BodiedBlock, Queries, is_one_decision
 from fastskip.ops.contracts import Projection, Reach, StepReach, Term
 from fastskip.ops.routes import Chosen
 from fastskip.policy import Arrangement
 
 
 @dataclass(frozen=True)
-class CountedBlock(GuardedBlock):
+class CountedBlock(BodiedBlock):
     """A ``GuardedBlock`` whose products of chosen rows have a size that the host knows.
 
     On an H200 a library does such a product of a 7B model's prompt at 1.3 to 2 times the rate of
@@ -25,14 +22,6 @@ class CountedBlock(GuardedBlock):
     that skip need is never in a body: the entries that they leave, and decisions. One flag for the
     whole block makes one node, else each sublayer is one.
     """
-
-    bodies: Bodies = field(kw_only=True)
-
-    @classmethod
-    def of(cls, block: FusedBlock, bodies: Bodies) -> Self:
-        """The same layer."""
-        own = {each.name: getattr(block, each.name) for each in fields(FusedBlock)}
-        return cls(**own, bodies=bodies)
 
     def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         own = rows.attention

@@ -6,13 +6,15 @@ are therefore in the order of ``h``, and what they hold for rows that do not run
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fastskip.decoder.fused_layer import FusedBlock, narrowed
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, GuardedFeed, Selection, Store
+from fastskip.ops.bodies import Bodies
 from fastskip.ops.contracts import Reach, StepReach, Targets, Term
 from fastskip.ops.routes import Chosen, Route
 
@@ -164,6 +166,19 @@ class GuardedBlock(FusedBlock):
     def _route(self, h: Tensor, taken: Route | None) -> None:
         if taken is not None:
             self.ops.route(h, taken)
+
+
+@dataclass(frozen=True)
+class BodiedBlock(GuardedBlock):
+    """A ``GuardedBlock`` whose guarded sublayers are bodies of graph nodes."""
+
+    bodies: Bodies = field(kw_only=True)
+
+    @classmethod
+    def of(cls, block: FusedBlock, bodies: Bodies) -> Self:
+        """The same layer."""
+        own = {each.name: getattr(block, each.name) for each in fields(FusedBlock)}
+        return cls(**own, bodies=bodies)
 
 
 def is_one_decision(rows: FusedRows) -> bool:

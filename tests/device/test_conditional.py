@@ -26,8 +26,10 @@ from fastskip.decoder.conditional_layer import ConditionalBlock
 from fastskip.generation.conditional import Guarding
 from fastskip.generation.device_step import DeviceStep
 from fastskip.kernels.launch import recording
-from fastskip.ops import bodies as nodes
-from fastskip.ops.bodies import Choose, GraphBodies, HostBodies, load_driver
+from fastskip.ops import bodies as ops_bodies
+from fastskip.ops import graph_nodes
+from fastskip.ops.bodies import Choose, GraphBodies, HostBodies
+from fastskip.ops.graph_nodes import load_driver
 from fastskip.ops.routes import Chosen, Switch
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch
@@ -239,9 +241,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     def set_condition(runs: Tensor, handle: int) -> None:
         made.launch(f"set {handle:x} from {runs.tolist()}")
 
-    monkeypatch.setattr(nodes, "load_driver", lambda: made)
-    monkeypatch.setattr(nodes, "set_condition", set_condition)
-    monkeypatch.setattr(nodes, "_take_workspaces", lambda device: None)
+    monkeypatch.setattr(ops_bodies, "load_driver", lambda: made)
+    monkeypatch.setattr(ops_bodies, "set_condition", set_condition)
+    monkeypatch.setattr(ops_bodies, "_take_workspaces", lambda device: None)
     # They come round: the first one is what is being captured.
     streams = (SimpleNamespace(cuda_stream=number) for number in itertools.cycle((1, 2)))
     stand_ins: dict[str, Any] = {
@@ -296,7 +298,7 @@ def chosen_by(cuda: Cuda) -> Choose:
 
 
 def test_numbers_of_rows_become_a_switch_node(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "BOUNDS", 4)
+    monkeypatch.setattr(ops_bodies, "BOUNDS", 4)
     bodies = GraphBodies(torch.device("cuda"))
     cuda.launch("before")
     runs = torch.ones(10, dtype=torch.int32)
@@ -317,7 +319,7 @@ def test_numbers_of_rows_become_a_switch_node(cuda: Cuda, monkeypatch: pytest.Mo
 
 
 def test_few_rows_have_one_body_in_the_graph_itself(cuda: Cuda) -> None:
-    runs = torch.ones(nodes.BOUNDS, dtype=torch.int32)
+    runs = torch.ones(ops_bodies.BOUNDS, dtype=torch.int32)
     bodies = GraphBodies(torch.device("cuda"))
     bodies.run_counted(runs, chosen_by(cuda), lambda chosen: cuda.launch(f"to {chosen.bound}"))
     names = [what for what, _ in cuda.graph.nodes.values()]
@@ -338,9 +340,11 @@ def test_every_number_of_rows_runs_before_a_capture(
 
 @pytest.mark.parametrize("rows", (65, 640, 768, 769, 8192))
 def test_bodies_are_few_and_the_last_is_for_all(rows: int) -> None:
-    step, bounds = nodes.bounds_of(rows)
-    assert len(bounds) <= nodes.MOST_BODIES and bounds[-1] == rows
-    assert step % nodes.BOUNDS == 0 and bounds[:-1] == [step * n for n in range(1, len(bounds))]
+    step, bounds = ops_bodies.bounds_of(rows)
+    assert len(bounds) <= ops_bodies.MOST_BODIES and bounds[-1] == rows
+    assert step % ops_bodies.BOUNDS == 0 and bounds[:-1] == [
+        step * n for n in range(1, len(bounds))
+    ]
     # The number that the kernel sets is that of the first body that is large enough.
     for count in range(1, rows + 1):
         own = -(-count // step) - 1
@@ -372,13 +376,38 @@ def test_what_the_driver_refuses_is_an_error(cuda: Cuda, what: str) -> None:
 
 
 def test_without_bindings_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "find_spec", lambda name: None)
+    monkeypatch.setattr(graph_nodes, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"cuda-bindings.*allowed without it: .*EARLY_EXIT"):
         load_driver()
-    monkeypatch.setattr(nodes, "find_spec", lambda name: name)
-    monkeypatch.setattr(nodes, "import_module", lambda name: SimpleNamespace())
+    monkeypatch.setattr(graph_nodes, "find_spec", lambda name: name)
+    monkeypatch.setattr(graph_nodes, "import_module", lambda name: SimpleNamespace())
     with pytest.raises(ValueError, match="too old"):
         load_driver()
+
+
+@pytest.mark.parametrize(
+    ("bindings", "version", "expected"),
+    [
+        (None, 0, False),
+        (SimpleNamespace(), 13000, False),
+        (SimpleNamespace(CU_GRAPH_COND_TYPE_IF=0), 13000, False),
+        (SimpleNamespace(CU_GRAPH_COND_TYPE_SWITCH=2), 12070, False),
+        (SimpleNamespace(CU_GRAPH_COND_TYPE_SWITCH=2), 12080, True),
+    ],
+)
+def test_who_has_switch_nodes(
+    bindings: Any, version: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = SimpleNamespace(
+        CUgraphConditionalNodeType=bindings,
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0),
+        cuDriverGetVersion=lambda: (0, version),
+    )
+    monkeypatch.setattr(graph_nodes, "find_spec", lambda name: bindings)
+    monkeypatch.setattr(graph_nodes, "import_module", lambda name: driver)
+    asked = graph_nodes.can_switch.__wrapped__
+    assert asked(torch.device("cuda")) is expected
+    assert asked(torch.device("cpu")) is False
 
 
 @pytest.mark.parametrize("handle", [1, 1 << 40, (1 << 64) - 1])

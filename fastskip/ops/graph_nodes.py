@@ -1,0 +1,101 @@
+"""Conditional nodes of CUDA graphs, by CUDA's own bindings.
+
+torch makes IF nodes from 2.13 on; the bindings (``cuda-bindings``, which torch's wheels for CUDA 13
+bring along) make them, and SWITCH nodes, with torch 2.11 too.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+MODULE = "cuda.bindings.driver"
+
+
+@cache
+def can_switch(device: torch.device) -> bool:
+    """Whether graphs on a device can have SWITCH nodes: CUDA 12.8, and its bindings."""
+    if device.type != "cuda" or not _has_bindings():
+        return False
+    driver = import_module(MODULE)
+    kinds = getattr(driver, "CUgraphConditionalNodeType", None)
+    is_known = hasattr(kinds, "CU_GRAPH_COND_TYPE_SWITCH")
+    return is_known and int(checked(driver, driver.cuDriverGetVersion())) >= 12080
+
+
+def _has_bindings() -> bool:
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+def load_driver() -> Any:
+    """CUDA's driver API.
+
+    Raises:
+        ValueError: the bindings are not installed, or older than IF nodes.
+    """
+    needed = (
+        "conditional graph nodes need the package cuda-bindings (pip install 'cuda-bindings>=13', "
+        "of the driver's CUDA version); allowed without it: Guarding.EARLY_EXIT, no switches"
+    )
+    if not _has_bindings():
+        raise ValueError(f"guarding: {needed}")
+    driver = import_module(MODULE)
+    if not hasattr(driver, "cuStreamBeginCaptureToGraph"):
+        raise ValueError(f"guarding: {MODULE} is too old: {needed}")
+    return driver
+
+
+def new_handle(driver: Any, graph: Any, default: int = 0) -> Any:
+    """A condition in ``graph``, which starts every launch as ``default``."""
+    context = checked(driver, driver.cuCtxGetCurrent())
+    flag = driver.CU_GRAPH_COND_ASSIGN_DEFAULT
+    return checked(driver, driver.cuGraphConditionalHandleCreate(graph, context, default, flag))
+
+
+def add_if(driver: Any, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
+    """An IF node behind the nodes ``after``, and the graph of its body."""
+    node, (inside,) = _add_node(driver, graph, after, handle, "IF", 1)
+    return node, inside
+
+
+def add_switch(
+    driver: Any, graph: Any, after: list[Any], handle: Any, bodies: int
+) -> tuple[Any, list[Any]]:
+    """A SWITCH node behind the nodes ``after``, and the graphs of its bodies: the condition's value
+    is the number of the body that runs; from their number on, none does."""
+    return _add_node(driver, graph, after, handle, "SWITCH", bodies)
+
+
+def _add_node(
+    driver: Any, graph: Any, after: list[Any], handle: Any, kind: str, bodies: int
+) -> tuple[Any, list[Any]]:
+    what = driver.CUgraphNodeParams()
+    what.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+    what.conditional.handle = handle
+    kinds = driver.CUgraphConditionalNodeType
+    what.conditional.type = getattr(kinds, f"CU_GRAPH_COND_TYPE_{kind}")
+    what.conditional.size = bodies
+    what.conditional.ctx = checked(driver, driver.cuCtxGetCurrent())
+    made = driver.cuGraphAddNode(graph, after, *edges_of(driver), len(after), what)
+    return checked(driver, made), [what.conditional.phGraph_out[each] for each in range(bodies)]
+
+
+def checked(driver: Any, answer: tuple[Any, ...]) -> Any:
+    """What a call of the driver returned.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    status, *values = answer
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the CUDA driver refused a graph node: {status}")
+    return values[0] if values else None
+
+
+def edges_of(driver: Any) -> tuple[None, ...]:
+    """CUDA 13 has an argument more for dependencies; nobody here needs it."""
+    return () if int(driver.CUDA_VERSION) < 13000 else (None,)
