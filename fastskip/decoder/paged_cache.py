@@ -23,10 +23,10 @@ class PagedCache(SkipCache):
     """A ``SkipCache`` whose entries lie in pages.
 
     ``pools`` has one pool of pages an entry table, and one for all layers that are hollow alike,
-    which may need as many pages. Who has entries in a hollow layer is known on
-    the device only: there ``device_counts [B]`` and the table's ``held [B, C]`` lie, and the
-    table's own counts are what there may be at most. ``hollow_counts [tables, >= B]`` is the memory
-    of all ``device_counts``, so that one copy takes them along.
+    which may need as many pages. Who has entries in a hollow layer is known on the device only:
+    there ``device_counts [B]`` and the table's ``held [B, C]`` lie, and the table's own counts are
+    what there may be at most. ``hollow_counts [tables, >= B]`` is the memory of all
+    ``device_counts``, so that one copy takes them along.
     """
 
     def __init__(self, plan: SkipPlan, anchor: Tensor, *, reserve: int = 0) -> None:

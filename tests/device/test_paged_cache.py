@@ -12,13 +12,16 @@ from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import GROWTH_PAGES
 from fastskip.generation.cache_name import CACHE_NAME
+from fastskip.layer_plan import Hollow
 from fastskip.ops.contracts import PAGE
+from fastskip.policy import TokenClass
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch
 from tests.continuing import CACHE_POLICIES, Continued, some_tokens
 from tests.device.conftest import IMPL
 from tests.models import tiny_llava
+from tests.routing.routed import random, routed
 
 ENTRY = 2 * 2 * 8 * 4
 """Bytes of K and V of one row of one layer: 2 heads of width 8 in fp32."""
@@ -220,3 +223,36 @@ def test_reset_gives_pages_back(case: Continued) -> None:
     cache = fill(case)
     cache.reset()
     assert cache.allocated_bytes() == cache.live_bytes() == cache.get_seq_length() == 0
+
+
+def test_hollow_layers_share_pages_and_count_apart(trio: Trio, batch: Batch) -> None:
+    """Layers that may hold the same rows lie together, whoever leaves entries there."""
+    routers = (
+        random([1, 2], "all", "block", kv="omit", rate=0.5),
+        random([3], ["image"], "attention", kv="omit", rate=0.5, seed=5),
+    )
+    model = fastskip.set_policy(trio.prepared, routed(*routers))
+    cache: PagedCache = generate(model, batch, 6)[CACHE_NAME]
+    everyone = frozenset({TokenClass.IMAGE, TokenClass.TEXT, TokenClass.GENERATED})
+    assert {key: pool.layers for key, pool in cache.pools.items()} == {
+        everyone: (0,),
+        Hollow(everyone): (1, 2, 3),
+    }
+    held = [cache.held(layer).sum(1).tolist() for layer in (1, 2, 3)]
+    counts = [cache.device_counts[layer].tolist() for layer in (1, 2, 3)]
+    assert counts == held and len({tuple(each) for each in counts}) == 3
+    pool = cache.pools[Hollow(everyone)]
+    for layer in (1, 2, 3):
+        for sequence, count in enumerate(cache.device_counts[layer].tolist()):
+            assert pool.keys(layer, sequence, count).isfinite().all()
+    # One tensor has all counts, in copies too, and after sequences were chosen.
+    copied = copy.deepcopy(cache)
+    copied.batch_select_indices(torch.tensor([2, 0, 0, 1, 2]))
+    for own, sequences in ((cache, (0, 1, 2)), (copied, (2, 0, 0, 1, 2))):
+        assert own.hollow_counts is not None
+        for number, layer in enumerate((1, 2, 3)):
+            expected = [counts[number][sequence] for sequence in sequences]
+            assert own.device_counts[layer].tolist() == expected
+            assert own.hollow_counts[number, : len(sequences)].tolist() == expected
+        own.hollow_counts.add_(1)
+        assert own.device_counts[2].tolist() == [counts[1][n] + 1 for n in sequences]
