@@ -47,9 +47,8 @@ Choose = Callable[[Tensor, Switch | None], Chosen]
 BOUNDS = 64
 """Bodies are for multiples of so many rows; of no more rows there is one body, by flags."""
 MOST_BODIES = 8
-"""Of a SWITCH node: every one of them is captured, which for twelve took about a second in all layers
-of a 7B model. An H200's library gains 4 % at most by finer bounds: for 576 rows it takes longer than
-for 640, for 448 hardly less than for 512."""
+"""Of a SWITCH node, since each of them has to be captured. An H200's library gains 4 % at most by
+finer bounds: for 576 rows it takes longer than for 640, for 448 hardly less than for 512."""
 
 
 class Bodies(Protocol):
