@@ -62,7 +62,7 @@ CONTEXT = 1024
 STEPS, SETS = 128, 2
 STEP_ROWS = (1, 16)
 LONG = {"BLOCK_M": 8, "BLOCK_N": 1, "BLOCK_E": 256, "STAGES": 4, "LONG": 264, "num_warps": 4}
-"""One of the configurations of few programs that go through many tiles, which no table has yet."""
+"""One of the configurations of few programs that go through many tiles."""
 CONFIGURED = ("BLOCK", "STAGES", "SPLITS", "FUSED")
 """How the names of block sizes begin."""
 

@@ -175,12 +175,12 @@ def rotate_append(
 ) -> Tensor:
     """Norms and rotates the queries of ``heads [n, H + 2G, K]`` in place; stores keys and values.
 
-    ``chosen``, with a bound: ``heads`` are those of its rows. Queries are then put where these rows
-    lie among all ``N``: ``[N, H, K]``.
-
     ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
     negative slot leaves no entry, nor does one whose flag in ``runs [n]`` is 0, unless
     ``projection.leaves_all``; the queries of the latter are not touched.
+
+    ``chosen``, with a bound: ``heads`` are those of its rows, and the queries returned,
+    ``[N, H, K]``, lie in memory of their own where these rows lie among all ``N``.
     """
     refuse_gradients(heads=heads)
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation

@@ -17,7 +17,7 @@ from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import captured, synchronize
 from fastskip.kernels import numerics
 from fastskip.ops.bodies import GraphBodies
-from fastskip.ops.graph_nodes import add_if, checked, load_driver, new_handle
+from fastskip.ops.graph_nodes import NodeKind, add_node, checked, load_driver, new_handle
 from fastskip.ops.graphs import capture
 
 PROGRAMS = (132, 264, 1376)
@@ -178,6 +178,7 @@ def _add_memset(driver: Any, graph: Any, after: list[Any], word: Tensor) -> Any:
 
 def _add_if(driver: Any, graph: Any, after: list[Any], word: Tensor, is_run: int) -> Any:
     """Every launch of the graph starts with the condition ``is_run``."""
-    node, inside = add_if(driver, graph, after, new_handle(driver, graph, is_run))
+    handle = new_handle(driver, graph, is_run)
+    node, (inside,) = add_node(driver, graph, after, handle, NodeKind.IF, 1)
     _add_memset(driver, inside, [], word)
     return node

@@ -26,7 +26,7 @@ from fastskip.decoder.positions import Positions
 from fastskip.decoder.recent import Recent
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two
-from fastskip.layer_plan import stage_of
+from fastskip.layer_plan import Pool, stage_of
 from fastskip.ops.allocate import copy_over, empty
 from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.contracts import Rotation
@@ -54,7 +54,7 @@ class ForwardShape:
         bounds: of the layout's groups, in rows.
         narrow: codes of the rows that go on after the last layer's entries.
         read: how many rows are read, where all go on.
-        pages: columns of each page table, in the order of the cache's tables.
+        pages: columns of the page tables.
         positions: rows of the RoPE tables.
         stage: which of the plan's stages it runs.
     """
@@ -63,7 +63,7 @@ class ForwardShape:
     bounds: tuple[int, ...]
     narrow: tuple[int, ...] | None
     read: int | None
-    pages: tuple[int, ...]
+    pages: int
     positions: int
     stage: int = 0
 
@@ -77,11 +77,7 @@ class ForwardShape:
             layout.bounds,
             None if narrow is None else tuple(narrow.take(layout.codes).tolist()),
             None if numbers.read is None else numbers.read.count,
-            tuple(
-                max(PAGES, power_of_two(pool.width))
-                for key, pool in cache.pools.items()
-                if stage_of(key) == stage
-            ),
+            power_of_two(max([PAGES, *(cache.pools[key].width for key in _pools(cache, stage))])),
             power_of_two(max(layout.positions_needed, max_positions)),
             stage,
         )
@@ -119,10 +115,9 @@ class CapturedForward:
         self._asked = self._steps[-1][-1] if shape.stage < len(plan.removals) else None
         self._entered: Tensor | None = None
         self._h = empty((len(numbers.layout), h.shape[-1]), anchor.dtype, device)
-        keys = [key for key in cache.pools if stage_of(key) == shape.stage]
-        width = max(shape.pages, default=PAGES)
+        keys = _pools(cache, shape.stage)
         self._all_tables = torch.zeros(
-            len(keys), shape.batch, width, dtype=torch.int64, device=device
+            len(keys), shape.batch, shape.pages, dtype=torch.int64, device=device
         )
         self._tables = dict(zip(keys, self._all_tables, strict=True))
         # Of hollow tables: where a run begins, and what it brings up to date.
@@ -230,6 +225,11 @@ class CapturedForward:
             self._entered = h.clone()
 
 
+def _pools(cache: PagedCache, stage: int) -> list[Pool]:
+    """Where the layers of a stage have their entries."""
+    return [key for key in cache.pools if stage_of(key) == stage]
+
+
 class CapturedForwards:
     """The captured forwards of one decoder; the least recently used one goes first.
 
@@ -266,9 +266,10 @@ class CapturedForwards:
         self._seen.keep(shape, None)
         return has_seen
 
-    def blocks(self, blocks: Sequence[FusedBlock], plan: SkipPlan) -> Sequence[FusedBlock]:
+    def blocks(
+        self, blocks: Sequence[FusedBlock], plan: SkipPlan, device: torch.device
+    ) -> Sequence[FusedBlock]:
         """The layers of a plan as graphs run them."""
-        device = blocks[0].weights.qkv.weight.device
         does_switch = can_switch(device) if self.switches is None else self.switches
         if not plan.routed or not does_switch:
             return blocks

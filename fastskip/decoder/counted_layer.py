@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
 from fastskip.decoder.guarded_layer import BodiedBlock, Queries, is_one_decision
+from fastskip.ops.bodies import CountedBody
 from fastskip.ops.contracts import Projection, Reach, StepReach, Term
 from fastskip.ops.routes import Chosen
 from fastskip.policy import Arrangement
@@ -43,7 +44,7 @@ class CountedBlock(BodiedBlock):
 
         is_parallel = self.plan.arrangement is Arrangement.PARALLEL
         body = parallel if is_parallel else sequential
-        self.bodies.run_counted(own.runs, self.ops.choose_rows, body)
+        self._run_counted(own.runs, body)
         self._route(h, rows.then_ffn)
         return h
 
@@ -52,10 +53,8 @@ class CountedBlock(BodiedBlock):
         if own is None or rows.narrow is not None:
             return super().run_attention(h, rows, store)
         projection, reach = self._project_entries(h, rows, own, store)
-        self.bodies.run_counted(
-            own.runs,
-            self.ops.choose_rows,
-            lambda chosen: self._add_attention(h, chosen, projection, reach, store),
+        self._run_counted(
+            own.runs, lambda chosen: self._add_attention(h, chosen, projection, reach, store)
         )
         self._route(h, rows.then_attention)
         return h
@@ -65,11 +64,12 @@ class CountedBlock(BodiedBlock):
         if own is None or rows.narrow is not None:
             return super().run_ffn(h, rows)
         self._route(h, own.between)
-        self.bodies.run_counted(
-            own.runs, self.ops.choose_rows, lambda chosen: self._add_ffn(h, chosen)
-        )
+        self._run_counted(own.runs, lambda chosen: self._add_ffn(h, chosen))
         self._route(h, rows.then_ffn)
         return None
+
+    def _run_counted(self, runs: Tensor, body: CountedBody) -> None:
+        self.bodies.run_counted(runs, self.ops.choose_rows, body)
 
     def _project_entries(
         self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store
@@ -79,8 +79,7 @@ class CountedBlock(BodiedBlock):
         targets, reach = self._placed(own, rows)
         projection = self.projection(targets, store)
         if own.leaves_all:
-            entries = self.projection(targets, store, linear=self.weights.keys_values)
-            self.ops.project_append(h, [entries])
+            self._leave_all(h, targets, store)
             projection = self.projection(targets, store, linear=self.weights.queries, leaves=False)
         self._copy(own, targets, store)
         return replace(projection, leaves_all=False), reach

@@ -282,7 +282,7 @@ class FusedDecoder(Decoder):
         if forward is None:
             if not self.captured.has_seen(shape):
                 return None
-            blocks = self.captured.blocks(self._fused_blocks, self.plan)
+            blocks = self.captured.blocks(self._fused_blocks, self.plan, h.device)
             layers = Layers(self.plan, blocks, self.positions, self.routers)
             pool = self.captured.pool(h.device)
             # Its buffers outlive a caller's inference mode, which would forbid writing them later.

@@ -114,8 +114,7 @@ class GuardedBlock(FusedBlock):
             queries = self.ops.project_append(h, [projection], chosen=chosen)[0]
             self._copy(own, targets, store)
             return Queries(queries, chosen, reach)
-        keys_values = self.projection(targets, store, linear=self.weights.keys_values)
-        self.ops.project_append(h, [keys_values])
+        self._leave_all(h, targets, store)
         self._copy(own, targets, store)
         runs = narrow.take(own.runs)
         chosen = self.ops.choose_rows(runs)
@@ -123,6 +122,11 @@ class GuardedBlock(FusedBlock):
         alone = self.projection(Targets(*parts), store, linear=self.weights.queries, leaves=False)
         queries = self.ops.project_append(narrow.take(h), [alone], chosen=chosen)[0]
         return Queries(queries, chosen, replace(reach, runs=runs))
+
+    def _leave_all(self, h: Tensor, targets: Targets, store: Store) -> None:
+        """Entries of every row that has a slot."""
+        keys_values = self.projection(targets, store, linear=self.weights.keys_values)
+        self.ops.project_append(h, [keys_values])
 
     def _placed(self, own: GuardedAttention, rows: FusedRows) -> tuple[Targets, Reach | StepReach]:
         """Where entries go and what rows see; of a hollow layer's prompt as the flags say."""

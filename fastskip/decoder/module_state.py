@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, contains, is_, itemgetter
 from typing import Any
 
@@ -62,7 +62,7 @@ class ModuleState:
         """What matters of parameters, and of the modules that have them."""
         return (
             # As accelerate hooks a module.
-            [*map(contains, self._owns, ["forward"] * len(self._owns))],
+            [*map(contains, self._owns, repeat("forward"))],
             [own.get(name) for own, name in self._numbers],
             [*map(Tensor.data_ptr, self._real)],
             [*map(_kind, self._real)],

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fastskip.ops.conditions import set_condition
 from fastskip.ops.graph_nodes import (
-    add_if,
-    add_switch,
+    NodeKind,
+    add_node,
     checked,
     edges_of,
     load_driver,
@@ -115,12 +115,9 @@ class GraphBodies:
             set_condition(runs, 0)
             body()
             return
-        graph, _ = self._captured()
-        handle = new_handle(self._driver, graph)
+        handle = self._new_handle()
         set_condition(runs, int(handle))
-        graph, after = self._captured()
-        node, inside = add_if(self._driver, graph, after, handle)
-        self._fill(node, [inside], [body])
+        self._add(NodeKind.IF, handle, [body])
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
         step, bounds = bounds_of(len(runs))
@@ -132,12 +129,14 @@ class GraphBodies:
             for bound in bounds:
                 body(chosen.at_most(bound))
             return
-        graph, _ = self._captured()
-        handle = new_handle(self._driver, graph)
+        handle = self._new_handle()
         chosen = choose(runs, Switch(int(handle), step))
-        graph, after = self._captured()
-        node, inside = add_switch(self._driver, graph, after, handle, len(bounds))
-        self._fill(node, inside, [partial(body, chosen.at_most(bound)) for bound in bounds])
+        own = [partial(body, chosen.at_most(bound)) for bound in bounds]
+        self._add(NodeKind.SWITCH, handle, own)
+
+    def _new_handle(self) -> Any:
+        graph, _ = self._captured()
+        return new_handle(self._driver, graph)
 
     def _captured(self) -> tuple[Any, list[Any]]:
         """The graph that the current stream is captured into, and what its next node will depend
@@ -147,9 +146,11 @@ class GraphBodies:
         _, _, _, graph, after, *_ = answer
         return graph, list(after)
 
-    def _fill(self, node: Any, inside: Sequence[Any], bodies: Sequence[Body]) -> None:
-        """Captures bodies into the graphs ``inside`` of a node, on which all that follows waits."""
+    def _add(self, kind: NodeKind, handle: Any, bodies: Sequence[Body]) -> None:
+        """Captures bodies into a node, on which all that follows waits."""
         driver, outer = self._driver, torch.cuda.current_stream().cuda_stream
+        graph, after = self._captured()
+        node, inside = add_node(driver, graph, after, handle, kind, len(bodies))
         flag = driver.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES
         edges = edges_of(driver)
         checked(
@@ -159,8 +160,8 @@ class GraphBodies:
         stream = next(own for own in self._streams if own.cuda_stream != outer)
         inner = stream.cuda_stream
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        for graph, body in zip(inside, bodies, strict=True):
-            begun = driver.cuStreamBeginCaptureToGraph(inner, graph, None, None, 0, mode)
+        for own, body in zip(inside, bodies, strict=True):
+            begun = driver.cuStreamBeginCaptureToGraph(inner, own, None, None, 0, mode)
             checked(driver, begun)
             try:
                 with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):

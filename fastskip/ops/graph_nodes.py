@@ -6,6 +6,7 @@ bring along) make them, and SWITCH nodes, with torch 2.11 too.
 
 from __future__ import annotations
 
+from enum import Enum
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,17 @@ import torch
 MODULE = "cuda.bindings.driver"
 
 
+class NodeKind(Enum):
+    """What a node does with its condition; the value is the driver's name for it.
+
+    ``IF``: its one body runs unless it is 0. ``SWITCH``: it is the number of the body that runs;
+    from their number on, none does.
+    """
+
+    IF = "CU_GRAPH_COND_TYPE_IF"
+    SWITCH = "CU_GRAPH_COND_TYPE_SWITCH"
+
+
 @cache
 def can_switch(device: torch.device) -> bool:
     """Whether graphs on a device can have SWITCH nodes: CUDA 12.8, and its bindings."""
@@ -23,7 +35,7 @@ def can_switch(device: torch.device) -> bool:
         return False
     driver = import_module(MODULE)
     kinds = getattr(driver, "CUgraphConditionalNodeType", None)
-    is_known = hasattr(kinds, "CU_GRAPH_COND_TYPE_SWITCH")
+    is_known = hasattr(kinds, NodeKind.SWITCH.value)
     return is_known and int(checked(driver, driver.cuDriverGetVersion())) >= 12080
 
 
@@ -56,28 +68,15 @@ def new_handle(driver: Any, graph: Any, default: int = 0) -> Any:
     return checked(driver, driver.cuGraphConditionalHandleCreate(graph, context, default, flag))
 
 
-def add_if(driver: Any, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
-    """An IF node behind the nodes ``after``, and the graph of its body."""
-    node, (inside,) = _add_node(driver, graph, after, handle, "IF", 1)
-    return node, inside
-
-
-def add_switch(
-    driver: Any, graph: Any, after: list[Any], handle: Any, bodies: int
+def add_node(
+    driver: Any, graph: Any, after: list[Any], handle: Any, kind: NodeKind, bodies: int
 ) -> tuple[Any, list[Any]]:
-    """A SWITCH node behind the nodes ``after``, and the graphs of its bodies: the condition's value
-    is the number of the body that runs; from their number on, none does."""
-    return _add_node(driver, graph, after, handle, "SWITCH", bodies)
-
-
-def _add_node(
-    driver: Any, graph: Any, after: list[Any], handle: Any, kind: str, bodies: int
-) -> tuple[Any, list[Any]]:
+    """A conditional node behind the nodes ``after``, and the graphs of its bodies."""
     what = driver.CUgraphNodeParams()
     what.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
     what.conditional.handle = handle
     kinds = driver.CUgraphConditionalNodeType
-    what.conditional.type = getattr(kinds, f"CU_GRAPH_COND_TYPE_{kind}")
+    what.conditional.type = getattr(kinds, kind.value)
     what.conditional.size = bodies
     what.conditional.ctx = checked(driver, driver.cuCtxGetCurrent())
     made = driver.cuGraphAddNode(graph, after, *edges_of(driver), len(after), what)

@@ -281,7 +281,7 @@ def test_what_is_not_captured(trio: Trio, batches: list[Batch], at_once: None) -
 
 def test_few_are_kept() -> None:
     captured = CapturedForwards()
-    shapes = [ForwardShape(1, (0, rows), None, None, (1,), 64) for rows in range(KEPT + 1)]
+    shapes = [ForwardShape(1, (0, rows), None, None, 1, 64) for rows in range(KEPT + 1)]
     forwards = [object() for _ in shapes]
     for shape, forward in zip(shapes, forwards, strict=True):
         assert captured.find(shape, "version") is None

@@ -11,25 +11,26 @@ from torch import Tensor
 from fastskip.kernels.addition import add_rows_
 from fastskip.kernels.compaction import compact
 from fastskip.kernels.launch import recording
-from fastskip.ops import allocate, compiled, fused
+from fastskip.ops import allocate, compiled
 from fastskip.ops.contracts import Activation, Term
 from fastskip.ops.operations import FusedOperations
 from fastskip.ops.routes import Chosen, Switch
-from tests.budget import assert_within_budget
 from tests.kernels.sublayers import (
-    TRUTH,
     FeedCase,
     Place,
     ProjectionCase,
     assert_same_entries,
     memory,
 )
+from tests.kernels.test_compiled import (
+    DTYPES,
+    ROWS,
+    RUNS,
+    WIDTH,
+    check_some,
+    rows_that,
+)
 
-DTYPES = (torch.float32, torch.bfloat16)
-WIDTH, ROWS = 32, 5
-RUNS = {"some": (1, 0, 1, 1, 0), "one": (0, 0, 0, 1, 0), "none": (0,) * 5, "all": (1,) * 5}
-OURS: FusedOperations = compiled
-THEIRS: FusedOperations = fused
 BOUNDS = [
     (runs, bound) for runs in RUNS for bound in range(1, ROWS + 1) if sum(RUNS[runs]) <= bound
 ]
@@ -49,19 +50,6 @@ def choose(ops: FusedOperations, place: Place, runs: str, bound: int) -> Chosen:
     chosen = ops.choose_rows(place.integers(*RUNS[runs])).at_most(bound)
     assert chosen.index is not None and chosen.index.shape == (bound,)
     return chosen
-
-
-def rows_that(runs: str) -> list[int]:
-    return [row for row, own in enumerate(RUNS[runs]) if own]
-
-
-def check(name: str, made: Any, dtype: torch.dtype, device: torch.device) -> None:
-    actual = made(OURS, Place(dtype, device))
-    eager, truth = (made(THEIRS, Place(each, torch.device("cpu"))) for each in (dtype, TRUTH))
-    for ours, theirs, true in zip(actual, eager, truth, strict=True):
-        assert ours.shape == theirs.shape
-        if len(ours):
-            assert_within_budget(name, ours.cpu(), theirs, true)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,9 +81,9 @@ def test_queries_lie_where_their_rows_do(
         h = place.numbers(ROWS, WIDTH, seed=20)
         (found,) = ops.project_append(h, [own], chosen=choose(ops, place, runs, bound))
         assert found.shape == (ROWS, 4, 16)
-        return [found[rows_that(runs)]]
+        return [found[rows_that(RUNS[runs])]]
 
-    check("queries", made, dtype, device)
+    check_some("queries", made, dtype, device)
     if case.has_pages and runs != "none":
         assert_same_entries(*made_pages)
     elif case.has_pages:
@@ -117,11 +105,11 @@ def test_an_ffn(
         (fed,) = ops.feed(h, [case.build(place)], chosen=chosen)
         assert fed.shape == (bound, 24)
         assert ops.add_terms_(h, [Term(fed, down)], chosen=[chosen], factor=0.5) is h
-        idle = [row for row in range(ROWS) if row not in rows_that(runs)]
+        idle = [row for row in range(ROWS) if row not in rows_that(RUNS[runs])]
         assert torch.equal(h[idle], before[idle])
-        return [fed[: len(rows_that(runs))], h]
+        return [fed[: len(rows_that(RUNS[runs]))], h]
 
-    check("ffn", made, dtype, device)
+    check_some("ffn", made, dtype, device)
 
 
 @pytest.mark.parametrize("runs", RUNS)
@@ -141,9 +129,9 @@ def test_both_halves_of_a_parallel_block(runs: str, device: torch.device) -> Non
             Term(fed, place.linear(WIDTH, 24, seed=3)),
         ]
         ops.add_terms_(h, terms, chosen=[chosen, chosen])
-        return [queries[rows_that(runs)], h]
+        return [queries[rows_that(RUNS[runs])], h]
 
-    check("parallel", made, torch.float32, device)
+    check_some("parallel", made, torch.float32, device)
 
 
 @pytest.mark.parametrize("size", (0, 1, 33, 70))
