@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
-from fastskip.decoder.guarded_layer import BodiedBlock, is_one_decision
+from fastskip.decoder.guarded_layer import BodiedBlock, is_one_decision, leaves_entries
 from fastskip.ops.bodies import Body
 from fastskip.ops.contracts import Term
 from fastskip.policy import Arrangement
@@ -29,7 +29,7 @@ class ConditionalBlock(BodiedBlock):
         if own is None or not is_one_decision(rows):
             return super().run(h, rows, store)
         is_parallel = self.plan.arrangement is Arrangement.PARALLEL
-        if is_parallel and _leaves_entries(own):
+        if is_parallel and leaves_entries(own):
             return super().run(h, rows, store)
         self._route(h, rows.before)
         alone = replace(rows, before=None, then_attention=None, then_ffn=None)
@@ -63,7 +63,7 @@ class ConditionalBlock(BodiedBlock):
 
     def _attention(self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store) -> Body:
         """The attention's body; what its rows leave is stored here, if those that skip leave it."""
-        made = self._project_guarded(h, rows, own, store) if _leaves_entries(own) else None
+        made = self._project_guarded(h, rows, own, store) if leaves_entries(own) else None
 
         def body() -> None:
             queries = made or self._project_guarded(h, rows, own, store)
@@ -71,8 +71,3 @@ class ConditionalBlock(BodiedBlock):
             self.ops.add_terms_(h, terms, chosen=[queries.chosen])
 
         return body
-
-
-def _leaves_entries(own: GuardedAttention) -> bool:
-    """Whether rows that do not attend leave entries."""
-    return own.leaves_all or bool(own.copies)

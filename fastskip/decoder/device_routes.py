@@ -63,7 +63,7 @@ class DeviceRoutes:
             width = plan.shape.hidden_size
             found = empty((count, 2), torch.float32, device)
             self.trace = Trace(empty((count, width), like.dtype, device), found)
-        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self._terms: dict[tuple[int, int], Terms] = {}
         self.reset()
 
@@ -109,8 +109,17 @@ class DeviceRoutes:
         if move is Move.NONE and not verdicts:
             return None
         return Route(
-            verdicts, self._positions, self._sequences, self.trace, move, ran, self._arrivals
+            verdicts, self._positions, self._sequences, self.trace, move, ran, self.arrivals
         )
+
+    def decision_on(self, layer: int) -> tuple[Terms, Tensor] | None:
+        """What decides on a whole block before it begins, and its flags ``[n]``; ``None`` where
+        that is not all."""
+        own = [guard for guard in self._rows() if guard.layer == layer]
+        if len(own) != 1 or own[0].sublayers != frozenset(Sublayer) or len(own[0].rulings) != 1:
+            return None
+        (ruling,) = own[0].rulings
+        return self._terms_of(ruling.number, layer), self._row(own[0])
 
     def _move(self, step: tuple[int, ...]) -> tuple[Move, list[Tensor]]:
         if self.trace is None or self._start is None:

@@ -193,6 +193,11 @@ def is_one_decision(rows: FusedRows) -> bool:
     return rows.then_attention is None and ffn.between is None
 
 
+def leaves_entries(own: GuardedAttention) -> bool:
+    """Whether rows that do not attend leave entries."""
+    return own.leaves_all or bool(own.copies)
+
+
 def _narrowed_route(route: Route, narrow: Selection, runs: dict[int, Tensor]) -> Route:
     """The same decisions on the rows that go on; ``runs``: their flags, by those of all rows."""
     trace = route.trace

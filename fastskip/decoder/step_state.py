@@ -89,7 +89,7 @@ class StepState:
             positions=zeros(batch),
         )
         self.h = empty((batch, plan.shape.hidden_size), anchor.dtype, device)
-        self._sequences = torch.arange(batch, dtype=torch.int32, device=device)
+        self.sequences = torch.arange(batch, dtype=torch.int32, device=device)
         heads = plan.shape.num_heads
         # Two, since the blocks of a pair count their arrivals in one launch.
         self._arrivals = [zeros(batch * heads) for _ in range(2)]
@@ -101,7 +101,7 @@ class StepState:
         self.store = Store(rotation, self._pages.__getitem__)
         self._rows: dict[tuple[object, ...], FusedRows] = {}
         # Rows of sequences that there are: idle ones run nothing that a router guards.
-        self._live, self._nobody = zeros(batch), zeros(batch)
+        self.live, self._nobody = zeros(batch), zeros(batch)
         # In hollow layers an entry is made where the row attends: one number for both.
         self._hollow = {
             key: self.choice.grows[number]
@@ -115,9 +115,9 @@ class StepState:
                 plan,
                 routers,
                 frozenset({new}),
-                lambda classes: self._live if new in classes else self._nobody,
+                lambda classes: self.live if new in classes else self._nobody,
                 self.choice.positions,
-                self._sequences,
+                self.sequences,
                 self.h,
                 self._hollow,
             )
@@ -141,7 +141,7 @@ class StepState:
         self.choice.positions.zero_()
         self.choice.tokens.zero_()
         self.choice.step.zero_()
-        self._live.zero_()
+        self.live.zero_()
         if self.routes is not None:
             self.routes.reset()
 
@@ -167,7 +167,7 @@ class StepState:
         choice.tokens[:batch] = tokens
         choice.unfinished.zero_()
         choice.unfinished[:batch] = ~torch.isin(tokens, choice.stops)
-        self._live[:batch] = 1
+        self.live[:batch] = 1
         if self.routes is not None:
             self.routes.reset()
         self.load_pages(cache)
@@ -220,10 +220,10 @@ class StepState:
     def _make_rows(self, layer: LayerPlan) -> FusedRows:
         new, batch = TokenClass.GENERATED, self.shape.batch
         every, none = Selection(slice(0, batch), batch), Selection(slice(0, 0), 0)
-        nowhere = Targets(*[self._sequences[:0]] * 3)
+        nowhere = Targets(*[self.sequences[:0]] * 3)
         targets = nowhere
         if new in layer.holding:
-            targets = Targets(self.choice.positions, self._sequences, self._counts(layer))
+            targets = Targets(self.choice.positions, self.sequences, self._counts(layer))
         attends = new in layer.attending
         projects = new in layer.projecting and not attends
         reach = None
@@ -239,7 +239,7 @@ class StepState:
             copies=tuple(
                 Copies(
                     source,
-                    self._sequences,
+                    self.sequences,
                     self._counts(self.plan.layers[source]),
                     self._counts(layer),
                 )
@@ -266,7 +266,7 @@ class StepState:
             kv, copies = self._left_by_skipping(layer), []
             if kv.kv is SkippedKV.REUSE and kv.kv_source is not None:
                 counts = self._counts(self.plan.layers[kv.kv_source]), self._counts(layer)
-                copies = [Copies(kv.kv_source, self._sequences, *counts, attends)]
+                copies = [Copies(kv.kv_source, self.sequences, *counts, attends)]
             is_projected = kv.kv is SkippedKV.PROJECT
             attention = GuardedAttention(attends, targets, is_projected, rows.reach, tuple(copies))
         at = {part: self._riding.get((layer.index, part)) for part in Part}

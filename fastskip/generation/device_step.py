@@ -13,6 +13,7 @@ from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
 from fastskip.decoder.conditional_layer import ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.hopping import Hopping
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.recent import Recent
 from fastskip.decoder.sizes import power_of_two
@@ -48,20 +49,24 @@ class DeviceStep:
         pool: Any,
         *,
         chooses: bool,
+        guarding: Guarding = Guarding.EARLY_EXIT,
         bodies: Bodies | None = None,
         overlaps: bool = False,
     ) -> None:
         """``chooses``: the greedy token is taken on the device; else logits are left to read.
-        ``bodies``: leave out guarded sublayers that no row runs; without, their kernels do.
+        ``guarding``: how it passes by what no row runs; by ``bodies``, if not by early exits.
         ``overlaps``: whether its launches do."""
         self._decoder, self._chooses, self._overlaps = decoder, chooses, overlaps
         self._blocks: Sequence[FusedBlock] = decoder.blocks
-        if bodies is not None:
+        if guarding is Guarding.CONDITIONAL and bodies is not None:
             self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = final_norm_of(text_model_of(model))
         anchor = decoder.anchor
         self.state = StepState(decoder.plan, anchor, rotation, shape, decoder.routers)
+        self._hopping: Hopping | None = None
+        if guarding is Guarding.HOPS and bodies is not None:
+            self._hopping = Hopping.of(self._blocks, self.state, bodies)
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
         # The torch form reads counts on the host.
@@ -92,7 +97,11 @@ class DeviceStep:
     def _launch(self) -> None:
         state, ops = self.state, self._decoder.fused
         self._embed()
-        h = run_steps(self._decoder.plan, self._blocks, state.h, state.rows_of, state.store)
+        plan, blocks = self._decoder.plan, self._blocks
+        if self._hopping is not None:
+            h = self._hopping.run(plan, blocks, state.h, state)
+        else:
+            h = run_steps(plan, blocks, state.h, state.rows_of, state.store)
         norm = _norm_of(self._norm)
         if norm is None or not is_plain(self._head, nn.Linear):
             self.logits = self._head(self._norm(h))
@@ -123,8 +132,8 @@ class DeviceSteps:
     """The steps of one model that are ready to run; the least recently used one goes first.
 
     ``guarding`` may be set at any time: how steps pass by what routers let every row skip. So may
-    ``overlaps``: whether launches of a step overlap where the device can, but for steps with IF
-    nodes; on an H200 a step takes 1 % less so (cells ``overlap`` of the GPU protocol).
+    ``overlaps``: whether launches of a step overlap where the device can, but for steps with
+    conditional nodes; on an H200 a step takes 1 % less so (cells ``overlap`` of the GPU protocol).
     """
 
     def __init__(self) -> None:
@@ -195,7 +204,8 @@ class DeviceSteps:
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
         overlaps = self.overlaps and bodies is None and can_overlap(decoder.anchor.device)
-        key = (shape, positions, chooses, bodies is not None, overlaps, self._depth)
+        guarding = Guarding.EARLY_EXIT if bodies is None else self.guarding
+        key = (shape, positions, chooses, guarding, overlaps, self._depth)
         step = self._steps.get(key)
         if step is None and makes:
             self._steps.make_room(key)
@@ -209,6 +219,7 @@ class DeviceSteps:
                     rotation,
                     self._pool,
                     chooses=chooses,
+                    guarding=guarding,
                     bodies=bodies,
                     overlaps=overlaps,
                 )
@@ -216,7 +227,7 @@ class DeviceSteps:
         return step
 
     def _bodies_for(self, decoder: FusedDecoder, shape: StepShape) -> Bodies | None:
-        is_wanted = self.guarding is Guarding.CONDITIONAL and bool(decoder.plan.routed)
+        is_wanted = self.guarding is not Guarding.EARLY_EXIT and bool(decoder.plan.routed)
         if not is_wanted or shape.batch > MOST_ROWS:
             return None
         if self._bodies is None:

@@ -1,6 +1,7 @@
 """Guarded sublayers as bodies of conditional nodes of a CUDA graph.
 
-An IF node leaves its body out where no row runs. A SWITCH node chooses among bodies that were
+An IF node leaves its body out where no row runs, a WHILE node repeats it as long as some row does
+(``ops.hops``). A SWITCH node chooses among bodies that were
 captured for different numbers of rows: the host never learns how many run, and yet each body has
 products of a size that is known, which a library does best.
 
@@ -40,6 +41,8 @@ from fastskip.ops.graph_nodes import (
 from fastskip.ops.routes import Chosen, Switch
 
 Body = Callable[[], object]
+# Of a loop: told the condition that it sets.
+Turn = Callable[[int], object]
 CountedBody = Callable[[Chosen], object]
 # From flags, and the node that is to know, to the rows that run.
 Choose = Callable[[Tensor, Switch | None], Chosen]
@@ -56,6 +59,11 @@ class Bodies(Protocol):
 
     def run_if(self, runs: Tensor, body: Body) -> None:
         """``body()`` if any of the flags ``runs [n]`` is not 0 by the time it is reached."""
+
+    def run_while(self, runs: Tensor, begin: Turn, body: Turn, most: int) -> None:
+        """``begin``, then ``body`` as long as any of the flags ``runs [n]`` that they leave is not
+        0. Both set the condition that they are told to that. ``body`` changes nothing where none
+        is; after ``most`` times none is."""
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
         """``body`` of the rows that ``runs [n]`` says by then, if any; of many rows with a bound
@@ -83,6 +91,11 @@ class HostBodies:
     def run_if(self, runs: Tensor, body: Body) -> None:
         if bool(runs.any()):
             body()
+
+    def run_while(self, runs: Tensor, begin: Turn, body: Turn, most: int) -> None:
+        begin(0)
+        while bool(runs.any()):
+            body(0)
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
         count = int(runs.sum())
@@ -118,6 +131,16 @@ class GraphBodies:
         handle = self._new_handle()
         set_condition(runs, int(handle))
         self._add(NodeKind.IF, handle, [body])
+
+    def run_while(self, runs: Tensor, begin: Turn, body: Turn, most: int) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            begin(0)
+            for _ in range(most):
+                body(0)
+            return
+        handle = self._new_handle()
+        begin(int(handle))
+        self._add(NodeKind.WHILE, handle, [partial(body, int(handle))])
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
         step, bounds = bounds_of(len(runs))

@@ -32,7 +32,8 @@ from fastskip.ops.contracts import (
     entries_of,
     write_entries,
 )
-from fastskip.ops.fused_routes import choose_rows, place_entries, route
+from fastskip.ops.fused_routes import begin_hops, choose_rows, land, place_entries, route
+from fastskip.ops.hops import Field, Hops
 from fastskip.ops.routes import Chosen, Route
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "apply_terms",
     "attend_rows",
     "attend_step",
+    "begin_hops",
     "choose",
     "choose_rows",
     "compact",
@@ -49,6 +51,7 @@ __all__ = [
     "feed",
     "head_choose",
     "head_logits",
+    "hop",
     "normalize",
     "place_entries",
     "project_append",
@@ -248,6 +251,20 @@ def attend_step(
             out[sequence] = _attend(query[None], keys, values, None, scale)[0]
         found.append(out.flatten(1))
     return found
+
+
+def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
+    """The layer that is next, in place, of the rows that run it; then chooses the one after it."""
+    assert not condition
+    if hops.runs.any():
+        own, chosen = hops.layers[int(hops.now[Field.LAYER])], choose_rows(hops.runs)
+        queries = project_append(h, [own.projection], chosen=chosen)
+        reach = replace(own.reach, runs=hops.runs)
+        mixed = attend_step(queries, [reach], [own.pages], hops.scale)[0]
+        add_terms_(h, [Term(mixed, own.output)], chosen=[chosen])
+        fed = feed(h, [own.feed], chosen=chosen)[0]
+        add_terms_(h, [Term(fed, own.down)], chosen=[chosen])
+    land(h, hops)
 
 
 def copy_entries(

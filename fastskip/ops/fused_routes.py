@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastskip.ops.contracts import Bounds
+from fastskip.ops.hops import Field, Hops
 from fastskip.ops.routes import (
     EPSILON,
     Agreement,
@@ -23,6 +25,7 @@ from fastskip.ops.routes import (
     Score,
     Switch,
     Terms,
+    Trace,
     Verdict,
     draw,
 )
@@ -36,6 +39,23 @@ def route(h: Tensor, taken: Route) -> None:
         _move(h, taken)
     for verdict in taken.verdicts:
         _decide(h, taken, verdict)
+
+
+def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
+    """The first layer of ``hops`` is next, for the rows that its flags name; without any, the first
+    one behind it that some row runs. There are no graphs here, so no ``condition``."""
+    assert not condition
+    assert hops.layers[0].home is not None
+    hops.runs.copy_(hops.layers[0].home)
+    _choose_next(h, hops, 1)
+
+
+def land(h: Tensor, hops: Hops) -> None:
+    """A layer was run: which one is next."""
+    if hops.trace is not None:
+        _move_on(h, hops.trace, [hops.runs])
+    hops.runs.zero_()
+    _choose_next(h, hops, int(hops.now[Field.LAYER]) + 1)
 
 
 def measure(before: Tensor, after: Tensor) -> Tensor:
@@ -95,13 +115,37 @@ def _move(h: Tensor, taken: Route) -> None:
     assert trace is not None
     if taken.move is Move.START:
         trace.found[:, 0], trace.found[:, 1] = -math.inf, math.inf
+        trace.snapshot.copy_(h)
     else:
-        did = torch.ones(len(h), dtype=torch.bool, device=h.device)
-        for flags in taken.ran:
-            did = did & flags.bool()
-        found = measure(trace.snapshot, h).to(trace.found.dtype)
-        trace.found.copy_(torch.where(did[:, None], found, trace.found))
+        _move_on(h, trace, taken.ran)
+
+
+def _move_on(h: Tensor, trace: Trace, ran: Sequence[Tensor]) -> None:
+    did = torch.ones(len(h), dtype=torch.bool, device=h.device)
+    for flags in ran:
+        did = did & flags.bool()
+    found = measure(trace.snapshot, h).to(trace.found.dtype)
+    trace.found.copy_(torch.where(did[:, None], found, trace.found))
     trace.snapshot.copy_(h)
+
+
+def _choose_next(h: Tensor, hops: Hops, following: int) -> None:
+    """From layer ``following`` on, nobody has decided; with rows that run already, nobody does."""
+    found = None if hops.trace is None else hops.trace.found
+    members = hops.live.nonzero().squeeze(1)
+    own = hops.sequences[members], hops.positions[members]
+    while following < len(hops.layers) and not hops.runs.any():
+        layer = hops.layers[following]
+        runs = hops.live
+        if layer.terms is not None:
+            scores = score(layer.terms, h, hops.positions, found)
+            runs = torch.zeros_like(runs)
+            runs[members] = (~settle(scores[members], *own, layer.terms)).to(runs.dtype)
+        if layer.home is not None:
+            layer.home.copy_(runs)
+        hops.runs.copy_(runs)
+        following += 1
+    hops.now.copy_(hops.table[following - 1])
 
 
 def settle(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -> Tensor:

@@ -24,6 +24,7 @@ from fastskip.ops.contracts import (
     StepReach,
     Term,
 )
+from fastskip.ops.hops import Hops
 from fastskip.ops.routes import Chosen, Route, Switch
 
 
@@ -127,6 +128,10 @@ class FusedOperations(Protocol):
     def compact(self, mask: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def route(self, h: Tensor, taken: Route) -> None: ...
+
+    def begin_hops(self, h: Tensor, hops: Hops, condition: int = 0) -> None: ...
+
+    def hop(self, h: Tensor, hops: Hops, condition: int = 0) -> None: ...
 
     def choose_rows(self, runs: Tensor, switch: Switch | None = None) -> Chosen: ...
 

@@ -1,0 +1,116 @@
+"""A decode step as a loop over the layers that some row runs: see ``ops.hops``.
+
+The loop takes the place of all layers from the first that is decided on to the last. Layers before
+and behind it run as they always do, and so does the decision on its first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_parts import FusedRows
+from fastskip.decoder.guarded_layer import is_one_decision, leaves_entries
+from fastskip.decoder.step_state import StepState
+from fastskip.ops.bodies import Bodies
+from fastskip.ops.contracts import StepReach
+from fastskip.ops.hops import HopLayer, Hops, can_hop
+from fastskip.plan import SkipPlan
+from fastskip.policy import Arrangement
+
+TURNS = 4
+"""Layers of one turn of the loop: so many share what a turn costs, and so many less one may be
+launched in vain at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hopping:
+    """The loop over ``layers`` of a plan."""
+
+    layers: range
+    hops: Hops
+    bodies: Bodies
+
+    @classmethod
+    def of(cls, blocks: Sequence[FusedBlock], state: StepState, bodies: Bodies) -> Hopping | None:
+        """The loop of a state's steps; ``None`` where a plan has none."""
+        routes, plan = state.routes, state.plan
+        decided = [] if routes is None else [guard.layer for guard in routes.guards]
+        if routes is None or not decided:
+            return None
+        inside = range(decided[0], decided[-1] + 1)
+        found = [_layer_of(blocks[index], state) for index in inside]
+        layers = [layer for layer in found if layer is not None]
+        if len(layers) < len(found) or not can_hop(layers):
+            return None
+        hops = Hops.over(
+            layers,
+            live=state.live,
+            positions=state.choice.positions,
+            sequences=state.sequences,
+            trace=routes.trace,
+            arrivals=routes.arrivals,
+            scale=blocks[inside[0]].scale,
+        )
+        return cls(inside, hops, bodies)
+
+    def run(
+        self, plan: SkipPlan, blocks: Sequence[FusedBlock], h: Tensor, state: StepState
+    ) -> Tensor:
+        """All layers of ``plan`` on ``h [n, D]``, in place."""
+        first, last = self.layers[0], self.layers[-1]
+        before = [step for step in plan.steps if step[-1] < first]
+        behind = [step for step in plan.steps if step[0] > last]
+        ops, hops = blocks[first].ops, self.hops
+        run_steps(plan, blocks, h, state.rows_of, state.store, steps=before)
+        decision = state.rows_of(blocks[first].plan, False).before
+        if decision is not None:
+            ops.route(h, decision)
+
+        def take_turn(condition: int) -> None:
+            for number in range(TURNS):
+                ops.hop(h, hops, condition if number == TURNS - 1 else 0)
+
+        self.bodies.run_while(
+            hops.runs,
+            lambda condition: ops.begin_hops(h, hops, condition),
+            take_turn,
+            -(-len(self.layers) // TURNS),
+        )
+        return run_steps(plan, blocks, h, state.rows_of, state.store, steps=behind)
+
+
+def _layer_of(block: FusedBlock, state: StepState) -> HopLayer | None:
+    """A layer as the loop runs it; ``None`` where it cannot."""
+    plan, weights = block.plan, block.weights
+    rows = state.rows_of(plan, False)
+    if not _is_whole(rows) or plan.arrangement is not Arrangement.SEQUENTIAL:
+        return None
+    if weights.head_norms is not None or not isinstance(rows.reach, StepReach):
+        return None
+    terms, home = None, None
+    if rows.attention is not None or rows.ffn is not None:
+        assert state.routes is not None
+        decision = state.routes.decision_on(plan.index)
+        is_bare = rows.attention is not None and not leaves_entries(rows.attention)
+        if decision is None or not is_bare or not is_one_decision(rows):
+            return None
+        terms, home = decision
+    projection = block.projection(rows.joint_targets, state.store)
+    return HopLayer(
+        projection=replace(projection, leaves_all=False),
+        reach=rows.reach,
+        output=weights.output,
+        feed=block.part(),
+        down=weights.down,
+        terms=terms,
+        home=home,
+    )
+
+
+def _is_whole(rows: FusedRows) -> bool:
+    """Whether a layer's rows run both sublayers, or would if nobody decided on them."""
+    return rows.joint.count > 0 and rows.feeding.count > 0 and rows.then_attention is None

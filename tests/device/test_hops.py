@@ -1,0 +1,170 @@
+"""Steps that hop: loops over the layers that some row runs, on the torch form of the operations.
+
+Against the masked dense computation, and against early exits, token for token. The host looks at
+the flags instead of a WHILE node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastskip.decoder import hopping
+from fastskip.generation.conditional import Guarding
+from fastskip.ops.bodies import HostBodies
+from fastskip.routing.weights import LayerScore, write_weights
+from tests.agreement import Trio
+from tests.batches import Batch, random_batch
+from tests.device.conftest import IMPL
+from tests.models import tiny_llava
+from tests.policies import Policy, parallel, skip
+from tests.routing.routed import check_generate, random, routed, similarity
+
+DEPTH = 6
+OMIT = {"kv": "omit"}
+POLICIES: dict[str, Policy] = {
+    **{f"rate {rate}": routed(random(":", "all", rate=rate, **OMIT)) for rate in (0, 0.5, 0.9, 1)},
+    "a layer in the middle for all": routed(random([1, 2, 4], "all", rate=0.7, **OMIT)),
+    "generated tokens alone": routed(random("2:", ["generated"], rate=0.6, **OMIT)),
+    "beside a rule": routed(
+        random("2:5", "all", rate=0.7, **OMIT), rules=[skip([0, 5], ["image"], "ffn")]
+    ),
+    "parallel in front": routed(
+        random("3:", "all", rate=0.6, **OMIT), arrangements=(parallel(":2"),)
+    ),
+    "what the layer before did": routed(similarity(":", "all", threshold=0.6, **OMIT)),
+    "how much it changed": routed(
+        similarity("1:", "all", threshold=0.7, measure="change", **OMIT)
+    ),
+    "by sequence, similarity": routed(
+        similarity("1:", "all", threshold=0.6, group="sequence", **OMIT)
+    ),
+    **{
+        f"by {group}, {agree}": routed(random(":", "all", group=group, agree=agree, **OMIT))
+        for group, agree in (("batch", "mean"), ("batch", "any"), ("sequence", "mean"))
+    },
+}
+STAY: dict[str, Policy] = {
+    "entries of all": routed(random(":", "all", kv="project")),
+    "entries from below": routed(random("1:", "all", kv="reuse")),
+    "an FFN alone": routed(random(":", "all", "ffn")),
+    "parallel inside": routed(random(":", "all", **OMIT), arrangements=(parallel("2:4"),)),
+    "a rule inside": routed(
+        random([1, 3], "all", **OMIT), rules=[skip([2], ["generated"], "ffn")]
+    ),
+    "decisions of two kinds": routed(
+        random([1], "all", **OMIT), similarity([2], "all", threshold=0.5, **OMIT)
+    ),
+    "prompts alone": routed(random(":", ["text", "image"], **OMIT)),
+}
+
+
+class Counting(HostBodies):
+    """Notes the turns of each loop."""
+
+    def __init__(self) -> None:
+        self.turns: list[int] = []
+
+    def run_while(self, runs: Tensor, begin: Any, body: Any, most: int) -> None:
+        self.turns.append(0)
+
+        def counted(condition: int) -> None:
+            self.turns[-1] += 1
+            body(condition)
+
+        super().run_while(runs, begin, counted, most)
+        assert self.turns[-1] <= most
+
+
+@pytest.fixture(scope="module")
+def trio() -> Trio:
+    return Trio(tiny_llava(depth=DEPTH, attention_bias=True, mlp_bias=True), impl=IMPL)
+
+
+@pytest.fixture(scope="module")
+def batch(trio: Trio) -> Batch:
+    return random_batch(trio.plain, 3, images=(1, 0))
+
+
+@pytest.fixture
+def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
+    made = Counting()
+    steps = trio.prepared._fastskip.steps
+    monkeypatch.setattr("fastskip.generation.device_step.bodies_on", lambda device: made)
+    steps.guarding, steps._bodies = Guarding.HOPS, None
+    steps._steps.clear()
+    yield made
+    steps.guarding = Guarding.EARLY_EXIT
+
+
+def check_hops(trio: Trio, policy: Policy, batch: Batch, new: int = 5) -> None:
+    """Right, and what early exits yield: tokens, and every decision."""
+    steps = trio.prepared._fastskip.steps
+    tokens, masks = check_generate(trio, policy, batch, new)
+    assert steps._steps and all(step._hopping is not None for step in steps._steps.values())
+    steps.guarding = Guarding.EARLY_EXIT
+    others, other_masks = check_generate(trio, policy, batch, new)
+    assert torch.equal(tokens, others)
+    assert masks.keys() == other_masks.keys()
+    assert all(torch.equal(mask, other_masks[key]) for key, mask in masks.items())
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_hopped_over_changes_nothing(
+    trio: Trio,
+    batch: Batch,
+    bodies: Counting,
+    name: str,
+    turns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hopping, "TURNS", turns)
+    check_hops(trio, POLICIES[name], batch)
+    if name == "rate 0":
+        assert set(bodies.turns) <= {0, -(-DEPTH // turns)}  # none before a cache is loaded
+    if name == "rate 1":
+        assert set(bodies.turns) == {0}
+
+
+def test_one_sequence_takes_the_turns_of_the_layers_that_it_runs(
+    trio: Trio, bodies: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hopping, "TURNS", 1)
+    batch = random_batch(trio.plain, 1, images=(1,))
+    _, masks = check_generate(trio, POLICIES["rate 0.5"], batch, new=6)
+    skipped = torch.stack([masks[layer, "ffn"][0, batch.columns :] for layer in range(DEPTH)])
+    assert bodies.turns[-5:] == (DEPTH - skipped.sum(0)).tolist()
+    assert 0 < skipped.sum() < skipped.numel()
+
+
+def test_learned_scores(trio: Trio, batch: Batch, bodies: Counting, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(DEPTH, 32, generator=generator)
+    scores = {layer: LayerScore(own, 0.1 * layer) for layer, own in enumerate(vectors)}
+    write_weights(tmp_path / "router.safetensors", scores)
+    head = {"layers": ":", "tokens": "all", "skip": ["block"], "kind": "linear", **OMIT}
+    rule = head | {"weights": str(tmp_path / "router.safetensors"), "threshold": 0.5}
+    check_hops(trio, routed(rule), batch)
+
+
+def test_layer_norms_and_relu(bodies: Counting) -> None:
+    opt = Trio(tiny_llava("llava_opt", depth=3, kv_heads=4), impl=IMPL)
+    steps = opt.prepared._fastskip.steps
+    steps.guarding = Guarding.HOPS
+    check_hops(opt, POLICIES["rate 0.5"], random_batch(opt.plain, 2, images=(1,)))
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_other_plans_keep_early_exits(
+    trio: Trio, batch: Batch, bodies: Counting, name: str
+) -> None:
+    check_generate(trio, STAY[name], batch, new=3)
+    steps = trio.prepared._fastskip.steps
+    assert steps._steps and all(step._hopping is None for step in steps._steps.values())
+    assert not bodies.turns
