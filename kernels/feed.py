@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, overlap, products
+from fastskip.kernels import guards, hops, numerics, overlap, products
 from fastskip.kernels.activation import relu, silu
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -129,6 +129,7 @@ def _feed_kernel(
     weights,
     weights_step,
     runs_ptr,
+    now_ptr,
     out_ptr,
     rows,
     D: tl.constexpr,
@@ -160,6 +161,27 @@ def _feed_kernel(
         out_ptr += part * rows * F
     if OVERLAP:
         overlap.wait()
+    if now_ptr is not None:
+        BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
+        weights = products.Weights(
+            weights.weight + hops.distance(now_ptr, hops.FEED, BITS),
+            weights.stride,
+            None if weights.bias is None else weights.bias + tl.load(now_ptr + hops.FEED_BIAS),
+        )
+        inputs = products.Inputs(
+            inputs.x,
+            inputs.stride,
+            inputs.index,
+            inputs.change,
+            inputs.change_stride,
+            None
+            if inputs.gain is None
+            else inputs.gain + hops.distance(now_ptr, hops.FFN_GAIN, BITS),
+            None
+            if inputs.shift is None
+            else inputs.shift + hops.distance(now_ptr, hops.FFN_SHIFT, BITS),
+            inputs.epsilon,
+        )
 
     if runs_ptr is None and not IS_LONG:
         _feed_tile(
@@ -218,13 +240,15 @@ def feed(
     index: Tensor | None = None,
     changes: Sequence[Tensor] | None = None,
     chosen: Chosen | None = None,
+    now: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. ``chosen``: the
-    rows that run, without ``index``. Returns ``[n, F]`` each. A pair takes one launch if its blocks
-    are of one shape and run for all rows.
+    rows that run, without ``index``. ``now``: in a loop (``hops``), whose first layer's part is
+    given, the distances to that of the layer that is next. Returns ``[n, F]`` each. A pair takes
+    one launch if its blocks are of one shape and run for all rows.
     """
     refuse_gradients(h=h, **{f"changes[{i}]": each for i, each in enumerate(changes or ())})
     strides = set() if changes is None else {each.stride(0) for each in changes}
@@ -249,7 +273,7 @@ def feed(
     if is_guarded:
         config = guards.config_of("feed", config, h.device, rows, shape)
     blocks, options = blocks_for("feed", config, h, rows, shape)
-    is_apart = bool(blocks.pop("NORM_APART", False))
+    is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     tiles = parts * triton.cdiv(shape[0], blocks["BLOCK_M"])
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     programs, is_long = share_out(blocks, tiles, programs, may_be_long=parts == 1)
@@ -265,6 +289,7 @@ def feed(
         weights=weights_of(linear),
         weights_step=weights_step([each.linear for each in feeds]),
         runs_ptr=None if chosen is None else chosen.runs,
+        now_ptr=now,
         out_ptr=out,
         rows=rows,
         D=shape[1],

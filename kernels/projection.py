@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, overlap, products
+from fastskip.kernels import guards, hops, numerics, overlap, products
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -251,6 +251,7 @@ def _project_append_kernel(
     heads,
     heads_step,
     runs_ptr,
+    now_ptr,
     out_ptr,
     rows,
     D: tl.constexpr,
@@ -296,6 +297,39 @@ def _project_append_kernel(
         out_ptr += part * rows * (QUERIES * HEAD_DIM)
     if OVERLAP:
         overlap.wait()
+    if now_ptr is not None:
+        BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
+        weights = products.Weights(
+            weights.weight + hops.distance(now_ptr, hops.QKV, BITS),
+            weights.stride,
+            None if weights.bias is None else weights.bias + tl.load(now_ptr + hops.QKV_BIAS),
+        )
+        inputs = products.Inputs(
+            inputs.x,
+            inputs.stride,
+            inputs.index,
+            inputs.change,
+            inputs.change_stride,
+            None
+            if inputs.gain is None
+            else inputs.gain + hops.distance(now_ptr, hops.ATTENTION_GAIN, BITS),
+            None
+            if inputs.shift is None
+            else inputs.shift + hops.distance(now_ptr, hops.ATTENTION_SHIFT, BITS),
+            inputs.epsilon,
+        )
+        heads = Heads(
+            heads.cosine,
+            heads.sine,
+            heads.positions,
+            heads.angle_stride,
+            heads.anchor,
+            heads.table + tl.load(now_ptr + hops.TABLE),
+            heads.table_stride,
+            heads.sequences,
+            heads.slots + tl.load(now_ptr + hops.COUNTS),
+            heads.offset + hops.distance(now_ptr, hops.OFFSET, BITS),
+        )
 
     if runs_ptr is None and not IS_LONG:
         _project_tile(
@@ -359,13 +393,16 @@ def project_append(
     *,
     index: Tensor | None = None,
     chosen: Chosen | None = None,
+    now: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
 
     Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0). A pair takes one launch if
     its blocks are of one shape and run for all rows. ``chosen``: the rows that run, without
-    ``index``; the others leave entries if the projection ``leaves_all``.
+    ``index``; the others leave entries if the projection ``leaves_all``. ``now``: in a loop
+    (``hops``), whose first layer's projection is given, the distances to that of the layer that is
+    next; what it appends goes to the slots that its counts name.
     """
     refuse_gradients(h=h)
     first, last = projections[0], projections[-1]
@@ -382,7 +419,7 @@ def project_append(
     if is_guarded:
         config = guards.config_of("project_append", config, h.device, rows, shape)
     blocks, options = blocks_for("project_append", config, h, rows, shape)
-    is_apart = bool(blocks.pop("NORM_APART", False))
+    is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     out = empty((parts, rows, queries, size), h.dtype, h.device)
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
@@ -400,6 +437,7 @@ def project_append(
         **head_arguments(first),
         heads_step=_steps(heads_of(first), heads_of(last)),
         runs_ptr=None if chosen is None else chosen.runs,
+        now_ptr=now,
         out_ptr=out,
         rows=rows,
         D=shape[1],

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, numerics, overlap, products, riding
+from fastskip.kernels import guards, hops, numerics, overlap, products, riding
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -38,6 +38,7 @@ from fastskip.kernels.operands import (
 )
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Term
+from fastskip.ops.hops import Field, Hops
 from fastskip.ops.routes import Chosen, Route
 
 
@@ -181,7 +182,7 @@ def _bias(bias_ptr, m, does):
         return tl.where(does[None], bias, 0.0)
 
 
-@triton.jit(do_not_specialize=["salts"])
+@triton.jit(do_not_specialize=["salts", "condition"])
 def _add_terms_kernel(
     h_ptr,
     stride_hn,
@@ -196,6 +197,9 @@ def _add_terms_kernel(
     second_runs_ptr,
     then,
     salts,
+    now_ptr,
+    next,
+    condition: tl.int64,
     M: tl.constexpr,
     E: tl.constexpr,
     SECOND_E: tl.constexpr,
@@ -209,12 +213,24 @@ def _add_terms_kernel(
     IS_OF_ALL: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
+    FIELD: tl.constexpr,
+    HOP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
     if OVERLAP:
         overlap.wait()
+    if now_ptr is not None:
+        BITS: tl.constexpr = h_ptr.dtype.element_ty.primitive_bitwidth
+        weights = first.weights
+        # Here, since a function cannot return what may be None.
+        weights = products.Weights(
+            weights.weight + hops.distance(now_ptr, FIELD, BITS),
+            weights.stride,
+            None if weights.bias is None else weights.bias + tl.load(now_ptr + FIELD + 1),
+        )
+        first = Addend(first.inputs, weights)
     if runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
@@ -303,6 +319,9 @@ def _add_terms_kernel(
             IS_OF_ALL,
             HAS_SUMS,
             ROWS,
+            next,
+            condition,
+            HOP,
         )
 
 
@@ -348,6 +367,9 @@ def add_terms_(
     factor: float = 1.0,
     chosen: Sequence[Chosen | None] = (),
     then: Route | None = None,
+    field: Field | None = None,
+    loop: Hops | None = None,
+    condition: int = 0,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
@@ -356,6 +378,10 @@ def add_terms_(
     ``[n, M]``. No row occurs twice in ``index [n]``. ``chosen``: which rows each term is for, none
     of them for all; without ``index`` and ``changes``. ``then``: decisions on the ``h`` that is
     left, if they ``riding.can_ride``; without ``index``. Returns ``h``.
+
+    In a ``loop`` (``hops``) there is one term, that of its first layer; ``field`` says which of a
+    layer's two. The one that ends a layer also says which layer is next, and sets the ``condition``
+    of the loop's node.
     """
     refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     first, second = terms[0], terms[1] if len(terms) == 2 else None
@@ -368,6 +394,9 @@ def add_terms_(
         raise ValueError(f"chosen: given with {len(changes)} changes, which are for all rows")
     if then is not None and index is not None:
         raise ValueError("then: given with an index; decisions are on all rows of h")
+    ends = loop if field is Field.DOWN else None
+    if ends is not None:
+        then = ends.route
     rows, size = len(first.x), h.shape[1]
     shape = size, max(term.x.shape[1] for term in terms)
     if is_guarded:
@@ -395,10 +424,13 @@ def add_terms_(
         factor=float(factor),
         runs_ptr=runs[0] if runs else None,
         second_runs_ptr=runs[1] if len(runs) == 2 else None,
+        now_ptr=None if loop is None else loop.now,
+        FIELD=None if field is None else field.value,
         M=size,
         E=first.x.shape[1],
         SECOND_E=second.x.shape[1] if second else 0,
         **riding.carried(then, h, tiles),
+        **riding.hopping(ends, condition),
         **blocks,
     )
     return h

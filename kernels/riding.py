@@ -3,7 +3,8 @@
 A program of the update owns tiles ``[BLOCK_N, BLOCK_M]`` of the new ``h [n, M]``. Of each it
 leaves, row by row, the sums that verdicts are made of, and the snapshot if the trace moves. The
 program that arrives last adds the sums up, tile after tile, so that it does not matter who is last,
-and decides for all rows.
+and decides for all rows: on one layer, or on as many as it takes to find out which one of a loop is
+next (``hops``).
 
 ``parts [sums, n, TILES]`` fp32; the sums are ``h^2``, ``s^2``, ``s * h``, ``(h - s)^2`` with the
 snapshot ``s``, then ``weight * h`` of each verdict.
@@ -17,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, float32
 
-from fastskip.kernels import numerics, verdicts
+from fastskip.kernels import hops, numerics, verdicts
+from fastskip.kernels.conditional import signed
 from fastskip.ops.allocate import empty
+from fastskip.ops.hops import Hops
 from fastskip.ops.routes import Group, Move, Route, Score
 
 SUMS = tl.constexpr(4)
@@ -59,6 +62,9 @@ def ride(
     IS_OF_ALL: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
+    next,
+    condition,
+    HOP: tl.constexpr,
 ):
     """The end of a program that owns rows from ``start`` of every ``tl.num_programs(1)``-th tile.
 
@@ -87,7 +93,23 @@ def ride(
     tl.debug_barrier()
     arrived = tl.atomic_add(then.arrivals, 1, sem="acq_rel")
     if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
-        _settle(then, salts, rows, M, TILES, MOVE, SCORES, RULES, IS_OF_ALL, HAS_SUMS, ROWS)
+        if HOP is None:
+            _settle(then, salts, rows, M, TILES, MOVE, SCORES, RULES, IS_OF_ALL, HAS_SUMS, ROWS)
+        else:
+            _hop(
+                then,
+                next,
+                condition,
+                h_ptr,
+                stride_hn,
+                rows,
+                M,
+                TILES,
+                MOVE,
+                HOP,
+                HAS_SUMS,
+                ROWS,
+            )
         tl.store(then.arrivals, 0)
 
 
@@ -153,19 +175,8 @@ def _settle(
     row = tl.arange(0, ROWS)
     is_row = row < rows
     plane = rows * TILES
-    square = tl.zeros([ROWS], tl.float32)
-    if HAS_SUMS:
-        square = _total(then.parts, row, is_row, TILES)
-    before = square
+    square, cosine, change = _move_on(then, row, is_row, plane, TILES, MOVE, HAS_SUMS)
     product = square
-    difference = square
-    if MOVE == "next":
-        before = _total(then.parts + plane, row, is_row, TILES)
-        product = _total(then.parts + 2 * plane, row, is_row, TILES)
-        difference = _total(then.parts + 3 * plane, row, is_row, TILES)
-    cosine, change = verdicts.moved(
-        MOVE, then.found, then.ran, row, is_row, square, before, product, difference
-    )
     position = tl.load(then.positions + row, mask=is_row, other=0)
     sequence = tl.load(then.sequences + row, mask=is_row, other=0)
     for number in tl.static_range(len(SCORES)):
@@ -191,7 +202,7 @@ def _settle(
             is_member = is_candidate[:, None] & is_candidate[None]
             if not IS_OF_ALL[number]:
                 is_member = is_member & (sequence[:, None] == sequence[None])
-            runs = _together(
+            runs = verdicts.together(
                 tl.constexpr(RULES[number]),
                 is_member,
                 row,
@@ -204,24 +215,69 @@ def _settle(
 
 
 @triton.jit
-def _together(RULE: tl.constexpr, is_member, row, position, wish, bar, salt):
-    none = tl.zeros(row.shape, tl.int32)
-    members, counted, latest, total = verdicts.tally(
-        RULE,
-        is_member,
+def _hop(
+    then,
+    next,
+    condition,
+    h_ptr,
+    stride_hn,
+    rows,
+    M: tl.constexpr,
+    TILES: tl.constexpr,
+    MOVE: tl.constexpr,
+    HOP: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Moves the trace on and decides which layer is next."""
+    row = tl.arange(0, ROWS)
+    is_row = row < rows
+    _, cosine, change = _move_on(then, row, is_row, rows * TILES, TILES, MOVE, HAS_SUMS)
+    hops.choose_next(
+        next,
+        tl.load(next.now + hops.LAYER).to(tl.int32) + 1,
+        tl.zeros([ROWS], tl.int32),
+        condition,
+        h_ptr,
+        stride_hn,
+        cosine,
+        change,
         row,
-        position,
-        wish,
-        row,
-        position,
-        wish,
-        bar,
-        none,
-        none,
-        none - 1,
-        none.to(tl.float32),
+        is_row,
+        tl.load(then.positions + row, mask=is_row, other=0),
+        tl.load(then.sequences + row, mask=is_row, other=0),
+        M,
+        tl.constexpr(HOP[0]),
+        tl.constexpr(HOP[1]),
+        tl.constexpr(HOP[2]),
     )
-    return verdicts.ruling(RULE, members, counted, latest, total, bar, salt, None)
+
+
+@triton.jit
+def _move_on(
+    then,
+    row,
+    is_row,
+    plane,
+    TILES: tl.constexpr,
+    MOVE: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+):
+    """The sum of squares of each row, and its cosine and change once the trace has moved on."""
+    square = tl.zeros(row.shape, tl.float32)
+    if HAS_SUMS:
+        square = _total(then.parts, row, is_row, TILES)
+    before = square
+    product = square
+    difference = square
+    if MOVE == "next":
+        before = _total(then.parts + plane, row, is_row, TILES)
+        product = _total(then.parts + 2 * plane, row, is_row, TILES)
+        difference = _total(then.parts + 3 * plane, row, is_row, TILES)
+    cosine, change = verdicts.moved(
+        MOVE, then.found, then.ran, row, is_row, square, before, product, difference
+    )
+    return square, cosine, change
 
 
 @triton.jit
@@ -272,3 +328,13 @@ def carried(then: Route | None, h: Tensor, tiles: int) -> dict[str, Any]:
         "HAS_SUMS": then.move is Move.NEXT or Score.LINEAR.value in asked["SCORES"],
         "ROWS": triton.next_power_of_2(len(h)),
     }
+
+
+def hopping(loop: Hops | None, condition: int) -> dict[str, Any]:
+    """What a kernel that ends a layer is told of the loop, whose ``route`` it carries;
+    ``condition``: the handle of its node."""
+    if loop is None:
+        return {"next": None, "condition": 0, "HOP": None}
+    terms = loop.terms
+    rule = terms.score.value, verdicts.rule_of(terms), terms.group is Group.BATCH
+    return {"next": hops.next_of(loop), "condition": signed(condition), "HOP": rule}

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, overlap, tuning
+from fastskip.kernels import hops, numerics, overlap, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -84,6 +84,7 @@ def _attend_step_kernel(
     table_ptr,
     counts_ptr,
     runs_ptr,
+    now_ptr,
     arrivals_ptr,
     found_ptr,
     sums_ptr,
@@ -122,6 +123,11 @@ def _attend_step_kernel(
     # All programs of a sequence read the same, so either all of its splits arrive or none.
     if runs_ptr is not None and tl.load(runs_ptr + sequence) == 0:
         return
+    if now_ptr is not None:
+        table_ptr += tl.load(now_ptr + hops.TABLE)
+        counts_ptr += tl.load(now_ptr + hops.COUNTS)
+        BITS: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth
+        anchor_ptr += hops.distance(now_ptr, hops.OFFSET, BITS)
     group = lane // CHUNKS % GROUPS
     first = lane % CHUNKS * BLOCK_H
     count = tl.load(counts_ptr + problem * counts_distance + sequence)
@@ -226,12 +232,15 @@ def attend_step(
     pages: Sequence[Pages],
     scale: float,
     *,
+    now: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """One query a sequence over all of its entries, of one block or of the two of a pair.
 
     ``[B, H, K]`` each -> ``[B, H * K]`` each. Two blocks have ``arrivals`` of their own. Blocks
-    that differ in their sizes, or run for chosen sequences, take a launch each.
+    that differ in their sizes, or run for chosen sequences, take a launch each. ``now``: in a loop
+    (``hops``), whose first layer's entries are given, the distances to those of the layer that is
+    next.
     """
     refuse_gradients(**{f"queries[{number}]": each for number, each in enumerate(queries)})
     kinds = {_kind_of(*each) for each in zip(queries, pages, strict=True)}
@@ -272,6 +281,7 @@ def attend_step(
         table_ptr=entries.table,
         counts_ptr=own.counts,
         runs_ptr=own.runs,
+        now_ptr=now,
         arrivals_ptr=own.arrivals,
         **written,
         stride_qb=q.stride(0),

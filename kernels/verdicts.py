@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.ops.routes import EPSILON as ROW_EPSILON
-from fastskip.ops.routes import Group, Score, Verdict
+from fastskip.ops.routes import Group, Score, Terms, Verdict
 
 TINY = tl.constexpr(1e-30)
 EPSILON = tl.constexpr(ROW_EPSILON)
@@ -151,6 +151,28 @@ def ruling(RULE: tl.constexpr, members, counted, latest, total, bar, salt, capac
 
 
 @triton.jit
+def together(RULE: tl.constexpr, is_member, row, position, wish, bar, salt):
+    """``ruling`` of few rows, which all look at each other: ``is_member [R, R]``."""
+    none = tl.zeros(row.shape, tl.int32)
+    members, counted, latest, total = tally(
+        RULE,
+        is_member,
+        row,
+        position,
+        wish,
+        row,
+        position,
+        wish,
+        bar,
+        none,
+        none,
+        none - 1,
+        none.to(tl.float32),
+    )
+    return ruling(RULE, members, counted, latest, total, bar, salt, None)
+
+
+@triton.jit
 def _rankable(wish):
     """Scores in an order of all of them: NaN comes last, as in torch."""
     return tl.where(wish == wish, tl.minimum(wish, LARGEST), float("inf"))
@@ -182,7 +204,7 @@ def told(found: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def rule_of(verdict: Verdict) -> str:
+def rule_of(verdict: Terms) -> str:
     """How rows decide together, or that each decides alone."""
     if verdict.capacity is not None:
         return "capacity"

@@ -37,7 +37,7 @@ class Hopping:
     @classmethod
     def of(cls, blocks: Sequence[FusedBlock], state: StepState, bodies: Bodies) -> Hopping | None:
         """The loop of a state's steps; ``None`` where a plan has none."""
-        routes, plan = state.routes, state.plan
+        routes = state.routes
         decided = [] if routes is None else [guard.layer for guard in routes.guards]
         if routes is None or not decided:
             return None

@@ -24,6 +24,7 @@ from fastskip.kernels.choice import FEW_ROWS, LIBRARY, ROW_GEMM, choose_product
 from fastskip.kernels.compaction import compact
 from fastskip.kernels.copies import copy_entries, read_entries
 from fastskip.kernels.gradients import refuse_gradients
+from fastskip.kernels.hops import begin_hops
 from fastskip.kernels.norm import normalize
 from fastskip.kernels.riding import can_ride
 from fastskip.kernels.rotary import rotate_append
@@ -34,6 +35,7 @@ from fastskip.kernels.sampler import advance, choose, embed
 from fastskip.kernels.step_attention import attend_step
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, Feed, Linear, Norm, Projection, Term
+from fastskip.ops.hops import Field, Hops
 from fastskip.ops.routes import Chosen, Route, Switch
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "apply_terms",
     "attend_rows",
     "attend_step",
+    "begin_hops",
     "choose",
     "choose_rows",
     "compact",
@@ -51,6 +54,7 @@ __all__ = [
     "feed",
     "head_choose",
     "head_logits",
+    "hop",
     "normalize",
     "place_entries",
     "project_append",
@@ -160,6 +164,21 @@ def apply_terms(terms: Sequence[Term]) -> list[Tensor]:
     if by == FEW_ROWS:
         return residual.apply_terms(terms)
     return [_product(term.x, term.linear, by) for term in terms]
+
+
+def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
+    """The layer that is next, in place, of the rows that run it; then chooses the one after it."""
+    own, chosen, now = hops.layers[0], Chosen(hops.runs), hops.now
+    queries = projection.project_append(h, [own.projection], chosen=chosen, now=now)
+    reach = replace(own.reach, runs=hops.runs)
+    mixed = attend_step(queries, [reach], [own.pages], hops.scale, now=now)[0]
+    first = Term(mixed, own.output)
+    residual.add_terms_(h, [first], chosen=[chosen], loop=hops, field=Field.OUTPUT)
+    fed = feeding.feed(h, [own.feed], chosen=chosen, now=now)[0]
+    last = Term(fed, own.down)
+    residual.add_terms_(
+        h, [last], chosen=[chosen], loop=hops, field=Field.DOWN, condition=condition
+    )
 
 
 def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:

@@ -20,8 +20,8 @@ MODULE = "cuda.bindings.driver"
 class NodeKind(Enum):
     """What a node does with its condition; the value is the driver's name for it.
 
-    ``IF``: its one body runs unless it is 0. ``WHILE``: again and again until it is. ``SWITCH``: it is the number of the body that runs;
-    from their number on, none does.
+    ``IF``: its one body runs unless it is 0. ``WHILE``: again and again until it is. ``SWITCH``: it
+    is the number of the body that runs; from their number on, none does.
     """
 
     IF = "CU_GRAPH_COND_TYPE_IF"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastskip.ops.contracts import Feed, Linear, Pages, Projection, StepReach
-from fastskip.ops.routes import Score, Terms, Trace
+from fastskip.ops.routes import Move, Route, Score, Terms, Trace
 
 ALIGNMENT = 16
 """Bytes that every distance of what kernels read in wide loads is a multiple of."""
@@ -174,6 +174,15 @@ class Hops:
     now: Tensor
     table: Tensor
     bars: Bars
+
+    @property
+    def route(self) -> Route:
+        """What becomes of the trace as a layer ends."""
+        move = Move.NONE if self.trace is None else Move.NEXT
+        ran = [self.runs] if self.trace is not None else []
+        return Route(
+            [], self.positions, self.sequences, self.trace, move, ran, arrivals=self.arrivals
+        )
 
     @classmethod
     def over(

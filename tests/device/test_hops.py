@@ -26,7 +26,7 @@ from tests.policies import Policy, parallel, skip
 from tests.routing.routed import check_generate, random, routed, similarity
 
 DEPTH = 6
-OMIT = {"kv": "omit"}
+OMIT: Any = {"kv": "omit"}
 POLICIES: dict[str, Policy] = {
     **{f"rate {rate}": routed(random(":", "all", rate=rate, **OMIT)) for rate in (0, 0.5, 0.9, 1)},
     "a layer in the middle for all": routed(random([1, 2, 4], "all", rate=0.7, **OMIT)),
@@ -38,9 +38,7 @@ POLICIES: dict[str, Policy] = {
         random("3:", "all", rate=0.6, **OMIT), arrangements=(parallel(":2"),)
     ),
     "what the layer before did": routed(similarity(":", "all", threshold=0.6, **OMIT)),
-    "how much it changed": routed(
-        similarity("1:", "all", threshold=0.7, measure="change", **OMIT)
-    ),
+    "how much it changed": routed(similarity("1:", "all", threshold=0.7, measure="change", **OMIT)),
     "by sequence, similarity": routed(
         similarity("1:", "all", threshold=0.6, group="sequence", **OMIT)
     ),
@@ -54,9 +52,7 @@ STAY: dict[str, Policy] = {
     "entries from below": routed(random("1:", "all", kv="reuse")),
     "an FFN alone": routed(random(":", "all", "ffn")),
     "parallel inside": routed(random(":", "all", **OMIT), arrangements=(parallel("2:4"),)),
-    "a rule inside": routed(
-        random([1, 3], "all", **OMIT), rules=[skip([2], ["generated"], "ffn")]
-    ),
+    "a rule inside": routed(random([1, 3], "all", **OMIT), rules=[skip([2], ["generated"], "ffn")]),
     "decisions of two kinds": routed(
         random([1], "all", **OMIT), similarity([2], "all", threshold=0.5, **OMIT)
     ),

@@ -1,0 +1,228 @@
+"""Which layer of a loop is next, and where what is its own lies (``ops.hops``).
+
+Kernels of a loop are given the tensors of its first layer and ``now``, distances to those of the
+layer that is next: each adds what concerns it to its pointers (``distance``). ``begin_hops`` says
+which layer is the first; then the update that ends a layer (``residual``) decides, layer by layer,
+up to one that some row runs (``choose_next``), and sets the condition of the loop's node.
+
+``begin_hops``: one program, since its rows are few.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import overlap, verdicts
+from fastskip.kernels.conditional import set_conditional, signed
+from fastskip.kernels.launch import launch
+from fastskip.ops.hops import ALIGNMENT, Field, Hops
+from fastskip.ops.routes import Group
+
+LAYER = tl.constexpr(Field.LAYER.value)
+ATTENTION_GAIN = tl.constexpr(Field.ATTENTION_GAIN.value)
+ATTENTION_SHIFT = tl.constexpr(Field.ATTENTION_SHIFT.value)
+QKV = tl.constexpr(Field.QKV.value)
+QKV_BIAS = tl.constexpr(Field.QKV_BIAS.value)
+TABLE = tl.constexpr(Field.TABLE.value)
+OFFSET = tl.constexpr(Field.OFFSET.value)
+COUNTS = tl.constexpr(Field.COUNTS.value)
+FFN_GAIN = tl.constexpr(Field.FFN_GAIN.value)
+FFN_SHIFT = tl.constexpr(Field.FFN_SHIFT.value)
+FEED = tl.constexpr(Field.FEED.value)
+FEED_BIAS = tl.constexpr(Field.FEED_BIAS.value)
+FIELDS = tl.constexpr(len(Field))
+BYTES = tl.constexpr(ALIGNMENT)
+ELEMENTS = tl.constexpr(4096)
+"""Of a block of rows whose scores are computed."""
+MOST_ROWS = 64
+
+
+class Next(NamedTuple):
+    """``Hops`` as a kernel reads them."""
+
+    now: Tensor
+    table: Tensor
+    layers: int
+    live: Tensor
+    runs: Tensor
+    homes: Tensor
+    bars: Tensor
+    biases: Tensor
+    salts: Tensor
+    weights: Tensor | None
+
+
+@triton.jit
+def distance(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """Elements, of ``BITS`` each, to what the layer that is next has of a field: wide loads from
+    there stay whole."""
+    return tl.multiple_of(tl.load(now_ptr + FIELD), BYTES * 8 // BITS)
+
+
+@triton.jit
+def choose_next(
+    next,
+    layer,
+    runs,
+    condition,
+    h_ptr,
+    stride_hn,
+    cosine,
+    change,
+    row,
+    is_row,
+    position,
+    sequence,
+    D: tl.constexpr,
+    SCORE: tl.constexpr,
+    RULE: tl.constexpr,
+    IS_OF_ALL: tl.constexpr,
+):
+    """From ``layer`` on nobody has decided; ``runs [ROWS]``: who runs the one before it.
+
+    Without anybody, layers are decided on up to one that some row runs. That one is next.
+    """
+    live = tl.load(next.live + row, mask=is_row, other=0) != 0
+    some = tl.max(runs, 0)
+    while (some == 0) & (layer < next.layers):
+        bar = tl.load(next.bars + layer)
+        salt = tl.load(next.salts + layer)
+        square = tl.zeros(row.shape, tl.float32)
+        product = square
+        if SCORE == "linear":
+            weight_ptr = next.weights + layer * D
+            square, product = _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D)
+        bias = tl.load(next.biases + layer)
+        wish = verdicts.score(SCORE, cosine, change, square, product, bias, position, salt, D)
+        runs = verdicts.answer(wish, bar)
+        if RULE != verdicts.ALONE:
+            is_member = live[:, None] & live[None]
+            if not IS_OF_ALL:
+                is_member = is_member & (sequence[:, None] == sequence[None])
+            runs = verdicts.together(RULE, is_member, row, position, wish, bar, salt)
+        runs = tl.where(live, runs, 0)
+        tl.store(next.runs + tl.load(next.homes + layer) + row, runs, mask=is_row)
+        some = tl.max(runs, 0)
+        layer += 1
+    # What is written now was read by all threads before.
+    tl.debug_barrier()
+    tl.store(next.runs + row, runs, mask=is_row)
+    field = tl.arange(0, FIELDS)
+    tl.store(next.now + field, tl.load(next.table + (layer - 1) * FIELDS + field))
+    if condition != 0:
+        set_conditional(condition, some)
+
+
+@triton.jit
+def _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D: tl.constexpr):
+    """The sums of ``h^2`` and of ``weight * h`` of each row."""
+    BLOCK: tl.constexpr = ELEMENTS // row.shape[0]
+    square = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    product = tl.zeros([row.shape[0], BLOCK], tl.float32)
+    place = row.to(tl.int64)[:, None] * stride_hn
+    for first in range(0, D, BLOCK):
+        e = first + tl.arange(0, BLOCK)
+        is_read = is_row[:, None] & (e < D)[None]
+        # Maybe written by other multiprocessors during this very launch: not from a cache of this
+        # one.
+        h = tl.load(h_ptr + place + e[None], mask=is_read, other=0.0, cache_modifier=".cg")
+        h = h.to(tl.float32)
+        weight = tl.load(weight_ptr + e, mask=e < D, other=0.0)
+        square += h * h
+        product += h * weight[None]
+    return tl.sum(square, 1), tl.sum(product, 1)
+
+
+@triton.jit(do_not_specialize=["condition"])
+def _begin_hops_kernel(
+    next,
+    condition: tl.int64,
+    h_ptr,
+    stride_hn,
+    found_ptr,
+    positions_ptr,
+    sequences_ptr,
+    rows,
+    D: tl.constexpr,
+    SCORE: tl.constexpr,
+    RULE: tl.constexpr,
+    IS_OF_ALL: tl.constexpr,
+    ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        overlap.wait()
+    row = tl.arange(0, ROWS)
+    is_row = row < rows
+    cosine = tl.zeros([ROWS], tl.float32)
+    change = cosine
+    if found_ptr is not None:
+        cosine = tl.load(found_ptr + row * 2, mask=is_row, other=0.0)
+        change = tl.load(found_ptr + row * 2 + 1, mask=is_row, other=0.0)
+    choose_next(
+        next,
+        1,
+        tl.load(next.runs + tl.load(next.homes) + row, mask=is_row, other=0),
+        condition,
+        h_ptr,
+        stride_hn,
+        cosine,
+        change,
+        row,
+        is_row,
+        tl.load(positions_ptr + row, mask=is_row, other=0),
+        tl.load(sequences_ptr + row, mask=is_row, other=0),
+        D,
+        SCORE,
+        RULE,
+        IS_OF_ALL,
+    )
+
+
+def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
+    """The first layer of a loop, ``h [n, D]`` as it enters it.
+
+    That is the first of ``hops`` if its flags name a row; else the first one behind it that some
+    row runs. ``condition``: the handle of the loop's node, 0 without one.
+    """
+    if len(h) > MOST_ROWS:
+        raise ValueError(f"h: {len(h)} rows; allowed are at most {MOST_ROWS}")
+    launch(
+        _begin_hops_kernel,
+        (1,),
+        {"num_warps": 4},
+        next=next_of(hops),
+        condition=signed(condition),
+        h_ptr=h,
+        stride_hn=h.stride(0),
+        found_ptr=None if hops.trace is None else hops.trace.found,
+        positions_ptr=hops.positions,
+        sequences_ptr=hops.sequences,
+        rows=len(h),
+        D=h.shape[1],
+        SCORE=hops.terms.score.value,
+        RULE=verdicts.rule_of(hops.terms),
+        IS_OF_ALL=hops.terms.group is Group.BATCH,
+        ROWS=triton.next_power_of_2(len(h)),
+    )
+
+
+def next_of(hops: Hops) -> Next:
+    """What a kernel is told of a loop."""
+    own = hops.bars
+    return Next(
+        now=hops.now,
+        table=hops.table,
+        layers=len(hops.layers),
+        live=hops.live,
+        runs=hops.runs,
+        homes=own.homes,
+        bars=own.bars,
+        biases=own.biases,
+        salts=own.salts,
+        weights=own.weights,
+    )
