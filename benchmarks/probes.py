@@ -20,6 +20,7 @@ from fastskip.kernels import (
     copies,
     feed,
     head,
+    hops,
     norm,
     overlap,
     parallel,
@@ -35,6 +36,7 @@ from fastskip.kernels import (
     tuning,
 )
 from fastskip.kernels.launch import Launch, recording
+from fastskip.ops import compiled
 from fastskip.ops.bitmaps import Packed, bitmap_bytes
 from fastskip.ops.contracts import (
     PAGE,
@@ -53,7 +55,8 @@ from fastskip.ops.contracts import (
     Targets,
     Term,
 )
-from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Trace, Verdict
+from fastskip.ops.hops import HopLayer, Hops
+from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Terms, Trace, Verdict
 
 MANY = 640
 """Rows of a bucket without bound: a prompt of one image."""
@@ -191,6 +194,30 @@ class Model:
 
     def reach(self, n: int) -> Reach:
         return Reach(numbers(n), numbers(n), Bounds((0, n), numbers(2)))
+
+    def loop(self, n: int, score: Score, group: Group = Group.ROW) -> Hops:
+        """Two layers, decided on alike."""
+        weight = blank(self.hidden, dtype=torch.float32) if score is Score.LINEAR else None
+        terms = Terms(score=score, bar=0.5, weight=weight, group=group)
+        layer = HopLayer(
+            projection=replace(self.project(n), leaves_all=False),
+            reach=self.step_reach(n),
+            output=self.output(n).linear,
+            feed=self.up(),
+            down=self.down(n).linear,
+            terms=terms,
+            home=numbers(n),
+        )
+        looks_back = score in (Score.COSINE, Score.CHANGE)
+        return Hops.over(
+            [layer, layer],
+            live=numbers(n),
+            positions=numbers(n),
+            sequences=numbers(n),
+            trace=Trace(self.h(n), blank(n, 2, dtype=torch.float32)) if looks_back else None,
+            arrivals=numbers(1),
+            scale=self.scale,
+        )
 
     def choice(self, n: int) -> Choice:
         wide = torch.int64
@@ -560,6 +587,32 @@ PROBES = (
         ("add_terms",),
         lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], then=routed(m, n, Score.LINEAR)),
         most=64,
+    ),
+    Probe(
+        "a layer of a loop, decisions on what similarity finds",
+        ("project_append", "feed", "add_terms", "attend_step", "guarded"),
+        lambda m, n: compiled.hop(m.h(n), m.loop(n, Score.COSINE)),
+        most=64,
+        also=(1, 4, 16),
+    ),
+    Probe(
+        "a layer of a loop, decisions of sequences by learned scores",
+        ("add_terms", "guarded"),
+        lambda m, n: compiled.hop(m.h(n), m.loop(n, Score.LINEAR, Group.SEQUENCE)),
+        most=64,
+        also=(1, 16),
+    ),
+    Probe(
+        "the first layer of a loop, by draw",
+        (),
+        lambda m, n: hops.begin_hops(m.h(n), m.loop(n, Score.RANDOM, Group.BATCH)),
+        also=(1, 16),
+    ),
+    Probe(
+        "the first layer of a loop, by learned scores",
+        (),
+        lambda m, n: hops.begin_hops(m.h(n), m.loop(n, Score.LINEAR)),
+        also=(1, 16, 64),
     ),
     Probe(
         "route on what similarity finds",

@@ -165,7 +165,7 @@ def _begin_hops_kernel(
         change = tl.load(found_ptr + row * 2 + 1, mask=is_row, other=0.0)
     choose_next(
         next,
-        1,
+        tl.full((), 1, tl.int32),
         tl.load(next.runs + tl.load(next.homes) + row, mask=is_row, other=0),
         condition,
         h_ptr,
