@@ -157,7 +157,9 @@ class Cuda:
     CUresult = SimpleNamespace(CUDA_SUCCESS="success")
     CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
     CUgraphConditionalNodeType = SimpleNamespace(
-        CU_GRAPH_COND_TYPE_IF="if", CU_GRAPH_COND_TYPE_SWITCH="switch"
+        CU_GRAPH_COND_TYPE_IF="if",
+        CU_GRAPH_COND_TYPE_SWITCH="switch",
+        CU_GRAPH_COND_TYPE_WHILE="while",
     )
     CUstreamUpdateCaptureDependencies_flags = SimpleNamespace(CU_STREAM_SET_CAPTURE_DEPENDENCIES=1)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread local")
@@ -167,6 +169,7 @@ class Cuda:
         self.streams: dict[int, tuple[Graph, list[int]]] = {1: (self.graph, [])}
         self.current, self.pool = 1, False
         self.handles: list[int] = []
+        self.kinds: list[str] = []
         self.refused = ""
 
     def launch(self, *names: str) -> None:
@@ -199,7 +202,8 @@ class Cuda:
     ) -> Any:
         assert len(after) == count and what.type == "conditional"
         own = what.conditional
-        assert own.ctx == 7 and (own.type == "switch" or (own.type, own.size) == ("if", 1))
+        assert own.ctx == 7 and (own.type == "switch" or own.size == 1)
+        self.kinds.append(own.type)
         own.phGraph_out = [Graph() for _ in range(own.size)]
         return self.answer("node", graph.add((own.handle, *own.phGraph_out), after))
 
@@ -287,6 +291,46 @@ def test_bodies_become_if_nodes_of_the_graph(cuda: Cuda) -> None:
         {1: (("third", True), [])},
     ]
     assert cuda.streams.keys() == {1}, "no capture of a body is left open"
+    assert cuda.kinds == ["if", "if"]
+
+
+def test_a_loop_becomes_a_while_node(cuda: Cuda) -> None:
+    """One body, however often it is to run; what begins the loop and what ends a turn know it."""
+    bodies = GraphBodies(torch.device("cuda"))
+    cuda.launch("before")
+    bodies.run_while(
+        RUNS,
+        lambda handle: cuda.launch(f"begin {handle:x}"),
+        lambda handle: cuda.launch("work", f"end {handle:x}"),
+        most=5,
+    )
+    cuda.launch("behind")
+    (handle,) = cuda.handles
+    assert cuda.kinds == ["while"]
+    (one, _), (two, _), (three, after), (four, last) = cuda.graph.nodes.values()
+    assert [one, two, four] == [
+        ("before", False),
+        (f"begin {handle:x}", False),
+        ("behind", False),
+    ]
+    assert after == [2] and last == [3] and isinstance(three, tuple)
+    node, inside = three
+    assert node == handle
+    assert inside.nodes == {1: (("work", True), []), 2: ((f"end {handle:x}", True), [1])}
+    assert cuda.streams.keys() == {1}
+
+
+def test_before_a_capture_a_loop_takes_all_its_turns(cuda: Cuda) -> None:
+    bodies = GraphBodies(torch.device("cuda"))
+    cuda.streams.pop(1)
+    seen: list[str] = []
+    bodies.run_while(
+        0 * RUNS,
+        lambda handle: seen.append(f"begin {handle}"),
+        lambda handle: seen.append(f"turn {handle}"),
+        most=3,
+    )
+    assert seen == ["begin 0", "turn 0", "turn 0", "turn 0"]
 
 
 def chosen_by(cuda: Cuda) -> Choose:

@@ -1,5 +1,6 @@
 """Routed models on the kernels: interpreted here, compiled on a GPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from fastskip.decoder import hopping
+from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from fastskip.ops.account import counted
 from fastskip.routing.weights import LayerScore, write_weights
@@ -91,6 +94,45 @@ def test_learned_scores(trio: Trio, batch: Batch, tmp_path: Path) -> None:
     )
     with tuning.table(STREAM):
         check_generate(trio, policy, batch, new=3)
+
+
+@pytest.fixture
+def hops(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Steps are loops, a layer a turn."""
+    monkeypatch.setattr(hopping, "TURNS", 1)
+    steps = trio.prepared._fastskip.steps
+    steps.guarding = Guarding.HOPS
+    yield
+    steps.guarding = Guarding.EARLY_EXIT
+
+
+@pytest.mark.parametrize("name", ["block, omit", "similarity by rows", "learned, by sequence"])
+def test_what_nobody_runs_has_no_launch(
+    name: str, trio: Trio, batch: Batch, hops: None, tmp_path: Path
+) -> None:
+    """Steps that hop: right, and as many launches as layers that some row ran."""
+    learned = {"kind": "linear", "weights": str(tmp_path / "router.safetensors"), "threshold": 0.2}
+    learned |= {"layers": ":", "tokens": "all", "skip": ["block"], "kv": "omit"}
+    generator = torch.Generator().manual_seed(1)
+    scores = {
+        layer: LayerScore(torch.randn(HIDDEN, generator=generator) / HIDDEN**0.5, 0.1 * layer)
+        for layer in range(4)
+    }
+    write_weights(tmp_path / "router.safetensors", scores)
+    policy = {
+        "block, omit": routed(random(":", "all", "block", kv="omit", rate=0.7)),
+        "similarity by rows": routed(similarity(":", "all", "block", threshold=0.6, kv="omit")),
+        "learned, by sequence": routed(learned | {"group": "sequence"}),
+    }[name]
+    with tuning.table(STREAM), counted() as account:
+        _, masks = check_generate(trio, policy, batch, new=4)
+    steps = torch.stack([masks[layer, "ffn"][:, batch.columns :] for layer in range(4)])
+    ran = int((~steps.all(dim=1)).sum())
+    assert 0 < ran < steps.shape[0] * steps.shape[2]
+    launches = {kernel: own[0] for kernel, own in account.by_kernel.items()}
+    # The prompt, launch by launch, has its own.
+    assert launches["feed"] == launches["attend_step"] + 4 == ran + 4
+    assert launches["begin_hops"] == steps.shape[2]
 
 
 def test_rows_of_a_longer_prompt() -> None:
