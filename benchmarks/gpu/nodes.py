@@ -17,6 +17,7 @@ from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import captured, synchronize
 from fastskip.kernels import numerics
 from fastskip.ops.bodies import GraphBodies
+from fastskip.ops.conditions import set_condition
 from fastskip.ops.graph_nodes import NodeKind, add_node, checked, load_driver, new_handle
 from fastskip.ops.graphs import capture
 
@@ -36,6 +37,14 @@ def _early_exit_kernel(flag_ptr, out_ptr):  # type: ignore[no-untyped-def]
     if tl.load(flag_ptr) == 0:
         return
     tl.store(out_ptr + tl.program_id(0), 1)
+
+
+@triton.jit
+def _count_kernel(left_ptr, taken_ptr):  # type: ignore[no-untyped-def]
+    left = tl.load(left_ptr)
+    if left != 0:
+        tl.store(left_ptr, left - 1)
+        tl.store(taken_ptr, tl.load(taken_ptr) + 1)
 
 
 @triton.jit
@@ -127,7 +136,7 @@ def _conditional(setting: Setting) -> dict[str, float]:
     for name, add in ways.items():
         few, many = (_chain_seconds(driver, add, count) for count in (FEW, MANY))
         found[name] = 1e6 * (many - few) / (MANY - FEW)
-    return found | _captured_bodies(setting.device)
+    return found | _captured_bodies(setting.device) | _turns(setting.device)
 
 
 def _captured_bodies(device: torch.device) -> dict[str, float]:
@@ -153,6 +162,36 @@ def _captured_bodies(device: torch.device) -> dict[str, float]:
         if int(out) != flag:
             raise RuntimeError(f"a body whose flag is {flag} has written {int(out)}")
     return found
+
+
+def _turns(device: torch.device) -> dict[str, float]:
+    """A turn of a loop: the WHILE node, a kernel of one program, and one that says whether another
+    turn follows.
+
+    Raises:
+        RuntimeError: it took another number of turns.
+    """
+    bodies = GraphBodies(device)
+    left, taken = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
+
+    def take_turn(condition: int) -> None:
+        _count_kernel[(1,)](left, taken)
+        set_condition(left, condition)
+
+    def work(count: int) -> None:
+        left.fill_(count)
+        bodies.run_while(left, partial(set_condition, left), take_turn, count)
+
+    seconds = []
+    for count in (FEW, MANY):
+        replay = capture(partial(work, count), device)
+        taken.zero_()
+        replay()
+        if int(taken) != count:
+            raise RuntimeError(f"a loop of {count} turns has taken {int(taken)}")
+        seconds.append(replay_seconds(replay))
+    few, many = seconds
+    return {"a turn of a WHILE node, two kernels": 1e6 * (many - few) / (MANY - FEW)}
 
 
 def _chain_seconds(driver: Any, add: Callable[[Any, list[Any]], Any], count: int) -> float:

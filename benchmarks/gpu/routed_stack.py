@@ -17,10 +17,12 @@ from fastskip.decoder.fused_layer import FusedBlock, run_steps
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.guarded_layer import GuardedBlock
+from fastskip.decoder.hopping import Hopping
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.decoder.weights import LayerWeights
+from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from fastskip.kernels.tuning import Entry, Table
 from fastskip.ops.bodies import bodies_on
@@ -64,8 +66,15 @@ class Stack:
         self._weights = [self._layer() for _ in range(depth)]
         self._anchor = torch.zeros(16, dtype=setting.dtype, device=setting.device)
 
-    def step(self, policy: SkipPolicy, *, is_conditional: bool = False) -> Step:
-        """One step behind a prompt, at batch 1, under a policy."""
+    def step(
+        self, policy: SkipPolicy, guarding: Guarding = Guarding.EARLY_EXIT, turns: int = 1
+    ) -> Step:
+        """One step behind a prompt, at batch 1, under a policy; ``turns``: layers of each turn of
+        a loop.
+
+        Raises:
+            ValueError: such a step cannot be a loop.
+        """
         plan, shape, widths = make_plan(policy, self._shape), self._shape, self._widths
         routers = build_routers(policy, shape.depth, shape.hidden_size)
         scale = shape.head_dim**-0.5
@@ -79,9 +88,14 @@ class Stack:
         state = StepState(plan, self._anchor, rotation, step, routers)
         cache.make_room_for_steps(0, 1)
         state.load(cache, torch.zeros(1, dtype=torch.int64, device=device), ())
-        if is_conditional:
+        if guarding is Guarding.CONDITIONAL:
             bodies = bodies_on(device)
             own = [ConditionalBlock.of(block, bodies) for block in own]
+        if guarding is Guarding.HOPS:
+            hopping = Hopping.of(own, state, bodies_on(device), turns)
+            if hopping is None:
+                raise ValueError("policy: its steps are no loop")
+            return lambda: hopping.run(plan, own, state.h, state)
         # State and rows hold the cache's memory.
         return lambda: run_steps(plan, own, state.h, state.rows_of, state.store)
 

@@ -2,7 +2,7 @@
 
 ``decisions``: is it right? What routers decide on the device is what the torch form decides, and
 scores are those of the masked dense computation. ``blocks``: what a guarded block costs that runs,
-and one that is passed by, by early exits and by IF nodes. ``7b``: whole models.
+and one that is passed by, by early exits, by IF nodes and in loops. ``7b``: whole models.
 
 Decisions are drawn at random at a given rate: a draw takes no product, and no weights need to be
 learned for it. A linear router reads one vector a layer more; it, and one that looks at what the
@@ -11,6 +11,7 @@ last layer did, are timed as far as they need no calibration.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import traceback
@@ -46,7 +47,15 @@ RATES = (0.25, 0.5, 0.75)
 GROUPS = ("row", "sequence", "batch")
 PROGRAMS = (132, 264, 528, 1056)
 N_NEW = 128
-KIND_OF = {Guarding.EARLY_EXIT: "early exits", Guarding.CONDITIONAL: "IF nodes"}
+KIND_OF = {
+    Guarding.EARLY_EXIT: "early exits",
+    Guarding.CONDITIONAL: "IF nodes",
+    Guarding.HOPS: "loop",
+}
+OTHER = (("if", Guarding.CONDITIONAL), ("loop", Guarding.HOPS))
+"""Ways to pass by what is skipped that stand against early exits, and how their names begin."""
+TURNS = (1, 2, 4, 8)
+"""Layers of one turn of a loop."""
 
 
 def router(rate: float, kv: str, group: str = "row", layers: object = ":") -> dict[str, Any]:
@@ -71,7 +80,7 @@ def static(rate: float, kv: str, depth: int) -> SkipPolicy:
 
 
 def decisions(setting: Setting) -> Values:
-    """A small model under routers, by early exits and by IF nodes."""
+    """A small model under routers, by early exits, by IF nodes and in loops."""
     build = partial(tiny_model, device=setting.device.type)
     found: dict[str, Any] = {}
     wrong: list[str] = []
@@ -184,18 +193,28 @@ def blocks(setting: Setting, widths: Widths) -> Values:
                 with programs_at_most(programs, setting.device):
                     step = stack.step(policy_of(router(rate, kv)))
                     found[own] = microseconds(setting, step, depth)
-        for rate, does in ((0.0, "runs"), (1.0, "is passed by")):
+        for (rate, does), (way, guarding, turns) in itertools.product(
+            ((0.0, "runs"), (1.0, "is passed by")), _node_ways(setting, kv)
+        ):
             try:
-                step = stack.step(policy_of(router(rate, kv)), is_conditional=True)
-                found[f"{kv}: {does}, IF nodes"] = microseconds(setting, step, depth)
+                step = stack.step(policy_of(router(rate, kv)), guarding, turns)
+                found[f"{kv}: {does}, {way}"] = microseconds(setting, step, depth)
             except (ValueError, RuntimeError) as error:
                 if is_lost(setting.device):
                     raise
-                notes[kv] = f"{type(error).__name__}: {error}"
+                notes[f"{kv}, {way}"] = f"{type(error).__name__}: {error}"
     skipped = {"layers": ":", "tokens": "all", "skip": ["block"], "kv": "project"}
     step = stack.step(policy_of(rules=[skipped]))
     found["project: skipped by plan"] = microseconds(setting, step, depth)
     return {"widths": widths.name, "us_per_block": found, "notes": notes}
+
+
+def _node_ways(setting: Setting, kv: str) -> Iterator[tuple[str, Guarding, int]]:
+    """Label, and how a step goes by nodes; in a loop only where skipped rows leave no entries."""
+    yield KIND_OF[Guarding.CONDITIONAL], Guarding.CONDITIONAL, 1
+    if kv == "omit":
+        for turns in TURNS[:1] if setting.is_tiny else TURNS:
+            yield f"loop, {turns} a turn", Guarding.HOPS, turns
 
 
 # Whole models
@@ -270,11 +289,13 @@ def _ways(both: Models, batch: int, kv: str, setting: Setting) -> Iterator[Way]:
             policy = policy_of(router(rate, kv, group))
             by = f" by {group}" if batch > 1 else ""
             yield Way(f"{group}_{rate}", f"routed{by}, {rate:.0%}", policy, rate)
-    # Where a decision is one for the whole step, IF nodes have the most to gain.
+    # Where a decision is one for the whole step, nodes have the most to gain.
     group = "row" if batch == 1 else "batch"
-    for rate in rates if setting.is_tiny else (0.0, *rates):
-        policy, label = policy_of(router(rate, kv, group)), f"routed, IF nodes, {rate:.0%}"
-        yield Way(f"if_{rate}", label, policy, rate, guarding=Guarding.CONDITIONAL)
+    for short, guarding in OTHER if kv == "omit" else OTHER[:1]:
+        for rate in rates if setting.is_tiny else (0.0, *rates):
+            label = f"routed, {KIND_OF[guarding]}, {rate:.0%}"
+            policy = policy_of(router(rate, kv, group))
+            yield Way(f"{short}_{rate}", label, policy, rate, guarding=guarding)
     if batch == 1 and kv == "omit":
         width = both.hf.config.text_config.hidden_size
         for threshold, label in ((-1e30, "0%"), (0.0, "some")):
@@ -400,9 +421,9 @@ def _floors(seen: Seen, about: dict[str, Any], ceilings: Ceilings) -> dict[str, 
 
 def _model_cell(batch: int, kv: str) -> Cell:
     about = f"7B with routers at batch {batch}, rows that skip {kv} entries, against static plans"
-    minutes = 1.2 if batch == 1 else 4.0
+    minutes = 1.6 if batch == 1 else 4.0
     run = partial(measure, widths=SEVEN, batch=batch, kv=kv)
-    return Cell(f"routing.7b.b{batch}.{kv}", about, minutes, run, batch == 1)
+    return Cell(f"routing.7b.b{batch}.{kv}", about, minutes, run, batch == 1 and kv == "omit")
 
 
 CELLS = [

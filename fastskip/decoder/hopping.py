@@ -22,20 +22,27 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import Arrangement
 
 TURNS = 4
-"""Layers of one turn of the loop: so many share what a turn costs, and so many less one may be
+"""Layers of one turn of a loop: so many share what a turn costs, and so many less one may be
 launched in vain at its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hopping:
-    """The loop over ``layers`` of a plan."""
+    """The loop over ``layers`` of a plan, ``turns`` of them a turn."""
 
     layers: range
     hops: Hops
     bodies: Bodies
+    turns: int
 
     @classmethod
-    def of(cls, blocks: Sequence[FusedBlock], state: StepState, bodies: Bodies) -> Hopping | None:
+    def of(
+        cls,
+        blocks: Sequence[FusedBlock],
+        state: StepState,
+        bodies: Bodies,
+        turns: int | None = None,
+    ) -> Hopping | None:
         """The loop of a state's steps; ``None`` where a plan has none."""
         routes = state.routes
         decided = [] if routes is None else [guard.layer for guard in routes.guards]
@@ -55,7 +62,7 @@ class Hopping:
             arrivals=routes.arrivals,
             scale=blocks[inside[0]].scale,
         )
-        return cls(inside, hops, bodies)
+        return cls(inside, hops, bodies, turns or TURNS)
 
     def run(
         self, plan: SkipPlan, blocks: Sequence[FusedBlock], h: Tensor, state: StepState
@@ -71,14 +78,14 @@ class Hopping:
             ops.route(h, decision)
 
         def take_turn(condition: int) -> None:
-            for number in range(TURNS):
-                ops.hop(h, hops, condition if number == TURNS - 1 else 0)
+            for number in range(self.turns):
+                ops.hop(h, hops, condition if number == self.turns - 1 else 0)
 
         self.bodies.run_while(
             hops.runs,
             lambda condition: ops.begin_hops(h, hops, condition),
             take_turn,
-            -(-len(self.layers) // TURNS),
+            -(-len(self.layers) // self.turns),
         )
         return run_steps(plan, blocks, h, state.rows_of, state.store, steps=behind)
 

@@ -231,8 +231,10 @@ def test_the_next_layer(
         assert ours.now.tolist()[0] == theirs.now.tolist()[0]
         assert torch.equal(ours.now, ours.table[ours.now[0]])
         for own, other in zip(ours.layers, theirs.layers, strict=True):
-            assert own.home is other.home is None or torch.equal(own.home, other.home)
-        if ours.trace is not None:
+            assert (own.home is None) is (other.home is None)
+            if own.home is not None and other.home is not None:
+                assert torch.equal(own.home, other.home)
+        if ours.trace is not None and theirs.trace is not None:
             assert torch.equal(ours.trace.snapshot, theirs.trace.snapshot)
             torch.testing.assert_close(ours.trace.found, theirs.trace.found)
         found.append((start, int(ours.now[0]), ours.runs.tolist()))
