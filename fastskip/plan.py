@@ -103,6 +103,11 @@ class SkipPlan:
         return _grouped((layer.table, layer.index) for layer in self.layers if layer.holding)
 
     @cached_property
+    def hollow_tables(self) -> tuple[int, ...]:
+        """The tables of layers in which nobody knows on the host who has entries."""
+        return tuple(table for table in self.layers_by_table if isinstance(table, int))
+
+    @cached_property
     def layers_by_pool(self) -> dict[Pool, tuple[int, ...]]:
         """The layers whose entries lie together."""
         return _grouped((layer.pool, layer.index) for layer in self.layers if layer.holding)

@@ -195,7 +195,9 @@ class SkipCache(Cache):
                 new = own.counts(classes_of(key))
             else:
                 columns = (held or {})[key]
-                table.held = torch.cat((table.held, columns), dim=1)
+                # Most caches begin with the prompt.
+                some = table.held.shape[1] > 0
+                table.held = torch.cat((table.held, columns), dim=1) if some else columns
                 new = self._count_held(key, layout, columns)
             table.counts = list(map(add, table.counts, new))
 

@@ -6,7 +6,7 @@ not defined: when gradients are wanted, and while a layer's projections cannot b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import rounded_rows
 from fastskip.decoder.stack import Decoder, Watch
 from fastskip.decoder.staged_forward import StagedForward
+from fastskip.layer_plan import Table
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
 from fastskip.ops.operations import FusedOperations
@@ -201,7 +202,7 @@ class FusedDecoder(Decoder):
             packed = self.positions.embed(layout.pack(h), layout.positions)
             rows, out = self._launch(packed, numbers, cache, watch, 0)
             held, routes = rows.held, rows.routes
-        cache.commit(layout, {key: layout.unpack(own.bool()) for key, own in held.items()})
+        cache.commit(layout, _columns_of(held, layout))
         if self.record is not None and routes is not None:
             self.record.forwards.append(decisions_of(routes, layout))
         return out
@@ -318,6 +319,14 @@ def _addresses_of(blocks: Sequence[FusedBlock]) -> tuple[int, ...]:
             parts += own.head_norms.queries, own.head_norms.keys
     tensors = [tensor for part in parts for tensor in (part.weight, part.bias)]
     return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+
+
+def _columns_of(held: Mapping[int, Tensor], layout: TokenLayout) -> dict[Table, Tensor]:
+    """Flags of rows ``[N]``, by layer, as those of columns ``[B, T]``: all in a few launches."""
+    if not held:
+        return {}
+    columns = layout.unpack(torch.stack(list(held.values()), dim=1).bool())
+    return dict(zip(held, columns.unbind(-1), strict=True))
 
 
 def _is_cast(like: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from operator import add
 from typing import Any
@@ -49,7 +49,7 @@ class PagedCache(SkipCache):
 
     def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
         super().grow(layout, like)
-        hollow = [key for key, table in self.tables.items() if table.held is not None]
+        hollow = self.plan.hollow_tables
         if like is None or not hollow:
             return
         if not self.device_counts:
@@ -114,10 +114,11 @@ class PagedCache(SkipCache):
                 added = pool.reserve(needed, later) or added
         return added
 
-    def commit_steps(self, steps: int, held: Mapping[Table, Tensor] | None = None) -> None:
+    def commit_steps(self, steps: int, held: Tensor | None = None) -> None:
         """Counts ``steps`` columns of generated rows, whose entries decode steps have written.
 
-        ``held [B, steps]``: which of them have entries in each hollow layer, on the device.
+        ``held [tables, B, steps]`` bool, on the device: which of them have entries in hollow
+        layers, by ``plan.hollow_tables``; ``None`` without steps or such layers.
         """
         batch = self.codes.shape[0]
         new = torch.full((batch, steps), CODES[TokenClass.GENERATED])
@@ -128,11 +129,13 @@ class PagedCache(SkipCache):
         self.codes = torch.cat((self.codes, new), dim=1)
         self.positions = torch.cat((self.positions, positions), dim=1)
         self.gone = torch.cat((self.gone, torch.full_like(new, STAYS)), dim=1)
+        if held is not None and self.hollow_counts is not None:
+            self.hollow_counts[:, :batch] += held.sum(2, dtype=torch.int32)
+            hollow = [self.tables[key] for key in self.device_counts]
+            before = torch.stack([table.held for table in hollow if table.held is not None])
+            for table, columns in zip(hollow, torch.cat((before, held), dim=2), strict=True):
+                table.held = columns
         for key, table in self.tables.items():
-            if table.held is not None:
-                columns = (held or {})[key]
-                table.held = torch.cat((table.held, columns), dim=1)
-                self.device_counts[key] += columns.sum(1, dtype=torch.int32)
             grown = member(new, self._holding(key)).sum(1).tolist()
             table.counts = list(map(add, table.counts, grown))
 

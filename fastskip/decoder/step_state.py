@@ -20,7 +20,7 @@ from fastskip.decoder.fused_parts import (
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import PagePool
 from fastskip.decoder.riding import Part, riding
-from fastskip.layer_plan import Cell, Pool, Table
+from fastskip.layer_plan import Cell, Pool
 from fastskip.ops.allocate import copy_over, empty
 from fastskip.ops.contracts import PAGE, Choice, Pages, Rotation, StepReach, Targets
 from fastskip.ops.routes import Route
@@ -108,6 +108,8 @@ class StepState:
             for number, key in enumerate(self._sets)
             if isinstance(key, int) and new in plan.layers[key].hollow
         }
+        rows = [self._sets.index(key) for key in plan.hollow_tables]
+        self._hollow_rows = torch.tensor(rows, dtype=torch.int64, device=device)
         self.routes: DeviceRoutes | None = None
         self._riding: dict[tuple[int, Part], Route | None] = {}
         if plan.routed:
@@ -158,9 +160,8 @@ class StepState:
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
         positions[:batch] = cache.next_places()
         copy_over(counts, choice.counts)
-        for number, key in enumerate(self._sets):
-            if key in cache.device_counts:
-                choice.counts[number, :batch] = cache.device_counts[key]
+        if cache.hollow_counts is not None:
+            choice.counts[self._hollow_rows, :batch] = cache.hollow_counts[:, :batch]
         copy_over(positions, choice.positions)
         padded = [*stops, *[-1] * (self.shape.stops - len(stops))]
         copy_over(torch.tensor(padded, dtype=torch.int64), choice.stops)
@@ -172,13 +173,13 @@ class StepState:
             self.routes.reset()
         self.load_pages(cache)
 
-    def held(self, batch: int) -> dict[Table, Tensor]:
-        """``[B, 1]`` bool: who left an entry in each hollow layer in the step just run."""
-        found: dict[Table, Tensor] = {}
-        for number, key in enumerate(self._sets):
-            if isinstance(key, int):
-                found[key] = self.choice.grows[number, :batch, None].bool()
-        return found
+    def held(self, batch: int) -> Tensor | None:
+        """``[tables, B]``: 1 where a sequence left an entry in a hollow layer in the step just run;
+        tables as in ``plan.hollow_tables``."""
+        if not self.plan.hollow_tables:
+            return None
+        # One launch for all layers, since this is done after every step.
+        return self.choice.grows.index_select(0, self._hollow_rows)[:, :batch]
 
     def load_pages(self, cache: PagedCache) -> None:
         """Takes over a cache's page tables: at first, and after it has grown."""

@@ -19,7 +19,6 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.generation.device_step import DeviceStep
 from fastskip.generation.runtime import Runtime
-from fastskip.layer_plan import Table
 from fastskip.policy import Sublayer
 from fastskip.routing import Decisions, RoutingRecord
 
@@ -109,12 +108,14 @@ class Answers:
     def __init__(self, record: RoutingRecord | None, step: DeviceStep, cache: PagedCache) -> None:
         self._record, self._state, self._cache = record, step.state, cache
         self._batch = cache.codes.shape[0]
-        self._held: list[dict[Table, Tensor]] = []
+        self._held: list[Tensor] = []
         self._answers: list[dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]] = []
 
     def note(self) -> None:
         """A step was launched."""
-        self._held.append(self._state.held(self._batch))
+        held = self._state.held(self._batch)
+        if held is not None:
+            self._held.append(held)
         if self._record is None:
             return
         if self._state.routes is not None:
@@ -125,13 +126,7 @@ class Answers:
     def commit(self, steps: int) -> None:
         """The first ``steps`` of them count."""
         cache, batch = self._cache, self._batch
-        tables = self._held[0] if self._held else {}
-        held = {
-            key: torch.cat([each[key] for each in self._held[:steps]], dim=1)
-            if steps
-            else torch.zeros(batch, 0, dtype=torch.bool, device=cache.anchor.device)
-            for key in tables
-        }
+        held = torch.stack(self._held[:steps], dim=-1).bool() if self._held and steps else None
         first = cache.columns
         cache.commit_steps(steps, held)
         codes = cache.codes[:, first:]
