@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import Sublayer
 from fastskip.routing import Decisions, Router, ScoreRouter
 from fastskip.tokens import TokenLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Flags ``[any, n]``, and the row of each layer whose flags lie there."""
+
+    flags: Tensor
+    rows: Mapping[int, int]
 
 
 class DeviceRoutes:
@@ -33,11 +41,11 @@ class DeviceRoutes:
         positions: Tensor,
         sequences: Tensor,
         like: Tensor,
-        homes: Mapping[int, Tensor] | None = None,
+        homes: Homes | None = None,
     ) -> None:
         """``present``: classes that the rows may have; ``flags_of``: ``[n]`` int32, 1 for rows of
         some classes; ``positions``, ``sequences [n]``; ``like``: gives dtype and device of rows;
-        ``homes``: where the flags ``[n]`` of a layer's attention are to lie, if not here."""
+        ``homes``: where the flags of some layers' attention are to lie, if not here."""
         self._plan, self._routers, self._present = plan, routers, present
         self._flags_of, self._positions, self._sequences = flags_of, positions, sequences
         device, count = like.device, len(positions)
@@ -52,12 +60,21 @@ class DeviceRoutes:
         self._ran = self._ran_guards() if looking else {}
         rows = [*self.guards, *(guard for own in self._ran.values() for guard in own)]
         self.flags = torch.zeros(len(rows), count, dtype=torch.int32, device=device)
-        self._apart = {
-            id(guard): homes[guard.layer]
-            for guard in self.guards
-            if homes and Sublayer.ATTENTION in guard.sublayers and guard.layer in homes
-        }
-        self._home = dict(zip(map(id, rows), self.flags.unbind(), strict=True)) | self._apart
+        self._home = dict(zip(map(id, rows), self.flags.unbind(), strict=True))
+        self._apart: list[Guard] = []
+        if homes is not None:
+            self._apart = [
+                guard
+                for guard in self.guards
+                if Sublayer.ATTENTION in guard.sublayers and guard.layer in homes.rows
+            ]
+            numbers = [homes.rows[guard.layer] for guard in self._apart]
+            self._home |= {
+                id(guard): homes.flags[number]
+                for guard, number in zip(self._apart, numbers, strict=True)
+            }
+            self._all_apart = homes.flags
+            self._apart_rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         self.trace = None
         if looking:
             width = plan.shape.hidden_size
@@ -72,9 +89,9 @@ class DeviceRoutes:
         rows = [self._flags_of(guard.running) for guard in self._rows()]
         if rows:
             torch.stack(rows, out=self.flags)
-        for guard in self.guards:
-            if id(guard) in self._apart:
-                self._row(guard).copy_(self._flags_of(guard.running))
+        if self._apart:
+            apart = torch.stack([self._flags_of(guard.running) for guard in self._apart])
+            self._all_apart.index_copy_(0, self._apart_rows, apart)
 
     def runs(self, layer: int, sublayer: Sublayer) -> Tensor | None:
         """``[n]``: who runs a sublayer; ``None`` where nobody decides."""

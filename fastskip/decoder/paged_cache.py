@@ -135,9 +135,12 @@ class PagedCache(SkipCache):
             before = torch.stack([table.held for table in hollow if table.held is not None])
             for table, columns in zip(hollow, torch.cat((before, held), dim=2), strict=True):
                 table.held = columns
+        grown = {
+            holding: member(new, holding).sum(1).tolist()
+            for holding in {self._holding(key) for key in self.tables}
+        }
         for key, table in self.tables.items():
-            grown = member(new, self._holding(key)).sum(1).tolist()
-            table.counts = list(map(add, table.counts, grown))
+            table.counts = list(map(add, table.counts, grown[self._holding(key)]))
 
     def live_bytes(self) -> int:
         """Bytes of live entries; ``plan.kv_bytes`` predicts them."""

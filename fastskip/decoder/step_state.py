@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastskip.decoder.device_routes import DeviceRoutes
+from fastskip.decoder.device_routes import DeviceRoutes, Homes
 from fastskip.decoder.fused_parts import (
     Copies,
     FusedRows,
@@ -103,8 +103,8 @@ class StepState:
         # Rows of sequences that there are: idle ones run nothing that a router guards.
         self.live, self._nobody = zeros(batch), zeros(batch)
         # In hollow layers an entry is made where the row attends: one number for both.
-        self._hollow = {
-            key: self.choice.grows[number]
+        hollow = {
+            key: number
             for number, key in enumerate(self._sets)
             if isinstance(key, int) and new in plan.layers[key].hollow
         }
@@ -121,7 +121,7 @@ class StepState:
                 self.choice.positions,
                 self.sequences,
                 self.h,
-                self._hollow,
+                Homes(self.choice.grows, hollow),
             )
             self._riding = riding(plan, self.routes, new)
         self.unload()
@@ -150,12 +150,12 @@ class StepState:
     def load(self, cache: PagedCache, tokens: Tensor, stops: Sequence[int]) -> None:
         """Takes over a cache whose newest tokens ``[B]`` are to be fed next, without waiting for
         what the device has to do."""
-        self.unload()
         self.is_loaded = True
         batch, choice = len(tokens), self.choice
         counts = torch.zeros(choice.counts.shape, dtype=torch.int32)
-        for number, holding in enumerate(self._sets):
-            counts[number, :batch] = torch.tensor(cache.tables[holding].counts)
+        if self._sets:
+            known = [cache.tables[key].counts for key in self._sets]
+            counts[:, :batch] = torch.tensor(known, dtype=torch.int32)
         # Of hollow layers these are too many; the device knows.
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
         positions[:batch] = cache.next_places()
@@ -165,8 +165,9 @@ class StepState:
         copy_over(positions, choice.positions)
         padded = [*stops, *[-1] * (self.shape.stops - len(stops))]
         copy_over(torch.tensor(padded, dtype=torch.int64), choice.stops)
+        for part in (choice.step, choice.tokens, choice.unfinished, self.live):
+            part.zero_()
         choice.tokens[:batch] = tokens
-        choice.unfinished.zero_()
         choice.unfinished[:batch] = ~torch.isin(tokens, choice.stops)
         self.live[:batch] = 1
         if self.routes is not None:
