@@ -56,6 +56,7 @@ from fastskip.ops.contracts import (
     Term,
 )
 from fastskip.ops.hops import HopLayer, Hops
+from fastskip.ops.overlap import Overlap
 from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Terms, Trace, Verdict
 
 MANY = 640
@@ -689,7 +690,13 @@ def record(slug: str) -> Iterator[Probed]:
 
 def record_overlapping(slug: str) -> Iterator[Probed]:
     """Launches of a 7B model's step of 1 and of 16 rows that overlap, under the table ``slug``."""
-    with tuning.table(slug), overlap.overlapping(True):
+    yield from _overlapping(slug, Overlap.START, "OVERLAP", "overlapping")
+    yield from _overlapping(slug, Overlap.READ, "READS_AHEAD", "reading ahead")
+
+
+def _overlapping(slug: str, how: Overlap, constant: str, label: str) -> Iterator[Probed]:
+    """Those of kernels that have a constant."""
+    with tuning.table(slug), overlap.overlapping(how):
         for probe in PROBES:
             for rows in STEP_ROWS:
                 if probe.most is not None and rows > probe.most:
@@ -697,8 +704,9 @@ def record_overlapping(slug: str) -> Iterator[Probed]:
                 with recording(is_dry=True) as account:
                     probe.call(LLAMA_7B, rows)
                 for launch in account.launches:
-                    if "OVERLAP" in launch.arguments:
-                        yield Probed(f"{probe.name}, overlapping", LLAMA_7B.name, rows, launch)
+                    is_of_loop = launch.arguments.get("now_ptr") is not None
+                    if constant in launch.arguments and not is_of_loop:
+                        yield Probed(f"{probe.name}, {label}", LLAMA_7B.name, rows, launch)
 
 
 def configuration(launch: Launch) -> dict[str, int]:

@@ -19,20 +19,23 @@ import torch
 import triton
 import triton.language as tl
 
-from fastskip.kernels import tuning
+from fastskip.kernels import overlap, tuning
 
 TABLES = ("guarded",)
 Shape = tuple[int, int]
 
 
 @triton.jit
-def flagged(runs_ptr, n, rows):
-    """Which of the rows ``n [N]`` run: ``[N]``; without flags all ``rows`` that there are."""
+def flagged(runs_ptr, n, rows, READS_AHEAD: tl.constexpr = False):
+    """Which of the rows ``n [N]`` run: ``[N]``; without flags all ``rows`` that there are.
+
+    ``READS_AHEAD``: as for ``overlap.read``.
+    """
     inside = n < rows
     if runs_ptr is None:
         return inside
     else:
-        return tl.load(runs_ptr + n, mask=inside, other=0) != 0
+        return overlap.read(runs_ptr + n, inside, READS_AHEAD) != 0
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 Kernels of a loop are given the tensors of its first layer and ``now``, distances to those of the
 layer that is next: each adds what concerns it to its pointers (``distance``). ``begin_hops`` says
 which layer is the first; then the update that ends a layer (``residual``) decides, layer by layer,
-up to one that some row runs (``choose_next``), and sets the condition of the loop's node.
+up to one that some row runs (``choose_next``), and sets the condition of the loop's node. Launches
+of a loop do not overlap.
 
 ``begin_hops``: one program, since its rows are few.
 """
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import overlap, verdicts
+from fastskip.kernels import verdicts
 from fastskip.kernels.conditional import set_conditional, signed
 from fastskip.kernels.launch import launch
 from fastskip.ops.hops import ALIGNMENT, Field, Hops
@@ -152,10 +153,7 @@ def _begin_hops_kernel(
     RULE: tl.constexpr,
     IS_OF_ALL: tl.constexpr,
     ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        overlap.wait()
     row = tl.arange(0, ROWS)
     is_row = row < rows
     cosine = tl.zeros([ROWS], tl.float32)

@@ -216,10 +216,18 @@ def _add_terms_kernel(
     FIELD: tl.constexpr,
     HOP: tl.constexpr,
     OVERLAP: tl.constexpr,
+    READS_AHEAD: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
     n = start + tl.arange(0, BLOCK_N)
-    if OVERLAP:
+    if OVERLAP and not READS_AHEAD:
+        overlap.wait()
+    # Flags: the launch that yielded a term's x has read them before it.
+    gets = guards.flagged(runs_ptr, n, rows, READS_AHEAD)
+    second_does = None
+    if SECOND_E > 0:
+        second_does = guards.flagged(second_runs_ptr, n, rows, READS_AHEAD)
+    if OVERLAP and READS_AHEAD:
         overlap.wait()
     if now_ptr is not None:
         BITS: tl.constexpr = h_ptr.dtype.element_ty.primitive_bitwidth
@@ -261,15 +269,12 @@ def _add_terms_kernel(
     else:
         # What no row gets anything of is an empty range: the end is reached all the same.
         TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
-        gets = guards.flagged(runs_ptr, n, rows)
         does = None
         does_any = None
-        second_does = None
         second_any = None
         if SECOND_E > 0:
             does = gets
             does_any = guards.some(does)
-            second_does = guards.flagged(second_runs_ptr, n, rows)
             second_any = guards.some(second_does)
             gets = does | second_does
         begin = tl.where(guards.some(gets), 0, TILES)

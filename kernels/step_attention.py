@@ -115,13 +115,25 @@ def _attend_step_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
+    READS_AHEAD: tl.constexpr,
 ):
-    if OVERLAP:
+    if OVERLAP and not READS_AHEAD:
         overlap.wait()
     lane, part, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     sequence = (lane // (GROUPS * CHUNKS)).to(tl.int64)
+    table_ptr += problem * table_distance + sequence * stride_tb
+    counts_ptr += problem * counts_distance + sequence
+    if runs_ptr is not None:
+        does_run = overlap.read(runs_ptr + sequence, sequence >= 0, READS_AHEAD)
+    if READS_AHEAD:
+        # The launch that yielded the queries has read the same flags; counts are those of the
+        # step, and pages of the call.
+        tl.static_assert(now_ptr is None)
+        count = overlap.read(counts_ptr, sequence >= 0, READS_AHEAD)
+        overlap.touch(table_ptr + part * BLOCK_S // PAGE)
+        overlap.wait()
     # All programs of a sequence read the same, so either all of its splits arrive or none.
-    if runs_ptr is not None and tl.load(runs_ptr + sequence) == 0:
+    if runs_ptr is not None and does_run == 0:
         return
     if now_ptr is not None:
         table_ptr += tl.load(now_ptr + hops.TABLE)
@@ -130,12 +142,12 @@ def _attend_step_kernel(
         anchor_ptr += hops.distance(now_ptr, hops.OFFSET, BITS)
     group = lane // CHUNKS % GROUPS
     first = lane % CHUNKS * BLOCK_H
-    count = tl.load(counts_ptr + problem * counts_distance + sequence)
+    if not READS_AHEAD:
+        count = tl.load(counts_ptr)
     count += extra + problem.to(tl.int32) * extra_distance
 
     head = group * RATIO + first
     q_ptr += problem * q_distance + sequence * stride_qb + head.to(tl.int64) * stride_qh
-    table_ptr += problem * table_distance + sequence * stride_tb
     entries_ptr = anchor_ptr + problem * anchor_distance + offset + problem * offset_distance
     entries_ptr += group * PAGE * HEAD_DIM
     is_head = first + tl.arange(0, BLOCK_H) < RATIO

@@ -1,4 +1,5 @@
-"""Do steps whose launches overlap pay, and are their tokens the same? Against ordinary launches."""
+"""Do steps whose launches overlap pay, and are their tokens the same? Against ordinary launches,
+in each of the ways in which they can (``ops.overlap``)."""
 
 from __future__ import annotations
 
@@ -18,9 +19,14 @@ from benchmarks.gpu.routing import policy_of, router
 from benchmarks.peers import Peer
 from benchmarks.shapes import Models, prompts
 from fastskip import SkipPolicy
+from fastskip.ops.overlap import Overlap
 
 ROUTED = "routed, 50%"
-ORDINARY, OVERLAPPING = "ordinary", "overlapping"
+WAYS = {
+    Overlap.NONE: "ordinary",
+    Overlap.START: "overlapping",
+    Overlap.READ: "overlapping, reading ahead",
+}
 
 
 def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) -> Values:
@@ -38,8 +44,8 @@ def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) 
     try:
         for name, policy in _policies(both, names):
             tokens = None
-            for overlaps in (False, True):
-                own = _contender(both, name, policy, overlaps)
+            for way in WAYS:
+                own = _contender(both, name, policy, way)
                 first_call(own, inputs, n_new, device)
                 assert own.tokens is not None
                 tokens = own.tokens if tokens is None else tokens
@@ -49,13 +55,13 @@ def measure(setting: Setting, widths: Widths, batch: int, names: Sequence[str]) 
                     faults.append(f"{own.peer.label}: tokens differ from those without")
         count = rounds(list(contenders.values()), inputs, n_new, setting)
     finally:
-        both.ours._fastskip.steps.overlaps = True
+        both.ours._fastskip.steps.overlap = Overlap.START
     found: dict[str, dict[str, Any]] = {}
     for (name, way_name), own in contenders.items():
         if own.failure is not None:
             faults.append(own.failure)
             continue
-        seconds, plain = own.median("tpot"), contenders[name, ORDINARY].median("tpot")
+        seconds, plain = own.median("tpot"), contenders[name, WAYS[Overlap.NONE]].median("tpot")
         if seconds is None or plain is None:
             continue  # nothing to hold it to
         found.setdefault(name, {})[way_name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
@@ -69,13 +75,12 @@ def _policies(both: Models, names: Sequence[str]) -> Iterator[tuple[str, SkipPol
         yield name, policy_of(router(0.5, "omit")) if name == ROUTED else known[name]
 
 
-def _contender(both: Models, name: str, policy: SkipPolicy, overlaps: bool) -> Contender:
+def _contender(both: Models, name: str, policy: SkipPolicy, way: Overlap) -> Contender:
     def select() -> Any:
-        both.ours._fastskip.steps.overlaps = overlaps
+        both.ours._fastskip.steps.overlap = way
         return fastskip.set_policy(both.ours, policy)
 
-    way = OVERLAPPING if overlaps else ORDINARY
-    peer = Peer(way, f"{name}, {way}", lambda depth: policy)
+    peer = Peer(WAYS[way], f"{name}, {WAYS[way]}", lambda depth: policy)
     return Contender(peer, fastskip.plan_of(select()), select)
 
 

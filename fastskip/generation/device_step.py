@@ -25,7 +25,7 @@ from fastskip.ops.allocate import on_host
 from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.graphs import capture, new_pool
-from fastskip.ops.overlap import can_overlap, overlapping
+from fastskip.ops.overlap import Overlap, can_overlap, overlapping
 from fastskip.ops.ranges import are_on, span
 
 # Graphs kept; each holds the activations of one step.
@@ -51,12 +51,12 @@ class DeviceStep:
         chooses: bool,
         guarding: Guarding = Guarding.EARLY_EXIT,
         bodies: Bodies | None = None,
-        overlaps: bool = False,
+        overlap: Overlap = Overlap.NONE,
     ) -> None:
         """``chooses``: the greedy token is taken on the device; else logits are left to read.
         ``guarding``: how it passes by what no row runs; by ``bodies``, if not by early exits.
-        ``overlaps``: whether its launches do."""
-        self._decoder, self._chooses, self._overlaps = decoder, chooses, overlaps
+        ``overlap``: how its launches do."""
+        self._decoder, self._chooses, self._overlap = decoder, chooses, overlap
         self._blocks: Sequence[FusedBlock] = decoder.blocks
         if guarding is Guarding.CONDITIONAL and bodies is not None:
             self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
@@ -91,7 +91,7 @@ class DeviceStep:
             self.logits = before.copy_(self.logits)  # where a later replay leaves its own
 
     def _step(self) -> None:
-        with overlapping(self._overlaps):
+        with overlapping(self._overlap):
             self._launch()
 
     def _launch(self) -> None:
@@ -132,13 +132,13 @@ class DeviceSteps:
     """The steps of one model that are ready to run; the least recently used one goes first.
 
     ``guarding`` may be set at any time: how steps pass by what routers let every row skip. So may
-    ``overlaps``: whether launches of a step overlap where the device can, but for steps with
-    conditional nodes; on an H200 a step takes 1 % less so (cells ``overlap`` of the GPU protocol).
+    ``overlap``: how launches of a step overlap where the device can, but for steps with
+    conditional nodes, where they do not.
     """
 
     def __init__(self) -> None:
         self.guarding = Guarding.EARLY_EXIT
-        self.overlaps = True
+        self.overlap = Overlap.START
         self._bodies: Bodies | None = None
         self._steps: Recent[tuple[object, ...], DeviceStep] = Recent(KEPT)
         self._version: object = None
@@ -203,9 +203,10 @@ class DeviceSteps:
         ahead = max(0, int(cache.next_places().max()) - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
-        overlaps = self.overlaps and bodies is None and can_overlap(decoder.anchor.device)
+        can = bodies is None and can_overlap(decoder.anchor.device)
+        overlap = self.overlap if can else Overlap.NONE
         guarding = Guarding.EARLY_EXIT if bodies is None else self.guarding
-        key = (shape, positions, chooses, guarding, overlaps, self._depth)
+        key = (shape, positions, chooses, guarding, overlap, self._depth)
         step = self._steps.get(key)
         if step is None and makes:
             self._steps.make_room(key)
@@ -221,7 +222,7 @@ class DeviceSteps:
                     chooses=chooses,
                     guarding=guarding,
                     bodies=bodies,
-                    overlaps=overlaps,
+                    overlap=overlap,
                 )
             self._steps.keep(key, step)
         return step
@@ -235,7 +236,7 @@ class DeviceSteps:
         return self._bodies
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = {"guarding": self.guarding, "overlaps": self.overlaps}
+        settings = {"guarding": self.guarding, "overlap": self.overlap}
         nothing = dict.fromkeys(("_version", "_pool", "_bodies"))
         return {"_steps": Recent(KEPT), "_depth": 0, **settings, **nothing}
 

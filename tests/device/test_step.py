@@ -25,6 +25,7 @@ from fastskip.generation.device_step import KEPT, DeviceStep, bucket
 from fastskip.generation.runtime import Runtime
 from fastskip.kernels import overlap
 from fastskip.ops.contracts import PAGE
+from fastskip.ops.overlap import Overlap
 from fastskip.ops.ranges import ranges
 from fastskip.verification.cells import GENERATED
 from tests.agreement import Trio, generate, greedy
@@ -496,33 +497,34 @@ def test_overlapping_is_for_steps_alone(
     whole = FusedDecoder.run
 
     def run(*arguments: Any, **options: Any) -> Any:
-        seen.append(("prompt", _overlaps()))
+        seen.append(("prompt", _overlap()))
         return whole(*arguments, **options)
 
     def layers(*arguments: Any, **options: Any) -> Tensor:
-        seen.append(("step", _overlaps()))
+        seen.append(("step", _overlap()))
         return run_steps(*arguments, **options)
 
     monkeypatch.setattr(FusedDecoder, "run", run)
     monkeypatch.setattr("fastskip.generation.device_step.run_steps", layers)
-    for can, overlaps in ((False, False), (True, True)):
+    for can, how in ((False, Overlap.NONE), (True, Overlap.START)):
         monkeypatch.setattr(
             "fastskip.generation.device_step.can_overlap", lambda device, can=can: can
         )
         seen.clear()
         assert torch.equal(generate(trio.prepared, batch, NEW), plain)
-        assert set(seen) == {("prompt", False), ("step", overlaps)}
-    steps.overlaps = False
-    try:
-        seen.clear()
-        generate(trio.prepared, batch, NEW)
-        assert not copy.deepcopy(steps).overlaps
-    finally:
-        steps.overlaps = True
-    assert set(seen) == {("prompt", False), ("step", False)}
-    assert not _overlaps()
+        assert set(seen) == {("prompt", Overlap.NONE), ("step", how)}
+    for how in (Overlap.NONE, Overlap.READ):
+        steps.overlap = how
+        try:
+            seen.clear()
+            generate(trio.prepared, batch, NEW)
+            assert copy.deepcopy(steps).overlap is how
+        finally:
+            steps.overlap = Overlap.START
+        assert set(seen) == {("prompt", Overlap.NONE), ("step", how)}
+    assert _overlap() is Overlap.NONE
 
 
-def _overlaps() -> bool:
+def _overlap() -> Overlap:
     """What launches are told at this moment."""
-    return overlap._overlaps.get()
+    return overlap._overlap.get()

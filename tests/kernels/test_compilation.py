@@ -23,7 +23,8 @@ from fastskip.kernels.compilation import build_of, compile_all, compile_build
 from fastskip.kernels.head import head_logits
 from fastskip.kernels.launch import launch, recording
 from fastskip.kernels.norm import normalize
-from fastskip.kernels.overlap import overlapping, wait
+from fastskip.kernels.overlap import overlapping, read, touch, wait
+from fastskip.ops.overlap import Overlap
 from fastskip.ops.contracts import Linear, Norm
 import triton
 import triton.language as tl
@@ -40,6 +41,13 @@ def _leaving_kernel(x_ptr, out_ptr, n, OVERLAP: tl.constexpr):
         return
     wait()
     tl.store(out_ptr, tl.load(x_ptr))
+
+@triton.jit
+def _ahead_kernel(x_ptr, out_ptr, OVERLAP: tl.constexpr):
+    x = read(x_ptr, tl.program_id(0) >= 0, True)
+    touch(x_ptr + 9)
+    wait()
+    tl.store(out_ptr, x)
 
 @triton.jit
 def _rash_kernel(x_ptr, out_ptr, OVERLAP: tl.constexpr):
@@ -62,13 +70,14 @@ if __name__ == "__main__":
     tight = dataclasses.replace(tight, options={"num_warps": 4, "maxnreg": 32})
     builds = [build_of(launch, 90) for launch in (product, narrow, tight)]
     builds.append(build_of(product, 80))
-    with overlapping(True):
+    with overlapping(Overlap.START):
         again = recorded(head_logits, blank(16, 256), None, Linear(blank(128, 256)), config=config)
         pair = dict(x_ptr=blank(16), out_ptr=blank(16))
         late = recorded(launch, _late_kernel, (1,), {}, **pair)
         leaving = recorded(launch, _leaving_kernel, (1,), {}, n=3, **pair)
         rash = recorded(launch, _rash_kernel, (1,), {}, **pair)
-    builds += [build_of(launch, 90) for launch in (again, late, leaving, rash)]
+        ahead = recorded(launch, _ahead_kernel, (1,), {}, **pair)
+    builds += [build_of(launch, 90) for launch in (again, late, leaving, rash, ahead)]
     findings = compile_all(builds, workers=1)
     kept = compile_all(builds)
     assert kept == findings
@@ -115,11 +124,12 @@ def test_findings_are_those_of_the_machine_code(compiled: dict[str, object]) -> 
 
 
 def test_what_overlaps_waits_before_all_else(compiled: dict[str, object]) -> None:
-    product, _, _, _, overlapping, late, leaving, rash = findings(compiled)
+    product, _, _, _, overlapping, late, leaving, rash, ahead = findings(compiled)
     assert product.waits == product.early == 0
     assert (overlapping.waits, overlapping.early) == (1, 0)
     assert (late.waits, leaving.waits, rash.waits) == (1, 1, 0)
     assert late.early > 0 and leaving.early > 0
+    assert (ahead.waits, ahead.early) == (1, 0), "past the caches, nothing is too early"
 
 
 def test_a_kernel_that_does_not_compile_is_an_error(compiled: dict[str, object]) -> None:

@@ -8,7 +8,7 @@ import torch
 from fastskip.kernels import launch, overlap
 from fastskip.kernels.launch import Launch
 from fastskip.launches import decode_launches
-from fastskip.ops.overlap import can_overlap, overlapping
+from fastskip.ops.overlap import Overlap, can_overlap, overlapping
 from fastskip.plan import ModelShape, make_plan
 from fastskip.policy import SkipPolicy
 from tests.policies import Policy, pair, parallel, policy_of, skip
@@ -55,20 +55,25 @@ def step(policy: Policy, batch: int) -> None:
     decode_launches(make_plan(SkipPolicy.from_dict(policy), SHAPE), batch, 256, TABLE)
 
 
+@pytest.mark.parametrize("how", [Overlap.START, Overlap.READ])
 @pytest.mark.parametrize("batch", [1, 4, 16])
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_kernel_of_a_step_takes_part(launches: list[Launch], name: str, batch: int) -> None:
+def test_every_kernel_of_a_step_takes_part(
+    launches: list[Launch], name: str, batch: int, how: Overlap
+) -> None:
     """One that does not is launched as ever, which is right, but nothing overlaps there."""
-    with overlapping(True):
+    with overlapping(how):
         step(POLICIES[name], batch)
     own = [each for each in launches if each.kernel is not None]
     assert own and all(each.options["launch_pdl"] is True for each in own)
     assert all(each.arguments["OVERLAP"] is True for each in own)
     assert any(each.is_guarded for each in own) == (name in ROUTED)
+    ahead = {each.name for each in own if each.arguments.get("READS_AHEAD")}
+    assert ahead == ({"attend_step", "add_terms"} if how is Overlap.READ else set())
 
 
 def test_without_it_launches_are_ordinary(launches: list[Launch]) -> None:
-    with overlap.overlapping(True), overlap.overlapping(False), overlapping(False):
+    with overlapping(Overlap.START), overlap.overlapping(Overlap.NONE), overlapping(Overlap.NONE):
         step(POLICIES["random"], 1)
     step(POLICIES["dense"], 1)
     assert launches and not any("launch_pdl" in each.options for each in launches)

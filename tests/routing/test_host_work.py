@@ -70,7 +70,9 @@ def operations(
     for module in ("generation.device_step", "decoder.captured_forward"):
         monkeypatch.setattr(f"fastskip.{module}.capture", capture)
     monkeypatch.setattr(CapturedForwards, "has_seen", lambda *_: True)
-    trio = Trio(tiny_llava(depth=depth, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=16), impl="triton")
+    trio = Trio(
+        tiny_llava(depth=depth, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=16), impl="triton"
+    )
     batch = random_batch(trio.plain, 3, images=(1,), text=(3, 4))
     model: Any = fastskip.set_policy(trio.prepared, policy)
     model._fastskip.steps.guarding = guarding
