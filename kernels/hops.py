@@ -42,7 +42,7 @@ ELEMENTS = tl.constexpr(4096)
 MOST_ROWS = 64
 
 
-class Next(NamedTuple):
+class Loop(NamedTuple):
     """``Hops`` as a kernel reads them."""
 
     now: Tensor
@@ -66,7 +66,7 @@ def distance(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def choose_next(
-    next,
+    loop,
     layer,
     runs,
     condition,
@@ -87,17 +87,17 @@ def choose_next(
 
     Without anybody, layers are decided on up to one that some row runs. That one is next.
     """
-    live = tl.load(next.live + row, mask=is_row, other=0) != 0
+    live = tl.load(loop.live + row, mask=is_row, other=0) != 0
     some = tl.max(runs, 0)
-    while (some == 0) & (layer < next.layers):
-        bar = tl.load(next.bars + layer)
-        salt = tl.load(next.salts + layer)
+    while (some == 0) & (layer < loop.layers):
+        bar = tl.load(loop.bars + layer)
+        salt = tl.load(loop.salts + layer)
         square = tl.zeros(row.shape, tl.float32)
         product = square
         if SCORE == "linear":
-            weight_ptr = next.weights + layer * D
+            weight_ptr = loop.weights + layer * D
             square, product = _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D)
-        bias = tl.load(next.biases + layer)
+        bias = tl.load(loop.biases + layer)
         wish = verdicts.score(SCORE, cosine, change, square, product, bias, position, salt, D)
         runs = verdicts.answer(wish, bar)
         if RULE != verdicts.ALONE:
@@ -106,14 +106,14 @@ def choose_next(
                 is_member = is_member & (sequence[:, None] == sequence[None])
             runs = verdicts.together(RULE, is_member, row, position, wish, bar, salt)
         runs = tl.where(live, runs, 0)
-        tl.store(next.runs + tl.load(next.homes + layer) + row, runs, mask=is_row)
+        tl.store(loop.runs + tl.load(loop.homes + layer) + row, runs, mask=is_row)
         some = tl.max(runs, 0)
         layer += 1
     # What is written now was read by all threads before.
     tl.debug_barrier()
-    tl.store(next.runs + row, runs, mask=is_row)
+    tl.store(loop.runs + row, runs, mask=is_row)
     field = tl.arange(0, FIELDS)
-    tl.store(next.now + field, tl.load(next.table + (layer - 1) * FIELDS + field))
+    tl.store(loop.now + field, tl.load(loop.table + (layer - 1) * FIELDS + field))
     if condition != 0:
         set_conditional(condition, some)
 
@@ -140,7 +140,7 @@ def _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["condition"])
 def _begin_hops_kernel(
-    next,
+    loop,
     condition: tl.int64,
     h_ptr,
     stride_hn,
@@ -162,9 +162,9 @@ def _begin_hops_kernel(
         cosine = tl.load(found_ptr + row * 2, mask=is_row, other=0.0)
         change = tl.load(found_ptr + row * 2 + 1, mask=is_row, other=0.0)
     choose_next(
-        next,
+        loop,
         tl.full((), 1, tl.int32),
-        tl.load(next.runs + tl.load(next.homes) + row, mask=is_row, other=0),
+        tl.load(loop.runs + tl.load(loop.homes) + row, mask=is_row, other=0),
         condition,
         h_ptr,
         stride_hn,
@@ -193,7 +193,7 @@ def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
         _begin_hops_kernel,
         (1,),
         {"num_warps": 4},
-        next=next_of(hops),
+        loop=loop_of(hops),
         condition=signed(condition),
         h_ptr=h,
         stride_hn=h.stride(0),
@@ -209,10 +209,10 @@ def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
     )
 
 
-def next_of(hops: Hops) -> Next:
+def loop_of(hops: Hops) -> Loop:
     """What a kernel is told of a loop."""
     own = hops.bars
-    return Next(
+    return Loop(
         now=hops.now,
         table=hops.table,
         layers=len(hops.layers),

@@ -198,7 +198,7 @@ def _add_terms_kernel(
     then,
     salts,
     now_ptr,
-    next,
+    loop,
     condition: tl.int64,
     M: tl.constexpr,
     E: tl.constexpr,
@@ -324,7 +324,7 @@ def _add_terms_kernel(
             IS_OF_ALL,
             HAS_SUMS,
             ROWS,
-            next,
+            loop,
             condition,
             HOP,
         )

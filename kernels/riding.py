@@ -62,7 +62,7 @@ def ride(
     IS_OF_ALL: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
-    next,
+    loop,
     condition,
     HOP: tl.constexpr,
 ):
@@ -98,7 +98,7 @@ def ride(
         else:
             _hop(
                 then,
-                next,
+                loop,
                 condition,
                 h_ptr,
                 stride_hn,
@@ -217,7 +217,7 @@ def _settle(
 @triton.jit
 def _hop(
     then,
-    next,
+    loop,
     condition,
     h_ptr,
     stride_hn,
@@ -234,8 +234,8 @@ def _hop(
     is_row = row < rows
     _, cosine, change = _move_on(then, row, is_row, rows * TILES, TILES, MOVE, HAS_SUMS)
     hops.choose_next(
-        next,
-        tl.load(next.now + hops.LAYER).to(tl.int32) + 1,
+        loop,
+        tl.load(loop.now + hops.LAYER).to(tl.int32) + 1,
         tl.zeros([ROWS], tl.int32),
         condition,
         h_ptr,
@@ -334,7 +334,7 @@ def hopping(loop: Hops | None, condition: int) -> dict[str, Any]:
     """What a kernel that ends a layer is told of the loop, whose ``route`` it carries;
     ``condition``: the handle of its node."""
     if loop is None:
-        return {"next": None, "condition": 0, "HOP": None}
+        return {"loop": None, "condition": 0, "HOP": None}
     terms = loop.terms
     rule = terms.score.value, verdicts.rule_of(terms), terms.group is Group.BATCH
-    return {"next": hops.next_of(loop), "condition": signed(condition), "HOP": rule}
+    return {"loop": hops.loop_of(loop), "condition": signed(condition), "HOP": rule}
