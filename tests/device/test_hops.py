@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastskip.decoder import hopping
@@ -154,6 +156,55 @@ def test_layer_norms_and_relu(bodies: Counting) -> None:
     steps = opt.prepared._fastskip.steps
     steps.guarding = Guarding.HOPS
     check_hops(opt, POLICIES["rate 0.5"], random_batch(opt.plain, 2, images=(1,)))
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    """Routers of whole blocks, mostly of one kind, and a rule somewhere."""
+    layers = draw(st.lists(st.integers(0, DEPTH - 1), min_size=1, unique=True))
+    fields: dict[str, Any] = {"kv": draw(st.sampled_from(["omit", "omit", "omit", "project"]))}
+    fields["group"] = draw(st.sampled_from(["row", "sequence", "batch"]))
+    if fields["group"] != "row":
+        fields["agree"] = draw(st.sampled_from(["mean", "any"]))
+    tokens = draw(st.sampled_from(["all", ["generated"], ["image", "generated"]]))
+    is_drawn: bool = draw(st.booleans())
+    if is_drawn:
+        rate, seed = draw(st.floats(0, 1)), draw(st.integers(0, 5))
+        routers = [random(layers, tokens, rate=rate, seed=seed, **fields)]
+    else:
+        measure = draw(st.sampled_from(["cosine", "change"]))
+        fields |= {"measure": measure, "threshold": draw(st.floats(0.2, 0.99))}
+        routers = [similarity(layers, tokens, **fields)]
+    free = [layer for layer in range(DEPTH) if layer not in layers]
+    rules = []
+    has_rule: bool = draw(st.booleans())
+    if free and has_rule:
+        layer, part = draw(st.sampled_from(free)), draw(st.sampled_from(["ffn", "block"]))
+        left: dict[str, Any] = {} if part == "ffn" else {"kv": "omit"}
+        whose = draw(st.sampled_from([["image"], ["generated"], ["text", "generated"]]))
+        rules.append(skip([layer], whose, part, **left))
+    return routed(*routers, rules=rules)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=25,
+)
+@given(policy=policies(), turns=st.integers(1, 4))
+def test_any_policy_is_the_same_by_loops(
+    trio: Trio, batch: Batch, bodies: Counting, policy: Policy, turns: int
+) -> None:
+    """Tokens and decisions, whether or not its steps are loops."""
+    steps = trio.prepared._fastskip.steps
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopping, "TURNS", turns)
+        for guarding in (Guarding.HOPS, Guarding.EARLY_EXIT):
+            steps.guarding = guarding
+            found.append(check_generate(trio, policy, batch, new=4))
+    (tokens, masks), (others, other_masks) = found
+    assert torch.equal(tokens, others)
+    assert all(torch.equal(mask, other_masks[key]) for key, mask in masks.items())
 
 
 @pytest.mark.parametrize("name", STAY)
