@@ -419,6 +419,9 @@ def project_append(
     if is_guarded:
         config = guards.config_of("project_append", config, h.device, rows, shape)
     blocks, options = blocks_for("project_append", config, h, rows, shape)
+    if now is not None and blocks["BLOCK_N"] >= 16 and options["num_warps"] <= 4:
+        # Addresses that a loop keeps are registers, which ptxas would rather spill.
+        options.setdefault("maxnreg", 255)
     is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     out = empty((parts, rows, queries, size), h.dtype, h.device)
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)

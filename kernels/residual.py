@@ -407,9 +407,10 @@ def add_terms_(
     if is_guarded:
         config = guards.config_of("add_terms", config, h.device, rows, shape)
     blocks, options = blocks_for("add_terms", config, h, rows, shape)
-    if is_guarded and then is not None and blocks["BLOCK_N"] < 16 and options["num_warps"] <= 4:
-        # Two programs of a multiprocessor have room for all registers: none is spilled for a third,
-        # as ptxas would where terms are streamed.
+    is_streamed = blocks["BLOCK_N"] < 16 and options["num_warps"] <= 4
+    if is_guarded and then is not None and (is_streamed or ends is not None):
+        # Two programs of a multiprocessor, of many warps one, have room for all registers: none is
+        # spilled for another one, as ptxas would.
         options.setdefault("maxnreg", 255)
     tiles = triton.cdiv(size, blocks["BLOCK_M"])
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)

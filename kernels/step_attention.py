@@ -130,7 +130,7 @@ def _attend_step_kernel(
         # step, and pages of the call.
         tl.static_assert(now_ptr is None)
         count = overlap.read(counts_ptr, sequence >= 0, READS_AHEAD)
-        overlap.touch(table_ptr + part * BLOCK_S // PAGE)
+        overlap.touch(table_ptr + tl.minimum(part * BLOCK_S // PAGE, stride_tb - 1))
         overlap.wait()
     # All programs of a sequence read the same, so either all of its splits arrive or none.
     if runs_ptr is not None and does_run == 0:
@@ -267,6 +267,10 @@ def attend_step(
     shape = (heads, entries.groups, width)
     chosen = config or tuning.config_for("attend_step", q.device, rows * parts, shape)
     blocks, options = split(chosen)
+    if now is not None and options["num_warps"] <= 4:
+        # Addresses that a loop keeps are registers, which ptxas would rather spill; four programs
+        # of a multiprocessor have room.
+        options.setdefault("maxnreg", 128)
     block_h = 1 if ratio == 1 else min(64, max(16, triton.next_power_of_2(ratio)))
     lanes = rows * entries.groups * triton.cdiv(ratio, block_h)
     splits = splits_of(lanes * parts, max(each.most for each in reach) // max(rows, 1), blocks)
