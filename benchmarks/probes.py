@@ -704,8 +704,7 @@ def _overlapping(slug: str, how: Overlap, constant: str, label: str) -> Iterator
                 with recording(is_dry=True) as account:
                     probe.call(LLAMA_7B, rows)
                 for launch in account.launches:
-                    is_of_loop = launch.arguments.get("now_ptr") is not None
-                    if constant in launch.arguments and not is_of_loop:
+                    if constant in launch.arguments:
                         yield Probed(f"{probe.name}, {label}", LLAMA_7B.name, rows, launch)
 
 

@@ -3,8 +3,7 @@
 Kernels of a loop are given the tensors of its first layer and ``now``, distances to those of the
 layer that is next: each adds what concerns it to its pointers (``distance``). ``begin_hops`` says
 which layer is the first; then the update that ends a layer (``residual``) decides, layer by layer,
-up to one that some row runs (``choose_next``), and sets the condition of the loop's node. Launches
-of a loop do not overlap.
+up to one that some row runs (``choose_next``), and sets the condition of the loop's node.
 
 ``begin_hops``: one program, since its rows are few.
 """

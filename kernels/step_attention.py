@@ -117,19 +117,20 @@ def _attend_step_kernel(
     OVERLAP: tl.constexpr,
     READS_AHEAD: tl.constexpr,
 ):
-    if OVERLAP and not READS_AHEAD:
+    # In a loop it takes another number to know where counts are.
+    AHEAD: tl.constexpr = READS_AHEAD and now_ptr is None
+    if OVERLAP and not AHEAD:
         overlap.wait()
     lane, part, problem = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     sequence = (lane // (GROUPS * CHUNKS)).to(tl.int64)
     table_ptr += problem * table_distance + sequence * stride_tb
     counts_ptr += problem * counts_distance + sequence
     if runs_ptr is not None:
-        does_run = overlap.read(runs_ptr + sequence, sequence >= 0, READS_AHEAD)
-    if READS_AHEAD:
+        does_run = overlap.read(runs_ptr + sequence, sequence >= 0, AHEAD)
+    if AHEAD:
         # The launch that yielded the queries has read the same flags; counts are those of the
         # step, and pages of the call.
-        tl.static_assert(now_ptr is None)
-        count = overlap.read(counts_ptr, sequence >= 0, READS_AHEAD)
+        count = overlap.read(counts_ptr, sequence >= 0, AHEAD)
         overlap.touch(table_ptr + tl.minimum(part * BLOCK_S // PAGE, stride_tb - 1))
         overlap.wait()
     # All programs of a sequence read the same, so either all of its splits arrive or none.
@@ -142,7 +143,7 @@ def _attend_step_kernel(
         anchor_ptr += hops.distance(now_ptr, hops.OFFSET, BITS)
     group = lane // CHUNKS % GROUPS
     first = lane % CHUNKS * BLOCK_H
-    if not READS_AHEAD:
+    if not AHEAD:
         count = tl.load(counts_ptr)
     count += extra + problem.to(tl.int32) * extra_distance
 

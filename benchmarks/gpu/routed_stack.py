@@ -28,6 +28,7 @@ from fastskip.kernels.tuning import Entry, Table
 from fastskip.ops.bodies import bodies_on
 from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.graphs import capture
+from fastskip.ops.overlap import Overlap, overlapping
 from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.routing import build_routers
@@ -67,10 +68,14 @@ class Stack:
         self._anchor = torch.zeros(16, dtype=setting.dtype, device=setting.device)
 
     def step(
-        self, policy: SkipPolicy, guarding: Guarding = Guarding.EARLY_EXIT, turns: int = 1
+        self,
+        policy: SkipPolicy,
+        guarding: Guarding = Guarding.EARLY_EXIT,
+        turns: int = 1,
+        overlap: Overlap = Overlap.NONE,
     ) -> Step:
         """One step behind a prompt, at batch 1, under a policy; ``turns``: layers of each turn of
-        a loop.
+        a loop, whose launches ``overlap``.
 
         Raises:
             ValueError: such a step cannot be a loop.
@@ -95,7 +100,12 @@ class Stack:
             hopping = Hopping.of(own, state, bodies_on(device), turns)
             if hopping is None:
                 raise ValueError("policy: its steps are no loop")
-            return lambda: hopping.run(plan, own, state.h, state)
+
+            def run() -> None:
+                with overlapping(overlap):
+                    hopping.run(plan, own, state.h, state)
+
+            return run
         # State and rows hold the cache's memory.
         return lambda: run_steps(plan, own, state.h, state.rows_of, state.store)
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from benchmarks.peers import Peer
 from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
 from fastskip.costs import Ceilings, floor_seconds
 from fastskip.generation.conditional import Guarding
+from fastskip.ops.overlap import Overlap, can_overlap
 from fastskip.policy import SkipPolicy, Sublayer
 from fastskip.routing import RoutingRecord
 from fastskip.routing.weights import LayerScore, write_weights
@@ -193,28 +194,41 @@ def blocks(setting: Setting, widths: Widths) -> Values:
                 with programs_at_most(programs, setting.device):
                     step = stack.step(policy_of(router(rate, kv)))
                     found[own] = microseconds(setting, step, depth)
-        for (rate, does), (way, guarding, turns) in itertools.product(
+        for (rate, does), way in itertools.product(
             ((0.0, "runs"), (1.0, "is passed by")), _node_ways(setting, kv)
         ):
             try:
-                step = stack.step(policy_of(router(rate, kv)), guarding, turns)
-                found[f"{kv}: {does}, {way}"] = microseconds(setting, step, depth)
+                policy = policy_of(router(rate, kv))
+                step = stack.step(policy, way.guarding, way.turns, way.overlap)
+                found[f"{kv}: {does}, {way.label}"] = microseconds(setting, step, depth)
             except (ValueError, RuntimeError) as error:
                 if is_lost(setting.device):
                     raise
-                notes[f"{kv}, {way}"] = f"{type(error).__name__}: {error}"
+                notes[f"{kv}, {way.label}"] = f"{type(error).__name__}: {error}"
     skipped = {"layers": ":", "tokens": "all", "skip": ["block"], "kv": "project"}
     step = stack.step(policy_of(rules=[skipped]))
     found["project: skipped by plan"] = microseconds(setting, step, depth)
     return {"widths": widths.name, "us_per_block": found, "notes": notes}
 
 
-def _node_ways(setting: Setting, kv: str) -> Iterator[tuple[str, Guarding, int]]:
-    """Label, and how a step goes by nodes; in a loop only where skipped rows leave no entries."""
-    yield KIND_OF[Guarding.CONDITIONAL], Guarding.CONDITIONAL, 1
-    if kv == "omit":
-        for turns in TURNS[:1] if setting.is_tiny else TURNS:
-            yield f"loop, {turns} a turn", Guarding.HOPS, turns
+class NodeWay(NamedTuple):
+    """How a step goes by nodes of a graph."""
+
+    label: str
+    guarding: Guarding
+    turns: int = 1
+    overlap: Overlap = Overlap.NONE
+
+
+def _node_ways(setting: Setting, kv: str) -> Iterator[NodeWay]:
+    """By IF nodes, and where skipped rows leave no entries in loops."""
+    yield NodeWay(KIND_OF[Guarding.CONDITIONAL], Guarding.CONDITIONAL)
+    if kv != "omit":
+        return
+    for turns in TURNS[:1] if setting.is_tiny else TURNS:
+        yield NodeWay(f"loop, {turns} a turn", Guarding.HOPS, turns)
+    if can_overlap(setting.device):
+        yield NodeWay("loop, 4 a turn, launches overlap", Guarding.HOPS, 4, Overlap.START)
 
 
 # Whole models
