@@ -56,7 +56,6 @@ from fastskip.ops.contracts import (
     Term,
 )
 from fastskip.ops.hops import HopLayer, Hops
-from fastskip.ops.overlap import Overlap
 from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Terms, Trace, Verdict
 
 MANY = 640
@@ -690,13 +689,14 @@ def record(slug: str) -> Iterator[Probed]:
 
 def record_overlapping(slug: str) -> Iterator[Probed]:
     """Launches of a 7B model's step of 1 and of 16 rows that overlap, under the table ``slug``."""
-    yield from _overlapping(slug, Overlap.START, "OVERLAP", "overlapping")
-    yield from _overlapping(slug, Overlap.READ, "READS_AHEAD", "reading ahead")
+    yield from _overlapping(slug, "OVERLAP", "overlapping")
+    yield from _overlapping(slug, "READS_AHEAD", "reading ahead")
 
 
-def _overlapping(slug: str, how: Overlap, constant: str, label: str) -> Iterator[Probed]:
-    """Those of kernels that have a constant."""
-    with tuning.table(slug), overlap.overlapping(how):
+def _overlapping(slug: str, constant: str, label: str) -> Iterator[Probed]:
+    """Those of kernels that have a constant, which is what is asked for."""
+    reads_ahead = constant == "READS_AHEAD"
+    with tuning.table(slug), overlap.overlapping(True, reads_ahead=reads_ahead):
         for probe in PROBES:
             for rows in STEP_ROWS:
                 if probe.most is not None and rows > probe.most:

@@ -5,8 +5,8 @@ one begin, while what was written is still on its way to where they see it; they
 
 Two rules make it right, whatever a kernel computes: ``wait`` comes before the first access to
 memory, and no program ends without it (else the kernel after could pass the one before). What was
-written before the kernel before began may be read ahead of ``wait`` (``Overlap.READ``), since that
-one has waited for it; by ``read``, which no cache of the multiprocessor answers.
+written before the kernel before began may be read ahead of ``wait``, if that is asked for, since
+that one has waited for it; by ``read``, which no cache of the multiprocessor answers.
 ``benchmarks.compile_gate`` checks the machine code for all of that.
 
 A kernel could let the next one begin earlier. On an H200 that costs a tenth of a step: programs
@@ -28,25 +28,25 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastskip.ops.overlap import Overlap
-
-_overlap: ContextVar[Overlap] = ContextVar("overlap", default=Overlap.NONE)
+_told: ContextVar[tuple[bool, bool]] = ContextVar("overlap", default=(False, False))
+"""Whether launches overlap, and whether they read ahead."""
 
 
 @contextmanager
-def overlapping(how: Overlap) -> Iterator[None]:
-    """How launches of this block overlap, as far as their kernels take part."""
-    token = _overlap.set(how)
+def overlapping(overlaps: bool, *, reads_ahead: bool = False) -> Iterator[None]:
+    """Whether launches of this block overlap, and read ahead of their wait, as far as their
+    kernels take part."""
+    token = _told.set((overlaps, reads_ahead))
     try:
         yield
     finally:
-        _overlap.reset(token)
+        _told.reset(token)
 
 
 def arguments_of(kernel: Any) -> Mapping[str, Any]:
     """What a kernel is told of it: its constants, if it has some."""
-    how = _overlap.get()
-    told = {"OVERLAP": how is not Overlap.NONE, "READS_AHEAD": how is Overlap.READ}
+    overlaps, reads_ahead = _told.get()
+    told = {"OVERLAP": overlaps, "READS_AHEAD": reads_ahead}
     return {name: value for name, value in told.items() if name in kernel.arg_names}
 
 

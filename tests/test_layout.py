@@ -45,7 +45,7 @@ FLOORS = {
     "tokens": Floor(("tokens",), ("policy",), ("torch",)),
     "reference": Floor(
         ("ops.reference", "ops.fused", "ops.fused_routes", "ops.contracts", "ops.routes")
-        + ("ops.allocate", "ops.bitmaps"),
+        + ("ops.hops", "ops.allocate", "ops.bitmaps"),
         outside=("torch",),
     ),
     "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),

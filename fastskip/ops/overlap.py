@@ -38,7 +38,7 @@ def overlapping(how: Overlap) -> Iterator[None]:
         return
     from fastskip.kernels import overlap as kernels
 
-    with kernels.overlapping(how):
+    with kernels.overlapping(True, reads_ahead=how is Overlap.READ):
         yield
 
 

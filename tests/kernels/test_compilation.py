@@ -24,7 +24,6 @@ from fastskip.kernels.head import head_logits
 from fastskip.kernels.launch import launch, recording
 from fastskip.kernels.norm import normalize
 from fastskip.kernels.overlap import overlapping, read, touch, wait
-from fastskip.ops.overlap import Overlap
 from fastskip.ops.contracts import Linear, Norm
 import triton
 import triton.language as tl
@@ -70,7 +69,7 @@ if __name__ == "__main__":
     tight = dataclasses.replace(tight, options={"num_warps": 4, "maxnreg": 32})
     builds = [build_of(launch, 90) for launch in (product, narrow, tight)]
     builds.append(build_of(product, 80))
-    with overlapping(Overlap.START):
+    with overlapping(True):
         again = recorded(head_logits, blank(16, 256), None, Linear(blank(128, 256)), config=config)
         pair = dict(x_ptr=blank(16), out_ptr=blank(16))
         late = recorded(launch, _late_kernel, (1,), {}, **pair)

@@ -73,7 +73,7 @@ def test_every_kernel_of_a_step_takes_part(
 
 
 def test_without_it_launches_are_ordinary(launches: list[Launch]) -> None:
-    with overlapping(Overlap.START), overlap.overlapping(Overlap.NONE), overlapping(Overlap.NONE):
+    with overlapping(Overlap.START), overlap.overlapping(False), overlapping(Overlap.NONE):
         step(POLICIES["random"], 1)
     step(POLICIES["dense"], 1)
     assert launches and not any("launch_pdl" in each.options for each in launches)
