@@ -189,22 +189,24 @@ class SkipCache(Cache):
         for stage in reversed(range(1, len(stages))):
             gone[stages[stage].source != layout.source] = stage
         self.gone = torch.cat((self.gone, gone), dim=1)
+        grown = self._count_held(layout, held or {})
         for key, table in self.tables.items():
-            if table.held is None:
+            if not table.is_hollow:
                 own = stages[key.stage] if isinstance(key, Staged) else layout
                 new = own.counts(classes_of(key))
             else:
-                columns = (held or {})[key]
-                # Most caches begin with the prompt.
-                some = table.held.shape[1] > 0
-                table.held = torch.cat((table.held, columns), dim=1) if some else columns
-                new = self._count_held(key, layout, columns)
+                table.append((held or {})[key])
+                new = grown[key]
             table.counts = list(map(add, table.counts, new))
 
-    def _count_held(self, key: Table, layout: TokenLayout, columns: Tensor) -> list[int]:
-        """New entries of each sequence in a hollow layer, or what may be at most."""
-        counts: list[int] = columns.sum(1).tolist()
-        return counts
+    def _count_held(
+        self, layout: TokenLayout, held: Mapping[Table, Tensor]
+    ) -> dict[Table, list[int]]:
+        """New entries of each sequence in hollow layers, or what may be at most."""
+        # Layers whose rows all did the same have one tensor.
+        each = {id(columns): columns for columns in held.values()}
+        counts = {number: columns.sum(1).tolist() for number, columns in each.items()}
+        return {key: counts[id(columns)] for key, columns in held.items()}
 
     def last_positions(self) -> Tensor:
         """``[B]`` position of each sequence's last real column; -1 for a sequence without one."""

@@ -59,6 +59,21 @@ class BlockRows:
     decide_feeding: Callable[[Tensor], Rows] | None = None
     factors: Mapping[tuple[int, Sublayer], Tensor] | None = None
 
+    @property
+    def are_idle(self) -> bool:
+        """Whether no row does anything in the layer, nor leaves anything."""
+        return self.pattern is None and not (
+            self.joint.count
+            or self.stored.count
+            or self.raw.count
+            or self.reused
+            or self.attending.count
+            or self.replaced.count
+            or self.feeding.count
+            or self.beside.count
+            or self.decide_feeding
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -79,6 +94,8 @@ class Block:
         Sequential: ``h1 = h + A(N1 h)``, ``out = h1 + F(N2 h1)``. Parallel: both read ``h``. Rows
         that skip a part, or run it in the other form, are not in its rows.
         """
+        if rows.are_idle:
+            return h if rows.narrow is None else rows.narrow.take(h)
         narrow = rows.narrow or _all(h)
         beside = self._ffn(narrow.take(h), rows.beside, self._beside_norm, rows)
         attention = self._attention(h, rows, rotation, entries)

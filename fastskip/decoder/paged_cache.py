@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from operator import add
 from typing import Any
@@ -93,8 +93,10 @@ class PagedCache(SkipCache):
         grows = TokenClass.GENERATED in self._holding(key)
         self.pools[pool].reserve(needed, later if grows else 0)
 
-    def _count_held(self, key: Table, layout: TokenLayout, columns: Tensor) -> list[int]:
-        return layout.counts(self._holding(key))
+    def _count_held(
+        self, layout: TokenLayout, held: Mapping[Table, Tensor]
+    ) -> dict[Table, list[int]]:
+        return {key: layout.counts(self._holding(key)) for key in held}
 
     def crop(self, tokens_to_remove: int) -> None:
         """As ``SkipCache.crop``; waits for the device where a layer is hollow."""

@@ -285,10 +285,7 @@ class RoutedRows:
             trace = None if self._trace is None else self._trace.listed
             answers = router.decide_few(layer, self._positions, trace)
             if answers is not None:
-                skipped = self._nobody
-                if any(answers):
-                    skipped = asked if all(answers) else asked & np.array(answers)
-                self._take(number, cells, skipped, asked, Scope.SUBLAYER)
+                self._take(number, cells, self._among(asked, answers), asked, Scope.SUBLAYER)
                 return
         within = _rows(_taken(asked, narrow))
         if not within.count:
@@ -312,7 +309,18 @@ class RoutedRows:
             self._scale(cells[0], rows, decision.factor, h)
         skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
         among[rows.numpy()] = True
-        self._take(number, cells, skipped, among, decision.scope)
+        self._take(number, cells, self._among(among, skipped.tolist()), among, decision.scope)
+
+    def _among(self, asked: Mask, answers: Sequence[bool]) -> Mask:
+        """Who skips among the rows that are asked: ``asked`` itself if all of them do, ``_nobody``
+        if none does."""
+        if not any(answers):
+            return self._nobody
+        skipped = asked if all(answers) else asked & np.array(answers)
+        if not skipped.any():
+            return self._nobody
+        is_all = skipped is asked or np.array_equal(skipped, asked)
+        return asked if is_all else skipped
 
     def _scale(self, cell: RoutedCell, rows: Tensor, factor: Tensor, h: Tensor) -> None:
         """Notes what the changes of candidates are multiplied by."""
@@ -330,9 +338,9 @@ class RoutedRows:
         asked: Mask,
         scope: Scope,
     ) -> None:
-        """Notes an answer: who skips, among whom."""
-        does_any = skipped is not self._nobody and bool(skipped.any())
-        if does_any and skipped is not asked and not np.array_equal(skipped, asked):
+        """Notes an answer: who skips, among whom; as ``_among`` has it."""
+        does_any = skipped is not self._nobody
+        if does_any and skipped is not asked:
             self._whole = None
         elif does_any and self._whole is not None:
             self._whole.add(number)

@@ -30,8 +30,32 @@ class EntryTable:
 
     def __init__(self, batch: int, *, is_hollow: bool = False) -> None:
         self.counts = [0] * batch
-        self.held = torch.zeros(batch, 0, dtype=torch.bool) if is_hollow else None
+        self._held = torch.zeros(batch, 0, dtype=torch.bool) if is_hollow else None
+        # What came since, which every step adds to and few ask for.
+        self._later: list[Tensor] = []
         self.segments: list[Segment] = []
+
+    @property
+    def is_hollow(self) -> bool:
+        return self._held is not None
+
+    @property
+    def held(self) -> Tensor | None:
+        """``[B, C]`` of a hollow layer: which columns have entries."""
+        if self._held is not None and self._later:
+            self._held, self._later = torch.cat((self._held, *self._later), dim=1), []
+        return self._held
+
+    @held.setter
+    def held(self, held: Tensor | None) -> None:
+        self._held, self._later = held, []
+
+    def append(self, columns: Tensor) -> None:
+        """More columns ``[B, T]`` of a hollow layer."""
+        if self._held is not None and not self._held.shape[1]:
+            self._held = columns  # most caches begin with the prompt
+        else:
+            self._later.append(columns)
 
     def reserve(self, slots: int) -> None:
         """Adds a segment if fewer than ``slots`` slots exist."""
