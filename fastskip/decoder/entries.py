@@ -149,7 +149,7 @@ class SlotMap:
         sequences = rows.take(layout.sequences)
         rank = self._mask(table).cumsum(1) - 1
         new = rank[sequences, rows.take(layout.columns) - layout.first_column]
-        return Placement(sequences, torch.tensor(counts)[sequences] + new)
+        return Placement.of(sequences, torch.tensor(counts)[sequences] + new)
 
 
 class CachedEntries:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,19 +82,28 @@ class _Run:
 class Placement:
     """Where the rows of one write go; made once and used by every layer of a table."""
 
-    def __init__(self, sequences: Tensor, slots: Tensor) -> None:
-        """``sequences`` and ``slots``: ``[n]`` int64 on the host, a row each."""
-        self.sequences, self.slots = sequences, slots
+    def __init__(
+        self, list_rows: Callable[[], tuple[Tensor, Tensor]], level: int | None = None
+    ) -> None:
+        """``list_rows``: sequences and slots, ``[n]`` int64 on the host, a row each; asked for when
+        they are needed. ``level``: the slot of all, if each sequence has one row, in order."""
+        self._list_rows, self._level = list_rows, level
         self._runs: list[_Run] | None = None
-        self._level: int | None = None
         self._spot: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, sequences: Tensor, slots: Tensor) -> Placement:
+        """``[n]`` int64 each, on the host."""
+        return cls(lambda: (sequences, slots))
 
     @classmethod
     def level(cls, batch: int, slot: int) -> Placement:
         """One row a sequence, in order, all into the same slot: a step of equal sequences."""
-        placement = cls(torch.arange(batch), torch.full((batch,), slot))
-        placement._level = slot
-        return placement
+        return cls(lambda: (torch.arange(batch), torch.full((batch,), slot)), slot)
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return self._list_rows()
 
     def write(self, segments: Sequence[Segment], buffers: Sequence[Tensor], rows: Tensor) -> None:
         """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` a segment."""
@@ -119,26 +129,24 @@ class Placement:
 
     def read(self, segments: Sequence[Segment], buffers: Sequence[Tensor]) -> Tensor:
         """The entries at this placement: ``[n, G, K]``, new memory."""
-        first = buffers[0]
-        out = first.new_zeros(len(self.slots), first.shape[1], first.shape[3])
+        first, (sequences, slots) = buffers[0], self._rows
+        out = first.new_zeros(len(slots), first.shape[1], first.shape[3])
         for segment, buffer in zip(segments, buffers, strict=True):
-            inside = (self.slots >= segment.start) & (self.slots < segment.start + segment.count)
+            inside = (slots >= segment.start) & (slots < segment.start + segment.count)
             index = inside.nonzero().squeeze(1)
-            out[index] = buffer[self.sequences[index], :, self.slots[index] - segment.start]
+            out[index] = buffer[sequences[index], :, slots[index] - segment.start]
         return out
 
     def runs(self) -> list[_Run]:
         """Maximal stretches of neighbouring rows that go to neighbouring slots."""
         if self._runs is None:
-            self._runs = []
-            count = len(self.slots)
+            self._runs, (sequences, slots) = [], self._rows
+            count = len(slots)
             if count:
-                breaks = (self.slots.diff() != 1) | (self.sequences.diff() != 0)
+                breaks = (slots.diff() != 1) | (sequences.diff() != 0)
                 starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), count]
                 for start, stop in zip(starts[:-1], starts[1:], strict=True):
                     self._runs.append(
-                        _Run(
-                            start, int(self.sequences[start]), int(self.slots[start]), stop - start
-                        )
+                        _Run(start, int(sequences[start]), int(slots[start]), stop - start)
                     )
         return self._runs
