@@ -63,6 +63,7 @@ MANY = 640
 CONTEXT = 1024
 """Entries of a sequence."""
 STEPS, SETS = 128, 2
+LAYERS = 24
 STEP_ROWS = (1, 16)
 LONG = {"BLOCK_M": 8, "BLOCK_N": 1, "BLOCK_E": 256, "STAGES": 4, "LONG": 264, "num_warps": 4}
 """One of the configurations of few programs that go through many tiles."""
@@ -196,7 +197,7 @@ class Model:
         return Reach(numbers(n), numbers(n), Bounds((0, n), numbers(2)))
 
     def loop(self, n: int, score: Score, group: Group = Group.ROW) -> Hops:
-        """Two layers, decided on alike."""
+        """Layers decided on alike, as many as the smallest model has."""
         weight = blank(self.hidden, dtype=torch.float32) if score is Score.LINEAR else None
         terms = Terms(score=score, bar=0.5, weight=weight, group=group)
         layer = HopLayer(
@@ -210,7 +211,7 @@ class Model:
         )
         looks_back = score in (Score.COSINE, Score.CHANGE)
         return Hops.over(
-            [layer, layer],
+            [layer] * LAYERS,
             live=numbers(n),
             positions=numbers(n),
             sequences=numbers(n),

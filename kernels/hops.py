@@ -81,40 +81,131 @@ def choose_next(
     SCORE: tl.constexpr,
     RULE: tl.constexpr,
     IS_OF_ALL: tl.constexpr,
+    LAYERS: tl.constexpr,
 ):
     """From ``layer`` on nobody has decided; ``runs [ROWS]``: who runs the one before it.
 
     Without anybody, layers are decided on up to one that some row runs. That one is next.
+    ``LAYERS``: a power of two, at least as many as there are.
     """
     live = tl.load(loop.live + row, mask=is_row, other=0) != 0
     some = tl.max(runs, 0)
-    while (some == 0) & (layer < loop.layers):
-        bar = tl.load(loop.bars + layer)
-        salt = tl.load(loop.salts + layer)
-        square = tl.zeros(row.shape, tl.float32)
-        product = square
-        if SCORE == "linear":
-            weight_ptr = loop.weights + layer * D
-            square, product = _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D)
-        bias = tl.load(loop.biases + layer)
-        wish = verdicts.score(SCORE, cosine, change, square, product, bias, position, salt, D)
-        runs = verdicts.answer(wish, bar)
-        if RULE != verdicts.ALONE:
-            is_member = live[:, None] & live[None]
-            if not IS_OF_ALL:
-                is_member = is_member & (sequence[:, None] == sequence[None])
-            runs = verdicts.together(RULE, is_member, row, position, wish, bar, salt)
-        runs = tl.where(live, runs, 0)
-        tl.store(loop.runs + tl.load(loop.homes + layer) + row, runs, mask=is_row)
-        some = tl.max(runs, 0)
-        layer += 1
-    # What is written now was read by all threads before.
+    # What is written from here on was read by all threads before.
     tl.debug_barrier()
+    if RULE == verdicts.ALONE and SCORE != "linear":
+        if some == 0:
+            layer, runs = _decide_on_all(
+                loop, layer, live, cosine, change, row, is_row, position, D, SCORE, LAYERS
+            )
+            some = tl.max(runs, 0)
+    else:
+        while (some == 0) & (layer < loop.layers):
+            runs = _decide(
+                loop,
+                layer,
+                live,
+                h_ptr,
+                stride_hn,
+                cosine,
+                change,
+                row,
+                is_row,
+                position,
+                sequence,
+                D,
+                SCORE,
+                RULE,
+                IS_OF_ALL,
+            )
+            some = tl.max(runs, 0)
+            layer += 1
     tl.store(loop.runs + row, runs, mask=is_row)
     field = tl.arange(0, FIELDS)
     tl.store(loop.now + field, tl.load(loop.table + (layer - 1) * FIELDS + field))
     if condition != 0:
         set_conditional(condition, some)
+
+
+@triton.jit
+def _decide_on_all(
+    loop,
+    layer,
+    live,
+    cosine,
+    change,
+    row,
+    is_row,
+    position,
+    D: tl.constexpr,
+    SCORE: tl.constexpr,
+    LAYERS: tl.constexpr,
+):
+    """The layer behind the next one, and who runs that ``[ROWS]``; flags of all up to there.
+
+    Where rows decide alone on what they know already, one look at all layers is enough.
+    """
+    number = tl.arange(0, LAYERS)
+    is_open = (number >= layer) & (number < loop.layers)
+    bar = tl.load(loop.bars + number, mask=is_open, other=0.0)
+    salt = tl.load(loop.salts + number, mask=is_open, other=0)
+    home = tl.load(loop.homes + number, mask=is_open, other=0)
+    none = tl.zeros([row.shape[0], LAYERS], tl.float32)
+    wish = verdicts.score(
+        SCORE,
+        none + cosine[:, None],
+        none + change[:, None],
+        none,
+        none,
+        0.0,
+        position[:, None],
+        salt[None],
+        D,
+    )
+    does = tl.where(live[:, None] & is_open[None], verdicts.answer(wish, bar[None]), 0)
+    last = tl.min(tl.where(tl.max(does, 0) != 0, number, loop.layers - 1), 0)
+    is_decided = is_open & (number <= last)
+    here_ptr = loop.runs + home[None] + row[:, None]
+    tl.store(here_ptr, does, mask=is_row[:, None] & is_decided[None])
+    return last + 1, tl.sum(tl.where((number == last)[None], does, 0), 1)
+
+
+@triton.jit
+def _decide(
+    loop,
+    layer,
+    live,
+    h_ptr,
+    stride_hn,
+    cosine,
+    change,
+    row,
+    is_row,
+    position,
+    sequence,
+    D: tl.constexpr,
+    SCORE: tl.constexpr,
+    RULE: tl.constexpr,
+    IS_OF_ALL: tl.constexpr,
+):
+    """Who runs one layer ``[ROWS]``; its flags."""
+    bar = tl.load(loop.bars + layer)
+    salt = tl.load(loop.salts + layer)
+    square = tl.zeros(row.shape, tl.float32)
+    product = square
+    if SCORE == "linear":
+        weight_ptr = loop.weights + layer * D
+        square, product = _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D)
+    bias = tl.load(loop.biases + layer)
+    wish = verdicts.score(SCORE, cosine, change, square, product, bias, position, salt, D)
+    runs = verdicts.answer(wish, bar)
+    if RULE != verdicts.ALONE:
+        is_member = live[:, None] & live[None]
+        if not IS_OF_ALL:
+            is_member = is_member & (sequence[:, None] == sequence[None])
+        runs = verdicts.together(RULE, is_member, row, position, wish, bar, salt)
+    runs = tl.where(live, runs, 0)
+    tl.store(loop.runs + tl.load(loop.homes + layer) + row, runs, mask=is_row)
+    return runs
 
 
 @triton.jit
@@ -151,6 +242,7 @@ def _begin_hops_kernel(
     SCORE: tl.constexpr,
     RULE: tl.constexpr,
     IS_OF_ALL: tl.constexpr,
+    LAYERS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.arange(0, ROWS)
@@ -177,6 +269,7 @@ def _begin_hops_kernel(
         SCORE,
         RULE,
         IS_OF_ALL,
+        LAYERS,
     )
 
 
@@ -188,6 +281,7 @@ def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
     """
     if len(h) > MOST_ROWS:
         raise ValueError(f"h: {len(h)} rows; allowed are at most {MOST_ROWS}")
+    score, rule, is_of_all, layers = form_of(hops)
     launch(
         _begin_hops_kernel,
         (1,),
@@ -201,11 +295,19 @@ def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
         sequences_ptr=hops.sequences,
         rows=len(h),
         D=h.shape[1],
-        SCORE=hops.terms.score.value,
-        RULE=verdicts.rule_of(hops.terms),
-        IS_OF_ALL=hops.terms.group is Group.BATCH,
+        SCORE=score,
+        RULE=rule,
+        IS_OF_ALL=is_of_all,
+        LAYERS=layers,
         ROWS=triton.next_power_of_2(len(h)),
     )
+
+
+def form_of(hops: Hops) -> tuple[str, str, bool, int]:
+    """What code for a loop depends on: score, rule, whether all rows decide together, and a power
+    of two that holds its layers."""
+    terms, layers = hops.terms, triton.next_power_of_2(len(hops.layers))
+    return terms.score.value, verdicts.rule_of(terms), terms.group is Group.BATCH, layers
 
 
 def loop_of(hops: Hops) -> Loop:

@@ -250,6 +250,7 @@ def _hop(
         tl.constexpr(HOP[0]),
         tl.constexpr(HOP[1]),
         tl.constexpr(HOP[2]),
+        tl.constexpr(HOP[3]),
     )
 
 
@@ -335,6 +336,5 @@ def hopping(loop: Hops | None, condition: int) -> dict[str, Any]:
     ``condition``: the handle of its node."""
     if loop is None:
         return {"loop": None, "condition": 0, "HOP": None}
-    terms = loop.terms
-    rule = terms.score.value, verdicts.rule_of(terms), terms.group is Group.BATCH
-    return {"loop": hops.loop_of(loop), "condition": signed(condition), "HOP": rule}
+    form = hops.form_of(loop)
+    return {"loop": hops.loop_of(loop), "condition": signed(condition), "HOP": form}

@@ -61,20 +61,17 @@ class DeviceRoutes:
         rows = [*self.guards, *(guard for own in self._ran.values() for guard in own)]
         self.flags = torch.zeros(len(rows), count, dtype=torch.int32, device=device)
         self._home = dict(zip(map(id, rows), self.flags.unbind(), strict=True))
-        self._apart: list[Guard] = []
-        if homes is not None:
-            self._apart = [
-                guard
-                for guard in self.guards
-                if Sublayer.ATTENTION in guard.sublayers and guard.layer in homes.rows
-            ]
-            numbers = [homes.rows[guard.layer] for guard in self._apart]
-            self._home |= {
-                id(guard): homes.flags[number]
-                for guard, number in zip(self._apart, numbers, strict=True)
-            }
-            self._all_apart = homes.flags
-            self._apart_rows = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self._homes = homes or Homes(self.flags, {})
+        known = self._homes.rows
+        self._apart = [
+            guard
+            for guard in self.guards
+            if Sublayer.ATTENTION in guard.sublayers and guard.layer in known
+        ]
+        numbers = [known[guard.layer] for guard in self._apart]
+        for guard, number in zip(self._apart, numbers, strict=True):
+            self._home[id(guard)] = self._homes.flags[number]
+        self._apart_rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         self.trace = None
         if looking:
             width = plan.shape.hidden_size
@@ -91,7 +88,7 @@ class DeviceRoutes:
             torch.stack(rows, out=self.flags)
         if self._apart:
             apart = torch.stack([self._flags_of(guard.running) for guard in self._apart])
-            self._all_apart.index_copy_(0, self._apart_rows, apart)
+            self._homes.flags.index_copy_(0, self._apart_rows, apart)
 
     def runs(self, layer: int, sublayer: Sublayer) -> Tensor | None:
         """``[n]``: who runs a sublayer; ``None`` where nobody decides."""
