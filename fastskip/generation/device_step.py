@@ -55,8 +55,8 @@ class DeviceStep:
     ) -> None:
         """``chooses``: the greedy token is taken on the device; else logits are left to read.
         ``guarding``: how it passes by what no row runs; by ``bodies``, if not by early exits.
-        ``overlap``: how its launches do."""
-        self._decoder, self._chooses, self._overlap = decoder, chooses, overlap
+        ``overlap``: how its launches do, unless it goes by conditional nodes."""
+        self._decoder, self._chooses = decoder, chooses
         self._blocks: Sequence[FusedBlock] = decoder.blocks
         if guarding is Guarding.CONDITIONAL and bodies is not None:
             self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
@@ -67,6 +67,8 @@ class DeviceStep:
         self._hopping: Hopping | None = None
         if guarding is Guarding.HOPS and bodies is not None:
             self._hopping = Hopping.of(self._blocks, self.state, bodies)
+        has_nodes = self._blocks is not decoder.blocks or self._hopping is not None
+        self._overlap = Overlap.NONE if has_nodes else overlap
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did once, whatever they would do now.
         # The torch form reads counts on the host.
@@ -203,8 +205,7 @@ class DeviceSteps:
         ahead = max(0, int(cache.next_places().max()) - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
-        can = bodies is None and can_overlap(decoder.anchor.device)
-        overlap = self.overlap if can else Overlap.NONE
+        overlap = self.overlap if can_overlap(decoder.anchor.device) else Overlap.NONE
         guarding = Guarding.EARLY_EXIT if bodies is None else self.guarding
         key = (shape, positions, chooses, guarding, overlap, self._depth)
         step = self._steps.get(key)

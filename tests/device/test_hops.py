@@ -19,6 +19,7 @@ from torch import Tensor
 from fastskip.decoder import hopping
 from fastskip.generation.conditional import Guarding
 from fastskip.ops.bodies import HostBodies
+from fastskip.ops.overlap import Overlap
 from fastskip.routing.weights import LayerScore, write_weights
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch
@@ -94,6 +95,7 @@ def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     made = Counting()
     steps = trio.prepared._fastskip.steps
     monkeypatch.setattr("fastskip.generation.device_step.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.generation.device_step.can_overlap", lambda device: True)
     steps.guarding, steps._bodies = Guarding.HOPS, None
     steps._steps.clear()
     yield made
@@ -101,10 +103,12 @@ def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
 
 
 def check_hops(trio: Trio, policy: Policy, batch: Batch, new: int = 5) -> None:
-    """Right, and what early exits yield: tokens, and every decision."""
+    """Right, and what early exits yield: tokens, and every decision. A loop's launches do not
+    overlap."""
     steps = trio.prepared._fastskip.steps
     tokens, masks = check_generate(trio, policy, batch, new)
     assert steps._steps and all(step._hopping is not None for step in steps._steps.values())
+    assert {step._overlap for step in steps._steps.values()} == {Overlap.NONE}
     steps.guarding = Guarding.EARLY_EXIT
     others, other_masks = check_generate(trio, policy, batch, new)
     assert torch.equal(tokens, others)
@@ -214,4 +218,5 @@ def test_other_plans_keep_early_exits(
     check_generate(trio, STAY[name], batch, new=3)
     steps = trio.prepared._fastskip.steps
     assert steps._steps and all(step._hopping is None for step in steps._steps.values())
+    assert {step._overlap for step in steps._steps.values()} == {Overlap.START}
     assert not bodies.turns
