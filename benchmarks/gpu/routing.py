@@ -441,7 +441,7 @@ def _model_cell(batch: int, kv: str) -> Cell:
 
 
 CELLS = [
-    Cell("routing.decisions", "are routed runs right? (small models)", 2.8, decisions, True),
+    Cell("routing.decisions", "are routed runs right? (small models)", 2.7, decisions, True),
     Cell(
         "routing.blocks",
         "a guarded block that runs or is passed by",
