@@ -36,7 +36,6 @@ from fastskip.kernels import (
     tuning,
 )
 from fastskip.kernels.launch import Launch, recording
-from fastskip.ops import compiled
 from fastskip.ops.bitmaps import Packed, bitmap_bytes
 from fastskip.ops.contracts import (
     PAGE,
@@ -55,7 +54,7 @@ from fastskip.ops.contracts import (
     Targets,
     Term,
 )
-from fastskip.ops.hops import HopLayer, Hops
+from fastskip.ops.hops import Field, HopLayer, Hops
 from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Terms, Trace, Verdict
 
 MANY = 640
@@ -219,6 +218,22 @@ class Model:
             arrivals=numbers(1),
             scale=self.scale,
         )
+
+    def run_in_loop(self, n: int) -> None:
+        """A layer, up to its last update."""
+        loop = self.loop(n, Score.RANDOM)
+        own, now = loop.layers[0], loop.now
+        reach = replace(own.reach, runs=loop.runs)
+        projection.project_append(self.h(n), [own.projection], chosen=chosen(n), now=now)
+        step_attention.attend_step([self.queries(n)], [reach], [own.pages], self.scale, now=now)
+        term = Term(self.output(n).x, own.output)
+        residual.add_terms_(self.h(n), [term], chosen=[chosen(n)], loop=loop, field=Field.OUTPUT)
+        feed.feed(self.h(n), [own.feed], chosen=chosen(n), now=now)
+
+    def end_in_loop(self, n: int, score: Score, group: Group = Group.ROW) -> None:
+        """The last update of a layer, which says what is next."""
+        loop, term = self.loop(n, score, group), self.down(n)
+        residual.add_terms_(self.h(n), [term], chosen=[chosen(n)], loop=loop, field=Field.DOWN)
 
     def choice(self, n: int) -> Choice:
         wide = torch.int64
@@ -590,16 +605,23 @@ PROBES = (
         most=64,
     ),
     Probe(
-        "a layer of a loop, decisions on what similarity finds",
+        "a layer of a loop",
         ("project_append", "feed", "add_terms", "attend_step", "guarded"),
-        lambda m, n: compiled.hop(m.h(n), m.loop(n, Score.COSINE)),
+        lambda m, n: m.run_in_loop(n),
         most=64,
         also=(1, 4, 16),
     ),
     Probe(
-        "a layer of a loop, decisions of sequences by learned scores",
+        "the end of a layer of a loop, decisions on what similarity finds",
         ("add_terms", "guarded"),
-        lambda m, n: compiled.hop(m.h(n), m.loop(n, Score.LINEAR, Group.SEQUENCE)),
+        lambda m, n: m.end_in_loop(n, Score.COSINE),
+        most=64,
+        also=(1, 16),
+    ),
+    Probe(
+        "the end of a layer of a loop, decisions of sequences by learned scores",
+        ("add_terms", "guarded"),
+        lambda m, n: m.end_in_loop(n, Score.LINEAR, Group.SEQUENCE),
         most=64,
         also=(1, 16),
     ),
