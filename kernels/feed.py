@@ -152,35 +152,21 @@ def _feed_kernel(
         tiles = tl.num_programs(1) // 2
         part = (tile // tiles).to(tl.int64)
         tile %= tiles
+        out_ptr += part * rows * F
+    if OVERLAP:
+        overlap.wait()
+    if now_ptr is not None:
+        # Like the second block of a pair, at distances that the device knows.
+        BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
+        part = 1
+        inputs_step = hops.norm_step(now_ptr, hops.FFN_GAIN, BITS)
+        weights_step = hops.weights_step(now_ptr, hops.FEED, BITS)
+    if part is not None:
         # Here, since a function cannot return what may be None.
         weights = products.Weights(
             weights.weight + part * weights_step.weight,
             weights.stride,
             None if weights.bias is None else weights.bias + part * weights_step.bias,
-        )
-        out_ptr += part * rows * F
-    if OVERLAP:
-        overlap.wait()
-    if now_ptr is not None:
-        BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
-        weights = products.Weights(
-            weights.weight + hops.distance(now_ptr, hops.FEED, BITS),
-            weights.stride,
-            None if weights.bias is None else weights.bias + tl.load(now_ptr + hops.FEED_BIAS),
-        )
-        inputs = products.Inputs(
-            inputs.x,
-            inputs.stride,
-            inputs.index,
-            inputs.change,
-            inputs.change_stride,
-            None
-            if inputs.gain is None
-            else inputs.gain + hops.distance(now_ptr, hops.FFN_GAIN, BITS),
-            None
-            if inputs.shift is None
-            else inputs.shift + hops.distance(now_ptr, hops.FFN_SHIFT, BITS),
-            inputs.epsilon,
         )
 
     if runs_ptr is None and not IS_LONG:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import verdicts
+from fastskip.kernels import products, verdicts
 from fastskip.kernels.conditional import set_conditional, signed
 from fastskip.kernels.launch import launch
 from fastskip.ops.hops import ALIGNMENT, Field, Hops
@@ -24,16 +24,12 @@ from fastskip.ops.routes import Group
 
 LAYER = tl.constexpr(Field.LAYER.value)
 ATTENTION_GAIN = tl.constexpr(Field.ATTENTION_GAIN.value)
-ATTENTION_SHIFT = tl.constexpr(Field.ATTENTION_SHIFT.value)
 QKV = tl.constexpr(Field.QKV.value)
-QKV_BIAS = tl.constexpr(Field.QKV_BIAS.value)
 TABLE = tl.constexpr(Field.TABLE.value)
 OFFSET = tl.constexpr(Field.OFFSET.value)
 COUNTS = tl.constexpr(Field.COUNTS.value)
 FFN_GAIN = tl.constexpr(Field.FFN_GAIN.value)
-FFN_SHIFT = tl.constexpr(Field.FFN_SHIFT.value)
 FEED = tl.constexpr(Field.FEED.value)
-FEED_BIAS = tl.constexpr(Field.FEED_BIAS.value)
 FIELDS = tl.constexpr(len(Field))
 BYTES = tl.constexpr(ALIGNMENT)
 ELEMENTS = tl.constexpr(4096)
@@ -61,6 +57,19 @@ def distance(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
     """Elements, of ``BITS`` each, to what the layer that is next has of a field: wide loads from
     there stay whole."""
     return tl.multiple_of(tl.load(now_ptr + FIELD), BYTES * 8 // BITS)
+
+
+@triton.jit
+def weights_step(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """``distance`` to a product's weight and bias."""
+    return products.Weights(distance(now_ptr, FIELD, BITS), 0, tl.load(now_ptr + FIELD + 1))
+
+
+@triton.jit
+def norm_step(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """``distance`` to the weight and bias of the norm of a product's inputs."""
+    gain = distance(now_ptr, FIELD, BITS)
+    return products.Inputs(0, 0, 0, 0, 0, gain, distance(now_ptr, FIELD + 1, BITS), 0)
 
 
 @triton.jit

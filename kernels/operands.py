@@ -17,7 +17,7 @@ from torch import Tensor
 from fastskip.kernels import products, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.norm import normalize
-from fastskip.ops.contracts import Linear, Norm
+from fastskip.ops.contracts import Linear, Norm, elements_between
 
 
 def distance(tensors: Sequence[Tensor | None]) -> int:
@@ -25,7 +25,7 @@ def distance(tensors: Sequence[Tensor | None]) -> int:
     first, last = (tensors[0], tensors[-1]) if tensors else (None, None)
     if first is None or last is None:
         return 0
-    return (last.data_ptr() - first.data_ptr()) // first.element_size()
+    return elements_between(first, last)
 
 
 def kind_of(norm: Norm, linear: Linear) -> Hashable:

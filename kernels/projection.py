@@ -276,6 +276,28 @@ def _project_append_kernel(
         tiles = tl.num_programs(1) // 2
         part = (tile // tiles).to(tl.int64)
         tile %= tiles
+        out_ptr += part * rows * (QUERIES * HEAD_DIM)
+    if OVERLAP:
+        overlap.wait()
+    if now_ptr is not None:
+        # Like the second block of a pair, at distances that the device knows.
+        BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
+        part = 1
+        inputs_step = hops.norm_step(now_ptr, hops.ATTENTION_GAIN, BITS)
+        weights_step = hops.weights_step(now_ptr, hops.QKV, BITS)
+        heads_step = Heads(
+            0,
+            0,
+            0,
+            0,
+            0,
+            tl.load(now_ptr + hops.TABLE),
+            0,
+            0,
+            tl.load(now_ptr + hops.COUNTS),
+            hops.distance(now_ptr, hops.OFFSET, BITS),
+        )
+    if part is not None:
         # Here, since a function cannot return what may be None.
         weights = products.Weights(
             weights.weight + part * weights_step.weight,
@@ -293,42 +315,6 @@ def _project_append_kernel(
             None if heads.sequences is None else heads.sequences + part * heads_step.sequences,
             None if heads.slots is None else heads.slots + part * heads_step.slots,
             heads.offset + part * heads_step.offset,
-        )
-        out_ptr += part * rows * (QUERIES * HEAD_DIM)
-    if OVERLAP:
-        overlap.wait()
-    if now_ptr is not None:
-        BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
-        weights = products.Weights(
-            weights.weight + hops.distance(now_ptr, hops.QKV, BITS),
-            weights.stride,
-            None if weights.bias is None else weights.bias + tl.load(now_ptr + hops.QKV_BIAS),
-        )
-        inputs = products.Inputs(
-            inputs.x,
-            inputs.stride,
-            inputs.index,
-            inputs.change,
-            inputs.change_stride,
-            None
-            if inputs.gain is None
-            else inputs.gain + hops.distance(now_ptr, hops.ATTENTION_GAIN, BITS),
-            None
-            if inputs.shift is None
-            else inputs.shift + hops.distance(now_ptr, hops.ATTENTION_SHIFT, BITS),
-            inputs.epsilon,
-        )
-        heads = Heads(
-            heads.cosine,
-            heads.sine,
-            heads.positions,
-            heads.angle_stride,
-            heads.anchor,
-            heads.table + tl.load(now_ptr + hops.TABLE),
-            heads.table_stride,
-            heads.sequences,
-            heads.slots + tl.load(now_ptr + hops.COUNTS),
-            heads.offset + hops.distance(now_ptr, hops.OFFSET, BITS),
         )
 
     if runs_ptr is None and not IS_LONG:

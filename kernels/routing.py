@@ -32,7 +32,7 @@ from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Bounds
-from fastskip.ops.routes import Group, Move, Route, Verdict
+from fastskip.ops.routes import Group, Move, Route, Verdict, signed
 
 
 @triton.jit(do_not_specialize=["salts"])
@@ -325,7 +325,7 @@ def _decide(
         candidates_ptr=verdict.candidates,
         runs_ptr=verdict.runs,
         bar=float(verdict.bar),
-        salt=verdicts.signed(verdict.salt),
+        salt=signed(verdict.salt),
         capacity=struct.unpack("<q", struct.pack("<d", verdict.capacity or 0.0))[0],
         rows=len(h),
         RULE=rule,

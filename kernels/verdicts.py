@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.ops.routes import EPSILON as ROW_EPSILON
-from fastskip.ops.routes import Group, Score, Terms, Verdict
+from fastskip.ops.routes import Group, Score, Terms, Verdict, signed
 
 TINY = tl.constexpr(1e-30)
 EPSILON = tl.constexpr(ROW_EPSILON)
@@ -211,8 +211,3 @@ def rule_of(verdict: Terms) -> str:
     if verdict.group is Group.ROW:
         return str(ALONE.value)
     return "latest" if verdict.score is Score.RANDOM else verdict.agreement.value
-
-
-def signed(salt: int) -> int:
-    """The number whose 32 bits are those of ``salt``: what a launch passes as int32."""
-    return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000

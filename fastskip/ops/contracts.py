@@ -244,6 +244,12 @@ class Choice:
     positions: Tensor
 
 
+def elements_between(first: Tensor, last: Tensor) -> int:
+    """Elements of ``first`` from where it begins to where ``last`` does; 0 for tensors without
+    data."""
+    return (last.data_ptr() - first.data_ptr()) // first.element_size()
+
+
 def slab_of(pages: Pages, offset: int) -> tuple[Tensor, int]:
     """The slab that element ``offset`` of the anchor lies in, and where in it (host arithmetic)."""
     address = pages.anchor.data_ptr() + offset * pages.anchor.element_size()

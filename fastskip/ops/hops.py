@@ -19,15 +19,23 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from fastskip.ops.contracts import Feed, Linear, Pages, Projection, StepReach
-from fastskip.ops.routes import Move, Route, Score, Terms, Trace
+from fastskip.ops.contracts import (
+    Feed,
+    Linear,
+    Pages,
+    Projection,
+    StepReach,
+    elements_between,
+)
+from fastskip.ops.routes import Move, Route, Score, Terms, Trace, signed
 
 ALIGNMENT = 16
 """Bytes that every distance of what kernels read in wide loads is a multiple of."""
 
 
 class Field(IntEnum):
-    """What a distance leads to, ``LAYER``: the number among the layers."""
+    """What a distance leads to, ``LAYER``: the number among the layers. What belongs to a weight,
+    its bias, is the next one."""
 
     LAYER = 0
     ATTENTION_GAIN = 1
@@ -130,11 +138,11 @@ class Bars:
         if known:
             none = torch.zeros_like(known[0])
             weights = torch.stack([none if own.weight is None else own.weight for own in terms])
-        homes = [_distance(runs, runs if own.home is None else own.home) for own in layers]
+        homes = [elements_between(runs, runs if own.home is None else own.home) for own in layers]
         return cls(
             torch.tensor([own.bar for own in terms], dtype=torch.float32, device=device),
             torch.tensor([own.bias for own in terms], dtype=torch.float32, device=device),
-            torch.tensor([_signed(own.salt) for own in terms], dtype=torch.int32, device=device),
+            torch.tensor([signed(own.salt) for own in terms], dtype=torch.int32, device=device),
             weights,
             torch.tensor(homes, dtype=torch.int64, device=device),
         )
@@ -244,17 +252,7 @@ def _distances(number: int, layer: HopLayer, first: HopLayer) -> list[int]:
     for each, tensor in layer.tensors().items():
         start = origin[each]
         if tensor is not None and start is not None:
-            found[each] = _distance(start, tensor)
+            found[each] = elements_between(start, tensor)
     found[Field.LAYER] = number
     found[Field.OFFSET] = layer.pages.offset - first.pages.offset
     return found
-
-
-def _distance(start: Tensor, tensor: Tensor) -> int:
-    """Elements from the one to the other; 0 for tensors without data."""
-    return (tensor.data_ptr() - start.data_ptr()) // start.element_size()
-
-
-def _signed(salt: int) -> int:
-    """The number whose 32 bits are those of ``salt``."""
-    return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000

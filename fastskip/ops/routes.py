@@ -170,6 +170,11 @@ def mixed(value: int) -> int:
     return value ^ value >> 16
 
 
+def signed(salt: int) -> int:
+    """The number whose 32 bits are those of ``salt``: what a kernel is told, as int32."""
+    return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+
+
 def draw(positions: Tensor, salt: int) -> Tensor:
     """``u`` in (0, 1] of each position, fp32: ``(mixed(position * 0x9E3779B1 ^ salt) >> 8) + 1``
     in units of ``2 ** -24``, so that 0 never and 1 always reaches it."""

@@ -14,7 +14,7 @@ from fastskip.kernels.routing import candidates, place_entries, route
 from fastskip.ops import fused, fused_routes
 from fastskip.ops.allocate import poisoned
 from fastskip.ops.contracts import Bounds
-from fastskip.ops.routes import Agreement, Group, Move, Score, Verdict, draw
+from fastskip.ops.routes import Agreement, Group, Move, Score, Verdict, draw, signed
 from tests.budget import assert_within_budget
 from tests.kernels.scenes import SALT, SIZE, TRUTH, UNTOUCHED, Scene
 
@@ -242,7 +242,7 @@ def test_draws_are_the_same_bits(salt: int, device: torch.device) -> None:
 
 def test_salts_keep_their_bits() -> None:
     for salt in (0, 1, 0x7FFFFFFF, 0x80000000, SALT, 0xFFFFFFFF):
-        number = verdicts.signed(salt)
+        number = signed(salt)
         assert -(2**31) <= number < 2**31 and number & 0xFFFFFFFF == salt
 
 
