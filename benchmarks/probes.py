@@ -38,6 +38,7 @@ from fastskip.kernels import (
 from fastskip.kernels.launch import Launch, recording
 from fastskip.ops.bitmaps import Packed, bitmap_bytes
 from fastskip.ops.contracts import (
+    ARRIVALS,
     PAGE,
     Activation,
     Bounds,
@@ -289,6 +290,16 @@ class Probe:
         return MODELS if slug != tuning.DEFAULT or any(shapes) else (LLAMA_7B,)
 
 
+# No table names any until a GPU has timed them.
+SHARED_TERMS = {
+    **{"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_E": 128, "STAGES": 3, "num_warps": 4},
+    "SPLITS": 4,
+}
+SHARED_ROWS = {
+    **{"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_E": 64, "GROUP": 8, "STAGES": 3, "num_warps": 4},
+    "SPLITS": 4,
+}
+
 PROBES = (
     Probe("normalize", ("normalize",), lambda m, n: norm.normalize(m.h(n), m.norm)),
     Probe(
@@ -498,6 +509,33 @@ PROBES = (
         lambda m, n: residual.add_terms_(m.h(n), [m.down(n), m.down(n)], changes=[m.h(n), m.h(n)]),
     ),
     Probe(
+        "add_terms whose tiles may be shared",
+        ("add_terms_split",),
+        lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], arrivals=numbers(ARRIVALS)),
+        most=64,
+        also=(16,),
+    ),
+    Probe(
+        "add_terms of shared tiles",
+        ("add_terms_split",),
+        lambda m, n: residual.add_terms_(
+            m.h(n), [m.down(n)], arrivals=numbers(ARRIVALS), config=SHARED_TERMS
+        ),
+        most=64,
+    ),
+    Probe(
+        "add_terms of both sublayers, of shared tiles",
+        ("add_terms_split",),
+        lambda m, n: residual.add_terms_(
+            m.h(n),
+            [m.output(n), m.down(n)],
+            index=numbers(n),
+            arrivals=numbers(ARRIVALS),
+            config=SHARED_TERMS,
+        ),
+        most=64,
+    ),
+    Probe(
         "add_terms to chosen rows",
         ("add_terms", "guarded"),
         lambda m, n: residual.add_terms_(m.h(n), [m.down(n)], chosen=[chosen(n)]),
@@ -521,6 +559,40 @@ PROBES = (
         "linear_rows",
         ("linear_rows",),
         lambda m, n: row_gemm.linear_rows(m.h(n), m.output(n).linear),
+    ),
+    Probe(
+        "linear_rows whose tiles may be shared",
+        ("linear_rows_split",),
+        lambda m, n: row_gemm.linear_rows(
+            m.down(n).x, m.down(n).linear, arrivals=numbers(ARRIVALS)
+        ),
+        most=64,
+    ),
+    Probe(
+        "linear_rows of shared tiles",
+        ("linear_rows_split",),
+        lambda m, n: row_gemm.linear_rows(
+            m.down(n).x,
+            m.down(n).linear,
+            out=m.h(2 * n),
+            out_index=numbers(n),
+            onto=True,
+            arrivals=numbers(ARRIVALS),
+            config=SHARED_ROWS,
+        ),
+        most=64,
+    ),
+    Probe(
+        "linear_rows of shared tiles, gated",
+        ("linear_rows_split",),
+        lambda m, n: row_gemm.linear_rows(
+            m.h(n),
+            m.up().linear,
+            activation=m.activation,
+            arrivals=numbers(ARRIVALS),
+            config=SHARED_ROWS,
+        ),
+        most=64,
     ),
     Probe(
         "linear_rows gated, from indexed rows",

@@ -12,6 +12,8 @@ neighbours, so that all but one find them in the L2 cache. A program alone reads
 tile of ``h``, so nothing needs a copy. ``apply_terms`` has the terms as a third axis. The loops are
 those of ``products``. Tables: shape ``(M, E)``, where ``E`` is that of the longer term.
 
+Few tiles of many rows may be shared (``splits``): ``SPLITS`` programs each, a third axis.
+
 With flags (``guards``) a term is added to the rows that run it, and its weights are read only where
 there are any; a row that runs none keeps its bits. Grid then ``(n / BLOCK_N, PROGRAMS)``, tile
 after tile. Decisions on the ``h`` that is left may ride in a launch (``riding``).
@@ -26,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, hops, numerics, overlap, products, riding
+from fastskip.kernels import guards, hops, numerics, overlap, products, riding, splits
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -159,6 +161,118 @@ def _add_tile(
         )
         if BLOCK_N == 1:
             total = total[:, None]
+    _put(
+        total,
+        h,
+        place_ptr,
+        n,
+        m,
+        inside,
+        does,
+        second_does,
+        first,
+        second,
+        change,
+        second_change,
+        factor,
+        M,
+        SECOND_E,
+    )
+
+
+@triton.jit
+def _add_shared_tile(
+    tile,
+    n,
+    gets,
+    start,
+    h_ptr,
+    stride_hn,
+    index_ptr,
+    first,
+    second,
+    change,
+    second_change,
+    rows,
+    factor,
+    parts_ptr,
+    arrivals_ptr,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    SECOND_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """``_add_tile`` of all terms, by ``SPLITS`` programs."""
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    owned = tl.minimum(m, M - 1)
+    part = tl.program_id(2)
+    # Here, since a function cannot return what may be None.
+    SIZE: tl.constexpr = E // SPLITS
+    inputs, weights = first.inputs, first.weights
+    own = Addend(
+        products.Inputs(inputs.x + part * SIZE, inputs.stride),
+        products.Weights(weights.weight + part * SIZE, weights.stride),
+    )
+    total = _term(own, owned, start, rows, SIZE, BLOCK_N, BLOCK_E, STAGES)
+    if SECOND_E > 0:
+        SECOND_SIZE: tl.constexpr = SECOND_E // SPLITS
+        inputs, weights = second.inputs, second.weights
+        own = Addend(
+            products.Inputs(inputs.x + part * SECOND_SIZE, inputs.stride),
+            products.Weights(weights.weight + part * SECOND_SIZE, weights.stride),
+        )
+        total += _term(own, owned, start, rows, SECOND_SIZE, BLOCK_N, BLOCK_E, STAGES)
+    place = tl.program_id(0) * tl.num_programs(1) + tile
+    splits.leave(total, parts_ptr, place, part, SPLITS)
+    if splits.is_last(arrivals_ptr, place, SPLITS):
+        inside = (m < M)[:, None] & gets[None]
+        row = n.to(tl.int64)
+        if index_ptr is not None:
+            row = tl.load(index_ptr + n, mask=n < rows, other=0).to(tl.int64)
+        place_ptr = h_ptr + row[None] * stride_hn + m[:, None]
+        _put(
+            splits.gather(total, parts_ptr, place, SPLITS),
+            tl.load(place_ptr, mask=inside, other=0.0),
+            place_ptr,
+            n,
+            m,
+            inside,
+            None,
+            None,
+            first,
+            second,
+            change,
+            second_change,
+            factor,
+            M,
+            SECOND_E,
+        )
+
+
+@triton.jit
+def _put(
+    total,
+    h,
+    place_ptr,
+    n,
+    m,
+    inside,
+    does,
+    second_does,
+    first,
+    second,
+    change,
+    second_change,
+    factor,
+    M: tl.constexpr,
+    SECOND_E: tl.constexpr,
+):
+    """Adds the ``total [BLOCK_M, BLOCK_N]`` of the products, and what has no product, to ``h``."""
+    owned = tl.minimum(m, M - 1)
     if first.weights.bias is not None:
         total += _bias(first.weights.bias, owned, does)
     if SECOND_E > 0 and second.weights.bias is not None:
@@ -200,6 +314,8 @@ def _add_terms_kernel(
     now_ptr,
     loop,
     condition: tl.int64,
+    parts_ptr,
+    arrivals_ptr,
     M: tl.constexpr,
     E: tl.constexpr,
     SECOND_E: tl.constexpr,
@@ -215,6 +331,7 @@ def _add_terms_kernel(
     ROWS: tl.constexpr,
     FIELD: tl.constexpr,
     HOP: tl.constexpr,
+    SPLITS: tl.constexpr,
     OVERLAP: tl.constexpr,
     READS_AHEAD: tl.constexpr,
 ):
@@ -239,7 +356,33 @@ def _add_terms_kernel(
             None if weights.bias is None else weights.bias + tl.load(now_ptr + FIELD + 1),
         )
         first = Addend(first.inputs, weights)
-    if runs_ptr is None and second_runs_ptr is None:
+    if SPLITS > 1:
+        _add_shared_tile(
+            tl.program_id(1),
+            n,
+            n < rows,
+            start,
+            h_ptr,
+            stride_hn,
+            index_ptr,
+            first,
+            second,
+            change,
+            second_change,
+            rows,
+            factor,
+            parts_ptr,
+            arrivals_ptr,
+            M,
+            E,
+            SECOND_E,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_E,
+            STAGES,
+            SPLITS,
+        )
+    elif runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
             n,
@@ -375,6 +518,7 @@ def add_terms_(
     field: Field | None = None,
     loop: Hops | None = None,
     condition: int = 0,
+    arrivals: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
@@ -382,7 +526,9 @@ def add_terms_(
     ``h [N, M]``; one or two terms with ``x [n, E]`` each, ``E`` may differ; up to two changes
     ``[n, M]``. No row occurs twice in ``index [n]``. ``chosen``: which rows each term is for, none
     of them for all; without ``index`` and ``changes``. ``then``: decisions on the ``h`` that is
-    left, if they ``riding.can_ride``; without ``index``. Returns ``h``.
+    left, if they ``riding.can_ride``; without ``index``. ``arrivals``: as in ``splits``,
+    without which no tile is shared; nor is one where rows are chosen or decisions ride. Returns
+    ``h``.
 
     In a ``loop`` (``hops``) there is one term, that of its first layer; ``field`` says which of a
     layer's two. The one that ends a layer also says which layer is next, and sets the ``condition``
@@ -406,6 +552,10 @@ def add_terms_(
     shape = size, max(term.x.shape[1] for term in terms)
     if is_guarded:
         config = guards.config_of("add_terms", config, h.device, rows, shape)
+    elif rows > 4 and then is None:
+        config = splits.config_of("add_terms", config, arrivals, h.device, rows, shape)
+    else:
+        arrivals = None
     blocks, options = blocks_for("add_terms", config, h, rows, shape)
     is_streamed = blocks["BLOCK_N"] < 16 and options["num_warps"] <= 4
     if is_guarded and then is not None and (is_streamed or ends is not None):
@@ -414,9 +564,13 @@ def add_terms_(
         options.setdefault("maxnreg", 255)
     tiles = triton.cdiv(size, blocks["BLOCK_M"])
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
+    row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
+    inner = [term.x.shape[1] for term in terms]
+    shared = splits.splits_of(blocks, None if is_guarded else arrivals, row_blocks * tiles, inner)
+    grid = (row_blocks, width, shared) if shared > 1 else (row_blocks, width)
     launch(
         _add_terms_kernel,
-        (triton.cdiv(rows, blocks["BLOCK_N"]), width),
+        grid,
         options,
         is_guarded=is_guarded,
         h_ptr=h,
@@ -431,6 +585,11 @@ def add_terms_(
         runs_ptr=runs[0] if runs else None,
         second_runs_ptr=runs[1] if len(runs) == 2 else None,
         now_ptr=None if loop is None else loop.now,
+        parts_ptr=splits.scratch(
+            row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
+        ),
+        arrivals_ptr=arrivals if shared > 1 else None,
+        SPLITS=shared,
         FIELD=None if field is None else field.value,
         M=size,
         E=first.x.shape[1],

@@ -10,7 +10,8 @@
 Grid ``(n / BLOCK_N * M / BLOCK_M,)``: within ``GROUP`` row blocks the row is the faster index, so
 that programs which share weights run together and find them, and their rows, in the L2 cache. Rows
 are the M operand of the matrix instructions: 64 of them fill WGMMA, and narrow ``BLOCK_M`` spreads
-even those over all processors, without a second stage. Tables: kernel ``linear_rows``, shape
+even those over all processors; or wide ones are shared (``splits``), which reads rows less often:
+``SPLITS`` programs each, a second axis. Tables: kernel ``linear_rows``, shape
 ``(M, E)``, of a gated product ``(F, E)``.
 """
 
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, tuning
+from fastskip.kernels import numerics, splits
 from fastskip.kernels.activation import relu, silu
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
@@ -56,6 +57,8 @@ def _linear_rows_kernel(
     out_ptr,
     out_index_ptr,
     count_ptr,
+    parts_ptr,
+    arrivals_ptr,
     stride_xn,
     stride_wm,
     stride_on,
@@ -70,6 +73,7 @@ def _linear_rows_kernel(
     BLOCK_E: tl.constexpr,
     GROUP: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     row_block, column_block = _tile(
         tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(M, BLOCK_M), GROUP
@@ -86,6 +90,10 @@ def _linear_rows_kernel(
         source = tl.load(index_ptr + source)
     owned = tl.minimum(m, M - 1)
     e = tl.arange(0, BLOCK_E)
+    SIZE: tl.constexpr = E // SPLITS
+    if SPLITS > 1:
+        x_ptr += tl.program_id(1) * SIZE
+        weight_ptr += tl.program_id(1) * SIZE
     x_ptrs = x_ptr + source.to(tl.int64)[:, None] * stride_xn + e[None, :]
     weight_ptrs = weight_ptr + owned.to(tl.int64)[:, None] * stride_wm + e[None, :]
     # Gate and up of a column lie F rows apart.
@@ -93,9 +101,9 @@ def _linear_rows_kernel(
 
     y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
-        is_real = None if E % BLOCK_E == 0 else (first + e < E)[None, :]
-        other = None if E % BLOCK_E == 0 else 0.0
+    for first in tl.range(0, SIZE, BLOCK_E, num_stages=STAGES):
+        is_real = None if SIZE % BLOCK_E == 0 else (first + e < SIZE)[None, :]
+        other = None if SIZE % BLOCK_E == 0 else 0.0
         x = tl.load(x_ptrs + first, mask=is_real, other=other)
         weight = tl.load(weight_ptrs + first, mask=is_real, other=other)
         y = numerics.dot(x, tl.trans(weight), y)
@@ -103,6 +111,16 @@ def _linear_rows_kernel(
             weight = tl.load(up_ptrs + first, mask=is_real, other=other)
             up = numerics.dot(x, tl.trans(weight), up)
 
+    if SPLITS > 1:
+        tile, part = tl.program_id(0), tl.program_id(1)
+        splits.leave(y, parts_ptr, tile, part, SPLITS)
+        if FORM == GATED:
+            splits.leave(up, parts_ptr, tl.num_programs(0) + tile, part, SPLITS)
+        if not splits.is_last(arrivals_ptr, tile, SPLITS):
+            return
+        y = splits.gather(y, parts_ptr, tile, SPLITS)
+        if FORM == GATED:
+            up = splits.gather(up, parts_ptr, tl.num_programs(0) + tile, SPLITS)
     if bias_ptr is not None:
         y += numerics.load(bias_ptr + owned)[None, :]
     if FORM == RELU:
@@ -132,6 +150,7 @@ def linear_rows(
     activation: Activation | None = None,
     onto: bool = False,
     factor: float = 1.0,
+    arrivals: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """``activation(x[index] @ weight.T + bias)`` into ``out[out_index]``.
@@ -140,7 +159,8 @@ def linear_rows(
 
     ``x [N, E]``; ``index``, ``out_index [n]`` int32, in each no row twice; ``count [1]`` int32: how
     many of the ``n`` rows are computed. Returns ``out``, by default a new ``[n, M]``, or ``[n, F]``
-    if gated. Rows that are not computed are left as they were.
+    if gated. Rows that are not computed are left as they were. ``arrivals``: as in
+    ``splits``, without which no tile is shared.
     """
     refuse_gradients(x=x, out=out)
     if out is None and (onto or out_index is not None):
@@ -151,14 +171,17 @@ def linear_rows(
     width = len(weights.weight) // (2 if form is GATED else 1)
     if out is None:
         out = empty((rows, width), x.dtype, x.device)
-    chosen = config or tuning.config_for("linear_rows", x.device, rows, (width, inner))
+    shape = width, inner
+    chosen = splits.config_of("linear_rows", config, arrivals, x.device, rows, shape)
     blocks, options = split(chosen)
     # Tables count elements of two bytes; wider ones go by half as many at a time.
     blocks["BLOCK_E"] = max(16, blocks["BLOCK_E"] * 2 // x.element_size())
     tiles = triton.cdiv(rows, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_M"])
+    shared = splits.splits_of(blocks, arrivals, tiles, [inner])
+    sums, size = 2 if form is GATED else 1, blocks["BLOCK_N"] * blocks["BLOCK_M"]
     launch(
         _linear_rows_kernel,
-        (tiles,),
+        (tiles, shared) if shared > 1 else (tiles,),
         options,
         is_guarded=count is not None,
         x_ptr=x,
@@ -168,6 +191,9 @@ def linear_rows(
         out_ptr=out,
         out_index_ptr=out_index,
         count_ptr=count,
+        parts_ptr=splits.scratch(sums * tiles, shared, size, x.device),
+        arrivals_ptr=arrivals if shared > 1 else None,
+        SPLITS=shared,
         stride_xn=x.stride(0),
         stride_wm=weights.weight.stride(0),
         stride_on=out.stride(0),

@@ -177,17 +177,23 @@ def _best(
 def _candidates(question: Question, current: Config) -> list[Config]:
     """What is in use, then the candidates of the kernel's file, if they are meant for it.
 
-    A file may hold several kernels; its candidates are for those with the same block sizes.
+    A file may hold several kernels; its candidates are for those with the same block sizes. Those
+    of a table beside a kernel's own have the table's name, or are all that their file has.
     """
     offered = []
     for file in sorted(tuning.FOLDER.parent.glob("*.py")):
         module = import_module(f"fastskip.kernels.{file.stem}")
-        is_asking = hasattr(module, f"_{question.kernel}_kernel")
-        is_asking |= question.kernel in getattr(module, "TABLES", ())
-        if is_asking and hasattr(module, "candidates"):
+        named = f"{question.kernel}_candidates"
+        if hasattr(module, named):
+            offered += getattr(module, named)(question.rows, question.shape)
+        elif not hasattr(module, "candidates"):
+            continue
+        elif question.kernel in getattr(module, "TABLES", ()):
             offered += module.candidates(question.rows, question.shape)
-    fitting = [config for config in offered if _blocks(config) == _blocks(current)]
-    return [current, *(config for config in fitting if config != current)] if fitting else []
+        elif hasattr(module, f"_{question.kernel}_kernel"):
+            found = module.candidates(question.rows, question.shape)
+            offered += [config for config in found if _blocks(config) == _blocks(current)]
+    return [current, *(config for config in offered if config != current)] if offered else []
 
 
 def _blocks(config: Config) -> set[str]:

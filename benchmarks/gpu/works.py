@@ -19,7 +19,7 @@ from benchmarks.gpu.compiling import compile_ahead
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.timing import copies
 from fastskip.costs import Ceilings
-from fastskip.ops.contracts import Feed, Linear, Pages, Projection, Term, entries_of
+from fastskip.ops.contracts import ARRIVALS, Feed, Linear, Pages, Projection, Term, entries_of
 
 Outcome = list[Tensor]
 
@@ -121,10 +121,11 @@ def add_both(make: Maker, rows: int) -> Work:
 
 def feed(make: Maker, rows: int) -> Work:
     part, h = make.feed(), make.noise(rows, make.widths.hidden)
+    arrivals = make.integers([0] * ARRIVALS)
     return of_products(
         rows,
         [part.linear],
-        lambda ops: ops.feed(h, [part]),
+        lambda ops: ops.feed(h, [part], arrivals=arrivals),
         rival=lambda: F.linear(h, part.linear.weight),
     )
 
@@ -255,11 +256,11 @@ def add(
     """``widths``: what each term's product goes over; ``stream``: rows of the residual stream."""
     hidden = make.widths.hidden
     terms = [Term(make.noise(rows, width), make.linear(hidden, width)) for width in widths]
-    h = make.noise(stream or rows, hidden)
+    h, arrivals = make.noise(stream or rows, hidden), make.integers([0] * ARRIVALS)
     return of_products(
         rows,
         [term.linear for term in terms],
-        lambda ops: [ops.add_terms_(h, terms, index=index)],
+        lambda ops: [ops.add_terms_(h, terms, index=index, arrivals=arrivals)],
         rival=lambda: [F.linear(term.x, term.linear.weight) for term in terms],
     )
 

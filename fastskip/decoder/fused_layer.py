@@ -57,14 +57,14 @@ class FusedBlock:
         if rows.reach is not None:
             mixed = self.attend(h, queries, rows, store)
             terms = [Term(mixed, self.weights.output)]
-            self._add(h, rows.attending, terms, rows.then_attention)
+            self._add(h, rows, rows.attending, terms, rows.then_attention)
         return h
 
     def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
         """The FFN's update."""
         if rows.feeding.count:
-            terms = [Term(self._feed(h, rows.feeding), self.weights.down)]
-            self._add(h, rows.feeding, terms, rows.then_ffn)
+            terms = [Term(self._feed(h, rows), self.weights.down)]
+            self._add(h, rows, rows.feeding, terms, rows.then_ffn)
 
     def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         """Both sublayers read ``h``; where they have the same rows, each half is one launch."""
@@ -77,22 +77,22 @@ class FusedBlock:
             self.leave_entries(h, rows, store)
             mixed = self.attend(h, queries, rows, store)
             terms = [Term(mixed, self.weights.output), Term(fed, self.weights.down)]
-            self._add(h, rows.joint, terms, rows.then_ffn)
+            self._add(h, rows, rows.joint, terms, rows.then_ffn)
             return h
         queries_alone = self._project(h, rows, store)
         h = narrowed(h, rows)
         terms = []
         if rows.feeding.count:
-            terms = [Term(self._feed(h, rows.feeding), self.weights.down)]
+            terms = [Term(self._feed(h, rows), self.weights.down)]
         if rows.reach is not None:
             mixed = self.attend(h, queries_alone, rows, store)
             own = Term(mixed, self.weights.output)
             if terms and rows.attending.is_same(rows.feeding):
                 terms.insert(0, own)
             else:
-                self._add(h, rows.attending, [own], None if terms else rows.then_ffn)
+                self._add(h, rows, rows.attending, [own], None if terms else rows.then_ffn)
         if terms:
-            self._add(h, rows.feeding, terms, rows.then_ffn)
+            self._add(h, rows, rows.feeding, terms, rows.then_ffn)
         return h
 
     def _project(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor | None:
@@ -143,11 +143,15 @@ class FusedBlock:
             return attend_packed(self.flash, self.ops, queries, rows.reach, own, self.scale)
         return self.ops.attend_rows(queries, rows.reach, own, self.scale)
 
-    def _feed(self, h: Tensor, rows: Selection) -> Tensor:
-        return self.ops.feed(rows.view(h), [self.part()], index=rows.index)[0]
+    def _feed(self, h: Tensor, rows: FusedRows) -> Tensor:
+        own = rows.feeding
+        return self.ops.feed(own.view(h), [self.part()], index=own.index, arrivals=rows.arrivals)[0]
 
-    def _add(self, h: Tensor, rows: Selection, terms: list[Term], then: Route | None) -> None:
-        self.ops.add_terms_(rows.view(h), terms, index=rows.index, then=then)
+    def _add(
+        self, h: Tensor, rows: FusedRows, own: Selection, terms: list[Term], then: Route | None
+    ) -> None:
+        """``own``: which of the rows the terms are of."""
+        self.ops.add_terms_(own.view(h), terms, index=own.index, then=then, arrivals=rows.arrivals)
 
     def part(self) -> Feed:
         """The first half of the FFN."""

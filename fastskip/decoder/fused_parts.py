@@ -109,6 +109,8 @@ class FusedRows:
 
     Decisions: ``before`` falls before the layer, ``then_attention`` and ``then_ffn`` ride in its
     updates. A sublayer that is guarded goes by ``attention`` or ``ffn``, not by the fields above.
+
+    ``arrivals``: scratch of products, as of ``ops.fused.feed``.
     """
 
     joint: Selection
@@ -126,6 +128,7 @@ class FusedRows:
     then_ffn: Route | None = None
     attention: GuardedAttention | None = None
     ffn: GuardedFeed | None = None
+    arrivals: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from fastskip.decoder.guards import Point
 from fastskip.decoder.row_numbers import Classes, RowNumbers
 from fastskip.layer_plan import Table
 from fastskip.ops.allocate import to_device
-from fastskip.ops.contracts import Bounds, Reach, Targets
+from fastskip.ops.contracts import ARRIVALS, Bounds, Reach, Targets
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import SkippedKV, Sublayer, TokenClass
 from fastskip.routing import Router
@@ -63,6 +63,7 @@ class ForwardRows:
         self._layout, self._counts = numbers.layout, counts
         self._made: dict[tuple[object, ...], FusedRows] = {}
         self._targets: dict[tuple[Classes, Classes], Targets] = {}
+        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=like.device)
         self._nothing = Targets(*[torch.empty(0, dtype=torch.int32, device=like.device)] * 3)
         self._selections: dict[Classes, Selection] = {}
         self._flags: dict[Classes, Tensor] = {}
@@ -90,15 +91,20 @@ class ForwardRows:
     def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
         """What enters the parts of a layer; ``is_last``: it is in the plan's last step."""
         is_narrow = is_last and self._narrow is not None
-        rows = self._static(layer, is_narrow)
-        return rows if self.routes is None else self._guarded(layer, rows, self.routes)
+        if self.routes is None:
+            return self._static(layer, is_narrow)
+        return self._guarded(layer, is_narrow, self.routes)
 
-    def _guarded(self, layer: LayerPlan, rows: FusedRows, routes: DeviceRoutes) -> FusedRows:
+    def _guarded(self, layer: LayerPlan, is_narrow: bool, routes: DeviceRoutes) -> FusedRows:
         """The rows with what is decided on the way."""
         step = next(step for step in self._plan.steps if layer.index in step)
         before = routes.route(step, Point.START) if layer.index == step[0] else None
         attends = routes.runs(layer.index, Sublayer.ATTENTION)
         feeds = routes.runs(layer.index, Sublayer.FFN)
+        if attends is None or feeds is None:
+            rows = self._static(layer, is_narrow)
+        else:
+            rows = self._idle(is_narrow)
         return replace(
             rows,
             before=before,
@@ -173,6 +179,22 @@ class ForwardRows:
             found = self._made[key] = self._make(layer, is_narrow)
         return found
 
+    def _idle(self, is_narrow: bool) -> FusedRows:
+        """Of a layer that goes by flags alone: who goes on."""
+        nobody = Selection(slice(0, 0), 0)
+        return FusedRows(
+            joint=nobody,
+            joint_targets=self._nothing,
+            stored=nobody,
+            stored_targets=self._nothing,
+            copies=(),
+            narrow=self._narrow if is_narrow else None,
+            attending=nobody,
+            query_targets=self._nothing,
+            feeding=nobody,
+            reach=None,
+        )
+
     def _make(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
         nobody: Classes = frozenset()
         joint = nobody if is_narrow else layer.attending
@@ -198,6 +220,7 @@ class ForwardRows:
             query_targets=self._query_targets(queries) if is_narrow else self._nothing,
             feeding=self._select(layer.feeding, is_narrow),
             reach=reach,
+            arrivals=self._arrivals,
         )
 
     def _select(self, classes: Classes, is_narrow: bool = False) -> Selection:

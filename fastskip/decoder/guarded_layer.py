@@ -66,19 +66,19 @@ class GuardedBlock(FusedBlock):
         if ffn is not None:
             fed, feeds = self._feed_guarded(h, rows, ffn)
         elif rows.feeding.count:
-            fed = self._feed(h, rows.feeding)
+            fed = self._feed(h, rows)
         if queries is not None:
             own = Term(self._attend_guarded(queries, store), self.weights.output)
             self.ops.add_terms_(h, [own], chosen=[queries.chosen])
         elif rows.reach is not None:
             own = Term(self.attend(h, static, rows, store), self.weights.output)
-            self._add(h, rows.attending, [own], None)
+            self._add(h, rows, rows.attending, [own], None)
         if fed is not None and feeds is not None:
             self.ops.add_terms_(
                 h, [Term(fed, self.weights.down)], chosen=[feeds], then=rows.then_ffn
             )
         elif fed is not None:
-            self._add(h, rows.feeding, [Term(fed, self.weights.down)], rows.then_ffn)
+            self._add(h, rows, rows.feeding, [Term(fed, self.weights.down)], rows.then_ffn)
         else:
             self._route(h, rows.then_ffn)
         return h

@@ -22,7 +22,7 @@ from fastskip.decoder.pages import PagePool
 from fastskip.decoder.riding import Part, riding
 from fastskip.layer_plan import Cell, Pool
 from fastskip.ops.allocate import copy_over, empty
-from fastskip.ops.contracts import PAGE, Choice, Pages, Rotation, StepReach, Targets
+from fastskip.ops.contracts import ARRIVALS, PAGE, Choice, Pages, Rotation, StepReach, Targets
 from fastskip.ops.routes import Route
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import SkippedKV, Sublayer, TokenClass
@@ -93,6 +93,7 @@ class StepState:
         heads = plan.shape.num_heads
         # Two, since the blocks of a pair count their arrivals in one launch.
         self._arrivals = [zeros(batch * heads) for _ in range(2)]
+        self._shared = zeros(ARRIVALS)
         for key in self._idle:
             self._slabs[key] = []
             width = -(-shape.slots // PAGE) + 1
@@ -253,6 +254,7 @@ class StepState:
             query_targets=nowhere,
             feeding=every if new in layer.feeding else none,
             reach=reach,
+            arrivals=self._shared,
         )
         return rows if self.routes is None else self._guarded(layer, rows, targets, self.routes)
 

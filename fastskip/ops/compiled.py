@@ -93,6 +93,7 @@ def feed(
     index: Tensor | None = None,
     changes: Sequence[Tensor] | None = None,
     chosen: Chosen | None = None,
+    arrivals: Tensor | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN; ``[n, F]`` of each block."""
     by = _choice(h, index, [feeds[0].linear], chosen)
@@ -103,7 +104,7 @@ def feed(
     if chosen is not None:
         return [_feed_chosen(h, part, change, chosen) for part, change in pairs]
     return [
-        _activated(normalize(h, part.norm, index=index, change=change), part, by)
+        _activated(normalize(h, part.norm, index=index, change=change), part, by, arrivals)
         for part, change in pairs
     ]
 
@@ -138,6 +139,7 @@ def add_terms_(
     factor: float = 1.0,
     chosen: Sequence[Chosen | None] = (),
     then: Route | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place."""
     longest = max(terms, key=lambda term: term.x.shape[1])
@@ -146,13 +148,20 @@ def add_terms_(
     if by == FEW_ROWS:
         carried = then if rides else None
         residual.add_terms_(
-            h, terms, index=index, changes=changes, factor=factor, chosen=chosen, then=carried
+            h,
+            terms,
+            index=index,
+            changes=changes,
+            factor=factor,
+            chosen=chosen,
+            then=carried,
+            arrivals=arrivals,
         )
     else:
         for change in changes:
             add_rows_(h, change, index=index, factor=factor)
         for term, own in zip(terms, chosen or [None] * len(terms), strict=True):
-            _add_term(h, term, index, factor, own, by)
+            _add_term(h, term, index, factor, own, by, arrivals)
     if then is not None and not rides:
         route(h, then)
     return h
@@ -280,10 +289,10 @@ def _project_chosen(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
     return rotate_append(heads.unflatten(1, (-1, own.head_dim)), own, runs=chosen.runs)
 
 
-def _activated(x: Tensor, part: Feed, by: str) -> Tensor:
+def _activated(x: Tensor, part: Feed, by: str, arrivals: Tensor | None = None) -> Tensor:
     """First product and activation of normalized rows."""
     if by == ROW_GEMM:
-        return linear_rows(x, part.linear, activation=part.activation)
+        return linear_rows(x, part.linear, activation=part.activation, arrivals=arrivals)
     return activate(_product(x, part.linear, by), part.activation)
 
 
@@ -318,6 +327,7 @@ def _add_term(
     factor: float,
     chosen: Chosen | None,
     by: str,
+    arrivals: Tensor | None,
 ) -> None:
     """``h[index] += factor * (x @ weight.T + bias)``, of all rows of ``x`` or of chosen ones."""
     if chosen is not None and chosen.bound is not None:
@@ -335,7 +345,15 @@ def _add_term(
             factor=factor,
         )
     elif by == ROW_GEMM:
-        linear_rows(term.x, term.linear, out=h, out_index=index, onto=True, factor=factor)
+        linear_rows(
+            term.x,
+            term.linear,
+            out=h,
+            out_index=index,
+            onto=True,
+            factor=factor,
+            arrivals=arrivals,
+        )
     elif index is not None:
         add_rows_(h, _product(term.x, term.linear, by), index=index, factor=factor)
     else:

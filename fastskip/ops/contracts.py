@@ -244,6 +244,10 @@ class Choice:
     positions: Tensor
 
 
+ARRIVALS = 1024
+"""Zeros that ``feed`` and ``add_terms_`` are given to count programs that share a product by."""
+
+
 def elements_between(first: Tensor, last: Tensor) -> int:
     """Elements of ``first`` from where it begins to where ``last`` does; 0 for tensors without
     data."""

@@ -144,11 +144,13 @@ def feed(
     index: Tensor | None = None,
     changes: Sequence[Tensor] | None = None,
     chosen: Chosen | None = None,
+    arrivals: Tensor | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. Returns
-    ``[n, F]`` each.
+    ``[n, F]`` each. ``arrivals``: int32 scratch of ``ARRIVALS`` zeros, which is left zero; with it
+    kernels may share the work otherwise.
     """
     found = []
     for number, part in enumerate(feeds):
@@ -186,13 +188,15 @@ def add_terms_(
     factor: float = 1.0,
     chosen: Sequence[Chosen | None] = (),
     then: Route | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
 
     One term: the second half of a sublayer. Two: both second halves of a parallel block, or those
     of a pair, whose attention outputs are ``changes [n, D]``. No row occurs twice in ``index``.
     ``chosen``: which rows each term is for, none of them for all; without ``changes``. ``then``:
-    decisions on the residual stream that is left; needs an ``h`` that is whole.
+    decisions on the residual stream that is left; needs an ``h`` that is whole. ``arrivals``: as of
+    ``feed``.
     """
     found = apply_terms(terms)
     for number, own in enumerate(chosen):

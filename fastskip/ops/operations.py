@@ -57,6 +57,7 @@ class FusedOperations(Protocol):
         index: Tensor | None = None,
         changes: Sequence[Tensor] | None = None,
         chosen: Chosen | None = None,
+        arrivals: Tensor | None = None,
     ) -> list[Tensor]: ...
 
     def project_append_feed(
@@ -79,6 +80,7 @@ class FusedOperations(Protocol):
         factor: float = 1.0,
         chosen: Sequence[Chosen | None] = (),
         then: Route | None = None,
+        arrivals: Tensor | None = None,
     ) -> Tensor: ...
 
     def apply_terms(self, terms: Sequence[Term]) -> list[Tensor]: ...

@@ -98,3 +98,9 @@ def test_depth_is_no_matter_between_graphs(name: str, monkeypatch: pytest.Monkey
     between = many[3:-1]
     assert all(one == other for one, other in pairwise(between))
     assert 0 < len(between[0]) <= 8
+
+
+def test_a_prompt_with_routers_takes_no_more_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers of dense rows have worked out, layers that go by flags alone do without."""
+    dense, routers = (operations(3, *POLICIES[name], monkeypatch) for name in ("dense", "routers"))
+    assert len(routers[0]) <= len(dense[0])

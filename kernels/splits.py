@@ -1,0 +1,137 @@
+"""Products that several programs share: each sums a part of a tile, the last one puts it together.
+
+Where a product has few tiles, wide ones leave multiprocessors without work, and narrow ones read
+the rows again and again. So ``SPLITS`` programs take a tile, each an equal part of what is summed
+over, and leave it in fp32 scratch. Who arrives last adds the parts, in their order whoever that is,
+so that results do not depend on it, and does what follows.
+
+``arrivals``: int32 zeros, one for each tile at least, which a launch leaves zero; launches that
+share them must follow one another. Tables: ``<kernel>_split``, with rows and shape of the kernel's
+own; what else such an entry names replaces the kernel's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastskip.kernels import tuning
+from fastskip.ops.allocate import empty
+
+Shape = tuple[int, int]
+
+
+@triton.jit
+def leave(total, parts_ptr, tile, part, SPLITS: tl.constexpr):
+    """Leaves ``total [A, B]``, fp32, as a part of a tile."""
+    SIZE: tl.constexpr = total.shape[0] * total.shape[1]
+    tl.store(parts_ptr + (tile * SPLITS + part) * SIZE + _places(total), total)
+
+
+@triton.jit
+def is_last(arrivals_ptr, tile, SPLITS: tl.constexpr):
+    """Whether all other programs of the tile have left their parts. Asked once by each."""
+    # The atomic is one thread's: it publishes the stores of the others only after this.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+    tl.store(arrivals_ptr + tile, 0, mask=arrived == SPLITS - 1)
+    return arrived == SPLITS - 1
+
+
+@triton.jit
+def gather(total, parts_ptr, tile, SPLITS: tl.constexpr):
+    """The sum of all parts of a tile; ``total``: this program's own, for its shape."""
+    SIZE: tl.constexpr = total.shape[0] * total.shape[1]
+    places = parts_ptr + tile * SPLITS * SIZE + _places(total)
+    found = tl.zeros(total.shape, tl.float32)
+    # Written by other multiprocessors during this very launch: not from a cache of this one.
+    for part in tl.static_range(SPLITS):
+        found += tl.load(places + part * SIZE, cache_modifier=".cg")
+    return found
+
+
+@triton.jit
+def _places(total):
+    rows = tl.arange(0, total.shape[0])[:, None]
+    return rows * total.shape[1] + tl.arange(0, total.shape[1])[None]
+
+
+def config_of(
+    name: str,
+    config: Mapping[str, Any] | None,
+    arrivals: Tensor | None,
+    device: torch.device,
+    rows: int,
+    shape: Shape,
+) -> Mapping[str, Any]:
+    """The configuration of a launch of the kernel ``name`` that may share its tiles."""
+    if config is not None:
+        return config
+    own = tuning.config_for(name, device, rows, shape)
+    if arrivals is None:
+        return own
+    return {**own, **tuning.config_for(f"{name}_split", device, rows, shape)}
+
+
+def splits_of(
+    blocks: dict[str, int], arrivals: Tensor | None, tiles: int, inner: Sequence[int]
+) -> int:
+    """How many programs share a tile: as many as ``SPLITS``, which is taken out of ``blocks``, or
+    one where what is summed over, ``inner`` elements of each term, has no such parts.
+
+    Parts begin where wide loads can.
+    """
+    wanted = blocks.pop("SPLITS", 1)
+    fits = arrivals is not None and tiles <= len(arrivals)
+    return wanted if fits and all(each % (16 * wanted) == 0 for each in inner) else 1
+
+
+def scratch(count: int, splits: int, size: int, device: torch.device) -> Tensor | None:
+    """Where the parts of ``count`` tiles of ``size`` elements are left, if there are any."""
+    return None if splits == 1 else empty((count * splits * size,), torch.float32, device)
+
+
+def add_terms_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
+    """Configurations of shared tiles worth timing, in steps of few rows."""
+    if rows <= 4:
+        return []
+    block = min(64, max(16, triton.next_power_of_2(rows)))
+    return [
+        {
+            **{"BLOCK_M": m, "BLOCK_N": block, "BLOCK_E": e, "STAGES": stages},
+            **{"num_warps": warps, "SPLITS": splits},
+        }
+        for m, e, stages, warps in ((64, 128, 4, 4), (64, 64, 6, 4), (128, 64, 4, 8))
+        for splits in (2, 4, 8)
+        if _is_worth(m, splits, shape)
+    ]
+
+
+def linear_rows_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
+    """Configurations of shared tiles worth timing, for the text rows of a prompt."""
+    if rows > 128:
+        return []
+    return [
+        {
+            **{"BLOCK_N": 64, "BLOCK_M": m, "BLOCK_E": e, "GROUP": 8, "STAGES": stages},
+            **{"num_warps": warps, "SPLITS": splits},
+        }
+        for m, e, stages, warps in (
+            (64, 64, 4, 4),
+            (64, 128, 3, 4),
+            (128, 64, 3, 4),
+            (128, 64, 4, 8),
+        )
+        for splits in (2, 4, 8)
+        if _is_worth(m, splits, shape)
+    ]
+
+
+def _is_worth(width: int, splits: int, shape: Shape) -> bool:
+    """Whether programs fill 132 multiprocessors, once to three times, with parts of one size."""
+    return 96 <= splits * shape[0] // width <= 400 and shape[1] % (16 * splits) == 0
