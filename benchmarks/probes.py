@@ -296,7 +296,7 @@ SHARED_TERMS = {
     "SPLITS": 4,
 }
 SHARED_ROWS = {
-    **{"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_E": 64, "GROUP": 8, "STAGES": 3, "num_warps": 4},
+    **{"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_E": 64, "GROUP": 8, "STAGES": 3, "num_warps": 8},
     "SPLITS": 4,
 }
 

@@ -7,11 +7,12 @@ import torch
 from transformers import PreTrainedModel
 
 from fastskip.kernels import tuning
+from fastskip.kernels.launch import recording
 from fastskip.ops.account import counted
 from tests.agreement import Trio, expected, generate, greedy
 from tests.batches import Batch, random_batch
 from tests.budget import assert_within_budget
-from tests.device.interpreted import STREAM, TENSOR
+from tests.device.interpreted import STREAM, TENSOR, shared
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, policy_of, skip
 
@@ -57,6 +58,19 @@ def test_token_for_token(name: str, trio: Trio, batch: Batch) -> None:
     with tuning.table(STREAM), counted() as account:
         assert torch.equal(generate(trio.under(POLICIES[name]), batch, NEW), tokens)
     assert account.by_kernel["head"][0] == NEW - 1  # every step ran on kernels
+
+
+@pytest.mark.parametrize("name", ["dense", "text only ffn", "parallel, shared"])
+def test_tiles_that_programs_share(name: str) -> None:
+    """In prompts and in steps of more rows than four: the same tokens."""
+    trio = Trio(tiny_llava(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16), impl="triton")
+    batch = random_batch(trio.plain, 3, images=(1, 0, 1, 1, 0))
+    tokens = greedy(trio.plain, POLICIES[name], batch, NEW)
+    with tuning.table(shared(2)), recording() as account:
+        assert torch.equal(generate(trio.under(POLICIES[name]), batch, NEW), tokens)
+    for kernel in ("add_terms", "linear_rows"):
+        parts = [each.arguments["SPLITS"] for each in account.launches if each.name == kernel]
+        assert 2 in parts, kernel
 
 
 @pytest.mark.parametrize("name", ["dense", "each class its own rule"])
