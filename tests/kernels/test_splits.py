@@ -10,9 +10,9 @@ from torch import Tensor
 from benchmarks.gpu import tune
 from benchmarks.gpu.tables import Question
 from fastskip.kernels import residual, row_gemm, splits, tuning
-from fastskip.kernels.launch import recording
+from fastskip.kernels.launch import Launch, recording
 from fastskip.kernels.tuning import Entry, Table
-from fastskip.ops import compiled, fused
+from fastskip.ops import allocate, compiled, fused
 from fastskip.ops.contracts import ARRIVALS, Activation, Linear, Term
 from tests.budget import assert_within_budget
 from tests.kernels.paging import exact
@@ -41,6 +41,11 @@ def terms_of(rows: int, sizes: list[int], device: torch.device, dtype: torch.dty
     ]
 
 
+def assert_parts_lie_apart(launch: Launch) -> None:
+    """All scratch is written: no two programs leave a part in one place, in whatever order."""
+    assert launch.arguments["parts_ptr"].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", ([96], [128, 96]))
 @pytest.mark.parametrize("is_indexed", (False, True))
@@ -67,9 +72,10 @@ def test_terms(
         return found
 
     config = {**TERMS, "SPLITS": 2}
-    with recording() as account:
+    with allocate.poisoned(), recording() as account:
         actual = added(residual.add_terms_, device, dtype, arrivals=arrivals, config=config)
     assert account.launches[0].grid[2] == 2
+    assert_parts_lie_apart(account.launches[0])
     eager = added(fused.add_terms_, device, dtype)
     truth = added(fused.add_terms_, CPU, torch.float64)
     assert_within_budget("terms", actual=actual, eager=eager, truth=truth)
@@ -106,7 +112,7 @@ def test_rows(
         return out + 0.5 * (y if activation is None else fused.activate(y, activation))
 
     out, own, linear = cast(device, dtype)
-    with recording() as account:
+    with allocate.poisoned(), recording() as account:
         row_gemm.linear_rows(
             own,
             linear,
@@ -118,6 +124,7 @@ def test_rows(
             config={**ROWS, "SPLITS": parts},
         )
     assert account.launches[0].grid[1] == parts
+    assert_parts_lie_apart(account.launches[0])
     truth = eager_form(CPU, torch.float64)
     assert_within_budget("rows", actual=out, eager=eager_form(device, dtype), truth=truth)
     assert not arrivals.any()
