@@ -121,6 +121,8 @@ def _add_tile(
     second_change,
     rows,
     factor,
+    parts_ptr,
+    arrivals_ptr,
     M: tl.constexpr,
     E: tl.constexpr,
     SECOND_E: tl.constexpr,
@@ -128,11 +130,13 @@ def _add_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """Adds to columns ``tile * BLOCK_M`` onwards of the rows of ``n`` that ``gets``.
 
     ``does``, ``second_does``, and whether any does: which rows each of two terms is for, or
-    ``None`` where all terms are for all rows that get anything.
+    ``None`` where all terms are for all rows that get anything. With ``SPLITS`` the terms are this
+    program's part of them.
     """
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (m < M)[:, None] & gets[None]
@@ -141,8 +145,9 @@ def _add_tile(
     if index_ptr is not None:
         row = tl.load(index_ptr + n, mask=n < rows, other=0).to(tl.int64)
     place_ptr = h_ptr + row[None] * stride_hn + m[:, None]
-    # Asked for ahead of the products, and not touched before their end.
-    h = tl.load(place_ptr, mask=inside, other=0.0)
+    if SPLITS == 1:
+        # Asked for ahead of the products, and not touched before their end.
+        h = tl.load(place_ptr, mask=inside, other=0.0)
 
     if does is None:
         total = _term(first, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
@@ -161,88 +166,37 @@ def _add_tile(
         )
         if BLOCK_N == 1:
             total = total[:, None]
-    _put(
-        total,
-        h,
-        place_ptr,
-        n,
-        m,
-        inside,
-        does,
-        second_does,
-        first,
-        second,
-        change,
-        second_change,
-        factor,
-        M,
-        SECOND_E,
-    )
-
-
-@triton.jit
-def _add_shared_tile(
-    tile,
-    n,
-    gets,
-    start,
-    h_ptr,
-    stride_hn,
-    index_ptr,
-    first,
-    second,
-    change,
-    second_change,
-    rows,
-    factor,
-    parts_ptr,
-    arrivals_ptr,
-    M: tl.constexpr,
-    E: tl.constexpr,
-    SECOND_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """``_add_tile`` of all terms, by ``SPLITS`` programs."""
-    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    owned = tl.minimum(m, M - 1)
-    part = tl.program_id(2)
-    # Here, since a function cannot return what may be None.
-    SIZE: tl.constexpr = E // SPLITS
-    inputs, weights = first.inputs, first.weights
-    own = Addend(
-        products.Inputs(inputs.x + part * SIZE, inputs.stride),
-        products.Weights(weights.weight + part * SIZE, weights.stride),
-    )
-    total = _term(own, owned, start, rows, SIZE, BLOCK_N, BLOCK_E, STAGES)
-    if SECOND_E > 0:
-        SECOND_SIZE: tl.constexpr = SECOND_E // SPLITS
-        inputs, weights = second.inputs, second.weights
-        own = Addend(
-            products.Inputs(inputs.x + part * SECOND_SIZE, inputs.stride),
-            products.Weights(weights.weight + part * SECOND_SIZE, weights.stride),
-        )
-        total += _term(own, owned, start, rows, SECOND_SIZE, BLOCK_N, BLOCK_E, STAGES)
-    place = tl.program_id(0) * tl.num_programs(1) + tile
-    splits.leave(total, parts_ptr, place, part, SPLITS)
-    if splits.is_last(arrivals_ptr, place, SPLITS):
-        inside = (m < M)[:, None] & gets[None]
-        row = n.to(tl.int64)
-        if index_ptr is not None:
-            row = tl.load(index_ptr + n, mask=n < rows, other=0).to(tl.int64)
-        place_ptr = h_ptr + row[None] * stride_hn + m[:, None]
+    if SPLITS > 1:
+        place = tl.program_id(0) * tl.num_programs(1) + tile
+        splits.leave(total, parts_ptr, place, tl.program_id(2), SPLITS)
+        if splits.is_last(arrivals_ptr, place, SPLITS):
+            _put(
+                splits.gather(total, parts_ptr, place, SPLITS),
+                tl.load(place_ptr, mask=inside, other=0.0),
+                place_ptr,
+                n,
+                m,
+                inside,
+                does,
+                second_does,
+                first,
+                second,
+                change,
+                second_change,
+                factor,
+                M,
+                SECOND_E,
+            )
+    else:
         _put(
-            splits.gather(total, parts_ptr, place, SPLITS),
-            tl.load(place_ptr, mask=inside, other=0.0),
+            total,
+            h,
             place_ptr,
             n,
             m,
             inside,
-            None,
-            None,
+            does,
+            second_does,
             first,
             second,
             change,
@@ -357,32 +311,20 @@ def _add_terms_kernel(
         )
         first = Addend(first.inputs, weights)
     if SPLITS > 1:
-        _add_shared_tile(
-            tl.program_id(1),
-            n,
-            n < rows,
-            start,
-            h_ptr,
-            stride_hn,
-            index_ptr,
-            first,
-            second,
-            change,
-            second_change,
-            rows,
-            factor,
-            parts_ptr,
-            arrivals_ptr,
-            M,
-            E,
-            SECOND_E,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_E,
-            STAGES,
-            SPLITS,
+        part = tl.program_id(2)
+        inputs, weights = first.inputs, first.weights
+        first = Addend(
+            products.Inputs(inputs.x + part * (E // SPLITS), inputs.stride),
+            products.Weights(weights.weight + part * (E // SPLITS), weights.stride, weights.bias),
         )
-    elif runs_ptr is None and second_runs_ptr is None:
+        if SECOND_E > 0:
+            inputs, weights = second.inputs, second.weights
+            SIZE: tl.constexpr = SECOND_E // SPLITS
+            second = Addend(
+                products.Inputs(inputs.x + part * SIZE, inputs.stride),
+                products.Weights(weights.weight + part * SIZE, weights.stride, weights.bias),
+            )
+    if runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
             n,
@@ -401,13 +343,16 @@ def _add_terms_kernel(
             second_change,
             rows,
             factor,
+            parts_ptr,
+            arrivals_ptr,
             M,
-            E,
-            SECOND_E,
+            E // SPLITS,
+            SECOND_E // SPLITS,
             BLOCK_M,
             BLOCK_N,
             BLOCK_E,
             STAGES,
+            SPLITS,
         )
     else:
         # What no row gets anything of is an empty range: the end is reached all the same.
@@ -442,6 +387,8 @@ def _add_terms_kernel(
                 second_change,
                 rows,
                 factor,
+                None,
+                None,
                 M,
                 E,
                 SECOND_E,
@@ -449,6 +396,7 @@ def _add_terms_kernel(
                 BLOCK_N,
                 BLOCK_E,
                 STAGES,
+                1,
             )
     if MOVE is not None:
         riding.ride(
