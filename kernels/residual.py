@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import guards, hops, numerics, overlap, products, riding, splits
+from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -169,7 +170,7 @@ def _add_tile(
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
         splits.leave(total, parts_ptr, place, tl.program_id(2), SPLITS)
-        if splits.is_last(arrivals_ptr, place, SPLITS):
+        if is_last(arrivals_ptr + place, SPLITS):
             _put(
                 splits.gather(total, parts_ptr, place, SPLITS),
                 tl.load(place_ptr, mask=inside, other=0.0),
@@ -498,12 +499,12 @@ def add_terms_(
         then = ends.route
     rows, size = len(first.x), h.shape[1]
     shape = size, max(term.x.shape[1] for term in terms)
+    if is_guarded or then is not None or rows <= splits.MOST_STREAMED:
+        arrivals = None
     if is_guarded:
         config = guards.config_of("add_terms", config, h.device, rows, shape)
-    elif rows > 4 and then is None:
-        config = splits.config_of("add_terms", config, arrivals, h.device, rows, shape)
     else:
-        arrivals = None
+        config = splits.config_of("add_terms", config, arrivals, h.device, rows, shape)
     blocks, options = blocks_for("add_terms", config, h, rows, shape)
     is_streamed = blocks["BLOCK_N"] < 16 and options["num_warps"] <= 4
     if is_guarded and then is not None and (is_streamed or ends is not None):
@@ -514,11 +515,10 @@ def add_terms_(
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
     inner = [term.x.shape[1] for term in terms]
-    shared = splits.splits_of(blocks, None if is_guarded else arrivals, row_blocks * tiles, inner)
-    grid = (row_blocks, width, shared) if shared > 1 else (row_blocks, width)
+    shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, inner)
     launch(
         _add_terms_kernel,
-        grid,
+        (row_blocks, width, shared) if shared > 1 else (row_blocks, width),
         options,
         is_guarded=is_guarded,
         h_ptr=h,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from fastskip.kernels import hops, numerics, verdicts
+from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.conditional import signed
 from fastskip.ops.allocate import empty
 from fastskip.ops.hops import Hops
@@ -89,10 +90,7 @@ def ride(
             SCORES,
             HAS_SUMS,
         )
-    # The atomic is one thread's: it publishes the stores of the others only after this.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(then.arrivals, 1, sem="acq_rel")
-    if arrived == tl.num_programs(0) * tl.num_programs(1) - 1:
+    if is_last(then.arrivals, tl.num_programs(0) * tl.num_programs(1)):
         if HOP is None:
             _settle(then, salts, rows, M, TILES, MOVE, SCORES, RULES, IS_OF_ALL, HAS_SUMS, ROWS)
         else:
@@ -110,7 +108,6 @@ def ride(
                 HAS_SUMS,
                 ROWS,
             )
-        tl.store(then.arrivals, 0)
 
 
 @triton.jit

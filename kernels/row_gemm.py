@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastskip.kernels import numerics, splits
 from fastskip.kernels.activation import relu, silu
+from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -116,7 +117,7 @@ def _linear_rows_kernel(
         splits.leave(y, parts_ptr, tile, part, SPLITS)
         if FORM == GATED:
             splits.leave(up, parts_ptr, tl.num_programs(0) + tile, part, SPLITS)
-        if not splits.is_last(arrivals_ptr, tile, SPLITS):
+        if not is_last(arrivals_ptr + tile, SPLITS):
             return
         y = splits.gather(y, parts_ptr, tile, SPLITS)
         if FORM == GATED:

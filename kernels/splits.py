@@ -5,9 +5,8 @@ the rows again and again. So ``SPLITS`` programs take a tile, each an equal part
 over, and leave it in fp32 scratch. Who arrives last adds the parts, in their order whoever that is,
 so that results do not depend on it, and does what follows.
 
-``arrivals``: int32 zeros, one for each tile at least, which a launch leaves zero; launches that
-share them must follow one another. Tables: ``<kernel>_split``, with rows and shape of the kernel's
-own; what else such an entry names replaces the kernel's own.
+``arrivals``: as in the file of that name, one for each tile at least. Tables: ``<kernel>_split``,
+with rows and shape of the kernel's own; what else such an entry names replaces the kernel's own.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from fastskip.kernels import tuning
 from fastskip.ops.allocate import empty
 
 Shape = tuple[int, int]
+MOST_STREAMED = 4
+"""Up to so many rows a step's weights stream by, in tiles that are nobody else's."""
 
 
 @triton.jit
@@ -31,16 +32,6 @@ def leave(total, parts_ptr, tile, part, SPLITS: tl.constexpr):
     """Leaves ``total [A, B]``, fp32, as a part of a tile."""
     SIZE: tl.constexpr = total.shape[0] * total.shape[1]
     tl.store(parts_ptr + (tile * SPLITS + part) * SIZE + _places(total), total)
-
-
-@triton.jit
-def is_last(arrivals_ptr, tile, SPLITS: tl.constexpr):
-    """Whether all other programs of the tile have left their parts. Asked once by each."""
-    # The atomic is one thread's: it publishes the stores of the others only after this.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
-    tl.store(arrivals_ptr + tile, 0, mask=arrived == SPLITS - 1)
-    return arrived == SPLITS - 1
 
 
 @triton.jit
@@ -98,7 +89,7 @@ def scratch(count: int, splits: int, size: int, device: torch.device) -> Tensor 
 
 def add_terms_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
     """Configurations of shared tiles worth timing, in steps of few rows."""
-    if rows <= 4:
+    if rows <= MOST_STREAMED:
         return []
     block = min(64, max(16, triton.next_power_of_2(rows)))
     return [

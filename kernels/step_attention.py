@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import hops, numerics, overlap, tuning
+from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.blocks import split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
@@ -208,15 +209,11 @@ def _attend_step_kernel(
         log_sum = tl.where(total > 0.0, best + tl.log2(some), LOW)
         tl.store(sums_ptr + place, log_sum, mask=is_head)
         if FUSED_COMBINE:
-            arrivals_ptr += problem * arrivals_distance + lane
-            # The atomic is one thread's: it publishes the stores of the others only after this.
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-            if arrived == SPLITS - 1:
+            does_combine = is_last(arrivals_ptr + problem * arrivals_distance + lane, SPLITS)
+            if does_combine:
                 _combine(
                     found_ptr, sums_ptr, out_ptr, row, is_head, SPLITS, HEAD_DIM, BLOCK_H, BLOCK_K
                 )
-                tl.store(arrivals_ptr, 0)
 
 
 @triton.jit
