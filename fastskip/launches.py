@@ -67,7 +67,7 @@ def prefill_launches(
             numbers = RowNumbers(layout, cache.codes, layout.locate(wanted))
             send, counts = sender(numbers, anchor.device), cache.device_counts
             rows = ForwardRows(plan, numbers, send, counts, routers, anchor)
-            h = run_steps(plan, blocks, h, rows.of, store, steps=steps)
+            h = run_steps(plan, blocks, h, rows.of, store, steps=steps).h
         ops.head_logits(h, _norm(plan.shape), _head(plan.shape))
     return account
 
@@ -90,7 +90,7 @@ def decode_launches(plan: SkipPlan, batch: int, context: int, table: str | None 
     with counted(is_dry=True, table=table) as account:
         embedding = _empty(shape, shape.vocab_size, shape.hidden_size)
         ops.embed(state.choice.tokens, embedding, state.h)
-        h = run_steps(plan, _blocks(plan, ops), state.h, state.rows_of, state.store)
+        h = run_steps(plan, _blocks(plan, ops), state.h, state.rows_of, state.store).h
         ops.head_choose(h, _norm(shape), _head(shape), state.choice)
     return account
 

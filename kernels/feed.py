@@ -37,7 +37,7 @@ from fastskip.kernels.operands import (
     weights_step,
 )
 from fastskip.ops.allocate import empty
-from fastskip.ops.contracts import Activation, Feed
+from fastskip.ops.contracts import Activation, Feed, HalfNorm
 from fastskip.ops.routes import Chosen
 
 
@@ -227,14 +227,16 @@ def feed(
     changes: Sequence[Tensor] | None = None,
     chosen: Chosen | None = None,
     now: Tensor | None = None,
+    half: HalfNorm | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. ``chosen``: the
     rows that run, without ``index``. ``now``: in a loop (``hops``), whose first layer's part is
-    given, the distances to that of the layer that is next. Returns ``[n, F]`` each. A pair takes
-    one launch if its blocks are of one shape and run for all rows.
+    given, the distances to that of the layer that is next. ``half``: of the norm of all rows, if it
+    is taken so far. Returns ``[n, F]`` each. A pair takes one launch if its blocks are of one shape
+    and run for all rows.
     """
     refuse_gradients(h=h, **{f"changes[{i}]": each for i, each in enumerate(changes or ())})
     strides = set() if changes is None else {each.stride(0) for each in changes}
@@ -264,7 +266,8 @@ def feed(
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     programs, is_long = share_out(blocks, tiles, programs, may_be_long=parts == 1)
     out = empty((parts, rows, width), h.dtype, h.device)
-    x = rows_read(h, [each.norm for each in feeds], index=index, changes=changes, is_apart=is_apart)
+    norms = [each.norm for each in feeds]
+    x = rows_read(h, norms, index=index, changes=changes, is_apart=is_apart, half=half)
     launch(
         _feed_kernel,
         (triton.cdiv(rows, blocks["BLOCK_N"]), programs),

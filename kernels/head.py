@@ -34,7 +34,7 @@ from fastskip.kernels.operands import (
 )
 from fastskip.kernels.sampler import finish, ranked
 from fastskip.ops.allocate import empty
-from fastskip.ops.contracts import Choice, Linear, Norm
+from fastskip.ops.contracts import Choice, HalfNorm, Linear, Norm
 
 
 @triton.jit
@@ -139,12 +139,20 @@ def _head_kernel(
 
 
 def head_logits(
-    h: Tensor, norm: Norm | None, head: Linear, *, config: Mapping[str, Any] | None = None
+    h: Tensor,
+    norm: Norm | None,
+    head: Linear,
+    *,
+    half: HalfNorm | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``."""
+    """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``.
+
+    ``half``: of the norm, if it is taken so far.
+    """
     rows, columns = len(h), len(head.weight)
     logits = empty((rows, columns), h.dtype, h.device)
-    _launch_head(h, norm, head, logits, False, config)
+    _launch_head(h, norm, head, logits, False, half, config)
     return logits
 
 
@@ -155,13 +163,14 @@ def head_choose(
     choice: Choice,
     *,
     logits: Tensor | None = None,
+    half: HalfNorm | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """``choose(head_logits(h, norm, head), choice)`` in two launches: ``h [B, D]``.
 
-    ``logits [B, V]``: where the logits go, if anyone wants them.
+    ``logits [B, V]``: where the logits go, if anyone wants them; ``half``: as of ``head_logits``.
     """
-    partials = _launch_head(h, norm, head, logits, True, config)
+    partials = _launch_head(h, norm, head, logits, True, half, config)
     assert partials is not None
     finish(partials, choice)
 
@@ -177,6 +186,7 @@ def _launch_head(
     head: Linear,
     logits: Tensor | None,
     does_rank: bool,
+    half: HalfNorm | None,
     config: Mapping[str, Any] | None,
 ) -> Tensor | None:
     """Launches the product; returns the candidates ``[n, parts]`` if ``does_rank``."""
@@ -185,7 +195,7 @@ def _launch_head(
     blocks, options = blocks_for("head", config, h, rows, (columns, width))
     is_apart = bool(blocks.pop("NORM_APART", False))
     norms = [] if norm is None else [norm]
-    x = rows_read(h, norms, index=None, is_apart=is_apart)
+    x = rows_read(h, norms, index=None, is_apart=is_apart, half=half)
     parts = triton.cdiv(columns, blocks["BLOCK_M"])
     partials = empty((rows, parts), torch.int64, h.device) if does_rank else None
     programs, is_long = share_out(blocks, parts, parts, may_be_long=True)

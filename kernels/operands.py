@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import products, tuning
 from fastskip.kernels.blocks import split
 from fastskip.kernels.norm import normalize
-from fastskip.ops.contracts import Linear, Norm, elements_between
+from fastskip.ops.contracts import HalfNorm, Linear, Norm, elements_between
 
 
 def distance(tensors: Sequence[Tensor | None]) -> int:
@@ -72,12 +73,18 @@ def rows_read(
     index: Tensor | None,
     changes: Sequence[Tensor] | None = None,
     is_apart: bool,
+    half: HalfNorm | None = None,
 ) -> RowsRead:
     """``norm(h[index] + change)`` of each problem; without ``norms`` its input is finished.
 
     ``is_apart``: the norm takes launches of its own, one for each that differs, and the product
-    finds finished rows.
+    finds finished rows. ``half``: the norm of all rows of ``h``, without changes, as far as it is
+    taken; then it takes no launch.
     """
+    if half is not None:
+        if len(norms) != 1 or index is not None or changes is not None:
+            raise ValueError("half: allowed with one norm, of all rows, without changes")
+        return RowsRead([half.rows], None, None, None, half)
     if not is_apart or not norms:
         return RowsRead([h], index, changes, norms or None)
     inputs = [
@@ -96,6 +103,7 @@ class RowsRead:
     index: Tensor | None
     changes: Sequence[Tensor] | None
     norms: Sequence[Norm] | None
+    half: HalfNorm | None = None
 
     @property
     def form(self) -> int:
@@ -110,6 +118,15 @@ class RowsRead:
         """What the first problem reads."""
         x, change = self.inputs[0], None if self.changes is None else self.changes[0]
         norm = None if self.norms is None else self.norms[0]
+        if self.half is not None:
+            squares = self.half.squares
+            return products.Inputs(
+                x=x,
+                stride=x.stride(0),
+                epsilon=self.half.norm.epsilon,
+                squares=squares,
+                sums=tl.constexpr(squares.shape[1]),
+            )
         return products.Inputs(
             x=x,
             stride=x.stride(0),

@@ -13,7 +13,8 @@ of matrix instructions, WGMMA on sm_90 if ``BLOCK_M`` is at least 64.
 
 RMS norm costs no pass of its own: the sum of squares is taken of the same tiles, and its root
 divides the result. Two cases take the statistics first: LayerNorm, and RMS norm of fp16 rows in the
-tensor form, where a row times its weights could leave the range of the storage.
+tensor form, where a row times its weights could leave the range of the storage. A norm that is half
+taken (``contracts.HalfNorm``) only divides: no weights of it are read, and no square is computed.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +31,11 @@ LAYER_NORM = tl.constexpr(2)
 
 class Inputs(NamedTuple):
     """What a product reads: ``norm(x[index] + change)``. ``index``, ``change`` and ``shift``, the
-    bias of the norm, may be ``None``, without norm also its weight, ``gain``."""
+    bias of the norm, may be ``None``, without norm also its weight, ``gain``.
+
+    Of a norm that is half taken ``squares [n, sums]`` are left, the number of ``sums`` a constant;
+    products then see no other norm.
+    """
 
     x: Any
     stride: Any
@@ -40,6 +45,8 @@ class Inputs(NamedTuple):
     gain: Any = None
     shift: Any = None
     epsilon: Any = 0.0
+    squares: Any = None
+    sums: Any = None
 
 
 class Weights(NamedTuple):
@@ -144,6 +151,9 @@ def _stream(
             )
             for number in (0, 1, 2, 3)[:BLOCK_N]
         ]
+    if inputs.squares is not None:
+        # Asked for ahead of the weights, and not touched before their end.
+        halves = [_squares(inputs, n[number]) for number in (0, 1, 2, 3)[:BLOCK_N]]
     BLOCK_M: tl.constexpr = weight_ptrs.shape[0]
     sums = [tl.zeros([BLOCK_M, BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
     squares = [tl.zeros([BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
@@ -171,6 +181,11 @@ def _stream(
     if NORM == RMS_NORM:
         y = [
             y[number] * tl.rsqrt(tl.sum(squares[number]) / E + inputs.epsilon)
+            for number in (0, 1, 2, 3)[:BLOCK_N]
+        ]
+    if inputs.squares is not None:
+        y = [
+            y[number] * tl.rsqrt(tl.sum(halves[number]) / E + inputs.epsilon)
             for number in (0, 1, 2, 3)[:BLOCK_N]
         ]
     if BLOCK_N == 1:
@@ -216,6 +231,8 @@ def _tensor(
             BLOCK_E,
             STAGES,
         )
+    if inputs.squares is not None:
+        halves = _squares(inputs, n[:, None])
     y = tl.zeros([weight_ptrs.shape[0], BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
@@ -240,6 +257,8 @@ def _tensor(
         y = numerics.dot(weight, tl.trans(operand), y)
     if NORM == RMS_NORM and not IS_APART:
         y *= tl.rsqrt(tl.sum(squares, axis=1) / E + inputs.epsilon)[None, :]
+    if inputs.squares is not None:
+        y *= tl.rsqrt(tl.sum(halves, axis=1) / E + inputs.epsilon)[None, :]
     return y
 
 
@@ -259,6 +278,14 @@ def read(x_ptr, change_ptr, e, mask):
     if change_ptr is not None:
         x += numerics.load(change_ptr + e, mask)
     return x
+
+
+@triton.jit
+def _squares(inputs, n):
+    """The sums of squares that are left of a norm of rows ``n``, along the last axis."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(inputs.sums)
+    part = tl.arange(0, WIDTH)
+    return tl.load(inputs.squares + n * inputs.sums + part, mask=part < inputs.sums, other=0.0)
 
 
 @triton.jit

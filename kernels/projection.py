@@ -43,7 +43,7 @@ from fastskip.kernels.operands import (
 from fastskip.kernels.rotary import rotate
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import PAGE as PAGE_SLOTS
-from fastskip.ops.contracts import Projection
+from fastskip.ops.contracts import HalfNorm, Projection
 from fastskip.ops.routes import Chosen
 
 PAGE = tl.constexpr(PAGE_SLOTS)
@@ -380,6 +380,7 @@ def project_append(
     index: Tensor | None = None,
     chosen: Chosen | None = None,
     now: Tensor | None = None,
+    half: HalfNorm | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
@@ -388,7 +389,8 @@ def project_append(
     its blocks are of one shape and run for all rows. ``chosen``: the rows that run, without
     ``index``; the others leave entries if the projection ``leaves_all``. ``now``: in a loop
     (``hops``), whose first layer's projection is given, the distances to that of the layer that is
-    next; what it appends goes to the slots that its counts name.
+    next; what it appends goes to the slots that its counts name. ``half``: of the norm of all rows,
+    if it is taken so far.
     """
     refuse_gradients(h=h)
     first, last = projections[0], projections[-1]
@@ -413,7 +415,8 @@ def project_append(
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     width, is_long = share_out(blocks, tiles, width, may_be_long=parts == 1)
-    x = rows_read(h, [each.norm for each in projections], index=index, is_apart=is_apart)
+    norms = [each.norm for each in projections]
+    x = rows_read(h, norms, index=index, is_apart=is_apart, half=half)
     launch(
         _project_append_kernel,
         (triton.cdiv(rows, blocks["BLOCK_N"]), width),

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +41,7 @@ from fastskip.kernels.operands import (
     weights_step,
 )
 from fastskip.ops.allocate import empty
-from fastskip.ops.contracts import Term
+from fastskip.ops.contracts import HalfNorm, Norm, Term
 from fastskip.ops.hops import Field, Hops
 from fastskip.ops.routes import Chosen, Route
 
@@ -57,6 +58,15 @@ class Change(NamedTuple):
 
     ptr: Any
     stride: Any
+
+
+class Half(NamedTuple):
+    """The half of a norm that is left (``contracts.HalfNorm``): its weights ``gain [M]``, rows
+    ``[n, M]`` and ``squares [n, tiles]``."""
+
+    gain: Any
+    rows: Any
+    squares: Any
 
 
 @triton.jit
@@ -124,6 +134,7 @@ def _add_tile(
     factor,
     parts_ptr,
     arrivals_ptr,
+    half,
     M: tl.constexpr,
     E: tl.constexpr,
     SECOND_E: tl.constexpr,
@@ -149,6 +160,9 @@ def _add_tile(
     if SPLITS == 1:
         # Asked for ahead of the products, and not touched before their end.
         h = tl.load(place_ptr, mask=inside, other=0.0)
+    gain = None
+    if half is not None:
+        gain = numerics.load(half.gain + owned)
 
     if does is None:
         total = _term(first, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
@@ -185,6 +199,10 @@ def _add_tile(
                 change,
                 second_change,
                 factor,
+                half,
+                gain,
+                tile,
+                rows,
                 M,
                 SECOND_E,
             )
@@ -203,6 +221,10 @@ def _add_tile(
             change,
             second_change,
             factor,
+            half,
+            gain,
+            tile,
+            rows,
             M,
             SECOND_E,
         )
@@ -223,10 +245,15 @@ def _put(
     change,
     second_change,
     factor,
+    half,
+    gain,
+    tile,
+    rows,
     M: tl.constexpr,
     SECOND_E: tl.constexpr,
 ):
-    """Adds the ``total [BLOCK_M, BLOCK_N]`` of the products, and what has no product, to ``h``."""
+    """Adds the ``total [BLOCK_M, BLOCK_N]`` of the products, and what has no product, to ``h``, and
+    takes the ``half`` of a norm of weights ``gain [BLOCK_M]``, if any, of what that yields."""
     owned = tl.minimum(m, M - 1)
     if first.weights.bias is not None:
         total += _bias(first.weights.bias, owned, does)
@@ -238,7 +265,15 @@ def _put(
     if second_change is not None:
         at = n.to(tl.int64)[None] * second_change.stride + m[:, None]
         total += numerics.load(second_change.ptr + at, inside)
-    numerics.store(place_ptr, h.to(tl.float32) + factor * total, inside)
+    value = numerics.round_to(h.to(tl.float32) + factor * total, place_ptr.dtype.element_ty)
+    tl.store(place_ptr, value, mask=inside)
+    if half is not None:
+        TILES: tl.constexpr = tl.cdiv(M, total.shape[0])
+        # Of what is stored, as if it were read again.
+        value = tl.where(inside, value.to(tl.float32), 0.0)
+        row = n.to(tl.int64)
+        numerics.store(half.rows + row[None] * M + m[:, None], value * gain[:, None], inside)
+        tl.store(half.squares + row * TILES + tile, tl.sum(value * value, axis=0), mask=n < rows)
 
 
 @triton.jit
@@ -271,6 +306,7 @@ def _add_terms_kernel(
     condition: tl.int64,
     parts_ptr,
     arrivals_ptr,
+    half,
     M: tl.constexpr,
     E: tl.constexpr,
     SECOND_E: tl.constexpr,
@@ -346,6 +382,7 @@ def _add_terms_kernel(
             factor,
             parts_ptr,
             arrivals_ptr,
+            half,
             M,
             E // SPLITS,
             SECOND_E // SPLITS,
@@ -388,6 +425,7 @@ def _add_terms_kernel(
                 second_change,
                 rows,
                 factor,
+                None,
                 None,
                 None,
                 M,
@@ -483,6 +521,56 @@ def add_terms_(
     layer's two. The one that ends a layer also says which layer is next, and sets the ``condition``
     of the loop's node.
     """
+    _launch_terms(
+        h,
+        terms,
+        index=index,
+        changes=changes,
+        factor=factor,
+        chosen=chosen,
+        then=then,
+        field=field,
+        loop=loop,
+        condition=condition,
+        arrivals=arrivals,
+        config=config,
+    )
+    return h
+
+
+def add_terms_and_halve_(
+    h: Tensor,
+    terms: Sequence[Term],
+    norm: Norm,
+    *,
+    arrivals: Tensor | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> HalfNorm:
+    """``add_terms_(h, terms)``, and the half of ``norm`` (which has one) of the ``h`` that is left.
+
+    Each program squares its own columns: as many parts of a row's sum as there are tiles.
+    """
+    half = _launch_terms(h, terms, norm=norm, arrivals=arrivals, config=config)
+    assert half is not None
+    return half
+
+
+def _launch_terms(
+    h: Tensor,
+    terms: Sequence[Term],
+    *,
+    index: Tensor | None = None,
+    changes: Sequence[Tensor] = (),
+    factor: float = 1.0,
+    chosen: Sequence[Chosen | None] = (),
+    then: Route | None = None,
+    field: Field | None = None,
+    loop: Hops | None = None,
+    condition: int = 0,
+    arrivals: Tensor | None = None,
+    norm: Norm | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> HalfNorm | None:
     refuse_gradients(h=h, **{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     first, second = terms[0], terms[1] if len(terms) == 2 else None
     change, second_change = [*changes, None, None][:2]
@@ -516,6 +604,10 @@ def add_terms_(
     row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
     inner = [term.x.shape[1] for term in terms]
     shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, inner)
+    half = None
+    if norm is not None:
+        squares = empty((rows, tiles), torch.float32, h.device)
+        half = HalfNorm(norm, empty((rows, size), h.dtype, h.device), squares)
     launch(
         _add_terms_kernel,
         (row_blocks, width, shared) if shared > 1 else (row_blocks, width),
@@ -537,6 +629,7 @@ def add_terms_(
             row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
         ),
         arrivals_ptr=arrivals if shared > 1 else None,
+        half=half and Half(half.norm.weight, half.rows, half.squares),
         SPLITS=shared,
         FIELD=None if field is None else field.value,
         M=size,
@@ -546,7 +639,7 @@ def add_terms_(
         **riding.hopping(ends, condition),
         **blocks,
     )
-    return h
+    return half
 
 
 def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = None) -> list[Tensor]:

@@ -218,7 +218,7 @@ class CapturedForward:
             self._store,
             None if self._asked is None else self._note,
             self._steps,
-        )
+        ).h
 
     def _note(self, layer: int, h: Tensor) -> None:
         if layer == self._asked:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
+from fastskip.decoder.fused_layer import NOBODY, Readers
+from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store, Stream
 from fastskip.decoder.guarded_layer import BodiedBlock, is_one_decision, leaves_entries
 from fastskip.ops.bodies import Body
-from fastskip.ops.contracts import Term
+from fastskip.ops.contracts import Norm, Term
 from fastskip.policy import Arrangement
 
 
@@ -24,13 +25,15 @@ class ConditionalBlock(BodiedBlock):
     only if they share the flag too and leave nothing.
     """
 
-    def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
-        own = rows.attention
+    def run(
+        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NOBODY
+    ) -> Stream:
+        h, own = stream.h, rows.attention
         if own is None or not is_one_decision(rows):
-            return super().run(h, rows, store)
+            return super().run(stream, rows, store, readers)
         is_parallel = self.plan.arrangement is Arrangement.PARALLEL
         if is_parallel and leaves_entries(own):
-            return super().run(h, rows, store)
+            return super().run(stream, rows, store, readers)
         self._route(h, rows.before)
         alone = replace(rows, before=None, then_attention=None, then_ffn=None)
         if is_parallel:
@@ -38,28 +41,30 @@ class ConditionalBlock(BodiedBlock):
         else:
             attend = self._attention(h, alone, own, store)
             feed = super().run_ffn
-            self.bodies.run_if(own.runs, lambda: (attend(), feed(h, alone)))
+            self.bodies.run_if(own.runs, lambda: (attend(), feed(Stream(h), alone)))
         self._route(h, rows.then_ffn)
-        return h
+        return Stream(h)
 
-    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
-        own = rows.attention
+    def run_attention(
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
+    ) -> Stream:
+        h, own = stream.h, rows.attention
         if own is None:
-            return super().run_attention(h, rows, store)
+            return super().run_attention(stream, rows, store, reader)
         self.bodies.run_if(own.runs, self._attention(h, rows, own, store))
         self._route(h, rows.then_attention)
-        return h
+        return Stream(h)
 
-    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
-        own = rows.ffn
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
+        h, own = stream.h, rows.ffn
         if own is None:
-            return super().run_ffn(h, rows)
+            return super().run_ffn(stream, rows, reader)
         self._route(h, own.between)
         alone = replace(rows, ffn=replace(own, between=None), then_ffn=None)
         feed = super().run_ffn
-        self.bodies.run_if(own.runs, lambda: feed(h, alone))
+        self.bodies.run_if(own.runs, lambda: feed(Stream(h), alone))
         self._route(h, rows.then_ffn)
-        return None
+        return Stream(h)
 
     def _attention(self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store) -> Body:
         """The attention's body; what its rows leave is stored here, if those that skip leave it."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store
+from fastskip.decoder.fused_layer import NOBODY, Readers
+from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store, Stream
 from fastskip.decoder.guarded_layer import BodiedBlock, Queries, is_one_decision
 from fastskip.ops.bodies import CountedBody
-from fastskip.ops.contracts import Projection, Reach, StepReach, Term
+from fastskip.ops.contracts import Norm, Projection, Reach, StepReach, Term
 from fastskip.ops.routes import Chosen
 from fastskip.policy import Arrangement
 
@@ -24,10 +25,12 @@ class CountedBlock(BodiedBlock):
     whole block makes one node, else each sublayer is one.
     """
 
-    def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
-        own = rows.attention
+    def run(
+        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NOBODY
+    ) -> Stream:
+        h, own = stream.h, rows.attention
         if own is None or rows.narrow is not None or not is_one_decision(rows):
-            return super().run(h, rows, store)
+            return super().run(stream, rows, store, readers)
         self._route(h, rows.before)
         projection, reach = self._project_entries(h, rows, own, store)
 
@@ -46,27 +49,29 @@ class CountedBlock(BodiedBlock):
         body = parallel if is_parallel else sequential
         self._run_counted(own.runs, body)
         self._route(h, rows.then_ffn)
-        return h
+        return Stream(h)
 
-    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
-        own = rows.attention
+    def run_attention(
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
+    ) -> Stream:
+        h, own = stream.h, rows.attention
         if own is None or rows.narrow is not None:
-            return super().run_attention(h, rows, store)
+            return super().run_attention(stream, rows, store, reader)
         projection, reach = self._project_entries(h, rows, own, store)
         self._run_counted(
             own.runs, lambda chosen: self._add_attention(h, chosen, projection, reach, store)
         )
         self._route(h, rows.then_attention)
-        return h
+        return Stream(h)
 
-    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
-        own = rows.ffn
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
+        h, own = stream.h, rows.ffn
         if own is None or rows.narrow is not None:
-            return super().run_ffn(h, rows)
+            return super().run_ffn(stream, rows, reader)
         self._route(h, own.between)
         self._run_counted(own.runs, lambda chosen: self._add_ffn(h, chosen))
         self._route(h, rows.then_ffn)
-        return None
+        return Stream(h)
 
     def _run_counted(self, runs: Tensor, body: CountedBody) -> None:
         self.bodies.run_counted(runs, self.ops.choose_rows, body)

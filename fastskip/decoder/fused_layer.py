@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastskip.decoder.fused_parts import Copies, FusedRows, Selection, Store
+from fastskip.decoder.fused_parts import Copies, FusedRows, Selection, Store, Stream
 from fastskip.decoder.stack import Watch
 from fastskip.decoder.weights import LayerWeights
 from fastskip.ops.contracts import Feed, Linear, Norm, Projection, StepReach, Targets, Term
@@ -27,6 +27,17 @@ from fastskip.policy import Norm as NormKind
 RowsOf = Callable[[LayerPlan, bool], FusedRows]
 
 
+class Readers(NamedTuple):
+    """The norms that read all rows next, after a layer's attention and after its FFN: where there
+    is one, updates leave half of it."""
+
+    between: Norm | None
+    behind: Norm | None
+
+
+NOBODY = Readers(None, None)
+
+
 @dataclass(frozen=True, slots=True)
 class FusedBlock:
     """A decoder layer as the device executor sees it; ``flash``: flash-attn's function, if used."""
@@ -38,33 +49,48 @@ class FusedBlock:
     head_dim: int
     flash: Callable[..., Any] | None = None
 
-    def run(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+    def run(
+        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NOBODY
+    ) -> Stream:
         """The layer's cell of the semantics table, in place on ``h [N, D]`` (or narrowed)."""
         if rows.before is not None:
-            self.ops.route(h, rows.before)
+            self.ops.route(stream.h, rows.before)
         if self.plan.arrangement is Arrangement.PARALLEL:
-            return self.run_parallel(h, rows, store)
+            return Stream(self.run_parallel(stream.h, rows, store))
         with span("attention"):
-            h = self.run_attention(h, rows, store)
+            stream = self.run_attention(stream, rows, store, readers.between)
         with span("ffn"):
-            self.run_ffn(h, rows)
-        return h
+            return self.run_ffn(stream, rows, readers.behind)
 
-    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+    def readers(self, rows: FusedRows, behind: Norm | None) -> tuple[Norm | None, Readers]:
+        """The norm that reads all rows first, from the layer's beginning on, and the others;
+        ``behind``: from its end on."""
+        is_decided = rows.attention is not None or rows.ffn is not None
+        if is_decided or self.plan.arrangement is Arrangement.PARALLEL:
+            return None, Readers(None, behind)
+        between = self.weights.ffn_norm if rows.feeding.count else behind
+        attends = rows.joint.count or rows.stored.count
+        return self.weights.attention_norm if attends else between, Readers(between, behind)
+
+    def run_attention(
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None
+    ) -> Stream:
         """Entries, narrowing, and the attention's update of the rows that go on."""
-        queries = self._project(h, rows, store)
-        h = narrowed(h, rows)
-        if rows.reach is not None:
-            mixed = self.attend(h, queries, rows, store)
-            terms = [Term(mixed, self.weights.output)]
-            self._add(h, rows, rows.attending, terms, rows.then_attention)
-        return h
+        queries = self._project(stream, rows, store)
+        if rows.narrow is not None:
+            stream = Stream(narrowed(stream.h, rows))
+        if rows.reach is None:
+            return stream
+        mixed = self.attend(stream.h, queries, rows, store)
+        terms = [Term(mixed, self.weights.output)]
+        return self._update(stream, rows, rows.attending, terms, rows.then_attention, reader)
 
-    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None) -> Stream:
         """The FFN's update."""
-        if rows.feeding.count:
-            terms = [Term(self._feed(h, rows), self.weights.down)]
-            self._add(h, rows, rows.feeding, terms, rows.then_ffn)
+        if not rows.feeding.count:
+            return stream
+        terms = [Term(self._feed(stream, rows), self.weights.down)]
+        return self._update(stream, rows, rows.feeding, terms, rows.then_ffn, reader)
 
     def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         """Both sublayers read ``h``; where they have the same rows, each half is one launch."""
@@ -74,16 +100,16 @@ class FusedBlock:
             queries, fed = self.ops.project_append_feed(
                 rows.joint.view(h), projection, self.part(), index=rows.joint.index
             )
-            self.leave_entries(h, rows, store)
+            self.leave_entries(Stream(h), rows, store)
             mixed = self.attend(h, queries, rows, store)
             terms = [Term(mixed, self.weights.output), Term(fed, self.weights.down)]
             self._add(h, rows, rows.joint, terms, rows.then_ffn)
             return h
-        queries_alone = self._project(h, rows, store)
+        queries_alone = self._project(Stream(h), rows, store)
         h = narrowed(h, rows)
         terms = []
         if rows.feeding.count:
-            terms = [Term(self._feed(h, rows), self.weights.down)]
+            terms = [Term(self._feed(Stream(h), rows), self.weights.down)]
         if rows.reach is not None:
             mixed = self.attend(h, queries_alone, rows, store)
             own = Term(mixed, self.weights.output)
@@ -95,23 +121,32 @@ class FusedBlock:
             self._add(h, rows, rows.feeding, terms, rows.then_ffn)
         return h
 
-    def _project(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor | None:
+    def _project(self, stream: Stream, rows: FusedRows, store: Store) -> Tensor | None:
         """Stores the layer's new entries; the queries of rows that were projected jointly."""
-        queries = None
-        if rows.joint.count:
+        queries, own = None, rows.joint
+        if own.count:
             projection = self.projection(rows.joint_targets, store)
             queries = self.ops.project_append(
-                rows.joint.view(h), [projection], index=rows.joint.index
+                own.view(stream.h),
+                [projection],
+                index=own.index,
+                half=stream.half_of(projection.norm, own),
             )[0]
-        self.leave_entries(h, rows, store)
+        self.leave_entries(stream, rows, store)
         return queries
 
-    def leave_entries(self, h: Tensor, rows: FusedRows, store: Store) -> None:
+    def leave_entries(self, stream: Stream, rows: FusedRows, store: Store) -> None:
         """Stores entries of rows that skip attention: projected, or copied from a lower layer."""
-        if rows.stored.count:
+        own = rows.stored
+        if own.count:
             keys_values = self.weights.keys_values
             projection = self.projection(rows.stored_targets, store, linear=keys_values)
-            self.ops.project_append(rows.stored.view(h), [projection], index=rows.stored.index)
+            self.ops.project_append(
+                own.view(stream.h),
+                [projection],
+                index=own.index,
+                half=stream.half_of(projection.norm, own),
+            )
         for copies in rows.copies:
             self.copy(copies, store)
 
@@ -143,9 +178,31 @@ class FusedBlock:
             return attend_packed(self.flash, self.ops, queries, rows.reach, own, self.scale)
         return self.ops.attend_rows(queries, rows.reach, own, self.scale)
 
-    def _feed(self, h: Tensor, rows: FusedRows) -> Tensor:
-        own = rows.feeding
-        return self.ops.feed(own.view(h), [self.part()], index=own.index, arrivals=rows.arrivals)[0]
+    def _feed(self, stream: Stream, rows: FusedRows) -> Tensor:
+        own, part = rows.feeding, self.part()
+        return self.ops.feed(
+            own.view(stream.h),
+            [part],
+            index=own.index,
+            arrivals=rows.arrivals,
+            half=stream.half_of(part.norm, own),
+        )[0]
+
+    def _update(
+        self,
+        stream: Stream,
+        rows: FusedRows,
+        own: Selection,
+        terms: list[Term],
+        then: Route | None,
+        reader: Norm | None,
+    ) -> Stream:
+        """``_add``, and the half of the norm that reads all of it next, if that is wanted."""
+        h = stream.h
+        if reader is None or then is not None or not own.is_all_of(h):
+            self._add(h, rows, own, terms, then)
+            return Stream(h)
+        return Stream(h, self.ops.add_terms_and_halve_(h, terms, reader, arrivals=rows.arrivals))
 
     def _add(
         self, h: Tensor, rows: FusedRows, own: Selection, terms: list[Term], then: Route | None
@@ -199,7 +256,7 @@ def run_pair(
         queries = ops.project_append(first.joint.view(h), both, index=first.joint.index)
     if first.stored.count:
         for block, own in zip(blocks, rows, strict=True):
-            block.leave_entries(h, own, store)
+            block.leave_entries(Stream(h), own, store)
     h = narrowed(h, first)
     if first.reach is None:  # every row that goes on is a pad
         return h
@@ -233,18 +290,48 @@ def run_steps(
     store: Store,
     watch: Watch | None = None,
     steps: Sequence[tuple[int, ...]] | None = None,
-) -> Tensor:
-    """Every step of the plan, or those of ``steps``, on ``h [N, D]``, which is written."""
-    for step in plan.steps if steps is None else steps:
+    reader: Norm | None = None,
+) -> Stream:
+    """Every step of the plan, or those of ``steps``, on ``h [N, D]``, which is written.
+
+    ``reader``: the norm that reads all rows after them; given, updates leave the half of the norm
+    behind them wherever that reads all rows too.
+    """
+    steps = plan.steps if steps is None else steps
+    readers = _readers(plan, blocks, rows_of, steps, reader)
+    stream = Stream(h)
+    for step, own_readers in zip(steps, readers, strict=True):
         is_last = step is plan.steps[-1]
         own = [blocks[index] for index in step]
         rows = [rows_of(block.plan, is_last) for block in own]
         if watch is not None:
             for index in step:
-                watch(index, h)
+                watch(index, stream.h)
         with span(f"layer {'+'.join(map(str, step))}"):
             if len(step) == 1:
-                h = own[0].run(h, rows[0], store)
+                stream = own[0].run(stream, rows[0], store, own_readers)
             else:
-                h = run_pair((own[0], own[1]), h, (rows[0], rows[1]), store)
-    return h
+                pair = own[0], own[1]
+                stream = Stream(run_pair(pair, stream.h, (rows[0], rows[1]), store))
+    return stream
+
+
+def _readers(
+    plan: SkipPlan,
+    blocks: Sequence[FusedBlock],
+    rows_of: RowsOf,
+    steps: Sequence[tuple[int, ...]],
+    reader: Norm | None,
+) -> list[Readers]:
+    """Of each step; nobody where no half is wanted."""
+    found = [NOBODY] * len(steps)
+    if reader is None:
+        return found
+    for number, step in reversed(list(enumerate(steps))):
+        block = blocks[step[0]]
+        if len(step) > 1:
+            reader = None
+        else:
+            rows = rows_of(block.plan, step is plan.steps[-1])
+            reader, found[number] = block.readers(rows, reader)
+    return found

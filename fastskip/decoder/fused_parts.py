@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastskip.ops.contracts import Bounds, Pages, Reach, Rotation, StepReach, Targets
+from fastskip.ops.contracts import (
+    Bounds,
+    HalfNorm,
+    Norm,
+    Pages,
+    Reach,
+    Rotation,
+    StepReach,
+    Targets,
+)
 from fastskip.ops.routes import Route
 
 
@@ -20,7 +29,7 @@ class Selection:
     index: Tensor | None = None
 
     def view(self, h: Tensor) -> Tensor:
-        return h if self.index is not None or self.count == len(h) else h[self.span]
+        return h if self.index is not None or self.is_all_of(h) else h[self.span]
 
     def take(self, h: Tensor) -> Tensor:
         """The rows, in memory of their own."""
@@ -33,10 +42,27 @@ class Selection:
         else:
             h[self.index.long()] = rows
 
+    def is_all_of(self, h: Tensor) -> bool:
+        return self.index is None and self.count == len(h)
+
     def is_same(self, other: Selection) -> bool:
         return self is other or (
             self.index is None and other.index is None and self.span == other.span
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The residual stream ``h [N, D]``, and ``half`` of the norm that reads all of it next, where
+    the update before left that."""
+
+    h: Tensor
+    half: HalfNorm | None = None
+
+    def half_of(self, norm: Norm | None, rows: Selection | None = None) -> HalfNorm | None:
+        """What is there of a ``norm`` of some rows, or of all."""
+        half, is_of_all = self.half, rows is None or rows.is_all_of(self.h)
+        return half if half is not None and half.norm is norm and is_of_all else None
 
 
 @dataclass(frozen=True, slots=True)

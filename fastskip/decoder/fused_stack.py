@@ -253,7 +253,7 @@ class FusedDecoder(Decoder):
         rotation = self.positions.rotation(layout.positions_needed, packed, layout.axes)
         store, steps = Store(rotation, cache.pages_of), self.plan.stages[stage]
         with span("decoder"):
-            out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch, steps)
+            out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch, steps).h
         return rows, out if numbers.read is None else numbers.read.take(out)
 
     def _numbers(self, layout: TokenLayout, cached: Tensor, wanted: Tensor | None) -> RowNumbers:

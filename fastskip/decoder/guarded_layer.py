@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.fused_layer import FusedBlock, narrowed
-from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, GuardedFeed, Selection, Store
+from fastskip.decoder.fused_parts import (
+    FusedRows,
+    GuardedAttention,
+    GuardedFeed,
+    Selection,
+    Store,
+    Stream,
+)
 from fastskip.ops.bodies import Bodies
-from fastskip.ops.contracts import Reach, StepReach, Targets, Term
+from fastskip.ops.contracts import Norm, Reach, StepReach, Targets, Term
 from fastskip.ops.routes import Chosen, Route
 
 
@@ -31,23 +38,26 @@ class Queries:
 class GuardedBlock(FusedBlock):
     """A ``FusedBlock`` that goes by the guarded parts of its rows where there are some."""
 
-    def run_attention(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
+    def run_attention(
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
+    ) -> Stream:
         own = rows.attention
         if own is None:
-            return super().run_attention(h, rows, store)
-        queries = self._project_guarded(h, rows, own, store)
-        h = narrowed(h, rows)
+            return super().run_attention(stream, rows, store, reader)
+        queries = self._project_guarded(stream.h, rows, own, store)
+        h = narrowed(stream.h, rows)
         terms = [Term(self._attend_guarded(queries, store), self.weights.output)]
-        return self.ops.add_terms_(h, terms, chosen=[queries.chosen], then=rows.then_attention)
+        self.ops.add_terms_(h, terms, chosen=[queries.chosen], then=rows.then_attention)
+        return Stream(h)
 
-    def run_ffn(self, h: Tensor, rows: FusedRows) -> None:
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
         own = rows.ffn
         if own is None:
-            return super().run_ffn(h, rows)
-        fed, chosen = self._feed_guarded(h, rows, own)
+            return super().run_ffn(stream, rows, reader)
+        fed, chosen = self._feed_guarded(stream.h, rows, own)
         terms = [Term(fed, self.weights.down)]
-        self.ops.add_terms_(h, terms, chosen=[chosen], then=rows.then_ffn)
-        return None
+        self.ops.add_terms_(stream.h, terms, chosen=[chosen], then=rows.then_ffn)
+        return Stream(stream.h)
 
     def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
         """Both sublayers read ``h``, so neither updates it before the other has read."""
@@ -60,13 +70,13 @@ class GuardedBlock(FusedBlock):
         if attention is not None:
             queries = self._project_guarded(h, rows, attention, store)
         else:
-            static = self._project(h, rows, store)
+            static = self._project(Stream(h), rows, store)
         h = narrowed(h, rows)
         fed, feeds = None, None
         if ffn is not None:
             fed, feeds = self._feed_guarded(h, rows, ffn)
         elif rows.feeding.count:
-            fed = self._feed(h, rows)
+            fed = self._feed(Stream(h), rows)
         if queries is not None:
             own = Term(self._attend_guarded(queries, store), self.weights.output)
             self.ops.add_terms_(h, [own], chosen=[queries.chosen])

@@ -87,7 +87,7 @@ class Hopping:
             take_turn,
             -(-len(self.layers) // self.turns),
         )
-        return run_steps(plan, blocks, h, state.rows_of, state.store, steps=behind)
+        return run_steps(plan, blocks, h, state.rows_of, state.store, steps=behind).h
 
 
 def _layer_of(block: FusedBlock, state: StepState) -> HopLayer | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
 from fastskip.decoder.conditional_layer import ConditionalBlock
 from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.hopping import Hopping
 from fastskip.decoder.paged_cache import PagedCache
@@ -52,11 +53,13 @@ class DeviceStep:
         guarding: Guarding = Guarding.EARLY_EXIT,
         bodies: Bodies | None = None,
         overlap: Overlap = Overlap.NONE,
+        halves: bool = False,
     ) -> None:
         """``chooses``: the greedy token is taken on the device; else logits are left to read.
         ``guarding``: how it passes by what no row runs; by ``bodies``, if not by early exits.
-        ``overlap``: how its launches do, unless it goes by conditional nodes."""
-        self._decoder, self._chooses = decoder, chooses
+        ``overlap``: how its launches do, unless it goes by conditional nodes. ``halves``: updates
+        leave half of the norm that follows them."""
+        self._decoder, self._chooses, self._halves = decoder, chooses, halves
         self._blocks: Sequence[FusedBlock] = decoder.blocks
         if guarding is Guarding.CONDITIONAL and bodies is not None:
             self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
@@ -99,22 +102,24 @@ class DeviceStep:
     def _launch(self) -> None:
         state, ops = self.state, self._decoder.fused
         self._embed()
-        plan, blocks = self._decoder.plan, self._blocks
+        plan, blocks, norm = self._decoder.plan, self._blocks, _norm_of(self._norm)
+        has_head = norm is not None and is_plain(self._head, nn.Linear)
         if self._hopping is not None:
-            h = self._hopping.run(plan, blocks, state.h, state)
+            stream = Stream(self._hopping.run(plan, blocks, state.h, state))
         else:
-            h = run_steps(plan, blocks, state.h, state.rows_of, state.store)
-        norm = _norm_of(self._norm)
-        if norm is None or not is_plain(self._head, nn.Linear):
+            reader = norm if self._halves and has_head else None
+            stream = run_steps(plan, blocks, state.h, state.rows_of, state.store, reader=reader)
+        h, half = stream.h, stream.half_of(norm)
+        if not has_head:
             self.logits = self._head(self._norm(h))
             if self._chooses:
                 ops.choose(self.logits, state.choice)
         else:
             head = Linear(self._head.weight, self._head.bias)
             if self._chooses:
-                ops.head_choose(h, norm, head, state.choice)
+                ops.head_choose(h, norm, head, state.choice, half=half)
             else:
-                self.logits = ops.head_logits(h, norm, head)
+                self.logits = ops.head_logits(h, norm, head, half=half)
         if not self._chooses:
             ops.advance(state.choice)
 
@@ -135,12 +140,14 @@ class DeviceSteps:
 
     ``guarding`` may be set at any time: how steps pass by what routers let every row skip. So may
     ``overlap``: how launches of a step overlap where the device can, but for steps with
-    conditional nodes, where they do not.
+    conditional nodes, where they do not; and ``halves``: whether the update of a sublayer also
+    takes half of the norm that is next, which no product then has to take on its way.
     """
 
     def __init__(self) -> None:
         self.guarding = Guarding.EARLY_EXIT
         self.overlap = Overlap.START
+        self.halves = False
         self._bodies: Bodies | None = None
         self._steps: Recent[tuple[object, ...], DeviceStep] = Recent(KEPT)
         self._version: object = None
@@ -207,7 +214,7 @@ class DeviceSteps:
         bodies = self._bodies_for(decoder, shape)
         overlap = self.overlap if can_overlap(decoder.anchor.device) else Overlap.NONE
         guarding = Guarding.EARLY_EXIT if bodies is None else self.guarding
-        key = (shape, positions, chooses, guarding, overlap, self._depth)
+        key = (shape, positions, chooses, guarding, overlap, self.halves, self._depth)
         step = self._steps.get(key)
         if step is None and makes:
             self._steps.make_room(key)
@@ -224,6 +231,7 @@ class DeviceSteps:
                     guarding=guarding,
                     bodies=bodies,
                     overlap=overlap,
+                    halves=self.halves,
                 )
             self._steps.keep(key, step)
         return step
@@ -237,7 +245,7 @@ class DeviceSteps:
         return self._bodies
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = {"guarding": self.guarding, "overlap": self.overlap}
+        settings = {"guarding": self.guarding, "overlap": self.overlap, "halves": self.halves}
         nothing = dict.fromkeys(("_version", "_pool", "_bodies"))
         return {"_steps": Recent(KEPT), "_depth": 0, **settings, **nothing}
 

@@ -34,13 +34,14 @@ from fastskip.kernels.row_gemm import linear_rows
 from fastskip.kernels.sampler import advance, choose, embed
 from fastskip.kernels.step_attention import attend_step
 from fastskip.ops.allocate import empty
-from fastskip.ops.contracts import Choice, Feed, Linear, Norm, Projection, Term
+from fastskip.ops.contracts import Choice, Feed, HalfNorm, Linear, Norm, Projection, Term
 from fastskip.ops.hops import Field, Hops
 from fastskip.ops.routes import Chosen, Route, Switch
 
 __all__ = [
     "activate",
     "add_terms_",
+    "add_terms_and_halve_",
     "advance",
     "apply_terms",
     "attend_rows",
@@ -74,13 +75,14 @@ def project_append(
     *,
     index: Tensor | None = None,
     chosen: Chosen | None = None,
+    half: HalfNorm | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append; rotated queries ``[n, H, K]`` of each block."""
     by = _choice(h, index, [projections[0].linear], chosen)
     if by == FEW_ROWS and projections[0].head_norms is not None:
-        return _project_normed(h, projections, index, chosen)
+        return _project_normed(h, projections, index, chosen, half)
     if by == FEW_ROWS:
-        return projection.project_append(h, projections, index=index, chosen=chosen)
+        return projection.project_append(h, projections, index=index, chosen=chosen, half=half)
     if chosen is not None:
         return [_project_chosen(h, each, chosen) for each in projections]
     return [_project(normalize(h, each.norm, index=index), each, by) for each in projections]
@@ -94,11 +96,12 @@ def feed(
     changes: Sequence[Tensor] | None = None,
     chosen: Chosen | None = None,
     arrivals: Tensor | None = None,
+    half: HalfNorm | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN; ``[n, F]`` of each block."""
     by = _choice(h, index, [feeds[0].linear], chosen)
     if by == FEW_ROWS:
-        return feeding.feed(h, feeds, index=index, changes=changes, chosen=chosen)
+        return feeding.feed(h, feeds, index=index, changes=changes, chosen=chosen, half=half)
     added = [None] * len(feeds) if changes is None else changes
     pairs = zip(feeds, added, strict=True)
     if chosen is not None:
@@ -167,6 +170,17 @@ def add_terms_(
     return h
 
 
+def add_terms_and_halve_(
+    h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
+) -> HalfNorm | None:
+    """``add_terms_(h, terms)``, and the half of ``norm`` of what is left, if that is one launch."""
+    longest = max(terms, key=lambda term: term.x.shape[1])
+    if HalfNorm.is_of(norm, h.dtype) and _choice(h, None, [longest.linear]) == FEW_ROWS:
+        return residual.add_terms_and_halve_(h, terms, norm, arrivals=arrivals)
+    add_terms_(h, terms, arrivals=arrivals)
+    return None
+
+
 def apply_terms(terms: Sequence[Term]) -> list[Tensor]:
     """``x @ weight.T + bias`` of each term: ``[n, D]``."""
     by = _choice(terms[0].x, None, [terms[0].linear])
@@ -190,18 +204,22 @@ def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
     )
 
 
-def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:
+def head_logits(
+    h: Tensor, norm: Norm | None, head: Linear, *, half: HalfNorm | None = None
+) -> Tensor:
     """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``."""
     by = _choice(h, None, [head])
     if by == FEW_ROWS:
-        return heads.head_logits(h, norm, head)
+        return heads.head_logits(h, norm, head, half=half)
     return _product(h if norm is None else normalize(h, norm), head, by)
 
 
-def head_choose(h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> None:
+def head_choose(
+    h: Tensor, norm: Norm | None, head: Linear, choice: Choice, *, half: HalfNorm | None = None
+) -> None:
     """``choose`` of the head's logits, which nobody else needs."""
     if _choice(h, None, [head]) == FEW_ROWS:
-        heads.head_choose(h, norm, head, choice)
+        heads.head_choose(h, norm, head, choice, half=half)
     else:
         choose(head_logits(h, norm, head), choice)
 
@@ -245,7 +263,11 @@ def _project(x: Tensor, own: Projection, by: str) -> Tensor:
 
 
 def _project_normed(
-    h: Tensor, projections: Sequence[Projection], index: Tensor | None, chosen: Chosen | None
+    h: Tensor,
+    projections: Sequence[Projection],
+    index: Tensor | None,
+    chosen: Chosen | None,
+    half: HalfNorm | None = None,
 ) -> list[Tensor]:
     """Few rows of a model whose heads have norms: their kernels share a head among programs, so
     heads are turned by a launch of their own."""
@@ -253,7 +275,7 @@ def _project_normed(
     if chosen is not None and own.leaves_all and own.pages is not None and own.heads:
         return [_project_apart(h, each, chosen) for each in projections]
     plain = [replace(each, rotation=None, pages=None, head_norms=None) for each in projections]
-    found = projection.project_append(h, plain, index=index, chosen=chosen)
+    found = projection.project_append(h, plain, index=index, chosen=chosen, half=half)
     runs = None if chosen is None else chosen.runs
     return [
         rotate_append(heads, each, runs=runs)

@@ -38,6 +38,27 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class HalfNorm:
+    """An RMS norm of ``n`` rows, half taken: rows have still to be divided by their root mean
+    square, which a product does behind its sums.
+
+    Attributes:
+        norm: the norm.
+        rows: ``[n, D]``: rows times its weights, in the dtype of the data.
+        squares: ``[n, P]`` fp32: parts of each row's sum of squares, before its weights.
+    """
+
+    norm: Norm
+    rows: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def is_of(norm: Norm, dtype: torch.dtype) -> bool:
+        """Whether a norm has such a half: rows of fp16 times its weights could leave the range."""
+        return not norm.is_centred and norm.bias is None and dtype != torch.float16
+
+
+@dataclass(frozen=True, slots=True)
 class HeadNorms:
     """RMS norms of each query head and each key head before they turn; weights ``[K]``."""
 

@@ -22,6 +22,7 @@ from fastskip.ops.contracts import (
     Activation,
     Choice,
     Feed,
+    HalfNorm,
     Linear,
     Norm,
     Pages,
@@ -38,6 +39,7 @@ from fastskip.ops.routes import Chosen, Route
 
 __all__ = [
     "add_terms_",
+    "add_terms_and_halve_",
     "advance",
     "apply_terms",
     "attend_rows",
@@ -70,6 +72,18 @@ def normalize(
     if norm.is_centred:
         return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.epsilon)
     return F.rms_norm(x, x.shape[-1:], norm.weight, norm.epsilon)
+
+
+def halve(h: Tensor, norm: Norm) -> HalfNorm:
+    """The half of a norm of ``h [n, D]``."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    return HalfNorm(norm, h * norm.weight, h.to(wide).square().sum(1, keepdim=True))
+
+
+def finish(half: HalfNorm) -> Tensor:
+    """The other half: ``[n, D]``."""
+    mean = half.squares.sum(1, keepdim=True) / half.rows.shape[1]
+    return (half.rows * torch.rsqrt(mean + half.norm.epsilon)).to(half.rows.dtype)
 
 
 def linear(x: Tensor, weights: Linear) -> Tensor:
@@ -119,15 +133,18 @@ def project_append(
     *,
     index: Tensor | None = None,
     chosen: Chosen | None = None,
+    half: HalfNorm | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
 
     Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0). Rows that are not
-    ``chosen`` leave entries if the projection ``leaves_all``.
+    ``chosen`` leave entries if the projection ``leaves_all``. ``half``: of the norm of one block
+    that all rows run, if it is taken so far.
     """
     found = []
     for projection in projections:
-        x = linear(normalize(h, projection.norm, index=index), projection.linear)
+        normed = normalize(h, projection.norm, index=index) if half is None else finish(half)
+        x = linear(normed, projection.linear)
         heads = x.view(len(x), -1, projection.head_dim)
         if chosen is not None and not projection.leaves_all:
             slots = torch.where(chosen.runs.bool(), projection.targets.slots, -1)
@@ -145,17 +162,19 @@ def feed(
     changes: Sequence[Tensor] | None = None,
     chosen: Chosen | None = None,
     arrivals: Tensor | None = None,
+    half: HalfNorm | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. Returns
     ``[n, F]`` each. ``arrivals``: int32 scratch of ``ARRIVALS`` zeros, which is left zero; with it
-    kernels may share the work otherwise.
+    kernels may share the work otherwise. ``half``: as of ``project_append``; without ``changes``.
     """
     found = []
     for number, part in enumerate(feeds):
         change = None if changes is None else changes[number]
-        x = linear(normalize(h, part.norm, index=index, change=change), part.linear)
+        normed = finish(half) if half else normalize(h, part.norm, index=index, change=change)
+        x = linear(normed, part.linear)
         active = _only(activate(x, part.activation), chosen)
         if chosen is not None and chosen.bound is not None:
             active = _rows(active, chosen.index)
@@ -213,6 +232,17 @@ def add_terms_(
     if then is not None:
         route(h, then)
     return h
+
+
+def add_terms_and_halve_(
+    h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
+) -> HalfNorm | None:
+    """``add_terms_(h, terms)``, and the half of ``norm`` of the ``h`` that is left.
+
+    ``None`` where a norm has no such half, or where taking it would be a launch of its own.
+    """
+    add_terms_(h, terms, arrivals=arrivals)
+    return halve(h, norm) if HalfNorm.is_of(norm, h.dtype) else None
 
 
 def apply_terms(terms: Sequence[Term]) -> list[Tensor]:
@@ -310,14 +340,23 @@ def read_entries(pages: Pages, sequences: Tensor, slots: Tensor) -> tuple[Tensor
     return keys, values
 
 
-def head_logits(h: Tensor, norm: Norm | None, head: Linear) -> Tensor:
-    """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``."""
+def head_logits(
+    h: Tensor, norm: Norm | None, head: Linear, *, half: HalfNorm | None = None
+) -> Tensor:
+    """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``.
+
+    ``half``: of the norm, if it is taken so far.
+    """
+    if half is not None:
+        return linear(finish(half), head)
     return linear(h if norm is None else normalize(h, norm), head)
 
 
-def head_choose(h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> None:
+def head_choose(
+    h: Tensor, norm: Norm | None, head: Linear, choice: Choice, *, half: HalfNorm | None = None
+) -> None:
     """``choose`` of the head's logits, which nobody else needs."""
-    choose(head_logits(h, norm, head), choice)
+    choose(head_logits(h, norm, head, half=half), choice)
 
 
 def choose(logits: Tensor, choice: Choice) -> None:

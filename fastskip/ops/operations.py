@@ -16,6 +16,7 @@ from fastskip.ops.contracts import (
     Bounds,
     Choice,
     Feed,
+    HalfNorm,
     Linear,
     Norm,
     Pages,
@@ -47,6 +48,7 @@ class FusedOperations(Protocol):
         *,
         index: Tensor | None = None,
         chosen: Chosen | None = None,
+        half: HalfNorm | None = None,
     ) -> list[Tensor]: ...
 
     def feed(
@@ -58,6 +60,7 @@ class FusedOperations(Protocol):
         changes: Sequence[Tensor] | None = None,
         chosen: Chosen | None = None,
         arrivals: Tensor | None = None,
+        half: HalfNorm | None = None,
     ) -> list[Tensor]: ...
 
     def project_append_feed(
@@ -82,6 +85,10 @@ class FusedOperations(Protocol):
         then: Route | None = None,
         arrivals: Tensor | None = None,
     ) -> Tensor: ...
+
+    def add_terms_and_halve_(
+        self, h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
+    ) -> HalfNorm | None: ...
 
     def apply_terms(self, terms: Sequence[Term]) -> list[Tensor]: ...
 
@@ -109,9 +116,19 @@ class FusedOperations(Protocol):
         self, pages: Pages, sequences: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor]: ...
 
-    def head_logits(self, h: Tensor, norm: Norm | None, head: Linear) -> Tensor: ...
+    def head_logits(
+        self, h: Tensor, norm: Norm | None, head: Linear, *, half: HalfNorm | None = None
+    ) -> Tensor: ...
 
-    def head_choose(self, h: Tensor, norm: Norm | None, head: Linear, choice: Choice) -> None: ...
+    def head_choose(
+        self,
+        h: Tensor,
+        norm: Norm | None,
+        head: Linear,
+        choice: Choice,
+        *,
+        half: HalfNorm | None = None,
+    ) -> None: ...
 
     def choose(self, logits: Tensor, choice: Choice) -> None: ...
 

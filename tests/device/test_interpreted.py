@@ -1,6 +1,8 @@
 """The whole tiny model on the kernels, token for token: interpreted here, compiled on a GPU."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.budget import assert_within_budget
 from tests.device.interpreted import STREAM, TENSOR, shared
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, policy_of, skip
+from tests.routing.routed import check_generate
 
 NEW = 3
 POLICIES: dict[str, Policy] = {
@@ -71,6 +74,37 @@ def test_tiles_that_programs_share(name: str) -> None:
     for kernel in ("add_terms", "linear_rows"):
         parts = [each.arguments["SPLITS"] for each in account.launches if each.name == kernel]
         assert 2 in parts, kernel
+
+
+@contextmanager
+def halves(trio: Trio) -> Iterator[None]:
+    steps = trio.prepared._fastskip.steps
+    steps.halves = True
+    try:
+        yield
+    finally:
+        steps.halves = False
+
+
+@pytest.mark.parametrize("name", ["dense", "every second block", "each class its own rule"])
+def test_norms_that_updates_take_half_of(name: str, trio: Trio, batch: Batch) -> None:
+    """The same tokens from as many launches."""
+    tokens = greedy(trio.plain, POLICIES[name], batch, NEW)
+    model, counts = trio.under(POLICIES[name]), []
+    for context in (halves(trio), nullcontext()):
+        with tuning.table(STREAM), recording() as account, context:
+            assert torch.equal(generate(model, batch, NEW), tokens)
+        counts.append(len(account.launches))
+        left = [each for each in account.launches if each.arguments.get("half") is not None]
+        assert bool(left) == (len(counts) == 1)
+    assert counts[0] == counts[1]
+
+
+def test_half_norms_in_half_precision(plain: PreTrainedModel) -> None:
+    """Matrix instructions: every step's scores, as near to the truth as plain code's."""
+    trio = Trio(copy.deepcopy(plain).to(torch.bfloat16), impl="triton")
+    with tuning.table(TENSOR), halves(trio):
+        check_generate(trio, POLICIES["dense"], random_batch(trio.plain, 3, images=(1, 0)), NEW)
 
 
 @pytest.mark.parametrize("name", ["dense", "each class its own rule"])

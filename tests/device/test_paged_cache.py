@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastskip
 from fastskip.decoder.fused_layer import FusedBlock
+from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.pages import GROWTH_PAGES
 from fastskip.generation.cache_name import CACHE_NAME
@@ -152,7 +153,7 @@ def test_a_failing_forward_leaves_the_cache_as_it_was(
     columns, live = cache.get_seq_length(), cache.live_bytes()
     run = FusedBlock.run
 
-    def fails_in_the_last_layer(block: FusedBlock, *arguments: Any) -> Tensor:
+    def fails_in_the_last_layer(block: FusedBlock, *arguments: Any) -> Stream:
         if block.plan.index == 3:
             raise ZeroDivisionError
         return run(block, *arguments)

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import fastskip
 from fastskip.decoder.fused_layer import run_steps
+from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepState
@@ -500,7 +501,7 @@ def test_overlapping_is_for_steps_alone(
         seen.append(("prompt", _overlap()))
         return whole(*arguments, **options)
 
-    def layers(*arguments: Any, **options: Any) -> Tensor:
+    def layers(*arguments: Any, **options: Any) -> Stream:
         seen.append(("step", _overlap()))
         return run_steps(*arguments, **options)
 
