@@ -258,9 +258,8 @@ def feed(
     rows, parts = len(h) if index is None else len(index), len(feeds)
     shape = (linear.weight.shape[0], linear.weight.shape[1])
     is_guarded = chosen is not None
-    if is_guarded:
-        config = guards.config_of("feed", config, h.device, rows, shape)
-    blocks, options = blocks_for("feed", config, h, rows, shape)
+    over = guards.TABLE if is_guarded else None
+    blocks, options = blocks_for("feed", config, h, rows, shape, over=over)
     is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     tiles = parts * triton.cdiv(shape[0], blocks["BLOCK_M"])
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)

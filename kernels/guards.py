@@ -6,23 +6,19 @@ no weights. Programs that only leave cost time too, so a guarded launch has a bo
 that are long for themselves (``operands.share_out``) are few enough.
 
 A row's flag is 1 if the row runs, else 0. Tables: ``guarded``, with rows and shape of the product;
-``PROGRAMS`` is how many there are at most. A loop over tiles takes registers, so what else such an
-entry names replaces the kernel's own: more warps, where it would spill.
+``PROGRAMS`` is how many there are at most. They are laid over the kernel's own: a loop over tiles
+takes registers, so such an entry may also name more warps, where it would spill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from fastskip.kernels import overlap, tuning
+from fastskip.kernels import overlap
 
-TABLES = ("guarded",)
-Shape = tuple[int, int]
+TABLE = "guarded"
+TABLES = (TABLE,)
 
 
 @triton.jit
@@ -42,16 +38,6 @@ def flagged(runs_ptr, n, rows, READS_AHEAD: tl.constexpr = False):
 def some(does):
     """Whether any of ``does [N]`` is true."""
     return tl.max(does.to(tl.int32), 0) > 0
-
-
-def config_of(
-    name: str, config: Mapping[str, Any] | None, device: torch.device, rows: int, shape: Shape
-) -> Mapping[str, Any]:
-    """The configuration of a guarded launch of the kernel ``name``."""
-    if config is not None:
-        return config
-    own = tuning.config_for(name, device, rows, shape)
-    return {**own, **tuning.config_for("guarded", device, rows, shape)}
 
 
 def width_of(blocks: dict[str, int], rows: int, tiles: int, *, is_guarded: bool) -> int:

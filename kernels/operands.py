@@ -36,14 +36,21 @@ def kind_of(norm: Norm, linear: Linear) -> Hashable:
 
 
 def blocks_for(
-    name: str, config: Mapping[str, Any] | None, x: Tensor, rows: int, shape: tuple[int, int]
+    name: str,
+    config: Mapping[str, Any] | None,
+    x: Tensor,
+    rows: int,
+    shape: tuple[int, int],
+    *,
+    over: str | None = None,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Blocks and options of a product of ``shape``, (out, in) features, on ``rows`` rows.
+    """Blocks and options of a product of ``shape``, (out, in) features, on ``rows`` rows: those of
+    ``config``, else of the kernel's table and of the one that is laid ``over`` it.
 
     Tables count ``BLOCK_E`` in elements of two bytes; wider ones go by half as many at a time. No
     block is much wider than a row. fp32 is always streamed: matrix instructions would round it.
     """
-    chosen = config or tuning.config_for(name, x.device, rows, shape)
+    chosen = config or tuning.config_over(name, over, x.device, rows, shape)
     blocks, options = split(chosen)
     if x.element_size() > 2 and blocks["BLOCK_N"] > 4:
         blocks |= {"BLOCK_M": 8, "BLOCK_N": 4, "BLOCK_E": 256}

@@ -282,9 +282,8 @@ def project_append_feed(
     rows, width = len(h) if index is None else len(index), part.width
     shape = (sum(len(weight) for weight in weights), weights[0].shape[1])
     is_guarded = runs is not None or feed_runs is not None
-    if is_guarded:
-        config = guards.config_of("project_append_feed", config, h.device, rows, shape)
-    blocks, options = blocks_for("project_append_feed", config, h, rows, shape)
+    over = guards.TABLE if is_guarded else None
+    blocks, options = blocks_for("project_append_feed", config, h, rows, shape, over=over)
     is_apart = bool(blocks.pop("NORM_APART", False))
     queries = empty((rows, projection.heads, projection.head_dim), h.dtype, h.device)
     out = empty((rows, width), h.dtype, h.device)

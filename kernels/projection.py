@@ -404,9 +404,8 @@ def project_append(
     linear, size, queries = first.linear, first.head_dim, first.heads
     shape = (linear.weight.shape[0], linear.weight.shape[1])
     is_guarded = chosen is not None
-    if is_guarded:
-        config = guards.config_of("project_append", config, h.device, rows, shape)
-    blocks, options = blocks_for("project_append", config, h, rows, shape)
+    over = guards.TABLE if is_guarded else None
+    blocks, options = blocks_for("project_append", config, h, rows, shape, over=over)
     if now is not None and blocks["BLOCK_N"] >= 16 and options["num_warps"] <= 4:
         # Addresses that a loop keeps are registers, which ptxas would rather spill.
         options.setdefault("maxnreg", 255)

@@ -589,11 +589,8 @@ def _launch_terms(
     shape = size, max(term.x.shape[1] for term in terms)
     if is_guarded or then is not None or rows <= splits.MOST_STREAMED:
         arrivals = None
-    if is_guarded:
-        config = guards.config_of("add_terms", config, h.device, rows, shape)
-    else:
-        config = splits.config_of("add_terms", config, arrivals, h.device, rows, shape)
-    blocks, options = blocks_for("add_terms", config, h, rows, shape)
+    over = guards.TABLE if is_guarded else None if arrivals is None else "add_terms_split"
+    blocks, options = blocks_for("add_terms", config, h, rows, shape, over=over)
     is_streamed = blocks["BLOCK_N"] < 16 and options["num_warps"] <= 4
     if is_guarded and then is not None and (is_streamed or ends is not None):
         # Two programs of a multiprocessor, of many warps one, have room for all registers: none is

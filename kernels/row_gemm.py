@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import numerics, splits
+from fastskip.kernels import numerics, splits, tuning
 from fastskip.kernels.activation import relu, silu
 from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.blocks import split
@@ -173,7 +173,8 @@ def linear_rows(
     if out is None:
         out = empty((rows, width), x.dtype, x.device)
     shape = width, inner
-    chosen = splits.config_of("linear_rows", config, arrivals, x.device, rows, shape)
+    over = None if arrivals is None else "linear_rows_split"
+    chosen = config or tuning.config_over("linear_rows", over, x.device, rows, shape)
     blocks, options = split(chosen)
     # Tables count elements of two bytes; wider ones go by half as many at a time.
     blocks["BLOCK_E"] = max(16, blocks["BLOCK_E"] * 2 // x.element_size())

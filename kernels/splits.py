@@ -6,20 +6,18 @@ over, and leave it in fp32 scratch. Who arrives last adds the parts, in their or
 so that results do not depend on it, and does what follows.
 
 ``arrivals``: as in the file of that name, one for each tile at least. Tables: ``<kernel>_split``,
-with rows and shape of the kernel's own; what else such an entry names replaces the kernel's own.
+with rows and shape of the kernel's own, over which they are laid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import tuning
 from fastskip.ops.allocate import empty
 
 Shape = tuple[int, int]
@@ -50,23 +48,6 @@ def gather(total, parts_ptr, tile, SPLITS: tl.constexpr):
 def _places(total):
     rows = tl.arange(0, total.shape[0])[:, None]
     return rows * total.shape[1] + tl.arange(0, total.shape[1])[None]
-
-
-def config_of(
-    name: str,
-    config: Mapping[str, Any] | None,
-    arrivals: Tensor | None,
-    device: torch.device,
-    rows: int,
-    shape: Shape,
-) -> Mapping[str, Any]:
-    """The configuration of a launch of the kernel ``name`` that may share its tiles."""
-    if config is not None:
-        return config
-    own = tuning.config_for(name, device, rows, shape)
-    if arrivals is None:
-        return own
-    return {**own, **tuning.config_for(f"{name}_split", device, rows, shape)}
 
 
 def splits_of(

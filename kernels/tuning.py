@@ -111,6 +111,14 @@ def config_for(
     raise LookupError(f"tables/{DEFAULT}/{kernel}.json has no entry for {rows} rows of {shape}")
 
 
+def config_over(
+    kernel: str, over: str | None, device: torch.device, rows: int, shape: tuple[int, ...] = ()
+) -> Mapping[str, Any]:
+    """``config_for``, with what the table ``over`` says of these rows laid over it."""
+    own = config_for(kernel, device, rows, shape)
+    return own if over is None else {**own, **config_for(over, device, rows, shape)}
+
+
 @contextmanager
 def table(chosen: str | Table) -> Iterator[None]:
     """Within this block the table of this name, or this one, is used, whatever the device."""

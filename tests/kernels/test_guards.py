@@ -27,9 +27,9 @@ def test_width(rows: int, block: int, tiles: int, width: int) -> None:
 def test_a_guarded_entry_replaces_numbers_of_the_kernel() -> None:
     with tuning.table("nvidia-h200"):
         own = tuning.config_for("feed", CPU, 16, (9728, 896))
-        guarded = guards.config_of("feed", None, CPU, 16, (9728, 896))
+        guarded = tuning.config_over("feed", guards.TABLE, CPU, 16, (9728, 896))
+        assert tuning.config_over("feed", None, CPU, 16, (9728, 896)) == own
     assert guarded == {**own, "PROGRAMS": 264, "num_warps": 8} != own
-    assert guards.config_of("feed", {"BLOCK_M": 16}, CPU, 16, SHAPE) == {"BLOCK_M": 16}
 
 
 def test_there_are_candidates() -> None:
