@@ -189,7 +189,7 @@ def unreached(slug: str, found: Sequence[Any]) -> Iterator[str]:
             if (
                 probed.launch.is_guarded
                 if kernel in guards.TABLES
-                else probed.launch.name == kernel.removesuffix("_split")
+                else probed.launch.name == kernel.removesuffix("_split").removesuffix("_half")
             )
         ]
         for entry in entries:

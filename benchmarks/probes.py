@@ -6,9 +6,10 @@ line of it names the tables that decide at which numbers of rows the call is mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from fastskip.ops.contracts import (
     Bounds,
     Choice,
     Feed,
+    HalfNorm,
     HeadNorms,
     Linear,
     Norm,
@@ -171,6 +173,32 @@ class Model:
     def output(self, n: int) -> Term:
         size = self.heads * self.head_dim
         return Term(blank(n, size), self.linear(self.hidden, size))
+
+    def half(self, n: int, norm: Norm) -> HalfNorm:
+        """As an update in tiles of 16 columns leaves it."""
+        return HalfNorm(norm, self.h(n), blank(n, self.hidden // 16, dtype=torch.float32))
+
+    def halve(self, n: int, *, config: Mapping[str, int] | None = None) -> None:
+        """An update that leaves half of a norm, if the model's have one."""
+        if HalfNorm.is_of(self.norm, torch.bfloat16):
+            arrivals = None if config is None else numbers(ARRIVALS)
+            residual.add_terms_and_halve_(
+                self.h(n), [self.down(n)], self.norm, arrivals=arrivals, config=config
+            )
+
+    def read_half(self, n: int, *, config: Mapping[str, int] | None = None) -> None:
+        """The first products of both sublayers, of rows of a half norm."""
+        if HalfNorm.is_of(self.norm, torch.bfloat16):
+            arrivals = None if config is None else numbers(ARRIVALS)
+            more: dict[str, Any] = {"arrivals": arrivals, "config": config}
+            own, part = self.project(n), self.up()
+            projection.project_append(self.h(n), [own], half=self.half(n, own.norm), **more)
+            feed.feed(self.h(n), [part], half=self.half(n, part.norm), **more)
+
+    def choose_by_half(self, n: int) -> None:
+        if HalfNorm.is_of(self.norm, torch.bfloat16):
+            norm, own = self.norm, self.lm_head()
+            head.head_choose(self.h(n), norm, own, self.choice(n), half=self.half(n, norm))
 
     def down(self, n: int) -> Term:
         return Term(blank(n, self.ffn), self.linear(self.hidden, self.ffn))
@@ -533,6 +561,42 @@ PROBES = (
             arrivals=numbers(ARRIVALS),
             config=SHARED_TERMS,
         ),
+        most=64,
+    ),
+    Probe(
+        "add_terms, and half of the norm that is next",
+        ("add_terms",),
+        lambda m, n: m.halve(n),
+        most=64,
+    ),
+    Probe(
+        "add_terms of shared tiles, and half of the norm that is next",
+        ("add_terms_split",),
+        lambda m, n: m.halve(n, config=SHARED_TERMS),
+        most=64,
+    ),
+    Probe(
+        "project_append and feed of a half norm",
+        ("project_append", "project_append_half", "feed", "feed_half"),
+        lambda m, n: m.read_half(n),
+        most=64,
+    ),
+    Probe(
+        "project_append and feed of a half norm, long programs",
+        ("project_append", "feed"),
+        lambda m, n: m.read_half(n, config=LONG),
+        most=1,
+    ),
+    Probe(
+        "project_append and feed of a half norm, of shared tiles",
+        ("project_append_half", "feed_half"),
+        lambda m, n: m.read_half(n, config=SHARED_TERMS),
+        most=64,
+    ),
+    Probe(
+        "head_choose of a half norm",
+        ("head", "head_half", "finish"),
+        lambda m, n: m.choose_by_half(n),
         most=64,
     ),
     Probe(

@@ -23,12 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, hops, numerics, overlap, products
+from fastskip.kernels import guards, hops, numerics, overlap, products, splits
 from fastskip.kernels.activation import relu, silu
+from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
     blocks_for,
+    half_candidates,
     kind_of,
     product_candidates,
     rows_read,
@@ -90,6 +92,8 @@ def _feed_tile(
     weights,
     out_ptr,
     rows,
+    parts_ptr,
+    arrivals_ptr,
     D: tl.constexpr,
     F: tl.constexpr,
     IS_GATED: tl.constexpr,
@@ -98,18 +102,21 @@ def _feed_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """What ``BLOCK_M`` weight rows yield, of the rows ``does [BLOCK_N]``."""
+    """What ``BLOCK_M`` weight rows yield, of the rows ``does [BLOCK_N]``; with ``SPLITS`` inputs
+    and weights are this program's part of them."""
     m = rows_of(tile, F, IS_GATED, BLOCK_M)
+    bias = None
     if weights.bias is not None:
-        bias = numerics.load(weights.bias + m)
+        bias = numerics.load(weights.bias + m)[:, None]
     y = products.product(
         weights,
         m,
         inputs,
         start,
         rows,
-        D,
+        D // SPLITS,
         NORM,
         BLOCK_N,
         BLOCK_E,
@@ -117,8 +124,21 @@ def _feed_tile(
         part,
         inputs_step,
     )
-    if weights.bias is not None:
-        y += bias[:, None]
+    if SPLITS > 1:
+        place = tl.program_id(0) * tl.num_programs(1) + tile
+        splits.leave(y, parts_ptr, place, tl.program_id(2), SPLITS)
+        if is_last(arrivals_ptr + place, SPLITS):
+            y = splits.gather(y, parts_ptr, place, SPLITS)
+            _put(y, bias, tile, n, does, out_ptr, F, IS_GATED)
+    else:
+        _put(y, bias, tile, n, does, out_ptr, F, IS_GATED)
+
+
+@triton.jit
+def _put(y, bias, tile, n, does, out_ptr, F: tl.constexpr, IS_GATED: tl.constexpr):
+    """``store_activated`` of a product ``y`` and its bias, if it has one."""
+    if bias is not None:
+        y += bias
     store_activated(y, tile, n, does, out_ptr, F, IS_GATED)
 
 
@@ -132,6 +152,8 @@ def _feed_kernel(
     now_ptr,
     out_ptr,
     rows,
+    parts_ptr,
+    arrivals_ptr,
     D: tl.constexpr,
     F: tl.constexpr,
     IS_GATED: tl.constexpr,
@@ -141,6 +163,7 @@ def _feed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
     IS_LONG: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -169,6 +192,19 @@ def _feed_kernel(
             None if weights.bias is None else weights.bias + part * weights_step.bias,
         )
 
+    if SPLITS > 1:
+        # Here, since a function cannot return what may be None.
+        SIZE: tl.constexpr = D // SPLITS
+        share = tl.program_id(2)
+        inputs = products.Inputs(
+            inputs.x + share * SIZE,
+            inputs.stride,
+            epsilon=inputs.epsilon,
+            squares=inputs.squares,
+            sums=inputs.sums,
+        )
+        weights = products.Weights(weights.weight + share * SIZE, weights.stride, weights.bias)
+
     if runs_ptr is None and not IS_LONG:
         _feed_tile(
             tile,
@@ -181,6 +217,8 @@ def _feed_kernel(
             weights,
             out_ptr,
             rows,
+            parts_ptr,
+            arrivals_ptr,
             D,
             F,
             IS_GATED,
@@ -189,6 +227,7 @@ def _feed_kernel(
             BLOCK_N,
             BLOCK_E,
             STAGES,
+            SPLITS,
         )
     else:
         TILES: tl.constexpr = tiles_of(F, IS_GATED, BLOCK_M)
@@ -208,6 +247,8 @@ def _feed_kernel(
                 weights,
                 out_ptr,
                 rows,
+                None,
+                None,
                 D,
                 F,
                 IS_GATED,
@@ -216,6 +257,7 @@ def _feed_kernel(
                 BLOCK_N,
                 BLOCK_E,
                 STAGES,
+                1,
             )
 
 
@@ -228,6 +270,7 @@ def feed(
     chosen: Chosen | None = None,
     now: Tensor | None = None,
     half: HalfNorm | None = None,
+    arrivals: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
@@ -235,8 +278,8 @@ def feed(
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. ``chosen``: the
     rows that run, without ``index``. ``now``: in a loop (``hops``), whose first layer's part is
     given, the distances to that of the layer that is next. ``half``: of the norm of all rows, if it
-    is taken so far. Returns ``[n, F]`` each. A pair takes one launch if its blocks are of one shape
-    and run for all rows.
+    is taken so far; with ``arrivals`` (``splits``) tiles may then be shared. Returns ``[n, F]``
+    each. A pair takes one launch if its blocks are of one shape and run for all rows.
     """
     refuse_gradients(h=h, **{f"changes[{i}]": each for i, each in enumerate(changes or ())})
     strides = set() if changes is None else {each.stride(0) for each in changes}
@@ -258,18 +301,22 @@ def feed(
     rows, parts = len(h) if index is None else len(index), len(feeds)
     shape = (linear.weight.shape[0], linear.weight.shape[1])
     is_guarded = chosen is not None
-    over = guards.TABLE if is_guarded else None
+    over = guards.TABLE if is_guarded else None if half is None else "feed_half"
+    if half is None or rows <= splits.MOST_STREAMED:
+        arrivals = None
     blocks, options = blocks_for("feed", config, h, rows, shape, over=over)
     is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     tiles = parts * triton.cdiv(shape[0], blocks["BLOCK_M"])
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     programs, is_long = share_out(blocks, tiles, programs, may_be_long=parts == 1)
+    row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
+    shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, [shape[1]])
     out = empty((parts, rows, width), h.dtype, h.device)
     norms = [each.norm for each in feeds]
     x = rows_read(h, norms, index=index, changes=changes, is_apart=is_apart, half=half)
     launch(
         _feed_kernel,
-        (triton.cdiv(rows, blocks["BLOCK_N"]), programs),
+        (row_blocks, programs, shared) if shared > 1 else (row_blocks, programs),
         options,
         is_guarded=is_guarded,
         inputs=x.first,
@@ -280,6 +327,11 @@ def feed(
         now_ptr=now,
         out_ptr=out,
         rows=rows,
+        parts_ptr=splits.scratch(
+            row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
+        ),
+        arrivals_ptr=arrivals if shared > 1 else None,
+        SPLITS=shared,
         D=shape[1],
         F=width,
         IS_GATED=feeds[0].activation is Activation.GATED_SILU,
@@ -294,6 +346,11 @@ def feed(
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing."""
     return product_candidates(rows, may_be_long=True)
+
+
+def feed_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Of rows of a half norm, by tiles alone and by shared ones."""
+    return half_candidates(rows) + splits.step_candidates(rows, (shape[0], shape[1]))
 
 
 def _kind(part: Feed) -> Hashable:

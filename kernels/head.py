@@ -27,6 +27,7 @@ from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
     blocks_for,
+    half_candidates,
     product_candidates,
     rows_read,
     share_out,
@@ -180,6 +181,11 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     return product_candidates(rows, may_be_long=True)
 
 
+def head_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Of rows of a half norm."""
+    return half_candidates(rows)
+
+
 def _launch_head(
     h: Tensor,
     norm: Norm | None,
@@ -192,7 +198,8 @@ def _launch_head(
     """Launches the product; returns the candidates ``[n, parts]`` if ``does_rank``."""
     refuse_gradients(h=h, logits=logits)
     (rows, width), columns = h.shape, len(head.weight)
-    blocks, options = blocks_for("head", config, h, rows, (columns, width))
+    over = None if half is None else "head_half"
+    blocks, options = blocks_for("head", config, h, rows, (columns, width), over=over)
     is_apart = bool(blocks.pop("NORM_APART", False))
     norms = [] if norm is None else [norm]
     x = rows_read(h, norms, index=None, is_apart=is_apart, half=half)

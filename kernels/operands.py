@@ -67,8 +67,8 @@ def share_out(
     ``programs``: how many there are if not. ``LONG``, how many long ones, is taken out of
     ``blocks``.
     """
-    long = blocks.pop("LONG", None)
-    if long is None or not may_be_long or long >= tiles:
+    long = blocks.pop("LONG", 0)
+    if not long or not may_be_long or long >= tiles:
         return programs, False
     return long, True
 
@@ -202,6 +202,16 @@ def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str
             and (is_apart or block * e <= 64 * 32 * warps)
         ]
     return found
+
+
+def half_candidates(rows: int) -> list[dict[str, int]]:
+    """The same for products that read rows of a half norm, to be laid over the kernel's own: what
+    such a one might name and these do not need is named too."""
+    found = [
+        {"LONG": 0} | {name: value for name, value in config.items() if name != "NORM_APART"}
+        for config in product_candidates(rows, may_be_long=True)
+    ]
+    return [config for number, config in enumerate(found) if config not in found[:number]]
 
 
 _STREAM_TILES = (

@@ -185,7 +185,7 @@ def _stream(
         ]
     if inputs.squares is not None:
         y = [
-            y[number] * tl.rsqrt(tl.sum(halves[number]) / E + inputs.epsilon)
+            y[number] * tl.rsqrt(tl.sum(halves[number]) + inputs.epsilon)
             for number in (0, 1, 2, 3)[:BLOCK_N]
         ]
     if BLOCK_N == 1:
@@ -258,7 +258,7 @@ def _tensor(
     if NORM == RMS_NORM and not IS_APART:
         y *= tl.rsqrt(tl.sum(squares, axis=1) / E + inputs.epsilon)[None, :]
     if inputs.squares is not None:
-        y *= tl.rsqrt(tl.sum(halves, axis=1) / E + inputs.epsilon)[None, :]
+        y *= tl.rsqrt(tl.sum(halves, axis=1) + inputs.epsilon)[None, :]
     return y
 
 
@@ -282,7 +282,7 @@ def read(x_ptr, change_ptr, e, mask):
 
 @triton.jit
 def _squares(inputs, n):
-    """The sums of squares that are left of a norm of rows ``n``, along the last axis."""
+    """What a half norm has of the mean squares of rows ``n``, along the last axis."""
     WIDTH: tl.constexpr = triton.next_power_of_2(inputs.sums)
     part = tl.arange(0, WIDTH)
     return tl.load(inputs.squares + n * inputs.sums + part, mask=part < inputs.sums, other=0.0)

@@ -27,12 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastskip.kernels import guards, hops, numerics, overlap, products
+from fastskip.kernels import guards, hops, numerics, overlap, products, splits
+from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
     blocks_for,
     distance,
+    half_candidates,
     kind_of,
     product_candidates,
     rows_read,
@@ -186,6 +188,8 @@ def _project_tile(
     heads,
     out_ptr,
     rows,
+    parts_ptr,
+    arrivals_ptr,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -195,9 +199,11 @@ def _project_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """The heads of ``BLOCK_M / 2`` pairs: queries of the rows ``asks [BLOCK_N]``, and entries of
-    the rows ``leaves``, in so far as they have a slot."""
+    the rows ``leaves``, in so far as they have a slot. With ``SPLITS`` inputs and weights are this
+    program's part of them."""
     HALF: tl.constexpr = HEAD_DIM // 2
     TURNING: tl.constexpr = QUERIES + GROUPS
     # Held through the product only if they are few registers.
@@ -206,8 +212,12 @@ def _project_tile(
     m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
     inside = n < rows
     # What the end needs is asked for before the product, so that the latencies overlap.
+    bias = None
     if weights.bias is not None:
-        bias = numerics.load(weights.bias + m)
+        bias = numerics.load(weights.bias + m)[:, None]
+    position = None
+    cosine = None
+    sine = None
     if heads.cosine is not None:
         position = tl.load(heads.positions + n, mask=inside, other=0).to(tl.int64)
         if ANGLES_FIRST:
@@ -222,7 +232,7 @@ def _project_tile(
         inputs,
         start,
         rows,
-        D,
+        D // SPLITS,
         NORM,
         BLOCK_N,
         BLOCK_E,
@@ -230,11 +240,76 @@ def _project_tile(
         part,
         inputs_step,
     )
-    if weights.bias is not None:
-        y += bias[:, None]
+    if SPLITS > 1:
+        place = tl.program_id(0) * tl.num_programs(1) + tile
+        splits.leave(y, parts_ptr, place, tl.program_id(2), SPLITS)
+        if is_last(arrivals_ptr + place, SPLITS):
+            _put_heads(
+                splits.gather(y, parts_ptr, place, SPLITS),
+                bias,
+                cosine,
+                sine,
+                position,
+                pair,
+                n,
+                inside,
+                asks,
+                heads,
+                out_ptr,
+                entry_ptr,
+                is_kept,
+                QUERIES,
+                GROUPS,
+                HEAD_DIM,
+            )
+    else:
+        _put_heads(
+            y,
+            bias,
+            cosine,
+            sine,
+            position,
+            pair,
+            n,
+            inside,
+            asks,
+            heads,
+            out_ptr,
+            entry_ptr,
+            is_kept,
+            QUERIES,
+            GROUPS,
+            HEAD_DIM,
+        )
+
+
+@triton.jit
+def _put_heads(
+    y,
+    bias,
+    cosine,
+    sine,
+    position,
+    pair,
+    n,
+    inside,
+    asks,
+    heads,
+    out_ptr,
+    entry_ptr,
+    is_kept,
+    QUERIES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Turns and stores the pairs that a product ``y [BLOCK_M, BLOCK_N]`` yields."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    TURNING: tl.constexpr = QUERIES + GROUPS
+    if bias is not None:
+        y += bias
     first, second = products.split_pairs(y)
     if heads.cosine is not None:
-        if not ANGLES_FIRST:
+        if cosine is None:
             cosine, sine = angles_of(pair, position, inside, heads, HALF, TURNING)
         first, second = turn(first, second, pair, cosine, sine, HALF, TURNING)
     store_heads(
@@ -254,6 +329,8 @@ def _project_append_kernel(
     now_ptr,
     out_ptr,
     rows,
+    parts_ptr,
+    arrivals_ptr,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -265,6 +342,7 @@ def _project_append_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
     IS_LONG: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -317,6 +395,19 @@ def _project_append_kernel(
             heads.offset + part * heads_step.offset,
         )
 
+    if SPLITS > 1:
+        # Here, since a function cannot return what may be None.
+        SIZE: tl.constexpr = D // SPLITS
+        share = tl.program_id(2)
+        inputs = products.Inputs(
+            inputs.x + share * SIZE,
+            inputs.stride,
+            epsilon=inputs.epsilon,
+            squares=inputs.squares,
+            sums=inputs.sums,
+        )
+        weights = products.Weights(weights.weight + share * SIZE, weights.stride, weights.bias)
+
     if runs_ptr is None and not IS_LONG:
         _project_tile(
             tile,
@@ -331,6 +422,8 @@ def _project_append_kernel(
             heads,
             out_ptr,
             rows,
+            parts_ptr,
+            arrivals_ptr,
             D,
             QUERIES,
             GROUPS,
@@ -340,6 +433,7 @@ def _project_append_kernel(
             BLOCK_N,
             BLOCK_E,
             STAGES,
+            SPLITS,
         )
     else:
         begin, end, asks, leaves = chosen_tiles(
@@ -361,6 +455,8 @@ def _project_append_kernel(
                 heads,
                 out_ptr,
                 rows,
+                None,
+                None,
                 D,
                 QUERIES,
                 GROUPS,
@@ -370,6 +466,7 @@ def _project_append_kernel(
                 BLOCK_N,
                 BLOCK_E,
                 STAGES,
+                1,
             )
 
 
@@ -381,6 +478,7 @@ def project_append(
     chosen: Chosen | None = None,
     now: Tensor | None = None,
     half: HalfNorm | None = None,
+    arrivals: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
@@ -390,7 +488,7 @@ def project_append(
     ``index``; the others leave entries if the projection ``leaves_all``. ``now``: in a loop
     (``hops``), whose first layer's projection is given, the distances to that of the layer that is
     next; what it appends goes to the slots that its counts name. ``half``: of the norm of all rows,
-    if it is taken so far.
+    if it is taken so far; with ``arrivals`` (``splits``) tiles may then be shared.
     """
     refuse_gradients(h=h)
     first, last = projections[0], projections[-1]
@@ -404,7 +502,9 @@ def project_append(
     linear, size, queries = first.linear, first.head_dim, first.heads
     shape = (linear.weight.shape[0], linear.weight.shape[1])
     is_guarded = chosen is not None
-    over = guards.TABLE if is_guarded else None
+    over = guards.TABLE if is_guarded else None if half is None else "project_append_half"
+    if half is None or rows <= splits.MOST_STREAMED:
+        arrivals = None
     blocks, options = blocks_for("project_append", config, h, rows, shape, over=over)
     if now is not None and blocks["BLOCK_N"] >= 16 and options["num_warps"] <= 4:
         # Addresses that a loop keeps are registers, which ptxas would rather spill.
@@ -412,13 +512,15 @@ def project_append(
     is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     out = empty((parts, rows, queries, size), h.dtype, h.device)
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)
+    row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
+    shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, [shape[1]])
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     width, is_long = share_out(blocks, tiles, width, may_be_long=parts == 1)
     norms = [each.norm for each in projections]
     x = rows_read(h, norms, index=index, is_apart=is_apart, half=half)
     launch(
         _project_append_kernel,
-        (triton.cdiv(rows, blocks["BLOCK_N"]), width),
+        (row_blocks, width, shared) if shared > 1 else (row_blocks, width),
         options,
         is_guarded=is_guarded,
         inputs=x.first,
@@ -431,6 +533,11 @@ def project_append(
         now_ptr=now,
         out_ptr=out,
         rows=rows,
+        parts_ptr=splits.scratch(
+            row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
+        ),
+        arrivals_ptr=arrivals if shared > 1 else None,
+        SPLITS=shared,
         D=shape[1],
         PARTS=parts,
         LEAVES_ALL=chosen is None or first.leaves_all,
@@ -471,6 +578,11 @@ def head_arguments(projection: Projection) -> dict[str, Any]:
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing."""
     return product_candidates(rows, may_be_long=True)
+
+
+def project_append_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Of rows of a half norm, by tiles alone and by shared ones."""
+    return half_candidates(rows) + splits.step_candidates(rows, (shape[0], shape[1]))
 
 
 def _steps(first: Heads, last: Heads) -> Heads:

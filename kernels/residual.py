@@ -273,7 +273,8 @@ def _put(
         value = tl.where(inside, value.to(tl.float32), 0.0)
         row = n.to(tl.int64)
         numerics.store(half.rows + row[None] * M + m[:, None], value * gain[:, None], inside)
-        tl.store(half.squares + row * TILES + tile, tl.sum(value * value, axis=0), mask=n < rows)
+        squares = tl.sum(value * value, axis=0) / M
+        tl.store(half.squares + row * TILES + tile, squares, mask=n < rows)
 
 
 @triton.jit

@@ -69,7 +69,12 @@ def scratch(count: int, splits: int, size: int, device: torch.device) -> Tensor 
 
 
 def add_terms_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
-    """Configurations of shared tiles worth timing, in steps of few rows."""
+    """Configurations of shared tiles worth timing."""
+    return step_candidates(rows, shape)
+
+
+def step_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
+    """The same for any product of a step's few rows."""
     if rows <= MOST_STREAMED:
         return []
     block = min(64, max(16, triton.next_power_of_2(rows)))

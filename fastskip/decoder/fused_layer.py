@@ -131,6 +131,7 @@ class FusedBlock:
                 [projection],
                 index=own.index,
                 half=stream.half_of(projection.norm, own),
+                arrivals=rows.arrivals,
             )[0]
         self.leave_entries(stream, rows, store)
         return queries
@@ -146,6 +147,7 @@ class FusedBlock:
                 [projection],
                 index=own.index,
                 half=stream.half_of(projection.norm, own),
+                arrivals=rows.arrivals,
             )
         for copies in rows.copies:
             self.copy(copies, store)

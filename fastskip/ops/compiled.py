@@ -76,13 +76,16 @@ def project_append(
     index: Tensor | None = None,
     chosen: Chosen | None = None,
     half: HalfNorm | None = None,
+    arrivals: Tensor | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append; rotated queries ``[n, H, K]`` of each block."""
     by = _choice(h, index, [projections[0].linear], chosen)
     if by == FEW_ROWS and projections[0].head_norms is not None:
-        return _project_normed(h, projections, index, chosen, half)
+        return _project_normed(h, projections, index, chosen, half, arrivals)
     if by == FEW_ROWS:
-        return projection.project_append(h, projections, index=index, chosen=chosen, half=half)
+        return projection.project_append(
+            h, projections, index=index, chosen=chosen, half=half, arrivals=arrivals
+        )
     if chosen is not None:
         return [_project_chosen(h, each, chosen) for each in projections]
     return [_project(normalize(h, each.norm, index=index), each, by) for each in projections]
@@ -101,7 +104,9 @@ def feed(
     """Norm, first product and activation of an FFN; ``[n, F]`` of each block."""
     by = _choice(h, index, [feeds[0].linear], chosen)
     if by == FEW_ROWS:
-        return feeding.feed(h, feeds, index=index, changes=changes, chosen=chosen, half=half)
+        return feeding.feed(
+            h, feeds, index=index, changes=changes, chosen=chosen, half=half, arrivals=arrivals
+        )
     added = [None] * len(feeds) if changes is None else changes
     pairs = zip(feeds, added, strict=True)
     if chosen is not None:
@@ -268,6 +273,7 @@ def _project_normed(
     index: Tensor | None,
     chosen: Chosen | None,
     half: HalfNorm | None = None,
+    arrivals: Tensor | None = None,
 ) -> list[Tensor]:
     """Few rows of a model whose heads have norms: their kernels share a head among programs, so
     heads are turned by a launch of their own."""
@@ -275,7 +281,9 @@ def _project_normed(
     if chosen is not None and own.leaves_all and own.pages is not None and own.heads:
         return [_project_apart(h, each, chosen) for each in projections]
     plain = [replace(each, rotation=None, pages=None, head_norms=None) for each in projections]
-    found = projection.project_append(h, plain, index=index, chosen=chosen, half=half)
+    found = projection.project_append(
+        h, plain, index=index, chosen=chosen, half=half, arrivals=arrivals
+    )
     runs = None if chosen is None else chosen.runs
     return [
         rotate_append(heads, each, runs=runs)

@@ -45,7 +45,7 @@ class HalfNorm:
     Attributes:
         norm: the norm.
         rows: ``[n, D]``: rows times its weights, in the dtype of the data.
-        squares: ``[n, P]`` fp32: parts of each row's sum of squares, before its weights.
+        squares: ``[n, P]`` fp32: parts of each row's mean square, before its weights.
     """
 
     norm: Norm

@@ -77,13 +77,13 @@ def normalize(
 def halve(h: Tensor, norm: Norm) -> HalfNorm:
     """The half of a norm of ``h [n, D]``."""
     wide = torch.promote_types(h.dtype, torch.float32)
-    return HalfNorm(norm, h * norm.weight, h.to(wide).square().sum(1, keepdim=True))
+    return HalfNorm(norm, h * norm.weight, h.to(wide).square().mean(1, keepdim=True))
 
 
 def finish(half: HalfNorm) -> Tensor:
     """The other half: ``[n, D]``."""
-    mean = half.squares.sum(1, keepdim=True) / half.rows.shape[1]
-    return (half.rows * torch.rsqrt(mean + half.norm.epsilon)).to(half.rows.dtype)
+    root = torch.rsqrt(half.squares.sum(1, keepdim=True) + half.norm.epsilon)
+    return (half.rows * root).to(half.rows.dtype)
 
 
 def linear(x: Tensor, weights: Linear) -> Tensor:
@@ -134,12 +134,13 @@ def project_append(
     index: Tensor | None = None,
     chosen: Chosen | None = None,
     half: HalfNorm | None = None,
+    arrivals: Tensor | None = None,
 ) -> list[Tensor]:
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
 
     Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0). Rows that are not
     ``chosen`` leave entries if the projection ``leaves_all``. ``half``: of the norm of one block
-    that all rows run, if it is taken so far.
+    that all rows run, if it is taken so far. ``arrivals``: as of ``feed``.
     """
     found = []
     for projection in projections:

@@ -49,6 +49,7 @@ class FusedOperations(Protocol):
         index: Tensor | None = None,
         chosen: Chosen | None = None,
         half: HalfNorm | None = None,
+        arrivals: Tensor | None = None,
     ) -> list[Tensor]: ...
 
     def feed(

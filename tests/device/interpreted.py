@@ -23,7 +23,8 @@ def _table(product: dict[str, int]) -> Table:
 
 
 # Matrix instructions, few and large programs.
-TENSOR = _table({"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4})
+_TENSOR = {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4}
+TENSOR = _table(_TENSOR)
 # Weights stream by, four rows at a time.
 STREAM = _table({"BLOCK_M": 128, "BLOCK_N": 4, "BLOCK_E": 64, "STAGES": 2, "num_warps": 4})
 
@@ -41,5 +42,7 @@ def shared(parts: int) -> Table:
             "linear_rows": [Entry(None, None, rows)],
             "linear_rows_split": [Entry(None, None, {"SPLITS": parts})],
             "add_terms_split": [Entry(None, None, {"SPLITS": parts})],
+            "feed_half": [Entry(None, None, {**_TENSOR, "SPLITS": parts})],
+            "project_append_half": [Entry(None, None, {**_TENSOR, "SPLITS": parts})],
         },
     )

@@ -100,6 +100,17 @@ def test_norms_that_updates_take_half_of(name: str, trio: Trio, batch: Batch) ->
     assert counts[0] == counts[1]
 
 
+def test_half_norms_that_shared_tiles_leave_and_read() -> None:
+    trio = Trio(tiny_llava(hidden=64, ffn=96, heads=4, kv_heads=2, head_dim=16), impl="triton")
+    batch = random_batch(trio.plain, 3, images=(1, 0, 1, 1, 0))
+    tokens = greedy(trio.plain, POLICIES["dense"], batch, NEW)
+    with tuning.table(shared(2)), recording() as account, halves(trio):
+        assert torch.equal(generate(trio.under(POLICIES["dense"]), batch, NEW), tokens)
+    for kernel in ("add_terms", "feed", "project_append"):
+        own = [each.arguments for each in account.launches if each.name == kernel]
+        assert 2 in [each["SPLITS"] for each in own], kernel
+
+
 def test_half_norms_in_half_precision(plain: PreTrainedModel) -> None:
     """Matrix instructions: every step's scores, as near to the truth as plain code's."""
     trio = Trio(copy.deepcopy(plain).to(torch.bfloat16), impl="triton")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,13 +33,14 @@ from tests.kernels.sublayers import (
 )
 
 CPU = torch.device("cpu")
-WIDTH = 88  # of no block a multiple
+WIDTH = 160
+"""Of few blocks a multiple; two and five programs can share what is summed over."""
 UPDATES = {
     "stream": {**STREAM, "BLOCK_M": 16},
-    "stream 2": {**STREAM_2, "BLOCK_M": 16},
+    "stream 2": {**STREAM_2, "BLOCK_M": 64},
     "stream 4": {**STREAM_4, "BLOCK_M": 8},
-    "tensor": {**TENSOR, "BLOCK_M": 16},
-    "shared": {**TENSOR, "BLOCK_M": 16, "SPLITS": 2},
+    "tensor": TENSOR,
+    "shared": {**TENSOR, "SPLITS": 2},
 }
 # (dtype, configuration): no such half in fp16; fp32 is streamed in any case.
 FORMS = [
@@ -52,6 +54,8 @@ READERS = {
     "stream 4": STREAM_4,
     "tensor": TENSOR,
     "norm apart": APART,
+    "shared by two": {**TENSOR, "SPLITS": 2},
+    "shared by five": {**TENSOR, "BLOCK_E": 32, "SPLITS": 5},
 }
 READER_FORMS = [
     pytest.param(dtype, config, id=f"{name}-{dtype}")
@@ -72,7 +76,7 @@ def terms_of(rows: int, place: Place, sizes: Sequence[int] = (96,)) -> list[Term
 
 
 def left(rows: int, place: Place, norm: Norm) -> tuple[Tensor, HalfNorm]:
-    """An ``h`` and the half of its norm, by a kernel of 11 tiles."""
+    """An ``h`` and the half of its norm, by a kernel of 20 tiles."""
     h = place.numbers(rows, WIDTH, seed=20)
     config = UPDATES["stream 4"]
     with allocate.poisoned():
@@ -104,8 +108,21 @@ def test_what_an_update_leaves(
     right = fused.halve(h.cpu(), replace(norm, weight=norm.weight.cpu()))
     assert torch.equal(half.rows.cpu(), right.rows)  # one product, rounded once
     assert half.squares.shape == (rows, -(-WIDTH // config["BLOCK_M"]))
-    squares = h.cpu().double().square().sum(1, keepdim=True)
+    squares = h.cpu().double().square().mean(1, keepdim=True)
     assert_within_budget("squares", half.squares.sum(1, keepdim=True).cpu(), right.squares, squares)
+
+
+@contextmanager
+def shared(config: Mapping[str, int], device: torch.device) -> Iterator[Tensor]:
+    """Zeros to count arrivals by, which are left zero; as many programs as ``SPLITS`` share each
+    tile of what is launched, and all parts are written."""
+    arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
+    with recording() as account:
+        yield arrivals
+    (launch,), parts = account.launches, config.get("SPLITS", 1)
+    assert launch.arguments["SPLITS"] == parts and not arrivals.any()
+    if parts > 1:
+        assert launch.grid[2] == parts and launch.arguments["parts_ptr"].isfinite().all()
 
 
 def check_read(
@@ -119,9 +136,8 @@ def check_read(
     norm of the rows that an update left, whole."""
     place = Place(dtype, device)
     h, half = left(rows, place, norm_of(place))
-    with allocate.poisoned(), recording() as account:
+    with allocate.poisoned():
         actual = read(place, torch.full_like(h, float("nan")), half)
-    assert len(account.launches) == 1  # whatever the configuration says of norms
     found = []
     for other in (Place(dtype, CPU), Place(TRUTH, CPU)):
         whole = other.numbers(rows, WIDTH, seed=20)
@@ -130,7 +146,11 @@ def check_read(
     assert_within_budget("read", actual.cpu(), *found)
 
 
-@pytest.mark.parametrize("case", [FeedCase(40, WIDTH), FeedCase(72, WIDTH, Activation.RELU)])
+@pytest.mark.parametrize(
+    "case",
+    [FeedCase(40, WIDTH), FeedCase(72, WIDTH, Activation.RELU, has_bias=True)],
+    ids=["gated", "ReLU, biases"],
+)
 @pytest.mark.parametrize(("dtype", "config"), READER_FORMS)
 def test_feed(
     dtype: torch.dtype, config: Mapping[str, int], case: FeedCase, device: torch.device
@@ -139,15 +159,15 @@ def test_feed(
         part = case.build(place)
         if half is None:
             return fused.feed(h, [part])[0]
-        with watched(part.norm.weight) as reads:
-            found = feed.feed(h, [part], half=half, config=config)[0]
+        with watched(part.norm.weight) as reads, shared(config, device) as arrivals:
+            found = feed.feed(h, [part], half=half, arrivals=arrivals, config=config)[0]
         assert reads == [0]
         return found
 
     check_read(read, lambda place: case.build(place).norm, dtype, 5, device)
 
 
-@pytest.mark.parametrize("rows", (1, 6))
+@pytest.mark.parametrize("rows", (5, 6))
 @pytest.mark.parametrize(("dtype", "config"), READER_FORMS)
 def test_projection(
     dtype: torch.dtype, config: Mapping[str, int], rows: int, device: torch.device
@@ -159,14 +179,18 @@ def test_projection(
         pages.append(own.pages)
         if half is None:
             return fused.project_append(h, [own])[0]
-        return projection.project_append(h, [own], half=half, config=config)[0]
+        with shared(config, device) as arrivals:
+            return projection.project_append(h, [own], half=half, arrivals=arrivals, config=config)[
+                0
+            ]
 
     check_read(read, lambda place: case.build(rows, place).norm, dtype, rows, device)
     assert_same_entries(*pages)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("dtype", "config"), READER_FORMS)
-def test_head(dtype: torch.dtype, config: Mapping[str, int], device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("config", [STREAM, STREAM_4, TENSOR, APART], ids=str)
+def test_head(config: Mapping[str, int], dtype: torch.dtype, device: torch.device) -> None:
     def norm_of(place: Place) -> Norm:
         return place.norm(WIDTH, seed=3)
 
@@ -174,7 +198,10 @@ def test_head(dtype: torch.dtype, config: Mapping[str, int], device: torch.devic
         linear = place.linear(100, WIDTH, seed=5)
         if half is None:
             return fused.head_logits(h, norm_of(place), linear)
-        return head.head_logits(h, norm_of(place), linear, half=half, config=config)
+        with recording() as account:
+            found = head.head_logits(h, norm_of(place), linear, half=half, config=config)
+        assert len(account.launches) == 1  # whatever the configuration says of norms
+        return found
 
     check_read(read, norm_of, dtype, 5, device)
 
