@@ -104,8 +104,8 @@ def _feed_tile(
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """What ``BLOCK_M`` weight rows yield, of the rows ``does [BLOCK_N]``; with ``SPLITS`` inputs
-    and weights are this program's part of them."""
+    """What ``BLOCK_M`` weight rows yield, of the rows ``does [BLOCK_N]``, or this program's share
+    of that."""
     m = rows_of(tile, F, IS_GATED, BLOCK_M)
     bias = None
     if weights.bias is not None:
@@ -123,6 +123,7 @@ def _feed_tile(
         STAGES,
         part,
         inputs_step,
+        tl.program_id(2) if SPLITS > 1 else None,
     )
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
@@ -191,19 +192,6 @@ def _feed_kernel(
             weights.stride,
             None if weights.bias is None else weights.bias + part * weights_step.bias,
         )
-
-    if SPLITS > 1:
-        # Here, since a function cannot return what may be None.
-        SIZE: tl.constexpr = D // SPLITS
-        share = tl.program_id(2)
-        inputs = products.Inputs(
-            inputs.x + share * SIZE,
-            inputs.stride,
-            epsilon=inputs.epsilon,
-            squares=inputs.squares,
-            sums=inputs.sums,
-        )
-        weights = products.Weights(weights.weight + share * SIZE, weights.stride, weights.bias)
 
     if runs_ptr is None and not IS_LONG:
         _feed_tile(

@@ -69,7 +69,7 @@ def weights_step(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
 def norm_step(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
     """``distance`` to the weight and bias of the norm of a product's inputs."""
     gain = distance(now_ptr, FIELD, BITS)
-    return products.Inputs(0, 0, 0, 0, 0, gain, distance(now_ptr, FIELD + 1, BITS), 0)
+    return products.Inputs(0, 0, 0, 0, 0, gain, distance(now_ptr, FIELD + 1, BITS), 0, 0, 0)
 
 
 @triton.jit

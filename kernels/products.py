@@ -71,12 +71,15 @@ def product(
     STAGES: tl.constexpr,
     part=None,
     step=None,
+    share=None,
 ):
     """``[BLOCK_M, BLOCK_N]``: weight rows ``m`` with rows ``start, start + 1, ..`` of ``inputs``.
 
     ``m [BLOCK_M]`` must lie within the weight (clamp it). Rows from ``rows`` on yield finite
     numbers without meaning. ``part``: the problem of several whose inputs are meant; ``step``:
-    elements from each tensor of one to that of the next.
+    elements from each tensor of one to that of the next. ``share``: of what is summed over, in
+    shares of ``E``, the one that is meant (without changes, and without a norm that is taken
+    here).
     """
     if part is not None:
         # Here, since a function cannot return what may be None.
@@ -91,10 +94,14 @@ def product(
             inputs.epsilon,
         )
     weight_ptrs = weights.weight + m.to(tl.int64)[:, None] * weights.stride
+    x_ptr = inputs.x
+    if share is not None:
+        weight_ptrs += share * E
+        x_ptr += share * E
     if BLOCK_N < 16:
-        return _stream(weight_ptrs, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
+        return _stream(weight_ptrs, x_ptr, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
     else:
-        return _tensor(weight_ptrs, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
+        return _tensor(weight_ptrs, x_ptr, inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES)
 
 
 @triton.jit
@@ -118,6 +125,7 @@ def split_pairs(y):
 @triton.jit
 def _stream(
     weight_ptrs,
+    x_ptr,
     inputs,
     start,
     rows,
@@ -131,7 +139,7 @@ def _stream(
     # they were loaded.
     # A tuple of numbers stays one of constants only as long as it has no name.
     n = [tl.minimum(start + number, rows - 1) for number in (0, 1, 2, 3)[:BLOCK_N]]
-    x_ptrs = [inputs.x + source(inputs.index, each) * inputs.stride for each in n]
+    x_ptrs = [x_ptr + source(inputs.index, each) * inputs.stride for each in n]
     change_ptrs = [
         None if inputs.change is None else inputs.change + each.to(tl.int64) * inputs.change_stride
         for each in n
@@ -199,6 +207,7 @@ def _stream(
 @triton.jit
 def _tensor(
     weight_ptrs,
+    x_ptr,
     inputs,
     start,
     rows,
@@ -215,7 +224,7 @@ def _tensor(
     n = start + tl.arange(0, BLOCK_N)
     inside = (n < rows)[:, None]
     n = tl.minimum(n, rows - 1)
-    x_ptrs = inputs.x + (source(inputs.index, n) * inputs.stride)[:, None]
+    x_ptrs = x_ptr + (source(inputs.index, n) * inputs.stride)[:, None]
     change_ptrs = inputs.change
     if change_ptrs is not None:
         change_ptrs += n.to(tl.int64)[:, None] * inputs.change_stride
@@ -231,10 +240,13 @@ def _tensor(
             BLOCK_E,
             STAGES,
         )
-    if inputs.squares is not None:
-        halves = _squares(inputs, n[:, None])
+    # Held through the product only if they are few registers.
+    SQUARES_FIRST: tl.constexpr = inputs.squares is not None and BLOCK_N * inputs.sums <= 1024
+    if SQUARES_FIRST:
+        squares = _squares(inputs, n[:, None])
     y = tl.zeros([weight_ptrs.shape[0], BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    if inputs.squares is None:
+        squares = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
         e = first + tl.arange(0, BLOCK_E)[None, :]
         is_real = None if E % BLOCK_E == 0 else e < E
@@ -258,7 +270,9 @@ def _tensor(
     if NORM == RMS_NORM and not IS_APART:
         y *= tl.rsqrt(tl.sum(squares, axis=1) / E + inputs.epsilon)[None, :]
     if inputs.squares is not None:
-        y *= tl.rsqrt(tl.sum(halves, axis=1) + inputs.epsilon)[None, :]
+        if not SQUARES_FIRST:
+            squares = _squares(inputs, n[:, None])
+        y *= tl.rsqrt(tl.sum(squares, axis=1) + inputs.epsilon)[None, :]
     return y
 
 

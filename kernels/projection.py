@@ -202,8 +202,7 @@ def _project_tile(
     SPLITS: tl.constexpr,
 ):
     """The heads of ``BLOCK_M / 2`` pairs: queries of the rows ``asks [BLOCK_N]``, and entries of
-    the rows ``leaves``, in so far as they have a slot. With ``SPLITS`` inputs and weights are this
-    program's part of them."""
+    the rows ``leaves``, in so far as they have a slot; or this program's share of them."""
     HALF: tl.constexpr = HEAD_DIM // 2
     TURNING: tl.constexpr = QUERIES + GROUPS
     # Held through the product only if they are few registers.
@@ -239,6 +238,7 @@ def _project_tile(
         STAGES,
         part,
         inputs_step,
+        tl.program_id(2) if SPLITS > 1 else None,
     )
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
@@ -394,19 +394,6 @@ def _project_append_kernel(
             None if heads.slots is None else heads.slots + part * heads_step.slots,
             heads.offset + part * heads_step.offset,
         )
-
-    if SPLITS > 1:
-        # Here, since a function cannot return what may be None.
-        SIZE: tl.constexpr = D // SPLITS
-        share = tl.program_id(2)
-        inputs = products.Inputs(
-            inputs.x + share * SIZE,
-            inputs.stride,
-            epsilon=inputs.epsilon,
-            squares=inputs.squares,
-            sums=inputs.sums,
-        )
-        weights = products.Weights(weights.weight + share * SIZE, weights.stride, weights.bias)
 
     if runs_ptr is None and not IS_LONG:
         _project_tile(

@@ -79,10 +79,21 @@ def _term(
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
+    share=None,
 ):
     NORM: tl.constexpr = products.NO_NORM
     return products.product(
-        term.weights, m, term.inputs, start, rows, E, NORM, BLOCK_N, BLOCK_E, STAGES
+        term.weights,
+        m,
+        term.inputs,
+        start,
+        rows,
+        E,
+        NORM,
+        BLOCK_N,
+        BLOCK_E,
+        STAGES,
+        share=share,
     )
 
 
@@ -147,8 +158,8 @@ def _add_tile(
     """Adds to columns ``tile * BLOCK_M`` onwards of the rows of ``n`` that ``gets``.
 
     ``does``, ``second_does``, and whether any does: which rows each of two terms is for, or
-    ``None`` where all terms are for all rows that get anything. With ``SPLITS`` the terms are this
-    program's part of them.
+    ``None`` where all terms are for all rows that get anything. With ``SPLITS`` a program sums its
+    share of each term.
     """
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (m < M)[:, None] & gets[None]
@@ -164,10 +175,14 @@ def _add_tile(
     if half is not None:
         gain = numerics.load(half.gain + owned)
 
+    share = None
+    if SPLITS > 1:
+        share = tl.program_id(2)
     if does is None:
-        total = _term(first, owned, start, rows, E, BLOCK_N, BLOCK_E, STAGES)
+        total = _term(first, owned, start, rows, E // SPLITS, BLOCK_N, BLOCK_E, STAGES, share)
         if SECOND_E > 0:
-            other = _term(second, owned, start, rows, SECOND_E, BLOCK_N, BLOCK_E, STAGES)
+            OTHER_E: tl.constexpr = SECOND_E // SPLITS
+            other = _term(second, owned, start, rows, OTHER_E, BLOCK_N, BLOCK_E, STAGES, share)
             if BLOCK_N == 1:
                 # Added before they become tiles: else Triton 3.6 spreads the layout of the weights
                 # to what follows, where every thread would then repeat each access up to 64 times.
@@ -183,7 +198,7 @@ def _add_tile(
             total = total[:, None]
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
-        splits.leave(total, parts_ptr, place, tl.program_id(2), SPLITS)
+        splits.leave(total, parts_ptr, place, share, SPLITS)
         if is_last(arrivals_ptr + place, SPLITS):
             _put(
                 splits.gather(total, parts_ptr, place, SPLITS),
@@ -348,20 +363,6 @@ def _add_terms_kernel(
             None if weights.bias is None else weights.bias + tl.load(now_ptr + FIELD + 1),
         )
         first = Addend(first.inputs, weights)
-    if SPLITS > 1:
-        part = tl.program_id(2)
-        inputs, weights = first.inputs, first.weights
-        first = Addend(
-            products.Inputs(inputs.x + part * (E // SPLITS), inputs.stride),
-            products.Weights(weights.weight + part * (E // SPLITS), weights.stride, weights.bias),
-        )
-        if SECOND_E > 0:
-            inputs, weights = second.inputs, second.weights
-            SIZE: tl.constexpr = SECOND_E // SPLITS
-            second = Addend(
-                products.Inputs(inputs.x + part * SIZE, inputs.stride),
-                products.Weights(weights.weight + part * SIZE, weights.stride, weights.bias),
-            )
     if runs_ptr is None and second_runs_ptr is None:
         _add_tile(
             tl.program_id(1),
@@ -385,8 +386,8 @@ def _add_terms_kernel(
             arrivals_ptr,
             half,
             M,
-            E // SPLITS,
-            SECOND_E // SPLITS,
+            E,
+            SECOND_E,
             BLOCK_M,
             BLOCK_N,
             BLOCK_E,
