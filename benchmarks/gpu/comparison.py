@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
+from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Values
@@ -29,7 +30,7 @@ ROW_COUNTS = (16, 64, 128, 256, 576, 640, 1280)
 def compare(setting: Setting, widths: Widths, rows: int) -> Values:
     """All operations; ``rows`` 0 stands for a prompt's."""
     widths = TINY if setting.is_tiny else widths
-    works = DECODE | DECODE_ARRANGED if rows else PREFILL
+    works = DECODE | DECODE_ARRANGED | DECODE_HALVED if rows else PREFILL
     rows = rows or widths.context
     compile_works(works.values(), widths, rows, setting.dtype, setting.device)
     found = {}

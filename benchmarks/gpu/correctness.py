@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.gate import faults
 from benchmarks.gpu.cells import Cell, Setting, is_lost
+from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker, Widths
 from benchmarks.gpu.models import policies, tiny_model
 from benchmarks.gpu.prefill_works import PREFILL
@@ -152,7 +153,7 @@ def _cases(widths: Widths) -> Iterator[tuple[str, WorkMaker, int]]:
         for name, maker in DECODE.items():
             yield name, maker, rows
     for rows in (1, 16):
-        for name, maker in (DECODE_ARRANGED | DECODE_ROUTED).items():
+        for name, maker in (DECODE_ARRANGED | DECODE_HALVED | DECODE_ROUTED).items():
             yield name, maker, rows
     for name, maker in (PREFILL | PREFILL_ROUTED).items():
         yield name, maker, widths.context

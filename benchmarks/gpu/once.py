@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Maker
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     widths = SIZES[options.size]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    decode = DECODE | DECODE_ARRANGED | DECODE_ROUTED
+    decode = DECODE | DECODE_ARRANGED | DECODE_HALVED | DECODE_ROUTED
     works = {(name, options.rows): make for name, make in decode.items()}
     if options.rows == 1:
         works |= {(name, widths.context): make for name, make in (PREFILL | PREFILL_ROUTED).items()}

@@ -17,9 +17,9 @@ from benchmarks.gpu import (
     correctness,
     end_to_end,
     graphs,
-    overlapping,
     profiling,
     routing,
+    step_ways,
     tune,
 )
 from benchmarks.gpu.cells import Cell, Setting, chosen
@@ -38,7 +38,7 @@ CELLS: list[Cell] = [
     *profiling.CELLS,
     *comparison.CELLS,
     *graphs.CELLS,
-    *overlapping.CELLS,
+    *step_ways.CELLS,
 ]
 SAME_IN_SMALL = re.compile(r"\.(13b|b4$|b16|b64|half_blocks|parallel_blocks|float16|project)(\.|$)")
 """Cells that would run in small what others run already."""

@@ -166,8 +166,8 @@ def _kernels(results: Results) -> list[str]:
             head: Row = ("eager_ms", "captured_ms", "gain", "worst_difference")
             numbers = tuple(_short(line.values.get(key)) for key in head)
             parts.append(f"{name}\n{_aligned([head, numbers])}")
-        if name.startswith("overlap.") and line.is_done:
-            rows = [("steps", "launches", "ms/token", "gain")]
+        if name.startswith(("overlap.", "halves.")) and line.is_done:
+            rows = [("steps", "way", "ms/token", "gain")]
             for policy, ways in line.values["policies"].items():
                 for way, own in ways.items():
                     rows.append((policy, way, _short(own["tpot_ms"]), _times(own["gain"])))

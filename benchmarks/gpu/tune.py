@@ -18,6 +18,7 @@ import torch
 from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.compiling import compile_ahead
+from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Values
@@ -40,7 +41,7 @@ REPLAYS = 5
 def tune(setting: Setting, widths: Widths, rows: int) -> Values:
     """Times the candidates of all kernels; ``rows`` 0 stands for the rows of a prompt."""
     widths = TINY if setting.is_tiny else widths
-    decode = DECODE | DECODE_ARRANGED | DECODE_ROUTED
+    decode = DECODE | DECODE_ARRANGED | DECODE_HALVED | DECODE_ROUTED
     works = decode if rows else PREFILL | PREFILL_ROUTED
     if setting.is_tiny:  # every operation takes seconds in the interpreter
         works = dict(list(works.items())[::3])

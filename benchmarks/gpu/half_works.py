@@ -1,0 +1,89 @@
+"""The operations of a decode step around norms that are half taken, as pieces of work.
+
+What reads a half finds that of noise, in as many parts as an update in tiles of 16 or 64 columns
+leaves. In fp16 there is none, and the norm is taken whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu.inputs import Maker
+from benchmarks.gpu.works import Work, WorkMaker, of_products, projection_of, written
+from fastskip.ops.contracts import ARRIVALS, HalfNorm, Norm, Term
+
+
+def project_append(make: Maker, rows: int) -> Work:
+    own, h = projection_of(make, rows), make.noise(rows, make.widths.hidden)
+    half, arrivals = half_of(h, own.norm), make.integers([0] * ARRIVALS)
+    return of_products(
+        rows,
+        [own.linear],
+        lambda ops: ops.project_append(h, [own], half=half, arrivals=arrivals),
+        rival=lambda: F.linear(h, own.linear.weight),
+        entries=lambda: written(own),
+    )
+
+
+def feed(make: Maker, rows: int) -> Work:
+    part, h = make.feed(), make.noise(rows, make.widths.hidden)
+    half, arrivals = half_of(h, part.norm), make.integers([0] * ARRIVALS)
+    return of_products(
+        rows,
+        [part.linear],
+        lambda ops: ops.feed(h, [part], half=half, arrivals=arrivals),
+        rival=lambda: F.linear(h, part.linear.weight),
+    )
+
+
+def head_logits(make: Maker, rows: int) -> Work:
+    h, norm = make.noise(rows, make.widths.hidden), make.norm()
+    head, half = make.linear(make.widths.vocabulary, make.widths.hidden), half_of(h, norm)
+    return of_products(
+        rows,
+        [head],
+        lambda ops: [ops.head_logits(h, norm, head, half=half)],
+        rival=lambda: F.linear(h, head.weight),
+    )
+
+
+def add_output(make: Maker, rows: int) -> Work:
+    return add(make, rows, make.widths.heads * make.widths.head_dim)
+
+
+def add_down(make: Maker, rows: int) -> Work:
+    return add(make, rows, make.widths.ffn)
+
+
+def add(make: Maker, rows: int, width: int) -> Work:
+    hidden = make.widths.hidden
+    term = Term(make.noise(rows, width), make.linear(hidden, width))
+    h, norm, arrivals = make.noise(rows, hidden), make.norm(), make.integers([0] * ARRIVALS)
+
+    def run(ops: object) -> list[Tensor]:
+        half = ops.add_terms_and_halve_(h, [term], norm, arrivals=arrivals)  # type: ignore[attr-defined]
+        return [h] if half is None else [h, half.rows, half.squares.sum(1)]
+
+    return of_products(rows, [term.linear], run, rival=lambda: F.linear(term.x, term.linear.weight))
+
+
+def half_of(h: Tensor, norm: Norm) -> HalfNorm | None:
+    """The half of a norm of ``h [n, D]``, if it has one."""
+    if not HalfNorm.is_of(norm, h.dtype):
+        return None
+    rows, width = h.shape
+    parts = width // (16 if rows <= 4 else 64) or 1
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    squares = wide.view(rows, parts, -1).square().sum(2) / width
+    return HalfNorm(norm, h * norm.weight, squares)
+
+
+DECODE_HALVED: dict[str, WorkMaker] = {
+    "half norm: project_append": project_append,
+    "half norm: add_output": add_output,
+    "half norm: feed": feed,
+    "half norm: add_down": add_down,
+    "half norm: head_logits": head_logits,
+}
