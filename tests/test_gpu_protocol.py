@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import end_to_end, protocol, routing, running, table
+from benchmarks.gpu import end_to_end, protocol, routing, running, step_ways, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
+from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import TINY
 from benchmarks.gpu.nodes import reader
 from benchmarks.gpu.prefill_works import PREFILL
@@ -61,6 +62,11 @@ def test_every_cell_in_small(results: Results, capsys: pytest.CaptureFixture[str
     assert lines["routing.blocks"].values["notes"] == {}
     found = lines["routing.decisions"].values["found"]
     assert [own for own in found.values() if own == "ok"] == ["ok"] * 3
+    for kind, ways in (("overlap", step_ways.OVERLAPS), ("halves", step_ways.NORMS)):
+        values = lines[f"{kind}.7b.b1"].values
+        assert values["faults"] == [] and values["policies"]["dense"].keys() == {
+            way.name for way in ways
+        }
     for own in lines["kernels.7b.b1"].values["works"].values():
         assert "error" not in own and own["us"] > 0
 
@@ -281,6 +287,29 @@ def test_guarded_programs_are_bounded_from_outside() -> None:
         assert tuning.config_for("guarded", cpu, 1, (8, 8)) == {"PROGRAMS": 7}
         assert tuning.config_for("route", cpu, 1, (8,))["num_warps"]
     assert tuning.config_for("guarded", cpu, 1, (8, 8)) != {"PROGRAMS": 7}
+
+
+@pytest.mark.parametrize("name", ("halves.7b.b1", "overlap.7b.b1"))
+def test_a_way_of_steps_that_is_wrong_is_not_timed(
+    results: Results, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name == "halves.7b.b1":
+        finish = fused.finish
+        monkeypatch.setattr(fused, "finish", lambda half: 1.05 * finish(half))
+    else:
+        monkeypatch.setattr(torch, "equal", lambda a, b: a is b)
+    (cell,) = chosen(protocol.CELLS, [name])
+    values = cell.run(setting(results))
+    timed = {way for ways in values["policies"].values() for way in ways}
+    assert values["faults"] and timed <= {"ordinary"}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", DECODE_HALVED)
+def test_works_around_half_norms(name: str, rows: int) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        worst = worst_output(compiled, DECODE_HALVED[name], TINY, rows, dtype, torch.device("cpu"))
+        assert worst["share_of_allowed"] <= 1
 
 
 @pytest.mark.parametrize("rows", [1, 3])
