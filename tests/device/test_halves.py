@@ -18,7 +18,7 @@ from tests.batches import Batch, random_batch
 from tests.device.conftest import IMPL
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, parallel, policy_of, skip
-from tests.routing.routed import check_generate, random, routed
+from tests.routing.routed import check_generate, random, routed, similarity
 from tests.test_properties import Case, cases
 
 DEPTH, NEW = 4, 4
@@ -37,8 +37,14 @@ LEFT: dict[str, tuple[Policy, int]] = {
     "nothing": (policy_of(skip(":", "all", "block", kv="omit")), 0),
     "parallel in the middle": (policy_of(arrangements=(parallel([1]),)), 2 * 3 - 1),
     "pairs": (MIXED["pairs to the end"], 0),
+    "a pair in the middle": (MIXED["pair, sum"], 1 + 2),
     "a router in the middle": (routed(random([1], "all", kv="omit")), 2 * 3 - 1),
     "an FFN's router": (routed(random([1], "all", "ffn")), 2 * 3 - 1),
+    # Decisions ride in the update before, and so does a note of what it did.
+    "a router that looks back": (
+        routed(similarity([2], "all", threshold=0.5, kv="omit")),
+        2 * 3 - 2,
+    ),
 }
 
 

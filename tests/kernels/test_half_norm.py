@@ -54,6 +54,8 @@ READERS = {
     "stream 4": STREAM_4,
     "tensor": TENSOR,
     "norm apart": APART,
+    # So many squares that they are read behind the product.
+    "wide": {**TENSOR, "BLOCK_N": 64},
     "shared by two": {**TENSOR, "SPLITS": 2},
     "shared by five": {**TENSOR, "BLOCK_E": 32, "SPLITS": 5},
 }
@@ -219,15 +221,16 @@ def test_few_programs_of_many_tiles(device: torch.device) -> None:
     check_read(read, lambda place: case.build(place).norm, torch.bfloat16, 1, device)
 
 
+@pytest.mark.parametrize("config", [STREAM_4, TENSOR], ids=["stream", "tensor"])
 @pytest.mark.parametrize("scale", (1e-6, 1.0, 3e4))
-def test_rows_of_every_size(scale: float, device: torch.device) -> None:
+def test_rows_of_every_size(scale: float, config: Mapping[str, int], device: torch.device) -> None:
     """Small ones meet the norm's epsilon, large ones stay in range."""
     place, true = Place(torch.bfloat16, device), Place(TRUTH, CPU)
     case, rows = FeedCase(40, WIDTH), exact(3, WIDTH, seed=4, scale=scale)
     part, nothing = case.build(place), Linear(torch.zeros(WIDTH, 16).bfloat16().to(device))
     h, none = rows.bfloat16().to(device), Term(place.numbers(3, 16, seed=1), nothing)
     half = residual.add_terms_and_halve_(h, [none], part.norm, config=UPDATES["stream 4"])
-    actual = feed.feed(h, [part], half=half, config=STREAM_4)[0]
+    actual = feed.feed(h, [part], half=half, config=config)[0]
     eager = fused.feed(rows.bfloat16(), [case.build(Place(torch.bfloat16, CPU))])[0]
     truth = fused.feed(rows.bfloat16().double(), [case.build(true)])[0]
     assert_within_budget("rows", actual.cpu(), eager, truth)
