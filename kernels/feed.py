@@ -298,13 +298,13 @@ def feed(
     programs = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     programs, is_long = share_out(blocks, tiles, programs, may_be_long=parts == 1)
     row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
-    shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, [shape[1]])
+    shared = splits.arguments_of(blocks, arrivals, row_blocks * tiles, [shape[1]], h.device)
     out = empty((parts, rows, width), h.dtype, h.device)
     norms = [each.norm for each in feeds]
     x = rows_read(h, norms, index=index, changes=changes, is_apart=is_apart, half=half)
     launch(
         _feed_kernel,
-        (row_blocks, programs, shared) if shared > 1 else (row_blocks, programs),
+        splits.grid_of((row_blocks, programs), shared),
         options,
         is_guarded=is_guarded,
         inputs=x.first,
@@ -315,11 +315,7 @@ def feed(
         now_ptr=now,
         out_ptr=out,
         rows=rows,
-        parts_ptr=splits.scratch(
-            row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
-        ),
-        arrivals_ptr=arrivals if shared > 1 else None,
-        SPLITS=shared,
+        **shared,
         D=shape[1],
         F=width,
         IS_GATED=feeds[0].activation is Activation.GATED_SILU,

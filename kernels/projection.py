@@ -500,14 +500,14 @@ def project_append(
     out = empty((parts, rows, queries, size), h.dtype, h.device)
     tiles = parts * triton.cdiv(shape[0] // 2, blocks["BLOCK_M"] // 2)
     row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
-    shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, [shape[1]])
+    shared = splits.arguments_of(blocks, arrivals, row_blocks * tiles, [shape[1]], h.device)
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     width, is_long = share_out(blocks, tiles, width, may_be_long=parts == 1)
     norms = [each.norm for each in projections]
     x = rows_read(h, norms, index=index, is_apart=is_apart, half=half)
     launch(
         _project_append_kernel,
-        (row_blocks, width, shared) if shared > 1 else (row_blocks, width),
+        splits.grid_of((row_blocks, width), shared),
         options,
         is_guarded=is_guarded,
         inputs=x.first,
@@ -520,11 +520,7 @@ def project_append(
         now_ptr=now,
         out_ptr=out,
         rows=rows,
-        parts_ptr=splits.scratch(
-            row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
-        ),
-        arrivals_ptr=arrivals if shared > 1 else None,
-        SPLITS=shared,
+        **shared,
         D=shape[1],
         PARTS=parts,
         LEAVES_ALL=chosen is None or first.leaves_all,

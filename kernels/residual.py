@@ -602,14 +602,14 @@ def _launch_terms(
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
     row_blocks = triton.cdiv(rows, blocks["BLOCK_N"])
     inner = [term.x.shape[1] for term in terms]
-    shared = splits.splits_of(blocks, arrivals, row_blocks * tiles, inner)
+    shared = splits.arguments_of(blocks, arrivals, row_blocks * tiles, inner, h.device)
     half = None
     if norm is not None:
         squares = empty((rows, tiles), torch.float32, h.device)
         half = HalfNorm(norm, empty((rows, size), h.dtype, h.device), squares)
     launch(
         _add_terms_kernel,
-        (row_blocks, width, shared) if shared > 1 else (row_blocks, width),
+        splits.grid_of((row_blocks, width), shared),
         options,
         is_guarded=is_guarded,
         h_ptr=h,
@@ -624,12 +624,8 @@ def _launch_terms(
         runs_ptr=runs[0] if runs else None,
         second_runs_ptr=runs[1] if len(runs) == 2 else None,
         now_ptr=None if loop is None else loop.now,
-        parts_ptr=splits.scratch(
-            row_blocks * tiles, shared, blocks["BLOCK_M"] * blocks["BLOCK_N"], h.device
-        ),
-        arrivals_ptr=arrivals if shared > 1 else None,
         half=half and Half(half.norm.weight, half.rows, half.squares),
-        SPLITS=shared,
+        **shared,
         FIELD=None if field is None else field.value,
         M=size,
         E=first.x.shape[1],

@@ -179,11 +179,11 @@ def linear_rows(
     # Tables count elements of two bytes; wider ones go by half as many at a time.
     blocks["BLOCK_E"] = max(16, blocks["BLOCK_E"] * 2 // x.element_size())
     tiles = triton.cdiv(rows, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_M"])
-    shared = splits.splits_of(blocks, arrivals, tiles, [inner])
-    sums, size = 2 if form is GATED else 1, blocks["BLOCK_N"] * blocks["BLOCK_M"]
+    sums = 2 if form is GATED else 1
+    shared = splits.arguments_of(blocks, arrivals, tiles, [inner], x.device, sums=sums)
     launch(
         _linear_rows_kernel,
-        (tiles, shared) if shared > 1 else (tiles,),
+        splits.grid_of((tiles,), shared),
         options,
         is_guarded=count is not None,
         x_ptr=x,
@@ -193,9 +193,7 @@ def linear_rows(
         out_ptr=out,
         out_index_ptr=out_index,
         count_ptr=count,
-        parts_ptr=splits.scratch(sums * tiles, shared, size, x.device),
-        arrivals_ptr=arrivals if shared > 1 else None,
-        SPLITS=shared,
+        **shared,
         stride_xn=x.stride(0),
         stride_wm=weights.weight.stride(0),
         stride_on=out.stride(0),

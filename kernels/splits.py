@@ -11,7 +11,8 @@ with rows and shape of the kernel's own, over which they are laid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -63,9 +64,30 @@ def splits_of(
     return wanted if fits and all(each % (16 * wanted) == 0 for each in inner) else 1
 
 
-def scratch(count: int, splits: int, size: int, device: torch.device) -> Tensor | None:
-    """Where the parts of ``count`` tiles of ``size`` elements are left, if there are any."""
-    return None if splits == 1 else empty((count * splits * size,), torch.float32, device)
+def arguments_of(
+    blocks: dict[str, int],
+    arrivals: Tensor | None,
+    tiles: int,
+    inner: Sequence[int],
+    device: torch.device,
+    *,
+    sums: int = 1,
+) -> dict[str, Any]:
+    """What a kernel is told of ``tiles`` that programs may share, as many as ``splits_of`` says.
+
+    ``sums``: tiles of ``BLOCK_M * BLOCK_N`` that each of them sums.
+    """
+    shared, parts = splits_of(blocks, arrivals, tiles, inner), None
+    if shared > 1:
+        count = sums * tiles * shared * blocks["BLOCK_M"] * blocks["BLOCK_N"]
+        parts = empty((count,), torch.float32, device)
+    given = arrivals if shared > 1 else None
+    return {"parts_ptr": parts, "arrivals_ptr": given, "SPLITS": shared}
+
+
+def grid_of(grid: tuple[int, ...], shared: Mapping[str, Any]) -> tuple[int, ...]:
+    """The grid, with an axis more for programs that share a tile."""
+    return (*grid, shared["SPLITS"]) if shared["SPLITS"] > 1 else grid
 
 
 def add_terms_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
