@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.device_support import unsupported_plan
-from fastskip.decoder.fused_layer import run_steps
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.row_numbers import RowNumbers

@@ -13,9 +13,10 @@ from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.nodes import replay_seconds
 from fastskip.decoder.conditional_layer import ConditionalBlock
-from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.hopping import Hopping
 from fastskip.decoder.paged_cache import PagedCache

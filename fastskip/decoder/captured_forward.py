@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastskip.decoder.counted_layer import CountedBlock
 from fastskip.decoder.device_routes import DeviceRoutes
-from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.paged_cache import PagedCache, aligned_counts
 from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions

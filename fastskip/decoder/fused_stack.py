@@ -23,9 +23,10 @@ from fastskip.decoder.captured_forward import (
 )
 from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
-from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.routed_rows import narrows_after

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import FusedRows
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.guarded_layer import is_one_decision, leaves_entries
 from fastskip.decoder.step_state import StepState
 from fastskip.ops.bodies import Bodies

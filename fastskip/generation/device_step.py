@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
 from fastskip.decoder.conditional_layer import ConditionalBlock
-from fastskip.decoder.fused_layer import FusedBlock, run_steps
+from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.hopping import Hopping
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.recent import Recent

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import fastskip
-from fastskip.decoder.fused_layer import run_steps
 from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.step_state import StepState
 from fastskip.generation.cache_name import CACHE_NAME
