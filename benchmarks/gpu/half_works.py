@@ -6,50 +6,18 @@ leaves. In fp16 there is none, and the norm is taken whole.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu import works
 from benchmarks.gpu.inputs import Maker
-from benchmarks.gpu.works import Outcome, Work, WorkMaker, of_products, projection_of, written
+from benchmarks.gpu.works import Outcome, Work, WorkMaker, of_products
 from fastskip.ops import fused
 from fastskip.ops.contracts import ARRIVALS, HalfNorm, Norm, Term
-
-
-def project_append(make: Maker, rows: int) -> Work:
-    own, h = projection_of(make, rows), make.noise(rows, make.widths.hidden)
-    half, arrivals = half_of(h, own.norm), make.integers([0] * ARRIVALS)
-    return of_products(
-        rows,
-        [own.linear],
-        lambda ops: ops.project_append(h, [own], half=half, arrivals=arrivals),
-        rival=lambda: F.linear(h, own.linear.weight),
-        entries=lambda: written(own),
-    )
-
-
-def feed(make: Maker, rows: int) -> Work:
-    part, h = make.feed(), make.noise(rows, make.widths.hidden)
-    half, arrivals = half_of(h, part.norm), make.integers([0] * ARRIVALS)
-    return of_products(
-        rows,
-        [part.linear],
-        lambda ops: ops.feed(h, [part], half=half, arrivals=arrivals),
-        rival=lambda: F.linear(h, part.linear.weight),
-    )
-
-
-def head_logits(make: Maker, rows: int) -> Work:
-    h, norm = make.noise(rows, make.widths.hidden), make.norm()
-    head, half = make.linear(make.widths.vocabulary, make.widths.hidden), half_of(h, norm)
-    return of_products(
-        rows,
-        [head],
-        lambda ops: [ops.head_logits(h, norm, head, half=half)],
-        rival=lambda: F.linear(h, head.weight),
-    )
 
 
 def add_output(make: Maker, rows: int) -> Work:
@@ -85,9 +53,9 @@ def half_of(h: Tensor, norm: Norm) -> HalfNorm | None:
 
 
 DECODE_HALVED: dict[str, WorkMaker] = {
-    "half norm: project_append": project_append,
+    "half norm: project_append": partial(works.project_append, half_of=half_of),
     "half norm: add_output": add_output,
-    "half norm: feed": feed,
+    "half norm: feed": partial(works.feed, half_of=half_of),
     "half norm: add_down": add_down,
-    "half norm: head_logits": head_logits,
+    "half norm: head_logits": partial(works.head_logits, half_of=half_of),
 }

@@ -19,7 +19,17 @@ from benchmarks.gpu.compiling import compile_ahead
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.timing import copies
 from fastskip.costs import Ceilings
-from fastskip.ops.contracts import ARRIVALS, Feed, Linear, Pages, Projection, Term, entries_of
+from fastskip.ops.contracts import (
+    ARRIVALS,
+    Feed,
+    HalfNorm,
+    Linear,
+    Norm,
+    Pages,
+    Projection,
+    Term,
+    entries_of,
+)
 
 Outcome = list[Tensor]
 
@@ -47,6 +57,8 @@ class Work:
 
 WorkMaker = Callable[[Maker, int], Work]
 """Makes the work for a number of rows."""
+HalfOf = Callable[[Tensor, Norm], HalfNorm | None]
+"""What is taken of the norm of rows before a work begins."""
 
 
 def on_own_memory(maker: WorkMaker, widths: Widths, rows: int, setting: Setting) -> list[Work]:
@@ -72,13 +84,18 @@ def compile_works(
         compile_ahead((partial(work.run, compiled) for work in works), device)
 
 
-def project_append(make: Maker, rows: int) -> Work:
+def whole(h: Tensor, norm: Norm) -> None:
+    """Nothing of a norm is taken before."""
+
+
+def project_append(make: Maker, rows: int, half_of: HalfOf = whole) -> Work:
     projection = projection_of(make, rows)
-    h = make.noise(rows, make.widths.hidden)
+    h, arrivals = make.noise(rows, make.widths.hidden), make.integers([0] * ARRIVALS)
+    half = half_of(h, projection.norm)
     return of_products(
         rows,
         [projection.linear],
-        lambda ops: ops.project_append(h, [projection]),
+        lambda ops: ops.project_append(h, [projection], half=half, arrivals=arrivals),
         rival=lambda: F.linear(h, projection.linear.weight),
         entries=lambda: written(projection),
     )
@@ -119,13 +136,13 @@ def add_both(make: Maker, rows: int) -> Work:
     return add(make, rows, [make.widths.heads * make.widths.head_dim, make.widths.ffn])
 
 
-def feed(make: Maker, rows: int) -> Work:
+def feed(make: Maker, rows: int, half_of: HalfOf = whole) -> Work:
     part, h = make.feed(), make.noise(rows, make.widths.hidden)
-    arrivals = make.integers([0] * ARRIVALS)
+    half, arrivals = half_of(h, part.norm), make.integers([0] * ARRIVALS)
     return of_products(
         rows,
         [part.linear],
-        lambda ops: ops.feed(h, [part], arrivals=arrivals),
+        lambda ops: ops.feed(h, [part], half=half, arrivals=arrivals),
         rival=lambda: F.linear(h, part.linear.weight),
     )
 
@@ -178,13 +195,13 @@ def pair_feed(make: Maker, rows: int) -> Work:
     )
 
 
-def head_logits(make: Maker, rows: int) -> Work:
+def head_logits(make: Maker, rows: int, half_of: HalfOf = whole) -> Work:
     h, norm = make.noise(rows, make.widths.hidden), make.norm()
-    head = make.linear(make.widths.vocabulary, make.widths.hidden)
+    head, half = make.linear(make.widths.vocabulary, make.widths.hidden), half_of(h, norm)
     return of_products(
         rows,
         [head],
-        lambda ops: [ops.head_logits(h, norm, head)],
+        lambda ops: [ops.head_logits(h, norm, head, half=half)],
         rival=lambda: F.linear(h, head.weight),
     )
 

@@ -74,7 +74,7 @@ class FusedBlock:
         """Entries, narrowing, and the attention's update of the rows that go on."""
         queries = self._project(stream, rows, store)
         if rows.narrow is not None:
-            stream = Stream(narrowed(stream.h, rows))
+            stream = Stream(rows.narrow.take(stream.h))
         if rows.reach is None:
             return stream
         mixed = self.attend(stream.h, queries, rows, store)
