@@ -11,7 +11,6 @@ import logging
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fastskip.costs import Ceilings
+from fastskip.whole_files import whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -160,10 +160,7 @@ def _entry(value: object) -> Ceilings | None:
 def _write(path: Path, kept: dict[str, object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(kept, file, indent=2)
-        os.replace(file.name, path)  # a reader sees the old file or the new one
+        with whole_file(path) as part:
+            part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
     except OSError as error:
         _log.warning("ceilings are not kept: %s", error)

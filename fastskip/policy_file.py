@@ -7,9 +7,10 @@ aliases (a few of them expand to gigabytes), and duplicate keys are errors in bo
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from fastskip.whole_files import whole_file
 
 MAX_BYTES = 1 << 20
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -45,13 +46,8 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
 
         text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     data = text.encode("utf-8")
-    path = path.resolve()  # a link stays one
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as part:
         part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_suffix(path: Path) -> None:

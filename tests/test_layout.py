@@ -29,12 +29,14 @@ class Floor:
 # From the bottom up: a floor may only name floors above it in this table.
 PURE = ("policy", "plan")
 FLOORS = {
-    # How numbers are told, to whoever tells them.
+    # How numbers are told, to whoever tells them; how files are written, for whoever writes some.
     "wording": Floor(("wording",)),
+    "files": Floor(("whole_files",)),
     "policy": Floor(
         ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
         + ("policy_removals",)
         + ("policy_file", "paper_presets", "presets"),
+        ("files",),
         outside=("yaml",),
     ),
     "plan": Floor(
@@ -92,13 +94,13 @@ FLOORS = {
     "prompts": Floor(
         ("images", "prompts", "conversations", "rendering"), (), ("PIL", "numpy", "transformers")
     ),
-    "machine": Floor(("machine",), PURE, ("torch",)),
+    "machine": Floor(("machine",), (*PURE, "files"), ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
     # Of any model that has Hugging Face's `generate`, ours or not.
     "timing": Floor(("timing",), (), ("torch", "transformers")),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine", "intervals", "timing"),
+        (*PURE, "loading", "public", "machine", "intervals", "timing", "files"),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
@@ -106,7 +108,7 @@ FLOORS = {
     "study": Floor(
         ("study",),
         (*PURE, "tokens", "reference", "routing", "families", "sparse", "loading", "public")
-        + ("fingerprints", "fit", "wording")
+        + ("fingerprints", "fit", "wording", "files")
         + ("prompts", "intervals", "machine"),
         ("torch", "numpy", "PIL", "safetensors", "pycocoevalcap"),
     ),
@@ -145,7 +147,7 @@ FLOORS = {
     # Reads what the study wrote, as files; no model and no tensor.
     "report": Floor(
         ("study.report",),
-        (*PURE, "public", "intervals", "wording"),
+        (*PURE, "public", "intervals", "wording", "files"),
         ("matplotlib", "jinja2", "markupsafe"),
     ),
     # What other programs load; one imports only the program that it plugs into.

@@ -5,7 +5,6 @@ a step depend on the seed, the stage, the number of the step and of the process 
 was cut off goes on as if it had not been.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from fastskip.demo.precision import Precision
 from fastskip.demo.scenes import QuestionKind, Split, render, scenes
 from fastskip.demo.smaller import take_tower_
 from fastskip.demo.team import Team
+from fastskip.whole_files import whole_file
 
 MIXTURE: Mapping[QuestionKind, float] = {
     QuestionKind.COLOUR: 2.0,
@@ -202,8 +202,8 @@ class Trainer:
             "optimiser": self._optimiser and self._optimiser.state_dict(),
         }
         self.run.folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, self.run.folder / "state.tmp")
-        os.replace(self.run.folder / "state.tmp", self.run.folder / "state.pt")
+        with whole_file(self.run.folder / "state.pt") as part:
+            torch.save(state, part)
 
     def _load(self) -> None:
         path = self.run.folder / "state.pt"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fastskip.whole_files import whole_file
 
 
 def json_text(document: Any, *, indent: int | None = None) -> str:
@@ -18,9 +19,8 @@ def json_text(document: Any, *, indent: int | None = None) -> str:
 def write_json(path: Path, document: Any, *, indent: int | None = None) -> Path:
     """Writes a document, and its folder if there is none; a run that is cut off leaves no half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json_text(document, indent=indent) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with whole_file(path) as part:
+        part.write_text(json_text(document, indent=indent) + "\n", encoding="utf-8")
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastskip.study.report.fields import Problem, ReportError
 from fastskip.study.report.maps import Mapped, ShapeOf, maps
 from fastskip.study.report.page import render
 from fastskip.study.report.results import Results, read_results
+from fastskip.whole_files import whole_file
 
 EXAMPLES = 12
 
@@ -57,9 +57,8 @@ def write_report(
         for each in drawn:
             (pngs / f"{each.name}.png").write_bytes(each.png)
         out.parent.mkdir(parents=True, exist_ok=True)
-        whole = out.with_name(out.name + ".part")
-        whole.write_text(page, encoding="utf-8")
-        os.replace(whole, out)
+        with whole_file(out) as part:
+            part.write_text(page, encoding="utf-8")
     except OSError as error:
         problem = Problem(f"cannot be written ({error})")
         raise ReportError(out, "", problem, "a place to write to") from error
