@@ -25,7 +25,6 @@ from torch import Tensor
 
 from fastskip.kernels import guards, hops, numerics, overlap, products, splits
 from fastskip.kernels.activation import relu, silu
-from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -92,8 +91,7 @@ def _feed_tile(
     weights,
     out_ptr,
     rows,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     D: tl.constexpr,
     F: tl.constexpr,
     IS_GATED: tl.constexpr,
@@ -127,17 +125,8 @@ def _feed_tile(
     )
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
-        splits.leave(y, parts_ptr, place, tl.program_id(2), SPLITS)
-        if is_last(arrivals_ptr + place, SPLITS):
-            y = splits.gather(y, parts_ptr, place, SPLITS)
-            _put(y, bias, tile, n, does, out_ptr, F, IS_GATED)
-    else:
-        _put(y, bias, tile, n, does, out_ptr, F, IS_GATED)
-
-
-@triton.jit
-def _put(y, bias, tile, n, does, out_ptr, F: tl.constexpr, IS_GATED: tl.constexpr):
-    """``store_activated`` of a product ``y`` and its bias, if it has one."""
+        y, goes_on = splits.put_together(y, shared, place, SPLITS)
+        does &= goes_on
     if bias is not None:
         y += bias
     store_activated(y, tile, n, does, out_ptr, F, IS_GATED)
@@ -153,8 +142,7 @@ def _feed_kernel(
     now_ptr,
     out_ptr,
     rows,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     D: tl.constexpr,
     F: tl.constexpr,
     IS_GATED: tl.constexpr,
@@ -205,8 +193,7 @@ def _feed_kernel(
             weights,
             out_ptr,
             rows,
-            parts_ptr,
-            arrivals_ptr,
+            shared,
             D,
             F,
             IS_GATED,
@@ -235,7 +222,6 @@ def _feed_kernel(
                 weights,
                 out_ptr,
                 rows,
-                None,
                 None,
                 D,
                 F,

@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import guards, hops, numerics, overlap, products, splits
-from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -188,8 +187,7 @@ def _project_tile(
     heads,
     out_ptr,
     rows,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -242,69 +240,10 @@ def _project_tile(
     )
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
-        splits.leave(y, parts_ptr, place, tl.program_id(2), SPLITS)
-        if is_last(arrivals_ptr + place, SPLITS):
-            _put_heads(
-                splits.gather(y, parts_ptr, place, SPLITS),
-                bias,
-                cosine,
-                sine,
-                position,
-                pair,
-                n,
-                inside,
-                asks,
-                heads,
-                out_ptr,
-                entry_ptr,
-                is_kept,
-                QUERIES,
-                GROUPS,
-                HEAD_DIM,
-            )
-    else:
-        _put_heads(
-            y,
-            bias,
-            cosine,
-            sine,
-            position,
-            pair,
-            n,
-            inside,
-            asks,
-            heads,
-            out_ptr,
-            entry_ptr,
-            is_kept,
-            QUERIES,
-            GROUPS,
-            HEAD_DIM,
-        )
-
-
-@triton.jit
-def _put_heads(
-    y,
-    bias,
-    cosine,
-    sine,
-    position,
-    pair,
-    n,
-    inside,
-    asks,
-    heads,
-    out_ptr,
-    entry_ptr,
-    is_kept,
-    QUERIES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """Turns and stores the pairs that a product ``y [BLOCK_M, BLOCK_N]`` yields."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    TURNING: tl.constexpr = QUERIES + GROUPS
+        y, goes_on = splits.put_together(y, shared, place, SPLITS)
+        asks &= goes_on
+        if GROUPS > 0:
+            is_kept &= goes_on
     if bias is not None:
         y += bias
     first, second = products.split_pairs(y)
@@ -329,8 +268,7 @@ def _project_append_kernel(
     now_ptr,
     out_ptr,
     rows,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -409,8 +347,7 @@ def _project_append_kernel(
             heads,
             out_ptr,
             rows,
-            parts_ptr,
-            arrivals_ptr,
+            shared,
             D,
             QUERIES,
             GROUPS,
@@ -442,7 +379,6 @@ def _project_append_kernel(
                 heads,
                 out_ptr,
                 rows,
-                None,
                 None,
                 D,
                 QUERIES,

@@ -30,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import guards, hops, numerics, overlap, products, riding, splits
-from fastskip.kernels.arrivals import is_last
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import (
@@ -143,8 +142,7 @@ def _add_tile(
     second_change,
     rows,
     factor,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     half,
     M: tl.constexpr,
     E: tl.constexpr,
@@ -171,7 +169,6 @@ def _add_tile(
     if SPLITS == 1:
         # Asked for ahead of the products, and not touched before their end.
         h = tl.load(place_ptr, mask=inside, other=0.0)
-    gain = None
     if half is not None:
         gain = numerics.load(half.gain + owned)
 
@@ -198,78 +195,10 @@ def _add_tile(
             total = total[:, None]
     if SPLITS > 1:
         place = tl.program_id(0) * tl.num_programs(1) + tile
-        splits.leave(total, parts_ptr, place, share, SPLITS)
-        if is_last(arrivals_ptr + place, SPLITS):
-            _put(
-                splits.gather(total, parts_ptr, place, SPLITS),
-                tl.load(place_ptr, mask=inside, other=0.0),
-                place_ptr,
-                n,
-                m,
-                inside,
-                does,
-                second_does,
-                first,
-                second,
-                change,
-                second_change,
-                factor,
-                half,
-                gain,
-                tile,
-                rows,
-                M,
-                SECOND_E,
-            )
-    else:
-        _put(
-            total,
-            h,
-            place_ptr,
-            n,
-            m,
-            inside,
-            does,
-            second_does,
-            first,
-            second,
-            change,
-            second_change,
-            factor,
-            half,
-            gain,
-            tile,
-            rows,
-            M,
-            SECOND_E,
-        )
-
-
-@triton.jit
-def _put(
-    total,
-    h,
-    place_ptr,
-    n,
-    m,
-    inside,
-    does,
-    second_does,
-    first,
-    second,
-    change,
-    second_change,
-    factor,
-    half,
-    gain,
-    tile,
-    rows,
-    M: tl.constexpr,
-    SECOND_E: tl.constexpr,
-):
-    """Adds the ``total [BLOCK_M, BLOCK_N]`` of the products, and what has no product, to ``h``, and
-    takes the ``half`` of a norm of weights ``gain [BLOCK_M]``, if any, of what that yields."""
-    owned = tl.minimum(m, M - 1)
+        total, goes_on = splits.put_together(total, shared, place, SPLITS)
+        gets &= goes_on
+        inside &= goes_on
+        h = tl.load(place_ptr, mask=inside, other=0.0)
     if first.weights.bias is not None:
         total += _bias(first.weights.bias, owned, does)
     if SECOND_E > 0 and second.weights.bias is not None:
@@ -283,13 +212,12 @@ def _put(
     value = numerics.round_to(h.to(tl.float32) + factor * total, place_ptr.dtype.element_ty)
     tl.store(place_ptr, value, mask=inside)
     if half is not None:
-        TILES: tl.constexpr = tl.cdiv(M, total.shape[0])
+        TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
         # Of what is stored, as if it were read again.
         value = tl.where(inside, value.to(tl.float32), 0.0)
-        row = n.to(tl.int64)
         numerics.store(half.rows + row[None] * M + m[:, None], value * gain[:, None], inside)
         squares = tl.sum(value * value, axis=0) / M
-        tl.store(half.squares + row * TILES + tile, squares, mask=n < rows)
+        tl.store(half.squares + row * TILES + tile, squares, mask=gets)
 
 
 @triton.jit
@@ -320,8 +248,7 @@ def _add_terms_kernel(
     now_ptr,
     loop,
     condition: tl.int64,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     half,
     M: tl.constexpr,
     E: tl.constexpr,
@@ -382,8 +309,7 @@ def _add_terms_kernel(
             second_change,
             rows,
             factor,
-            parts_ptr,
-            arrivals_ptr,
+            shared,
             half,
             M,
             E,
@@ -427,7 +353,6 @@ def _add_terms_kernel(
                 second_change,
                 rows,
                 factor,
-                None,
                 None,
                 None,
                 M,

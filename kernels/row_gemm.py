@@ -58,8 +58,7 @@ def _linear_rows_kernel(
     out_ptr,
     out_index_ptr,
     count_ptr,
-    parts_ptr,
-    arrivals_ptr,
+    shared,
     stride_xn,
     stride_wm,
     stride_on,
@@ -114,14 +113,14 @@ def _linear_rows_kernel(
 
     if SPLITS > 1:
         tile, part = tl.program_id(0), tl.program_id(1)
-        splits.leave(y, parts_ptr, tile, part, SPLITS)
+        splits.leave(y, shared.parts, tile, part, SPLITS)
         if FORM == GATED:
-            splits.leave(up, parts_ptr, tl.num_programs(0) + tile, part, SPLITS)
-        if not is_last(arrivals_ptr + tile, SPLITS):
+            splits.leave(up, shared.parts, tl.num_programs(0) + tile, part, SPLITS)
+        if not is_last(shared.arrivals + tile, SPLITS):
             return
-        y = splits.gather(y, parts_ptr, tile, SPLITS)
+        y = splits.gather(y, shared.parts, tile, SPLITS)
         if FORM == GATED:
-            up = splits.gather(up, parts_ptr, tl.num_programs(0) + tile, SPLITS)
+            up = splits.gather(up, shared.parts, tl.num_programs(0) + tile, SPLITS)
     if bias_ptr is not None:
         y += numerics.load(bias_ptr + owned)[None, :]
     if FORM == RELU:

@@ -12,18 +12,26 @@ with rows and shape of the kernel's own, over which they are laid.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastskip.kernels.arrivals import is_last
 from fastskip.ops.allocate import empty
 
 Shape = tuple[int, int]
 MOST_STREAMED = 4
 """Up to so many rows a step's weights stream by, in tiles that are nobody else's."""
+
+
+class Shared(NamedTuple):
+    """Parts of tiles, fp32, and who has arrived; tiles that nobody shares have none."""
+
+    parts: Any
+    arrivals: Any
 
 
 @triton.jit
@@ -43,6 +51,18 @@ def gather(total, parts_ptr, tile, SPLITS: tl.constexpr):
     for part in tl.static_range(SPLITS):
         found += tl.load(places + part * SIZE, cache_modifier=".cg")
     return found
+
+
+@triton.jit
+def put_together(total, shared, tile, SPLITS: tl.constexpr):
+    """The sum of what the programs of a tile, along the third axis of the grid, have as their
+    ``total``; and whether this is the one that goes on with it. The others have nothing to store.
+    """
+    leave(total, shared.parts, tile, tl.program_id(2), SPLITS)
+    goes_on = is_last(shared.arrivals + tile, SPLITS)
+    if goes_on:
+        total = gather(total, shared.parts, tile, SPLITS)
+    return total, goes_on
 
 
 @triton.jit
@@ -77,12 +97,11 @@ def arguments_of(
 
     ``sums``: tiles of ``BLOCK_M * BLOCK_N`` that each of them sums.
     """
-    shared, parts = splits_of(blocks, arrivals, tiles, inner), None
-    if shared > 1:
-        count = sums * tiles * shared * blocks["BLOCK_M"] * blocks["BLOCK_N"]
-        parts = empty((count,), torch.float32, device)
-    given = arrivals if shared > 1 else None
-    return {"parts_ptr": parts, "arrivals_ptr": given, "SPLITS": shared}
+    programs, shared = splits_of(blocks, arrivals, tiles, inner), None
+    if programs > 1:
+        count = sums * tiles * programs * blocks["BLOCK_M"] * blocks["BLOCK_N"]
+        shared = Shared(empty((count,), torch.float32, device), arrivals)
+    return {"shared": shared, "SPLITS": programs}
 
 
 def grid_of(grid: tuple[int, ...], shared: Mapping[str, Any]) -> tuple[int, ...]:

@@ -124,7 +124,7 @@ def shared(config: Mapping[str, int], device: torch.device) -> Iterator[Tensor]:
     (launch,), parts = account.launches, config.get("SPLITS", 1)
     assert launch.arguments["SPLITS"] == parts and not arrivals.any()
     if parts > 1:
-        assert launch.grid[2] == parts and launch.arguments["parts_ptr"].isfinite().all()
+        assert launch.grid[2] == parts and launch.arguments["shared"].parts.isfinite().all()
 
 
 def check_read(

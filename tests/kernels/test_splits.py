@@ -43,7 +43,7 @@ def terms_of(rows: int, sizes: list[int], device: torch.device, dtype: torch.dty
 
 def assert_parts_lie_apart(launch: Launch) -> None:
     """All scratch is written: no two programs leave a part in one place, in whatever order."""
-    assert launch.arguments["parts_ptr"].isfinite().all()
+    assert launch.arguments["shared"].parts.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
