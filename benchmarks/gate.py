@@ -94,4 +94,5 @@ def _prompt(model: Any, seed: int = 0) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(*codes.shape, table.shape[1], generator=generator)
     embeddings = (noise * table.float().std().cpu()).to(table.dtype)
-    return Prompt(*(x.to(table.device) for x in (embeddings, torch.ones_like(codes), codes)))
+    mask = torch.ones_like(codes)
+    return Prompt(*(x.to(table.device) for x in (embeddings, mask, codes)))  # type: ignore[arg-type]

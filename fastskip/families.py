@@ -25,6 +25,7 @@ MULTIMODAL = {
     "smolvlm": "SmolVLMForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 TEXT_ONLY = {
     "llama": "LlamaForCausalLM",
@@ -36,7 +37,8 @@ TEXT_ONLY = {
 ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower", "visual")
 """What families call the modules that see."""
 _QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
-DECODERS = ("llama", "mistral", *_QWEN2, "qwen3", "opt")
+_QWEN3 = ("qwen3", "qwen3_vl_text")
+DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "opt")
 UNCUT_SIDE = 448
 """Pixels a side of what is taken for an image where images keep their sizes."""
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
@@ -77,6 +79,12 @@ def check_config(config: Any) -> None:
         _check_opt(config, text)
     if getattr(text, "is_causal", True) is False:
         raise UnsupportedModelError("is_causal", False, "True: rows see no later ones")
+    if _deep_layers(config) >= text.num_hidden_layers:
+        raise UnsupportedModelError(
+            "vision_config.deepstack_visual_indexes",
+            config.vision_config.deepstack_visual_indexes,
+            f"fewer than num_hidden_layers ({text.num_hidden_layers})",
+        )
     _check_layer_overrides(text)
     _check_sliding_window(text)
     rope = getattr(text, "rope_parameters", None) or {}
@@ -160,11 +168,17 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
         has_images=config.model_type in MULTIMODAL,
         **_biases(text),
         gated_ffn=not is_opt,
-        head_norms=text.model_type == "qwen3",
+        head_norms=text.model_type in _QWEN3,
+        deep_layers=_deep_layers(config),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         dtype_bytes=dtype.itemsize,
         max_positions=text.max_position_embeddings,
     )
+
+
+def _deep_layers(config: Any) -> int:
+    vision = getattr(config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def _biases(text: Any) -> dict[str, bool]:
@@ -228,7 +242,7 @@ def _patches_of_row(config: Any) -> float:
             return float(config.scale_factor)
         case "mistral3":
             return float(config.spatial_merge_size)
-        case "qwen2_vl" | "qwen2_5_vl":
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return float(config.vision_config.spatial_merge_size)
         case "internvl":
             return float(1 / config.downsample_ratio)

@@ -15,7 +15,8 @@ class ModelShape:
     """The sizes of one decoder that plans and costs depend on.
 
     `dtype_bytes`: width of weights and of K and V. `has_images`: false for text-only models.
-    `head_norms`: whether queries and keys have norms, head by head.
+    `head_norms`: whether queries and keys have norms, head by head. `deep_layers`: how many of the
+    first layers have features of their own added to image rows behind them (DeepStack).
     """
 
     depth: int
@@ -31,6 +32,7 @@ class ModelShape:
     ffn_bias: bool = False
     gated_ffn: bool = True
     head_norms: bool = False
+    deep_layers: int = 0
     tied_embeddings: bool = False
     dtype_bytes: int
     max_positions: int

@@ -20,11 +20,12 @@ _IMAGES_ALONE = {
     "smolvlm": "Idefics3Processor",
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
 }
 """By model type, for want of torchvision: a processor that makes of images what its own does."""
 
 
-_BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+_BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 """Processors of families whose images stand between two tokens."""
 
 

@@ -18,7 +18,7 @@ BY_PROMPT = ("idefics3", "smolvlm")
 """Families that take `[batch, images, 3, height, width]`, blank images behind."""
 UNCUT_SIZES = ((16, 16), (8, 16), (16, 8))
 """The same where they come as they are, in the corner of a square (Mistral 3)."""
-BY_PATCHES = ("qwen2_vl", "qwen2_5_vl")
+BY_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families that take images as rows of patches, `[patches, pixels]`, and how many lie where."""
 GRIDS = ((2, 2), (2, 4), (6, 2), (4, 4))
 """Patches of theirs along height and width."""

@@ -46,6 +46,7 @@ VIDEO_PROCESSORS = {
     "internvl_qwen3": "InternVLVideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
 }
 NEEDING_TORCHVISION = ("mistral3", "video_llava")
 """Kinds whose processors do; their checkpoints are saved without."""
@@ -116,7 +117,7 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": merged, "width": merged}, max_patches=3
             )
             return image_only("internvl")(images, tokenizer, image_seq_length=4, **own)
-        case "qwen2_vl" | "qwen2_5_vl":
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             sides = {"shortest_edge": merged**2, "longest_edge": 4 * merged**2}
             images = Qwen2VLImageProcessorPil(
                 patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=sides

@@ -38,6 +38,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -63,6 +65,7 @@ Relative = Literal[
     "smolvlm",
     "qwen2_vl",
     "qwen2_5_vl",
+    "qwen3_vl",
 ]
 Kind = LlavaKind | Relative
 LLAVA_KINDS: tuple[Kind, ...] = get_args(LlavaKind)
@@ -77,6 +80,7 @@ _TEXT = {
     "mistral3": "mistral",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen3_vl": "qwen3_vl_text",
 }
 PAD_ID = 0
 PATCH = 4
@@ -183,7 +187,7 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
             )
             return SmolVLMForConditionalGeneration, config
-        case "qwen2_vl" | "qwen2_5_vl":
+        case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return _qwen_vl(kind, video_id, common)
 
 
@@ -194,6 +198,10 @@ def _qwen_vl(kind: str, video_id: int, common: dict[str, Any]) -> tuple[Any, Any
     if kind == "qwen2_vl":
         vision: Any = {**sees, "embed_dim": 16, "mlp_ratio": 2, "hidden_size": width}
         model_class, config_class = Qwen2VLForConditionalGeneration, Qwen2VLConfig
+    elif kind == "qwen3_vl":  # features of both encoder layers enter the decoder, at its first two
+        vision = {**sees, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": width}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        model_class, config_class = Qwen3VLForConditionalGeneration, Qwen3VLConfig  # type: ignore[assignment]
     else:
         vision = {**sees, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": width}
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1], "tokens_per_second": 2}
@@ -308,6 +316,11 @@ def _text_config(
         return MistralConfig(head_dim=head_dim, sliding_window=None, **common)
     if family == "qwen3":
         return Qwen3Config(head_dim=head_dim, attention_bias=attention_bias, **common)
+    if family == "qwen3_vl_text":
+        turns = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+        turns |= {"mrope_interleaved": True}
+        common |= {"head_dim": head_dim, "attention_bias": attention_bias}
+        return {"model_type": family, "rope_parameters": turns, **common}
     if family in ("qwen2_vl_text", "qwen2_5_vl_text"):
         eighth = hidden // heads // 8
         sections = [2 * eighth, eighth, eighth]

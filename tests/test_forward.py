@@ -142,9 +142,9 @@ def test_given_classes_win(trio: Trio, batch: Batch) -> None:
 def embeddings(trio: Trio, batch: Batch) -> dict[str, torch.Tensor]:
     with MaskedOracle(trio.plain, policy_of()) as oracle, torch.no_grad():
         oracle.forward(**batch.inputs())
-        assert oracle._prompt_embeddings is not None
+        assert oracle._seen["inputs_embeds"] is not None
         return {
-            "inputs_embeds": oracle._prompt_embeddings,
+            "inputs_embeds": oracle._seen["inputs_embeds"],
             "attention_mask": batch.attention_mask,
         }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.counted_layer import CountedBlock
+from fastskip.decoder.deep_features import PlacedFeatures
 from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
@@ -26,7 +27,7 @@ from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.recent import Recent
 from fastskip.decoder.row_numbers import RowNumbers
-from fastskip.decoder.sizes import power_of_two
+from fastskip.decoder.sizes import power_of_two, rounded_rows
 from fastskip.layer_plan import Pool, stage_of
 from fastskip.ops.allocate import copy_over, empty
 from fastskip.ops.bodies import Bodies, bodies_on
@@ -58,6 +59,7 @@ class ForwardShape:
         pages: columns of the page tables.
         positions: rows of the RoPE tables.
         stage: which of the plan's stages it runs.
+        featured: how many rows get features behind the first layers, rounded up.
     """
 
     batch: int
@@ -67,6 +69,7 @@ class ForwardShape:
     pages: int
     positions: int
     stage: int = 0
+    featured: int = 0
 
     @classmethod
     def of(
@@ -81,6 +84,7 @@ class ForwardShape:
             power_of_two(max([PAGES, *(cache.pools[key].width for key in _pools(cache, stage))])),
             power_of_two(max(layout.positions_needed, max_positions)),
             stage,
+            0 if numbers.features is None else rounded_rows(len(numbers.features.rows)),
         )
 
 
@@ -151,8 +155,9 @@ class CapturedForward:
         self._axes = parcel.send(RowNumbers.axes).view(3, -1) if has_axes else None
         self._rotation = self._tabulate()
         self._store = Store(self._rotation, pages.__getitem__)
+        self._features = self._room_for(numbers.features, shape.featured)
         self._out = self._h
-        self._load(h, cache)
+        self._load(h, numbers, cache)
         self._replay = capture(self._work, device, pool)
 
     @property
@@ -175,7 +180,7 @@ class CapturedForward:
         """The layers on ``h [B, T, D]``, in later stages on packed rows ``[n, D]``, which is not
         written; rows that are read, ``[n, D]``."""
         self._parcel.load(numbers)
-        self._load(h, cache)
+        self._load(h, numbers, cache)
         self._replay()
         if cache.hollow_counts is not None:
             cache.hollow_counts.copy_(self._reached)
@@ -188,7 +193,20 @@ class CapturedForward:
     def _tabulate(self) -> Rotation | None:
         return self._layers.positions.rotation(self._needed, self._h, self._axes)
 
-    def _load(self, h: Tensor, cache: PagedCache) -> None:
+    def _room_for(self, features: PlacedFeatures | None, count: int) -> PlacedFeatures | None:
+        """Where features of the stage's layers lie in all runs."""
+        if features is None:
+            return None
+        rows = self._parcel.send(lambda numbers: numbers.featured(count))
+        of_layers = {
+            layer: self._h.new_zeros(count, self._h.shape[1])
+            for step in self._steps
+            for layer in step
+            if layer in features.of_layers
+        }
+        return PlacedFeatures(of_layers, rows)
+
+    def _load(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> None:
         if self._axes is not None:
             new = self._tabulate()
             assert new is not None and self._rotation is not None
@@ -198,6 +216,11 @@ class CapturedForward:
         if not self._stage:
             rows = self._layers.positions.embed(rows, self._positions)
         self._h.copy_(rows)
+        if self._features is not None and numbers.features is not None:
+            for layer, room in self._features.of_layers.items():
+                own = numbers.features.of_layers[layer]
+                room[: len(own)].copy_(own)
+                room[len(own) :].zero_()
         width = self._all_tables.shape[2]
         tables = [cache.pools[key].rows(width) for key in self._tables]
         if tables:
@@ -217,8 +240,9 @@ class CapturedForward:
             self._h,
             lambda layer, _: rows[layer.index],
             self._store,
-            None if self._asked is None else self._note,
-            self._steps,
+            steps=self._steps,
+            features=self._features,
+            note=None if self._asked is None else self._note,
         ).h
 
     def _note(self, layer: int, h: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fastskip.decoder.trace import certain_below
 from fastskip.plan import LayerPlan, SkipPlan
-from fastskip.policy import ROUTER_KINDS, Arrangement, Norm, SkippedKV
+from fastskip.policy import ROUTER_KINDS, Arrangement, Norm, SkippedKV, TokenClass
 
 
 def unsupported_plan(plan: SkipPlan) -> str | None:
@@ -38,6 +39,17 @@ def _unsupported_routing(plan: SkipPlan) -> str | None:
     plug_ins = sorted({cell.rule.kind for cell in plan.routed if cell.rule.is_plug_in})
     if plug_ins:
         return f"routers {', '.join(plug_ins)} of its own; supported: {', '.join(ROUTER_KINDS)}"
+    for cell in plan.routed:
+        # Decided as soon as the layer before has ended, of what it leaves.
+        if cell.token_class is not TokenClass.IMAGE or cell.rule.kind == "random":
+            continue
+        looks_back = cell.rule.kind == "similarity"
+        first = certain_below(plan, cell.layer, cell.token_class) if looks_back else cell.layer - 1
+        if first < plan.shape.deep_layers:
+            return (
+                f"a router of image rows in layer {cell.layer}, which looks at what layer {first} "
+                f"leaves, where features enter; supported: from layer {plan.shape.deep_layers} on"
+            )
     for layer in plan.layers:
         kinds = {c: {cell.kv} for c, cell in layer.cells.items()}
         for routed in plan.routed_by_layer.get(layer.index, ()):

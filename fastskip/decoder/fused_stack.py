@@ -7,6 +7,8 @@ not defined: when gradients are wanted, and while a layer's projections cannot b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -21,6 +23,7 @@ from fastskip.decoder.captured_forward import (
     ForwardShape,
     Layers,
 )
+from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_layer import FusedBlock
@@ -175,6 +178,7 @@ class FusedDecoder(Decoder):
         wants_gradient: bool = False,
         keeps_cache: bool = True,
         watch: Watch | None = None,
+        features: DeepFeatures | None = None,
     ) -> Tensor:
         if not isinstance(cache, PagedCache):
             return super().run(
@@ -185,21 +189,23 @@ class FusedDecoder(Decoder):
                 wants_gradient=wants_gradient,
                 keeps_cache=keeps_cache,
                 watch=watch,
+                features=features,
             )
         self._check(cache, wants_gradient)
         self.positions.check(layout.positions)
         cache.grow(layout, self.anchor)
         if self.plan.removals:
             record = None if self.record is None else self.record.forwards.append
-            staged = StagedForward(self.plan, self._run_stage, self._blocks, self.positions)
+            run_stage = partial(self._run_stage, features)
+            staged = StagedForward(self.plan, run_stage, self._blocks, self.positions)
             return staged.run(h, layout, cache, wanted, watch, record)
-        captured = None if watch is not None else self._captured(h, layout, cache, wanted, 0)
+        captured = self._captured(h, layout, cache, wanted, watch, 0, features)
         if captured is not None:
             forward, numbers = captured
             layout = numbers.layout
             out, held, routes = forward.run(h, numbers, cache), forward.held, forward.routes
         else:
-            numbers = self._numbers(layout, cache.codes, wanted)
+            numbers = self._numbers(layout, cache.codes, wanted, features)
             packed = self.positions.embed(layout.pack(h), layout.positions)
             rows, out = self._launch(packed, numbers, cache, watch, 0)
             held, routes = rows.held, rows.routes
@@ -210,6 +216,7 @@ class FusedDecoder(Decoder):
 
     def _run_stage(
         self,
+        features: DeepFeatures | None,
         h: Tensor,
         layout: TokenLayout,
         cache: PagedCache,
@@ -218,23 +225,21 @@ class FusedDecoder(Decoder):
         stage: int,
     ) -> tuple[Tensor, Tensor | None]:
         """As ``staged_forward.RunStage``."""
-        captured = None if watch is not None else self._captured(h, layout, cache, wanted, stage)
+        captured = self._captured(h, layout, cache, wanted, watch, stage, features)
         if captured is not None:
             forward, numbers = captured
             out, entered = forward.run(h, numbers, cache), forward.entered
             return out, None if entered is None else numbers.layout.real(entered)
-        numbers = self._numbers(layout, cache.codes_at(stage), wanted)
+        numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
         packed = h if stage else self.positions.embed(layout.pack(h), layout.positions)
         is_asked, last = stage < len(self.plan.removals), self.plan.stages[stage][-1][-1]
         found: list[Tensor] = []
 
-        def see(layer: int, rows: Tensor) -> None:
+        def note(layer: int, rows: Tensor) -> None:
             if is_asked and layer == last:
                 found.append(rows.clone())
-            if watch is not None:
-                watch(layer, rows)
 
-        _, out = self._launch(packed, numbers, cache, see, stage)
+        _, out = self._launch(packed, numbers, cache, watch, stage, note)
         return out, found[0] if found else None
 
     def _launch(
@@ -244,6 +249,7 @@ class FusedDecoder(Decoder):
         cache: PagedCache,
         watch: Watch | None,
         stage: int,
+        note: Watch | None = None,
     ) -> tuple[ForwardRows, Tensor]:
         """The layers of a stage on ``packed [N, D]``, which is written, one launch at a time."""
         send = sender(numbers, cache.anchor.device)
@@ -253,15 +259,34 @@ class FusedDecoder(Decoder):
         layout = numbers.layout
         rotation = self.positions.rotation(layout.positions_needed, packed, layout.axes)
         store, steps = Store(rotation, cache.pages_of), self.plan.stages[stage]
+        features = numbers.features
+        if features is not None:
+            features = replace(features, rows=send(RowNumbers.featured))
         with span("decoder"):
-            out = run_steps(self.plan, self._fused_blocks, packed, rows.of, store, watch, steps).h
+            out = run_steps(
+                self.plan,
+                self._fused_blocks,
+                packed,
+                rows.of,
+                store,
+                watch,
+                steps,
+                features=features,
+                note=note,
+            ).h
         return rows, out if numbers.read is None else numbers.read.take(out)
 
-    def _numbers(self, layout: TokenLayout, cached: Tensor, wanted: Tensor | None) -> RowNumbers:
+    def _numbers(
+        self,
+        layout: TokenLayout,
+        cached: Tensor,
+        wanted: Tensor | None,
+        features: DeepFeatures | None,
+    ) -> RowNumbers:
         rows = None if wanted is None else layout.locate(wanted)
         if narrows_after(self.plan):
-            return RowNumbers(layout, cached, read=rows)
-        return RowNumbers(layout, cached, narrow=rows)
+            return RowNumbers(layout, cached, read=rows, features=features)
+        return RowNumbers(layout, cached, narrow=rows, features=features)
 
     def _captured(
         self,
@@ -269,15 +294,19 @@ class FusedDecoder(Decoder):
         layout: TokenLayout,
         cache: PagedCache,
         wanted: Tensor | None,
+        watch: Watch | None,
         stage: int,
+        features: DeepFeatures | None,
     ) -> tuple[CapturedForward, RowNumbers] | None:
         """A graph for this forward, and what to run it with; ``None``: launch by launch."""
         is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
-        if not is_plain or are_on() or not 0 < len(layout) <= MOST_ROWS:
+        is_plain = is_plain and watch is None and not are_on()
+        if not is_plain or not 0 < len(layout) <= MOST_ROWS:
             return None
         # The last-layer rule is of the last stage.
         wanted = wanted if stage == len(self.plan.removals) else None
-        numbers = self._numbers(layout.filled(rounded_rows), cache.codes_at(stage), wanted)
+        layout = layout.filled(rounded_rows)
+        numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
         shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions, stage)
         version = self.version, self.addresses()
         forward = self.captured.find(shape, version)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from fastskip.decoder.deep_features import PlacedFeatures
 from fastskip.decoder.fused_layer import NOBODY, FusedBlock, Readers, narrowed
 from fastskip.decoder.fused_parts import FusedRows, Store, Stream
 from fastskip.decoder.stack import Watch
@@ -13,6 +14,7 @@ from fastskip.ops.contracts import Norm, StepReach, Term
 from fastskip.ops.ranges import span
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine
+from fastskip.tokens import add_
 
 # From a layer's plan, and whether it is in the last step, to what enters its parts.
 RowsOf = Callable[[LayerPlan, bool], FusedRows]
@@ -27,15 +29,21 @@ def run_steps(
     watch: Watch | None = None,
     steps: Sequence[tuple[int, ...]] | None = None,
     reader: Norm | None = None,
+    features: PlacedFeatures | None = None,
+    note: Watch | None = None,
 ) -> Stream:
     """Every step of the plan, or those of ``steps``, on ``h [N, D]``, which is written.
 
     ``reader``: the norm that reads all rows after them; given, updates leave the half of the norm
-    behind them wherever that reads all rows too.
+    behind them wherever that reads all rows too. ``features`` enter behind the first layers,
+    without a ``reader``. ``watch`` sees what comes to each layer before they do, ``note`` what the
+    layer reads.
     """
+    assert features is None or reader is None
     steps = plan.steps if steps is None else steps
     readers = _readers(plan, blocks, rows_of, steps, reader)
     stream = Stream(h)
+    before: tuple[int, ...] = ()
     for step, own_readers in zip(steps, readers, strict=True):
         is_last = step is plan.steps[-1]
         own = [blocks[index] for index in step]
@@ -43,12 +51,19 @@ def run_steps(
         if watch is not None:
             for index in step:
                 watch(index, stream.h)
+        if features is not None:
+            features.enter(before, stream.h, add_)
+        if note is not None:
+            note(step[-1], stream.h)
+        before = step
         with span(f"layer {'+'.join(map(str, step))}"):
             if len(step) == 1:
                 stream = own[0].run(stream, rows[0], store, own_readers)
             else:
                 pair = own[0], own[1]
                 stream = Stream(run_pair(pair, stream.h, (rows[0], rows[1]), store))
+    if features is not None:
+        features.enter(before, stream.h, add_)
     return stream
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,11 +30,9 @@ class RotaryTable:
                 rotary(rotary.inv_freq, rotary.inv_freq.new_zeros(1, 1))
         # Kept alive, so that no other tensor gets its identity.
         self._frequencies = getattr(rotary, "inv_freq", None)
-        sections: Sequence[int] | None = getattr(rotary, "mrope_section", None)
         self.axis: Tensor | None = None
-        if sections is not None:  # so many frequencies by each of the three, in turns
-            numbers = torch.arange(len(sections)) % 3
-            self.axis = numbers.repeat_interleave(torch.tensor(sections))
+        if getattr(rotary, "mrope_section", None) is not None:
+            self.axis = _axis_of(rotary)
         self._made_of = _facts_of(rotary)
         self._cosine: Tensor | None = None
         self._sine: Tensor | None = None
@@ -110,6 +107,15 @@ class RotaryTable:
         self._cosine, self._sine = cosine[0, :, None], signed[0, :, None]
         self._halves = None
         return self._cosine, self._sine
+
+
+def _axis_of(rotary: Any) -> Tensor:
+    """``[K / 2]``: by which of the three each frequency turns, as the module itself picks them: the
+    sections one after another in Qwen2-VL, the three in turns in Qwen3-VL."""
+    width = len(rotary.inv_freq)
+    numbers = torch.arange(3.0)[:, None, None, None].repeat(1, 1, 1, width)
+    picked: Tensor = rotary.recomposition_frequencies(numbers)
+    return picked[0, 0, :width].long()
 
 
 def _facts_of(rotary: Any) -> tuple[object, ...]:

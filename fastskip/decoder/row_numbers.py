@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.policy import TokenClass
 from fastskip.tokens import PAD, Rows, TokenLayout, member
 
@@ -20,6 +22,7 @@ class RowNumbers:
         layout: the rows.
         narrow: those that go on after the last layer's entries; ``None`` for all.
         read: those that are read, where all go on; ``None`` for all.
+        features: what enters some of them behind the first layers; ``None``: nothing does.
     """
 
     def __init__(
@@ -28,9 +31,11 @@ class RowNumbers:
         cached: Tensor,
         narrow: Rows | None = None,
         read: Rows | None = None,
+        features: DeepFeatures | None = None,
     ) -> None:
         """``cached [B, C]``: codes of the columns before the layout's."""
         self.layout, self.narrow, self.read = layout, narrow, read
+        self.features = None if features is None else features.among(layout)
         self._codes = torch.cat((cached, layout.source), dim=1)
         self._seen: dict[Classes, Tensor] = {}
 
@@ -75,6 +80,12 @@ class RowNumbers:
         """Which of the rows are read, in the order in which they are."""
         assert self.read is not None
         return self.read.ids(torch.device("cpu"))
+
+    def featured(self, count: int = 0) -> Tensor:
+        """Whose the features are, and the first row again up to a ``count``."""
+        assert self.features is not None
+        rows = self.features.rows
+        return F.pad(rows, (0, max(0, count - len(rows))))
 
     def positions(self, rows: Rows) -> Tensor:
         """Where in the tables of RoPE lies what rows turn by: at their positions, or, if they stand

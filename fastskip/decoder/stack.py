@@ -13,6 +13,7 @@ from fastskip.decoder.anatomy import has_hooks, hooks_of, is_transformers_own
 from fastskip.decoder.attention import pattern_of, sees_all
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
+from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.module_state import ModuleState
@@ -158,6 +159,7 @@ class Decoder:
         wants_gradient: bool = False,
         keeps_cache: bool = True,
         watch: Watch | None = None,
+        features: DeepFeatures | None = None,
     ) -> Tensor:
         """Runs every layer on the real columns of ``h``.
 
@@ -169,7 +171,9 @@ class Decoder:
                 last-layer rule), in output order; ``None``: all rows.
             wants_gradient: run out of place, so that autograd can follow.
             keeps_cache: whether anyone reads ``cache`` after this forward.
-            watch: called with (layer, ``[N, D]``) for the input of every layer.
+            watch: called with (layer, ``[N, D]``) for the input of every layer, before features
+                enter, as Hugging Face shows hidden states.
+            features: what enters image rows behind the first layers.
         Returns:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
             wanted.
@@ -197,16 +201,20 @@ class Decoder:
             routed = self._route(layout, cache, entries, narrow, static.of, rotation)
         combine = add if wants_gradient else add_
         removing = {rule.after_layer for rule in self.plan.removals}
+        placed = None if features is None else features.among(layout)
+        before: tuple[int, ...] = ()
         for step in self.plan.steps:
             blocks = [self._blocks[index] for index in step]
+            if watch is not None:
+                for index in step:
+                    watch(index, rest.whole(packed))
+            if placed is not None:
+                packed = placed.enter(before, packed, combine)
             if routed is not None:
                 routed.enter(step, packed)
             rest.look(step[-1], packed)
             rows_of = static.of if routed is None else routed.of
             inputs = [rows_of(block.plan, step is self.plan.steps[-1]) for block in blocks]
-            if watch is not None:
-                for index in step:
-                    watch(index, rest.whole(packed))
             runs = [
                 maybe_recomputed(
                     block.run if len(step) == 1 else block.change,
@@ -221,13 +229,17 @@ class Decoder:
             else:
                 plans = [block.plan for block in blocks]
                 packed = _run_pair(packed, plans, runs, inputs, rest.rotation, entries, combine)
+            before = step
             if step[-1] in removing:
-                before, packed = rest.layout, rest.remove(step[-1], packed)
-                if rest.layout is not before:
+                if placed is not None:
+                    before, packed = (), placed.enter(step, packed, combine)
+                whole, packed = rest.layout, rest.remove(step[-1], packed)
+                if rest.layout is not whole:
                     narrow = (
                         None if narrow is None or wanted is None else rest.layout.locate(wanted)
                     )
                     static = _StepRows(self.plan, rest.layout, entries, narrow)
+                    placed = None if features is None else features.among(rest.layout)
         cache.commit(layout, entries.held, entries.left)
         if self.record is not None and (routed is not None or self.plan.removals):
             self.record.forwards.append(

@@ -36,11 +36,11 @@ def trace_start(
             if getattr(router, "needs_trace", True):
                 return 0
         elif router.needs_trace:
-            starts.append(_certain_below(plan, cell.layer, cell.token_class))
+            starts.append(certain_below(plan, cell.layer, cell.token_class))
     return min(starts, default=None)
 
 
-def _certain_below(plan: SkipPlan, layer: int, token_class: TokenClass) -> int:
+def certain_below(plan: SkipPlan, layer: int, token_class: TokenClass) -> int:
     """The nearest layer below that rows of a class run whole in any case, else 0."""
     for below in reversed(plan.layers[:layer]):
         cell = below.cells[token_class]

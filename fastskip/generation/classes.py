@@ -65,7 +65,7 @@ def classify(
         codes = torch.full((batch, width), CODES[TokenClass.TEXT])
         is_image = torch.zeros(batch, width, dtype=torch.bool)
         if ids is not None and _has_features(inputs):
-            is_image = torch.isin(ids.cpu(), torch.tensor(image_token_ids(config)))
+            is_image = placeholders(config, ids.cpu())
         labels = inputs.get("labels")
         if labels is not None and prompt_columns is None:
             last = codes[:, -labels.shape[1] :]  # a view: there may be labels of these alone
@@ -73,6 +73,11 @@ def classify(
         codes[is_image] = CODES[TokenClass.IMAGE]
     codes[generated] = CODES[TokenClass.GENERATED]
     return codes
+
+
+def placeholders(config: Any, ids: Tensor) -> Tensor:
+    """``[B, T]``: which ``ids`` (host) features may stand in place of."""
+    return torch.isin(ids, torch.tensor(image_token_ids(config)))
 
 
 def _has_features(inputs: Mapping[str, Any]) -> bool:

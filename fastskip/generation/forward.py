@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.families import check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.columns import (
@@ -62,6 +63,11 @@ def decode_columns(
         wants_gradient=wants_gradient,
         keeps_cache=is_returned,
         watch=(lambda _, rows: seen.append(rows.clone())) if wants_hidden else None,
+        features=DeepFeatures.of(
+            inputs.get("deepstack_visual_embeds"),
+            inputs.get("visual_pos_masks"),
+            inputs.get("placeholders"),
+        ),
     )
     out = final_norm_of(text_model)(out)
     hidden = layout.unpack(out) if kept is None or kept.rows is None else kept.unpack(out)

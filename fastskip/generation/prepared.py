@@ -28,7 +28,7 @@ from fastskip.families import (
     tower_of,
 )
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
-from fastskip.generation.classes import host_ids
+from fastskip.generation.classes import host_ids, placeholders
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
@@ -168,6 +168,9 @@ class PreparedBackbone(_Prepared):
             with on_host():
                 inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
         inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
+        known = self._runtime.ids if self._runtime.plan.shape.deep_layers else None
+        if known is not None and known[0] is inputs.get("input_ids"):
+            inputs["placeholders"] = placeholders(self.config, known[1])
         return self._fastskip_origin[0].forward(self, **inputs)
 
     def get_placeholder_mask(

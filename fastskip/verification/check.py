@@ -290,11 +290,8 @@ def _padded_left(decisions: Decisions, real: Tensor, tokens: Tensor) -> Decision
 def _states(product: Any, prompt: Prompt, tokens: Tensor) -> list[Tensor]:
     """The product's `states` of `_Expected`, from one forward without a cache."""
     text_model = text_model_of(product)
-    mask = torch.cat([prompt.attention_mask, torch.ones_like(tokens)], dim=1)
     outputs = text_model(
-        inputs_embeds=torch.cat([prompt.embeddings, text_model.embed_tokens(tokens)], dim=1),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        **prompt.inputs_with(text_model.embed_tokens(tokens)),
         token_classes=_classes(prompt, tokens),
         output_hidden_states=True,
         use_cache=False,

@@ -25,6 +25,7 @@ class HookedLayer:
     _normed: Tensor
     _attention: Tensor
     _ffn: Tensor
+    _between: Tensor
 
     def __init__(self, module: Any, cells: LayerCells, before: "HookedLayer | None") -> None:
         if getattr(module, "do_layer_norm_before", True) is False:
@@ -45,7 +46,16 @@ class HookedLayer:
         keep(self._ffn_end.register_forward_hook(self._mask_ffn))
         for name in ("k_proj", "v_proj") if self._cells.hidden else ():
             keep(getattr(self._module.self_attn, name).register_forward_hook(self._keep_hidden))
+        if self._cells.pair_second is not None:
+            keep(self._module.register_forward_pre_hook(self._take_input))
         keep(self._module.register_forward_hook(self._combine))
+
+    def _take_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """A pair's second layer reads what the first one does; what the model added to the stream
+        between them (image features, in some) enters behind both."""
+        same = self._where_arranged(self._before.output, args[0])
+        self._between = args[0] - same
+        return (same, *args[1:])
 
     def _see_input(self, module: nn.Module, args: tuple[Tensor, ...], normed: Tensor) -> None:
         self._input, self._normed = args[0], normed
@@ -83,7 +93,7 @@ class HookedLayer:
         elif self._cells.pair_second is not None:
             total = self._before._change() + self._change()
             change = total if self._cells.pair_second == "sum" else total / 2
-            self.output = self._where_arranged(self._input + change, output)
+            self.output = self._where_arranged(self._input + change + self._between, output)
         return self.output
 
     def _where_arranged(self, arranged: Tensor, others: Tensor) -> Tensor:

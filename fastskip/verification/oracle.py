@@ -40,20 +40,33 @@ class Continuation(NamedTuple):
 class Prompt(NamedTuple):
     """A batch of prompts as the decoder sees it, padded on the left.
 
-    `axes`: [3, batch, columns], where a model tells time, height and width apart.
+    `axes`: [3, batch, columns], where a model tells time, height and width apart. `deep`: in which
+    columns [batch, columns] features enter behind the first layers, and these, [n, hidden] each.
     """
 
     embeddings: Tensor
     attention_mask: Tensor
     token_classes: Tensor
     axes: Tensor | None = None
+    deep: tuple[Tensor, list[Tensor]] | None = None
 
-    def axes_with(self, new: int) -> Tensor | None:
-        """The same with so many new tokens, which follow on from the last one."""
-        if self.axes is None:
-            return None
-        later = self.axes[:, :, -1:] + torch.arange(1, new + 1, device=self.axes.device)
-        return torch.cat([self.axes, later], dim=2)
+    def inputs_with(self, embeddings: Tensor) -> dict[str, Any]:
+        """What a decoder takes: the prompt, and new tokens [batch, new, hidden] behind it."""
+        new = embeddings.shape[1]
+        mask = nn.functional.pad(self.attention_mask, (0, new), value=1)
+        given: dict[str, Any] = {
+            "inputs_embeds": torch.cat([self.embeddings, embeddings], dim=1),
+            "attention_mask": mask,
+            "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0),
+        }
+        if self.axes is not None:
+            later = self.axes[:, :, -1:] + torch.arange(1, new + 1, device=self.axes.device)
+            given["position_ids"] = torch.cat([self.axes, later], dim=2)
+        if self.deep is not None:
+            where, features = self.deep
+            given["visual_pos_masks"] = nn.functional.pad(where, (0, new))
+            given["deepstack_visual_embeds"] = features
+        return given
 
 
 class MaskedOracle:
@@ -99,10 +112,10 @@ class MaskedOracle:
         self._routed_kv = read_routed_kv(policy, depth)
         self._undo: ExitStack | None = None
         self._run: _Run | None = None
-        self._prompt_embeddings: Tensor | None = None
+        # What the decoder was given in the last run.
+        self._seen: dict[str, Any] = {}
         rotary = getattr(self._decoder, "rotary_emb", None)
         self._has_axes = hasattr(rotary, "mrope_section")
-        self._prompt_axes: Tensor | None = None
 
     def __enter__(self) -> Self:
         if self._undo is not None:
@@ -170,19 +183,23 @@ class MaskedOracle:
         if token_classes is None:
             token_classes = self._default_classes(input_ids, inputs)
         self.forward(input_ids, mask, token_classes, **inputs)
-        embeddings = self._prompt_embeddings
+        embeddings = self._seen.get("inputs_embeds")
         if embeddings is None:
             embeddings = self.model.get_input_embeddings()(input_ids)
         # A stable sort by the mask moves the pads to the front and keeps the order of the rest.
         order = mask.long().argsort(dim=1, stable=True)
         index = order[..., None].expand_as(embeddings)
+        axes, deep = self._seen.get("position_ids"), self._seen.get("visual_pos_masks")
+        if axes is not None:
+            axes = axes[-3:].gather(2, order.expand(3, -1, -1)) if axes.ndim == 3 else None
+        if deep is not None:
+            deep = deep.gather(1, order), self._seen["deepstack_visual_embeds"]
         return Prompt(
             embeddings.gather(1, index),
             mask.gather(1, order),
             token_classes.gather(1, order),
-            None
-            if self._prompt_axes is None
-            else self._prompt_axes.gather(2, order.expand(3, -1, -1)),
+            axes,
+            deep,
         )
 
     @torch.no_grad()
@@ -195,9 +212,7 @@ class MaskedOracle:
         outputs = self._compute(
             self._decoder,
             torch.cat([prompt.token_classes, torch.full_like(tokens, GENERATED)], dim=1),
-            torch.cat([prompt.attention_mask, torch.ones_like(tokens)], dim=1),
-            prompt.axes_with(tokens.shape[1]),
-            inputs_embeds=torch.cat([prompt.embeddings, new], dim=1),
+            **prompt.inputs_with(new),
         )
         columns = prompt.attention_mask.shape[1]
         head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
@@ -239,7 +254,7 @@ class MaskedOracle:
 
         if self._decoder.dtype == torch.float64:
             compute_in_double(self._decoder, keep)
-        keep(self._decoder.register_forward_pre_hook(self._see_embeddings, with_kwargs=True))
+        keep(self._decoder.register_forward_pre_hook(self._see, with_kwargs=True))
         for layer in self._layers:
             layer.attach(keep)
         # An unregistered name also keeps Hugging Face from building a mask of its own.
@@ -256,12 +271,8 @@ class MaskedOracle:
             raise TypeError("token_classes: needed where there are no input_ids")
         return classify_prompt(input_ids, self._config, inputs)
 
-    def _see_embeddings(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._prompt_embeddings = kwargs.get("inputs_embeds")
-        positions: Tensor | None = kwargs.get("position_ids")
-        self._prompt_axes = None
-        if positions is not None and positions.ndim == 3:
-            self._prompt_axes = positions[-3:]
+    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._seen = kwargs
 
     def _compute(
         self,

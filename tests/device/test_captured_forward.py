@@ -134,6 +134,19 @@ def test_rows_in_time_height_and_width(at_once: None) -> None:
     assert (scores[0] - scores[1]).abs().max() > 1e-2
 
 
+def test_features_behind_the_first_layers(at_once: None) -> None:
+    """One capture serves images that add others; a prompt without any has its own."""
+    trio = Trio(tiny_llava("qwen3_vl", heads=2, kv_heads=1), impl="triton")
+    first = random_batch(trio.plain, 1, images=(2, 1))
+    other = replace(first, images=tuple((-pixels, size) for pixels, size in first.images))
+    model = trio.under(RULES_AND_PAIR)
+    for batch in (first, other, first):
+        assert torch.equal(generate(model, batch, 2), greedy(trio.plain, RULES_AND_PAIR, batch, 2))
+    assert len(captured_of(model)) == 1
+    scores = [scores_of(model, batch)[0] for batch in (first, other)]
+    assert (scores[0] - scores[1]).abs().max() > 1e-2
+
+
 def scores_of(model: Any, batch: Batch) -> tuple[Tensor, Any]:
     """Logits of a few steps, and what was decided."""
     with fastskip.record_routing(model) as record:

@@ -16,7 +16,7 @@ from tests.batches import random_batch
 from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava, tiny_opt
 from tests.pruning.plain import blocks_of, linears_of, wanda_
 
-KINDS = (*LLAVA_KINDS, "qwen2_5_vl", "llama", "opt")
+KINDS = (*LLAVA_KINDS, "qwen2_5_vl", "qwen3_vl", "llama", "opt")
 
 
 def build(kind: str) -> Any:

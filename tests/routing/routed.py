@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastskip
@@ -78,6 +79,8 @@ def check_generate(
     inputs = batch.inputs()
     inputs["input_ids"] = torch.cat((batch.input_ids, tokens), dim=1)
     inputs["attention_mask"] = torch.cat((batch.attention_mask, torch.ones_like(tokens)), dim=1)
+    if "mm_token_type_ids" in inputs:  # Hugging Face's word for images, in models with axes
+        inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, tokens.shape[1]))
     classes = torch.cat((batch.token_classes, torch.full_like(tokens, GENERATED)), dim=1)
     eager, truth = (
         _expected(each, policy, masks, {**inputs, "token_classes": classes})

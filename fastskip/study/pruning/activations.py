@@ -19,22 +19,35 @@ from torch import Tensor, nn
 from fastskip.sparse.matrices import Matrix, stack_of
 from fastskip.study.pruning.recipe import PruningError
 
+_DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
+
 
 @dataclass(slots=True)
 class Walk:
     """One sequence on its way through the layers: what enters the next one, and beside it what.
 
-    ``hidden [1, T, D]``; ``beside``: the layer's other arguments, the same for all layers.
+    ``hidden [1, T, D]``; ``beside``: the layer's other arguments, the same for all layers;
+    ``features``, ``[n, D]`` each, enter at columns ``where [1, T]`` behind the first layers.
     """
 
     hidden: Tensor
     beside: Mapping[str, Any]
+    where: Tensor | None = None
+    features: Sequence[Tensor] = ()
 
     def through(self, layer: nn.Module) -> Tensor:
         """What the layer makes of it."""
         result = layer(self.hidden, **self.beside)
         found: Tensor = result[0] if isinstance(result, tuple) else result
         return found
+
+    def advance(self, layer: nn.Module, number: int) -> None:
+        """On to the layer behind ``layer``, which is the ``number``-th."""
+        self.hidden = self.through(layer)
+        if number < len(self.features):
+            assert self.where is not None
+            self.hidden = self.hidden.clone()
+            self.hidden[self.where] += self.features[number]
 
 
 class _Called(Exception):
@@ -68,7 +81,8 @@ def walks(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[Walk]:
                     text_model, **sequence, use_cache=False
                 ),
             )
-            found.append(Walk(entry.pop("hidden_states"), entry))
+            where, features = (sequence.get(name) for name in _DEEP)
+            found.append(Walk(entry.pop("hidden_states"), entry, where, features or ()))
     return found
 
 
@@ -112,7 +126,7 @@ class InputNorms:
         return count
 
 
-def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, Tensor]]:
+def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """The rows of each sequence that are no pads, as inputs of the text model."""
     key = "input_ids" if arguments.get("inputs_embeds") is None else "inputs_embeds"
     rows, mask = arguments[key], arguments.get("attention_mask")
@@ -120,14 +134,19 @@ def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, T
         allowed = "an attention_mask [batch, columns], 1 on real rows"
         raise PruningError(where, f"attention_mask of shape {list(mask.shape)}", allowed)
     positions = arguments.get("position_ids")
+    seen, features = arguments.get(_DEEP[0]), arguments.get(_DEEP[1], ())
     for index in range(len(rows)):
         real = slice(None) if mask is None else mask[index].bool()
-        own = {key: rows[index, real][None]}
+        own: dict[str, Any] = {key: rows[index, real][None]}
         if not own[key].shape[1]:
             raise PruningError(where, f"sequence {index} is all padding", "real rows in each")
         if positions is not None:  # [B, T], or [axes, B, T] in time, height and width
             number = index % positions.shape[-2]
             own["position_ids"] = positions[..., number : number + 1, real]
+        if seen is not None:
+            begin, end = (int(seen[:stop].sum()) for stop in (index, index + 1))
+            own[_DEEP[0]] = seen[index, real][None]
+            own[_DEEP[1]] = [own_features[begin:end] for own_features in features]
         yield own
 
 

@@ -122,7 +122,7 @@ def _by_activations(
                 matrix.weight.masked_fill_(~mask, 0)
             if number < last:
                 for walk in underway:
-                    walk.hidden = walk.through(layer)
+                    walk.advance(layer, number)
             on_layer()
     return kept
 

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastskip.families import image_token_ids
+from fastskip.families import image_token_ids, text_model_of
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.study.agreement import end_tokens
 from fastskip.study.evaluation import Exam
 from fastskip.study.samples import placed
 from fastskip.tokens import CODES
+
+_OF_IMAGES = ("visual_pos_masks", "deepstack_visual_embeds")
 
 
 class MovedError(ValueError):
@@ -45,18 +47,14 @@ class Moved:
 class _Batch:
     """Prompts and dense answers `[B, T]`, embedded; what is asked are the last `n` columns.
 
-    `logs [B, n, V]`: the dense model's log probabilities; `told [B, n]`: its tokens;
-    `asked [B, n]`: which of them are part of an answer; `axes [3, B, T]`: where rows stand, of a
-    model that tells time, height and width apart.
+    `inputs`: what the text model takes; `logs [B, n, V]`: the dense model's log probabilities;
+    `told [B, n]`: its tokens; `asked [B, n]`: which of them are part of an answer.
     """
 
-    embeddings: Tensor
-    mask: Tensor
-    codes: Tensor
+    inputs: dict[str, Any]
     logs: Tensor
     told: Tensor
     asked: Tensor
-    axes: Tensor | None
 
 
 class Calibrator:
@@ -122,47 +120,54 @@ def _answered(model: Any, inputs: dict[str, Any], exam: Exam) -> _Batch:
     # The last token is asked for and never fed: what it would lead to is no part of the answer.
     whole = torch.cat([mask, asked[:, 1:].to(mask.dtype)], 1)
     codes = _codes(model, ids, inputs, told.shape[1] - 1)
-    prompts, axes = _embedded(model, inputs)
-    embeddings = torch.cat([prompts, model.get_input_embeddings()(told[:, :-1])], 1)
-    if axes is not None:  # prompts are padded on the left: answers follow on from the last column
-        later = torch.arange(1, told.shape[1], device=axes.device)
-        axes = torch.cat([axes, axes[:, :, -1:] + later], 2)
+    given = _continued(_embedded(model, inputs), model.get_input_embeddings()(told[:, :-1]))
+    given |= {"attention_mask": whole, "token_classes": codes, "use_cache": False}
+    # Of the columns of the answers alone the logits are asked for.
+    asking = torch.arange(ids.shape[1] - 1, whole.shape[1])
+    given["kept_columns"] = asking.expand(len(ids), -1)
     empty = told.new_zeros(0, dtype=torch.float32)
-    batch = _Batch(embeddings, whole, codes, empty, told, asked, axes)
+    batch = _Batch(given, empty, told, asked)
     return replace(batch, logs=_logs(model, batch))
 
 
-def _embedded(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Prompts `[B, P, D]` as the decoder reads them, image features in their places; and where
-    they stand in time, height and width, if the model asks."""
+def _embedded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Prompts as the text model reads them: `inputs_embeds [B, P, D]` with image features in their
+    places; where they stand in time, height and width, and what enters behind the first layers, if
+    the model has such."""
     seen: dict[str, Any] = {}
-    hook = model.get_decoder().register_forward_pre_hook(
+    hook = text_model_of(model).register_forward_pre_hook(
         lambda _, args, given: seen.update(given), with_kwargs=True
     )
     try:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    found: Tensor | None = seen.get("inputs_embeds")
-    if found is None:  # a text-only model's decoder embeds by itself
-        found = model.get_input_embeddings()(inputs["input_ids"])
+    found = {name: seen[name] for name in _OF_IMAGES if seen.get(name) is not None}
+    found["inputs_embeds"] = seen.get("inputs_embeds")
+    if found["inputs_embeds"] is None:  # a text-only model's decoder embeds by itself
+        found["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
     positions: Tensor | None = seen.get("position_ids")
-    if positions is None or positions.ndim != 3:
-        return found, None
-    return found, positions[-3:]
+    if positions is not None and positions.ndim == 3:
+        found["position_ids"] = positions[-3:]
+    return found
+
+
+def _continued(prompts: dict[str, Any], answers: Tensor) -> dict[str, Any]:
+    """The same with answers `[B, n, D]` behind the prompts, which are padded on the left."""
+    found = {**prompts, "inputs_embeds": torch.cat([prompts["inputs_embeds"], answers], 1)}
+    axes, new = prompts.get("position_ids"), answers.shape[1]
+    if axes is not None:
+        later = torch.arange(1, new + 1, device=axes.device)
+        found["position_ids"] = torch.cat([axes, axes[:, :, -1:] + later], 2)
+    if "visual_pos_masks" in prompts:
+        found["visual_pos_masks"] = F.pad(prompts["visual_pos_masks"], (0, new))
+    return found
 
 
 def _logs(model: Any, batch: _Batch) -> Tensor:
     """Log probabilities `[B, n, V]` (fp32) of every token of the answers."""
-    out = model(
-        inputs_embeds=batch.embeddings,
-        attention_mask=batch.mask,
-        token_classes=batch.codes,
-        use_cache=False,
-        logits_to_keep=batch.told.shape[1],
-        position_ids=batch.axes,
-    )
-    return F.log_softmax(out.logits.float(), dim=-1)
+    rows = text_model_of(model)(**batch.inputs).last_hidden_state
+    return F.log_softmax(model.get_output_embeddings()(rows).float(), dim=-1)
 
 
 def _codes(model: Any, ids: Tensor, inputs: dict[str, Any], more: int) -> Tensor:
