@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from fastskip.families import (
     text_model_of,
 )
 from fastskip.generation.prepared import prepare
-from fastskip.generation.runtime import Runtime
+from fastskip.generation.runtime import Runtime, check_decoder
 from fastskip.generation.saving import POLICY_FILE, policy_of_config
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
@@ -158,14 +158,12 @@ def apply_(
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
     check_fit(model, chosen)
-    runtime = Runtime(text_model, plan, ops.resolve(impl, weight.device), own)
+    runtime = Runtime(text_model, plan, impl, own)
     if attention is not None:
         runtime.use_flash()
     # Merging now, layer by layer, so that no more than one layer is held twice.
     runtime.decoder.refresh(wants_gradient=False)
-    unsupported = runtime.decoder.unsupported()
-    if unsupported is not None:
-        _refuse(runtime, unsupported)
+    check_decoder(runtime.decoder)
     prepare(model, runtime)
     return model
 
@@ -184,7 +182,7 @@ def set_policy(
     plan = make_plan(chosen, shape)
     reason = runtime.unsupported_plan(plan)
     if reason is not None:
-        _refuse(runtime, reason)
+        check_decoder(runtime.decoder, reason)
     check_fit(model, chosen)
     runtime.set_plan(plan, own)
     return model
@@ -233,14 +231,6 @@ def plan_of(model: Any) -> SkipPlan:
         if not weights.can_merge
     }
     return replace(plan, notes=apart) if apart else plan
-
-
-def _refuse(runtime: Runtime, reason: str) -> NoReturn:
-    raise UnsupportedModelError(
-        "impl",
-        runtime.decoder.ops.implementation.value,
-        f"impl='reference' for this model: it has {reason}",
-    )
 
 
 def _runtime_of(model: Any) -> Runtime:

@@ -1,6 +1,7 @@
 """How long a prefill and a decode step take: all contenders in turn, medians over rounds."""
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import StoppingCriteriaList
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -139,29 +139,26 @@ with_stack_room.__code__ = with_stack_room.__code__.replace(co_stacksize=1 << 16
 
 @torch.inference_mode()
 def _time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Times:
-    def generate(count: int) -> _Clock:
-        clock = _Clock()
-        hook = on_entry(model, clock.enter)
-        stopping = StoppingCriteriaList([clock])
+    def generate(count: int) -> tuple[float, list[float]]:
+        """When the decoder was entered, and when each token came."""
+        entered, arrivals = [0.0], Arrivals()
+        hook = on_entry(model, lambda: entered.append(time.perf_counter()))
         try:
-            model.generate(
-                **inputs, do_sample=False, max_new_tokens=count, stopping_criteria=stopping
-            )
+            model.generate(**inputs, do_sample=False, max_new_tokens=count, streamer=arrivals)
         finally:
             hook.remove()
-        return clock
+        return entered[-1], arrivals.tokens
 
     # what is computed on first use is not timed: a policy is set once and used often
     for count in warm_counts(model.device, new_tokens, WARM_TOKENS):
         generate(count)
     with no_collection():
         began = time.perf_counter()
-        clock = generate(new_tokens)
-    if len(clock.tokens) != new_tokens:
-        raise RuntimeError(f"{len(clock.tokens)} tokens were made, {new_tokens} wanted")
-    first = clock.tokens[0]
-    steps = [b - a for a, b in zip(clock.tokens, clock.tokens[1:], strict=False)]
-    return Times(first - clock.entered, statistics.median(steps), first - began)
+        entered, tokens = generate(new_tokens)
+    if len(tokens) != new_tokens:
+        raise RuntimeError(f"{len(tokens)} tokens were made, {new_tokens} wanted")
+    steps = [b - a for a, b in itertools.pairwise(tokens)]
+    return Times(tokens[0] - entered, statistics.median(steps), tokens[0] - began)
 
 
 def on_entry(model: Any, note: Callable[[], object]) -> RemovableHandle:
@@ -207,26 +204,6 @@ class Arrivals:
 
     def end(self) -> None:
         pass
-
-
-class _Clock:
-    """Time stamps from inside `generate`: a hook of the decoder, and a stopping criterion.
-
-    The criterion never stops it; Hugging Face's loop and ours ask it after every token.
-    """
-
-    def __init__(self) -> None:
-        self.entered = 0.0
-        self.tokens: list[float] = []
-
-    def enter(self) -> None:
-        self.entered = time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize(input_ids.device)
-        self.tokens.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager

@@ -37,6 +37,8 @@ from fastskip.kernels.sampler import finish, ranked
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Choice, HalfNorm, Linear, Norm
 
+MOST_TILES = 65535
+
 
 @triton.jit
 def _head_tile(
@@ -178,12 +180,17 @@ def head_choose(
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing; ``shape`` as in the tables."""
-    return product_candidates(rows, may_be_long=True)
+    return _that_fit(product_candidates(rows, may_be_long=True), shape)
 
 
 def head_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Of rows of a half norm."""
-    return half_candidates(rows)
+    return _that_fit(half_candidates(rows), shape)
+
+
+def _that_fit(configs: list[dict[str, int]], shape: tuple[int, ...]) -> list[dict[str, int]]:
+    """Those of which a grid has no more tiles than CUDA allows along its second axis."""
+    return [each for each in configs if triton.cdiv(shape[0], each["BLOCK_M"]) <= MOST_TILES]
 
 
 def _launch_head(

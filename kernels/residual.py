@@ -199,6 +199,8 @@ def _add_tile(
         gets &= goes_on
         inside &= goes_on
         h = tl.load(place_ptr, mask=inside, other=0.0)
+        # Of a tile smaller than a program several threads hold the same, and one stores it.
+        tl.debug_barrier()
     if first.weights.bias is not None:
         total += _bias(first.weights.bias, owned, does)
     if SECOND_E > 0 and second.weights.bias is not None:

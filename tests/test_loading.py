@@ -1,5 +1,6 @@
 """From a checkpoint, or a model in memory, to a prepared model; what cannot be prepared says so."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 import fastskip
-from fastskip import UnsupportedModelError
+from fastskip import SkipPolicy, UnsupportedModelError
+from fastskip.ops import Implementation, Operations, operations_of
+from tests.batches import random_batch
 from tests.checkpoints import VOCAB, answer, save_checkpoint
 from tests.models import Kind, tiny_llama, tiny_llava
 
@@ -257,3 +260,34 @@ def test_models_in_memory_that_cannot_be_prepared() -> None:
     quantised.is_quantized = True
     with pytest.raises(UnsupportedModelError, match="quantization_config"):
         fastskip.apply_(quantised)
+
+
+def test_a_model_that_is_moved_is_run_by_what_its_new_device_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The torch form stands for what a GPU would have."""
+    plain = tiny_llava()
+    batch = random_batch(plain, 1)
+    expected = plain.generate(**batch.inputs(), max_new_tokens=3, do_sample=False)
+    model = fastskip.apply_(copy.deepcopy(plain), "image_ffn")
+    masks = [{"layers": ":2", "kind": "unimodal"}]
+    other = fastskip.apply_(copy.deepcopy(plain), {"schema_version": 1, "masks": masks})
+    runtime: Any = model._fastskip
+    names: list[str | None] = []
+
+    def resolve(impl: str | None, device: torch.device) -> Operations:
+        names.append(impl)
+        return operations_of(Implementation.TORCH)
+
+    monkeypatch.setattr("fastskip.generation.runtime.resolve", resolve)
+    model.generate(**batch.inputs(), max_new_tokens=3)
+    assert not names
+    runtime._device = torch.device("meta")  # where it lay before
+    fastskip.set_policy(model, SkipPolicy())
+    found = model.generate(**batch.inputs(), max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, expected) and names == [None]
+    assert runtime.decoder.ops.implementation is Implementation.TORCH
+    # What it cannot run is refused, not run otherwise.
+    other._fastskip._device = torch.device("meta")
+    with pytest.raises(UnsupportedModelError, match="impl='reference'.*unimodal"):
+        other.generate(**batch.inputs(), max_new_tokens=3)

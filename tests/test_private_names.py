@@ -36,7 +36,10 @@ def test_signature(name: str) -> None:
 
 
 def test_private_attributes_of_a_generation_config() -> None:
-    """`_sample` gets the pad token as a tensor that `generate` has put there."""
+    """`_sample` gets pad and stop tokens as tensors that `generate` has put there."""
     source = inspect.getsource(GenerationMixin._sample)
     assert "generation_config._pad_token_tensor" in source
     assert 'hasattr(criteria, "eos_token_id")' in source
+    source = inspect.getsource(GenerationMixin._prepare_special_tokens)
+    assert "generation_config._eos_token_tensor" in source
+    assert "pad_token_tensor = eos_token_tensor[0]" in source  # where there is none of its own

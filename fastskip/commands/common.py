@@ -181,7 +181,8 @@ def inputs_for(model: str, prompt: str, pictures: list[Any], max_new_tokens: int
 
 
 def device_of(name: str | None) -> Any:
-    """The device asked for, else a GPU if there is one."""
+    """The device asked for, else a GPU if there is one; a GPU becomes the current one, whose stream
+    is the one that is timed."""
     import torch
 
     if name is None:
@@ -190,6 +191,8 @@ def device_of(name: str | None) -> Any:
         device = torch.empty(0, device=name).device
         if device.type == "meta":
             raise RuntimeError("holds no data")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
         reason = str(error).partition("\n")[0]

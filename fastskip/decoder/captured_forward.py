@@ -25,7 +25,7 @@ from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.paged_cache import PagedCache, aligned_counts
 from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
-from fastskip.decoder.recent import Recent
+from fastskip.decoder.recent import Recent, Sightings
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two, rounded_rows
 from fastskip.layer_plan import Pool, stage_of
@@ -44,7 +44,7 @@ KEPT = 16
 PAGES = 16
 """Least columns of a page table: calls of up to 1024 columns do not differ in them."""
 SEEN = 256
-"""Shapes remembered of which no graph was made yet."""
+"""Shapes remembered that have no graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +258,8 @@ def _pools(cache: PagedCache, stage: int) -> list[Pool]:
 class CapturedForwards:
     """The captured forwards of one decoder; the least recently used one goes first.
 
-    A shape gets a graph when it comes for the second time: most prompts of a kind share a few
-    shapes, and a capture takes as long as several prompts.
+    A shape gets a graph when it comes for the second time, or later where another one goes for it:
+    most prompts of a kind share a few shapes, and a capture takes as long as several prompts.
 
     ``switches`` may be set at any time: whether what routers decide on are bodies of SWITCH nodes
     (``CountedBlock``); ``None``: where the device and the bindings have them.
@@ -270,7 +270,7 @@ class CapturedForwards:
         self._bodies: Bodies | None = None
         self._version: object = None
         self._kept: Recent[ForwardShape, CapturedForward] = Recent(KEPT)
-        self._seen: Recent[ForwardShape, None] = Recent(SEEN)
+        self._sightings: Sightings[ForwardShape] = Sightings(SEEN)
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -282,14 +282,12 @@ class CapturedForwards:
         if version != self._version:
             self._version, self._pool, self._bodies = version, None, None
             self._kept.clear()
-            self._seen.clear()
+            self._sightings.clear()
         return self._kept.get(shape)
 
-    def has_seen(self, shape: ForwardShape) -> bool:
-        """Whether the shape was asked for before: then a graph of it pays."""
-        has_seen = shape in self._seen
-        self._seen.keep(shape, None)
-        return has_seen
+    def pays(self, shape: ForwardShape) -> bool:
+        """Whether a graph of a shape pays that is asked for and has none."""
+        return self._sightings.pays(shape, has_room=self._kept.has_room)
 
     def blocks(
         self, blocks: Sequence[FusedBlock], plan: SkipPlan, device: torch.device

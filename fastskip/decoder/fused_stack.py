@@ -311,7 +311,7 @@ class FusedDecoder(Decoder):
         version = self.version, self.addresses()
         forward = self.captured.find(shape, version)
         if forward is None:
-            if not self.captured.has_seen(shape):
+            if not self.captured.pays(shape):
                 return None
             blocks = self.captured.blocks(self._fused_blocks, self.plan, h.device)
             layers = Layers(self.plan, blocks, self.positions, self.routers)

@@ -52,7 +52,8 @@ class Hopping:
         inside = range(decided[0], decided[-1] + 1)
         found = [_layer_of(blocks[index], state) for index in inside]
         layers = [layer for layer in found if layer is not None]
-        if len(layers) < len(found) or not can_hop(layers):
+        scales = {blocks[index].scale for index in inside}
+        if len(layers) < len(found) or not can_hop(layers) or len(scales) > 1:
             return None
         hops = Hops.over(
             layers,
@@ -61,7 +62,7 @@ class Hopping:
             sequences=state.sequences,
             trace=routes.trace,
             arrivals=routes.arrivals,
-            scale=blocks[inside[0]].scale,
+            scale=scales.pop(),
         )
         return cls(inside, hops, bodies, turns or TURNS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_, itemgetter
 from typing import Any
@@ -23,6 +24,7 @@ _own_parameters = itemgetter("_parameters")
 _kind = attrgetter("dtype", "requires_grad")
 # Numbers that what is made of a module may hold: norms' and attentions'.
 _NUMBERS = (*NORM_NUMBERS, "scaling")
+_Attributes = list[dict[str, Any]]
 
 
 class ModuleState:
@@ -34,39 +36,50 @@ class ModuleState:
     """
 
     def __init__(self, *modules: nn.Module) -> None:
+        # Weakly, since they may have what keeps this.
+        self._outer = [weakref.ref(module) for module in modules]
         # Attributes of a module are slow to look up. Whole dictionaries, since what is in them may
         # be replaced.
-        self._owns = [vars(each) for module in modules for each in module.modules()]
-        self._seen = [tuple(map(_copied, own)) for own in map(_mutable, self._owns)]
+        inner = (each for module in modules for each in module.modules() if each is not module)
+        self._inner = [vars(each) for each in inner]
+        owns = [*map(vars, modules), *self._inner]
+        self._seen = [tuple(map(_copied, own)) for own in map(_mutable, owns)]
         # Held, so that no other tensor gets the identity of one.
-        self._parameters = self._list_parameters()
+        self._parameters = _list_parameters(owns)
         self._real = [each for each in self._parameters if each is not None]
-        self._numbers = [(own, name) for own in self._owns for name in _NUMBERS if name in own]
-        self._facts = self._look()
+        self._numbered = [
+            (index, name) for index, own in enumerate(owns) for name in _NUMBERS if name in own
+        ]
+        self._facts = self._look(owns)
 
     def is_current(self) -> bool:
         """Whether nothing differs; modules and parameters are compared by identity."""
-        if list(map(_mutable, self._owns)) != self._seen:
+        outer = [ref() for ref in self._outer]
+        if any(module is None for module in outer):
             return False
-        parameters = self._list_parameters()
+        owns = [*map(vars, outer), *self._inner]
+        if list(map(_mutable, owns)) != self._seen:
+            return False
+        parameters = _list_parameters(owns)
         return (
             len(parameters) == len(self._parameters)
             and all(map(is_, parameters, self._parameters))
-            and self._look() == self._facts
+            and self._look(owns) == self._facts
         )
 
-    def _list_parameters(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, map(_own_parameters, self._owns)))]
-
-    def _look(self) -> tuple[list[object], ...]:
+    def _look(self, owns: _Attributes) -> tuple[list[object], ...]:
         """What matters of parameters, and of the modules that have them."""
         return (
             # As accelerate hooks a module.
-            [*map(contains, self._owns, repeat("forward"))],
-            [own.get(name) for own, name in self._numbers],
+            [*map(contains, owns, repeat("forward"))],
+            [owns[index].get(name) for index, name in self._numbered],
             [*map(Tensor.data_ptr, self._real)],
             [*map(_kind, self._real)],
         )
+
+
+def _list_parameters(owns: _Attributes) -> list[Any]:
+    return [*chain.from_iterable(map(dict.values, map(_own_parameters, owns)))]
 
 
 def _copied(value: Any) -> Any:

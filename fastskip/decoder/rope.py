@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.ops.allocate import to_device
+
 
 class RotaryTable:
     """Cosines and sines of the model's own rotary module, tabulated once and then indexed.
@@ -67,7 +69,7 @@ class RotaryTable:
     def halves_at(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[N, K / 2]`` of such rows, dense, as kernels read them."""
         assert self.axis is not None
-        index = axes.long()[self.axis.to(axes.device)].t().to(like.device)
+        index = axes.long()[to_device(self.axis, axes.device)].t().to(like.device)
         cosine, sine = self.halves(needed, like)
         return cosine.gather(0, index), sine.gather(0, index)
 

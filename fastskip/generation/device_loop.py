@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.generation.device_step import DeviceStep
 from fastskip.generation.runtime import Runtime
+from fastskip.ops.allocate import to_device
 from fastskip.policy import Sublayer
 from fastskip.routing import Decisions, RoutingRecord
 
@@ -34,10 +35,15 @@ class GreedyEnd:
     stops: tuple[int, ...]
 
     @classmethod
-    def of(cls, criteria: Any) -> GreedyEnd | None:
-        """The end that the criteria describe; ``None`` if they ask for more than that."""
+    def of(cls, criteria: Any, known: tuple[Tensor | None, list[int]]) -> GreedyEnd | None:
+        """The end that the criteria describe; ``None`` if they ask for more than that.
+
+        ``known``: stop tokens of a criterion, for which the device is then not waited.
+        """
+        tokens, ids = known
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
-        stops = [one.eos_token_id.tolist() for one in criteria if type(one) is EosTokenCriteria]
+        given = [one.eos_token_id for one in criteria if type(one) is EosTokenCriteria]
+        stops = [ids if each is tokens else each.tolist() for each in given]
         if len(lengths) + len(stops) != len(criteria) or not lengths or len(stops) > 1:
             return None
         return cls(min(lengths), tuple(stops[0]) if stops else ())
@@ -162,7 +168,7 @@ def decode_greedily(
     """
     batch, most = input_ids.shape[0], end.columns - input_ids.shape[1]
     first = torch.argmax(logits, dim=-1)
-    stops = torch.tensor(end.stops, dtype=first.dtype, device=first.device)
+    stops = to_device(torch.tensor(end.stops, dtype=first.dtype), first.device)
     mail = _Mail(first, ~torch.isin(first, stops))
     find = partial(
         runtime.steps.find,

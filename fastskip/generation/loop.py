@@ -9,7 +9,7 @@ prepared forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,28 +63,32 @@ def sample(
     scores: list[Tensor] | None = [] if keeps and config.output_scores else None
     raw: list[Tensor] | None = [] if keeps and config.output_logits else None
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-    pad_id = _pad_of(config)  # now, since behind the prompt it would wait for that
+    # Now, since behind the prompt they would wait for that.
+    end, pad_id = GreedyEnd.of(stopping_criteria, _stops_of(config)), _pad_of(config)
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
     )
     cache: SkipCache = outputs[CACHE_NAME]
     # A copy in fp32, as in Hugging Face: processors may write to it.
-    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+    # Ids may lie on the host.
+    place, home = logits.device, input_ids.device
     called = _CalledSteps(model, outputs, model_kwargs) if _does_more(model) else None
     del outputs
-    end = GreedyEnd.of(stopping_criteria)
     is_greedy = not (config.do_sample or logits_processor or scores is not None or raw is not None)
     if is_greedy and end is not None and isinstance(cache, PagedCache) and called is None:
         with on_host():
+            given = input_ids.to(place)
             input_ids = decode_greedily(
-                model, runtime, cache, input_ids, logits, end, pad=pad_id, streamer=streamer
-            )
+                model, runtime, cache, given, logits, end, pad=pad_id, streamer=streamer
+            ).to(home)
         if streamer is not None:
             streamer.end()
         if not keeps:
             return input_ids
         return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_NAME: cache})
     step: _DecodeStep | StepLogits | None = None
+    logits = logits.to(home)
     while True:
         next_scores = logits_processor(input_ids, logits)
         if scores is not None:
@@ -106,13 +110,13 @@ def sample(
         if not bool(unfinished.any()):
             break
         if called is not None:
-            logits = called(input_ids).to(torch.float32)
+            logits = called(input_ids).to(home, torch.float32)
             continue
         with on_host():
             if step is None:  # now, since the first token needs none
                 kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
                 step = kind(model, runtime, cache)
-            logits = step(tokens).to(torch.float32)
+            logits = step(tokens.to(place)).to(home, torch.float32)
     if streamer is not None:
         streamer.end()
     if not keeps:
@@ -155,9 +159,21 @@ class _CalledSteps:
         self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
 
 
+def _stops_of(config: Any) -> tuple[Tensor | None, list[int]]:
+    """The stop tokens as criteria have them, and what they are."""
+    ids = config.eos_token_id
+    ids = ids.tolist() if isinstance(ids, Tensor) else ids
+    if ids is None:
+        return None, []
+    return config._eos_token_tensor, list(ids) if isinstance(ids, Sequence) else [ids]
+
+
 def _pad_of(config: Any) -> int:
-    pad = config._pad_token_tensor
-    return 0 if pad is None else int(pad)
+    """What finished sequences are filled up with."""
+    if config._pad_token_tensor is None:
+        return 0
+    # As Hugging Face chooses it, without looking at its tensor.
+    return int(_stops_of(config)[1][0] if config.pad_token_id is None else config.pad_token_id)
 
 
 def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:

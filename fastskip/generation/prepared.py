@@ -52,11 +52,24 @@ def prepare(model: Any, runtime: Runtime) -> None:
     runtime.decoder.lens = _lens_of(model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
-        tower = tower_of(model)
-        if tower is not None and isinstance(runtime.decoder, FusedDecoder):
-            _adopt(tower, PreparedTower, runtime)
+        _adopt_tower(model, runtime)
     _adopt(text_model, PreparedDecoder, runtime)
     _adopt(model, PreparedModel, runtime)
+
+
+def _adopt_tower(model: Any, runtime: Runtime) -> None:
+    tower = tower_of(model) if model.config.model_type in MULTIMODAL else None
+    is_one = tower is None or isinstance(tower, PreparedTower)
+    if not is_one and isinstance(runtime.decoder, FusedDecoder):
+        _adopt(tower, PreparedTower, runtime)
+
+
+def _follow(model: Any, runtime: Runtime) -> None:
+    """What a model does that may have been moved to another device."""
+    before = runtime.decoder
+    runtime.follow(text_model_of(model))
+    if runtime.decoder is not before:
+        _adopt_tower(model, runtime)
 
 
 def _lens_of(model: Any) -> Lens:
@@ -153,7 +166,8 @@ class PreparedDecoder(_Prepared):
         h = self.embed_tokens(ids) if embeddings is None else embeddings
         if not h.shape[1]:
             raise ValueError("input_ids: no columns; allowed: one or more")
-        with self._runtime.lock, on_host():
+        self._runtime.follow(self)
+        with self._runtime.running(), on_host():
             self._runtime.decoder.attach(self)
             output = decode_columns(self, self._runtime, h, inputs)
         is_tuple = inputs.get("return_dict") is False
@@ -207,7 +221,7 @@ class PreparedTower(_Prepared):
 
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         forward, runtime = self._fastskip_origin[0].forward, self._runtime
-        if runtime.session is None:
+        if not runtime.is_generating:
             return forward(self, **inputs)
         return runtime.tower.run(self, forward, inputs)
 
@@ -218,8 +232,9 @@ class PreparedModel(_Prepared):
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         runtime = self._runtime
         check_parts(self, runtime)
+        _follow(self, runtime)
         check_gradients(inputs)
-        with runtime.lock:
+        with runtime.running():
             runtime.decoder.lens = _lens_of(self)
             with on_host():
                 given, ids = inputs.get("input_ids"), host_ids(inputs)
@@ -244,6 +259,7 @@ class PreparedModel(_Prepared):
             return base.generate(self, inputs, *args, **kwargs)
         if isinstance(kwargs.get("logits_to_keep"), int) and not kwargs["logits_to_keep"]:
             del kwargs["logits_to_keep"]  # of all of them only the last is read
+        _follow(self, self._runtime)
         with self._runtime.generating(prompt_columns(inputs, kwargs)):
             try:
                 return base.generate(self, inputs, *args, **kwargs)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from threading import RLock
+from dataclasses import dataclass, field
+from threading import RLock, get_ident
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.stack import Decoder
+from fastskip.families import UnsupportedModelError, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_step import DeviceSteps
 from fastskip.generation.tower import TowerGraphs
-from fastskip.ops import Operations
+from fastskip.ops import Operations, resolve
+from fastskip.ops.allocate import current
 from fastskip.ops.flash import load_flash
 from fastskip.plan import SkipPlan
 from fastskip.policy import Sublayer
@@ -30,10 +33,12 @@ class Session:
 
     Attributes:
         prompt_columns: where its prompt ends.
+        thread: whose call it is.
         is_refreshed: the decoder has just looked at the model, and its first forward need not.
     """
 
     prompt_columns: int
+    thread: int = field(default_factory=get_ident)
     is_refreshed: bool = False
 
 
@@ -41,18 +46,58 @@ class Runtime:
     """The state that the prepared classes share; one a model."""
 
     def __init__(
-        self, text_model: Any, plan: SkipPlan, ops: Operations, routers: Sequence[Router] = ()
+        self,
+        text_model: Any,
+        plan: SkipPlan,
+        impl: str | None = None,
+        routers: Sequence[Router] = (),
     ) -> None:
-        self.plan = plan
-        kind = Decoder if ops.fused is None else FusedDecoder
-        self.decoder = kind(text_model, plan, ops)
-        self.decoder.routers = routers
+        """``impl`` as in ``load_model``.
+
+        Raises:
+            ValueError: what it names is unknown, or cannot run where the model lies.
+        """
+        self.plan, self._impl = plan, impl
+        self._device = final_norm_of(text_model).weight.device
+        self.decoder = _decoder_of(text_model, plan, resolve(impl, self._device), routers)
         self.steps = DeviceSteps()
         self.tower = TowerGraphs()
         self.session: Session | None = None
         # Of the forward that runs: its ids as they were given, and the same on the host.
         self.ids: tuple[Tensor, Tensor] | None = None
         self.lock = RLock()
+        # How many calls are inside each other, and when the outermost one before left its work.
+        self._depth = 0
+        self._left: torch.cuda.Event | None = None
+
+    def follow(self, text_model: Any) -> None:
+        """Chooses the implementation anew if the model has been moved to another device.
+
+        Raises:
+            ValueError: what was asked for cannot run there.
+            UnsupportedModelError: what runs there cannot run the model under its policy.
+        """
+        device = self.device
+        if device == self._device:
+            return
+        with self.lock:
+            ops = resolve(self._impl, device)
+            if ops.implementation is not self.decoder.ops.implementation:
+                own = _decoder_of(text_model, self.plan, ops, self.decoder.routers)
+                own.refresh(wants_gradient=False)
+                check_decoder(own)
+                own.record, self.decoder = self.decoder.record, own
+            self._device = device
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether this thread is inside ``generate``."""
+        return self.session is not None and self.session.thread == get_ident()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's weights lie."""
+        return self.decoder.like.device
 
     @property
     def fused_decoder(self) -> FusedDecoder:
@@ -62,7 +107,9 @@ class Runtime:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "lock"} | {
-            "session": None
+            "session": None,
+            "_depth": 0,
+            "_left": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -115,12 +162,31 @@ class Runtime:
             self.decoder.record = before
 
     @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within this block this thread's calls alone run, on the model's device.
+
+        Graphs have memory of their own, so the device, too, does one call after another, whatever
+        the streams of those who call.
+        """
+        with self.lock, current(self.device):
+            if self._left is not None:
+                self._left.wait()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth and self.device.type == "cuda":
+                    self._left = torch.cuda.Event()
+                    self._left.record()
+
+    @contextmanager
     def generating(self, prompt_columns: int) -> Iterator[None]:
         """Within this block columns at or past ``prompt_columns`` are ``GENERATED``.
 
         A second thread waits here until the first is done.
         """
-        with self.lock:
+        with self.running():
             before, self.session = self.session, Session(prompt_columns)
             try:
                 with self.steps.call():
@@ -154,6 +220,23 @@ class Runtime:
                 f"{CACHE_NAME}: this cache was filled under another policy; "
                 "start from the whole prompt after set_policy"
             )
+
+
+def _decoder_of(
+    text_model: Any, plan: SkipPlan, ops: Operations, routers: Sequence[Router]
+) -> Decoder:
+    decoder = (Decoder if ops.fused is None else FusedDecoder)(text_model, plan, ops)
+    decoder.routers = routers
+    return decoder
+
+
+def check_decoder(decoder: Decoder, reason: str | None = None) -> None:
+    """Raises ``UnsupportedModelError`` if a decoder cannot run its model; ``reason``: or a policy
+    that it is to have."""
+    reason = decoder.unsupported() if reason is None else reason
+    if reason is not None:
+        allowed = f"impl='reference' for this model: it has {reason}"
+        raise UnsupportedModelError("impl", decoder.ops.implementation.value, allowed)
 
 
 def _require_causal(plan: SkipPlan) -> None:

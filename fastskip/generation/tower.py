@@ -7,6 +7,7 @@ inside ``generate``, where nobody keeps what a tower returns: the next run write
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -15,15 +16,18 @@ from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import hooks_of, is_transformers_own
 from fastskip.decoder.module_state import ModuleState
-from fastskip.decoder.recent import Recent
+from fastskip.decoder.recent import Recent, Sightings
 from fastskip.ops.graphs import capture, new_pool
 
 KEPT = 4
 """Graphs kept; they share their activations' memory."""
 SEEN = 64
-"""Shapes remembered of which no graph was made yet."""
+"""Shapes remembered that have no graph."""
 MOST_IMAGES = 8
 """With more, the host is done before the device anyway."""
+
+_KNOWN = ("torch.", "transformers.")
+"""Whose modules do the same as long as weights, hooks and training mode stay."""
 
 Forward = Callable[..., Any]
 
@@ -40,7 +44,7 @@ class TowerGraphs:
         self._state: ModuleState | None = None
         self._is_capturable = False
         self._graphs: Recent[Hashable, TowerGraph] = Recent(KEPT)
-        self._seen: Recent[Hashable, None] = Recent(SEEN)
+        self._sightings: Sightings[Hashable] = Sightings(SEEN)
         self._pool: Any = None
 
     def __len__(self) -> int:
@@ -59,18 +63,20 @@ class TowerGraphs:
             return forward(tower, **inputs)
         if self._state is None or not self._state.is_current():
             self._graphs.clear()
-            self._seen.clear()
-        elif self._is_capturable and call in self._seen:
-            return self._graph(call, lambda own: forward(tower, own, **options), pixels).run(pixels)
+            self._sightings.clear()
+        graph = self._graphs.get(call)
+        if graph is not None:
+            return graph.run(pixels)
+        pays = self._sightings.pays(call, has_room=self._graphs.has_room)
+        if pays and self._is_capturable:
+            held = weakref.ref(tower)  # which has what keeps this
+            work = lambda own: forward(held(), own, **options)  # noqa: E731
+            return self._made(call, work, pixels).run(pixels)
         output = forward(tower, **inputs)
-        self._seen.keep(call, None)
         self._look_at(tower)  # now: a first forward may leave transformers' own hooks
         return output
 
-    def _graph(self, call: Hashable, forward: Forward, pixels: Tensor) -> TowerGraph:
-        graph = self._graphs.get(call)
-        if graph is not None:
-            return graph
+    def _made(self, call: Hashable, forward: Forward, pixels: Tensor) -> TowerGraph:
         self._graphs.make_room(call)
         # Its buffers outlive a caller's inference mode, which would forbid writing them later.
         with torch.inference_mode(False), torch.no_grad():
@@ -82,6 +88,8 @@ class TowerGraphs:
             return None
         if not isinstance(pixels, Tensor) or not 0 < len(pixels) <= MOST_IMAGES:
             return None
+        if torch.is_autocast_enabled(pixels.device.type):
+            return None  # weights that it has cast are freed with it
         if not (pixels.is_cuda if self.captures is None else self.captures):
             return None
         plain = {
@@ -98,8 +106,12 @@ class TowerGraphs:
             return
         self._state = ModuleState(tower)
         self._pool = new_pool(next(tower.parameters()).device)
-        hooks = [hook for module in tower.modules() for hook in hooks_of(module)]
-        self._is_capturable = not tower.training and all(map(is_transformers_own, hooks))
+        modules = list(tower.modules())
+        hooks = [hook for module in modules for hook in hooks_of(module)]
+        # Others, such as adapters, may do something else the next time, and no weight shows it.
+        are_known = all(type(module).__module__.startswith(_KNOWN) for module in modules)
+        is_still = are_known and all(map(is_transformers_own, hooks))
+        self._is_capturable = is_still and not tower.training
 
 
 class TowerGraph:

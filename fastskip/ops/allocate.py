@@ -51,6 +51,17 @@ def on_host() -> Iterator[None]:
 
 
 @contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Within this block a GPU is the current one: kernels, events and graphs are of that one's
+    stream, wherever their memory lies."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        yield
+
+
+@contextmanager
 def poisoned() -> Iterator[None]:
     """Within this block ``empty`` returns NaN-filled memory."""
     token = _poison.set(True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.ops.allocate import to_device
 from fastskip.ops.contracts import Pages, Reach
 from fastskip.ops.operations import FusedOperations
 
@@ -67,7 +68,8 @@ def attend_packed(
     lengths = bounds.diff()
     sequences = torch.repeat_interleave(lengths).to(torch.int32)
     slots = torch.arange(len(sequences), dtype=torch.int32) - bounds[sequences]
-    keys, values = ops.read_entries(pages, sequences.to(device), slots.to(device))
+    there = to_device(sequences, device), to_device(slots, device)
+    keys, values = ops.read_entries(pages, *there)
     order, sums, longest = reach.order.long(), reach.bounds.device, int(lengths.max())
     found = flash(
         queries[order],

@@ -11,7 +11,7 @@ import torch
 
 # Runs before a capture: kernels compile, libraries choose their workspaces.
 _WARM_UPS = 2
-# Captures share torch's stream for them, whatever thread they are made in.
+# Captures of a device share a stream, whatever thread they are made in.
 _CAPTURING = Lock()
 
 
@@ -33,9 +33,14 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
                 work()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        stream = _capture_stream(torch.cuda.current_device())
         # Another thread's calls (a pinned allocation, say) must not end this capture.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            work()
+        mode = "thread_local"
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                work()
+        finally:  # torch stays on the capture's stream where ending it fails
+            torch.cuda.set_stream(current)
     replay: Callable[[], None] = graph.replay
     return replay
 
@@ -43,6 +48,12 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
     """One for the warm-ups of a device, since libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for the captures of a device: torch's own is of the device that captured first."""
     return torch.cuda.Stream(device)
 
 

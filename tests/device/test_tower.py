@@ -2,7 +2,10 @@
 those of the first run lie, as a graph would leave them."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -192,3 +195,77 @@ def test_copies_start_without_graphs() -> None:
     for _ in range(2):
         check(plain, twin, batch)
     assert len(graphs_of(twin)) == len(graphs_of(model)) == 1
+
+
+def test_casts_of_autocast_are_not_baked_in() -> None:
+    """They are freed where it ends."""
+    plain = tiny_llava()
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(model, batch)
+    assert len(graphs_of(model)) == 0
+    check(plain, model, batch)
+
+
+class Adapted(nn.Linear):
+    """Does something that no weight shows, as adapters do."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+def test_modules_that_nobody_knows() -> None:
+    plain = tiny_llava()
+    for layer in plain.model.vision_tower.encoder.layers:
+        layer.mlp.fc2.__class__ = Adapted
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for factor in (1.0, 1.0, 1.0, 0.5):
+        Adapted.factor = factor
+        check(plain, model, batch)
+    assert len(graphs_of(model)) == 0
+    Adapted.factor = 1.0
+
+
+def test_a_model_goes_with_its_last_user() -> None:
+    """Without a garbage collection: weights are much memory."""
+    plain = tiny_llava()
+    model = prepared(plain)
+    for _ in range(3):
+        check(plain, model, batch_of(plain, 1))
+    assert len(graphs_of(model)) == 1
+    held = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_another_thread_runs_the_tower_itself() -> None:
+    """Inside `generate` of the first one, whose graph has memory of its own."""
+    plain = tiny_llava()
+    model, batch = prepared(plain), batch_of(plain, 1)
+    pixels = batch.inputs()["pixel_values"]
+    found: list[Tensor] = []
+
+    def look(*_: Any) -> None:
+        thread = Thread(target=lambda: found.append(features_of(model, pixels)))
+        thread.start()
+        thread.join()
+
+    with torch.no_grad():
+        expected = features_of(plain, pixels)
+    for _ in range(3):
+        hook = model.get_decoder().register_forward_pre_hook(look)
+        generate(model, batch)
+        hook.remove()
+    assert found and all(torch.equal(own, expected) for own in found)
+
+
+@torch.no_grad()
+def features_of(model: Any, pixels: Tensor) -> Tensor:
+    return torch.cat(model.get_image_features(pixels).pooler_output)

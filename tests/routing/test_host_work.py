@@ -69,7 +69,7 @@ def operations(
 
     for module in ("generation.device_step", "decoder.captured_forward"):
         monkeypatch.setattr(f"fastskip.{module}.capture", capture)
-    monkeypatch.setattr(CapturedForwards, "has_seen", lambda *_: True)
+    monkeypatch.setattr(CapturedForwards, "pays", lambda *_: True)
     trio = Trio(
         tiny_llava(depth=depth, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=16), impl="triton"
     )
