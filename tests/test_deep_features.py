@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import fastskip
-from fastskip.families import UnsupportedModelError
+from fastskip.decoder.device_support import unsupported_plan
+from fastskip.families import UnsupportedModelError, shape_of
+from fastskip.plan import make_plan
+from fastskip.policy import SkipPolicy
 from fastskip.verification.cells import IMAGE
 from tests.agreement import Trio, expected, generate
 from tests.batches import random_batch
@@ -97,6 +100,20 @@ def test_hidden_states(trio: Trio) -> None:
     ]
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(theirs[batch.real], ours[batch.real])
+
+
+def test_routers_that_come_before_or_do_not_look(trio: Trio) -> None:
+    """What enters layer 0 has no features yet, and a draw looks at nothing."""
+    batch = random_batch(trio.plain, 6, images=(2, 1))
+    rule = {"tokens": ["image"], "skip": ["block"], "kv": "omit"}
+    drawn = rule | {"layers": ":", "kind": "random", "rate": 0.5, "seed": 3}
+    check_generate(trio, {"schema_version": 1, "routers": [drawn]}, batch, new=2)
+    for layer, is_run in ((0, True), (1, False), (2, False), (3, True)):
+        own = rule | {"layers": [layer], "kind": "linear", "weights": "w", "threshold": 0.0}
+        plan = make_plan(
+            SkipPolicy.coerce({"schema_version": 1, "routers": [own]}), shape_of(trio.plain.config)
+        )
+        assert (unsupported_plan(plan) is None) == is_run, layer
 
 
 def test_more_layers_with_features_than_there_are() -> None:

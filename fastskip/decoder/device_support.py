@@ -45,7 +45,7 @@ def _unsupported_routing(plan: SkipPlan) -> str | None:
             continue
         looks_back = cell.rule.kind == "similarity"
         first = certain_below(plan, cell.layer, cell.token_class) if looks_back else cell.layer - 1
-        if first < plan.shape.deep_layers:
+        if 0 <= first < plan.shape.deep_layers:
             return (
                 f"a router of image rows in layer {cell.layer}, which looks at what layer {first} "
                 f"leaves, where features enter; supported: from layer {plan.shape.deep_layers} on"
