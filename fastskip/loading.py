@@ -106,6 +106,13 @@ def load_model(
     }
     path = os.fspath(model_id_or_path)
     config = from_pretrained_kwargs.pop("config", None)
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise UnsupportedModelError(
+            "model",
+            path,
+            "whole checkpoints; adapters by peft.PeftModel.from_pretrained(load_model(BASE), "
+            "FOLDER), or added to the weights by fastskip train --merge",
+        )
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
@@ -146,6 +153,10 @@ def apply_(
         raise ValueError(f"attention: {attention!r}; allowed: None, 'flash'")
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     if getattr(model, "_fastskip", None) is not None:
+        prepared = _runtime_of(model)
+        kept = prepared.decoder.ops.implementation
+        if impl is not None and ops.resolve(impl, prepared.device).implementation is not kept:
+            raise ValueError(f"impl: {impl!r}; allowed: None, or {kept.value!r}, which it keeps")
         return set_policy(model, chosen, routers=routers)
     _check_model(model)
     text_model = text_model_of(model)

@@ -330,4 +330,4 @@ def _classes(tokens: TokenSet, shape: ModelShape, name: str) -> frozenset[TokenC
 
 
 def _list(values: object) -> list[str]:
-    return sorted(values)  # type: ignore[call-overload, no-any-return]
+    return sorted(map(str, values))  # type: ignore[call-overload]

@@ -24,7 +24,7 @@ def read_document(path: Path) -> object:
     if len(data) > MAX_BYTES:
         raise ValueError(f"a policy file has at most {MAX_BYTES} bytes")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")  # some editors begin files with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error})") from error
     try:

@@ -145,7 +145,8 @@ def check_fields(
             raise PolicyError(f"{path}{key}", document[key], names(known), "unknown field")
     for key in required:
         if key not in document:
-            raise PolicyError(f"{path}{key}", None, "a value", "is missing")
+            allowed = "1" if key == "schema_version" else "a value"
+            raise PolicyError(f"{path}{key}", None, allowed, "is missing")
 
 
 def build_rule(rule: type[AnyRule], item: object, path: str) -> AnyRule:

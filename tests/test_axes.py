@@ -182,6 +182,25 @@ def test_a_second_turn_with_another_image(trio: Trio) -> None:
     assert_within_budget("logits", logits, plain[:, seen:], truth[:, seen:])
 
 
+@pytest.mark.parametrize("images", [(1,), (2, 1)])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_a_second_turn_of_text(trio: Trio, images: tuple[int, ...], has_mask: bool) -> None:
+    """`generate` goes on from a kept cache; Hugging Face then says one position for all three."""
+    first = random_batch(trio.plain, 7, images=images)
+    more = torch.tensor([[5, 6, 7, 8]]).expand(len(images), -1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    found = []
+    for model in (trio.plain, trio.under(DENSE)):
+        turn = model.generate(**first.inputs(), **options)
+        ids = torch.cat((turn.sequences, more), dim=1)
+        given: dict[str, Any] = {"input_ids": ids, CACHE_NAME: turn[CACHE_NAME]}
+        if has_mask or len(images) > 1:
+            mask = first.attention_mask
+            given["attention_mask"] = pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        found.append(model.generate(**given, **options).sequences)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_videos(trio: Trio, name: str) -> None:
     """Their rows are image rows; in Qwen2.5-VL a second takes more than one position."""

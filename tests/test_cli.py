@@ -510,3 +510,20 @@ def test_options_are_shown_as_they_are_set() -> None:
     assert "stages=7,15,23" in succeed("policies").stdout
     found = json.loads(succeed("policies", "pyramid_drop", "-s", "stages=2,4").stdout)
     assert [rule["after_layer"] for rule in found["removals"]] == [2, 4]
+
+
+def test_launches_of_a_policy_that_no_device_runs() -> None:
+    done = CliRunner().invoke(app, ["plan", "-p", "paper/entropy", "--launches", "nvidia-h200"])
+    assert done.exit_code == 2 and "needs the plain executor" in done.output.replace("\n", " ")
+
+
+def test_more_threads_than_processors() -> None:
+    done = CliRunner().invoke(app, ["verify", "--threads", "9999"])
+    assert done.exit_code == 2 and "--threads 9999: allowed: 1 to" in done.output
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastskip", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Usage: fastskip" in done.stdout

@@ -20,8 +20,11 @@ from transformers import (
     WatermarkingConfig,
 )
 
+import fastskip
+from fastskip.generation.cache_name import CACHE_NAME
 from tests.checkpoints import IMAGE_ID, VOCAB, build_tokenizer
 from tests.generating import NEW, Twins, twins
+from tests.models import tiny_llama
 
 Options = dict[str, Any]
 Make = Callable[[Twins], Options]
@@ -211,3 +214,25 @@ def test_attention_weights_are_refused(models: Twins) -> None:
 def said(models: Twins, row: int, step: int) -> int:
     """A token of the greedy answer."""
     return int(models.greedy[row, step])
+
+
+def test_drafts_on_a_kept_cache_are_refused() -> None:
+    """Hugging Face's loop would feed the whole prompt again behind what the cache holds."""
+    model = fastskip.apply_(tiny_llama())
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    turn = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True)
+    more = torch.cat((turn.sequences, ids), dim=1)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: with a cache"):
+        model.generate(more, prompt_lookup_num_tokens=2, **{CACHE_NAME: turn[CACHE_NAME]})
+
+
+@pytest.mark.parametrize("width", [3, 12])
+def test_classes_of_a_prompt_of_another_width(width: int) -> None:
+    model = fastskip.apply_(tiny_llama())
+    expected = rf"token_classes: shape \(1, {width}\); needed: \[1, 5\]"
+    with pytest.raises(ValueError, match=expected):
+        model.generate(
+            torch.tensor([[5, 6, 7, 5, 6]]),
+            token_classes=torch.ones(1, width, dtype=torch.long),
+            max_new_tokens=2,
+        )

@@ -164,7 +164,7 @@ FLOORS = {
         ("torch", "numpy", "scipy", "matplotlib"),
     ),
     "commands": Floor(
-        ("cli", "commands"),
+        ("cli", "__main__", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
         + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "search")
         + ("report", "wording"),

@@ -291,3 +291,17 @@ def test_a_model_that_is_moved_is_run_by_what_its_new_device_has(
     other._fastskip._device = torch.device("meta")
     with pytest.raises(UnsupportedModelError, match="impl='reference'.*unimodal"):
         other.generate(**batch.inputs(), max_new_tokens=3)
+
+
+def test_a_prepared_model_keeps_its_implementation() -> None:
+    model = fastskip.apply_(tiny_llama(), impl="reference")
+    assert fastskip.apply_(model, "every_nth_ffn", impl="reference") is model
+    for other in ("torch", "bogus"):
+        with pytest.raises(ValueError, match="impl: '(torch|bogus)'.*allowed"):
+            fastskip.apply_(model, impl=other)
+
+
+def test_adapters_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="PeftModel.from_pretrained.*--merge"):
+        fastskip.load_model(tmp_path)

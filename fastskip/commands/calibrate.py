@@ -17,6 +17,7 @@ from fastskip.commands.common import (
     checkpoint,
     config_of,
     device_of,
+    dtype_for,
     prepare,
     reading,
     resolve_policy,
@@ -106,7 +107,7 @@ def calibrate(
     with reading(path):
         # Only plain torch asks routers in the open; what it finds holds for the kernels too.
         loaded = fastskip.load_model(
-            path, policy=chosen, dtype=dtype.value, device=place, impl="reference"
+            path, policy=chosen, dtype=dtype_for(model, dtype).value, device=place, impl="reference"
         )
     from tqdm import tqdm
 

@@ -124,6 +124,10 @@ def prepare(threads: int | None = None) -> None:
     if threads is not None:
         import torch
 
+        cores = os.cpu_count() or 1
+        if threads > cores:
+            raise CommandError(f"--threads {threads}: allowed: 1 to {cores}, the processors here")
+
         torch.set_num_threads(threads)
 
 

@@ -146,12 +146,12 @@ def evaluate(
             on_policy=bar.set_description,
             on_batch=bar.update,
         )
+    if out is not None:  # first, since who reads the table may stop reading
+        write_result(out, prepared, exam, found, new_tokens)
     if as_json:
         typer.echo(json_text([each.to_dict() for each in found], indent=2))
     else:
         show(found, exam.items, new_tokens, by_kind=by_kind)
-    if out is not None:
-        write_result(out, prepared, exam, found, new_tokens)
 
 
 def _read(

@@ -155,7 +155,7 @@ def forecast(
     if positions > shape.max_positions:
         raise CommandError(
             f"--image-tokens, --text-tokens and --new-tokens make {positions} positions; allowed: "
-            f"at most {shape.max_positions}"
+            f"at most {shape.max_positions} (--image-tokens counts what a prompt of yours has)"
         )
     if rate is not None and not policy.routers:
         raise CommandError(f"--rate {rate}: allowed: none, the policy has no routers")
@@ -221,10 +221,13 @@ def _totals(plan: Planned, load: Workload, ceilings: Ceilings) -> Totals:
 def launches(plan: SkipPlan, load: Workload, table: str) -> Launches:
     """Launches on the GPU of this tuning table; decode is one step in the middle of the answer."""
     prompt = load.image_tokens + load.text_tokens
-    return Launches(
-        prefill_launches(plan, load.image_tokens, load.text_tokens, load.batch, table),
-        decode_launches(plan, load.batch, prompt + load.new_tokens // 2, table),
-    )
+    try:
+        return Launches(
+            prefill_launches(plan, load.image_tokens, load.text_tokens, load.batch, table),
+            decode_launches(plan, load.batch, prompt + load.new_tokens // 2, table),
+        )
+    except ValueError as error:  # a policy that devices do not run
+        raise CommandError(f"--{error}; allowed: no --launches for this policy") from error
 
 
 def dtype_of(config: Any, name: str) -> torch.dtype:

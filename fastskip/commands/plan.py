@@ -37,7 +37,10 @@ def plan(
     image_tokens: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="Image positions a prompt. Default: one image of the model."
+            min=0,
+            metavar="N",
+            help="Image positions a prompt. Default: one image, of a single crop where the model "
+            "cuts images.",
         ),
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Other positions.")] = 64,

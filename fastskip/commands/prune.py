@@ -19,6 +19,7 @@ from fastskip.commands.common import (
     checkpoint,
     config_of,
     device_of,
+    dtype_for,
     prepare,
     reading,
 )
@@ -195,7 +196,9 @@ def prune(
             inputs, source = calibration_inputs(model, path, config, samples, count, 1)
     place = device_of(device)
     with reading(path):
-        loaded = fastskip.load_model(path, dtype=dtype.value, device=place, impl="reference")
+        loaded = fastskip.load_model(
+            path, dtype=dtype_for(model, dtype).value, device=place, impl="reference"
+        )
     if recipe is not None:
         from tqdm import tqdm
 

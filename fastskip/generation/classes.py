@@ -128,6 +128,11 @@ def _given(
             )
         return codes.clone()
     # Inside generate they describe the prompt; columns past it are generated.
+    if codes.shape[1] != prompt_columns:
+        raise ValueError(
+            f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {prompt_columns}], one "
+            "for each column of the prompt, with what a cache holds of it"
+        )
     text = torch.full((batch, width), CODES[TokenClass.TEXT])
     known = codes[:, first_column : first_column + width]
     text[:, : known.shape[1]] = known

@@ -98,7 +98,8 @@ def split_axes(
     batch, width = real.shape
     if given.shape[2] == cache.columns + width:  # as Hugging Face makes them of a whole mask
         given = given[:, :, cache.columns :]
-    if given.shape[0] not in (3, 4) or given.shape[1] not in (1, batch) or given.shape[2] != width:
+    count, own, columns = given.shape  # one for all three, the three, or that in the text too
+    if count not in (1, 3, 4) or own not in (1, batch) or columns != width:
         raise ValueError(
             f"position_ids: {tuple(given.shape)}; needed: [3, {batch}, {width}], time, height and "
             f"width, or [4, {batch}, {width}], before them the positions in the text"

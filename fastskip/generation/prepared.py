@@ -34,6 +34,7 @@ from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
 from fastskip.generation.refusals import (
     check_chunks,
+    check_drafts,
     check_gradients,
     check_guidance,
     check_parts,
@@ -307,6 +308,7 @@ class PreparedModel(_Prepared):
                 cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
+            check_drafts(generation_mode, cache)
             # Hugging Face asks this of caches that users hand in.
             cache._is_user_defined = True
         cache.reserve = max_cache_length

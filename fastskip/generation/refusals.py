@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.generation.utils import GenerationMode
 
+from fastskip.decoder.cache import SkipCache
 from fastskip.families import text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.runtime import Runtime
@@ -18,6 +20,15 @@ def check_parts(model: Any, runtime: Runtime) -> None:
         raise RuntimeError(
             "language model: another one than was prepared; allowed: to put it in place first, and "
             "to call fastskip.apply_ then"
+        )
+
+
+def check_drafts(mode: Any, cache: SkipCache) -> None:
+    """Raises for drafts on a cache that holds a prompt: Hugging Face's loop feeds it again."""
+    if mode is GenerationMode.ASSISTED_GENERATION and cache.columns:
+        raise ValueError(
+            "assistant_model, prompt_lookup_num_tokens: with a cache that holds columns; allowed: "
+            "without one, from the whole prompt"
         )
 
 

@@ -70,12 +70,12 @@ class Metric(StrEnum):
     def problem(self, references: Sequence[str]) -> str | None:
         """What is wrong with these references for this metric, and what is allowed."""
         if not references or not all(words(each) for each in references):
-            return f"answer is {references}; allowed: some words"
+            return f"answer is {list(references)}; allowed: some words"
         if self is Metric.VQA and len(references) < LEAST_PEOPLE:
             allowed = f"{LEAST_PEOPLE} or more, one a person asked"
             return f"answer has {len(references)} texts under metric vqa; allowed: {allowed}"
         if self is Metric.YES_NO and not {words(each) for each in references} <= {"yes", "no"}:
-            return f"answer is {references} under metric yes-no; allowed: yes or no"
+            return f"answer is {list(references)} under metric yes-no; allowed: yes or no"
         return None
 
 
@@ -151,8 +151,12 @@ class YesNo:
 
 def words(text: str) -> str:
     """A text in lower case, without punctuation and articles, parted by single spaces."""
-    bare = text.lower().translate(_BARE)
-    return " ".join(word for word in bare.split() if word not in _ARTICLES)
+    return " ".join(_without_articles(text.lower().translate(_BARE).split()))
+
+
+def _without_articles(found: list[str]) -> list[str]:
+    """But where there is nothing else, an article is what is said, as the letter of a choice."""
+    return [word for word in found if word not in _ARTICLES] or found
 
 
 def means_yes(text: str) -> bool:
@@ -169,8 +173,8 @@ def vqa_words(text: str) -> str:
         is_dropped = has_number or f"{mark} " in given or f" {mark}" in given
         text = text.replace(mark, "" if is_dropped else " ")
     text = _PERIOD.sub("", text)
-    found = (_NUMBERS.get(word, word) for word in text.split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in found if word not in _ARTICLES)
+    found = _without_articles([_NUMBERS.get(word, word) for word in text.split()])
+    return " ".join(_CONTRACTIONS.get(word, word) for word in found)
 
 
 _ARTICLES = frozenset({"a", "an", "the"})

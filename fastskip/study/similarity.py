@@ -95,7 +95,16 @@ def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor,
     codes = torch.where(images, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
     codes = codes.masked_fill(mask == 0, PAD)
     if new_tokens:
-        out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens)
+        # An answer that says a placeholder could not be read again: no image would fill it.
+        ids_of_images = image_token_ids(model.config)
+        never = [*(model.generation_config.suppress_tokens or ()), *ids_of_images] or None
+        out = model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=new_tokens,
+            suppress_tokens=never,
+        )
         new = out[:, ids.shape[1] :]
         lives = _lives(new, model.generation_config.eos_token_id)
         own = torch.where(lives, CODES[TokenClass.GENERATED], PAD)

@@ -134,3 +134,14 @@ def test_samples_are_needed_and_must_hold_rows() -> None:
     inputs["attention_mask"][1] = 0
     with pytest.raises(PruningError, match=r"samples\[0\]: sequence 1 is all padding"):
         prune_(model, Recipe("wanda", 0.5), [inputs])
+
+
+def test_a_prepared_llava_around_opt() -> None:
+    """Whose language model holds the decoder that we run."""
+    recipe, model = Recipe("wanda", 0.5), build("llava_opt")
+    expected = find_masks(model, recipe, alone(model))
+    ours = fastskip.apply_(copy.deepcopy(model), impl="reference")
+    assert find_masks(ours, recipe, alone(model)) == expected
+    batch = alone(model)[0]
+    with torch.no_grad():  # and is prepared as before
+        assert torch.equal(ours(**batch).logits, fastskip.apply_(model)(**batch).logits)

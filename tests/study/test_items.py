@@ -84,7 +84,7 @@ def said(*speakers: str, question: str = "a?") -> str:
         ('{"question": "a?", "answer": "b", "extra": 1}', "unknown field 'extra'"),
         ('{"question": "a?"}', "answer is None"),
         ('{"question": "a?", "answer": [1]}', r"answer is \[1\]"),
-        ('{"question": "a?", "answer": []}', r"answer is \(\)"),
+        ('{"question": "a?", "answer": []}', r"answer is \[\]"),
         ('{"question": " ", "answer": "b"}', "question is ' '"),
         ('{"question": "a?", "answer": "b", "metric": "bleu"}', "allowed: exact, caption"),
         ('{"question": "a?", "answer": "b", "image": 1}', "image is 1"),

@@ -93,7 +93,7 @@ def test_yes_and_no_together() -> None:
     [
         (Metric.VQA, ("red",) * 3, "3 texts under metric vqa; allowed: 4 or more"),
         (Metric.YES_NO, ("maybe",), "allowed: yes or no"),
-        (Metric.EXACT, ("the",), "allowed: some words"),
+        (Metric.EXACT, (" - ",), "allowed: some words"),
         (Metric.EXACT, (), "allowed: some words"),
     ],
 )
@@ -186,3 +186,13 @@ def test_captions_that_cannot_be_scored(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider_scorer", None)
     with pytest.raises(CaptionError, match=r"pip install 'fastskip\[captions\]'"):
         cider(["a", "b"], [["a"], ["b"]])
+
+
+@pytest.mark.parametrize("metric", [Metric.EXACT, Metric.CAPTION, Metric.VQA])
+def test_the_letter_a_is_an_answer(metric: Metric) -> None:
+    """Of choices: an article only where there are other words."""
+    references = ["A"] * 10
+    assert metric.problem(references) is None
+    scores = [metric.score(answer, references) for answer in ("A", "a.", "B", "")]
+    assert scores == [1, 1, 0, 0]
+    assert metric.score("the cat", ["a cat"] * 10) == 1

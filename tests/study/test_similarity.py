@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 import fastskip
 from fastskip.policy import TokenClass
 from fastskip.study.similarity import LayerSimilarity, similarities
+from tests.batches import random_batch
 from tests.models import Kind, tiny_llava
 
 IMAGE = 63
@@ -110,3 +111,15 @@ def test_errors() -> None:
     fastskip.apply_(model, "dense")
     with pytest.raises(TypeError, match="is prepared"):
         similarities(model, [sample()])
+
+
+def test_a_model_that_says_a_placeholder() -> None:
+    """Its answer is read again, where no image would fill it."""
+    model = tiny_llava("internvl")
+    image_id = model.config.image_token_id
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+        model.get_output_embeddings().weight[image_id] = 1
+        model.get_output_embeddings().weight[image_id - 9] = -1
+    given = random_batch(model, 3, images=(1, 2)).inputs()
+    assert similarities(model, [given], new_tokens=2)

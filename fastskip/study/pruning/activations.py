@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,12 +76,9 @@ def walks(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[Walk]:
         )
         sequences = list(_sequences(arguments, f"samples[{number}]"))
         for sequence in sequences:
-            _, entry = _reached(
-                [stack.layers[0]],
-                lambda text_model=text_model, sequence=sequence: _stock(text_model)(
-                    text_model, **sequence, use_cache=False
-                ),
-            )
+            with _stock(text_model):
+                run = partial(text_model, **sequence, use_cache=False)
+                _, entry = _reached([stack.layers[0]], run)
             where, features = (sequence.get(name) for name in _DEEP)
             found.append(Walk(entry.pop("hidden_states"), entry, where, features or ()))
     return found
@@ -180,10 +178,16 @@ def _above(model: Any, stack: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _stock(module: nn.Module) -> Any:
-    """Hugging Face's own forward of a module, which a prepared model replaces."""
-    origin = getattr(type(module), "_fastskip_origin", None)
-    return (type(module) if origin is None else origin[0]).forward
+@contextmanager
+def _stock(module: nn.Module) -> Iterator[None]:
+    """Within this block a prepared model's modules do what Hugging Face's do."""
+    prepared = [each for each in module.modules() if vars(each).get("_fastskip") is not None]
+    runtimes = [vars(each).pop("_fastskip") for each in prepared]
+    try:
+        yield
+    finally:
+        for each, runtime in zip(prepared, runtimes, strict=True):
+            each._fastskip = runtime
 
 
 def _placed(value: Any, model: Any) -> Any:
