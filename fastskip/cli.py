@@ -37,7 +37,7 @@ class _Commands(TyperGroup):
                 raise
             # names of files may hold bytes that are no text, which no terminal can print
             printable = str(error).encode(errors="backslashreplace").decode()
-            message = " ".join(printable.split())
+            message = " ".join([*printable.split(), *getattr(error, "__notes__", ())])
             console = Console(stderr=True, highlight=False, soft_wrap=True)
             console.print(message, style="red", markup=False, emoji=False)
             raise typer.Exit(EXIT_ERROR) from error

@@ -21,12 +21,14 @@ from fastskip.layer_plan import Cell, LayerPlan, ModelShape, Pool, Table, shape_
 from fastskip.plan_cells import RoutedCell, resolve_layers
 from fastskip.policy import (
     Arrangement,
+    PolicyError,
     RemovalRule,
     SkippedKV,
     SkipPolicy,
     Sublayer,
     TokenClass,
 )
+from fastskip.presets import PRESETS
 
 __all__ = [
     "Cell",
@@ -322,7 +324,16 @@ def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
     Raises `PolicyError` where the policy does not fit the model or contradicts itself; no rule
     is dropped silently.
     """
-    return SkipPlan(policy, shape, *resolve_layers(policy, shape))
+    try:
+        return SkipPlan(policy, shape, *resolve_layers(policy, shape))
+    except PolicyError as error:
+        if policy.name in PRESETS:
+            error.add_note(
+                f"of preset {policy.name}, whose options can be others: SkipPolicy.preset("
+                f"{policy.name!r}, NAME=VALUE), fastskip policies {policy.name} -s NAME=VALUE "
+                "-o FILE"
+            )
+        raise
 
 
 _LEFT = {

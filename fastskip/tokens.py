@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastskip.ops.allocate import to_device
 from fastskip.policy import TokenClass
 
 PAD = -1
@@ -42,9 +43,9 @@ class Rows:
 
     def take(self, packed: Tensor) -> Tensor:
         """The rows: a view for a slice, a copy for an index."""
-        if isinstance(self.index, slice) and self.count == packed.shape[0]:
-            return packed
-        return packed[self.index]
+        if isinstance(self.index, slice):
+            return packed if self.count == packed.shape[0] else packed[self.index]
+        return packed[to_device(self.index, packed.device)]
 
     def ids(self, device: torch.device) -> Tensor:
         """The row numbers ``[count]``."""
@@ -223,7 +224,7 @@ class TokenLayout:
         flat = columns.reshape(-1, *columns.shape[2:])
         if self.flat is None:
             return flat.clone()
-        return flat[self.flat.clamp(min=0).to(flat.device)]
+        return flat[to_device(self.flat.clamp(min=0), flat.device)]
 
     def unpack(self, rows: Tensor) -> Tensor:
         """``[N, ...] -> [B, T, ...]``; pads read zero."""
@@ -231,13 +232,13 @@ class TokenLayout:
         if self.flat is None:
             return rows.view(shape)
         columns = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
-        spots = self.real(self.flat).to(rows.device)
+        spots = to_device(self.real(self.flat), rows.device)
         return columns.index_copy(0, spots, self.real(rows)).view(shape)
 
     def real(self, rows: Tensor) -> Tensor:
         """``[N, ...]`` without the idle rows, as the layout without these orders them; where there
         are none, the very tensor."""
-        return rows if self._real is None else rows[self._real.to(rows.device)]
+        return rows if self._real is None else rows[to_device(self._real, rows.device)]
 
 
 def _filled_up(order: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Tensor:

@@ -527,3 +527,10 @@ def test_as_a_module() -> None:
         [sys.executable, "-m", "fastskip", "--help"], capture_output=True, text=True, check=True
     )
     assert "Usage: fastskip" in done.stdout
+
+
+def test_a_preset_that_does_not_fit_says_where_its_options_are() -> None:
+    done = CliRunner().invoke(app, ["plan", "-p", "visual_withdrawal"])
+    told = " ".join(done.output.split())
+    assert done.exit_code == 2 and "slice bounds in [-8, 8]" in told
+    assert "fastskip policies visual_withdrawal -s NAME=VALUE -o FILE" in told

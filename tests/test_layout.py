@@ -44,12 +44,12 @@ FLOORS = {
         + ("plan",),
         ("policy",),
     ),
-    "tokens": Floor(("tokens",), ("policy",), ("torch",)),
     "reference": Floor(
         ("ops.reference", "ops.fused", "ops.fused_routes", "ops.contracts", "ops.routes")
         + ("ops.hops", "ops.allocate", "ops.bitmaps"),
         outside=("torch",),
     ),
+    "tokens": Floor(("tokens",), ("policy", "reference"), ("torch",)),
     "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),
     "ops": Floor(("ops",), ("reference", "kernels"), ("torch",)),
     # What a decision is, is computed by the operations alone; routers bring its terms.

@@ -57,7 +57,7 @@ class RotaryTable:
         cosine, sine = self._tables(needed, like)
         if len(positions) == 1:
             return cosine[needed - 1 : needed], sine[needed - 1 : needed]
-        index = positions.to(like.device)
+        index = to_device(positions, like.device)
         return cosine[index], sine[index]
 
     def at_axes(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ class RotaryTable:
     def halves_at(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[N, K / 2]`` of such rows, dense, as kernels read them."""
         assert self.axis is not None
-        index = axes.long()[to_device(self.axis, axes.device)].t().to(like.device)
+        index = to_device(axes.long()[to_device(self.axis, axes.device)].t(), like.device)
         cosine, sine = self.halves(needed, like)
         return cosine.gather(0, index), sine.gather(0, index)
 

@@ -23,7 +23,7 @@ from fastskip.families import MULTIMODAL, final_norm_of, is_users_own, text_mode
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
-from fastskip.ops.allocate import on_host
+from fastskip.ops.allocate import on_host, to_device
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
 
@@ -78,7 +78,7 @@ def sample(
     is_greedy = not (config.do_sample or logits_processor or scores is not None or raw is not None)
     if is_greedy and end is not None and isinstance(cache, PagedCache) and called is None:
         with on_host():
-            given = input_ids.to(place)
+            given = to_device(input_ids, place)
             input_ids = decode_greedily(
                 model, runtime, cache, given, logits, end, pad=pad_id, streamer=streamer
             ).to(home)

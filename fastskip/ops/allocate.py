@@ -25,7 +25,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` of the host on ``device``, without waiting for what the device has to do."""
+    """``numbers`` of the host, or there already, on ``device``, without waiting for what the device
+    has to do."""
     return _sendable(numbers, device).to(device, non_blocking=True)
 
 
@@ -36,7 +37,8 @@ def copy_over(numbers: Tensor, there: Tensor) -> None:
 
 def _sendable(numbers: Tensor, device: torch.device) -> Tensor:
     """``numbers`` where a device takes them from by itself."""
-    return numbers.pin_memory() if device.type == "cuda" else numbers
+    is_sent = device.type == "cuda" and numbers.device.type == "cpu"
+    return numbers.pin_memory() if is_sent else numbers
 
 
 @contextmanager
