@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="has a CUDA device, so none is pretended"
@@ -37,13 +38,23 @@ Run = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Made once, whoever of several workers asks first."""
+    base = tmp_path_factory.getbasetemp()
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pretended.json"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            kept.write_text(made())
+    found: dict[str, Run] = json.loads(kept.read_text())
+    return found
+
+
+def made() -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.device.pretended"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Run] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return done.stdout.splitlines()[-1]
 
 
 def calls_of(run: Run) -> list[Run]:
