@@ -212,9 +212,15 @@ def test_given_classes() -> None:
         "token_classes": given,
     }
     assert names(codes_of(**inputs)) == ["gtii", "ttgi"]
-    assert names(codes_of(**inputs, prompt_columns=3)) == ["gtig", "ttgg"]
-    assert names(codes_of(**inputs, prompt_columns=6, first_column=3)) == ["ittg", "ittg"]
     assert inputs["token_classes"] is given and given[0].tolist() == [2, 1, 0, 0]
+    # Inside generate they are the whole prompt's, of which a forward may bring a part.
+    first = {**inputs, "token_classes": given[:, :3]}
+    assert names(codes_of(**first, prompt_columns=3)) == ["gtig", "ttgg"]
+    later = {**inputs, "token_classes": torch.cat((given, given[:, :2]), dim=1)}
+    assert names(codes_of(**later, prompt_columns=6, first_column=3)) == ["igtg", "ittg"]
+    for width in (3, 5):
+        with pytest.raises(ValueError, match=rf"shape \(2, 4\); needed: \[2, {width}\]"):
+            codes_of(**inputs, prompt_columns=width)
     words = [["generated", "text", "image", "image"]] * 2
     assert names(codes_of(input_ids=IDS, token_classes=words)) == ["gtii", "gtii"]
 
