@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastskip.plan import ModelShape
 
@@ -36,6 +37,9 @@ TEXT_ONLY = {
 }
 ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower", "visual")
 """What families call the modules that see."""
+DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
+"""What a text model is told of features that enter behind its first layers: at which columns
+``[B, T]``, and which, ``[n, D]`` a layer."""
 _QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 _QWEN3 = ("qwen3", "qwen3_vl_text")
 DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "opt")
@@ -216,6 +220,12 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     """Placeholder ids that features replace: the image's, and the video's where there is one."""
     ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return tuple(token for token in ids if token is not None)
+
+
+def placeholders(config: Any, ids: Tensor) -> Tensor:
+    """Which of ``ids`` features may stand in place of, as booleans where the ids are."""
+    reserved = torch.tensor(image_token_ids(config), dtype=ids.dtype, device=ids.device)
+    return torch.isin(ids, reserved)
 
 
 def rows_of_crop(config: Any) -> int:

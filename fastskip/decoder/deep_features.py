@@ -31,12 +31,13 @@ class DeepFeatures:
     @classmethod
     def of(
         cls,
-        of_layers: Sequence[Tensor] | None,
         mask: Tensor | None,
+        of_layers: Sequence[Tensor] | None,
+        *,
         placeholders: Tensor | None,
     ) -> DeepFeatures | None:
-        """What Hugging Face hands to a decoder, if it does: features, and whose they are,
-        ``mask [B, T]``.
+        """What Hugging Face hands to a decoder, if it does: whose they are, ``mask [B, T]``,
+        and features.
 
         ``placeholders [B, T]`` (host): where features may go; if these are as many, nobody waits
         for the mask.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.families import image_token_ids
+from fastskip.families import placeholders
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES
@@ -73,11 +73,6 @@ def classify(
         codes[is_image] = CODES[TokenClass.IMAGE]
     codes[generated] = CODES[TokenClass.GENERATED]
     return codes
-
-
-def placeholders(config: Any, ids: Tensor) -> Tensor:
-    """``[B, T]``: which ``ids`` (host) features may stand in place of."""
-    return torch.isin(ids, torch.tensor(image_token_ids(config)))
 
 
 def _has_features(inputs: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastskip.decoder.deep_features import DeepFeatures
-from fastskip.families import check_mode, final_norm_of
+from fastskip.families import DEEP_INPUTS, check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.columns import (
     axes_of,
@@ -64,9 +64,7 @@ def decode_columns(
         keeps_cache=is_returned,
         watch=(lambda _, rows: seen.append(rows.clone())) if wants_hidden else None,
         features=DeepFeatures.of(
-            inputs.get("deepstack_visual_embeds"),
-            inputs.get("visual_pos_masks"),
-            inputs.get("placeholders"),
+            *map(inputs.get, DEEP_INPUTS), placeholders=inputs.get("placeholders")
         ),
     )
     out = final_norm_of(text_model)(out)

@@ -24,11 +24,12 @@ from fastskip.families import (
     MULTIMODAL,
     UnsupportedModelError,
     final_norm_of,
+    placeholders,
     text_model_of,
     tower_of,
 )
 from fastskip.generation.cache_name import CACHE_NAME, takes_old_name
-from fastskip.generation.classes import host_ids, placeholders
+from fastskip.generation.classes import host_ids
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
@@ -53,7 +54,7 @@ def prepare(model: Any, runtime: Runtime) -> None:
     runtime.decoder.lens = _lens_of(model)
     if model.config.model_type in MULTIMODAL:
         _adopt(model.model, PreparedBackbone, runtime)
-        _adopt_tower(model, runtime)
+    _adopt_tower(model, runtime)
     _adopt(text_model, PreparedDecoder, runtime)
     _adopt(model, PreparedModel, runtime)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
-from fastskip.families import image_token_ids, text_model_of
+from fastskip.families import image_token_ids, placeholders, text_model_of
 from fastskip.policy import TokenClass
 from fastskip.study.samples import placed
 from fastskip.tokens import CODES, PAD
@@ -91,13 +91,13 @@ def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor,
     """The class codes of prompt and answer together, `[B, T]` on the host, and their inputs."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
-    images = torch.isin(ids, torch.tensor(image_token_ids(model.config), device=ids.device))
+    images = placeholders(model.config, ids)
     codes = torch.where(images, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
     codes = codes.masked_fill(mask == 0, PAD)
     if new_tokens:
         # An answer that says a placeholder could not be read again: no image would fill it.
-        ids_of_images = image_token_ids(model.config)
-        never = [*(model.generation_config.suppress_tokens or ()), *ids_of_images] or None
+        known = model.generation_config.suppress_tokens or ()
+        never = [*known, *image_token_ids(model.config)] or None
         out = model.generate(
             **inputs,
             do_sample=False,

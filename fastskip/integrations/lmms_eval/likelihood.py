@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 
-from fastskip.families import image_token_ids
+from fastskip.families import placeholders
 from fastskip.integrations.lmms_eval.inputs import model_inputs, prompt_of
 from fastskip.integrations.lmms_eval.messages import RequestError, conversation_of
 from fastskip.integrations.lmms_eval.requests import Question, filled, named
@@ -123,7 +123,7 @@ def _tokens(processor: Any, text: str) -> int:
 def _classes(ids: Tensor, lengths: Sequence[int], config: Any) -> Tensor:
     """The class of every column, `[B, T]`; of pads any."""
     codes = torch.full_like(ids, CODES[TokenClass.TEXT])
-    codes[torch.isin(ids, torch.tensor(image_token_ids(config)))] = CODES[TokenClass.IMAGE]
+    codes[placeholders(config, ids)] = CODES[TokenClass.IMAGE]
     for row, length in zip(codes, lengths, strict=True):
         row[-length:] = CODES[TokenClass.GENERATED]
     return codes

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastskip.demo.scenes import Split, draw, scenes
-from fastskip.families import image_token_ids
+from fastskip.families import placeholders
 from fastskip.prompts import build_inputs
 from fastskip.study.bench.errors import BenchError
 from fastskip.study.comparison import prompt_sizes
@@ -135,5 +135,5 @@ def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
 
 
 def _behind_images(ids: Tensor, config: Any) -> int:
-    is_image = torch.isin(ids, torch.tensor(image_token_ids(config), dtype=ids.dtype))
+    is_image = placeholders(config, ids)
     return int(is_image.nonzero()[-1]) + 1

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastskip.families import DEEP_INPUTS
 from fastskip.sparse.matrices import Matrix, stack_of
 from fastskip.study.pruning.recipe import PruningError
-
-_DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
 
 
 @dataclass(slots=True)
@@ -79,7 +78,7 @@ def walks(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[Walk]:
             with _stock(text_model):
                 run = partial(text_model, **sequence, use_cache=False)
                 _, entry = _reached([stack.layers[0]], run)
-            where, features = (sequence.get(name) for name in _DEEP)
+            where, features = (sequence.get(name) for name in DEEP_INPUTS)
             found.append(Walk(entry.pop("hidden_states"), entry, where, features or ()))
     return found
 
@@ -132,7 +131,7 @@ def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, A
         allowed = "an attention_mask [batch, columns], 1 on real rows"
         raise PruningError(where, f"attention_mask of shape {list(mask.shape)}", allowed)
     positions = arguments.get("position_ids")
-    seen, features = arguments.get(_DEEP[0]), arguments.get(_DEEP[1], ())
+    seen, features = arguments.get(DEEP_INPUTS[0]), arguments.get(DEEP_INPUTS[1], ())
     for index in range(len(rows)):
         real = slice(None) if mask is None else mask[index].bool()
         own: dict[str, Any] = {key: rows[index, real][None]}
@@ -143,8 +142,8 @@ def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, A
             own["position_ids"] = positions[..., number : number + 1, real]
         if seen is not None:
             begin, end = (int(seen[:stop].sum()) for stop in (index, index + 1))
-            own[_DEEP[0]] = seen[index, real][None]
-            own[_DEEP[1]] = [own_features[begin:end] for own_features in features]
+            own[DEEP_INPUTS[0]] = seen[index, real][None]
+            own[DEEP_INPUTS[1]] = [own_features[begin:end] for own_features in features]
         yield own
 
 

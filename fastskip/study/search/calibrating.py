@@ -16,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastskip.families import image_token_ids, text_model_of
+from fastskip.families import DEEP_INPUTS, placeholders, text_model_of
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.study.agreement import end_tokens
 from fastskip.study.evaluation import Exam
 from fastskip.study.samples import placed
 from fastskip.tokens import CODES
-
-_OF_IMAGES = ("visual_pos_masks", "deepstack_visual_embeds")
 
 
 class MovedError(ValueError):
@@ -142,7 +140,7 @@ def _embedded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         hook.remove()
-    found = {name: seen[name] for name in _OF_IMAGES if seen.get(name) is not None}
+    found = {name: seen[name] for name in DEEP_INPUTS if seen.get(name) is not None}
     found["inputs_embeds"] = seen.get("inputs_embeds")
     if found["inputs_embeds"] is None:  # a text-only model's decoder embeds by itself
         found["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
@@ -159,8 +157,9 @@ def _continued(prompts: dict[str, Any], answers: Tensor) -> dict[str, Any]:
     if axes is not None:
         later = torch.arange(1, new + 1, device=axes.device)
         found["position_ids"] = torch.cat([axes, axes[:, :, -1:] + later], 2)
-    if "visual_pos_masks" in prompts:
-        found["visual_pos_masks"] = F.pad(prompts["visual_pos_masks"], (0, new))
+    columns, _ = DEEP_INPUTS
+    if columns in prompts:
+        found[columns] = F.pad(prompts[columns], (0, new))
     return found
 
 
@@ -172,8 +171,7 @@ def _logs(model: Any, batch: _Batch) -> Tensor:
 
 def _codes(model: Any, ids: Tensor, inputs: dict[str, Any], more: int) -> Tensor:
     """Class codes `[B, T + more]` of prompts and of the answers behind them."""
-    images = torch.tensor(image_token_ids(model.config), device=ids.device, dtype=ids.dtype)
-    is_image = torch.isin(ids, images) & any("pixel_values" in name for name in inputs)
+    is_image = placeholders(model.config, ids) & any("pixel_values" in name for name in inputs)
     codes = torch.where(is_image, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
     return F.pad(codes, (0, more), value=CODES[TokenClass.GENERATED])
 
