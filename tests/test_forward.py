@@ -116,6 +116,20 @@ def test_hidden_states_are_the_residual_stream(trio: Trio, batch: Batch, name: s
     assert outputs.logits.shape[1] == 1
 
 
+@pytest.mark.parametrize("asked", [2, [0, 2], [1, -1], [9, -9]])
+def test_hidden_states_of_some_layers(trio: Trio, asked: int | list[int]) -> None:
+    # Of text alone: with images Hugging Face asks its tower for the same layers.
+    model, inputs = trio.under(CLASSES_DIFFER), {"input_ids": torch.tensor([[5, 6, 7, 8, 9]])}
+    with torch.no_grad():
+        whole = model(**inputs, output_hidden_states=True).hidden_states
+        found = model(**inputs, output_hidden_states=asked).hidden_states
+    indices = [asked] if isinstance(asked, int) else asked
+    chosen = [index % 5 for index in indices if -5 <= index < 5]
+    assert [states is not None for states in found] == [index in chosen for index in range(5)]
+    for index in chosen:
+        assert torch.equal(found[index], whole[index])
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_loss_and_logits_of_an_answer(trio: Trio, batch: Batch, name: str) -> None:
     labels, classes = answer_labels(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,17 @@ def decode_columns(
     in_text, axes = split_axes(runtime, inputs.get("position_ids"), cache, real)
     positions = positions_of(runtime, in_text, cache, real)
     axes = axes_of(runtime, axes, positions, cache, real)
-    wants_hidden = inputs.get("output_hidden_states")
-    if wants_hidden is None:
-        wants_hidden = getattr(text_model.config, "output_hidden_states", False)
-    kept = _Kept.of(inputs.get("kept_columns"), real, every_row=bool(wants_hidden))
-    seen: list[Tensor] = []
+    asked = inputs.get("output_hidden_states")
+    if asked is None:
+        asked = getattr(text_model.config, "output_hidden_states", False)
+    wants_hidden, depth = bool(asked), runtime.plan.shape.depth
+    shown = _shown(asked, depth + 1)
+    kept = _Kept.of(inputs.get("kept_columns"), real, every_row=wants_hidden)
+    seen: list[Tensor | None] = []
+
+    def watch(index: int, rows: Tensor) -> None:
+        seen.append(rows.clone() if index in shown else None)
+
     layout = runtime.decoder.lay_out(codes, positions, cache, axes)
     out = runtime.decoder.run(
         h,
@@ -62,14 +69,17 @@ def decode_columns(
         wanted=None if kept is None else kept.rows,
         wants_gradient=wants_gradient,
         keeps_cache=is_returned,
-        watch=(lambda _, rows: seen.append(rows.clone())) if wants_hidden else None,
+        watch=watch if wants_hidden else None,
         features=DeepFeatures.of(
             *map(inputs.get, DEEP_INPUTS), placeholders=inputs.get("placeholders")
         ),
     )
     out = final_norm_of(text_model)(out)
     hidden = layout.unpack(out) if kept is None or kept.rows is None else kept.unpack(out)
-    states = (*(layout.unpack(rows) for rows in seen), hidden) if wants_hidden else None
+    states = None
+    if wants_hidden:
+        inner = (None if rows is None else layout.unpack(rows) for rows in seen)
+        states = (*inner, hidden if depth in shown else None)
     if kept is not None and kept.rows is None:
         hidden = kept.pick(hidden)
     return BaseModelOutputWithPast(
@@ -77,6 +87,15 @@ def decode_columns(
         hidden_states=states,
         **{CACHE_NAME: cache if is_returned else None},
     )
+
+
+def _shown(asked: bool | int | Sequence[int], count: int) -> frozenset[int]:
+    """Which of ``count`` hidden states are asked for: all, none, or (transformers 5.24) some, by
+    index; negative ones count from the end, others out of range say nothing."""
+    if isinstance(asked, bool):
+        return frozenset(range(count) if asked else ())
+    chosen = [asked] if isinstance(asked, int) else asked
+    return frozenset(index % count for index in chosen if -count <= index < count)
 
 
 @dataclass(frozen=True, slots=True)
