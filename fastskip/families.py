@@ -90,7 +90,6 @@ def check_config(config: Any) -> None:
             f"fewer than num_hidden_layers ({text.num_hidden_layers})",
         )
     _check_layer_overrides(text)
-    _check_sliding_window(text)
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") == LONG_ROPE:
         raise UnsupportedModelError(
@@ -141,21 +140,6 @@ def _check_layer_overrides(text: Any) -> None:
         raise UnsupportedModelError("per_layer_config", sorted(names), "skip, layers of one shape")
 
 
-def _check_sliding_window(text: Any) -> None:
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    if types is not None:
-        slides = "sliding_attention" in types
-    else:
-        slides = getattr(text, "use_sliding_window", True)
-    if window is not None and slides and window < text.max_position_embeddings:
-        raise UnsupportedModelError(
-            "sliding_window",
-            window,
-            f"none, or at least max_position_embeddings ({text.max_position_embeddings})",
-        )
-
-
 def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
     """The sizes that plans and costs depend on; ``dtype`` is that of weights and cache."""
     text = config.get_text_config(decoder=True)
@@ -173,6 +157,7 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
         **_biases(text),
         gated_ffn=not is_opt,
         head_norms=text.model_type in _QWEN3,
+        window=_window_of(text),
         deep_layers=_deep_layers(config),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         dtype_bytes=dtype.itemsize,
@@ -183,6 +168,20 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
 def _deep_layers(config: Any) -> int:
     vision = getattr(config, "vision_config", None)
     return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
+def _window_of(text: Any) -> int | None:
+    """How many columns every row of this decoder sees; ``None``: all of them.
+
+    Llama and OPT have no windows, whatever their configs say.
+    """
+    window: int | None = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if types is not None:
+        slides = "sliding_attention" in types
+    else:
+        slides = getattr(text, "use_sliding_window", True)
+    return window if slides and text.model_type not in ("llama", "opt") else None
 
 
 def _biases(text: Any) -> dict[str, bool]:

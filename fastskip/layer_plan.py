@@ -16,7 +16,8 @@ class ModelShape:
 
     `dtype_bytes`: width of weights and of K and V. `has_images`: false for text-only models.
     `head_norms`: whether queries and keys have norms, head by head. `deep_layers`: how many of the
-    first layers have features of their own added to image rows behind them (DeepStack).
+    first layers have features of their own added to image rows behind them (DeepStack). `window`:
+    how many columns every row sees; `None`: all of them.
     """
 
     depth: int
@@ -33,6 +34,7 @@ class ModelShape:
     gated_ffn: bool = True
     head_norms: bool = False
     deep_layers: int = 0
+    window: int | None = None
     tied_embeddings: bool = False
     dtype_bytes: int
     max_positions: int

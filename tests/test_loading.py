@@ -200,17 +200,6 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization"),
     "family": ({"model_type": "aya_vision"}, {}, "model_type: 'aya_vision'.*llava_next.*llama"),
     "text model": ({}, {"model_type": "gemma"}, "text_config.model_type: 'gemma'.*llama, mistral"),
-    "sliding window": ({}, {"model_type": "mistral", "sliding_window": 64}, "sliding_window: 64"),
-    "sliding layers": (
-        {},
-        {
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "max_window_layers": 1,
-        },
-        "sliding_window: 8",
-    ),
     "long RoPE": (
         {},
         {
@@ -241,14 +230,6 @@ def test_bad_configs(
     (folder / "config.json").write_text(json.dumps(config | outer))
     with pytest.raises(UnsupportedModelError, match=message):
         fastskip.load_model(folder)
-
-
-def test_a_wide_sliding_window_is_none(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"] |= {"model_type": "mistral", "sliding_window": 256}
-    (folder / "config.json").write_text(json.dumps(config))
-    stock = LlavaForConditionalGeneration.from_pretrained(folder)
-    assert answer(fastskip.load_model(folder)) == answer(stock)
 
 
 def test_models_in_memory_that_cannot_be_prepared() -> None:

@@ -183,3 +183,27 @@ def test_dynamic_rope_is_plain_up_to_its_length(impl: str) -> None:
     assert torch.equal(ours.generate(**given, max_new_tokens=new), expected)
     with pytest.raises(ValueError, match=f"position_ids: {limit}; allowed: 0 to {limit - 1}"):
         ours.generate(**given, max_new_tokens=new + 1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("of_every_layer", [True, False])
+def test_a_sliding_window_is_none_as_long_as_nothing_slides(
+    impl: str, of_every_layer: bool
+) -> None:
+    """BakLLaVA's has 4096 columns. Beyond it Hugging Face's rows no longer see the first ones."""
+    like: Any = tiny_llava("llava_next_mistral" if of_every_layer else "internvl")
+    batch = random_batch(like, images=(1, 0), text=(2, 6))
+    config, text, window = like.config, like.config.text_config, batch.columns + 4
+    text.sliding_window = window
+    if not of_every_layer:
+        text.layer_types = ["full_attention", *["sliding_attention"] * (text.num_hidden_layers - 1)]
+    stock: Any = build_model(type(like), config, 0, torch.float32)
+    ours = fastskip.apply_(copy.deepcopy(stock), impl=impl)
+    new = window - batch.columns + 1  # the last one is not fed back
+    given = {**batch.inputs(), "do_sample": False}
+    expected = stock.generate(**given, max_new_tokens=new)
+    assert torch.equal(ours.generate(**given, max_new_tokens=new), expected)
+    with pytest.raises(ValueError, match=f"sliding_window: {window + 1} columns; .* {window}"):
+        ours.generate(**given, max_new_tokens=new + 1)
+    with pytest.raises(ValueError, match=f"sliding_window: {window + 2} columns"):
+        ours(torch.full((1, window + 2), 5))

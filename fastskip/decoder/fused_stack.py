@@ -192,7 +192,7 @@ class FusedDecoder(Decoder):
                 features=features,
             )
         self._check(cache, wants_gradient)
-        self.positions.check(layout.positions)
+        self.check_places(layout.positions, layout.first_column + layout.width)
         cache.grow(layout, self.anchor)
         if self.plan.removals:
             record = None if self.record is None else self.record.forwards.append

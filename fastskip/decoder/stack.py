@@ -143,6 +143,23 @@ class Decoder:
         """
         return SkipCache(self.plan, reserve=reserve)
 
+    def check_places(self, positions: Tensor, columns: int) -> None:
+        """Raises ``ValueError`` if one of ``positions [N]`` (host) is none, or if not every row of
+        ``columns`` sees all that come before it."""
+        self.positions.check(positions)
+        window = self.plan.shape.window
+        if window is not None and columns > window:
+            raise ValueError(
+                f"sliding_window: {columns} columns; allowed: at most {window}, beyond which rows "
+                "would no longer see the first ones"
+            )
+
+    def room(self, cache: SkipCache) -> int:
+        """How many steps there are places for behind what ``cache`` holds."""
+        room = self.positions.room(int(cache.next_places().max()))
+        window = self.plan.shape.window
+        return room if window is None else min(room, max(0, window - cache.columns))
+
     def lay_out(
         self, codes: Tensor, positions: Tensor, cache: SkipCache, axes: Tensor | None = None
     ) -> TokenLayout:
@@ -178,7 +195,7 @@ class Decoder:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
             wanted.
         """
-        self.positions.check(layout.positions)
+        self.check_places(layout.positions, layout.first_column + layout.width)
         packed = self.positions.embed(layout.pack(h), layout.positions)
         entries: Entries
         if wants_gradient:

@@ -55,8 +55,7 @@ class StepLogits:
     def __init__(self, model: Any, runtime: Runtime, cache: PagedCache) -> None:
         self._model, self._runtime, self._cache = model, runtime, cache
         self._step: DeviceStep | None = None
-        next_one = int(cache.next_places().max())
-        self._room = runtime.decoder.positions.room(next_one)
+        self._room = runtime.decoder.room(cache)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         cache, batch = self._cache, len(tokens)
@@ -72,7 +71,7 @@ class StepLogits:
             step.state.load_pages(cache)
         step.state.choice.tokens[:batch] = tokens
         if self._room == 0:
-            self._runtime.decoder.positions.check(cache.next_places())
+            self._runtime.decoder.check_places(cache.next_places(), cache.columns + 1)
         self._room -= 1
         step.run()
         answers = Answers(self._runtime.decoder.record, step, cache)
@@ -193,9 +192,8 @@ def decode_greedily(
         step = find(makes=True)
         assert step is not None
         step.state.load(cache, first, end.stops)
-    choice, positions = step.state.choice, runtime.decoder.positions
-    next_one = int(cache.next_places().max())
-    steps = min(most - 1, positions.room(next_one))
+    choice = step.state.choice
+    steps = min(most - 1, runtime.decoder.room(cache))
     answers = Answers(runtime.decoder.record, step, cache)
     mails: deque[_Mail] = deque()
     launched = arrived = 0
@@ -216,6 +214,6 @@ def decode_greedily(
     finally:  # a streamer may raise, as in Hugging Face's loop
         answers.commit(arrived)
     if goes_on and arrived < most - 1:
-        positions.check(torch.tensor([next_one + arrived]))
+        runtime.decoder.check_places(cache.next_places(), cache.columns + 1)
     chosen = choice.history[:arrived, :batch].T
     return torch.cat((input_ids, first[:, None], chosen), dim=1)
