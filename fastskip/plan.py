@@ -327,11 +327,11 @@ def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
     try:
         return SkipPlan(policy, shape, *resolve_layers(policy, shape))
     except PolicyError as error:
-        if policy.name in PRESETS:
+        name = (policy.name or "").partition(":")[0]
+        if name in PRESETS:
             error.add_note(
-                f"of preset {policy.name}, whose options can be others: SkipPolicy.preset("
-                f"{policy.name!r}, NAME=VALUE), fastskip policies {policy.name} -s NAME=VALUE "
-                "-o FILE"
+                f"of preset {name}, whose options can be others: {name}:KEY=VALUE:KEY=VALUE, as "
+                "`fastskip policies` lists them"
             )
         raise
 

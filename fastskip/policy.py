@@ -39,7 +39,7 @@ from fastskip.policy_rules import (
     build_rule,
     check_fields,
 )
-from fastskip.presets import PRESETS, build_preset
+from fastskip.presets import PRESETS, build_preset, split_preset
 from fastskip.vocabulary import (
     Agreement,
     Arrangement,
@@ -201,16 +201,17 @@ class SkipPolicy:
 
     @classmethod
     def coerce(cls, value: SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]) -> SkipPolicy:
-        """What `load_model(policy=...)` accepts: a policy, its dict, a preset name or a path.
+        """What `load_model(policy=...)` accepts: a policy, its dict, a preset's name or a path.
 
-        A string that is a preset name is that preset, also where a file has the same name.
+        Options may follow the name, as in `every_nth_ffn:interval=3:scope=image`. A string that
+        names a preset is that preset, also where a file has the same name.
         """
         if isinstance(value, SkipPolicy):
             return value
         if isinstance(value, Mapping):
             return cls.from_dict(value)
-        if isinstance(value, str) and value in PRESETS:
-            return cls.preset(value)
+        if isinstance(value, str) and (named := split_preset(value)) is not None:
+            return replace(cls.preset(named[0], **named[1]), name=value)
         if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
             return cls.from_file(value)
         what = f"a SkipPolicy, a dict, the path of a policy file, or a preset ({names(PRESETS)})"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastskip.paper_presets import BLOCK, PAPER_PRESETS, Made
@@ -145,6 +146,25 @@ PRESETS: Mapping[str, tuple[Callable[..., Any], str]] = {
     **{name: (preset, _line(preset)) for name, preset in PAPER_PRESETS.items()},
 }
 """Name -> (function, one line that says what it does)."""
+
+
+def split_preset(text: str) -> tuple[str, dict[str, Any]] | None:
+    """Name and options of `PRESET:KEY=VALUE:KEY=VALUE`; `None` if no preset has that name."""
+    name, *options = text.split(":")
+    if name not in PRESETS:
+        return None
+    return name, dict(option_of(each, name) for each in options)
+
+
+def option_of(text: str, name: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of an option of preset `name`, numbers as such."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise PolicyError(f"{name}:{text}", text, "KEY=VALUE, such as interval=3", "not an option")
+    for number in (int, float):
+        with suppress(ValueError):
+            return key, number(value)
+    return key, value
 
 
 def build_preset(name: str, options: Mapping[str, Any]) -> Made:

@@ -370,7 +370,10 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("policies nothing", "preset: got 'nothing'; allowed: dense"),
         ("policies image_ffn -s size=3", "image_ffn.size: unknown option; allowed: start, end"),
         ("policies image_ffn -s start=a", "image_ffn.start: got 'a'; allowed: an integer"),
-        ("policies image_ffn -s start", "--set start: allowed: KEY=VALUE"),
+        ("policies image_ffn -s start", "image_ffn:start: not an option; allowed: KEY=VALUE"),
+        ("plan -p image_ffn:start", "image_ffn:start: not an option; allowed: KEY=VALUE"),
+        ("plan -p image_ffn:start=a", "image_ffn.start: got 'a'; allowed: an integer"),
+        ("plan -p image:start=1", "--policy image:start=1: no such file or preset"),
         ("policies image_ffn --layers 2", "allowed: "),
         ("policies image_ffn -o {folder}/x.txt", "--output .*x.txt: the suffix .*; allowed: "),
         ("policies image_ffn -o {folder}/absent/x.json", "No such file.*; allowed: a writable"),
@@ -533,4 +536,4 @@ def test_a_preset_that_does_not_fit_says_where_its_options_are() -> None:
     done = CliRunner().invoke(app, ["plan", "-p", "visual_withdrawal"])
     told = " ".join(done.output.split())
     assert done.exit_code == 2 and "slice bounds in [-8, 8]" in told
-    assert "fastskip policies visual_withdrawal -s NAME=VALUE -o FILE" in told
+    assert "visual_withdrawal:KEY=VALUE:KEY=VALUE" in told

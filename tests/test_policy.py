@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,10 @@ def test_coerce() -> None:
     assert SkipPolicy.coerce(policy) is policy
     assert SkipPolicy.coerce(EXAMPLE) == policy
     assert SkipPolicy.coerce("frozen_visual") == SkipPolicy.preset("frozen_visual")
+    text = "paper/skip-ffn:interval=4,3,2,2:depth=32:scope=image"
+    options = {"interval": "4,3,2,2", "depth": 32, "scope": "image"}
+    made = SkipPolicy.preset("paper/skip-ffn", **options)
+    assert SkipPolicy.coerce(text) == replace(made, name=text)
     wrong: list[Any] = ["frozen", "no/such/file.json", "x" * 10_000, "a\0b", "", 3, None]
     for value in wrong:
         with pytest.raises(PolicyError, match="frozen_visual") as caught:

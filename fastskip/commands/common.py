@@ -40,8 +40,9 @@ PolicyOption = Annotated[
         "--policy",
         "-p",
         metavar="POLICY",
-        help="What to skip: a policy file (.json, .yaml) or a preset, see [bold]fastskip "
-        "policies[/]. Default: the policy saved with the checkpoint, else nothing.",
+        help="What to skip: a policy file (.json, .yaml) or a preset, such as image_ffn or "
+        "every_nth_block:interval=3, see [bold]fastskip policies[/]. Default: the policy saved "
+        "with the checkpoint, else nothing.",
         show_default=False,
     ),
 ]
@@ -51,8 +52,8 @@ PoliciesOption = Annotated[
         "--policy",
         "-p",
         metavar="POLICY",
-        help="A policy file or a preset; repeat the option for several. Each is held to fastskip's "
-        "dense model, which is always there.",
+        help="A policy file or a preset (PRESET:KEY=VALUE:KEY=VALUE with options); repeat the "
+        "option for several. Each is held to fastskip's dense model, which is always there.",
         show_default=False,
     ),
 ]
@@ -226,11 +227,11 @@ def ceilings_of(
 def policy_of(policy: str | None) -> Any:
     """The policy asked for; None leaves the choice to the checkpoint."""
     from fastskip.policy import SkipPolicy
-    from fastskip.presets import PRESETS
+    from fastskip.presets import split_preset
 
     if policy is None:
         return None
-    if policy not in PRESETS and not os.path.isfile(policy):
+    if split_preset(policy) is None and not os.path.isfile(policy):
         what = "a folder" if os.path.isdir(policy) else "no such file or preset"
         allowed = "a policy file (.json, .yaml), or a preset that `fastskip policies` lists"
         raise CommandError(f"--policy {policy}: {what}; allowed: {allowed}")

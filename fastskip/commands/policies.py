@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,13 +46,16 @@ def policies(
     [bold]Example[/]
 
     [cyan]fastskip policies every_nth_ffn -s interval=3 -s scope=image --layers 32 -o mine.json[/]
+
+    Other commands take the same as [cyan]-p every_nth_ffn:interval=3:scope=image[/].
     """
     if name is None:
         _list()
         return
     from fastskip.policy import PolicyError, SkipPolicy
+    from fastskip.presets import option_of
 
-    policy = SkipPolicy.preset(name, **dict(_option(text) for text in option or ()))
+    policy = SkipPolicy.preset(name, **dict(option_of(text, name) for text in option or ()))
     table = None if layers is None else _table(policy, layers)
     if output is None:
         typer.echo(json.dumps(policy.to_dict(), indent=2))
@@ -91,16 +93,6 @@ def _shown(default: object) -> str:
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return "-" if default is None else str(default)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise CommandError(f"--set {text}: allowed: KEY=VALUE, such as interval=3")
-    for number in (int, float):
-        with suppress(ValueError):
-            return key, number(value)
-    return key, value
 
 
 def _table(policy: Any, layers: int) -> str:
