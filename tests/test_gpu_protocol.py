@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import end_to_end, protocol, routing, running, step_ways, table
+from benchmarks.gpu import chart, end_to_end, protocol, routing, running, step_ways, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
@@ -28,6 +28,8 @@ from benchmarks.gpu.running import run, supervise
 from benchmarks.gpu.tables import Question, write_tables
 from fastskip.kernels import tuning
 from fastskip.ops import compiled, fused
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -214,6 +216,25 @@ def test_help_list_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_tables_are_empty_before_anything_is_measured(results: Results) -> None:
     assert table.markdown(results) == table.NOT_MEASURED == "not measured yet"
     assert table.text_tables(results) == "not measured yet"
+
+
+def test_a_chart_shows_every_way_beside_its_floor(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder, picture = RESULTS / "nvidia-h200", tmp_path / "bars.png"
+    chart.main([str(folder), "--cell", "e2e.7b.b1", "--cell", "e2e.7b.b16", "--png", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--cell", "e2e.7b.b2"], "--cell e2e.7b.b2: not measured yet; allowed: none"), ([], "not")],
+)
+def test_no_chart_of_what_was_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        chart.main([str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_goals_are_judged(results: Results) -> None:

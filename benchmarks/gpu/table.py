@@ -194,14 +194,18 @@ def _end_to_end(results: Results) -> list[tuple[str, list[Row]]]:
     found = []
     for name, line in results.lines().items():
         if name.startswith("e2e.") and line.is_done:
-            values = line.values
-            title = (
-                f"LLaVA-1.5-{values['widths']} shapes, random weights, batch {values['batch']}: "
-                f"{counts(values['n_image'])} image and {counts(values['n_text'])} text rows, "
-                f"{values['n_new']} new tokens"
-            )
-            found.append((title, [_row(own) for own in values["peers"].values()]))
+            rows = [_row(own) for own in line.values["peers"].values()]
+            found.append((end_to_end_title(line.values), rows))
     return found
+
+
+def end_to_end_title(values: Values) -> str:
+    """What an end-to-end cell has measured."""
+    return (
+        f"LLaVA-1.5-{values['widths']} shapes, random weights, batch {values['batch']}: "
+        f"{counts(values['n_image'])} image and {counts(values['n_text'])} text rows, "
+        f"{values['n_new']} new tokens"
+    )
 
 
 def _routing(results: Results) -> list[str]:
