@@ -17,6 +17,7 @@ from fastskip.families import image_token_ids, text_model_of
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of
 from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.item_inputs import ItemInputs
 from fastskip.study.items import Item
 from fastskip.study.metrics import scale_of
 from fastskip.study.samples import placed
@@ -108,8 +109,8 @@ def compare(
             most_kept=0,
         )
         evaluation = exam.take(model)
-        single = Exam(items[:1], processor, config=model.config, new_tokens=new_tokens)
-        found.append(_measured(each.label, model, single, evaluation, first, new_tokens, rounds))
+        inputs = ItemInputs(processor, model.config, new_tokens, most_kept=0).build(items[:1])
+        found.append(_measured(each.label, model, inputs, evaluation, first, new_tokens, rounds))
         first = first or evaluation
         del model
     return tuple(found)
@@ -128,13 +129,13 @@ def prompt_sizes(inputs: Mapping[str, Any], config: Any) -> tuple[int, int, int]
 def _measured(
     label: str,
     model: Any,
-    single: Exam,
+    single: Mapping[str, Any],
     evaluation: Evaluation,
     first: Evaluation | None,
     new_tokens: int,
     rounds: int,
 ) -> Compared:
-    inputs = placed(single.inputs(0), model)
+    inputs = placed(single, model)
     n_image, n_text, before = prompt_sizes(inputs, model.config)
     plan = plan_of(model)
     with endless(model):

@@ -1,6 +1,7 @@
 """Models side by side: small runs, and what the commands say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from fastskip.demo.text import build_processor
 from fastskip.families import text_model_of
 from fastskip.study.comparison import ALL, Contender, compare
 from fastskip.study.evaluation import Exam
+from fastskip.study.metrics import Metric
 from fastskip.study.paper import report
 from fastskip.study.paper.measuring import Effort, asked, items_of
+from fastskip.wording import Scale
 
 ITEMS = items_of(asked(0, Effort(questions=6, captions=1)))
 
@@ -55,6 +58,12 @@ def test_bad_options(options: dict[str, int], message: str) -> None:
         compare([contender("dense")], ITEMS, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="contenders: 0"):
         compare([], ITEMS)
+
+
+def test_captions_that_only_all_items_together_score() -> None:
+    items = [replace(item, metric=Metric.CIDER) for item in ITEMS[:3]]
+    (dense,) = compare([contender("dense")], items, new_tokens=3, rounds=1)
+    assert dense.scale is Scale.CIDER and dense.scores[ALL].mean > 0
 
 
 def run(*arguments: str) -> Any:
