@@ -18,8 +18,9 @@ import fastskip
 from fastskip.cli import app
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.demo import checkpoint_path
-from fastskip.policy import SkipPolicy
+from fastskip.policy import RouterRule, SkipPolicy
 from fastskip.prompts import processor_for
+from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.agreement import AnswerLog, end_tokens
 from fastskip.study.evaluation import Exam
 from fastskip.study.fingerprints import (
@@ -167,6 +168,21 @@ def test_fingerprints(model: Any) -> None:
     same = SkipPolicy.from_dict(HALF[1].to_dict())
     assert policy_fingerprint(same) == policy_fingerprint(HALF[1])
     assert policy_fingerprint(same) != policy_fingerprint(SkipPolicy())
+
+
+def test_routers_with_other_weights_are_other_policies(tmp_path: Path) -> None:
+    """Relative paths to them say nothing: they start at each policy's folder."""
+    rule = RouterRule(":", skip="ffn", kind="linear", weights="router.safetensors", threshold=0.0)
+    policies = []
+    for name, weight in (("a", 0.0), ("b", 1.0), ("c", 1.0)):
+        (tmp_path / name).mkdir()
+        score = LayerScore(torch.full((4,), weight), 0.0)
+        write_weights(tmp_path / name / "router.safetensors", {0: score})
+        policies.append(SkipPolicy(routers=(rule,), folder=str(tmp_path / name)))
+    a, b, c = map(policy_fingerprint, policies)
+    assert a != b and b == c
+    (tmp_path / "a" / "router.safetensors").unlink()
+    assert policy_fingerprint(policies[0]) not in (a, b)
 
 
 def test_tokens_that_end_an_answer(model: Any) -> None:
