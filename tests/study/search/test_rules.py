@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastskip
 from fastskip.demo import checkpoint_path
-from fastskip.policy import SkipPolicy, TokenClass
+from fastskip.policy import RouterRule, SkipPolicy, TokenClass
 from fastskip.prompts import processor_for
 from fastskip.study.evaluation import Exam
 from fastskip.study.paper.measuring import Effort, asked, items_of
@@ -130,3 +130,17 @@ def test_blocks_left_out_fit_text_only_models_too() -> None:
     assert found.to_dict()["rules"][0]["tokens"] == "all" and not without_blocks([]).rules
     assert found == SkipPolicy.from_dict(found.to_dict())
     assert TokenClass.IMAGE in TokenClass
+
+
+def test_pads_do_not_change_what_is_drawn(plain: Any, exam: Exam) -> None:
+    """Draws go by positions, which pads do not take in `generate`."""
+    prepared = fastskip.load_model(checkpoint_path(), "dense", dtype="float32")
+    assert not exam.inputs(0)["attention_mask"].all()
+    alone = Exam(
+        ITEMS, processor_for(checkpoint_path()), config=plain.config, batch_size=1, new_tokens=6
+    )
+    together, one_by_one = Calibrator(prepared, exam), Calibrator(prepared, alone)
+    router = RouterRule("1:7", skip="block", kind="random", rate=0.4)
+    for policy in (SkipPolicy.preset("random_removal"), SkipPolicy(routers=(router,))):
+        expected = one_by_one.moved(policy).kl
+        assert expected > 0 and together.moved(policy).kl == pytest.approx(expected, rel=1e-3)
