@@ -44,7 +44,7 @@ def work_of(
     cells = layer.cells
     going_on = Counter(classes[first:])
     pairs: float = 0
-    last: float = 0
+    last: dict[bool, float] = {}  # what image rows see under a mask, nobody else reads
     for query in (c for c in going_on if cells[c].attends):
         beside = layer.holding_beside(query)
         kept = held(layer, {c: count for c, count in past.items() if layer.sees(query, c)})
@@ -52,7 +52,8 @@ def work_of(
         # A row that attends sees itself.
         seen = [before[i] + 1 for i in range(first, len(classes)) if classes[i] is query]
         pairs += cells[query].attends * sum(seen)
-        last = max(last, seen[-1])
+        side = layer.unimodal and query is TokenClass.IMAGE
+        last[side] = max(last.get(side, 0), seen[-1])
     reading = layer.running(Sublayer.ATTENTION, Counter(classes), batch)
     is_stored = any(cells[c].projects == 1 for c in set(classes))
     return LayerWork(
@@ -61,7 +62,7 @@ def work_of(
         copied=sum(cells[c].copies for c in classes),
         feeding=sum(cells[c].feeds for c in classes[first:]),
         pairs=pairs,
-        visible=layer.running(Sublayer.ATTENTION, going_on, 1) * last,
+        visible=layer.running(Sublayer.ATTENTION, going_on, 1) * sum(last.values()),
         reading_q=layer.running(Sublayer.ATTENTION, going_on, batch),
         reading_kv=1 if is_stored else reading,
         reading_ffn=layer.running(Sublayer.FFN, going_on, batch),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from fastskip.policy import (
     ArrangementRule,
     Group,
     Keep,
+    MaskRule,
     PolicyError,
     RemovalRule,
     RouterRule,
@@ -278,6 +280,20 @@ def test_scores_and_kv_of_prefill(
     assert cost.kv_read_bytes == batch * size * (read + sum(copied))
     n_image, n_text = classes.count(IMAGE), classes.count(TEXT)
     assert plan.kv_bytes(n_image, n_text, batch=batch) == batch * size * sum(entries)
+
+
+def test_entries_that_a_mask_parts_are_all_read() -> None:
+    shape = replace(llama()[1], depth=1)
+    plan = make_plan(SkipPolicy(masks=(MaskRule(":", "unimodal"),)), shape)
+    size = shape.kv_entry_bytes
+
+    def read(classes: list[TokenClass], wanted: int) -> int:
+        return prefill_cost(plan, classes, 2, wanted=wanted).kv_read_bytes
+
+    # Image rows read what they hold, text rows the rest.
+    assert read([TEXT, IMAGE, IMAGE, TEXT], 4) == 2 * size * 4
+    assert read([TEXT, IMAGE, IMAGE, TEXT], 1) == 2 * size * 2
+    assert decode_cost(plan, {IMAGE: 5, TEXT: 2}).kv_read_bytes == size * 3
 
 
 @given(skip_plans(), some_classes, st.integers(0, 4), st.integers(1, 3))
