@@ -56,13 +56,15 @@ class Ruled:
 @dataclass(frozen=True)
 class LayerChance:
     """The chances of one layer; `ruled`: who decides about a sublayer; `unimodal` and `stage`: as
-    in a plan. Chances are those of rows that are left."""
+    in a plan; `is_split`: whether some rows of a pair run one block after the other. Chances are
+    those of rows that are left."""
 
     index: int
     cells: Mapping[TokenClass, CellChance]
     ruled: Mapping[Sublayer, tuple[Ruled, ...]]
     unimodal: bool = False
     stage: int = 0
+    is_split: bool = False
 
     @property
     def key(self) -> object:
@@ -126,7 +128,8 @@ def certain(layer: LayerPlan) -> LayerChance:
         )
         for c in layer.cells
     }
-    return LayerChance(layer.index, cells, {}, layer.unimodal, layer.stage)
+    is_split = layer.partner is not None and not layer.is_arranged_whole
+    return LayerChance(layer.index, cells, {}, layer.unimodal, layer.stage, is_split)
 
 
 def expected(

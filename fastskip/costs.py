@@ -3,8 +3,9 @@
 Counted: the decoder's linears, attention and the lm_head, 2 FLOPs a multiply-add. Not counted:
 the vision tower, activations, norms and other elementwise work. Bytes are weights and biases (once
 for the whole batch), K and V read and K and V written. Attention counts visible pairs only. The
-last-layer rule holds: in the last step only rows whose logits are wanted go past K and V. What a
-removal computes to choose its rows is not counted: one query, and K of image rows at the most.
+last-layer rule holds: in the last step only rows whose logits are wanted go past K and V, but all
+of them in a pair that some run one block after the other. What a removal computes to choose its
+rows is not counted: one query, and K of image rows at the most.
 
 Where routers decide, counts are what is to be expected at their rates (`fastskip.chances`), rounded
 to whole numbers, operation by operation.
@@ -167,7 +168,7 @@ def prefill_cost(
     stages = [_stage(plan, classes, past, wanted, n) for n in range(len(plan.removals) + 1)]
     for layer in plan.chances:
         rows, kept, last = stages[layer.stage]
-        first = last if layer.index in plan.steps[-1] else 0
+        first = last if layer.index in plan.steps[-1] and not layer.is_split else 0
         key = (layer.key, first)
         work = known.get(key) or known.setdefault(key, work_of(layer, rows, kept, first, batch))
         ops += _linears(plan.shape, layer.index, work, batch)

@@ -15,7 +15,7 @@ from fastskip.policy import TokenClass
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch
 from tests.models import tiny_llava
-from tests.policies import CELLS, MIXED, Policy, cell_policy, policy_of
+from tests.policies import CELLS, MIXED, Policy, cell_policy, pair, policy_of
 
 pytestmark = pytest.mark.reference  # counts torch's products, without rounded-up batches
 NEW = 3
@@ -100,6 +100,12 @@ def test_cell(trio: Trio, batch: Batch, cell: str, token_class: str, layers: str
 @pytest.mark.parametrize("name", ["dense", *MIXED])
 def test_mixed_cells(trio: Trio, batch: Batch, name: str) -> None:
     check(trio, batch, MIXED.get(name, policy_of()))
+
+
+@pytest.mark.parametrize("token_class", ["image", "text", "generated"])
+def test_a_last_pair_for_some_classes(trio: Trio, batch: Batch, token_class: str) -> None:
+    arranged = pair("2:4") | {"tokens": [token_class]}
+    check(trio, batch, policy_of(arrangements=(arranged,)))
 
 
 @pytest.mark.parametrize("name", ["dense", "each class its own rule", "pairs to the end"])
