@@ -10,6 +10,7 @@ from fastskip.intervals import (
     Spread,
     bootstrap,
     paired_bootstrap,
+    paired_shares,
     paired_speedup,
     quartiles,
     wilson,
@@ -59,6 +60,42 @@ def test_equal_models_do_not_differ() -> None:
     assert paired_bootstrap([1, 0, 1], [1, 0, 1]) == Estimate(0.0, 0.0, 0.0)
 
 
+def right(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of two models, by how many items both answer right, one of them alone, or none."""
+    cases = np.repeat([[1, 1], [1, 0], [0, 1], [0, 0]], [both, first, second, neither], axis=0)
+    return cases[:, 0] * 1.0, cases[:, 1] * 1.0
+
+
+def test_shares_of_pairs_known_values() -> None:
+    # Newcombe's own tables: (36, 12, 2, 0) and (54, 0, 0, 0) by method 10, first minus second
+    first, second = right(36, 12, 2, 0)
+    found = paired_shares(second, first)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    same = paired_shares(*right(54, 0, 0, 0))
+    assert (same.mean, same.low, same.high) == pytest.approx((0, -0.0664, 0.0664), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [4, 16, 100])
+def test_differences_of_shares_are_covered(count: int) -> None:
+    """Where a bootstrap is not: of items that mostly do not differ."""
+    rng, hits, resampled = np.random.default_rng(0), 0, 0
+    for both, only, other, neither in rng.multinomial(count, [0.8, 0.02, 0.01, 0.17], 300):
+        first, second = right(both, only, other, neither)
+        found, drawn = paired_shares(first, second), paired_bootstrap(first, second, resamples=500)
+        hits += found.low <= -0.01 <= found.high
+        resampled += drawn.low <= -0.01 <= drawn.high
+    assert hits >= 0.94 * 300 and resampled < hits
+
+
+def test_few_items_tell_nothing_apart() -> None:
+    one = paired_shares([1.0], [0.0])
+    assert one.mean == -1 and not one.is_below_zero
+    # three of eight are lost: a sign test gives p = 0.25
+    assert not paired_shares(*right(5, 3, 0, 0)).is_below_zero
+    assert paired_shares(*right(42, 8, 0, 0)).is_below_zero
+    assert paired_shares(*right(42, 0, 8, 0)).is_above_zero
+
+
 def test_a_seed_decides_the_interval() -> None:
     values = np.random.default_rng(1).random(50)
     assert bootstrap(values, seed=3) == bootstrap(values, seed=3)
@@ -81,6 +118,9 @@ def test_wilson_known_values() -> None:
         (lambda: bootstrap([1.0], resamples=0), "resamples: 0"),
         (lambda: bootstrap([1.0], level=1.0), "level: 1.0"),
         (lambda: paired_bootstrap([1.0], [1.0, 0.0]), "the same items"),
+        (lambda: paired_shares([1.0], [1.0, 0.0]), "the same items"),
+        (lambda: paired_shares([1.0], [0.5]), "neither 0 nor 1"),
+        (lambda: paired_shares([], []), "right, asked: 0.0, 0"),
         (lambda: wilson(3, 2), "right, asked: 3, 2"),
         (lambda: wilson(0, 0), "right, asked: 0, 0"),
     ],
