@@ -83,7 +83,8 @@ def _scored(each: "Judgement", dense: "Judgement", scale: "Scale") -> list[str]:
     """A policy's name, its score, and the difference from dense with what it says."""
     from fastskip.study.judging import Verdict
 
-    own, base = (one.evaluation.parts[scale] for one in (each, dense))
+    base = dense.evaluation.parts[scale]
+    own = base if each is dense else each.evaluation.parts[scale]
     change = own.minus(base)
     verdict = "" if each is dense else Verdict.of(change).value
     return [escape(each.label), _score(own.estimate(), scale), f"{_change(change)}\n{verdict}"]

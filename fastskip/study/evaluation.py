@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, paired_shares, wilson
 from fastskip.study.captions import check as check_captions
 from fastskip.study.fingerprints import items_fingerprint
 from fastskip.study.item_inputs import MOST_KEPT, ItemInputs
@@ -87,14 +87,16 @@ class Evaluation:
         Wilson's where all items are right or wrong, which holds for few items and near 1, too; else
         that of the bootstrap. CIDEr knows no right and wrong, though it may be 0 or 1.
         """
-        scores, chosen = self.scores(*kinds), self._of(kinds)
-        is_share = chosen[0].metric.scale is Scale.SHARE
-        if is_share and np.isin(scores, (0.0, 1.0)).all():
+        scores = self.scores(*kinds)
+        if self._is_right_or_wrong(kinds):
             return wilson(float(scores.sum()), len(scores))
         return bootstrap(scores, seed=seed)
 
     def minus(self, other: Evaluation, *kinds: str, seed: int = 0) -> Estimate:
-        """How much better this model does than another one on the same items (paired bootstrap).
+        """How much better this model does than another one on the same items, with its interval.
+
+        That of shares of pairs where all items of both are right or wrong; else that of the paired
+        bootstrap. Nothing differs from itself.
 
         Raises:
             ValueError: the other one answered other items.
@@ -102,7 +104,12 @@ class Evaluation:
         ours, theirs = ([each.item for each in one.judged] for one in (self, other))
         if ours != theirs:
             raise ValueError("evaluations: of different items; allowed: two of the same exam")
-        return paired_bootstrap(other.scores(*kinds), self.scores(*kinds), seed=seed)
+        before, after = other.scores(*kinds), self.scores(*kinds)
+        if other is self:
+            return Estimate(0.0, 0.0, 0.0)
+        if self._is_right_or_wrong(kinds) and other._is_right_or_wrong(kinds):
+            return paired_shares(before, after)
+        return paired_bootstrap(before, after, seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -123,6 +130,10 @@ class Evaluation:
                 for each in document["judged"]
             )
         )
+
+    def _is_right_or_wrong(self, kinds: Sequence[str]) -> bool:
+        chosen = self._of(kinds)
+        return all(e.metric.scale is Scale.SHARE and e.score in (0.0, 1.0) for e in chosen)
 
     def _of(self, kinds: Sequence[str]) -> list[Judged]:
         for kind in kinds:

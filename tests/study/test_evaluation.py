@@ -12,7 +12,7 @@ from fastskip.demo import checkpoint_path
 from fastskip.demo.evaluation import answers, held_out
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.prompts import processor_for
-from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.evaluation import Evaluation, Exam, Judged
 from fastskip.study.item_inputs import ItemInputs
 from fastskip.study.items import Item, ItemError, read_items
 from fastskip.study.metrics import Metric
@@ -157,6 +157,20 @@ def test_two_models_are_compared_item_by_item(model: Any, processor: Any) -> Non
         dense.minus(Evaluation(dense.judged[1:]))
     with pytest.raises(ValueError, match="kind: 'taste'"):
         dense.scores("taste")
+
+
+def test_equal_answers_to_few_items_do_not_prove_that_nothing_is_lost() -> None:
+    def answered(*scores: float) -> Evaluation:
+        return Evaluation(
+            tuple(Judged("k", "a?", ("b",), Metric.EXACT, "b", score) for score in scores)
+        )
+
+    same = answered(1, 1, 0, 1).minus(answered(1, 1, 0, 1))
+    assert same.mean == 0 and same.low < -0.1 and same.high > 0.1
+    assert not answered(0).minus(answered(1)).is_below_zero
+    # shares of right answers are not all that scores are
+    soft = answered(0.5, 1, 0.2).minus(answered(0.6, 1, 0.4))
+    assert soft.is_below_zero is False and soft.mean == pytest.approx(-0.1)
 
 
 def test_an_evaluation_survives_json(model: Any, processor: Any) -> None:

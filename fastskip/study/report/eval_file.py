@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, wilson
+from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, paired_shares, wilson
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
 from fastskip.study.report.fields import MOST, Field, read_document
 from fastskip.wording import Scale, counted
@@ -74,15 +74,24 @@ class JudgedPolicy:
         """The mean score with its 95 % interval over items: Wilson's where all are right or wrong,
         which holds for few items and near 1 too, else that of the bootstrap, as always of CIDEr."""
         scores = [each.score for each in self.answers]
-        (scale,) = {each.scale for each in self.answers}
-        if scale is Scale.SHARE and set(scores) <= {0.0, 1.0}:
+        if self._is_right_or_wrong:
             return wilson(sum(scores), len(scores))
         return bootstrap(scores)
 
     def minus(self, dense: JudgedPolicy) -> Estimate:
-        """How much better than dense, item by item."""
+        """How much better than dense, item by item: of shares of pairs where all answers are right
+        or wrong, else by the bootstrap. Nothing differs from itself."""
+        if dense is self:
+            return Estimate(0.0, 0.0, 0.0)
         theirs, own = ([each.score for each in one.answers] for one in (dense, self))
+        if self._is_right_or_wrong and dense._is_right_or_wrong:
+            return paired_shares(theirs, own)
         return paired_bootstrap(theirs, own)
+
+    @property
+    def _is_right_or_wrong(self) -> bool:
+        (scale,) = {each.scale for each in self.answers}
+        return scale is Scale.SHARE and all(each.score in (0.0, 1.0) for each in self.answers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastskip.intervals import paired_bootstrap
+from fastskip.intervals import paired_shares
 from fastskip.study.bench.results import BenchResult
 from fastskip.study.judging import Judgement
 from fastskip.study.report.accuracy_chart import DENSE, POLICY
@@ -36,7 +36,7 @@ def test_what_is_in_a_folder_is_read(tmp_path: Path) -> None:
     half = run.judged[2]
     assert [each.label for each in run.judged][:2] == ["dense", "image_ffn"]
     assert half.score.mean == 0.5 and half.tokens == 1 and half.divergence == pytest.approx(0.02)
-    expected = paired_bootstrap([1.0] * 8, [1.0, 0.0] * 4)
+    expected = paired_shares([1.0] * 8, [1.0, 0.0] * 4)
     assert half.minus(run.dense) == expected
     # all right: Wilson's interval, which a bootstrap of equal scores would not have
     assert run.dense.score.high == 1 and run.dense.score.low < 0.7
