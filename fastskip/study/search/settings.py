@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class SearchSettings:
         for name, low in _LEAST.items():
             if getattr(self, name) < low:
                 raise SettingsError(f"{name}: {getattr(self, name)}; allowed: {low} or more")
-        if self.minutes is not None and not self.minutes > 0:
-            raise SettingsError(f"minutes: {self.minutes}; allowed: more than 0")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise SettingsError(f"minutes: {self.minutes}; allowed: a number above 0, or none")
 
 
 @dataclass(frozen=True)
