@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def items_fingerprint(items: Sequence[Item]) -> str:
 
 
 def policy_fingerprint(policy: SkipPolicy) -> str:
-    """The same for policies that say the same, and whose routers have the same weights."""
-    said = json.dumps(policy.to_dict(), sort_keys=True).encode()
+    """The same for policies that skip the same, and whose routers have the same weights; names and
+    provenance do not count."""
+    skipped = replace(policy, name="", provenance={})
+    said = json.dumps(skipped.to_dict(), sort_keys=True).encode()
     paths = [policy.path_of(rule.weights) for rule in policy.routers if rule.weights]
     # that a file is missing is told when the policy is set
     learned = (hashlib.sha256(path.read_bytes()).digest() for path in paths if path.is_file())

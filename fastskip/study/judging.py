@@ -270,7 +270,8 @@ def _answered(
             judgement = Judgement(each.label, each.policy.to_dict(), evaluation, agreement, flops)
             if kept is not None:
                 kept.append(key, judgement)
-        found.append(replace(judgement, label=each.label))
+        # one that was kept may be of another name, or of an older date
+        found.append(replace(judgement, label=each.label, policy=each.policy.to_dict()))
     return found
 
 

@@ -114,6 +114,10 @@ def test_a_run_goes_on(
 
     monkeypatch.setattr(Exam, "take", counted)
     assert judge(model, [HALF], exam, **options) == first and not asked_again
+    # What a policy is called and where it comes from changes no answer; a date is always another.
+    dated = replace(HALF[1], name="dated", provenance={"date": "today"})
+    _, again = judge(model, [("half", dated)], exam, **options)
+    assert again == replace(first[1], policy=dated.to_dict()) and not asked_again
     # A policy more: dense answers again, since its answers are what others are compared with.
     another = ("another", SkipPolicy.preset("image_ffn"))
     assert judge(model, [HALF, another], exam, **options)[:2] == first and len(asked_again) == 2

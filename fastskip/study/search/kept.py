@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,5 +50,5 @@ class Kept:
 
 def key_of(base: str, what: str, policy: SkipPolicy | None = None) -> str:
     """What a value is of: `base` stands for model, items and settings; names do not count."""
-    own = None if policy is None else policy_fingerprint(replace(policy, name="", provenance={}))
+    own = None if policy is None else policy_fingerprint(policy)
     return combined(base, what, own)
