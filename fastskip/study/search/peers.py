@@ -105,15 +105,12 @@ def _removals(depth: int) -> dict[str, list[dict[str, Any]]]:
     """Options of the presets that take rows out, from the mildest to the harshest."""
     after = range(min(depth - 1, max(2, depth // 2 + 1)))
     single = [{"after": n, "ratio": ratio} for n in after for ratio in _RATIOS]
-    stages = sorted(
-        {tuple(sorted({depth * k // 4 for k in ks} - {0})) for ks in ((1, 2, 3), (2, 3), (1, 2))}
-        | {(1, depth // 2), (1,), (1, 2, 3)}
-    )
+    # PyramidDrop's rows leave before the first layer of each later quarter
+    quarters = [tuple(depth * k // 4 - 1 for k in ks) for ks in ((1, 2, 3), (2, 3), (1, 2))]
+    wanted = [*quarters, (1, depth // 2), (1,), (1, 2, 3)]
+    stages = sorted({tuple(sorted({n for n in own if 0 <= n < depth - 1})) for own in wanted})
     staged = [
-        {"stages": [n for n in stage if n < depth - 1], "ratio": ratio}
-        for stage in stages
-        for ratio in _RATIOS
-        if any(n < depth - 1 for n in stage)
+        {"stages": list(stage), "ratio": ratio} for stage in stages if stage for ratio in _RATIOS
     ]
     return {
         "fastv": single,

@@ -18,7 +18,7 @@ from fastskip.study.search.block_influence import block_influence, least_influen
 from fastskip.study.search.calibrating import Calibrator
 from fastskip.study.search.changes import policy_of
 from fastskip.study.search.greedy_removal import greedy_removal
-from fastskip.study.search.peers import without_blocks
+from fastskip.study.search.peers import _removals, without_blocks
 from fastskip.study.search.visual_contribution import FROZEN, frozen_in, least_contribution_first
 from fastskip.study.similarity import similarities
 
@@ -52,6 +52,16 @@ def test_block_influence_is_one_minus_the_mean_cosine(plain: Any, exam: Exam) ->
         cosines = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
         assert found[layer] == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
     assert least_influence_first({0: 0.2, 1: 0.1, 2: 0.2, 3: 0.05}) == [3, 1, 0, 2]
+
+
+@pytest.mark.parametrize(("depth", "published"), [(32, (7, 15, 23)), (40, (9, 19, 29))])
+def test_rows_are_removed_where_peers_publish_it(depth: int, published: tuple[int, ...]) -> None:
+    """PyramidDrop before the first layer of each later quarter, FastV before layer 2."""
+    every = _removals(depth)
+    assert {"stages": list(published), "ratio": 0.5} in every["pyramid_drop"]
+    assert {"after": 1, "ratio": 0.5} in every["fastv"]
+    stages = [each["stages"] for each in _removals(3)["pyramid_drop"]]
+    assert stages and all(0 <= n < 2 for each in stages for n in each)
 
 
 @pytest.mark.parametrize("seed", range(5))
