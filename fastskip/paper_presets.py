@@ -166,6 +166,9 @@ def token_ratio_ffn(
     ratio: float = 0.5, scope: str = "image", start: int = 0, end: int = -1, seed: int = 0
 ) -> Made:
     """Skip the FFN for a share of the rows, drawn for each layer (2405.16700, figure 11)."""
+    share = finite(ratio)
+    if share is None or not 0 <= share <= 1:
+        raise PolicyError("ratio", ratio, "a number in [0, 1]")
     layers = f"{_first(1, start)}:{integer(end, 'end')}"
     rule = RouterRule(layers, _tokens(scope), Sublayer.FFN, "random", rate=ratio, seed=seed)
     return Made((rule,))

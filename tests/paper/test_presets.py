@@ -158,7 +158,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("random", {"interval": 1}, "paper/random.interval"),
     ("random", {"skip": "head"}, "paper/random.skip"),
     ("random", {"skip": "attention", "semantics": "reference"}, "paper/random.skip"),
-    ("token-ratio-ffn", {"ratio": 1.5}, "paper/token-ratio-ffn.rate"),
+    ("token-ratio-ffn", {"ratio": 1.5}, "paper/token-ratio-ffn.ratio"),
     ("entropy", {"threshold": "low"}, "paper/entropy.threshold"),
     ("entropy", {"threshold": 10**400}, "paper/entropy.threshold"),
     ("skip-block", {"interval": "²,2", "depth": 32}, "paper/skip-block.interval"),
