@@ -218,6 +218,7 @@ def judge(
         on_batch: called after each batch.
     Raises:
         ValueError: `new_tokens` or `rounds` is too small.
+        PolicyError: a policy does not fit the model.
         ItemError: an item cannot be used.
         SmallerImagesError: the model takes no smaller images.
     """
@@ -231,6 +232,10 @@ def judge(
         every.append(_Contender(f"images 1/{factor}", SkipPolicy(), own, factor))
     before = plan_of(model).policy
     try:
+        # What does not fit the model is found before anything takes time; what a policy says of
+        # its origin is told when it is judged.
+        for each in every:
+            set_policy(model, replace(each.policy, provenance={}))
         found = _answered(model, every, new_tokens, kept, on_policy, on_batch)
         if rounds:
             speeds = _timed(model, every, new_tokens, rounds)

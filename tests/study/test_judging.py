@@ -18,7 +18,7 @@ import fastskip
 from fastskip.cli import app
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.demo import checkpoint_path
-from fastskip.policy import RouterRule, SkipPolicy
+from fastskip.policy import PolicyError, RouterRule, SkipPolicy
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.agreement import AnswerLog, end_tokens
@@ -129,6 +129,15 @@ def test_a_run_goes_on(
     longer = Exam(ITEMS[:3], exam._processor, config=model.config, new_tokens=33)
     judge(model, [], longer, **options)
     assert len(asked_again) == 4
+
+
+def test_policies_that_do_not_fit_are_found_before_anybody_answers(model: Any, exam: Exam) -> None:
+    missing = RouterRule("1:", skip="ffn", kind="linear", weights="none.safetensors", threshold=0.0)
+    before, told = fastskip.plan_of(model).policy, list[str]()
+    for policy in (SkipPolicy.preset("fastv", after=40), SkipPolicy(routers=(missing,))):
+        with pytest.raises(PolicyError):
+            judge(model, [HALF, ("bad", policy)], exam, rounds=0, on_policy=told.append)
+    assert not told and fastskip.plan_of(model).policy == before
 
 
 def test_damaged_lines_are_asked_again(model: Any, exam: Exam, tmp_path: Path) -> None:
