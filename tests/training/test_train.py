@@ -1,6 +1,7 @@
 """Runs of a few steps: what changes and what does not, resumption, files, masks."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,29 @@ def test_a_run_that_ended_within_a_pass_takes_no_further_step(tmp_path: Path) ->
     assert then.losses == first.losses and then.step_seconds == ()
     assert then.seconds_per_step is None and then.rows_per_second is None
     assert_equal_parameters(again, model)
+
+
+@pytest.mark.parametrize("left", [None, "", '{"global_step": 4, "log_hist'])
+def test_a_checkpoint_that_was_being_written_does_not_count(
+    left: str | None, tmp_path: Path
+) -> None:
+    whole, resumed = prepared(), prepared()
+    straight = run(whole, tmp_path / "straight", steps=6, save_every=2)
+    run(prepared(), tmp_path / "cut", steps=6, save_every=2)
+    shutil.rmtree(tmp_path / "cut" / CHECKPOINTS / "checkpoint-4")
+    half = tmp_path / "cut" / CHECKPOINTS / "checkpoint-6"
+    (half / "optimizer.pt").unlink()
+    (half / "trainer_state.json").unlink()
+    if left is not None:
+        (half / "trainer_state.json").write_text(left)
+    # As if it had been killed while it wrote its first one: there is none to go on from.
+    again = run(resumed, tmp_path / "cut", steps=6, save_every=2, resume=True)
+    assert again.losses == straight.losses and len(again.step_seconds) == 6
+    assert_equal_parameters(resumed, whole)
+    # Killed at a later one, it goes on from the one before.
+    (half / "trainer_state.json").unlink()
+    again = run(prepared(), tmp_path / "cut", steps=6, save_every=2, resume=True)
+    assert again.losses == straight.losses and len(again.step_seconds) == 2
 
 
 @pytest.mark.parametrize("parts", MODEL_PARTS)

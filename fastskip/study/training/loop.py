@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastskip.conversations import Example
 from fastskip.loading import plan_of, set_policy, watching_routers
@@ -135,10 +137,23 @@ def train(
 
 
 def last_checkpoint(out: str | Path) -> str | None:
-    """The folder of the checkpoint with most steps of a run, if it has any."""
-    folder = Path(out) / CHECKPOINTS
-    last: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return last
+    """The folder of the checkpoint with most steps of a run, if it has any that is whole."""
+    folders = (Path(out) / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    whole = [str(folder) for folder in folders if _is_whole(folder)]
+    return max(whole, key=_steps_done, default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all of it was written: the trainer's state, the last of its files, can be read."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _steps_done(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("-")[2])
 
 
 def _begin_at(out: str | Path | None, settings: Settings) -> str | None:
@@ -155,7 +170,7 @@ def _begin_at(out: str | Path | None, settings: Settings) -> str | None:
         # A later resumption would take the higher number for the later one.
         allowed = "a folder without checkpoints, or resume"
         raise SettingsError("out", str(out), allowed)
-    done = 0 if last is None else int(last.rpartition("-")[2])
+    done = 0 if last is None else _steps_done(last)
     if settings.steps is not None and settings.steps < done:
         raise SettingsError("steps", settings.steps, f"{done} or more, as {last} has done so many")
     return last
