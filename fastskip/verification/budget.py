@@ -6,6 +6,7 @@ may err by a small multiple of that. A band of a few units in the last place kee
 from vanishing where the eager error happens to be zero.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,8 @@ class Budget:
 
     @property
     def holds(self) -> bool:
-        """False also where the error is not a number."""
-        return self.error <= self.allowed
+        """False also where the error is not a number, or plain code's own error has no bound."""
+        return self.error <= self.allowed < math.inf
 
     def __str__(self) -> str:
         return (

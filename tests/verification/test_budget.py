@@ -38,6 +38,14 @@ def test_not_a_number_never_holds(bad: float) -> None:
         assert_within_budget("scores", actual, EAGER, TRUTH)
 
 
+def test_an_eager_result_without_bounds_allows_nothing() -> None:
+    eager = EAGER.clone()
+    eager[7] = torch.inf  # say, an overflow of fp16
+    wrong = torch.full_like(EAGER, torch.nan)
+    assert not measure("x", wrong, eager, TRUTH).holds
+    assert not measure("x", torch.zeros_like(EAGER), eager, TRUTH).holds
+
+
 def test_only_the_rows_asked_for_count() -> None:
     actual = EAGER.clone()
     actual[40] = torch.nan
