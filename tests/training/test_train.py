@@ -369,6 +369,8 @@ def test_text_only_models() -> None:
         ({"rate": 0.5}, "rate: 0.5; allowed: none, unless parts is routers"),
         ({"rate": 1.5, "parts": "routers"}, r"rate: 1.5; allowed: a number in \[0, 1\]"),
         ({"schedule": "steep"}, "schedule: 'steep'"),
+        ({"seed": -1}, "seed: -1; allowed: a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed: 4294967296; allowed: a whole number from 0 to 4294967295"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
+from fastskip.policy_fields import SEEDS
+
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
@@ -141,7 +143,7 @@ class Settings:
             _number("epochs", self.epochs, 0, math.inf, open_low=True)
         for name in ("batch", "accumulation"):
             _whole(name, getattr(self, name))
-        _whole("seed", self.seed, 0)
+        _whole("seed", self.seed, 0, SEEDS - 1)
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, 0, math.inf, open_low=True)
         _number("warmup", self.warmup, 0, 1, open_high=True)
@@ -169,9 +171,10 @@ def _choice(kind: type[Choice], field: str, value: object) -> Choice:
         raise SettingsError(field, value, ", ".join(kind)) from None
 
 
-def _whole(field: str, value: object, low: int = 1) -> None:
-    if type(value) is not int or value < low:
-        raise SettingsError(field, value, f"a whole number from {low}")
+def _whole(field: str, value: object, low: int = 1, high: int | None = None) -> None:
+    if type(value) is not int or value < low or (high is not None and value > high):
+        end = "" if high is None else f" to {high}"
+        raise SettingsError(field, value, f"a whole number from {low}{end}")
 
 
 def _number(
