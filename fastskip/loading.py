@@ -25,7 +25,7 @@ from fastskip.families import (
 )
 from fastskip.generation.prepared import prepare
 from fastskip.generation.runtime import Runtime, check_decoder
-from fastskip.generation.saving import POLICY_FILE, policy_of_config
+from fastskip.generation.saving import POLICY_FILE, policy_of_config, write_policy
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.policy_fit import check_fit, origin_of
@@ -197,6 +197,11 @@ def set_policy(
     check_fit(model, chosen)
     runtime.set_plan(plan, own)
     return model
+
+
+def save_policy(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a prepared model's policy as its checkpoints have it, its routers' weights beside."""
+    write_policy(_runtime_of(model).plan.policy, folder)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Linear routers that learn: what training computes, where rates go, and what is written."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,19 @@ def test_the_wanted_rate_is_reached_and_loads_back(rate: float, tmp_path: Path) 
     trained.save(tmp_path / "whole", processor())
     loaded = fastskip.load_model(tmp_path / "whole")
     assert skipped_shares(loaded, held_out) == reached
+
+
+def test_adapters_bring_the_routers_of_their_policy(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = model_of(policy_of(tmp_path / "start", {**LINEAR, "skip": ["ffn"]}))
+    held_out = batches_of(examples(), processor(), Settings(), 1)
+    trained = train(model, processor(), examples(), None, Settings(parts=Parts.LORA, steps=1))
+    trained.save(tmp_path / "adapters")
+    expected = skipped_shares(model_of(SkipPolicy.coerce(trained.policy)), held_out)
+    shutil.rmtree(tmp_path / "start")
+    moved = (tmp_path / "adapters").rename(tmp_path / "elsewhere")
+    base = model_of(SkipPolicy.from_file(moved / "fastskip_policy.json"))
+    assert skipped_shares(base, held_out) == expected
 
 
 @pytest.mark.parametrize("skip", [["ffn"], ["attention"], ["block"]])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastskip.loading import save_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.training.settings import Parts, Settings
 
@@ -56,8 +57,7 @@ class Trained:
             if merge:
                 self.model = self.model.merge_and_unload()
             else:
-                folder.mkdir(parents=True, exist_ok=True)
-                self.policy.save(folder / "fastskip_policy.json")
+                save_policy(self.model.get_base_model(), folder)
         self.model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
