@@ -166,6 +166,8 @@ def test_capacity_and_random_need_no_search(stock: Any, samples: Samples, tmp_pa
     assert all(0.15 < share.achieved <= 0.25 for share in found.shares if share.router == 0)
     with pytest.raises(PolicyError, match=r"routers\[0\].capacity: .* of a rate of 1"):
         calibrate(model, samples, 1, new_tokens=NEW)
+    # Of ten rows that is three: no rounding of 1 - 0.7 makes them four.
+    assert calibrate(model, samples, 0.7, new_tokens=NEW).policy.routers[0].capacity == 0.3
 
 
 def test_rows_that_decide_together_make_steps(stock: Any, samples: Samples) -> None:

@@ -208,7 +208,8 @@ def _start(policy: SkipPolicy, rate: float, per: Per, depth: int) -> SkipPolicy:
             if rate == 1:
                 problem = f"capacity is 1 - rate, of a rate of {rate}"
                 raise PolicyError(f"{name}.capacity", 0, "a rate below 1 beside it", problem)
-            rules.append(replace(rule, capacity=1 - rate))
+            # rounded, as of 0.30000000000000004 of ten rows four would run
+            rules.append(replace(rule, capacity=round(1 - rate, 12)))
         elif per is Per.LAYER:
             layers = select_layers(rule.layers, depth, f"{name}.layers")
             rules += (replace(rule, layers=(layer,)) for layer in layers)
