@@ -142,6 +142,33 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(parts: Parts, tmp_
     assert train(prepared(), processor(), data, tmp_path / "cut", settings).step_seconds == ()
 
 
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rates of optimiser steps, as they are made."""
+    found: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def told(self: torch.optim.AdamW, *arguments: Any, **keywords: Any) -> Any:
+        found.append(round(float(self.param_groups[0]["lr"]), 6))
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", told)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_schedules(schedule: str, expected: list[float], rates: list[float]) -> None:
+    run(prepared(), steps=6, warmup=1 / 3, schedule=schedule, learning_rate=1)
+    assert rates == expected
+
+
 def test_checkpoints_hold_what_learns(tmp_path: Path) -> None:
     model = prepared()
     run(model, tmp_path, save_every=3)

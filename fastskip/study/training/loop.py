@@ -26,12 +26,18 @@ from fastskip.study.training.events import Events, Finished, Masks
 from fastskip.study.training.gates import Gates
 from fastskip.study.training.learner import Learner, TrainingError, require_accelerate
 from fastskip.study.training.parts import adapted, learning, names_of, warn_of_halves
-from fastskip.study.training.settings import Parts, Precision, Settings, SettingsError
+from fastskip.study.training.settings import Parts, Precision, Schedule, Settings, SettingsError
 from fastskip.study.training.sources import source_of
 from fastskip.study.training.trained import Trained
 from fastskip.wording import counted
 
 CHECKPOINTS = "checkpoints"
+_SCHEDULES = {
+    Schedule.CONSTANT: "constant_with_warmup",
+    Schedule.LINEAR: "linear",
+    Schedule.COSINE: "cosine",
+}
+"""As transformers calls them."""
 
 
 def train(
@@ -184,7 +190,7 @@ def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
         max_steps=-1 if settings.steps is None else settings.steps,
         num_train_epochs=1 if settings.epochs is None else settings.epochs,
         learning_rate=settings.peak,
-        lr_scheduler_type=settings.schedule.value,
+        lr_scheduler_type=_SCHEDULES[settings.schedule],
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_gradient_norm,
