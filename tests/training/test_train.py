@@ -169,6 +169,13 @@ def test_schedules(schedule: str, expected: list[float], rates: list[float]) -> 
     assert rates == expected
 
 
+def test_more_steps_go_on_by_the_longer_schedule(rates: list[float], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"schedule": "linear", "warmup": 0, "learning_rate": 1, "batch": 1}
+    run(prepared(), tmp_path, steps=2, save_every=2, **options)
+    run(prepared(), tmp_path, steps=4, save_every=2, resume=True, **options)
+    assert rates == [1, 0.5, 0.5, 0.25]
+
+
 def test_checkpoints_hold_what_learns(tmp_path: Path) -> None:
     model = prepared()
     run(model, tmp_path, save_every=3)

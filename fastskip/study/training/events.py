@@ -32,8 +32,13 @@ class Events(transformers.TrainerCallback):  # type: ignore[misc]
     seconds: list[float] = field(default_factory=list)
     _began: float = 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         self._mask()
+        schedule = given["lr_scheduler"]
+        pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, (peak, share) in zip(given["optimizer"].param_groups, pairs, strict=True):
+            # a checkpoint brings the rate of its own schedule, which may be a shorter one
+            group["lr"] = peak * share(schedule.last_epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
