@@ -274,6 +274,8 @@ def train(
     timed = measuring.batches_of(learned, processor, settings, 2)
     policy_name = fastskip.plan_of(loaded).policy.name
     report: dict[str, Any] = {"model": path, "policy": policy_name, "parts": parts.value}
+    if masks is not None:
+        masks.apply_(loaded)  # as training begins with it, so that losses before and after compare
     if test:
         report["held_out_loss"] = {"before": measuring.held_out_loss(loaded, test)}
     from tqdm import tqdm

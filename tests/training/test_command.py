@@ -66,6 +66,20 @@ def test_a_run(folder: Path, tmp_path: Path) -> None:
     succeed("generate", "-m", tmp_path / "model", "-i", folder / "a.png", "-q", "what?")
 
 
+def test_losses_before_and_after_are_those_of_pruned_weights(folder: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks.safetensors"
+    succeed(
+        *("prune", "-m", folder / "model", "--method", "magnitude", "--ratio", 0.7),
+        *("--save-masks", masks),
+    )
+    rows = folder / "good.jsonl"
+    data = ("--data", rows, "--held-out", rows, "--mask", masks)
+    # The only step is the warm-up's first, which changes nothing.
+    result = succeed(*options(folder, tmp_path / "run", *data, "--steps", 1, "--json"))
+    losses = json.loads(result.stdout)["held_out_loss"]
+    assert losses["before"] == losses["after"]
+
+
 def test_adapters_and_routers(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     data = ("--data", folder / "good.jsonl", "--steps", 2)
