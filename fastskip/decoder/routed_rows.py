@@ -325,7 +325,7 @@ class RoutedRows:
     def _scale(self, cell: RoutedCell, rows: Tensor, factor: Tensor, h: Tensor) -> None:
         """Notes what the changes of candidates are multiplied by."""
         ones = h.new_ones(len(self._layout))
-        for sublayer in cell.skip:
+        for sublayer in sorted(cell.skip):  # a set has another order in each process
             key = cell.layer, sublayer
             found = self._factors.get(key, ones)
             self._factors[key] = found.index_copy(0, rows.to(h.device), factor.to(h.dtype))

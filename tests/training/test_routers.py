@@ -1,6 +1,9 @@
 """Linear routers that learn: what training computes, where rates go, and what is written."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +196,29 @@ def test_a_run_goes_on(tmp_path: Path) -> None:
         except KeyboardInterrupt:
             train(model, processor(), examples(), out, settings)
         found.append((out / weights_file(0)).read_bytes())
+    assert found[0] == found[1]
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tests.training.test_routers import *
+
+folder = Path(sys.argv[1])
+settings = Settings(parts=Parts.ROUTERS, rate=0.5, steps=2, batch=4, learning_rate=0.1, warmup=0)
+model = model_of(policy_of(folder, {**LINEAR, "skip": ["block"]}))
+train(model, processor(), examples(), folder / "run", settings)
+"""
+
+
+def test_every_process_trains_the_same(tmp_path: Path) -> None:
+    """Whatever order the sets of a process have: those of its seeds 1 and 3 differ."""
+    found = []
+    for seed in ("1", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", RUN, str(tmp_path / seed)]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        found.append((tmp_path / seed / "run" / weights_file(0)).read_bytes())
     assert found[0] == found[1]
 
 
