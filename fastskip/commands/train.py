@@ -200,7 +200,8 @@ def train(
     [cyan]fastskip train --demo -o runs/demo[/]
 
     [cyan]fastskip train --data mine.jsonl --images pictures -m llava-hf/llava-1.5-7b-hf -p
-    every_nth_block --precision bfloat16 --checkpointing --save-every 500 -o runs/projector[/]
+    every_nth_block --dtype bfloat16 --precision bfloat16 --checkpointing --save-every 500
+    -o runs/projector[/]
 
     [cyan]fastskip train --data mine.jsonl -p policy.json --parts lora --steps 2000 -o runs/lora[/]
 

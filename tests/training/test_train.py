@@ -366,6 +366,17 @@ def test_bfloat16_products_hold_what_learns_in_fp32(tmp_path: Path) -> None:
     assert torch.equal(logits(fastskip.load_model(tmp_path / "after")), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_bfloat16_products_need_weights_that_go_with_them(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    message = f"precision: 'bfloat16'; allowed: weights, or a model in .* not {name}"
+    for parts in (Parts.PROJECTOR, Parts.LORA):
+        with pytest.raises(SettingsError, match=message):
+            run(prepared().to(dtype), precision="bfloat16", parts=parts)
+    # Weights that all learn are held in fp32 meanwhile.
+    run(prepared().to(dtype), precision="bfloat16", parts=Parts.EVERYTHING)
+
+
 def test_batches_in_which_nothing_learns() -> None:
     """A projector and conversations without images: as if the step had not been."""
     model = prepared()

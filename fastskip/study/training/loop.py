@@ -25,7 +25,7 @@ from fastskip.study.training.encoding import Encoder
 from fastskip.study.training.events import Events, Finished, Masks
 from fastskip.study.training.gates import Gates
 from fastskip.study.training.learner import Learner, TrainingError, require_accelerate
-from fastskip.study.training.parts import adapted, learning, names_of, warn_of_halves
+from fastskip.study.training.parts import adapted, check_precision, learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Schedule, Settings, SettingsError
 from fastskip.study.training.sources import source_of
 from fastskip.study.training.trained import Trained
@@ -93,7 +93,7 @@ def train(
         if last is not None or settings.save_every is not None:
             told = origin.origin_of(model, names, data, settings, masks)
             (origin.keep if last is None else origin.check)(Path(folder), told)
-        warn_of_halves(model, names, settings.precision)
+        check_precision(model, names, settings.precision)
         stack.enter_context(learning(model, names, settings.precision))
         stack.callback(model.train, was_training)
         whole, gates = model, None

@@ -38,14 +38,23 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
     return frozenset(names) if parts is Parts.EVERYTHING else frozenset()
 
 
-def warn_of_halves(model: Any, names: Collection[str], precision: Precision) -> None:
-    """Tells who trains weights of half precision as they are."""
+def check_precision(model: Any, names: Collection[str], precision: Precision) -> None:
+    """Tells who trains weights of half precision as they are.
+
+    Raises:
+        SettingsError: frozen weights are of a dtype that does not mix with bfloat16 products.
+    """
+    frozen = {p.dtype for name, p in model.named_parameters() if name not in names}
+    unfit = ", ".join(sorted(_name(d) for d in frozen - {torch.bfloat16, torch.float32}))
+    if unfit and precision is Precision.BFLOAT16:
+        allowed = f"weights, or a model in bfloat16 or float32, not {unfit}"
+        raise SettingsError("precision", precision.value, allowed)
     halves = {p.dtype for name, p in model.named_parameters() if name in names} & _HALVES
     if halves and precision is Precision.WEIGHTS:
         logger.warning(
-            "what learns is held in %s, where small updates are lost; better: precision bfloat16, "
-            "or a model in float32",
-            ", ".join(sorted(str(dtype) for dtype in halves)),
+            "what learns is held in %s, where small updates are lost; better: a model in float32, "
+            "or in bfloat16 with precision bfloat16",
+            ", ".join(sorted(map(_name, halves))),
         )
 
 
@@ -92,6 +101,10 @@ def adapted(model: Any, lora: Lora, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _peft() -> Any:
