@@ -288,6 +288,31 @@ def test_adapters(tmp_path: Path) -> None:
     assert not torch.equal(logits(prepared()), expected)
 
 
+def test_adapters_are_merged_once(tmp_path: Path) -> None:
+    trained = run(prepared(), parts=Parts.LORA)
+    for name in ("first", "second"):
+        trained.save(tmp_path / name, merge=True)
+    trained.save(tmp_path / "third")
+    first, *others = (fastskip.load_model(tmp_path / n) for n in ("first", "second", "third"))
+    for other in others:
+        assert_equal_parameters(other, first)
+
+
+def test_a_checkpoint_that_nobody_could_load_is_not_written(tmp_path: Path) -> None:
+    """Adapters stay in a model that other parts are then trained of."""
+    model = prepared()
+    adapted = run(model, parts=Parts.LORA).model
+    trained = run(model, parts=Parts.PROJECTOR)
+    with pytest.raises(TrainingError, match="model: holds adapters; needed: merge them"):
+        trained.save(tmp_path / "whole")
+    assert not (tmp_path / "whole").exists()
+    expected = logits(model)
+    adapted.merge_and_unload()
+    trained.save(tmp_path / "whole")
+    merged = logits(fastskip.load_model(tmp_path / "whole"))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 class Holes:
     """Masks of pruned weights: every other column of one matrix."""
 

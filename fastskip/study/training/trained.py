@@ -9,7 +9,8 @@ from typing import Any
 
 from fastskip.loading import save_policy
 from fastskip.policy import SkipPolicy
-from fastskip.study.training.settings import Parts, Settings
+from fastskip.study.training.learner import TrainingError
+from fastskip.study.training.settings import Settings
 
 
 @dataclass(slots=True)
@@ -51,13 +52,19 @@ class Trained:
 
         ``merge``: of LORA, add the adapters to the weights (for good) and write the whole model.
         ``processor``: is written beside it.
+
+        Raises:
+            TrainingError: a model that is no ``peft.PeftModel`` holds adapters of an earlier run.
         """
         folder = Path(folder)
-        if self.settings.parts is Parts.LORA:
-            if merge:
-                self.model = self.model.merge_and_unload()
-            else:
-                save_policy(self.model.get_base_model(), folder)
+        has_adapters = hasattr(self.model, "merge_and_unload")  # until they are merged
+        if has_adapters and merge:
+            self.model = self.model.merge_and_unload()
+        elif has_adapters:
+            save_policy(self.model.get_base_model(), folder)
+        elif any(hasattr(module, "base_layer") for module in self.model.modules()):
+            needed = "merge them into its weights (merge_and_unload of the earlier run's model)"
+            raise TrainingError(f"model: holds adapters; needed: {needed}")
         self.model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
