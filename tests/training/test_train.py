@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import fastskip
+from fastskip.sparse import compress_
+from fastskip.study.pruning import Recipe, prune_
 from fastskip.study.training import (
     DataError,
     Example,
@@ -311,6 +313,22 @@ def test_a_checkpoint_that_nobody_could_load_is_not_written(tmp_path: Path) -> N
     trained.save(tmp_path / "whole")
     merged = logits(fastskip.load_model(tmp_path / "whole"))
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_adapters_need_plain_linears() -> None:
+    model = prepared()
+    adapted = run(model, parts=Parts.LORA).model
+    with pytest.raises(SettingsError, match=r"parts: 'lora'; allowed: .* is a peft.*Linear\)"):
+        run(model, parts=Parts.LORA)
+    adapted.merge_and_unload()
+    run(model, parts=Parts.LORA)
+    for layers in (":", "2:"):
+        pruned = prepared()
+        prune_(pruned, Recipe("magnitude", 0.7, layers=layers))
+        compress_(pruned)
+        with pytest.raises(SettingsError, match=r"parts: 'lora'; .* is a fastskip.*Linear\)"):
+            run(pruned, parts=Parts.LORA)
+        assert not any("lora" in name for name, _ in pruned.named_parameters())
 
 
 class Holes:

@@ -82,15 +82,14 @@ def adapted(model: Any, lora: Lora, seed: int) -> Any:
     """The model with fresh adapters on the linear layers of its decoder, as a ``peft.PeftModel``.
 
     The model itself has them from now on; its own parameters are frozen.
+
+    Raises:
+        SettingsError: a linear layer is no plain one: it has adapters already, or is sparse.
     """
     peft = _peft()
     layers = text_model_of(model).layers
     prefix = next(name for name, module in model.named_modules() if module is layers)
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    linear = _linears_of(layers)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -101,6 +100,16 @@ def adapted(model: Any, lora: Lora, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return peft.get_peft_model(model, config)
+
+
+def _linears_of(layers: nn.Module) -> set[str]:
+    """What a layer calls its linear layers."""
+    found = {name: type(m) for name, m in layers.named_modules() if hasattr(m, "in_features")}
+    for name, kind in found.items():
+        if not issubclass(kind, nn.Linear):
+            unfit = f"{name} is a {kind.__module__}.{kind.__name__}"
+            raise SettingsError("parts", "lora", f"others, or a decoder of plain linears ({unfit})")
+    return {name.rpartition(".")[2] for name in found}
 
 
 def _name(dtype: torch.dtype) -> str:
