@@ -207,11 +207,6 @@ class LayerPlan:
         table = self.table
         return Hollow(self.holding) if isinstance(table, int) else table
 
-    @property
-    def is_even(self) -> bool:
-        """Whether rows of a class do alike here, but for what routers of this layer decide."""
-        return not self.hollow and not any(cell.kv_fallbacks for cell in self.cells.values())
-
     @cached_property
     def row_sets(self) -> tuple[object, ...]:
         """All that decides which rows enter which part; layers alike in it share their rows."""

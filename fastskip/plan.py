@@ -18,7 +18,7 @@ from typing import TypeVar
 from fastskip import costs
 from fastskip.chances import ExpectedPlan, LayerChance, Rate, certain, expected, rates_of
 from fastskip.layer_plan import Cell, LayerPlan, ModelShape, Pool, Table, shape_of_depth
-from fastskip.plan_cells import RoutedCell, resolve_layers
+from fastskip.plan_cells import RoutedCell, kv_sources, resolve_layers
 from fastskip.policy import (
     Arrangement,
     PolicyError,
@@ -173,15 +173,8 @@ class SkipPlan:
         return found
 
     def kv_sources(self, layer: int, token_class: TokenClass) -> tuple[int, ...]:
-        """Where REUSE looks for a row's entry, from the nearest layer below `layer` down to the
-        first that has one for every row of the class."""
-        sources: list[int] = []
-        for plan in reversed(self.layers[:layer]):
-            if token_class in plan.holding:
-                sources.append(plan.index)
-                if token_class not in plan.hollow:
-                    break
-        return tuple(sources)
+        """Where REUSE looks for a row's entry of `layer`; as `plan_cells.kv_sources`."""
+        return kv_sources(self.layers[:layer], token_class)
 
     def layer_when(self, index: int, skipping: frozenset[int]) -> LayerPlan:
         """A layer as it runs where routers of these numbers let all of their rows skip."""

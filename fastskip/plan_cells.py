@@ -66,10 +66,6 @@ class _Skip:
         # attention alone has what the attention would have read in their place.
         return SkippedKV.REUSE if Sublayer.FFN in self.sublayers else SkippedKV.HIDDEN
 
-    @property
-    def is_attention_alone(self) -> bool:
-        return self.sublayers == {Sublayer.ATTENTION}
-
 
 def resolve_layers(
     policy: SkipPolicy, shape: ModelShape
@@ -215,15 +211,22 @@ def _cell(token_class: TokenClass, skip: _Skip, holds_kv: bool, below: Sequence[
     if holds_kv and skip.leaves in (SkippedKV.PROJECT, SkippedKV.HIDDEN):
         return Cell(attention, ffn, skip.leaves)
     if holds_kv and skip.leaves is SkippedKV.REUSE:
-        sources = []
-        for plan in reversed(below):
-            if token_class in plan.holding:
-                sources.append(plan.index)
-                if token_class not in plan.hollow:
-                    break
+        sources = kv_sources(below, token_class)
         if sources:
-            return Cell(attention, ffn, SkippedKV.REUSE, sources[0], tuple(sources[1:]))
+            return Cell(attention, ffn, SkippedKV.REUSE, sources[0], sources[1:])
     return Cell(attention, ffn, SkippedKV.OMIT)
+
+
+def kv_sources(below: Sequence[LayerPlan], token_class: TokenClass) -> tuple[int, ...]:
+    """Where REUSE looks for a row's entry: from the highest of the layers `below` down to the first
+    that has one for every row of the class."""
+    sources: list[int] = []
+    for plan in reversed(below):
+        if token_class in plan.holding:
+            sources.append(plan.index)
+            if token_class not in plan.hollow:
+                break
+    return tuple(sources)
 
 
 def _as_referred(plan: LayerPlan, shape: ModelShape) -> LayerPlan:
