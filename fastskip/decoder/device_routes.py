@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class DeviceRoutes:
         ]
         self._end = max(looking, default=-1)
         self._ran = self._ran_guards() if looking else {}
-        rows = [*self.guards, *(guard for own in self._ran.values() for guard in own)]
+        rows = self._rows()
         self.flags = torch.zeros(len(rows), count, dtype=torch.int32, device=device)
         self._home = dict(zip(map(id, rows), self.flags.unbind(), strict=True))
         self._homes = homes or Homes(self.flags, {})
@@ -203,15 +203,7 @@ def merged(routes: Sequence[Route | None]) -> Route | None:
         return None
     moving = next((route for route in some if route.move is not Move.NONE), some[0])
     verdicts = [verdict for route in some for verdict in route.verdicts]
-    return Route(
-        verdicts,
-        moving.positions,
-        moving.sequences,
-        moving.trace,
-        moving.move,
-        moving.ran,
-        moving.arrivals,
-    )
+    return replace(moving, verdicts=verdicts)
 
 
 def decisions_of(routes: DeviceRoutes, layout: TokenLayout) -> Decisions:

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+N = TypeVar("N", int, Tensor)
 EPSILON = 1e-6
 """Added to the mean square of a row before the score of ``LINEAR`` divides by its root."""
 
@@ -162,9 +164,9 @@ class Route:
     arrivals: Tensor
 
 
-def mixed(value: int) -> int:
-    """A 32-bit number whose bits depend on all bits of ``value`` (the end of MurmurHash3)."""
-    value &= 0xFFFFFFFF
+def mixed(value: N) -> N:
+    """32-bit numbers whose bits depend on all bits of ``value`` (the end of MurmurHash3)."""
+    value = value & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         value = (value ^ value >> shift) * factor & 0xFFFFFFFF
     return value ^ value >> 16
@@ -178,10 +180,7 @@ def signed(salt: int) -> int:
 def draw(positions: Tensor, salt: int) -> Tensor:
     """``u`` in (0, 1] of each position, fp32: ``(mixed(position * 0x9E3779B1 ^ salt) >> 8) + 1``
     in units of ``2 ** -24``, so that 0 never and 1 always reaches it."""
-    value = positions.to(torch.int64) * 0x9E3779B1 & 0xFFFFFFFF ^ salt
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        value = (value ^ value >> shift) * factor & 0xFFFFFFFF
-    value = value ^ value >> 16
+    value = mixed(positions.to(torch.int64) * 0x9E3779B1 ^ salt)
     return ((value >> 8) + 1).to(torch.float32) / (1 << 24)
 
 
