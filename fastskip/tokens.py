@@ -21,6 +21,7 @@ from fastskip.ops.allocate import to_device
 from fastskip.policy import TokenClass
 
 PAD = -1
+HOST = torch.device("cpu")
 CODES = {token_class: code for code, token_class in enumerate(TokenClass)}
 
 
@@ -47,11 +48,15 @@ class Rows:
             return packed if self.count == packed.shape[0] else packed[self.index]
         return packed[to_device(self.index, packed.device)]
 
-    def ids(self, device: torch.device) -> Tensor:
+    def ids(self, device: torch.device = HOST) -> Tensor:
         """The row numbers ``[count]``."""
         if isinstance(self.index, slice):
             return torch.arange(self.index.start, self.index.stop, device=device)
         return self.index
+
+    def through(self, outer: Rows | None) -> Rows:
+        """Of rows that index ``outer``, if there is one: the same, indexing what that indexes."""
+        return self if outer is None else Rows(self.take(outer.ids()), self.count)
 
 
 def add_(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:

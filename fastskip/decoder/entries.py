@@ -277,7 +277,7 @@ class GradientEntries:
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         if self.is_kept:
             self._stored.append(layer, rows, keys.detach(), values.detach())
-        self._new.setdefault(layer, []).append((rows.ids(torch.device("cpu")), keys, values))
+        self._new.setdefault(layer, []).append((rows.ids(), keys, values))
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
         self.append(layer, rows, *self._of(source, rows, self._rows_of(layer)))
@@ -288,7 +288,7 @@ class GradientEntries:
             *(self._of(layer, rows, self._rows_of(layer)) for layer in (first, second)), strict=True
         )
         keys, values = ((a + b) / 2 for a, b in both)
-        own = rows.ids(torch.device("cpu"))
+        own = rows.ids()
         for layer in (first, second):
             ids, old_keys, old_values = self._merged(layer)
             others = ~torch.isin(ids, own)
@@ -306,7 +306,7 @@ class GradientEntries:
         ids, keys, values = self._merged(layer)
         where = torch.full((self._layout.batch * self._layout.width,), -1, dtype=torch.int64)
         where[self._rows_of(layer).places(ids)] = torch.arange(len(ids))
-        index = where[layout.places(rows.ids(torch.device("cpu")))].to(keys.device)
+        index = where[layout.places(rows.ids())].to(keys.device)
         return keys[index], values[index]
 
     def keys(self, layer: int, sequence: int, count: int) -> Tensor:

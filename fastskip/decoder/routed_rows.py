@@ -27,9 +27,8 @@ from fastskip.decoder.trace import RowTrace, trace_start
 from fastskip.plan import LayerPlan, RoutedCell, SkipPlan
 from fastskip.policy import Group, SkippedKV, Sublayer
 from fastskip.routing import Decision, Decisions, Router, RouterError, Scope, ScoreRouter
-from fastskip.tokens import CODES, Rows, TokenLayout
+from fastskip.tokens import CODES, HOST, Rows, TokenLayout
 
-HOST = torch.device("cpu")
 Mask = NDArray[np.bool_]
 FEW = 16
 """Rows for whom plain numbers are quicker than tensors."""
@@ -195,9 +194,7 @@ class RoutedRows:
             self._hold(layer, torch.from_numpy(held))
         going_on, pattern = _rows(_taken(attending, narrow)), None
         if going_on.count:
-            queries = going_on
-            if narrow is not None:
-                queries = Rows(going_on.take(narrow.ids(HOST)), going_on.count)
+            queries = going_on.through(narrow)
             pattern = pattern_of(layer, self._layout, queries, self._entries)
         feeding, is_beside = self._feeding(layer), self._of(layer.beside)
         is_paired = self._of(layer.arranged) if layer.partner is not None else self._nobody
@@ -290,7 +287,7 @@ class RoutedRows:
         within = _rows(_taken(asked, narrow))
         if not within.count:
             return
-        rows = within.ids(HOST) if narrow is None else within.take(narrow.ids(HOST))
+        rows = within.through(narrow).ids()
         context = Candidates(
             layer,
             skip,
@@ -409,7 +406,7 @@ def narrows_after(plan: SkipPlan) -> bool:
 
 def _taken(mask: Mask, narrow: Rows | None) -> Mask:
     """``mask`` of the rows that go on."""
-    return mask if narrow is None else mask[narrow.ids(HOST).numpy()]
+    return mask if narrow is None else mask[narrow.ids().numpy()]
 
 
 def _rows(mask: Mask) -> Rows:

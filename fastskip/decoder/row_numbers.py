@@ -61,8 +61,7 @@ class RowNumbers:
 
     def asking(self, classes: Classes) -> Rows:
         """The same rows, indexing all."""
-        found = self.narrowed(classes)
-        return Rows(found.take(self.going_on().ids(torch.device("cpu"))), found.count)
+        return self.narrowed(classes).through(self.narrow)
 
     def columns(self) -> Tensor:
         """``[N]``: where rows lie in the flattened ``[B * T]`` input; idle ones lie anywhere."""
@@ -79,7 +78,7 @@ class RowNumbers:
     def reading(self) -> Tensor:
         """Which of the rows are read, in the order in which they are."""
         assert self.read is not None
-        return self.read.ids(torch.device("cpu"))
+        return self.read.ids()
 
     def featured(self, count: int = 0) -> Tensor:
         """Whose the features are, and the first row again up to a ``count``."""

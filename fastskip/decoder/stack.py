@@ -28,7 +28,6 @@ from fastskip.policy import Combine, TokenClass
 from fastskip.routing import Router, RoutingRecord
 from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
 
-HOST = torch.device("cpu")
 Watch = Callable[[int, Tensor], None]
 
 
@@ -371,9 +370,7 @@ class _StepRows:
         attending = self._going_on(layer.attending, narrow)
         pattern = None
         if attending.count:
-            queries = attending
-            if narrow is not None:
-                queries = Rows(attending.take(narrow.ids(HOST)), attending.count)
+            queries = attending.through(narrow)
             pattern = pattern_of(layer, self._layout, queries, self._entries)
         is_pair = layer.partner is not None
         paired = layer.arranged if is_pair else frozenset()
