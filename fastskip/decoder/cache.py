@@ -74,15 +74,25 @@ class SkipCache(Cache):
         self.reserve = reserve
         self.prompt_columns: int | None = None
         self.ends_gradients = False
-        self.codes = torch.empty(0, 0, dtype=torch.int64)
-        self.positions = torch.empty(0, 0, dtype=torch.int64)
-        self.gone = torch.empty(0, 0, dtype=torch.int64)
-        self.axes: Tensor | None = None
+        self._begin(0)
         self.tables: dict[Table, EntryTable] = {}
         self.entries: dict[int, LayerEntries] = {}
         # What routers keep from forward to forward, by the number of their rule.
         self.routing: dict[int, dict[str, Any]] = {}
         self._layers_by_table = plan.layers_by_table
+
+    def _begin(self, batch: int) -> None:
+        """No columns of so many sequences."""
+        self.codes, self.positions, self.gone = torch.empty(3, batch, 0, dtype=torch.int64).unbind()
+        self.axes: Tensor | None = None
+
+    def _append(self, codes: Tensor, positions: Tensor, gone: Tensor, axes: Tensor | None) -> None:
+        """Columns that are new, each part as the attribute of its name."""
+        self.codes = torch.cat((self.codes, codes), dim=1)
+        self.positions = torch.cat((self.positions, positions), dim=1)
+        self.gone = torch.cat((self.gone, gone), dim=1)
+        if axes is not None:
+            self.axes = axes if self.axes is None else torch.cat((self.axes, axes), dim=2)
 
     # What the decoder uses.
 
@@ -109,9 +119,7 @@ class SkipCache(Cache):
         self.check_batch(batch)
         if self.codes.shape[0] != batch:
             self.reset()  # what a cropped cache still allocates has another batch size
-            self.codes = torch.empty(batch, 0, dtype=torch.int64)
-            self.positions = torch.empty(batch, 0, dtype=torch.int64)
-            self.gone = torch.empty(batch, 0, dtype=torch.int64)
+            self._begin(batch)
         for table in self._layers_by_table:
             if table not in self.tables:
                 self.tables[table] = EntryTable(batch, is_hollow=isinstance(table, int))
@@ -124,18 +132,13 @@ class SkipCache(Cache):
             if like is not None and is_here:
                 new = layout.counts(classes_of(table))
                 needed = list(map(add, self.tables[table].counts, new))
-                self._make_room(table, needed, layout, like)
+                self.make_room(table, needed, layout, like)
 
     def make_room(
-        self, layer: int, needed: Sequence[int], layout: TokenLayout, like: Tensor
-    ) -> None:
-        """Room for ``needed[b]`` entries of each sequence in a hollow layer, once known."""
-        self._make_room(layer, needed, layout, like)
-
-    def _make_room(
         self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
-        """Room for ``needed[b]`` entries of each sequence in the layers of one table."""
+        """Room for ``needed[b]`` entries of each sequence in the layers of one table; in a hollow
+        layer once that is known."""
         table, slots = self.tables[key], max(needed, default=0)
         if slots <= table.capacity:
             return
@@ -180,15 +183,10 @@ class SkipCache(Cache):
         each of the plan's removals has left.
         """
         stages = (layout, *left)
-        self.codes = torch.cat((self.codes, layout.source), dim=1)
-        self.positions = torch.cat((self.positions, layout.source_positions), dim=1)
-        if layout.source_axes is not None:
-            axes = layout.source_axes
-            self.axes = axes if self.axes is None else torch.cat((self.axes, axes), dim=2)
         gone = torch.full_like(layout.source, STAYS)
         for stage in reversed(range(1, len(stages))):
             gone[stages[stage].source != layout.source] = stage
-        self.gone = torch.cat((self.gone, gone), dim=1)
+        self._append(layout.source, layout.source_positions, gone, layout.source_axes)
         grown = self._count_held(layout, held or {})
         for key, table in self.tables.items():
             if not table.is_hollow:
@@ -222,6 +220,12 @@ class SkipCache(Cache):
         columns = torch.arange(self.columns).masked_fill(self.codes == PAD, 0).amax(1)
         found = self.axes.gather(2, columns.expand(3, -1)[:, :, None])[:, :, 0]
         return found.masked_fill(last < 0, -1)
+
+    def following(self, steps: Tensor | int) -> tuple[Tensor, Tensor | None]:
+        """Where text stands so many ``steps [B, T]`` behind each sequence's last real column:
+        positions ``[B, T]``, and, if columns have them, ``axes [3, B, T]``."""
+        axes = None if self.axes is None else self.last_axes()[:, :, None] + steps
+        return self.last_positions()[:, None] + steps, axes
 
     def next_places(self) -> Tensor:
         """``[B]`` by which position each sequence's next row turns.
@@ -311,10 +315,7 @@ class SkipCache(Cache):
 
     def reset(self) -> None:
         """Forgets every column; buffers are given back."""
-        self.codes = torch.empty(0, 0, dtype=torch.int64)
-        self.positions = torch.empty(0, 0, dtype=torch.int64)
-        self.gone = torch.empty(0, 0, dtype=torch.int64)
-        self.axes = None
+        self._begin(0)
         self.tables.clear()
         self.entries.clear()
         self.routing.clear()

@@ -61,7 +61,7 @@ class PagedCache(SkipCache):
         for pool, layers in self.plan.layers_by_pool.items():
             if isinstance(pool, Hollow):
                 needed = list(map(add, self._most(pool), layout.counts(pool.classes)))
-                self._make_room(layers[0], needed, layout, like)
+                self.make_room(layers[0], needed, layout, like)
 
     def _set_counts(self, counts: Tensor, keys: Iterable[Table], batch: int) -> None:
         self.hollow_counts = counts
@@ -76,7 +76,7 @@ class PagedCache(SkipCache):
         counts = [self.tables[key].counts for key in self.plan.tables_by_pool[pool]]
         return [max(own) for own in zip(*counts, strict=True)]
 
-    def _make_room(
+    def make_room(
         self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
         pool = self.plan.layers[self._layers_by_table[key][0]].pool
@@ -124,13 +124,8 @@ class PagedCache(SkipCache):
         """
         batch = self.codes.shape[0]
         new = torch.full((batch, steps), CODES[TokenClass.GENERATED])
-        positions = self.last_positions()[:, None] + 1 + torch.arange(steps)
-        if self.axes is not None:
-            later = self.last_axes()[:, :, None] + 1 + torch.arange(steps)
-            self.axes = torch.cat((self.axes, later), dim=2)
-        self.codes = torch.cat((self.codes, new), dim=1)
-        self.positions = torch.cat((self.positions, positions), dim=1)
-        self.gone = torch.cat((self.gone, torch.full_like(new, STAYS)), dim=1)
+        positions, axes = self.following(1 + torch.arange(steps))
+        self._append(new, positions, torch.full_like(new, STAYS), axes)
         if held is not None and self.hollow_counts is not None:
             self.hollow_counts[:, :batch] += held.sum(2, dtype=torch.int32)
             hollow = [self.tables[key] for key in self.device_counts]

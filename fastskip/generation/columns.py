@@ -121,7 +121,7 @@ def axes_of(
         return None
     width, session = real.shape[1], runtime.session
     if cache.columns and (given is None or (session is not None and width == 1)):
-        return cache.last_axes()[:, :, None] + real.cumsum(1)
+        return cache.following(real.cumsum(1))[1]
     if given is None:
         return positions.expand(3, -1, -1)
     end = width if session is None or cache.columns else session.prompt_columns
@@ -139,7 +139,7 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
     padding Hugging Face would continue from a pad.
     """
     if runtime.session is not None and cache.columns:
-        return cache.last_positions()[:, None] + real.cumsum(1)
+        return cache.following(real.cumsum(1))[0]
     if given is None:
         positions = _counted(cache, real, counts_pads=runtime.decoder.positions.counts_pads)
     else:

@@ -194,10 +194,7 @@ class _DecodeStep:
         self._norm = final_norm_of(text_model_of(model))
         self._decoder, self._cache = runtime.decoder, cache
         codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])
-        positions = cache.last_positions()[:, None] + 1
-        axes = None
-        if self._decoder.positions.has_axes:
-            axes = cache.last_axes()[:, :, None] + 1
+        positions, axes = cache.following(1)
         self._layout = self._decoder.lay_out(codes, positions, cache, axes)
 
     def __call__(self, tokens: Tensor) -> Tensor:
