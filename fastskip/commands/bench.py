@@ -24,6 +24,8 @@ from fastskip.commands.common import (
     config_of,
     device_of,
     dtype_for,
+    inputs_for,
+    pictures_of,
     policy_of,
     prepare,
     reading,
@@ -207,15 +209,13 @@ def _inputs(
 ) -> Any:
     """A prompt, as asked for or made up; what is wrong with it is found before weights load."""
     from fastskip.families import shape_of
-    from fastskip.images import load_image
-    from fastskip.prompts import build_inputs, processor_for
+    from fastskip.prompts import processor_for
     from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded
 
-    pictures = [load_image(each) for each in images or ()]
-    config = config_of(path)
-    processor = processor_for(path)
+    pictures = pictures_of(images)
     if prompt is not None:
-        return build_inputs(processor, prompt, pictures, config=config, max_new_tokens=new_tokens)
+        return inputs_for(path, prompt, pictures, new_tokens)[1]
+    config, processor = config_of(path), processor_for(path)
     if not pictures and shape_of(config).has_images:
         pictures = [drawn_image(None) if is_demo else drawn_image()]
     every = [

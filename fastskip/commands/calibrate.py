@@ -16,10 +16,9 @@ from fastskip.commands.common import (
     ThreadsOption,
     checkpoint,
     config_of,
-    device_of,
     dtype_for,
+    load,
     prepare,
-    reading,
     resolve_policy,
 )
 from fastskip.commands.samples import SamplesOption, calibration_inputs
@@ -100,16 +99,12 @@ def calibrate(
     _check_output(out)
     inputs, source = calibration_inputs(model, path, config, samples, count, new_tokens)
 
-    import fastskip
+    from tqdm import tqdm
+
     from fastskip.study.calibration import calibrate as find
 
-    place = device_of(device)
-    with reading(path):
-        # Only plain torch asks routers in the open; what it finds holds for the kernels too.
-        loaded = fastskip.load_model(
-            path, policy=chosen, dtype=dtype_for(model, dtype).value, device=place, impl="reference"
-        )
-    from tqdm import tqdm
+    # Only plain torch asks routers in the open; what it finds holds for the kernels too.
+    loaded = load(path, chosen, dtype_for(model, dtype), device, impl="reference")
 
     with tqdm(total=sweeps * len(inputs), desc="samples, all sweeps", disable=None) as bar:
         found = find(

@@ -249,10 +249,25 @@ def resolve_policy(policy: str | None, model: str, config: Any) -> Any:
     return _choose_policy(policy_of(policy), model, config, {})
 
 
-def load(model: str, policy: Any, dtype: Dtype, device: str | None) -> Any:
+def load(
+    model: str, policy: Any, dtype: Dtype, device: str | None, *, impl: str | None = None
+) -> Any:
     """The prepared model."""
     import fastskip
 
     place = device_of(device)
     with reading(model):
-        return fastskip.load_model(model, policy=policy, dtype=dtype.value, device=place)
+        return fastskip.load_model(model, policy=policy, dtype=dtype.value, device=place, impl=impl)
+
+
+def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any:
+    """Hugging Face's own model."""
+    import transformers
+
+    from fastskip.families import model_class_name
+
+    place = device_of(device)
+    with reading(model):
+        model_class = getattr(transformers, model_class_name(config))
+        plain = model_class.from_pretrained(model, dtype=dtype.value, use_safetensors=True)
+    return plain.to(place).eval()

@@ -18,10 +18,9 @@ from fastskip.commands.common import (
     ThreadsOption,
     checkpoint,
     config_of,
-    device_of,
     dtype_for,
+    load,
     prepare,
-    reading,
 )
 from fastskip.commands.outputs import check_file, check_folder
 from fastskip.commands.samples import SamplesOption, calibration_inputs
@@ -194,11 +193,7 @@ def prune(
         recipe = Recipe(ratio=ratio, seed=seed, **asked)
         if recipe.method.value == Method.WANDA:
             inputs, source = calibration_inputs(model, path, config, samples, count, 1)
-    place = device_of(device)
-    with reading(path):
-        loaded = fastskip.load_model(
-            path, dtype=dtype_for(model, dtype).value, device=place, impl="reference"
-        )
+    loaded = load(path, None, dtype_for(model, dtype), device, impl="reference")
     if recipe is not None:
         from tqdm import tqdm
 

@@ -13,10 +13,9 @@ from fastskip.commands.common import (
     ThreadsOption,
     checkpoint,
     config_of,
-    device_of,
     dtype_for,
+    load_plain,
     prepare,
-    reading,
 )
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.commands.exams import (
@@ -158,7 +157,8 @@ def search(
     import fastskip
     from fastskip.machine import ceilings
 
-    plain = _plain_model(path, dtype_for(model, dtype), device)
+    # Hidden states are compared before it is prepared.
+    plain = load_plain(path, config_of(path), dtype_for(model, dtype), device)
     watcher, close = _bars()
     alike = compared(plain, exam, out, watcher)
     prepared = fastskip.apply_(plain, "dense")
@@ -218,22 +218,6 @@ def _exam(items: list["Item"], path: str, batch: int, answer_tokens: int) -> "Ex
     if broken:
         raise first_of(broken)
     return exam
-
-
-def _plain_model(path: str, dtype: Dtype, device: str | None) -> Any:
-    """The checkpoint as Hugging Face gives it: hidden states are compared before it is prepared."""
-    import torch
-    import transformers
-
-    from fastskip.families import model_class_name
-
-    config = config_of(path)
-    wanted: Any = "auto" if dtype is Dtype.AUTO else getattr(torch, dtype.value)
-    with reading(path):
-        made = getattr(transformers, model_class_name(config)).from_pretrained(
-            path, dtype=wanted, use_safetensors=True
-        )
-    return made.to(device_of(device)).eval()
 
 
 def _bars() -> tuple["Watcher", Any]:

@@ -1,6 +1,6 @@
 """`fastskip verify`: does the skipping model compute what its policy says?"""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,12 +14,11 @@ from fastskip.commands.common import (
     ThreadsOption,
     checkpoint,
     config_of,
-    device_of,
     dtype_for,
     inputs_for,
+    load_plain,
     pictures_of,
     prepare,
-    reading,
     resolve_policy,
 )
 
@@ -66,23 +65,10 @@ def verify(
 
     from fastskip.verification.check import verify as check
 
-    plain = _plain(path, config, dtype_for(model, dtype), device)
+    plain = load_plain(path, config, dtype_for(model, dtype), device)
     report = check(plain, chosen, inputs, max_new_tokens=max_new_tokens)
     typer.secho(str(report), fg=None if report.holds else "red")
     if is_drawn:
         typer.echo("  image: a scene that the demo draws; -i FILE takes one of yours")
     if not report.holds:
         raise typer.Exit(EXIT_FAILED)
-
-
-def _plain(path: str, config: Any, dtype: Dtype, device: str | None) -> Any:
-    """Hugging Face's own model, to compare with."""
-    import transformers
-
-    from fastskip.families import model_class_name
-
-    place = device_of(device)
-    with reading(path):
-        model_class = getattr(transformers, model_class_name(config))
-        model = model_class.from_pretrained(path, dtype=dtype.value, use_safetensors=True)
-    return model.to(place).eval()
