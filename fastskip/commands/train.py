@@ -16,9 +16,9 @@ from fastskip.commands.common import (
     ThreadsOption,
     checkpoint,
     config_of,
-    device_of,
+    dtype_for,
+    load,
     prepare,
-    reading,
 )
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.train_inputs import examples_of, masks_of, policy_for
@@ -264,13 +264,9 @@ def train(
 
     require_plots()
     processor = processor_for(path)
-    place = device_of(device)
     # Only plain torch computes gradients and lets routers be replaced while they learn.
     impl = "reference" if parts is Parts.ROUTERS else None
-    with reading(path):
-        loaded = fastskip.load_model(
-            path, policy=chosen, dtype=_dtype(dtype, demo), device=place, impl=impl
-        )
+    loaded = load(path, chosen, dtype_for(model, dtype), device, impl=impl)
     test = [] if measured is None else measuring.batches_of(measured, processor, settings, 8)
     timed = measuring.batches_of(learned, processor, settings, 2)
     policy_name = fastskip.plan_of(loaded).policy.name
@@ -356,8 +352,3 @@ def _check_out(out: Path, resume: bool) -> None:
             if has_checkpoints:
                 allowed += ", or --resume to go on with the one there"
             raise CommandError(f"--out {out}: holds {name} of a run; allowed: {allowed}")
-
-
-def _dtype(dtype: Dtype, demo: bool) -> str:
-    """The demo's weights are stored in bfloat16, in which small steps are lost."""
-    return Dtype.FLOAT32.value if demo and dtype is Dtype.AUTO else dtype.value
