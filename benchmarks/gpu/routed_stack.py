@@ -27,7 +27,7 @@ from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from fastskip.kernels.tuning import Entry, Table
 from fastskip.ops.bodies import bodies_on
-from fastskip.ops.contracts import Activation, Linear
+from fastskip.ops.contracts import Activation
 from fastskip.ops.graphs import capture
 from fastskip.ops.overlap import Overlap, overlapping
 from fastskip.plan import ModelShape, SkipPlan, make_plan
@@ -134,8 +134,8 @@ class Stack:
         return LayerWeights(
             attention_norm=make.norm(),
             qkv=qkv,
-            queries=Linear(qkv.weight[:queries]),
-            keys_values=Linear(qkv.weight[queries:]),
+            queries=qkv.rows(0, queries),
+            keys_values=qkv.rows(queries),
             output=make.linear(size.hidden, queries),
             ffn_norm=make.norm(),
             feed=make.linear(2 * size.ffn, size.hidden),

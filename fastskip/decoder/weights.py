@@ -111,11 +111,11 @@ class MergedProducts:
         self._qkv = _merge((parts.queries, parts.keys, parts.values))
         self._feed = _merge(parts.feed)
         rows = parts.queries.out_features
-        self._q, self._kv = _rows(self._qkv, 0, rows), _rows(self._qkv, rows, None)
+        self._q, self._kv = self._qkv.rows(0, rows), self._qkv.rows(rows)
         groups = parts.keys.out_features // head_dim
         self._split = [rows // head_dim + groups, groups]
-        self._output = (parts.output.weight, parts.output.bias)
-        self._down = (parts.down.weight, parts.down.bias)
+        self._output = Linear(parts.output.weight, parts.output.bias)
+        self._down = Linear(parts.down.weight, parts.down.bias)
         self._activation = parts.known_activation
         self._others = self._unshared(parts)
 
@@ -131,10 +131,8 @@ class MergedProducts:
         qkv = (parts.queries, parts.keys, parts.values)
         others = self._unshared(parts)
         return (
-            _lies_in(self._qkv[0], qkv, "weight")
-            and _lies_in(self._qkv[1], qkv, "bias")
-            and _lies_in(self._feed[0], parts.feed, "weight")
-            and _lies_in(self._feed[1], parts.feed, "bias")
+            _lie_in(self._qkv, qkv)
+            and _lie_in(self._feed, parts.feed)
             and all(a is b for a, b in zip(others, self._others, strict=True))
         )
 
@@ -151,14 +149,14 @@ class MergedProducts:
         assert self._activation is not None
         return LayerWeights(
             attention_norm=self._attention_norm,
-            qkv=Linear(*self._qkv),
-            queries=Linear(*self._q),
-            keys_values=Linear(*self._kv),
-            output=Linear(*self._output),
+            qkv=self._qkv,
+            queries=self._q,
+            keys_values=self._kv,
+            output=self._output,
             ffn_norm=self._ffn_norm,
-            feed=Linear(*self._feed),
+            feed=self._feed,
             activation=self._activation,
-            down=Linear(*self._down),
+            down=self._down,
             head_norms=self._head_norms,
         )
 
@@ -169,7 +167,7 @@ class MergedProducts:
         return self._ops.normalize(x, self._ffn_norm)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        merged = self._ops.linear(x, *self._qkv).view(len(x), -1, self._head_dim)
+        merged = self._heads(x, self._qkv)
         heads, values = torch.split_with_sizes(merged, self._split, dim=1)
         if self._head_norms is not None:
             groups = self._split[1]
@@ -178,12 +176,17 @@ class MergedProducts:
         return heads, values
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        merged = self._ops.linear(x, *self._kv).view(len(x), -1, self._head_dim)
-        keys, values = merged.chunk(2, dim=1)
+        keys, values = self._heads(x, self._kv).chunk(2, dim=1)
         return self._norm_keys(keys), values
 
     def queries(self, x: Tensor) -> Tensor:
-        return self._norm_queries(self._ops.linear(x, *self._q).view(len(x), -1, self._head_dim))
+        return self._norm_queries(self._heads(x, self._q))
+
+    def _heads(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._apply(x, linear).view(len(x), -1, self._head_dim)
+
+    def _apply(self, x: Tensor, linear: Linear) -> Tensor:
+        return self._ops.linear(x, linear.weight, linear.bias)
 
     def _norm_queries(self, heads: Tensor) -> Tensor:
         norms = self._head_norms
@@ -194,13 +197,12 @@ class MergedProducts:
         return heads if norms is None else self._ops.normalize(heads, norms.keys)
 
     def attention_output(self, x: Tensor) -> Tensor:
-        return self._ops.linear(x, *self._output)
+        return self._apply(x, self._output)
 
     def ffn(self, x: Tensor) -> Tensor:
         if self._activation is None:
-            fed = self._parts.activate(self._ops.linear(x, *self._feed))
-            return self._ops.linear(fed, *self._down)
-        return self._ops.feed_forward(x, Linear(*self._feed), self._activation, Linear(*self._down))
+            return self._apply(self._parts.activate(self._apply(x, self._feed)), self._down)
+        return self._ops.feed_forward(x, self._feed, self._activation, self._down)
 
 
 class BlockWeights:
@@ -285,13 +287,13 @@ def _are_alike(modules: Sequence[Any]) -> bool:
     )
 
 
-def _merge(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias storages of modules that read one input."""
+def _merge(modules: Sequence[Any]) -> Linear:
+    """One product, in storages of its own, of modules that read one input."""
     for module in modules:
         if _leave_with_own_storage not in module._state_dict_hooks.values():
             module.register_state_dict_post_hook(_leave_with_own_storage)
     has_bias = modules[0].bias is not None
-    return _share(modules, "weight"), _share(modules, "bias") if has_bias else None
+    return Linear(_share(modules, "weight"), _share(modules, "bias") if has_bias else None)
 
 
 def _share(modules: Sequence[Any], name: str) -> Tensor:
@@ -339,11 +341,9 @@ def _leave_with_own_storage(
             state[prefix + name] = tensor.clone()
 
 
-def _rows(
-    group: tuple[Tensor, Tensor | None], start: int, stop: int | None
-) -> tuple[Tensor, Tensor | None]:
-    weight, bias = group
-    return weight[start:stop], None if bias is None else bias[start:stop]
+def _lie_in(merged: Linear, modules: Sequence[Any]) -> bool:
+    """Whether the modules' weights and biases lie in those of ``merged``."""
+    return _lies_in(merged.weight, modules, "weight") and _lies_in(merged.bias, modules, "bias")
 
 
 def _lies_in(storage: Tensor | None, modules: Sequence[Any], name: str) -> bool:

@@ -294,8 +294,8 @@ def _project_normed(
 def _project_apart(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
     """Queries of the chosen rows, and entries of all."""
     width = own.heads * own.head_dim
-    queries = replace(own, linear=_rows(own.linear, 0, width), pages=None)
-    entries = replace(own, linear=_rows(own.linear, width, None))
+    queries = replace(own, linear=own.linear.rows(0, width), pages=None)
+    entries = replace(own, linear=own.linear.rows(width))
     _project_normed(h, [entries], None, None)
     return _project_normed(h, [queries], None, chosen)[0]
 
@@ -313,7 +313,7 @@ def _project_chosen(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
         linear_rows(x, own.linear, out=heads, out_index=index, count=count)
     else:
         x, width = normalize(h, own.norm), own.heads * own.head_dim
-        queries, entries = _rows(own.linear, 0, width), _rows(own.linear, width, None)
+        queries, entries = own.linear.rows(0, width), own.linear.rows(width)
         _product(x, entries, _choice(x, None, [entries], chosen), out=heads[:, width:])
         linear_rows(x, queries, index=index, out=heads[:, :width], out_index=index, count=count)
     return rotate_append(heads.unflatten(1, (-1, own.head_dim)), own, runs=chosen.runs)
@@ -394,12 +394,6 @@ def _add_term(
         if term.linear.bias is not None:
             # A weight: that it may be trained elsewhere is no matter here.
             add_rows_(h, term.linear.bias.detach().expand(len(h), -1), factor=factor)
-
-
-def _rows(linear: Linear, first: int, last: int | None) -> Linear:
-    """Some of the rows of a product's weight."""
-    bias = linear.bias
-    return Linear(linear.weight[first:last], None if bias is None else bias[first:last])
 
 
 def _product(x: Tensor, linear: Linear, by: str, out: Tensor | None = None) -> Tensor:

@@ -73,6 +73,11 @@ class Linear:
     weight: Tensor
     bias: Tensor | None = None
 
+    def rows(self, first: int, last: int | None = None) -> Linear:
+        """The product with some of the weight's rows."""
+        bias = self.bias
+        return Linear(self.weight[first:last], None if bias is None else bias[first:last])
+
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
