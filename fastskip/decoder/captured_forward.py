@@ -22,18 +22,17 @@ from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.fused_steps import run_steps
+from fastskip.decoder.kept_graphs import Graphs
 from fastskip.decoder.paged_cache import PagedCache, aligned_counts
 from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
-from fastskip.decoder.recent import Recent, Sightings
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two, rounded_rows
 from fastskip.layer_plan import Pool, stage_of
 from fastskip.ops.allocate import copy_over, empty
-from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.contracts import Rotation
 from fastskip.ops.graph_nodes import can_switch
-from fastskip.ops.graphs import capture, new_pool
+from fastskip.ops.graphs import capture
 from fastskip.plan import SkipPlan
 from fastskip.routing import Router
 
@@ -255,8 +254,8 @@ def _pools(cache: PagedCache, stage: int) -> list[Pool]:
     return [key for key in cache.pools if stage_of(key) == stage]
 
 
-class CapturedForwards:
-    """The captured forwards of one decoder; the least recently used one goes first.
+class CapturedForwards(Graphs[ForwardShape, CapturedForward]):
+    """The captured forwards of one decoder.
 
     A shape gets a graph when it comes for the second time, or later where another one goes for it:
     most prompts of a kind share a few shapes, and a capture takes as long as several prompts.
@@ -266,28 +265,8 @@ class CapturedForwards:
     """
 
     def __init__(self, switches: bool | None = None) -> None:
+        super().__init__(KEPT, SEEN)
         self.switches = switches
-        self._bodies: Bodies | None = None
-        self._version: object = None
-        self._kept: Recent[ForwardShape, CapturedForward] = Recent(KEPT)
-        self._sightings: Sightings[ForwardShape] = Sightings(SEEN)
-        self._pool: Any = None
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def find(self, shape: ForwardShape, version: object) -> CapturedForward | None:
-        """The graph of a shape, if any; ``version``: all else that graphs have baked in."""
-        version = version, self.switches
-        if version != self._version:
-            self._version, self._pool, self._bodies = version, None, None
-            self._kept.clear()
-            self._sightings.clear()
-        return self._kept.get(shape)
-
-    def pays(self, shape: ForwardShape) -> bool:
-        """Whether a graph of a shape pays that is asked for and has none."""
-        return self._sightings.pays(shape, has_room=self._kept.has_room)
 
     def blocks(
         self, blocks: Sequence[FusedBlock], plan: SkipPlan, device: torch.device
@@ -296,16 +275,5 @@ class CapturedForwards:
         does_switch = can_switch(device) if self.switches is None else self.switches
         if not plan.routed or not does_switch:
             return blocks
-        if self._bodies is None:
-            self._bodies = bodies_on(device)
-        return [CountedBlock.of(block, self._bodies) for block in blocks]
-
-    def pool(self, device: torch.device) -> Any:
-        """The memory of all graphs kept."""
-        if self._pool is None:
-            self._pool = new_pool(device)
-        return self._pool
-
-    def keep(self, shape: ForwardShape, forward: CapturedForward) -> None:
-        """Keeps the graph of a shape; the least recently used one goes if there are too many."""
-        self._kept.keep(shape, forward)
+        bodies = self.bodies(device)
+        return [CountedBlock.of(block, bodies) for block in blocks]

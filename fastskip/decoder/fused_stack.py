@@ -308,18 +308,16 @@ class FusedDecoder(Decoder):
         layout = layout.filled(rounded_rows)
         numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
         shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions, stage)
-        version = self.version, self.addresses()
-        forward = self.captured.find(shape, version)
+        graphs = self.captured
+        graphs.renew((self.version, self.addresses(), graphs.switches))
+        forward = graphs.get(shape)
         if forward is None:
-            if not self.captured.pays(shape):
+            if not graphs.pays(shape):
                 return None
-            blocks = self.captured.blocks(self._fused_blocks, self.plan, h.device)
+            blocks = graphs.blocks(self._fused_blocks, self.plan, h.device)
             layers = Layers(self.plan, blocks, self.positions, self.routers)
-            pool = self.captured.pool(h.device)
-            # Its buffers outlive a caller's inference mode, which would forbid writing them later.
-            with torch.inference_mode(False), torch.no_grad():
-                forward = CapturedForward(layers, shape, h, numbers, cache, pool)
-            self.captured.keep(shape, forward)
+            build = partial(CapturedForward, layers, shape, h, numbers, cache)
+            forward = graphs.make(shape, h.device, build)
         return forward, numbers
 
     def _check(self, cache: PagedCache, wants_gradient: bool) -> None:

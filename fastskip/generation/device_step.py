@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
@@ -16,17 +15,17 @@ from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.hopping import Hopping
+from fastskip.decoder.kept_graphs import Graphs
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.recent import Recent
 from fastskip.decoder.sizes import power_of_two
 from fastskip.decoder.step_state import StepShape, StepState
 from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.conditional import MOST_ROWS, Guarding
 from fastskip.ops import Implementation
 from fastskip.ops.allocate import on_host
-from fastskip.ops.bodies import Bodies, bodies_on
+from fastskip.ops.bodies import Bodies
 from fastskip.ops.contracts import Linear, Norm, Rotation
-from fastskip.ops.graphs import capture, new_pool
+from fastskip.ops.graphs import capture
 from fastskip.ops.overlap import Overlap, can_overlap, overlapping
 from fastskip.ops.ranges import are_on, span
 
@@ -149,10 +148,7 @@ class DeviceSteps:
         self.guarding = Guarding.EARLY_EXIT
         self.overlap = Overlap.START
         self.halves = False
-        self._bodies: Bodies | None = None
-        self._steps: Recent[tuple[object, ...], DeviceStep] = Recent(KEPT)
-        self._version: object = None
-        self._pool: Any = None
+        self._steps: Graphs[tuple[object, ...], DeviceStep] = Graphs(KEPT)
         self._depth = 0
 
     @contextmanager
@@ -197,10 +193,7 @@ class DeviceSteps:
         # All that a graph has baked in.
         around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
         version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
-        if version != self._version:
-            self._steps.clear()
-            self._version, self._pool = version, new_pool(decoder.anchor.device)
-            self._bodies = None
+        self._steps.renew(version)
         # Rounded up far, since every size is a capture of its own.
         slots = max(SLOTS, power_of_two(columns))
         shape = StepShape(
@@ -217,38 +210,34 @@ class DeviceSteps:
         guarding = Guarding.EARLY_EXIT if bodies is None else self.guarding
         key = (shape, positions, chooses, guarding, overlap, self.halves, self._depth)
         step = self._steps.get(key)
-        if step is None and makes:
-            self._steps.make_room(key)
-            # Its buffers outlive a caller's inference mode, which would forbid writing them later.
-            with torch.inference_mode(False), torch.no_grad():
-                rotation = decoder.positions.rotation(positions, decoder.anchor)
-                step = DeviceStep(
-                    model,
-                    decoder,
-                    shape,
-                    rotation,
-                    self._pool,
-                    chooses=chooses,
-                    guarding=guarding,
-                    bodies=bodies,
-                    overlap=overlap,
-                    halves=self.halves,
-                )
-            self._steps.keep(key, step)
-        return step
+        if step is not None or not makes:
+            return step
+        return self._steps.make(
+            key,
+            decoder.anchor.device,
+            lambda pool: DeviceStep(
+                model,
+                decoder,
+                shape,
+                decoder.positions.rotation(positions, decoder.anchor),
+                pool,
+                chooses=chooses,
+                guarding=guarding,
+                bodies=bodies,
+                overlap=overlap,
+                halves=self.halves,
+            ),
+        )
 
     def _bodies_for(self, decoder: FusedDecoder, shape: StepShape) -> Bodies | None:
         is_wanted = self.guarding is not Guarding.EARLY_EXIT and bool(decoder.plan.routed)
         if not is_wanted or shape.batch > MOST_ROWS:
             return None
-        if self._bodies is None:
-            self._bodies = bodies_on(decoder.anchor.device)
-        return self._bodies
+        return self._steps.bodies(decoder.anchor.device)
 
     def __getstate__(self) -> dict[str, Any]:
         settings = {"guarding": self.guarding, "overlap": self.overlap, "halves": self.halves}
-        nothing = dict.fromkeys(("_version", "_pool", "_bodies"))
-        return {"_steps": Recent(KEPT), "_depth": 0, **settings, **nothing}
+        return {**type(self)().__dict__, **settings}
 
 
 def bucket(count: int) -> int:

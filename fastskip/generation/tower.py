@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import hooks_of, is_transformers_own
+from fastskip.decoder.kept_graphs import Graphs
 from fastskip.decoder.module_state import ModuleState
-from fastskip.decoder.recent import Recent, Sightings
-from fastskip.ops.graphs import capture, new_pool
+from fastskip.ops.graphs import capture
 
 KEPT = 4
 """Graphs kept; they share their activations' memory."""
@@ -43,9 +43,7 @@ class TowerGraphs:
         self.captures: bool | None = None
         self._state: ModuleState | None = None
         self._is_capturable = False
-        self._graphs: Recent[Hashable, TowerGraph] = Recent(KEPT)
-        self._sightings: Sightings[Hashable] = Sightings(SEEN)
-        self._pool: Any = None
+        self._graphs: Graphs[Hashable, TowerGraph] = Graphs(KEPT, SEEN)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -63,24 +61,17 @@ class TowerGraphs:
             return forward(tower, **inputs)
         if self._state is None or not self._state.is_current():
             self._graphs.clear()
-            self._sightings.clear()
         graph = self._graphs.get(call)
         if graph is not None:
             return graph.run(pixels)
-        pays = self._sightings.pays(call, has_room=self._graphs.has_room)
-        if pays and self._is_capturable:
+        if self._graphs.pays(call) and self._is_capturable:
             held = weakref.ref(tower)  # which has what keeps this
             work = lambda own: forward(held(), own, **options)  # noqa: E731
-            return self._made(call, work, pixels).run(pixels)
+            build = lambda pool: TowerGraph(work, pixels.clone(), pool)  # noqa: E731
+            return self._graphs.make(call, pixels.device, build).run(pixels)
         output = forward(tower, **inputs)
         self._look_at(tower)  # now: a first forward may leave transformers' own hooks
         return output
-
-    def _made(self, call: Hashable, forward: Forward, pixels: Tensor) -> TowerGraph:
-        self._graphs.make_room(call)
-        # Its buffers outlive a caller's inference mode, which would forbid writing them later.
-        with torch.inference_mode(False), torch.no_grad():
-            return self._graphs.keep(call, TowerGraph(forward, pixels.clone(), self._pool))
 
     def _call(self, pixels: Any, options: Mapping[str, Any]) -> Hashable:
         """What a graph has baked in of a call; ``None`` where it cannot be captured."""
@@ -105,7 +96,6 @@ class TowerGraphs:
         if self._state is not None and self._state.is_current():
             return
         self._state = ModuleState(tower)
-        self._pool = new_pool(next(tower.parameters()).device)
         modules = list(tower.modules())
         hooks = [hook for module in modules for hook in hooks_of(module)]
         # Others, such as adapters, may do something else the next time, and no weight shows it.

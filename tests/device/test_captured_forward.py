@@ -7,6 +7,7 @@ the memory says all that a forward depends on.
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -167,9 +168,9 @@ def test_decisions(name: str, trio: Trio, batches: list[Batch], at_once: None) -
     first, other = batches[:2]
     check_generate(trio, ROUTED[name], first, new=2)
     model = trio.prepared
-    (forward,) = captured_of(model)._kept.values()
+    (forward,) = captured_of(model).values()
     scores, masks = scores_of(model, other)
-    assert list(captured_of(model)._kept.values()) == [forward]
+    assert list(captured_of(model).values()) == [forward]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CapturedForwards, "pays", lambda *_: False)
         model = trio.under(ROUTED[name])
@@ -198,7 +199,7 @@ class Counting(HostBodies):
 def switched(trio: Trio, at_once: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     """Captured prompts go by bodies of 4, 8, 12, ... rows."""
     made = Counting()
-    monkeypatch.setattr("fastskip.decoder.captured_forward.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.decoder.kept_graphs.bodies_on", lambda device: made)
     monkeypatch.setattr("fastskip.ops.bodies.BOUNDS", 4)
     monkeypatch.setattr("fastskip.ops.compiled.FEW_CHOSEN", 4)
     captured = captured_of(trio.prepared)
@@ -214,7 +215,7 @@ def test_bodies_for_numbers_of_rows(
     """Against the oracle, with the decisions read back."""
     check_generate(trio, SWITCHED[name], batches[1], new=2)
     bounds = switched.bounds
-    (shape,) = (key for key, _ in captured_of(trio.prepared)._kept.items())
+    (shape,) = (key for key, _ in captured_of(trio.prepared).items())
     assert all(bound is not None and bound % 4 == 0 for bound in bounds)
     if name == "parallel, two flags":  # their launches are shared
         assert not bounds
@@ -281,7 +282,7 @@ def test_every_row_and_later_turns(trio: Trio, batches: list[Batch], at_once: No
 def test_what_is_not_captured(trio: Trio, batches: list[Batch], at_once: None) -> None:
     model = trio.under(policy_of())
     generate(model, batches[0], 1)
-    (forward,) = captured_of(model)._kept.values()
+    (forward,) = captured_of(model).values()
     forward._replay = pytest.fail
     with torch.no_grad():
         model(**batches[0].inputs(), output_hidden_states=True)
@@ -296,17 +297,21 @@ def test_few_are_kept() -> None:
     captured = CapturedForwards()
     shapes = [ForwardShape(1, (0, rows), None, None, 1, 64) for rows in range(KEPT + 1)]
     forwards = [object() for _ in shapes]
+    captured.renew("version")
     for shape, forward in zip(shapes, forwards, strict=True):
-        assert captured.find(shape, "version") is None
+        assert captured.get(shape) is None
         times = 1
         while not captured.pays(shape):
             times += 1
         assert times == (2 if shape is not shapes[-1] else OFTEN)
-        captured.keep(shape, forward)  # type: ignore[arg-type]
-        assert captured.find(shape, "version") is forward
-    assert captured.find(shapes[0], "version") is None
-    assert captured.find(shapes[-1], "version") is forwards[-1]
-    assert captured.find(shapes[-1], "another version") is None
+        build = partial(lambda made, pool: made, forward)
+        assert captured.make(shape, torch.device("cpu"), build) is forward  # type: ignore[arg-type]
+        assert captured.get(shape) is forward
+    captured.renew("version")
+    assert captured.get(shapes[0]) is None
+    assert captured.get(shapes[-1]) is forwards[-1]
+    captured.renew("another version")
+    assert captured.get(shapes[-1]) is None
     assert not captured.pays(shapes[-1])
 
 

@@ -92,7 +92,7 @@ def batch(trio: Trio) -> Batch:
 def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     made = Counting()
     steps = trio.prepared._fastskip.steps
-    monkeypatch.setattr("fastskip.generation.device_step.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.decoder.kept_graphs.bodies_on", lambda device: made)
     steps.guarding, steps._bodies = Guarding.CONDITIONAL, None
     steps._steps.clear()
     yield made

@@ -94,7 +94,7 @@ def batch(trio: Trio) -> Batch:
 def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     made = Counting()
     steps = trio.prepared._fastskip.steps
-    monkeypatch.setattr("fastskip.generation.device_step.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.decoder.kept_graphs.bodies_on", lambda device: made)
     monkeypatch.setattr("fastskip.generation.device_step.can_overlap", lambda device: True)
     steps.guarding, steps._bodies = Guarding.HOPS, None
     steps._steps.clear()

@@ -68,7 +68,7 @@ def test_prompts_by_switches_and_by_counts(name: str) -> None:
         captured.switches = switches
         with torch.no_grad():
             found[switches] = [model(input_ids=ids).logits for _ in range(4)]
-        (forward,) = captured._kept.values()
+        (forward,) = captured.values()
         assert isinstance(forward._layers.blocks[0], CountedBlock) is switches
     eager, *counted = found[False]
     for logits in (*counted, *found[True]):
