@@ -99,6 +99,10 @@ class SkipPlan:
 
         return tuple(tuple(steps) for _, steps in groupby(self.steps, stage))
 
+    def looked_at(self, stage: int) -> int | None:
+        """The layer whose input the removal behind a stage looks at, if one comes behind it."""
+        return self.removals[stage].after_layer if stage < len(self.removals) else None
+
     @cached_property
     def layers_by_table(self) -> dict[Table, tuple[int, ...]]:
         """The layers whose entries are counted together."""

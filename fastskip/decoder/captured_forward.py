@@ -115,8 +115,7 @@ class CapturedForward:
         self._layers, plan, anchor = layers, layers.plan, cache.anchor
         device = anchor.device
         self._stage, self._steps = shape.stage, plan.stages[shape.stage]
-        # Whose input a removal behind the stage looks at.
-        self._asked = self._steps[-1][-1] if shape.stage < len(plan.removals) else None
+        self._asked = plan.looked_at(shape.stage)
         self._entered: Tensor | None = None
         self._h = empty((len(numbers.layout), h.shape[-1]), anchor.dtype, device)
         keys = _pools(cache, shape.stage)

@@ -36,7 +36,7 @@ from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import rounded_rows
 from fastskip.decoder.stack import Decoder, Watch
-from fastskip.decoder.staged_forward import StagedForward
+from fastskip.decoder.staged_forward import Ran, StagedForward
 from fastskip.layer_plan import Table
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
@@ -194,74 +194,51 @@ class FusedDecoder(Decoder):
         self._check(cache, wants_gradient)
         self.check_places(layout.positions, layout.first_column + layout.width)
         cache.grow(layout, self.anchor)
+        run_stage = partial(self._run_stage, cache, features)
         if self.plan.removals:
             record = None if self.record is None else self.record.forwards.append
-            run_stage = partial(self._run_stage, features)
             staged = StagedForward(self.plan, run_stage, self._blocks, self.positions)
             return staged.run(h, layout, cache, wanted, watch, record)
-        captured = self._captured(h, layout, cache, wanted, watch, 0, features)
-        if captured is not None:
-            forward, numbers = captured
-            layout = numbers.layout
-            out, held, routes = forward.run(h, numbers, cache), forward.held, forward.routes
-        else:
-            numbers = self._numbers(layout, cache.codes, wanted, features)
-            packed = self.positions.embed(layout.pack(h), layout.positions)
-            rows, out = self._launch(packed, numbers, cache, watch, 0)
-            held, routes = rows.held, rows.routes
-        cache.commit(layout, _columns_of(held, layout))
-        if self.record is not None and routes is not None:
-            self.record.forwards.append(decisions_of(routes, layout))
-        return out
+        ran = run_stage(h, layout, wanted, watch, 0)
+        cache.commit(ran.layout, _columns_of(ran.held, ran.layout))
+        if self.record is not None and ran.routes is not None:
+            self.record.forwards.append(decisions_of(ran.routes, ran.layout))
+        return ran.out
 
     def _run_stage(
         self,
+        cache: PagedCache,
         features: DeepFeatures | None,
         h: Tensor,
         layout: TokenLayout,
-        cache: PagedCache,
         wanted: Tensor | None,
         watch: Watch | None,
         stage: int,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Ran:
         """As ``staged_forward.RunStage``."""
         captured = self._captured(h, layout, cache, wanted, watch, stage, features)
         if captured is not None:
             forward, numbers = captured
             out, entered = forward.run(h, numbers, cache), forward.entered
-            return out, None if entered is None else numbers.layout.real(entered)
+            entered = None if entered is None else numbers.layout.real(entered)
+            return Ran(out, numbers.layout, forward.held, forward.routes, entered)
         numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
         packed = h if stage else self.positions.embed(layout.pack(h), layout.positions)
-        is_asked, last = stage < len(self.plan.removals), self.plan.stages[stage][-1][-1]
-        found: list[Tensor] = []
+        seen: list[Tensor] = []
 
         def note(layer: int, rows: Tensor) -> None:
-            if is_asked and layer == last:
-                found.append(rows.clone())
+            if layer == self.plan.looked_at(stage):
+                seen.append(rows.clone())
 
-        _, out = self._launch(packed, numbers, cache, watch, stage, note)
-        return out, found[0] if found else None
-
-    def _launch(
-        self,
-        packed: Tensor,
-        numbers: RowNumbers,
-        cache: PagedCache,
-        watch: Watch | None,
-        stage: int,
-        note: Watch | None = None,
-    ) -> tuple[ForwardRows, Tensor]:
-        """The layers of a stage on ``packed [N, D]``, which is written, one launch at a time."""
         send = sender(numbers, cache.anchor.device)
         rows = ForwardRows(
             self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
         )
-        layout = numbers.layout
         rotation = self.positions.rotation(layout.positions_needed, packed, layout.axes)
         store, steps = Store(rotation, cache.pages_of), self.plan.stages[stage]
-        features = numbers.features
-        if features is not None:
-            features = replace(features, rows=send(RowNumbers.featured))
+        placed = numbers.features
+        if placed is not None:
+            placed = replace(placed, rows=send(RowNumbers.featured))
         with span("decoder"):
             out = run_steps(
                 self.plan,
@@ -271,10 +248,11 @@ class FusedDecoder(Decoder):
                 store,
                 watch,
                 steps,
-                features=features,
+                features=placed,
                 note=note,
             ).h
-        return rows, out if numbers.read is None else numbers.read.take(out)
+        out = out if numbers.read is None else numbers.read.take(out)
+        return Ran(out, layout, rows.held, rows.routes, seen[0] if seen else None)
 
     def _numbers(
         self,

@@ -6,12 +6,12 @@ for that once a removal. Each stage is a forward of its own, captured like any o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
+from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.entries import SlotMap
 from fastskip.decoder.layer import Block
 from fastskip.decoder.paged_cache import PagedCache
@@ -23,20 +23,22 @@ from fastskip.routing import Decisions
 from fastskip.tokens import TokenLayout
 
 
-class RunStage(Protocol):
-    """Runs the layers of one stage."""
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What the layers of one stage have left of rows in a ``layout``: the rows that go on, who has
+    an entry in each hollow layer ``[N]``, what was decided on the device, and what ``entered`` the
+    last layer, ``[N, D]`` without idle rows, if a removal comes after it."""
 
-    def __call__(
-        self,
-        h: Tensor,
-        layout: TokenLayout,
-        cache: PagedCache,
-        wanted: Tensor | None,
-        watch: Watch | None,
-        stage: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``h``: columns ``[B, T, D]``, in later stages rows ``[N, D]``. Returns the rows that go
-        on, and what entered the last layer, ``[N, D]``, if a removal comes after it."""
+    out: Tensor
+    layout: TokenLayout
+    held: Mapping[int, Tensor]
+    routes: DeviceRoutes | None
+    entered: Tensor | None
+
+
+RunStage = Callable[[Tensor, TokenLayout, Tensor | None, Watch | None, int], Ran]
+"""Runs the layers of one stage: on columns ``[B, T, D]``, in later stages on rows ``[N, D]``, their
+layout, and what is wanted of them and who watches, as of ``Decoder.run``."""
 
 
 class PagedKeys:
@@ -99,9 +101,10 @@ class StagedForward:
             last = steps[-1][-1]
             goes_on = None if late is not None else wanted
             seen = None if watch is None else see
-            h, entered = self.run_stage(h, rest.layout, cache, goes_on, seen, stage)
-            if entered is not None:
-                rest.look(last, entered)
+            ran = self.run_stage(h, rest.layout, goes_on, seen, stage)
+            h = ran.out
+            if ran.entered is not None:
+                rest.look(last, ran.entered)
                 h = rest.remove(last, h)
         cache.commit(layout, left=keys.left)
         if record is not None:
