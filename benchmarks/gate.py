@@ -29,11 +29,14 @@ _WIDER = {torch.float32: torch.float64}  # the truth of anything narrower is in 
 
 def faults(models: Models, policies: Mapping[str, SkipPolicy]) -> dict[str, str]:
     """Name -> what is wrong, of the policies under which our model is not what the oracle is."""
-    hf = models.hf
-    truth = copy.deepcopy(hf).to(_WIDER.get(hf.dtype, torch.float32))
-    prompt = _prompt(hf)
+    truth, prompt = truth_of(models.hf), _prompt(models.hf)
     found = {name: _fault(models, truth, prompt, policy) for name, policy in policies.items()}
     return {name: fault for name, fault in found.items() if fault}
+
+
+def truth_of(hf: Any) -> Any:
+    """Hugging Face's model in a dtype whose rounding does not count."""
+    return copy.deepcopy(hf).to(_WIDER.get(hf.dtype, torch.float32))
 
 
 def _fault(models: Models, truth: Any, prompt: Prompt, policy: SkipPolicy) -> str | None:

@@ -6,7 +6,6 @@ once its gradients are those of autograd through the masked dense computation.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import fastskip
+from benchmarks.gate import truth_of
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, Shape, models, prompts
 from fastskip.policy import SkipPolicy
@@ -31,7 +31,6 @@ ANSWER = 8
 """Tokens at the end of each sequence that are learned."""
 IGNORED = -100
 GROUPS = ("train-forward", "train-backward", "train-step")
-_WIDER = {torch.float32: torch.float64}  # the truth of anything narrower is in fp32
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def gradient_fault(
     both: Models, parts: Parts, policy: SkipPolicy, inputs: dict[str, Tensor]
 ) -> str | None:
     """What is wrong with a policy's gradients; ``None`` if they are right."""
-    truth = copy.deepcopy(both.hf).to(_WIDER.get(both.hf.dtype, torch.float32))
-    eager, exact = (_masked_gradients(m, parts, policy, inputs) for m in (both.hf, truth))
+    pair = both.hf, truth_of(both.hf)
+    eager, exact = (_masked_gradients(model, parts, policy, inputs) for model in pair)
     ours = fastskip.set_policy(both.ours, policy)
     with _Learning(ours, parts) as learning:
         ours(**inputs, use_cache=False).loss.backward()

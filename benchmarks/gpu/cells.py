@@ -27,6 +27,11 @@ class Setting:
     began: float = field(default_factory=time.perf_counter)
 
     @property
+    def impl(self) -> str | None:
+        """Who computes models: in small the device executor's torch form."""
+        return "torch" if self.is_tiny else None
+
+    @property
     def folder(self) -> Path:
         """Where files beside the results file go."""
         return self.results.folder

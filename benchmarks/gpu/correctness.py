@@ -102,9 +102,8 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
 
 def end_to_end(setting: Setting, dtype: torch.dtype) -> Values:
     """A small model under many policies against the masked Hugging Face model, and its tokens."""
-    impl = "torch" if setting.is_tiny else None
     build = partial(tiny_model, device=setting.device.type)
-    both = models(build, dtype, setting.device.type, impl)
+    both = models(build, dtype, setting.device.type, setting.impl)
     names = ("dense", "half_blocks") if setting.is_tiny else None
     wanted = policies(both.depth, names)
     found = faults(both, wanted)

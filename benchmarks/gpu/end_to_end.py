@@ -18,7 +18,7 @@ from torch import Tensor
 import fastskip
 from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
-from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
+from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths, text_before
 from benchmarks.gpu.models import PEERS, load, shape
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import synchronize
@@ -63,7 +63,7 @@ def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None
     """
     widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
-    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    both = load(widths, setting.dtype, device, setting.impl)
     kind = shape(widths, device)
     if setting.is_tiny:
         batch, mix = min(batch, 2), mix and TINY_MIX
@@ -280,7 +280,9 @@ def _floors(
     text rows of each sequence."""
     numbers = Counter(rows)
     costs = {
-        each: plan.cost(*each, n_new, count if len(numbers) == 1 else 1, text_before=_before(each))
+        each: plan.cost(
+            *each, n_new, count if len(numbers) == 1 else 1, text_before=text_before(each[1])
+        )
         for each, count in numbers.items()
     }
     ceilings = ceilings_of(setting)
@@ -289,11 +291,6 @@ def _floors(
         "prefill": floor_seconds(cost.prefill, ceilings),
         "tpot": floor_seconds(cost.decode, ceilings) / cost.decode.steps,
     }
-
-
-def _before(rows: tuple[int, int]) -> int:
-    """Text rows before the image."""
-    return min(4, rows[1] // 2)
 
 
 def _agreement(own: Contender, hf: Contender | None) -> float | None:

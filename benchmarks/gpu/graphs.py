@@ -46,7 +46,7 @@ def tower(setting: Setting, widths: Widths, images: int) -> Values:
     """The first token of ``generate`` with the vision tower as a graph and launched one by one."""
     widths = TINY if setting.is_tiny else widths
     device = setting.device.type
-    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    both = load(widths, setting.dtype, device, setting.impl)
     model, graphs = both.ours, both.ours._fastskip.tower
     inputs = prompts(both.hf, shape(widths, device), images)
 

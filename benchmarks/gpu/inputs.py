@@ -44,6 +44,11 @@ class Widths:
         return self.n_image + self.n_text
 
 
+def text_before(n_text: int) -> int:
+    """Text rows before the image of a prompt that has so many."""
+    return min(4, n_text // 2)
+
+
 SEVEN = Widths("7b", 4096, 32, 32, 128, 11008, 32064, 32)
 THIRTEEN = Widths("13b", 5120, 40, 40, 128, 13824, 32064, 40)
 SMALL = Widths("small", 256, 4, 2, 64, 512, 512, 6, n_image=16, n_text=8)
@@ -127,7 +132,7 @@ class Maker:
 
     def text_rows(self) -> list[int]:
         """Where the text of a prompt is: a little before the image, most behind it."""
-        before = min(4, self.widths.n_text // 2)
+        before = text_before(self.widths.n_text)
         return [*range(before), *range(before + self.widths.n_image, self.widths.context)]
 
     def choice(self, rows: int, steps: int = 1 << 14) -> Choice:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from benchmarks.gpu.inputs import SMALL, TINY, Widths
+from benchmarks.gpu.inputs import SMALL, TINY, Widths, text_before
 from benchmarks.peers import DEFAULT, MORE, Peer
 from benchmarks.shapes import PAD_ID, Models, Shape, models, random_model
 from fastskip import SkipPolicy
@@ -46,7 +46,7 @@ def load(widths: Widths, dtype: torch.dtype, device: str, impl: str | None = Non
 
 
 def shape(widths: Widths, device: str) -> Shape:
-    before = min(4, widths.n_text // 2)
+    before = text_before(widths.n_text)
     return Shape(widths.name, _builder(widths, device), before, widths.n_text - before)
 
 

@@ -38,7 +38,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
     """torch's profiler over a prefill, and over the steps behind it, of one policy."""
     widths = TINY if setting.is_tiny else widths
     device = setting.device.type
-    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    both = load(widths, setting.dtype, device, setting.impl)
     model = fastskip.set_policy(both.ours, policies(both.depth, [policy])[policy])
     inputs = prompts(both.hf, shape(widths, device), min(batch, 2) if setting.is_tiny else batch)
     n_new = 3 if setting.is_tiny else N_NEW

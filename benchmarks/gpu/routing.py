@@ -31,7 +31,7 @@ from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.correctness import Wrong
 from benchmarks.gpu.end_to_end import Contender, first_call, rounds
-from benchmarks.gpu.inputs import SEVEN, TINY, Widths
+from benchmarks.gpu.inputs import SEVEN, TINY, Widths, text_before
 from benchmarks.gpu.models import load, shape, tiny_model
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
@@ -87,7 +87,7 @@ def decisions(setting: Setting) -> Values:
     wrong: list[str] = []
     dtypes = (torch.float32,) if setting.is_tiny else (setting.dtype, torch.float32)
     for dtype in dtypes:
-        both = models(build, dtype, setting.device.type, "torch" if setting.is_tiny else None)
+        both = models(build, dtype, setting.device.type, setting.impl)
         policies = _policies(both, setting)
         for guarding in Guarding:
             both.ours._fastskip.steps.guarding = guarding
@@ -261,7 +261,7 @@ def measure(setting: Setting, widths: Widths, batch: int, kv: str) -> Values:
     """Dense, static plans and routed ones in turn; one that fails is left out."""
     widths, n_new = (TINY, 4) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
-    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    both = load(widths, setting.dtype, device, setting.impl)
     batch = min(batch, 2) if setting.is_tiny else batch
     inputs = ragged(prompts(both.hf, shape(widths, device), batch))
     failures: dict[str, str] = {}
@@ -424,7 +424,7 @@ def _floors(seen: Seen, about: dict[str, Any], ceilings: Ceilings) -> dict[str, 
     """Least seconds of the prefill and of a mean step, as is to be expected at these rates."""
     plan = seen.contender.plan
     sizes = about["n_image"], about["n_text"], about["n_new"], about["batch"]
-    before = min(4, about["n_text"] // 2)
+    before = text_before(about["n_text"])
     rates = (seen.prompt, seen.steps) if plan.routed else (None, None)
     prompt, steps = (plan.expected_cost(*sizes, rate=r, text_before=before) for r in rates)
     return {

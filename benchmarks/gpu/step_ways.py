@@ -63,7 +63,7 @@ def measure(
         return {"policies": {}, "faults": found}
     widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
-    both = load(widths, setting.dtype, device, "torch" if setting.is_tiny else None)
+    both = load(widths, setting.dtype, device, setting.impl)
     batch = min(batch, 2) if setting.is_tiny else batch
     inputs = prompts(both.hf, shape(widths, device), batch)
     contenders: dict[tuple[str, Way], Contender] = {}
@@ -103,7 +103,7 @@ def _faults(setting: Setting, names: Sequence[str], ways: Sequence[Way]) -> Iter
         if not way.halves:
             continue
         build = partial(tiny_model, device=device)
-        both = models(build, setting.dtype, device, "torch" if setting.is_tiny else None)
+        both = models(build, setting.dtype, device, setting.impl)
         way.take(both.ours._fastskip.steps)
         for name, fault in wrong(both, dict(_policies(both, names))).items():
             yield f"{name}, {way.name}: {fault}"
