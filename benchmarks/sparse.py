@@ -46,6 +46,8 @@ RATIOS = (0.5, 0.7, 0.9)
 ROWS = {"cpu": (1, 4, 16), "cuda": (1, 4, 8)}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUNDS = 15
+CALLS, N_NEW = 5, 16
+"""Of whole models."""
 REPEATS = {"cpu": 1, "cuda": 50}
 """Products of one sample: on CUDA one is too short to be timed alone."""
 Record = dict[str, Any]
@@ -163,7 +165,7 @@ def _bytes_of(way: Any) -> int:
 
 
 @torch.inference_mode()
-def measure_models(ratio: float, rounds: int = 5, n_new: int = 16) -> list[Record]:
+def measure_models(ratio: float) -> list[Record]:
     """Whole calls of a pruned model in either form; raises if their tokens differ."""
     both = models(HALF_BILLION.build, torch.float32, "cpu")
     dense = both.ours
@@ -173,9 +175,9 @@ def measure_models(ratio: float, rounds: int = 5, n_new: int = 16) -> list[Recor
     size = compress_(sparse, Weights.CSR)
     inputs = prompts(both.hf, HALF_BILLION, 1)
     runs: dict[Weights, list[Run]] = {Weights.DENSE: [], Weights.CSR: []}
-    for number in range(1 + rounds):
+    for number in range(1 + CALLS):
         for form, model in ((Weights.DENSE, dense), (Weights.CSR, sparse)):
-            run = run_once(model, inputs, n_new, "cpu")
+            run = run_once(model, inputs, N_NEW, "cpu")
             if number:  # the first call is not timed
                 runs[form].append(run)
     if not torch.equal(runs[Weights.DENSE][0].tokens, runs[Weights.CSR][0].tokens):
@@ -187,7 +189,7 @@ def measure_models(ratio: float, rounds: int = 5, n_new: int = 16) -> list[Recor
             "form": form.value,
             "ratio": ratio,
             "n_rows": inputs["input_ids"].shape[1],
-            "n_new": n_new,
+            "n_new": N_NEW,
             "dtype": "float32",
             "threads": torch.get_num_threads(),
             **{f"{group}_ms": 1e3 * median(own, group) for group in ("prefill", "decode", "e2e")},

@@ -258,13 +258,9 @@ def ideal_speedup(
     n_text: int,
     n_new: int,
     batch: int = 1,
-    text_before: int = 0,
 ) -> Speedup:
     """floor(dense) / floor(plan) for one `generate` call; decode is 1 where there is none."""
-    a, b = (
-        generation_cost(p, n_image, n_text, n_new, batch, text_before=text_before)
-        for p in (dense, plan)
-    )
+    a, b = (generation_cost(each, n_image, n_text, n_new, batch) for each in (dense, plan))
     decode = floor_seconds(b.decode, ceilings)
     return Speedup(
         floor_seconds(a.prefill, ceilings) / floor_seconds(b.prefill, ceilings),

@@ -51,18 +51,18 @@ class Spread:
     high: float
 
 
-def wilson(right: float, asked: int, level: float = LEVEL) -> Estimate:
+def wilson(right: float, asked: int) -> Estimate:
     """The share `right / asked` with Wilson's interval, which holds at few items and near 1 too.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     Journal of the American Statistical Association 22 (1927).
 
     Raises:
-        ValueError: `asked` is not positive, `right` not in [0, asked], or `level` not in (0, 1).
+        ValueError: `asked` is not positive, or `right` not in [0, asked].
     """
     if asked < 1 or not 0 <= right <= asked:
         raise ValueError(f"right, asked: {right}, {asked}; allowed: 0 <= right <= asked, asked > 0")
-    share, z = right / asked, NormalDist().inv_cdf((1 + _checked(level)) / 2)
+    share, z = right / asked, NormalDist().inv_cdf((1 + LEVEL) / 2)
     middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     spread = math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     half = z * spread / (1 + z * z / asked)
@@ -89,7 +89,9 @@ def bootstrap(
         raise ValueError(f"scores: shape {values.shape}; allowed: one dimension, not empty")
     if resamples < 1:
         raise ValueError(f"resamples: {resamples}; allowed: 1 or more")
-    tail = 100 * (1 - _checked(level)) / 2
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level}; allowed: a share in (0, 1)")
+    tail = 100 * (1 - level) / 2
     rng, means, count = np.random.default_rng(seed), [], len(values)
     at_once = max(1, _CELLS // count)
     for start in range(0, resamples, at_once):
@@ -102,8 +104,6 @@ def bootstrap(
 def paired_shares(
     first: Sequence[float] | NDArray[np.float64],
     second: Sequence[float] | NDArray[np.float64],
-    *,
-    level: float = LEVEL,
 ) -> Estimate:
     """How much larger the share of items is that `second` answers right, of the same items.
 
@@ -120,7 +120,7 @@ def paired_shares(
     a, b = _paired(first, second)
     if not np.isin([a, b], (0.0, 1.0)).all():
         raise ValueError("scores: some are neither 0 nor 1; allowed: right or wrong")
-    before, after = (wilson(float(each.sum()), len(each), level) for each in (a, b))
+    before, after = (wilson(float(each.sum()), len(each)) for each in (a, b))
     together = float(np.sum((1 - a) * (1 - b)) * np.sum(a * b))
     crossed = together - float(np.sum(a * (1 - b)) * np.sum((1 - a) * b))
     if crossed > 0:
@@ -143,8 +143,6 @@ def paired_bootstrap(
     first: Sequence[float] | NDArray[np.float64],
     second: Sequence[float] | NDArray[np.float64],
     *,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
     """How much better `second` scores than `first` on the same items in the same order.
@@ -153,7 +151,7 @@ def paired_bootstrap(
         ValueError: the two have not the same items, or as in `bootstrap`.
     """
     a, b = _paired(first, second)
-    return bootstrap(b - a, resamples=resamples, level=level, seed=seed)
+    return bootstrap(b - a, seed=seed)
 
 
 def quartiles(values: Sequence[float]) -> Spread:
@@ -216,9 +214,3 @@ def _paired(
     if a.shape != b.shape:
         raise ValueError(f"scores: shapes {a.shape} and {b.shape}; allowed: the same items in both")
     return a, b
-
-
-def _checked(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level: {level}; allowed: a share in (0, 1)")
-    return level

@@ -219,8 +219,3 @@ class LayerPlan:
         wiring = token_class in self.arranged, token_class in self.replaced
         seen = self.unimodal and token_class is TokenClass.IMAGE
         return self.cells[token_class], wiring, seen
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing runs and nothing is stored."""
-        return not (self.feeding or self.holding)

@@ -48,22 +48,18 @@ def ceilings(
     return entry
 
 
-def measure_ceilings(
-    dtype: torch.dtype, device: torch.device | str = "cpu", threads: int | None = None
-) -> Ceilings:
+def measure_ceilings(dtype: torch.dtype, device: torch.device | str = "cpu") -> Ceilings:
     """Measure read bandwidth (bytes/s) and matrix product rate (FLOP/s) now.
 
     Bandwidth is the best of a sum, a matrix-vector product and a copy (reads and writes counted)
     over a buffer much larger than the caches; the rate is that of the best square matrix product.
-    Each is a median of several runs. `threads`, if given, must be torch's present count.
+    Each is a median of several runs.
     """
     device = torch.device(device)
     if device.type not in BUFFER_BYTES:
         raise ValueError(f"device={device}; allowed: {', '.join(BUFFER_BYTES)}")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}; allowed: a floating point dtype")
-    if threads is not None and threads != torch.get_num_threads():
-        raise ValueError(f"threads={threads}; allowed: {torch.get_num_threads()}, as torch is set")
     with torch.inference_mode():
         return Ceilings(_bandwidth(dtype, device), _flop_rate(dtype, device))
 

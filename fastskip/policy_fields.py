@@ -117,37 +117,37 @@ def _members(enum: type[E], value: object, field: str, others: str) -> tuple[E, 
     return tuple(enum(item) for item in items)
 
 
-def layer_selection(value: object, field: str = "layers") -> Layers:
+def layer_selection(value: object) -> Layers:
     """`layers` as written, checked as far as that needs no depth."""
     if isinstance(value, str):
-        slice_parts(value, field)
+        slice_parts(value, "layers")
         return value
     if not isinstance(value, (list, tuple, range)) or not value:
-        raise PolicyError(field, value, _LAYERS_ALLOWED)
+        raise PolicyError("layers", value, _LAYERS_ALLOWED)
     for layer in value:
         if type(layer) is not int or layer < 0:  # a bool is an int too
-            raise PolicyError(field, value, f"{_LAYERS_ALLOWED} (integers from 0)")
+            raise PolicyError("layers", value, f"{_LAYERS_ALLOWED} (integers from 0)")
     if len(set(value)) < len(value):
-        raise PolicyError(field, value, "each layer once")
+        raise PolicyError("layers", value, "each layer once")
     return tuple(value)
 
 
-def pair_selection(value: object, field: str = "layers") -> str | Pairs:
+def pair_selection(value: object) -> str | Pairs:
     """`layers` of a pair arrangement: [l, l + 1] lists, or a slice of step 1."""
     if isinstance(value, str):
-        if slice_parts(value, field)[2] != 1:
-            raise PolicyError(field, value, "a slice of step 1 for pairs")
+        if slice_parts(value, "layers")[2] != 1:
+            raise PolicyError("layers", value, "a slice of step 1 for pairs")
         return value
     allowed = "a non-empty list of pairs [l, l + 1], or a slice of step 1"
     if not isinstance(value, (list, tuple)) or not value:
-        raise PolicyError(field, value, allowed)
+        raise PolicyError("layers", value, allowed)
     for pair in value:
         whole = isinstance(pair, (list, tuple)) and all(type(layer) is int for layer in pair)
         if not whole or len(pair) != 2 or pair[0] < 0 or pair[1] != pair[0] + 1:
-            raise PolicyError(field, value, allowed)
+            raise PolicyError("layers", value, allowed)
     layers = [layer for pair in value for layer in pair]
     if len(set(layers)) < len(layers):
-        raise PolicyError(field, value, "each layer in one pair only")
+        raise PolicyError("layers", value, "each layer in one pair only")
     return tuple((first, second) for first, second in value)
 
 

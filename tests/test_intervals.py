@@ -81,7 +81,7 @@ def test_differences_of_shares_are_covered(count: int) -> None:
     rng, hits, resampled = np.random.default_rng(0), 0, 0
     for both, only, other, neither in rng.multinomial(count, [0.8, 0.02, 0.01, 0.17], 300):
         first, second = right(both, only, other, neither)
-        found, drawn = paired_shares(first, second), paired_bootstrap(first, second, resamples=500)
+        found, drawn = paired_shares(first, second), paired_bootstrap(first, second)
         hits += found.low <= -0.01 <= found.high
         resampled += drawn.low <= -0.01 <= drawn.high
     assert hits >= 0.94 * 300 and resampled < hits

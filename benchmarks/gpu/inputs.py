@@ -135,13 +135,13 @@ class Maker:
         before = text_before(self.widths.n_text)
         return [*range(before), *range(before + self.widths.n_image, self.widths.context)]
 
-    def choice(self, rows: int, steps: int = 1 << 14) -> Choice:
+    def choice(self, rows: int) -> Choice:
         def whole(*shape: int, value: int = 0) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=self.device)
 
         return Choice(
             tokens=whole(rows).long(),
-            history=whole(steps, rows).long(),
+            history=whole(1 << 14, rows).long(),
             step=whole(1),
             unfinished=whole(rows, value=1),
             stops=whole(0).long(),
