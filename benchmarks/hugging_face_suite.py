@@ -22,7 +22,7 @@ from fastskip.families import MULTIMODAL, TEXT_ONLY, UnsupportedModelError
 from fastskip.loading import apply_
 
 REFUSALS = (
-    "output_attentions: attention weights are not kept",
+    "output_attentions: True; allowed: False",
     "cache_implementation: 'static'; allowed: None",
     "past_key_values: ",
     "; needed: [",  # four-dimensional masks
@@ -36,6 +36,7 @@ LOOKS_INSIDE = {
     "test_all_tensors_are_parameter_or_buffer": "reads the source of the class",
     "test_generate_compile_model_forward_fullgraph": "asks for a DynamicCache",
     "test_generate_compilation_all_outputs": "asks for a StaticCache",
+    "test_retain_grad_hidden_states_attentions": "wants gradients of attention weights",
     "test_forward_with_rope_deltas_cached": "compares the logits of pads, which are no rows",
 }
 """Tests that look at what a prepared model has in a form of its own."""

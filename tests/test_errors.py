@@ -48,7 +48,6 @@ def options(name: str, model: Any, batch: Batch) -> dict[str, Any]:
         },
         f"{CACHE_NAME}: Hugging Face's": {CACHE_NAME: DynamicCache()},
         "cache_implementation": {"cache_implementation": "static"},
-        "output_attentions": {"output_attentions": True, "return_dict_in_generate": True},
         "max_new_tokenz": {"max_new_tokenz": 3},
     }
     return wrong[name]
@@ -64,7 +63,6 @@ CASES = {
     "token_classes missing": TypeError,
     f"{CACHE_NAME}: Hugging Face's": TypeError,
     "cache_implementation": ValueError,
-    "output_attentions": ValueError,
     "max_new_tokenz": ValueError,
 }
 

@@ -203,14 +203,6 @@ def test_other_caches_are_refused(models: Twins, name: str) -> None:
         models.ours.generate(**models.inputs, max_new_tokens=2, cache_implementation=name)
 
 
-def test_attention_weights_are_refused(models: Twins) -> None:
-    options = {"output_attentions": True, "return_dict_in_generate": True}
-    with pytest.raises(ValueError, match="output_attentions"):
-        models.ours.generate(**models.inputs, max_new_tokens=2, **options)
-    with pytest.raises(ValueError, match="output_attentions"):
-        models.ours(**models.inputs, output_attentions=True)
-
-
 def said(models: Twins, row: int, step: int) -> int:
     """A token of the greedy answer."""
     return int(models.greedy[row, step])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,6 +39,11 @@ class _View:
     count: int
     visible: Tensor | None
     is_causal: bool
+
+    @property
+    def batch(self) -> range:
+        """The numbers of the sequences."""
+        return range(self.sequences.start, self.sequences.stop)
 
 
 class AttentionPattern:
@@ -97,12 +103,8 @@ class AttentionPattern:
     ) -> Tensor:
         """``[n, H, K]`` queries, rotated -> ``[n, H * K]``."""
         outputs = []
-        views = self._newest(entries.counts(layer)) if self._views is None else self._views
-        for view in views:
+        for view, q in self._asking(queries, layer, entries):
             keys, values = entries.read(layer, view.sequences, view.count)
-            alike = keys[0].shape[0]
-            q = queries if len(views) == 1 and self._order is None else queries[view.rows]
-            q = q.view(alike, -1, *q.shape[1:]).transpose(1, 2)
             visible = None if view.visible is None else view.visible.to(q.device)
             out = ops.attend(
                 q, keys, values, visible, is_causal=view.is_causal, scale=scale, dropout=dropout
@@ -110,6 +112,35 @@ class AttentionPattern:
             outputs.append(out.transpose(1, 2).reshape(q.shape[0] * q.shape[2], -1))
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return packed if self._order is None else packed[self._order.to(packed.device)]
+
+    def weights(
+        self, queries: Tensor, layer: int, entries: Entries, scale: float
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of the same queries: a sequence, up to which of its entries each of its queries sees them
+        ``[n]`` (host), and how much of each entry it takes, ``[H, n, s]``."""
+        for view, q in self._asking(queries, layer, entries):
+            key = torch.cat(entries.read(layer, view.sequences, view.count)[0], dim=2)
+            rows, slots = q.shape[2], key.shape[2]
+            visible = view.visible
+            if visible is None:
+                visible = torch.ones(rows, slots, dtype=torch.bool)
+                visible = visible.tril(slots - rows) if view.is_causal else visible
+            heads = q.float().unflatten(1, (key.shape[1], -1))
+            scores = heads @ key.float().unsqueeze(2).transpose(-1, -2) * scale
+            scores = scores.masked_fill(~visible.to(scores.device), float("-inf"))
+            found = scores.softmax(-1).flatten(1, 2).to(q.dtype)
+            reach = slots - visible.flip(1).int().argmax(1)
+            for sequence, own in zip(view.batch, found, strict=True):
+                yield sequence, reach, own
+
+    def _asking(
+        self, queries: Tensor, layer: int, entries: Entries
+    ) -> Iterator[tuple[_View, Tensor]]:
+        """The views, and the queries of each: ``[b, H, n, K]``."""
+        views = self._newest(entries.counts(layer)) if self._views is None else self._views
+        for view in views:
+            q = queries if len(views) == 1 and self._order is None else queries[view.rows]
+            yield view, q.view(len(view.batch), -1, *q.shape[1:]).transpose(1, 2)
 
     def _newest(self, counts: list[int]) -> list[_View]:
         if len(set(counts)) == 1:

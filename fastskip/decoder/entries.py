@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import add
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +21,23 @@ from fastskip.plan import SkipPlan
 from fastskip.tokens import Rows, TokenLayout, member
 
 
+class Maps(Protocol):
+    """Who takes down what rows see of the entries."""
+
+    def note(
+        self, layer: int, pattern: Any, queries: Tensor, entries: Entries, scale: float
+    ) -> None:
+        """How ``queries [n, H, K]``, rotated, attend in a layer, once its entries are stored."""
+
+
 class Entries(Protocol):
-    """The store of one forward."""
+    """The store of one forward.
+
+    Attributes:
+        maps: who wants to know what rows see, if anyone.
+    """
+
+    maps: Maps | None
 
     def hold(self, layer: int, held: Tensor) -> None:
         """Says which packed rows ``[N]`` bool (host) will have entries in ``layer``, before any is
@@ -159,6 +174,7 @@ class CachedEntries:
         self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
     ) -> None:
         cache.grow(layout, like)
+        self.maps: Maps | None = None
         self._plan, self._cache, self._batch = plan, cache, layout.batch
         self._layout, self._like = layout, like
         self._map = SlotMap(plan, cache, layout)
@@ -247,6 +263,7 @@ class GradientEntries:
         self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
     ) -> None:
         """``like=None``: the cache is not kept, so nothing is copied into it."""
+        self.maps: Maps | None = None
         self._stored = CachedEntries(plan, cache, layout, like)
         self.is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout

@@ -26,6 +26,7 @@ from fastskip.decoder.captured_forward import (
 from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
+from fastskip.decoder.entries import Maps
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
@@ -178,6 +179,7 @@ class FusedDecoder(Decoder):
         wants_gradient: bool = False,
         keeps_cache: bool = True,
         watch: Watch | None = None,
+        maps: Maps | None = None,
         features: DeepFeatures | None = None,
     ) -> Tensor:
         if not isinstance(cache, PagedCache):
@@ -189,6 +191,7 @@ class FusedDecoder(Decoder):
                 wants_gradient=wants_gradient,
                 keeps_cache=keeps_cache,
                 watch=watch,
+                maps=maps,
                 features=features,
             )
         self._check(cache, wants_gradient)

@@ -14,7 +14,7 @@ from fastskip.decoder.attention import pattern_of, sees_all
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.deep_features import DeepFeatures
-from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
+from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries, Maps
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.module_state import ModuleState
 from fastskip.decoder.positions import Turns, positions_of
@@ -175,6 +175,7 @@ class Decoder:
         wants_gradient: bool = False,
         keeps_cache: bool = True,
         watch: Watch | None = None,
+        maps: Maps | None = None,
         features: DeepFeatures | None = None,
     ) -> Tensor:
         """Runs every layer on the real columns of ``h``.
@@ -189,6 +190,7 @@ class Decoder:
             keeps_cache: whether anyone reads ``cache`` after this forward.
             watch: called with (layer, ``[N, D]``) for the input of every layer, before features
                 enter, as Hugging Face shows hidden states.
+            maps: told how rows attend in every layer.
             features: what enters image rows behind the first layers.
         Returns:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
@@ -203,6 +205,7 @@ class Decoder:
             entries = GradientEntries(self.plan, cache, layout, like)
         else:
             entries = CachedEntries(self.plan, cache, layout, packed)
+        entries.maps = maps
         rotation = self.positions.turns(layout, packed)
         narrow = None if wanted is None else layout.locate(wanted)
         late = narrow if narrows_after(self.plan) else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from fastskip.decoder.attention_maps import AttentionMaps
 from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.families import DEEP_INPUTS, check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
@@ -21,7 +22,7 @@ from fastskip.generation.columns import (
     real_columns,
     split_axes,
 )
-from fastskip.generation.refusals import check_unpacked
+from fastskip.generation.refusals import check_maps, check_unpacked
 from fastskip.generation.runtime import Runtime
 from fastskip.tokens import PAD
 
@@ -50,18 +51,21 @@ def decode_columns(
     in_text, axes = split_axes(runtime, inputs.get("position_ids"), cache, real)
     positions = positions_of(runtime, in_text, cache, real)
     axes = axes_of(runtime, axes, positions, cache, real)
-    asked = inputs.get("output_hidden_states")
-    if asked is None:
-        asked = getattr(text_model.config, "output_hidden_states", False)
+    asked = _asked(text_model, inputs, "output_hidden_states")
     wants_hidden, depth = bool(asked), runtime.plan.shape.depth
     shown = _shown(asked, depth + 1)
-    kept = _Kept.of(inputs.get("kept_columns"), real, every_row=wants_hidden)
+    layout = runtime.decoder.lay_out(codes, positions, cache, axes)
+    maps = None
+    if _asked(text_model, inputs, "output_attentions"):
+        check_maps(cache)
+        maps = AttentionMaps(layout, depth, runtime.plan.shape.num_heads)
+    every_row = wants_hidden or maps is not None
+    kept = _Kept.of(inputs.get("kept_columns"), real, every_row=every_row)
     seen: list[Tensor | None] = []
 
     def watch(index: int, rows: Tensor) -> None:
         seen.append(rows.clone() if index in shown else None)
 
-    layout = runtime.decoder.lay_out(codes, positions, cache, axes)
     out = runtime.decoder.run(
         h,
         layout,
@@ -70,6 +74,7 @@ def decode_columns(
         wants_gradient=wants_gradient,
         keeps_cache=is_returned,
         watch=watch if wants_hidden else None,
+        maps=maps,
         features=DeepFeatures.of(
             *map(inputs.get, DEEP_INPUTS), placeholders=inputs.get("placeholders")
         ),
@@ -85,8 +90,15 @@ def decode_columns(
     return BaseModelOutputWithPast(
         last_hidden_state=hidden,
         hidden_states=states,
+        attentions=None if maps is None else maps.all(hidden),
         **{CACHE_NAME: cache if is_returned else None},
     )
+
+
+def _asked(text_model: Any, inputs: dict[str, Any], name: str) -> Any:
+    """An output that the call asks for, or the config of all calls."""
+    found = inputs.get(name)
+    return getattr(text_model.config, name, False) if found is None else found
 
 
 def _shown(asked: bool | int | Sequence[int], count: int) -> frozenset[int]:

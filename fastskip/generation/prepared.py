@@ -159,10 +159,6 @@ class PreparedDecoder(_Prepared):
         ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (ids is None) == (embeddings is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
-        if inputs.get("output_attentions") or getattr(self.config, "output_attentions", False):
-            raise ValueError(
-                "output_attentions: attention weights are not kept; use the plain model"
-            )
         if inputs.get("is_causal") is False:
             raise ValueError("is_causal: False; allowed: True, rows see no later ones")
         h = self.embed_tokens(ids) if embeddings is None else embeddings

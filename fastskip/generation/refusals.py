@@ -8,6 +8,7 @@ import torch
 from transformers.generation.utils import GenerationMode
 
 from fastskip.decoder.cache import SkipCache
+from fastskip.decoder.paged_cache import PagedCache
 from fastskip.families import text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.runtime import Runtime
@@ -46,6 +47,14 @@ def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
         raise ValueError(
             "position_ids: several sequences packed into one row; allowed: one a row, padded, with "
             "an attention_mask"
+        )
+
+
+def check_maps(cache: SkipCache) -> None:
+    """Raises for attention weights where kernels attend, which have none to show."""
+    if isinstance(cache, PagedCache):
+        raise ValueError(
+            "output_attentions: True; allowed: False, or a model with impl='reference'"
         )
 
 

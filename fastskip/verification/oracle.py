@@ -150,7 +150,7 @@ class MaskedOracle:
         `token_classes` holds 0 (image), 1 (text) or 2 (generated) for each position; by default
         placeholders are image where pixels are given, all others text. Positions count the real
         rows of each sequence. Rows of pads come out finite and mean nothing. `stream` afterwards
-        holds the residual stream after each layer.
+        holds the residual stream after each layer, `attentions` who saw whom in it.
         """
         if token_classes is None:
             token_classes = self._default_classes(input_ids, inputs)
@@ -289,6 +289,7 @@ class MaskedOracle:
         is_asked = self._has_axes and module is self.model
         if position_ids is None and not is_asked:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        self.attentions: dict[int, Tensor] = {}
         self._run = _Run(token_classes, mask.bool(), {}, self._sources(token_classes))
         for number, layer in enumerate(self._layers):
             layer.token_classes = token_classes
@@ -363,6 +364,7 @@ class MaskedOracle:
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
+        self.attentions[layer] = weights
         return (weights @ value).transpose(1, 2).contiguous(), None
 
 

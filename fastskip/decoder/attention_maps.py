@@ -1,0 +1,45 @@
+"""Attention weights of a forward, for those who ask (Hugging Face's ``output_attentions``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.attention import AttentionPattern
+from fastskip.decoder.entries import Entries
+from fastskip.tokens import TokenLayout
+
+
+class AttentionMaps:
+    """Who sees whom, layer by layer; worked out beside the attention itself, without gradients.
+
+    A layer's map is ``[B, H, T, C]`` in the queries' dtype, ``C`` all columns so far: zero for rows
+    that do not attend there, for pads, and for columns that have no entry.
+    """
+
+    def __init__(self, layout: TokenLayout, depth: int, heads: int) -> None:
+        self._first, self._depth = layout.first_column, depth
+        self._shape = layout.batch, heads, layout.width, layout.first_column + layout.width
+        self._found: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def note(
+        self,
+        layer: int,
+        pattern: AttentionPattern,
+        queries: Tensor,
+        entries: Entries,
+        scale: float,
+    ) -> None:
+        """A layer's, of ``queries [n, H, K]``, rotated."""
+        found = self._found[layer] = queries.new_zeros(self._shape)
+        for sequence, reach, weights in pattern.weights(queries, layer, entries, scale):
+            columns = entries.columns(layer, sequence)
+            # The last entry that a row sees is its own.
+            rows = columns[reach - 1] - self._first
+            found[sequence][:, rows[:, None], columns[: weights.shape[2]]] = weights
+
+    def all(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Those of all layers; ``like``: dtype and device of layers that nobody attends in."""
+        blank = like.new_zeros(self._shape)
+        return tuple(self._found.get(layer, blank) for layer in range(self._depth))
