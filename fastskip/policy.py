@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.policy_fields import (
+    build,
+    check_fields,
     instances,
     json_object,
     member,
@@ -36,8 +38,6 @@ from fastskip.policy_rules import (
     ArrangementRule,
     MaskRule,
     SkipRule,
-    build_rule,
-    check_fields,
 )
 from fastskip.presets import PRESETS, build_preset, split_preset
 from fastskip.vocabulary import (
@@ -148,7 +148,7 @@ class SkipPolicy:
         values = {key: value for key, value in document.items() if key != "schema_version"}
         for key, rule in _RULES.items():
             items = sequence(document.get(key, ()), key)
-            values[key] = tuple(build_rule(rule, x, f"{key}[{i}]") for i, x in enumerate(items))
+            values[key] = tuple(build(rule, x, f"{key}[{i}]") for i, x in enumerate(items))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

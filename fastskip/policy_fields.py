@@ -1,4 +1,4 @@
-"""How single fields of a policy are checked and brought into one form.
+"""How fields of a policy, and the objects that they make up, are checked and brought into one form.
 
 Every function takes what a user may write and the field's name, and raises `PolicyError`.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from enum import StrEnum
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from fastskip.vocabulary import PolicyError, Sublayer, TokenClass
 
@@ -89,6 +90,40 @@ def instances(kind: type[T], value: object, field: str) -> tuple[T, ...]:
         if not isinstance(item, kind):
             raise PolicyError(f"{field}[{index}]", item, f"a {kind.__name__}")
     return items
+
+
+class Statement(Protocol):
+    """A dataclass that an object of a policy file becomes, and which fields the object needs."""
+
+    required: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+S = TypeVar("S", bound=Statement)
+
+
+def check_fields(
+    document: Mapping[str, Any], known: Iterable[str], required: Iterable[str], path: str = ""
+) -> None:
+    for key in document:
+        if key not in known:
+            raise PolicyError(f"{path}{key}", document[key], names(known), "unknown field")
+    for key in required:
+        if key not in document:
+            allowed = "1" if key == "schema_version" else "a value"
+            raise PolicyError(f"{path}{key}", None, allowed, "is missing")
+
+
+def build(kind: type[S], item: object, path: str) -> S:
+    """What an object of a policy file says; `path` is what errors name."""
+    known = [f.name for f in fields(kind)]
+    if not isinstance(item, Mapping):
+        raise PolicyError(path, item, f"an object with {names(known)}")
+    check_fields(item, known, kind.required, f"{path}.")
+    try:
+        return kind(**item)
+    except PolicyError as error:
+        raise error.under(path) from None
 
 
 def token_set(value: object) -> TokenSet:

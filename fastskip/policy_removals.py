@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastskip.policy_fields import (
     TokenSet,
+    build,
     check_seed,
     finite,
     member,
-    names,
     plain,
     set_fields,
     token_set,
@@ -29,6 +29,7 @@ class Keep:
 
     by: Ranking
     ratio: float
+    required: ClassVar[tuple[str, ...]] = ("by", "ratio")
 
     def __init__(self, by: Ranking | str, ratio: float) -> None:
         share = finite(ratio)
@@ -69,7 +70,8 @@ class RemovalRule:
         classes = token_set(tokens)
         if classes != frozenset({TokenClass.IMAGE}):
             raise PolicyError("tokens", plain(classes), f'["{TokenClass.IMAGE}"]')
-        set_fields(self, after_layer=after_layer, tokens=classes, keep=_keep(keep), seed=seed)
+        kept = keep if isinstance(keep, Keep) else build(Keep, keep, "keep")
+        set_fields(self, after_layer=after_layer, tokens=classes, keep=kept, seed=seed)
         if seed is not None:
             if self.keep.by is not Ranking.RANDOM:
                 raise PolicyError("seed", seed, f'no seed, or by "{Ranking.RANDOM}"')
@@ -89,21 +91,3 @@ class RemovalRule:
             "keep": {"by": self.keep.by.value, "ratio": self.keep.ratio},
         }
         return result if self.seed is None else result | {"seed": self.seed}
-
-
-def _keep(value: object) -> Keep:
-    if isinstance(value, Keep):
-        return value
-    known = [f.name for f in fields(Keep)]
-    if not isinstance(value, Mapping):
-        raise PolicyError("keep", value, f"an object with {names(known)}")
-    for key in value:
-        if key not in known:
-            raise PolicyError(f"keep.{key}", value[key], names(known), "unknown field")
-    for key in known:
-        if key not in value:
-            raise PolicyError(f"keep.{key}", None, "a value", "is missing")
-    try:
-        return Keep(**value)
-    except PolicyError as error:
-        raise error.under("keep") from None

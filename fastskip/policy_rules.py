@@ -5,8 +5,8 @@ Each takes strings, lists or enums, checks what needs no model, and holds one im
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastskip.policy_fields import (
@@ -15,7 +15,6 @@ from fastskip.policy_fields import (
     TokenSet,
     layer_selection,
     member,
-    names,
     pair_selection,
     plain,
     set_fields,
@@ -135,26 +134,3 @@ class MaskRule:
 
 
 AnyRule = SkipRule | ArrangementRule | RouterRule | RemovalRule | MaskRule
-
-
-def check_fields(
-    document: Mapping[str, Any], known: Iterable[str], required: Iterable[str], path: str = ""
-) -> None:
-    for key in document:
-        if key not in known:
-            raise PolicyError(f"{path}{key}", document[key], names(known), "unknown field")
-    for key in required:
-        if key not in document:
-            allowed = "1" if key == "schema_version" else "a value"
-            raise PolicyError(f"{path}{key}", None, allowed, "is missing")
-
-
-def build_rule(rule: type[AnyRule], item: object, path: str) -> AnyRule:
-    known = [f.name for f in fields(rule)]
-    if not isinstance(item, Mapping):
-        raise PolicyError(path, item, f"an object with {names(known)}")
-    check_fields(item, known, rule.required, f"{path}.")
-    try:
-        return rule(**item)
-    except PolicyError as error:
-        raise error.under(path) from None
