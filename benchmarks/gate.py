@@ -47,10 +47,7 @@ def _fault(models: Models, truth: Any, prompt: Prompt, policy: SkipPolicy) -> st
             _generate(ours, _prompt(models.hf, seed))
     with fastskip.record_routing(ours) as record:
         out = _generate(ours, prompt)
-    keys = {key for each in record.forwards for key in each.skipped}
-    decisions = {
-        (layer, sub.value): record.skipped(layer, sub).to(ours.device) for layer, sub in keys
-    }
+    decisions = {key: mask.to(ours.device) for key, mask in record.all_skipped().items()}
     logits = torch.stack(out.logits, dim=1).to(ours.dtype)
     eager, exact = (
         _continue(model, policy, decisions, prompt, out.sequences[:, :-1])

@@ -49,23 +49,28 @@ class RoutingRecord:
             dim=1,
         )
 
+    def all_skipped(self) -> dict[tuple[int, str], Tensor]:
+        """``skipped`` of every cell in which a row may have, by layer and the sublayer's name."""
+        keys = {key for each in self.forwards for key in each.skipped}
+        return {(layer, part.value): self.skipped(layer, part) for layer, part in sorted(keys)}
+
     def rates(self) -> dict[tuple[int, Sublayer], float]:
         """The share of candidates that skipped, by layer and sublayer."""
-        asked: dict[tuple[int, Sublayer], int] = {}
-        skipped: dict[tuple[int, Sublayer], int] = {}
-        for each in self.forwards:
-            for key, mask in each.candidates.items():
-                asked[key] = asked.get(key, 0) + int(mask.sum())
-                skipped[key] = skipped.get(key, 0) + int((each.skipped[key] & mask).sum())
-        return {key: skipped[key] / asked[key] for key in sorted(asked) if asked[key]}
+        counts = sorted(self._counts().items())
+        return {key: skipped / asked for key, (skipped, asked) in counts if asked}
 
     @property
     def rate(self) -> float:
         """The share of all candidates that skipped; 0 without any."""
-        asked = sum(int(mask.sum()) for each in self.forwards for mask in each.candidates.values())
-        skipped = sum(
-            int((each.skipped[key] & mask).sum())
-            for each in self.forwards
-            for key, mask in each.candidates.items()
-        )
+        skipped, asked = map(sum, zip((0, 0), *self._counts().values(), strict=True))
         return skipped / asked if asked else 0.0
+
+    def _counts(self) -> dict[tuple[int, Sublayer], tuple[int, int]]:
+        """How many candidates skipped, and how many there were, by layer and sublayer."""
+        found: dict[tuple[int, Sublayer], tuple[int, int]] = {}
+        for each in self.forwards:
+            for key, mask in each.candidates.items():
+                skipped, asked = found.get(key, (0, 0))
+                skipped += int((each.skipped[key] & mask).sum())
+                found[key] = skipped, asked + int(mask.sum())
+        return found

@@ -269,11 +269,7 @@ def _expect(
 
 def _decisions(record: RoutingRecord, device: torch.device) -> Decisions:
     """What routers let rows skip, as the oracle takes it."""
-    keys = {key for each in record.forwards for key in each.skipped}
-    return {
-        (layer, sublayer.value): record.skipped(layer, sublayer).to(device)
-        for layer, sublayer in sorted(keys)
-    }
+    return {key: mask.to(device) for key, mask in record.all_skipped().items()}
 
 
 def _padded_left(decisions: Decisions, real: Tensor, tokens: Tensor) -> Decisions:

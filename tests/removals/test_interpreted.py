@@ -19,7 +19,6 @@ from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
 from tests.removals.removing import removal, removing
-from tests.routing.routed import decided
 from tests.test_plan import shape
 
 TABLE = "nvidia-h200"
@@ -48,9 +47,9 @@ def test_stages_one_by_one_captured_and_again(monkeypatch: pytest.MonkeyPatch) -
         reference = fastskip.apply_(copy.deepcopy(plain), policy, impl="reference")
         with fastskip.record_routing(reference) as expected:
             torch.testing.assert_close(scores, scores_of(reference, batch, new))
-        masks = decided(record)
-        assert masks.keys() == decided(expected).keys()
-        assert all(torch.equal(mask, decided(expected)[key]) for key, mask in masks.items())
+        masks = record.all_skipped()
+        assert masks.keys() == expected.all_skipped().keys()
+        assert all(torch.equal(mask, expected.all_skipped()[key]) for key, mask in masks.items())
         assert masks[3, "ffn"].sum() > masks[1, "ffn"].sum() > 0
         assert len(runs) == 3 * number and len(set(runs)) == min(3, 3 * number)
 

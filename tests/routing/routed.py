@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastskip
-from fastskip.routing import RoutingRecord
 from fastskip.verification.cells import GENERATED
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import Trio
@@ -41,19 +40,12 @@ def similarity(
     return head | {"kind": "similarity", "threshold": threshold} | fields
 
 
-def decided(record: RoutingRecord, forwards: int | None = None) -> Decided:
-    """The record as the oracle takes it."""
-    keys = {key for each in record.forwards for key in each.skipped}
-    masks = {(layer, sub.value): record.skipped(layer, sub) for layer, sub in keys}
-    return masks
-
-
 def check_forward(trio: Trio, policy: Policy, batch: Batch, **options: Any) -> Decided:
     """Logits of all real rows are those of the masked dense computation."""
     model = fastskip.set_policy(trio.prepared, policy, **options)
     with torch.no_grad(), fastskip.record_routing(model) as record:
         actual = model(**batch.inputs()).logits
-    masks = decided(record)
+    masks = record.all_skipped()
     inputs = {**batch.inputs(), "token_classes": batch.token_classes}
     eager, truth = (_expected(each, policy, masks, inputs) for each in (trio.plain, trio.exact))
     assert_within_budget("logits", actual, eager, truth, rows=batch.real)
@@ -74,7 +66,7 @@ def check_generate(
             output_logits=True,
             eos_token_id=None,
         )
-    masks = decided(record)
+    masks = record.all_skipped()
     tokens = out.sequences[:, batch.columns : -1]  # the last one was not fed
     inputs = batch.inputs()
     inputs["input_ids"] = torch.cat((batch.input_ids, tokens), dim=1)

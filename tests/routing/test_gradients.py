@@ -16,7 +16,7 @@ from tests.agreement import answer_labels
 from tests.batches import random_batch
 from tests.models import tiny_llava
 from tests.policies import parallel
-from tests.routing.routed import decided, random, routed, similarity
+from tests.routing.routed import random, routed, similarity
 from tests.test_gradients import gradients, inputs_of
 
 POLICIES = {
@@ -41,7 +41,7 @@ def test_gradient_is_the_masked_one(plain: PreTrainedModel, name: str, keeps_cac
     compute_in_double(text_model_of(model), lambda handle: None)
     with fastskip.record_routing(model) as record:
         logits = model(**inputs_of(batch), labels=labels, use_cache=keeps_cache).logits
-    masks = decided(record)
+    masks = record.all_skipped()
     assert any(mask.any() for mask in masks.values())
     with MaskedOracle(plain, POLICIES[name], masks) as oracle:
         expected = oracle.forward(**inputs_of(batch), token_classes=classes)
