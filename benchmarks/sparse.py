@@ -124,7 +124,7 @@ def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) 
     dense.weight[torch.rand(case.shape, generator=generator) < case.ratio] = 0
     x64 = torch.randn(case.rows, case.shape[1], generator=generator).to(dtype).double()
     dense, x = dense.to(case.device, dtype), x64.to(case.device, dtype)
-    bitmap = BitmapLinear.from_linear(dense)
+    bitmap = BitmapLinear.of(dense)
     ways: dict[Weights, Any] = {Weights.DENSE: dense, Weights.BITMAP: bitmap}
     if Weights.CSR in case.forms:
         ways[Weights.CSR] = CsrLinear.from_bitmap(bitmap)

@@ -103,13 +103,12 @@ def sparse_matrices(model: Any) -> list[Matrix]:
 def _held_as(form: Weights, matrix: Matrix) -> SparseLinear | None:
     """A projection in a sparse form; ``None`` if it is not pruned."""
     module = matrix.module
-    if not isinstance(module, SparseLinear):
-        if not _pays(matrix.weight):
-            return None
-        module = BitmapLinear.from_linear(module)
-    if form is Weights.CSR:
-        return CsrLinear.from_bitmap(module) if isinstance(module, BitmapLinear) else module
-    return module if isinstance(module, BitmapLinear) else BitmapLinear.from_other(module)
+    if not isinstance(module, SparseLinear) and not _pays(matrix.weight):
+        return None
+    if form is Weights.CSR and isinstance(module, CsrLinear):
+        return module
+    made = BitmapLinear.of(module)
+    return CsrLinear.from_bitmap(made) if form is Weights.CSR else made
 
 
 def _check_plain(model: Any) -> None:

@@ -99,17 +99,15 @@ class BitmapLinear(SparseLinear):
         self.register_buffer("starts", None, persistent=False)  # follows from the bitmap
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear) -> BitmapLinear:
-        """The same product without the zeros of a linear's weight; the bias is shared."""
-        packed = bitmaps.pack(linear.weight.detach())
-        bias = None if linear.bias is None else linear.bias.detach()
-        sizes = linear.in_features, linear.out_features
-        return cls(*sizes, packed.bitmap, packed.values, bias).train(linear.training)
-
-    @classmethod
-    def from_other(cls, other: SparseLinear) -> BitmapLinear:
-        """The same weight from another form; values and bias are shared."""
-        packed = other.packed
+    def of(cls, other: nn.Linear | SparseLinear) -> BitmapLinear:
+        """The same product: itself where it is in this form; else what is shared is the bias, and
+        the values where zeros are left out already."""
+        if isinstance(other, BitmapLinear):
+            return other
+        if isinstance(other, SparseLinear):
+            packed = other.packed
+        else:
+            packed = bitmaps.pack(other.weight.detach())
         bias = None if other.bias is None else other.bias.detach()
         sizes = other.in_features, other.out_features
         return cls(*sizes, packed.bitmap, packed.values, bias).train(other.training)

@@ -34,7 +34,7 @@ def linear_of(rows: int, columns: int, share: float, *, bias: bool, dtype: torch
 
 
 def held(linear: Any, form: Weights) -> SparseLinear:
-    made = BitmapLinear.from_linear(linear)
+    made = BitmapLinear.of(linear)
     return CsrLinear.from_bitmap(made) if form is Weights.CSR else made
 
 
