@@ -27,6 +27,7 @@ REFUSALS = (
     "past_key_values: ",
     "; needed: [",  # four-dimensional masks
     "position_ids: several sequences packed",
+    "with prompts padded on the right",
     "is never called here; allowed: hooks on",
 )
 """Parts of the messages by which it says that it does not do something."""

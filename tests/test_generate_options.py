@@ -218,6 +218,19 @@ def test_drafts_on_a_kept_cache_are_refused() -> None:
         model.generate(more, prompt_lookup_num_tokens=2, **{CACHE_NAME: turn[CACHE_NAME]})
 
 
+def test_drafts_behind_pads_are_refused() -> None:
+    """Hugging Face's loop would go on from the last column."""
+    model, ids = fastskip.apply_(tiny_llama()), torch.tensor([[5, 6, 7, 5, 6, 0]])
+    options = {"max_new_tokens": 3, "do_sample": False}
+    before = {"input_ids": ids.roll(1), "attention_mask": (ids.roll(1) > 0).long(), **options}
+    found = model.generate(**before, prompt_lookup_num_tokens=2)
+    assert torch.equal(found, model.generate(**before))
+    behind = {"input_ids": ids, "attention_mask": (ids > 0).long(), **options}
+    assert torch.equal(model.generate(**behind)[:, 6:], found[:, 6:])
+    with pytest.raises(ValueError, match="padded on the right"):
+        model.generate(**behind, prompt_lookup_num_tokens=2)
+
+
 @pytest.mark.parametrize("width", [3, 12])
 def test_classes_of_a_prompt_of_another_width(width: int) -> None:
     model = fastskip.apply_(tiny_llama())

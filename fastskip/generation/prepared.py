@@ -305,9 +305,9 @@ class PreparedModel(_Prepared):
                 cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
-            check_drafts(generation_mode, cache)
             # Hugging Face asks this of caches that users hand in.
             cache._is_user_defined = True
+        check_drafts(generation_mode, cache, model_kwargs.get("attention_mask"))
         cache.reserve = max_cache_length
         # An assistant is called once a draft, on one cache: its prompt stays the first one.
         if not (generation_config.is_assistant and cache.columns):

@@ -24,13 +24,18 @@ def check_parts(model: Any, runtime: Runtime) -> None:
         )
 
 
-def check_drafts(mode: Any, cache: SkipCache) -> None:
-    """Raises for drafts on a cache that holds a prompt: Hugging Face's loop feeds it again."""
-    if mode is GenerationMode.ASSISTED_GENERATION and cache.columns:
+def check_drafts(mode: Any, cache: SkipCache, mask: Any) -> None:
+    """Raises where Hugging Face's loop for drafts goes wrong: it feeds the prompt of a cache again,
+    and goes on from the last column, also where that is a pad."""
+    if mode is not GenerationMode.ASSISTED_GENERATION:
+        return
+    what = "assistant_model, prompt_lookup_num_tokens: with"
+    if cache.columns:
         raise ValueError(
-            "assistant_model, prompt_lookup_num_tokens: with a cache that holds columns; allowed: "
-            "without one, from the whole prompt"
+            f"{what} a cache that holds columns; allowed: without one, from the whole prompt"
         )
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(f"{what} prompts padded on the right; allowed: padding on the left")
 
 
 def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
