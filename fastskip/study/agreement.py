@@ -65,8 +65,11 @@ class AnswerLog:
                 (n for n, (a, b) in enumerate(pairs) if a != b), min(map(len, (mine, theirs)))
             )
             tokens.append(same / len(theirs))
-            # log_softmax of a token that is ruled out is -inf on both sides
-            own, true = (log[item].nan_to_num(neginf=-1e9) for log in (self._first, dense._first))
+            # log_softmax of a token that is ruled out is -inf on both sides; of a model that
+            # overflows no token is likely, as it has no distribution
+            own, true = (
+                log[item].nan_to_num(nan=-1e9, neginf=-1e9) for log in (self._first, dense._first)
+            )
             found = F.kl_div(own, true, reduction="sum", log_target=True)
             divergence.append(max(0.0, float(found)))
         return AnswerAgreement(tuple(tokens), tuple(divergence))

@@ -74,6 +74,9 @@ def test_divergence_is_that_of_the_definition() -> None:
     assert found[1] == 0
     ruled_out = torch.tensor([[0.0, -math.inf]])
     assert log([[1]], ruled_out).against(log([[1]], ruled_out)).divergence == (0.0,)
+    # a model that overflows is not one that agrees
+    overflown = log([[1]], torch.tensor([[0.0, math.nan]])).against(log([[1]], torch.zeros(1, 2)))
+    assert overflown.divergence[0] > 1e6
     with pytest.raises(ValueError, match="different items"):
         log([[1]]).against(log([[1], [2]]))
 
