@@ -21,6 +21,10 @@ from fastskip.study.samples import placed
 from fastskip.tokens import CODES, PAD
 
 
+class SimilarityError(ValueError):
+    """Hidden states that cannot be compared."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSimilarity:
     """Mean cosines over the rows of one class in one layer.
@@ -58,6 +62,7 @@ def similarities(
     Raises:
         TypeError: the model is prepared.
         ValueError: there are no samples, or `new_tokens` is negative.
+        SimilarityError: the model overflows.
     """
     if getattr(model, "_fastskip", None) is not None:
         raise TypeError("model: is prepared; allowed: one as from_pretrained gives it")
@@ -79,6 +84,13 @@ def similarities(
         for index, cosines in seen.items():
             sums[index].index_add_(0, codes[real], cosines.cpu().double()[real])
         on_sample()
+    for index, own in enumerate(sums):
+        if not own.isfinite().all():
+            allowed = "a dtype in which the model does not overflow, such as float32"
+            raise SimilarityError(
+                f"layer {index}: hidden states that are not finite in {model.dtype}; allowed: "
+                f"{allowed}"
+            )
     return tuple(
         LayerSimilarity(index, token_class, int(counts[code]), *means.tolist())
         for token_class, code in CODES.items()

@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 import fastskip
 from fastskip.policy import TokenClass
-from fastskip.study.similarity import LayerSimilarity, similarities
+from fastskip.study.similarity import LayerSimilarity, SimilarityError, similarities
 from tests.batches import random_batch
 from tests.models import Kind, tiny_llava
 
@@ -123,3 +123,10 @@ def test_a_model_that_says_a_placeholder() -> None:
         model.get_output_embeddings().weight[image_id - 9] = -1
     given = random_batch(model, 3, images=(1, 2)).inputs()
     assert similarities(model, [given], new_tokens=2)
+
+
+def test_hidden_states_that_overflow_have_no_similarity() -> None:
+    model: Any = tiny_llava(image_tokens=4)
+    model.model.language_model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(SimilarityError, match="layer 1: .* not finite in torch.float32; allowed"):
+        similarities(model, [sample()], new_tokens=0)
