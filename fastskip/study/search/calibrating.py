@@ -120,7 +120,8 @@ def _answered(model: Any, inputs: dict[str, Any], exam: Exam) -> _Batch:
     codes = _codes(model, ids, inputs, told.shape[1] - 1)
     given = _continued(_embedded(model, inputs), model.get_input_embeddings()(told[:, :-1]))
     # A forward counts pads as positions, which `generate` does not; draws go by positions.
-    given.setdefault("position_ids", (whole.cumsum(1) - 1).clamp(min=0))
+    positions, axes = (whole.cumsum(1) - 1).clamp(min=0), given.get("position_ids")
+    given["position_ids"] = positions if axes is None else torch.cat([positions[None], axes])
     given |= {"attention_mask": whole, "token_classes": codes, "use_cache": False}
     # Of the columns of the answers alone the logits are asked for.
     asking = torch.arange(ids.shape[1] - 1, whole.shape[1])
