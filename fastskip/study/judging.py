@@ -254,8 +254,9 @@ def _answered(
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
     known, exam = {} if kept is None else kept.load(), every[0].exam
-    about = model_fingerprint(model), str(model.dtype), exam.fingerprint
-    asked = combined(*about, exam.new_tokens, new_tokens)
+    # Rounding is the device's own, and some routers decide by the batch.
+    about = model_fingerprint(model), str(model.dtype), model.device.type
+    asked = combined(*about, exam.fingerprint, len(exam), exam.new_tokens, new_tokens)
     keys = [each.key(asked) for each in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):

@@ -132,6 +132,10 @@ def test_a_run_goes_on(
     longer = Exam(ITEMS[:3], exam._processor, config=model.config, new_tokens=33)
     judge(model, [], longer, **options)
     assert len(asked_again) == 4
+    # Other batches may be answered otherwise: routers can decide by the batch.
+    singly = Exam(ITEMS[:3], exam._processor, config=model.config, batch_size=1)
+    judge(model, [], singly, **options)
+    assert len(asked_again) == 5
 
 
 def test_policies_that_do_not_fit_are_found_before_anybody_answers(model: Any, exam: Exam) -> None:
