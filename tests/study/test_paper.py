@@ -146,9 +146,10 @@ def test_files_of_other_settings_are_measured_anew(results: Results, folder: Pat
     assert longer.has(DENSE, 0) and not longer.has(TRAINED, 0)
     path = next((folder / "cells").glob("*.json"))
     whole = path.read_text()
-    path.write_text(whole[: len(whole) // 2])
-    missing = [(c.name, seed) for c in CHOSEN for seed in (0, 1) if not study.has(c, seed)]
-    assert len(missing) == 1
+    for broken in (whole[: len(whole) // 2], "[]", "null", "[" * 100_000, "\udcff"):
+        path.write_text(broken, encoding="utf-8", errors="surrogateescape")
+        missing = [(c.name, seed) for c in CHOSEN for seed in (0, 1) if not study.has(c, seed)]
+        assert len(missing) == 1
     path.write_text(whole)
 
 

@@ -25,10 +25,11 @@ def kept(path: Path, settings: Mapping[str, Any], make: Callable[[], Document]) 
 def read(path: Path, settings: Mapping[str, Any]) -> Document | None:
     """What a file holds; None without the file, or if it is of other settings or broken."""
     try:
-        found: Document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if found.get("settings") == json.loads(json.dumps(settings)) else None
+    is_same = isinstance(found, dict) and found.get("settings") == json.loads(json.dumps(settings))
+    return found if is_same else None
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
