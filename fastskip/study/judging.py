@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from fastskip.intervals import Estimate
-from fastskip.loading import plan_of, set_policy
+from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.agreement import AnswerAgreement, AnswerLog, end_tokens
 from fastskip.study.captions import CaptionScores
@@ -32,6 +32,7 @@ from fastskip.study.items import Item
 from fastskip.study.json_file import json_text
 from fastskip.study.metrics import Metric, YesNo
 from fastskip.study.samples import placed
+from fastskip.study.seen_rates import seen_rates
 from fastskip.study.smaller_images import taking_smaller_images
 from fastskip.timing import endless, time_once
 
@@ -70,7 +71,8 @@ class Judgement:
         policy: as in a policy file.
         evaluation: its answers and their scores.
         agreement: with the dense model's answers.
-        flops: of the decoder and lm_head for the first item, with as many tokens as are timed.
+        flops: of the decoder and lm_head for the first item, with as many tokens as are timed;
+            what routers skip counts as it was seen.
         speed: `None` where times were not taken.
     """
 
@@ -282,8 +284,18 @@ def _answered(
 
 
 def _flops(model: Any, exam: Exam, new_tokens: int) -> int:
-    n_image, n_text, before = prompt_sizes(exam.single(0), model.config)
-    return plan_of(model).flops(n_image, n_text, new_tokens, text_before=before)
+    """Of the first item; where routers decide, at the rates that are seen with it."""
+    inputs, plan = exam.single(0), plan_of(model)
+    n_image, n_text, before = prompt_sizes(inputs, model.config)
+    if not plan.routed:
+        return plan.flops(n_image, n_text, new_tokens, text_before=before)
+    with endless(model), record_routing(model) as record:
+        model.generate(**placed(inputs, model), do_sample=False, max_new_tokens=new_tokens)
+    prompt, steps = (
+        plan.expected_cost(n_image, n_text, new_tokens, rate=rate, text_before=before)
+        for rate in seen_rates(plan, record, new_tokens)
+    )
+    return prompt.prefill.flops + steps.decode.flops
 
 
 def _timed(model: Any, every: Sequence[_Contender], new_tokens: int, rounds: int) -> list[Speed]:

@@ -18,7 +18,7 @@ import fastskip
 from fastskip.cli import app
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.demo import checkpoint_path
-from fastskip.policy import PolicyError, RouterRule, SkipPolicy
+from fastskip.policy import PolicyError, RouterRule, SkipPolicy, SkipRule
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.agreement import AnswerLog, end_tokens
@@ -98,6 +98,22 @@ def test_a_policy_is_held_to_the_dense_model(model: Any, exam: Exam) -> None:
     assert Judgement.from_dict(json.loads(json.dumps(half.to_dict()))) == half
     with pytest.raises(ValueError, match="rounds: -1"):
         judge(model, [], exam, rounds=-1)
+
+
+def test_compute_is_what_routers_let_run(model: Any, exam: Exam) -> None:
+    def routed(**options: Any) -> SkipPolicy:
+        return SkipPolicy(routers=(RouterRule("1:7", skip="ffn", **options),))
+
+    none = SkipPolicy(rules=(SkipRule("1:7", skip="ffn"),))
+    policies = [
+        ("rules", none),
+        ("all", routed(kind="similarity", threshold=-1.0)),
+        ("some", routed(kind="random", rate=0.5)),
+        ("nobody", routed(kind="random", rate=0.0)),
+    ]
+    dense, rules, everybody, some, nobody = judge(model, policies, exam, new_tokens=3, rounds=0)
+    assert everybody.flops == rules.flops < some.flops < nobody.flops == dense.flops
+    assert some.flops == pytest.approx((rules.flops + dense.flops) / 2, rel=0.1)
 
 
 def test_a_run_goes_on(

@@ -5,22 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 
 import torch
 from torch import Tensor
 
 from fastskip.loading import record_routing
 from fastskip.plan import SkipPlan
-from fastskip.routing import RoutingRecord
 from fastskip.study.bench.contenders import DENSE, HF, Contender, Models, Source
 from fastskip.study.bench.errors import BenchError
 from fastskip.study.bench.results import Agreement
 from fastskip.study.bench.samples import Inputs, generate
+from fastskip.study.seen_rates import Rates, seen_rates
 
 logger = logging.getLogger(__name__)
-Rates = Mapping[int, float]
-"""By the router's number: the share of its candidates that skipped."""
 _EXACT = (torch.float32, torch.float64)
 """What greedy tokens must be equal in; narrower numbers round near-ties to either side."""
 
@@ -71,26 +68,13 @@ def first_call(
     if plan.routed:
         with record_routing(model) as record:
             generate(contender, model, inputs, new_tokens)
-        prompt, *steps = record.forwards[-new_tokens:]
-        rates = _rates(plan, RoutingRecord([prompt])), _rates(plan, RoutingRecord(steps))
+        rates = seen_rates(plan, record, new_tokens)
     return FirstCall(tokens, peak, rates)
 
 
 def _reason(error: Exception) -> str:
     line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {line}"
-
-
-def _rates(plan: SkipPlan, record: RoutingRecord) -> dict[int, float]:
-    """The share of its candidates that each router let skip, its cells weighing alike."""
-    seen = record.rates()
-    found = {}
-    for number in range(len(plan.policy.routers)):
-        keys = {(r.layer, sub) for r in plan.routed if r.number == number for sub in r.skip}
-        shares = [seen[key] for key in keys if key in seen]
-        # Without candidates in this phase it does not matter.
-        found[number] = mean(shares) if shares else 0.0
-    return found
 
 
 def agreements_of(

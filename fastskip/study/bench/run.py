@@ -24,7 +24,7 @@ from fastskip.study.bench.contenders import (
     contenders_of,
 )
 from fastskip.study.bench.errors import BenchError
-from fastskip.study.bench.first_calls import Rates, agreements_of, first_call
+from fastskip.study.bench.first_calls import agreements_of, first_call
 from fastskip.study.bench.results import (
     BenchResult,
     Contest,
@@ -37,6 +37,7 @@ from fastskip.study.bench.workload import Workload, workload_of
 from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.provenance import circumstances
 from fastskip.study.samples import placed
+from fastskip.study.seen_rates import Rates
 from fastskip.timing import LEAST_ROUNDS, endless, race
 
 
