@@ -136,8 +136,9 @@ def test_stock_runs_an_exported_checkpoint_dense(
         SOME_TOKENS,
         policy(arrangements=[{"layers": [1], "kind": "parallel"}]),
         policy(arrangements=[{"layers": [[1, 2]], "kind": "pair"}]),
+        policy(removals=[{"after_layer": 1, "keep": {"by": "random", "ratio": 0.5}}]),
     ],
-    ids=["some tokens", "parallel", "pair"],
+    ids=["some tokens", "parallel", "pair", "removal"],
 )
 def test_what_per_layer_config_cannot_say(
     model: Any, unsayable: dict[str, Any], tmp_path: Path

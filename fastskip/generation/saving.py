@@ -77,12 +77,12 @@ def _read(path: Path, field: str) -> bytes:
 def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
     """The plan's all-token skips as transformers says them; raises where it cannot be said."""
     policy = plan.policy
-    others = policy.arrangements or policy.routers or policy.masks
+    others = policy.arrangements or policy.routers or policy.removals or policy.masks
     if others or policy.semantics is not Semantics.CLEAN:
         raise PolicyError(
             "export_per_layer_config",
             policy.to_dict(),
-            "rules only: no arrangements, routers or masks, clean semantics",
+            "rules only: no arrangements, routers, removals or masks, clean semantics",
         )
     layers: dict[int, dict[str, list[str]]] = {}
     for layer in plan.layers:
