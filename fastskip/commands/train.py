@@ -1,6 +1,7 @@
 """`fastskip train`: training under a policy, which skips its work in forward and backward."""
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -267,10 +268,11 @@ def train(
     # Only plain torch computes gradients and lets routers be replaced while they learn.
     impl = "reference" if parts is Parts.ROUTERS else None
     loaded = load(path, chosen, dtype_for(model, dtype), device, impl=impl)
-    test = [] if measured is None else measuring.batches_of(measured, processor, settings, 8)
-    timed = measuring.batches_of(learned, processor, settings, 2)
-    policy_name = fastskip.plan_of(loaded).policy.name
-    report: dict[str, Any] = {"model": path, "policy": policy_name, "parts": parts.value}
+    plan = fastskip.plan_of(loaded)
+    batches = partial(measuring.batches_of, max_tokens=plan.shape.max_positions)
+    test = [] if measured is None else batches(measured, processor, settings, 8)
+    timed = batches(learned, processor, settings, 2)
+    report: dict[str, Any] = {"model": path, "policy": plan.policy.name, "parts": parts.value}
     if masks is not None:
         masks.apply_(loaded)  # as training begins with it, so that losses before and after compare
     if test:

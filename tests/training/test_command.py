@@ -11,7 +11,7 @@ from PIL import Image
 
 import fastskip
 from fastskip.policy import SkipPolicy
-from fastskip.study.training import Parts, Settings
+from fastskip.study.training import DataError, Example, Parts, Settings, Turn
 from fastskip.study.training.curve import write_curve
 from fastskip.study.training.measuring import batches_of, compare_dense, held_out_loss
 from tests.checkpoints import save_checkpoint
@@ -219,6 +219,24 @@ def test_held_out_loss_is_the_mean_over_tokens() -> None:
     allowed = 64 * torch.finfo(torch.float32).eps * abs(mean)
     assert abs(held_out_loss(model, [whole]) - mean) <= allowed
     assert abs(held_out_loss(model, one_by_one) - mean) <= allowed
+
+
+def test_what_training_leaves_out_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    broken = Example((Turn("hi", "yes"),), (tmp_path / "a.png",), "row 2")
+    long = Example((Turn("what " * 200, "yes"),))
+    first, second, third = examples(3)
+    data = [first, broken, second, long, third]
+    settings = Settings(batch=2, skip_broken=True)
+    found = batches_of(data, processor(), settings, 3, max_tokens=150)
+    expected = batches_of([first, second, third], processor(), settings, 3)
+    assert len(found) == len(expected) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(DataError, match="row 2: "):
+        batches_of(data, processor(), Settings(batch=2), 3)
+    with pytest.raises(DataError, match="data: no example can be used; row 2: "):
+        batches_of([broken], processor(), settings, 3)
 
 
 def test_curves_of_one_step(tmp_path: Path) -> None:

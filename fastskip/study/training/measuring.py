@@ -7,18 +7,19 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
-from fastskip.conversations import Example
+from fastskip.conversations import DataError, Example
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import IGNORED, Encoder, Features
 from fastskip.study.training.parts import learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings
-from fastskip.study.training.sources import Shelf
+from fastskip.study.training.sources import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +50,29 @@ class Comparison:
 
 
 def batches_of(
-    data: Sequence[Example], processor: Any, settings: Settings, count: int
+    data: Sequence[Example],
+    processor: Any,
+    settings: Settings,
+    count: int,
+    max_tokens: int | None = None,
 ) -> list[Features]:
     """The first ``count`` batches of the data, in their order; fewer where they end.
 
+    ``max_tokens``: longer examples cannot be used.
+
     Raises:
-        DataError: an example cannot be used, and ``settings.skip_broken`` is not set.
+        DataError: an example cannot be used, and ``settings.skip_broken`` is not set; or none can.
     """
-    shelf = Shelf(data, Encoder(processor), skip_broken=settings.skip_broken)
+    usable = Stream(data, Encoder(processor, max_tokens), skip_broken=settings.skip_broken)
     pad_id = getattr(processor, "tokenizer", processor).pad_token_id
     collate = Collator(pad_id, settings.padding)
-    starts = range(0, min(len(data), count * settings.batch), settings.batch)
-    numbers = (range(start, min(start + settings.batch, len(data))) for start in starts)
-    return [collate([shelf[number] for number in each]) for each in numbers]
+    encoded = iter(usable)
+    batches = (list(islice(encoded, settings.batch)) for _ in range(count))
+    found = [collate(batch) for batch in batches if batch]
+    if not found:
+        reasons = list(usable.broken.values())[:1]
+        raise DataError("; ".join(["data: no example can be used", *reasons]))
+    return found
 
 
 def compare_dense(
