@@ -415,6 +415,7 @@ def test_the_command_says_what_is_not_reached(checkpoint: Path, tmp_path: Path) 
     [
         ("-p {policy} -o {folder}/x.txt", "--out .*x.txt: allowed: a file"),
         ("-p {policy} -o {folder}/absent/x.json", "--out .*: allowed: .* existing folder"),
+        ("-p {policy} -o {folder}/dir.json", "--out .*dir.json: a folder; allowed: a file"),
         ("-p {policy} -o {folder}/x.json -m {model}", "--samples: needed with --model"),
         ("-p dense -o {folder}/x.json -m {model} --samples {samples}", "routers: nothing to"),
         ("-p {policy} -o {folder}/x.json -m {model} --samples {broken}", "line 1: not JSON"),
@@ -426,6 +427,7 @@ def test_errors_of_the_command_are_one_line(
     policy, broken = tmp_path / "policy.json", tmp_path / "broken.jsonl"
     policy.write_text(json.dumps(routed(similarity([2]))))
     broken.write_text("{")
+    (tmp_path / "dir.json").mkdir()
     names = {
         "policy": policy,
         "folder": tmp_path,

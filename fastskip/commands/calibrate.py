@@ -21,6 +21,7 @@ from fastskip.commands.common import (
     prepare,
     resolve_policy,
 )
+from fastskip.commands.outputs import check_file
 from fastskip.commands.samples import SamplesOption, calibration_inputs
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
@@ -136,6 +137,7 @@ def _check_output(out: Path) -> None:
     if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
         allowed = f"a file ({', '.join(SUFFIXES)}) in an existing folder"
         raise CommandError(f"--out {out}: allowed: {allowed}")
+    check_file("--out", out)
 
 
 def _show(found: "Calibration") -> None:
