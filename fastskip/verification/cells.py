@@ -6,6 +6,7 @@ that a mistake in one of the two shows as a difference.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -172,6 +173,44 @@ def read_routed_kv(policy: Mapping[str, Any], depth: int) -> tuple[tuple[str, ..
             for token_class in _classes(removal.get("tokens", ["image"])):
                 kept[layer][token_class] = "omit"
     return tuple(map(tuple, kept))
+
+
+def read_decidable(
+    policy: Mapping[str, Any], depth: int
+) -> Mapping[tuple[int, str], frozenset[int]]:
+    """The classes of which a decision may let rows skip, by layer and sublayer.
+
+    A plug-in may send its rows past all later layers too, as a removal does.
+    """
+    found: dict[tuple[int, str], frozenset[int]] = {}
+
+    def allow(layers: Iterable[int], sublayers: Iterable[str], tokens: Any) -> None:
+        for key in product(layers, sublayers):
+            found[key] = found.get(key, frozenset()) | _classes(tokens)
+
+    both = ("attention", "ffn")
+    for rule in policy.get("routers", ()):
+        layers = _indices(rule["layers"], depth)
+        allow(layers, both if "block" in rule["skip"] else rule["skip"], rule["tokens"])
+        if "." in rule["kind"]:
+            allow(range(min(layers) + 1, depth), both, rule["tokens"])
+    for removal in policy.get("removals", ()):
+        allow(range(removal["after_layer"] + 1, depth), both, removal.get("tokens", ["image"]))
+    return found
+
+
+def read_joint(policy: Mapping[str, Any], depth: int) -> tuple[frozenset[int], ...]:
+    """By layer, the classes whose rows skip both sublayers by a decision, or neither: where one
+    rule decides, and about blocks."""
+    about: dict[tuple[int, int], list[bool]] = {}
+    for rule in policy.get("routers", ()):
+        is_whole = "block" in rule["skip"] or {"attention", "ffn"} <= set(rule["skip"])
+        for key in product(_indices(rule["layers"], depth), _classes(rule["tokens"])):
+            about.setdefault(key, []).append(is_whole)
+    return tuple(
+        frozenset(c for (at, c), own in about.items() if at == layer and own == [True])
+        for layer in range(depth)
+    )
 
 
 def _indices(layers: str | Sequence[int], depth: int) -> list[int]:

@@ -20,6 +20,9 @@ from fastskip.verification.cells import (
     UncheckedPolicyError,
     classes_of,
     classify_prompt,
+    is_member,
+    read_decidable,
+    read_joint,
     read_policy,
     read_routed_kv,
 )
@@ -81,7 +84,8 @@ class MaskedOracle:
             logits = oracle.forward(**processor(images=image, text=text, return_tensors="pt"))
 
     `decisions` says what routers and removals let rows skip, by (layer, "attention" or "ffn"):
-    boolean, [batch, columns], for the columns of `forward`. A policy with either needs them.
+    boolean, [batch, columns], for the columns of `forward`. A policy with either needs them. Of
+    these only what the policy leaves to them is obeyed.
     """
 
     def __init__(
@@ -109,6 +113,12 @@ class MaskedOracle:
             before = self._layers[-1] if self._layers else None
             self._layers.append(HookedLayer(module, cells, before))
         self._decisions = decisions or {}
+        self._decidable = read_decidable(policy, depth)
+        # What a class leaves out in any case is nobody's decision.
+        self._joint = [
+            classes - cells.without_attention - cells.without_ffn
+            for classes, cells in zip(read_joint(policy, depth), self.cells, strict=True)
+        ]
         self._routed_kv = read_routed_kv(policy, depth)
         self._undo: ExitStack | None = None
         self._run: _Run | None = None
@@ -290,20 +300,36 @@ class MaskedOracle:
         if position_ids is None and not is_asked:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         self.attentions: dict[int, Tensor] = {}
-        self._run = _Run(token_classes, mask.bool(), {}, self._sources(token_classes))
+        decided = self._obeyed(token_classes)
+        self._run = _Run(token_classes, mask.bool(), {}, self._sources(token_classes, decided))
         for number, layer in enumerate(self._layers):
             layer.token_classes = token_classes
             layer.decided = {
-                sublayer: mask
-                for (index, sublayer), mask in self._decisions.items()
-                if index == number
+                sublayer: rows for (index, sublayer), rows in decided.items() if index == number
             }
         try:
             return module(attention_mask=mask, position_ids=position_ids, use_cache=False, **inputs)
         finally:
             self._run = None
 
-    def _sources(self, token_classes: Tensor) -> list[Tensor]:
+    def _obeyed(self, token_classes: Tensor) -> dict[tuple[int, str], Tensor]:
+        """The decisions that the policy allows; who skips half a block by one skips all of it."""
+        found = {
+            key: rows & is_member(token_classes, self._decidable.get(key, ()))
+            for key, rows in self._decisions.items()
+        }
+        nobody = torch.zeros_like(token_classes, dtype=torch.bool)
+        for layer, classes in enumerate(self._joint):
+            halves = [(layer, "attention"), (layer, "ffn")]
+            either = torch.stack([found.get(key, nobody) for key in halves]).any(0)
+            either &= is_member(token_classes, classes)
+            if either.any():
+                found |= {key: found.get(key, nobody) | either for key in halves}
+        return found
+
+    def _sources(
+        self, token_classes: Tensor, decided: Mapping[tuple[int, str], Tensor]
+    ) -> list[Tensor]:
         """By layer, whose key and value each row shows there: [batch, columns]."""
         found: list[Tensor] = []
         for layer, cells in enumerate(self.cells):
@@ -315,7 +341,7 @@ class MaskedOracle:
                 reused = torch.where(reused == NOTHING, below, reused)
             copies = torch.tensor([s not in (None, layer) for s in cells.sources])
             sources = torch.where(copies.to(sources.device)[token_classes], reused, sources)
-            skipped = self._decisions.get((layer, "attention"))
+            skipped = decided.get((layer, "attention"))
             if skipped is not None and any(s is not None for s in cells.sources):
                 for token_class, kv in enumerate(self._routed_kv[layer]):
                     rows = skipped & (token_classes == token_class)

@@ -66,6 +66,31 @@ def test_a_fault_under_routers_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.first_difference is not None and found.first_difference.layer == 2
 
 
+def draws(skips: str, tokens: str | list[str] = "all", layer: int = 2) -> Policy:
+    rule = {"layers": [layer], "tokens": tokens, "skip": [skips], "kind": "random", "rate": 0.5}
+    return policy_of() | {"routers": [rule]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "done"),
+    [
+        (draws("ffn"), draws("block")),
+        (draws("block"), draws("ffn")),
+        (draws("block"), draws("attention")),
+        (draws("ffn", ["text"]), draws("ffn")),
+        (draws("ffn"), draws("ffn", layer=1)),
+    ],
+    ids=["too much", "no attention", "no FFN", "others' rows", "another layer"],
+)
+def test_decisions_beyond_the_policy_are_faults(
+    asked: Policy, done: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert report(asked).holds
+    monkeypatch.setattr(check, "apply_", lambda model, policy: fastskip.apply_(model, done))
+    found = report(asked)
+    assert not found.holds and found.first_difference is not None
+
+
 def test_it_holds_in_bfloat16_and_leaves_the_model_alone() -> None:
     model = tiny_llava("llava_next_mistral", dtype=torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
