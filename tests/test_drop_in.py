@@ -214,6 +214,23 @@ def test_weights_merged_in_inference_mode_can_be_trained(impl: str) -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("picked", [[0, 1], [1, 0, 1]])
+def test_caches_filled_in_inference_mode_go_on_outside(
+    pair: tuple[Any, Any], picked: list[int]
+) -> None:
+    batch, answers = random_batch(pair[0], 2, images=(0, 0), text=(3, 9)), []
+    mask = torch.cat((batch.attention_mask, torch.ones(2, 6, dtype=torch.long)), 1)[picked]
+    for model in pair:
+        with torch.inference_mode():
+            first = model.generate(**batch.inputs(), max_new_tokens=4, return_dict_in_generate=True)
+            cache = first[CACHE_NAME]
+            cache.batch_select_indices(torch.tensor(picked))
+        ids = torch.cat((first.sequences, torch.full((2, 2), 7)), 1)[picked]
+        again = {"attention_mask": mask, CACHE_NAME: cache, "max_new_tokens": 4}
+        answers.append(model.generate(ids, **again))
+    assert torch.equal(*answers)
+
+
 def test_plans_are_of_the_model_as_it_is(impl: str) -> None:
     model = fastskip.apply_(tiny_llama(), impl=impl)
     model.resize_token_embeddings(100)

@@ -47,10 +47,13 @@ class LayerEntries:
             self.values.append(empty(size, like.dtype, like.device))
 
     def select(self, sequences: Tensor) -> None:
-        self.keys = [buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.keys]
-        self.values = [
-            buffer.index_select(0, sequences.to(buffer.device)) for buffer in self.values
-        ]
+        self.keys = [_selected(buffer, sequences) for buffer in self.keys]
+        self.values = [_selected(buffer, sequences) for buffer in self.values]
+
+
+def _selected(buffer: Tensor, sequences: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # as ``empty``: more entries will be written to it
+        return buffer.index_select(0, sequences.to(buffer.device))
 
 
 class SkipCache(Cache):

@@ -177,4 +177,5 @@ class PagedCache(SkipCache):
 
 def aligned_counts(tables: int, batch: int, device: torch.device) -> Tensor:
     """int32 zeros; each row begins at a multiple of 16 bytes, as a tensor of its own would."""
-    return torch.zeros(tables, -(-batch // 4) * 4, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # as ``empty``: steps write to it
+        return torch.zeros(tables, -(-batch // 4) * 4, dtype=torch.int32, device=device)

@@ -17,8 +17,10 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
     Every buffer of the runtime that starts uninitialised comes from here: inside ``poisoned()``
     it starts as NaN, so a slot that is read but was never written cannot go unnoticed.
+    It outlives a caller's inference mode, which would forbid writing to it later.
     """
-    memory = torch.empty(shape, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        memory = torch.empty(shape, dtype=dtype, device=device)
     if _poison.get() and dtype.is_floating_point:
         memory.fill_(float("nan"))
     return memory
