@@ -329,10 +329,13 @@ def test_prompts_in_pieces(pair: tuple[Any, Any]) -> None:
         pair[1].generate(**batch.inputs(), max_new_tokens=2, prefill_chunk_size=2)
 
 
-def test_all_logits_of_prompts_that_are_padded_on_the_right(pair: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("keep", [0, 1, 2, torch.tensor([-1])], ids=["all", "1", "2", "tensor"])
+def test_more_logits_of_prompts_that_are_padded_on_the_right(
+    pair: tuple[Any, Any], keep: int | Tensor
+) -> None:
     batch = random_batch(pair[0], 2, images=(0, 0), text=(3, 8), padding="right")
     alone = [pair[0].generate(**batch.alone(i).inputs(), max_new_tokens=4)[:, -4:] for i in (0, 1)]
-    found = pair[1].generate(**batch.inputs(), max_new_tokens=4, logits_to_keep=0)[:, -4:]
+    found = pair[1].generate(**batch.inputs(), max_new_tokens=4, logits_to_keep=keep)[:, -4:]
     assert torch.equal(found, torch.cat(alone))
 
 

@@ -255,8 +255,7 @@ class PreparedModel(_Prepared):
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
             return base.generate(self, inputs, *args, **kwargs)
-        if isinstance(kwargs.get("logits_to_keep"), int) and not kwargs["logits_to_keep"]:
-            del kwargs["logits_to_keep"]  # of all of them only the last is read
+        kwargs.pop("logits_to_keep", None)  # of all of them only the last is read
         _follow(self, self._runtime)
         with self._runtime.generating(prompt_columns(inputs, kwargs)):
             try:
