@@ -329,6 +329,23 @@ def test_prompts_in_pieces(pair: tuple[Any, Any]) -> None:
         pair[1].generate(**batch.inputs(), max_new_tokens=2, prefill_chunk_size=2)
 
 
+PLACES = torch.tensor([[0, 1, 5, 6, 9]])
+
+
+def test_positions_of_prompts_in_pieces(pair: tuple[Any, Any]) -> None:
+    answers = [told(each, position_ids=PLACES, prefill_chunk_size=2) for each in pair]
+    assert answers[1] == answers[0] == told(pair[0], position_ids=PLACES) != told(pair[0])
+
+
+def test_positions_of_a_second_turn(pair: tuple[Any, Any]) -> None:
+    answers = []
+    for model in pair:
+        with torch.no_grad():
+            cache = model(IDS[:, :2], use_cache=True)[CACHE_NAME]
+        answers.append(told(model, position_ids=PLACES, **{CACHE_NAME: cache}))
+    assert answers[1] == answers[0] == told(pair[0], position_ids=PLACES)
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, torch.tensor([-1])], ids=["all", "1", "2", "tensor"])
 def test_more_logits_of_prompts_that_are_padded_on_the_right(
     pair: tuple[Any, Any], keep: int | Tensor

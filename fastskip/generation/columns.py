@@ -136,9 +136,9 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
     """Positions ``[B, T]``, host: what is given, or columns, or real columns, as in Hugging Face.
 
     But within ``generate`` new columns follow on from the sequence's last real row: with right
-    padding Hugging Face would continue from a pad.
+    padding Hugging Face would continue from a pad. Those of a prompt stand where the caller says.
     """
-    if runtime.session is not None and cache.columns:
+    if runtime.session is not None and cache.columns and not _are_told(runtime, given, cache):
         return cache.following(real.cumsum(1))[0]
     if given is None:
         positions = _counted(cache, real, counts_pads=runtime.decoder.positions.counts_pads)
@@ -155,6 +155,13 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
         last = positions[:, :end].masked_fill(~real[:, :end], -1).max(dim=1, keepdim=True).values
         return torch.cat((positions[:, :end], last + real[:, end:].cumsum(1)), dim=1)
     return positions
+
+
+def _are_told(runtime: Runtime, given: Any, cache: SkipCache) -> bool:
+    """Whether ``given`` are the caller's own, of columns of the prompt behind a cache."""
+    session, end = runtime.session, cache.prompt_columns
+    is_told = session is not None and session.gives_positions and given is not None
+    return is_told and end is not None and cache.columns < end
 
 
 def _counted(cache: SkipCache, real: Tensor, *, counts_pads: bool) -> Tensor:

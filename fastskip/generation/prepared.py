@@ -257,7 +257,8 @@ class PreparedModel(_Prepared):
             return base.generate(self, inputs, *args, **kwargs)
         kwargs.pop("logits_to_keep", None)  # of all of them only the last is read
         _follow(self, self._runtime)
-        with self._runtime.generating(prompt_columns(inputs, kwargs)):
+        given = kwargs.get("position_ids") is not None
+        with self._runtime.generating(prompt_columns(inputs, kwargs), gives_positions=given):
             try:
                 return base.generate(self, inputs, *args, **kwargs)
             except torch.OutOfMemoryError as error:

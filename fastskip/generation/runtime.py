@@ -33,11 +33,13 @@ class Session:
 
     Attributes:
         prompt_columns: where its prompt ends.
+        gives_positions: the caller says where columns of the prompt stand.
         thread: whose call it is.
         is_refreshed: the decoder has just looked at the model, and its first forward need not.
     """
 
     prompt_columns: int
+    gives_positions: bool = False
     thread: int = field(default_factory=get_ident)
     is_refreshed: bool = False
 
@@ -181,13 +183,14 @@ class Runtime:
                     self._left.record()
 
     @contextmanager
-    def generating(self, prompt_columns: int) -> Iterator[None]:
+    def generating(self, prompt_columns: int, *, gives_positions: bool = False) -> Iterator[None]:
         """Within this block columns at or past ``prompt_columns`` are ``GENERATED``.
 
+        ``gives_positions``: those before stand where the caller says, also behind a cache.
         A second thread waits here until the first is done.
         """
         with self.running():
-            before, self.session = self.session, Session(prompt_columns)
+            before, self.session = self.session, Session(prompt_columns, gives_positions)
             try:
                 with self.steps.call():
                     yield
