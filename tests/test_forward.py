@@ -315,6 +315,7 @@ def test_bad_inputs_raise(trio: Trio, batch: Batch) -> None:
         ("token_classes", [["picture"] * batch.columns] * batch.size),
         ("attention_mask", batch.attention_mask[:, 1:]),
         ("position_ids", torch.zeros(1, 2, dtype=torch.long)),
+        ("position_ids", torch.arange(batch.columns)[None] - batch.columns),
     ):
         with pytest.raises(ValueError, match=field):
             model(**inputs | {field: value})

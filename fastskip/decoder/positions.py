@@ -123,6 +123,8 @@ class RotaryPositions:
 
     def check(self, positions: Tensor) -> None:
         limit = self._tables.limit
+        if bool((positions < 0).any()):
+            raise ValueError(f"position_ids: {int(positions.min())}; allowed: 0 and more")
         if limit is None:
             return
         wrong = positions[positions >= limit]
