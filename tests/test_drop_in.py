@@ -346,6 +346,19 @@ def test_positions_of_a_second_turn(pair: tuple[Any, Any]) -> None:
     assert answers[1] == answers[0] == told(pair[0], position_ids=PLACES)
 
 
+@pytest.mark.parametrize("first", [0, 2, 3])
+def test_prompts_that_a_cache_holds_already_are_refused(pair: tuple[Any, Any], first: int) -> None:
+    """All of them, or fewer new columns than it has without the mask of all."""
+    model = pair[1]
+    cache = model(IDS, use_cache=True)[CACHE_NAME]
+    with pytest.raises(ValueError, match="columns, of which .* holds 5; needed: the whole"):
+        model.generate(IDS[:, first:], max_new_tokens=2, **{CACHE_NAME: cache})
+    more, mask = torch.tensor([[3, 4]]), torch.ones(1, 7)
+    found = model.generate(more, attention_mask=mask, max_new_tokens=2, **{CACHE_NAME: cache})
+    expected = pair[0].generate(torch.cat((IDS, more), 1), max_new_tokens=2)
+    assert torch.equal(found[:, -2:], expected[:, -2:])
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, torch.tensor([-1])], ids=["all", "1", "2", "tensor"])
 def test_more_logits_of_prompts_that_are_padded_on_the_right(
     pair: tuple[Any, Any], keep: int | Tensor

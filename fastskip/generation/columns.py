@@ -219,5 +219,9 @@ def prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
             raise ValueError(f"attention_mask: {tuple(mask.shape)}; needed: [{batch}, {width}]")
         width = mask.shape[1]
     if isinstance(cache, SkipCache) and cache.columns >= width:
-        width += cache.columns  # only the new tokens were given
+        # Hugging Face would feed some of them again.
+        raise ValueError(
+            f"input_ids: {width} columns, of which {CACHE_NAME} holds {cache.columns}; needed: the "
+            "whole conversation, or what is new of it with the attention_mask of all"
+        )
     return width
