@@ -82,7 +82,7 @@ def train(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="JSON lines of LLaVA's conversations; see below.",
+            help="JSON lines of LLaVA's conversations; see above.",
             show_default=False,
         ),
     ] = None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.device_support import unsupported_plan
 from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.stack import Decoder
 from fastskip.families import UnsupportedModelError, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
@@ -222,6 +223,11 @@ class Runtime:
             raise ValueError(
                 f"{CACHE_NAME}: this cache was filled under another policy; "
                 "start from the whole prompt after set_policy"
+            )
+        if isinstance(cache, PagedCache) and not isinstance(self.decoder, FusedDecoder):
+            raise ValueError(
+                f"{CACHE_NAME}: this cache was filled by impl='triton' or 'torch', this model runs "
+                "impl='reference'; start from the whole prompt"
             )
 
 

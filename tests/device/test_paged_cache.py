@@ -213,6 +213,15 @@ def test_other_models_caches_are_refused(trio: Trio, batch: Batch) -> None:
     case.check(case.proceed(cache, tokens, TEXT), tokens, TEXT)
 
 
+def test_the_plain_runtime_refuses_pages(trio: Trio, batch: Batch) -> None:
+    case = Continued(trio, CACHE_POLICIES["dense"], batch)
+    cache, tokens = fill(case), some_tokens(batch, 1)
+    plain = fastskip.apply_(copy.deepcopy(trio.plain), case.policy, impl="reference")
+    with torch.no_grad(), pytest.raises(ValueError, match="filled by impl='triton' or 'torch'"):
+        plain(input_ids=tokens, **{CACHE_NAME: cache})
+    case.check(case.proceed(cache, tokens, TEXT), tokens, TEXT)
+
+
 def test_gradients_through_a_filled_cache_are_refused(case: Continued) -> None:
     cache, tokens = fill(case), some_tokens(case.batch, 1)
     with pytest.raises(ValueError, match="filled without gradients.*torch.no_grad"):
