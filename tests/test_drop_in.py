@@ -214,6 +214,15 @@ def test_weights_merged_in_inference_mode_can_be_trained(impl: str) -> None:
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
 
 
+def test_a_single_row_can_be_trained_after_inference_mode(pair: tuple[Any, Any]) -> None:
+    for model in pair:
+        with torch.inference_mode():
+            told(model)
+        model(IDS[:, :1]).logits.sum().backward()
+    grads = [each.model.layers[0].self_attn.v_proj.weight.grad for each in pair]
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 @pytest.mark.parametrize("picked", [[0, 1], [1, 0, 1]])
 def test_caches_filled_in_inference_mode_go_on_outside(
     pair: tuple[Any, Any], picked: list[int]

@@ -99,14 +99,19 @@ class RotaryTable:
     def _tabulate(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         length = max(64, 1 << (needed - 1).bit_length())
         length = length if self.limit is None else min(length, self.limit)
-        positions = torch.arange(length, device=like.device)[None]
-        if self.axis is not None:
-            positions = positions.expand(3, 1, -1)  # the same in time, height and width
-        with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        # A caller's inference mode would forbid reading them where gradients are wanted.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(like.device.type, enabled=False),
+        ):
+            positions = torch.arange(length, device=like.device)[None]
+            if self.axis is not None:
+                positions = positions.expand(3, 1, -1)  # the same in time, height and width
             cosine, sine = self.rotary(like.detach(), positions)
             half = sine.shape[-1] // 2
             signed = torch.cat((-sine[..., :half], sine[..., half:]), dim=-1)
-        self._cosine, self._sine = cosine[0, :, None], signed[0, :, None]
+            self._cosine, self._sine = cosine[0, :, None], signed[0, :, None]
         self._halves = None
         return self._cosine, self._sine
 
