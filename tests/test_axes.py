@@ -201,6 +201,27 @@ def test_a_second_turn_of_text(trio: Trio, images: tuple[int, ...], has_mask: bo
     assert torch.equal(*found)
 
 
+@torch.no_grad()
+def test_two_conversations_in_turn(trio: Trio) -> None:
+    """Each goes on from its own cache, whatever the model saw in between."""
+    first, other = (
+        random_batch(trio.plain, 7, images=(1,)),
+        random_batch(trio.plain, 9, images=(2, 1)),
+    )
+    model, more = trio.under(DENSE), torch.tensor([[5, 6, 7, 8]])
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    turn = model.generate(**first.inputs(), **options)
+    cache, again = turn[CACHE_NAME], copy.deepcopy(turn[CACHE_NAME])
+    ids = torch.cat((turn.sequences, more), dim=1)
+    forward = {"input_ids": ids[:, cache.columns :], "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **{CACHE_NAME: copy.deepcopy(cache)}, **options).sequences
+    logits = model(**forward, **{CACHE_NAME: copy.deepcopy(cache)}).logits
+    model.generate(**other.inputs(), **options)
+    assert torch.equal(model(**forward, **{CACHE_NAME: again}).logits, logits)
+    model.generate(**other.inputs(), **options)
+    assert torch.equal(model.generate(ids, **{CACHE_NAME: cache}, **options).sequences, expected)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_videos(trio: Trio, name: str) -> None:
     """Their rows are image rows; in Qwen2.5-VL a second takes more than one position."""

@@ -230,6 +230,14 @@ class SkipCache(Cache):
         axes = None if self.axes is None else self.last_axes()[:, :, None] + steps
         return self.last_positions()[:, None] + steps, axes
 
+    def rope_deltas(self) -> Tensor | None:
+        """``[B, 1]`` how many positions behind the number of its rows each sequence's next one
+        stands, images being shorter in places than in rows; ``None``: columns have but one."""
+        if self.axes is None:
+            return None
+        rows = (self.codes != PAD).sum(1)
+        return (self.last_axes().amax(0) + 1 - rows)[:, None]
+
     def next_places(self) -> Tensor:
         """``[B]`` by which position each sequence's next row turns.
 

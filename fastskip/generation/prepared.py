@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Lens
 from fastskip.decoder.fused_stack import FusedDecoder
 from fastskip.families import (
@@ -180,6 +181,7 @@ class PreparedBackbone(_Prepared):
             with on_host():
                 inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
         inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
+        _recall_deltas(self, inputs)
         known = self._runtime.ids if self._runtime.plan.shape.deep_layers else None
         if known is not None and known[0] is inputs.get("input_ids"):
             inputs["placeholders"] = placeholders(self.config, known[1])
@@ -210,6 +212,16 @@ def _mask_on(device: torch.device, mask: Tensor) -> Tensor:
     waited for."""
     columns = mask if mask.ndim < 3 else mask[..., :1]
     return to_device(columns.contiguous(), device).expand(mask.shape)
+
+
+def _recall_deltas(backbone: Any, inputs: dict[str, Any], ids: Any = None) -> None:
+    """Makes Hugging Face count text behind a cache from that cache's last row: its models remember
+    only where the prompt ended that they saw last, which may be another conversation's."""
+    cache = inputs.get(CACHE_NAME)
+    deltas = cache.rope_deltas() if isinstance(cache, SkipCache) else None
+    if deltas is not None:
+        given = (ids, inputs.get("input_ids"), inputs.get("inputs_embeds"))
+        backbone.rope_deltas = deltas.to(next(each.device for each in given if each is not None))
 
 
 class PreparedTower(_Prepared):
@@ -257,6 +269,8 @@ class PreparedModel(_Prepared):
             return base.generate(self, inputs, *args, **kwargs)
         kwargs.pop("logits_to_keep", None)  # of all of them only the last is read
         _follow(self, self._runtime)
+        if CACHE_NAME in kwargs and self.config.model_type in MULTIMODAL:
+            _recall_deltas(self.model, kwargs, inputs)
         given = kwargs.get("position_ids") is not None
         with self._runtime.generating(prompt_columns(inputs, kwargs), gives_positions=given):
             try:
