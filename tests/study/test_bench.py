@@ -18,12 +18,14 @@ from fastskip.demo import checkpoint_path
 from fastskip.intervals import Spread
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.prompts import build_inputs, processor_for
+from fastskip.sparse import save_sparse
 from fastskip.study.bench.contenders import HF, HF_COMPILED, Models
 from fastskip.study.bench.errors import BenchError
 from fastskip.study.bench.results import BenchResult, Phases, Speedup, Verdict
 from fastskip.study.bench.run import bench, ideal_share
 from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded, repeated, workload_of
 from fastskip.study.comparison import prompt_sizes
+from fastskip.study.pruning import Recipe, prune_
 from tests.checkpoints import VOCAB, build_processor, save_checkpoint
 from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava
 
@@ -349,3 +351,12 @@ def test_incomplete_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) ->
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BenchError, match="Hugging Face finds no .*gate_proj"):
         Models.load(str(tmp_path))
+
+
+def test_sparse_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    model = fastskip.load_model(checkpoint)
+    prune_(model, Recipe("magnitude", 0.5))
+    save_sparse(model, tmp_path)
+    with pytest.raises(BenchError, match="cannot read its weights .*without Hugging Face"):
+        Models.load(str(tmp_path))
+    assert Models.load(str(tmp_path), hf=False).hf is None

@@ -56,9 +56,15 @@ class Models:
         config = transformers.AutoConfig.from_pretrained(path)
         check_config(config)
         model_class = getattr(transformers, model_class_name(config))
-        model, found = model_class.from_pretrained(
-            path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        try:
+            model, found = model_class.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+        except OSError as error:
+            raise BenchError(
+                f"{path}: Hugging Face cannot read its weights ({error}); allowed: an ordinary "
+                "checkpoint, or measuring without Hugging Face"
+            ) from error
         if found["missing_keys"]:
             raise BenchError(
                 f"{path}: Hugging Face finds no {min(found['missing_keys'])}; allowed: a complete "
