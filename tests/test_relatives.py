@@ -21,7 +21,7 @@ from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
 from fastskip.verification.cells import IMAGE
 from tests.agreement import Trio, expected
-from tests.batches import BY_PATCHES, random_batch
+from tests.batches import BY_PATCHES, Batch, random_batch
 from tests.budget import assert_within_budget
 from tests.checkpoints import (
     PROCESSED,
@@ -161,6 +161,16 @@ def test_text_only(family: Any, impl: str) -> None:
         trio.check_greedy(each, batch)
 
 
+def check_ends_at(limit: int, ours: Any, stock: Any, batch: Batch, message: str) -> None:
+    """Up to ``limit`` columns ours says what Hugging Face's does; one more is refused."""
+    new = limit - batch.columns + 1  # the last one is not fed back
+    given = {**batch.inputs(), "do_sample": False}
+    expected = stock.generate(**given, max_new_tokens=new)
+    assert torch.equal(ours.generate(**given, max_new_tokens=new), expected)
+    with pytest.raises(ValueError, match=message):
+        ours.generate(**given, max_new_tokens=new + 1)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_dynamic_rope_is_plain_up_to_its_length(impl: str) -> None:
     """InternVL's checkpoints have it; past its length the angles of all rows would change."""
@@ -177,12 +187,8 @@ def test_dynamic_rope_is_plain_up_to_its_length(impl: str) -> None:
     with torch.no_grad():  # a longer text, which changes the angles until a shorter one comes
         stock(input_ids=torch.arange(2, limit + 9)[None])
     ours = fastskip.apply_(copy.deepcopy(stock), impl=impl)
-    new = limit - batch.columns + 1  # the last one is not fed back
-    given = {**batch.inputs(), "do_sample": False}
-    expected = stock.generate(**given, max_new_tokens=new)
-    assert torch.equal(ours.generate(**given, max_new_tokens=new), expected)
-    with pytest.raises(ValueError, match=f"position_ids: {limit}; allowed: 0 to {limit - 1}"):
-        ours.generate(**given, max_new_tokens=new + 1)
+    message = f"position_ids: {limit}; allowed: 0 to {limit - 1}"
+    check_ends_at(limit, ours, stock, batch, message)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -199,11 +205,7 @@ def test_a_sliding_window_is_none_as_long_as_nothing_slides(
         text.layer_types = ["full_attention", *["sliding_attention"] * (text.num_hidden_layers - 1)]
     stock: Any = build_model(type(like), config, 0, torch.float32)
     ours = fastskip.apply_(copy.deepcopy(stock), impl=impl)
-    new = window - batch.columns + 1  # the last one is not fed back
-    given = {**batch.inputs(), "do_sample": False}
-    expected = stock.generate(**given, max_new_tokens=new)
-    assert torch.equal(ours.generate(**given, max_new_tokens=new), expected)
-    with pytest.raises(ValueError, match=f"sliding_window: {window + 1} columns; .* {window}"):
-        ours.generate(**given, max_new_tokens=new + 1)
+    message = f"sliding_window: {window + 1} columns; .* {window}"
+    check_ends_at(window, ours, stock, batch, message)
     with pytest.raises(ValueError, match=f"sliding_window: {window + 2} columns"):
         ours(torch.full((1, window + 2), 5))

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastskip.decoder.cache import STAYS, SkipCache
 from fastskip.decoder.pages import PagePool
 from fastskip.layer_plan import Hollow, Pool, Table
+from fastskip.ops.allocate import outliving
 from fastskip.ops.contracts import Pages
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
@@ -177,5 +178,5 @@ class PagedCache(SkipCache):
 
 def aligned_counts(tables: int, batch: int, device: torch.device) -> Tensor:
     """int32 zeros; each row begins at a multiple of 16 bytes, as a tensor of its own would."""
-    with torch.inference_mode(False):  # as ``empty``: steps write to it
+    with outliving():  # as ``empty``: steps write to it
         return torch.zeros(tables, -(-batch // 4) * 4, dtype=torch.int32, device=device)

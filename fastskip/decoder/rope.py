@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.ops.allocate import to_device
+from fastskip.ops.allocate import outliving, to_device
 
 
 class RotaryTable:
@@ -101,7 +101,7 @@ class RotaryTable:
         length = length if self.limit is None else min(length, self.limit)
         # A caller's inference mode would forbid reading them where gradients are wanted.
         with (
-            torch.inference_mode(False),
+            outliving(),
             torch.no_grad(),
             torch.autocast(like.device.type, enabled=False),
         ):

@@ -12,7 +12,7 @@ from torch import Tensor
 _poison: ContextVar[bool] = ContextVar("poison", default=False)
 
 
-def _outliving() -> AbstractContextManager[object]:
+def outliving() -> AbstractContextManager[object]:
     """Leaves a caller's inference mode, where there is one: that takes as long as to allocate."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
@@ -24,7 +24,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     it starts as NaN, so a slot that is read but was never written cannot go unnoticed.
     It outlives a caller's inference mode, which would forbid writing to it later.
     """
-    with _outliving():
+    with outliving():
         memory = torch.empty(shape, dtype=dtype, device=device)
     if _poison.get() and dtype.is_floating_point:
         memory.fill_(float("nan"))
