@@ -291,7 +291,7 @@ def _linears(shape: ModelShape, layer: int, work: LayerWork, batch: int) -> list
         kind: str, rows: float, reading: float, n_in: int, n_out: int, bias: bool, stored: float = 0
     ) -> None:
         if rows:
-            weights = round(reading * (n_in + bias) * n_out * shape.dtype_bytes)
+            weights = round(reading * (n_in + bias) * n_out * shape.weight_bytes)
             flops = round(2 * rows * batch * n_in * n_out)
             written = round(stored * entry)
             ops.append(Operation(kind, layer, flops, weights, kv_written_bytes=written))

@@ -97,10 +97,11 @@ def check_config(config: Any) -> None:
             rope["rope_type"],
             "frequencies that do not depend on length",
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            "quantization_config", "a quantised checkpoint", "plain weights"
-        )
+
+
+def is_quantised(config: Any) -> bool:
+    """Whether the checkpoint of a config has quantised weights."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _check_opt(config: Any, text: Any) -> None:

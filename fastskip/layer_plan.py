@@ -14,10 +14,11 @@ from fastskip.policy import Arrangement, Combine, Norm, SkippedKV, TokenClass
 class ModelShape:
     """The sizes of one decoder that plans and costs depend on.
 
-    `dtype_bytes`: width of weights and of K and V. `has_images`: false for text-only models.
-    `head_norms`: whether queries and keys have norms, head by head. `deep_layers`: how many of the
-    first layers have features of their own added to image rows behind them (DeepStack). `window`:
-    how many columns every row sees; `None`: all of them.
+    `dtype_bytes`: width of weights and of K and V. `projection_bytes`: what a weight of the layers'
+    projections takes where they are held in another form (quantised, sparse). `has_images`: false
+    for text-only models. `head_norms`: whether queries and keys have norms, head by head.
+    `deep_layers`: how many of the first layers have features of their own added to image rows
+    behind them (DeepStack). `window`: how many columns every row sees; `None`: all of them.
     """
 
     depth: int
@@ -37,12 +38,24 @@ class ModelShape:
     window: int | None = None
     tied_embeddings: bool = False
     dtype_bytes: int
+    projection_bytes: float | None = None
     max_positions: int
 
     @property
     def classes(self) -> tuple[TokenClass, ...]:
         """The token classes that the model has."""
         return tuple(c for c in TokenClass if self.has_images or c is not TokenClass.IMAGE)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of one weight of a layer's projections."""
+        return self.dtype_bytes if self.projection_bytes is None else self.projection_bytes
+
+    @property
+    def layer_weights(self) -> int:
+        """How many weights a layer's projections have, without biases."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.hidden_size * (heads + (3 if self.gated_ffn else 2) * self.ffn_size)
 
     @property
     def kv_entry_bytes(self) -> int:

@@ -18,6 +18,7 @@ from fastskip.families import (
     UnsupportedModelError,
     check_config,
     final_norm_of,
+    is_quantised,
     is_users_own,
     model_class_name,
     shape_of,
@@ -26,10 +27,11 @@ from fastskip.families import (
 from fastskip.generation.prepared import prepare
 from fastskip.generation.runtime import Runtime, check_decoder
 from fastskip.generation.saving import POLICY_FILE, policy_of_config, write_policy
-from fastskip.plan import SkipPlan, make_plan
+from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.policy_fit import check_fit, origin_of
 from fastskip.routing import Router, RoutingRecord, build_routers
+from fastskip.sparse.bytes_held import bytes_of_weight
 from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed, read_sparse
 from fastskip.sparse.convert import hold_
 from fastskip.sparse.linear import Weights
@@ -39,7 +41,6 @@ logger = logging.getLogger(__name__)
 PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _REFUSED = {
-    "quantization_config": "plain weights",
     "torch_dtype": "dtype",
     "attn_implementation": "the runtime's own attention",
     "tp_plan": "one device",
@@ -81,7 +82,9 @@ def load_model(
         weights: how pruned projections are held, whichever way they are stored: ``"dense"``,
             ``"bitmap"``, ``"csr"`` or ``"2:4"`` (``fastskip.sparse.Weights``). Unless dense, the
             whole decoder calls its modules one by one, whatever ``impl``.
-        from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``.
+        from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``; with
+            ``quantization_config``, as for a checkpoint that is quantised already, the decoder
+            calls its quantised modules one by one.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.
     Raises:
@@ -124,6 +127,9 @@ def load_model(
     model_class = getattr(transformers, model_class_name(config))
     options = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
     options |= from_pretrained_kwargs
+    if is_quantised(config) or from_pretrained_kwargs.get("quantization_config") is not None:
+        # Weights are quantised where they will lie; some quantisers cannot move them.
+        options["device_map"] = {"": target}
     layout = _sparse_layout(path, hub)
     if layout is None:
         model, found = model_class.from_pretrained(path, output_loading_info=True, **options)
@@ -132,7 +138,9 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:  # Hugging Face draws them at random and warns
         raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
-    model = model.to(target).eval()
+    if "device_map" not in options:
+        model = model.to(target)
+    model.eval()
     hold_(model, weights)
     return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
 
@@ -164,8 +172,9 @@ def apply_(
         raise UnsupportedModelError(
             "text model", type(text_model).__name__, "transformers' own class, whose forward we run"
         )
-    weight = final_norm_of(text_model).weight
-    shape = shape_of(model.config, weight.dtype)
+    if is_quantised(model.config) and impl not in (None, ops.Implementation.REFERENCE.value):
+        raise UnsupportedModelError("impl", impl, "None or 'reference' with quantised weights")
+    shape = _shape_of(model)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
     check_fit(model, chosen)
@@ -188,7 +197,7 @@ def set_policy(
     ``load_model``. Warns as ``load_model`` does.
     """
     runtime, chosen = _runtime_of(model), SkipPolicy.coerce(policy)
-    shape = shape_of(model.config, final_norm_of(text_model_of(model)).weight.dtype)
+    shape = _shape_of(model)
     own = build_routers(chosen, shape.depth, shape.hidden_size, routers)
     plan = make_plan(chosen, shape)
     reason = runtime.unsupported_plan(plan)
@@ -236,10 +245,8 @@ def watching_routers(model: Any, wrap: Callable[[int, Router], Router]) -> Itera
 def plan_of(model: Any) -> SkipPlan:
     """The plan that a prepared model runs; its table notes layers that miss the merged products."""
     runtime = _runtime_of(model)
-    plan, like = runtime.plan, runtime.decoder.like
-    words = model.config.get_text_config(decoder=True).vocab_size
-    shape = replace(plan.shape, vocab_size=words, dtype_bytes=like.dtype.itemsize)
-    if shape != plan.shape:  # resized since, or of another dtype
+    plan, shape = runtime.plan, _shape_of(model)
+    if shape != plan.shape:  # resized since, of another dtype, or held in another form
         plan = make_plan(plan.policy, shape)
     apart = {
         index: "projections one by one"
@@ -247,6 +254,12 @@ def plan_of(model: Any) -> SkipPlan:
         if not weights.can_merge
     }
     return replace(plan, notes=apart) if apart else plan
+
+
+def _shape_of(model: Any) -> ModelShape:
+    """The sizes of a model in memory, with what its projections take if they are not plain."""
+    shape = shape_of(model.config, final_norm_of(text_model_of(model)).weight.dtype)
+    return replace(shape, projection_bytes=bytes_of_weight(model, shape))
 
 
 def _runtime_of(model: Any) -> Runtime:
@@ -359,8 +372,6 @@ def _check_model(model: Any) -> None:
     own = model_class_name(model.config)
     if not isinstance(model, getattr(transformers, own)):
         raise UnsupportedModelError("model", type(model).__name__, f"the whole {own}")
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError("quantization_config", "a quantised model", "plain weights")
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1 or "meta" in devices:
         raise UnsupportedModelError("device", sorted(devices), "all weights on one device")

@@ -13,7 +13,7 @@ from typing import Any
 from fastskip.families import shape_of
 from fastskip.fingerprints import model_fingerprint
 from fastskip.policy import PolicyError, PolicyFitWarning, SkipPolicy
-from fastskip.sparse.convert import sparse_matrices
+from fastskip.sparse.matrices import matrices
 
 FIELD = "made_for"
 _KINDS: Mapping[str, type] = {
@@ -63,8 +63,8 @@ def check_fit(model: Any, policy: SkipPolicy) -> None:
     """Warn if the policy says that it was made for another model, and tell what differs.
 
     Names and dtypes are told, but are no difference by themselves where weights can be compared:
-    those of a model that is sparse in memory cannot. A policy that says nothing costs nothing, as
-    then no weight is read.
+    those of a model that is sparse or quantised in memory cannot. A policy that says nothing costs
+    nothing, as then no weight is read.
 
     Args:
         model: a Hugging Face model, prepared or not.
@@ -77,7 +77,7 @@ def check_fit(model: Any, policy: SkipPolicy) -> None:
         return
     own: dict[str, Any] = _sizes(model) | {"dtype": _dtype(model)}
     differs = {key for key in ("depth", "hidden_size") if told.get(key, own[key]) != own[key]}
-    can_compare = "fingerprint" in told and not sparse_matrices(model)
+    can_compare = "fingerprint" in told and all(matrix.is_plain for matrix in matrices(model))
     if can_compare and not differs:
         own["fingerprint"] = model_fingerprint(model)
         differs |= {"fingerprint"} if own["fingerprint"] != told["fingerprint"] else set()

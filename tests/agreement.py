@@ -18,13 +18,23 @@ from tests.policies import Policy
 class Trio:
     """One model plain, in fp64, and prepared; the last one changes its policy from test to test."""
 
-    def __init__(self, model: PreTrainedModel, impl: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        impl: str | None = None,
+        *,
+        exact: PreTrainedModel | None = None,
+        prepared: Any = None,
+    ) -> None:
+        """`exact`, `prepared`: where they are no copies of `model`."""
         with torch.no_grad():
             # Hugging Face's loop without a cache takes a generated placeholder for an image and
             # raises, so the reserved ids must never be the best.
             model.get_output_embeddings().weight[-2:] = 0
-        self.plain, self.exact = model, truth_copy(model)
-        self.prepared: Any = fastskip.apply_(copy.deepcopy(model), impl=impl)
+        self.plain, self.exact = model, truth_copy(model) if exact is None else exact
+        if prepared is None:
+            prepared = fastskip.apply_(copy.deepcopy(model), impl=impl)
+        self.prepared = prepared
 
     def under(self, policy: Policy) -> Any:
         """The prepared model under `policy`."""

@@ -196,6 +196,18 @@ def test_plan_needs_no_weights(checkpoint: Path, tmp_path: Path) -> None:
     succeed("plan", "-m", tmp_path, "-p", "dense", *MACHINE)
 
 
+def test_plan_of_a_quantised_checkpoint_says_what_it_counts(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ("plan", "-m", tmp_path, "-p", "dense", "--dtype", "float32", *MACHINE)
+    text = " ".join(succeed(*arguments).stdout.split())
+    assert "quantised and counted as float32" in text
+    assert json.loads(succeed(*arguments, "--json").stdout)["is_quantised"] is True
+
+
 def test_plan_as_json_is_what_the_model_would_run(checkpoint: Path) -> None:
     load = ("--image-tokens", 8, "--text-tokens", 5, "--new-tokens", 3, "--batch", 2)
     arguments = ("plan", "-m", checkpoint, "-p", "image_ffn", *load, *MACHINE, "--json")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
@@ -163,11 +162,6 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         fastskip.PolicyError,
         "9",
     ),
-    "quantization_config": (
-        {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)},
-        UnsupportedModelError,
-        "quantization_config",
-    ),
     "device_map": ({"device_map": "auto"}, UnsupportedModelError, "device_map: 'auto'.*device="),
     "tp_plan": ({"tp_plan": "auto"}, UnsupportedModelError, "tp_plan"),
     "attn_implementation": (
@@ -197,7 +191,6 @@ def test_absent_device(checkpoint: Path) -> None:
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "quantization"),
     "family": ({"model_type": "aya_vision"}, {}, "model_type: 'aya_vision'.*llava_next.*llama"),
     "text model": ({}, {"model_type": "gemma"}, "text_config.model_type: 'gemma'.*llama, mistral"),
     "long RoPE": (
@@ -237,10 +230,6 @@ def test_models_in_memory_that_cannot_be_prepared() -> None:
         empty = LlamaForCausalLM(tiny_llama().config)
     with pytest.raises(UnsupportedModelError, match="device.*meta"):
         fastskip.apply_(empty)
-    quantised: Any = tiny_llama()
-    quantised.is_quantized = True
-    with pytest.raises(UnsupportedModelError, match="quantization_config"):
-        fastskip.apply_(quantised)
 
 
 def test_a_model_that_is_moved_is_run_by_what_its_new_device_has(

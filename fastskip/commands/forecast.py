@@ -17,7 +17,7 @@ from fastskip.costs import (
     ideal_speedup,
     prompt_counts,
 )
-from fastskip.families import shape_of
+from fastskip.families import is_quantised, shape_of
 from fastskip.launches import Account, decode_launches, prefill_launches
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
@@ -94,7 +94,8 @@ class Routed:
 class Forecast:
     """A plan, its totals beside those of the dense model, and the ideal gain.
 
-    What routers decide counts as running, but in `routed`.
+    What routers decide counts as running, but in `routed`. Weights count in `dtype`, those of a
+    checkpoint that `is_quantised` too.
     """
 
     plan: SkipPlan
@@ -105,6 +106,7 @@ class Forecast:
     skipping: Totals
     ideal: Speedup
     routed: Routed | None = None
+    is_quantised: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -118,6 +120,7 @@ class Forecast:
             "policy": self.plan.policy.to_dict(),
             "workload": asdict(self.workload),
             "dtype": self.dtype_name,
+            "is_quantised": self.is_quantised,
             "ceilings": asdict(self.ceilings),
             "layers": [
                 {
@@ -189,6 +192,7 @@ def forecast(
         found.totals,
         found.ideal,
         routed,
+        is_quantised(config),
     )
 
 

@@ -184,6 +184,11 @@ def _show(model: str, result: "Forecast") -> None:
     depth = result.plan.shape.depth
     about = f"{depth} layers, {result.dtype_name}"
     console.print(f"[bold]{name}[/] on {escape(model)}: {about}", soft_wrap=True)
+    if result.is_quantised:
+        console.print(
+            f"This checkpoint's weights are quantised and counted as {result.dtype_name} here: "
+            "they take fewer bytes, so the floors of steps are too high."
+        )
     if result.plan.is_dense:
         console.print("Nothing is skipped.")
     else:

@@ -59,18 +59,25 @@ class Matrix:
         return found
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is a linear on an ordinary weight: neither sparse nor quantised."""
+        return type(self.linear) is nn.Linear and type(self.linear.weight) is nn.Parameter
+
+    @property
     def weight(self) -> Tensor:
         """``[M, E]``, the very parameter.
 
         Raises:
             SparseError: it is held in another form than a plain parameter.
         """
-        weight = getattr(self.linear, "weight", None)
-        if type(weight) is not nn.Parameter or weight.ndim != 2 or weight.device.type == "meta":
+        weight: Any = getattr(self.linear, "weight", None)
+        if not self.is_plain or weight.device.type == "meta":
             kind = type(self.linear).__name__ if weight is None else type(weight).__name__
-            allowed = "plain weights in memory (fastskip.sparse.expand_ makes sparse ones plain)"
+            allowed = "plain weights in memory (fastskip.sparse.expand_ makes sparse ones plain, "
+            allowed += "model.dequantize() quantised ones)"
             raise SparseError(self.name, f"held as {kind}", allowed)
-        return weight
+        plain: Tensor = weight
+        return plain
 
     def replace(self, module: nn.Module) -> None:
         """Puts another module in its place."""

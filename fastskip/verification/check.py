@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from fastskip.families import final_norm_of, shape_of, text_model_of
+from fastskip.families import (
+    UnsupportedModelError,
+    final_norm_of,
+    is_quantised,
+    shape_of,
+    text_model_of,
+)
 from fastskip.loading import PolicyLike, apply_, record_routing
 from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import SkipPolicy, TokenClass
@@ -142,11 +148,15 @@ def verify(
     Raises:
         TypeError: `model` is prepared already.
         ValueError: `max_new_tokens` is less than 1.
+        UnsupportedModelError: the model is quantised, so that no copy of it can hold the truth.
         UncheckedPolicyError: the input has no rows that the policy is about, or the policy has no
             form as a masked dense computation.
     """
     if getattr(model, "_fastskip", None) is not None:
         raise TypeError("model: is prepared already; needed: the plain Hugging Face model")
+    if is_quantised(model.config):
+        allowed = "plain weights, as model.dequantize() gives"
+        raise UnsupportedModelError("quantization_config", "a quantised model", allowed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: got {max_new_tokens}, allowed: at least 1")
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
