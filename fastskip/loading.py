@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_SPREADING = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
+"""What ``device_map`` says for weights in several places."""
 _REFUSED = {
     "torch_dtype": "dtype",
     "attn_implementation": "the runtime's own attention",
@@ -71,7 +73,8 @@ def load_model(
             takes the checkpoint's ``fastskip_policy.json``, else its ``per_layer_config``, else
             dense; the log says which.
         dtype: ``"auto"`` (the checkpoint's), a name, or a ``torch.dtype``.
-        device: where the model goes; ``None`` leaves it on the CPU.
+        device: where the model goes; ``None`` leaves it on the CPU. Hugging Face's ``device_map``
+            is taken too where it names one device for all, or is ``"auto"`` with one GPU or none.
         impl: who computes: ``"triton"`` (fused kernels and CUDA graphs; the choice of ``None`` on
             CUDA), ``"reference"`` (plain torch, with gradients; the choice elsewhere) or
             ``"torch"`` (the GPU's executor on torch operations, to find faults). An explicit
@@ -100,7 +103,7 @@ def load_model(
     if weights not in tuple(Weights):
         raise ValueError(f"weights: {weights!r}; allowed: {', '.join(Weights)}")
     torch_dtype = _dtype_of(dtype)
-    target = _device_of(device)
+    target = _device_of(_whole_device(device, from_pretrained_kwargs.pop("device_map", None)))
     ops.resolve(impl, target)  # before the weights are read
     hub: dict[str, Any] = {
         key: from_pretrained_kwargs[key]
@@ -351,13 +354,29 @@ def _device_of(device: str | torch.device | None) -> torch.device:
     return target
 
 
+def _whole_device(device: str | torch.device | None, placement: Any) -> str | torch.device | None:
+    """Where the model goes; Hugging Face's ``device_map`` may say it too, for all of it."""
+    if placement is None:
+        return device
+    if device is not None:
+        raise ValueError(f"device_map: {placement!r}; allowed: None beside device={device!r}")
+    places = set(placement.values()) if isinstance(placement, Mapping) else {placement}
+    place = places.pop() if len(places) == 1 else None
+    if place == "auto" and torch.cuda.device_count() < 2:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(place, int):
+        return f"cuda:{place}"
+    if place is None or place in _SPREADING:
+        allowed = "one device for all of the model, as device='cuda'"
+        raise UnsupportedModelError("device_map", placement, allowed)
+    named: str | torch.device = place
+    return named
+
+
 def _check_arguments(arguments: dict[str, Any]) -> None:
     for name, allowed in _REFUSED.items():
         if arguments.get(name) is not None:
             raise UnsupportedModelError(name, arguments[name], allowed)
-    placement = arguments.get("device_map")
-    if placement is not None:
-        raise UnsupportedModelError("device_map", placement, "device='cpu' or device='cuda'")
     if arguments.get("use_safetensors") is False:
         raise UnsupportedModelError("use_safetensors", False, "True: pickle is never read")
     arguments.pop("use_safetensors", None)

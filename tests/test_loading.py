@@ -162,7 +162,19 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         fastskip.PolicyError,
         "9",
     ),
-    "device_map": ({"device_map": "auto"}, UnsupportedModelError, "device_map: 'auto'.*device="),
+    "device_map": ({"device_map": "balanced"}, UnsupportedModelError, "'balanced'.*device="),
+    "device_map in parts": (
+        {"device_map": {"model": "cpu", "lm_head": "disk"}},
+        UnsupportedModelError,
+        "device_map: {'model': 'cpu', 'lm_head': 'disk'}.*one device",
+    ),
+    "device_map to disk": ({"device_map": {"": "disk"}}, UnsupportedModelError, "one device"),
+    "device_map and device": (
+        {"device_map": "cpu", "device": "cpu"},
+        ValueError,
+        "device_map: 'cpu'; allowed: None beside device='cpu'",
+    ),
+    "device_map of no device": ({"device_map": "abacus"}, ValueError, "'abacus'; allowed: cpu"),
     "tp_plan": ({"tp_plan": "auto"}, UnsupportedModelError, "tp_plan"),
     "attn_implementation": (
         {"attn_implementation": "eager"},
@@ -184,10 +196,28 @@ def test_bad_arguments(
         fastskip.load_model(checkpoint, **arguments)
 
 
+@pytest.mark.parametrize(
+    "placement",
+    ["cpu", torch.device("cpu"), {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}],
+    ids=str,
+)
+def test_a_device_map_of_one_device(checkpoint: Path, placement: Any) -> None:
+    assert fastskip.load_model(checkpoint, device_map=placement).device.type == "cpu"
+
+
+def test_auto_of_two_devices(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UnsupportedModelError, match="device_map: 'auto'.*one device"):
+        fastskip.load_model(checkpoint, device_map="auto")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_absent_device(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="device: 'cuda'; allowed: cpu"):
         fastskip.load_model(checkpoint, device="cuda")
+    with pytest.raises(ValueError, match="device: 'cuda:0'; allowed: cpu"):
+        fastskip.load_model(checkpoint, device_map={"": 0})
+    assert fastskip.load_model(checkpoint, device_map="auto").device.type == "cpu"
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
