@@ -33,10 +33,11 @@ from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.plain_forward import Watch
 from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import rounded_rows
-from fastskip.decoder.stack import Decoder, Watch
+from fastskip.decoder.stack import Decoder
 from fastskip.decoder.staged_forward import Ran, StagedForward
 from fastskip.layer_plan import Table
 from fastskip.ops import Implementation, Operations

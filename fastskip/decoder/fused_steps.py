@@ -9,7 +9,7 @@ from torch import Tensor
 from fastskip.decoder.deep_features import PlacedFeatures
 from fastskip.decoder.fused_layer import NOBODY, FusedBlock, Readers, narrowed
 from fastskip.decoder.fused_parts import FusedRows, Store, Stream
-from fastskip.decoder.stack import Watch
+from fastskip.decoder.plain_forward import Watch
 from fastskip.ops.contracts import Norm, StepReach, Term
 from fastskip.ops.ranges import span
 from fastskip.plan import LayerPlan, SkipPlan

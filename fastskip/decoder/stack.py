@@ -1,4 +1,4 @@
-"""The decoder: a loop over the plan's steps, each on the rows that the plan names."""
+"""The decoder: one model's layers as they are at the moment, and forwards through them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,23 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastskip.decoder.anatomy import has_hooks, hooks_of, is_transformers_own
-from fastskip.decoder.attention import pattern_of, sees_all
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries, Maps
-from fastskip.decoder.layer import Add, Block, BlockRows
+from fastskip.decoder.layer import Block
 from fastskip.decoder.module_state import ModuleState
-from fastskip.decoder.positions import Turns, positions_of
-from fastskip.decoder.recomputing import maybe_recomputed
-from fastskip.decoder.removing import RowsLeft, may_leave
-from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows, narrows_after
+from fastskip.decoder.plain_forward import PlainForward, Watch
+from fastskip.decoder.positions import positions_of
+from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows
 from fastskip.decoder.weights import BlockWeights
 from fastskip.ops import Operations
-from fastskip.plan import LayerPlan, SkipPlan
-from fastskip.policy import Combine, TokenClass
+from fastskip.plan import SkipPlan
 from fastskip.routing import Router, RoutingRecord
-from fastskip.tokens import CODES, Rows, TokenLayout, add, add_
-
-Watch = Callable[[int, Tensor], None]
+from fastskip.tokens import TokenLayout, add, add_
 
 
 class Decoder:
@@ -206,89 +200,41 @@ class Decoder:
         else:
             entries = CachedEntries(self.plan, cache, layout, packed)
         entries.maps = maps
-        rotation = self.positions.turns(layout, packed)
-        narrow = None if wanted is None else layout.locate(wanted)
-        late = narrow if narrows_after(self.plan) else None
-        if narrow is not None and may_leave(self.plan, layout, narrow):
-            late = narrow
-        narrow = None if late is not None else narrow
-        static = _StepRows(self.plan, layout, entries, narrow)
-        keeps_gone = watch is not None or wanted is None or late is not None
-        rest = RowsLeft(self.plan, self._blocks, layout, rotation, entries, keeps_gone=keeps_gone)
-        routed = None
+        forward = PlainForward(
+            self.plan,
+            self._blocks,
+            [weights.layer for weights in self.weights],
+            layout,
+            self.positions.turns(layout, packed),
+            entries,
+            add if wants_gradient else add_,
+            wanted=wanted,
+            watch=watch,
+            features=features,
+        )
         if self.plan.routed:
-            routed = self._route(layout, cache, entries, narrow, static.of, rotation)
-        combine = add if wants_gradient else add_
-        removing = {rule.after_layer for rule in self.plan.removals}
-        placed = None if features is None else features.among(layout)
-        before: tuple[int, ...] = ()
-        for step in self.plan.steps:
-            blocks = [self._blocks[index] for index in step]
-            if watch is not None:
-                for index in step:
-                    watch(index, rest.whole(packed))
-            if placed is not None:
-                packed = placed.enter(before, packed, combine)
-            if routed is not None:
-                routed.enter(step, packed)
-            rest.look(step[-1], packed)
-            rows_of = static.of if routed is None else routed.of
-            inputs = [rows_of(block.plan, step is self.plan.steps[-1]) for block in blocks]
-            runs = [
-                maybe_recomputed(
-                    block.run if len(step) == 1 else block.change,
-                    self.weights[index].layer,
-                    index,
-                    entries,
-                )
-                for index, block in zip(step, blocks, strict=True)
-            ]
-            if len(step) == 1:
-                packed = runs[0](packed, inputs[0], rest.rotation, entries, combine)
-            else:
-                plans = [block.plan for block in blocks]
-                packed = _run_pair(packed, plans, runs, inputs, rest.rotation, entries, combine)
-            before = step
-            if step[-1] in removing:
-                if placed is not None:
-                    before, packed = (), placed.enter(step, packed, combine)
-                whole, packed = rest.layout, rest.remove(step[-1], packed)
-                if rest.layout is not whole:
-                    narrow = (
-                        None if narrow is None or wanted is None else rest.layout.locate(wanted)
-                    )
-                    static = _StepRows(self.plan, rest.layout, entries, narrow)
-                    placed = None if features is None else features.among(rest.layout)
+            forward.routed = self._route(forward, cache, entries)
+        output = forward.run(packed)
         cache.commit(layout, entries.held, entries.left)
-        if self.record is not None and (routed is not None or self.plan.removals):
-            self.record.forwards.append(
-                rest.decisions(self.plan) if routed is None else routed.decisions()
-            )
-        if wanted is not None and late is None:
-            return packed
-        return rest.whole(packed) if late is None else late.take(rest.whole(packed))
+        if self.record is not None and (self.plan.routed or self.plan.removals):
+            self.record.forwards.append(forward.decisions())
+        return output
 
-    def _route(
-        self,
-        layout: TokenLayout,
-        cache: SkipCache,
-        entries: Entries,
-        narrow: Rows | None,
-        static: Callable[[LayerPlan, bool], BlockRows],
-        rotation: Turns,
-    ) -> RoutedRows:
+    def _route(self, forward: PlainForward, cache: SkipCache, entries: Entries) -> RoutedRows:
+        """The rows of a forward that decide for themselves."""
         attended = None
         if any(getattr(router, "uses_attention", False) for router in self.routers):
-            attended = Attended(dict(enumerate(self._blocks)), {}, rotation, entries)
+            blocks = dict(enumerate(self._blocks))
+            attended = Attended(blocks, {}, forward.rotation, entries)
         if self._routed is None or not self._routed.is_of(self.plan, self.routers):
             self._routed = RoutedPlan(self.plan, self.routers)
         return RoutedRows(
             self._routed,
-            layout,
+            forward.layout,
             cache,
             entries,
-            narrow,
-            static,
+            forward.narrow,
+            forward.static.of,
             lens=self.lens,
             attended=attended,
         )
@@ -308,105 +254,3 @@ class Decoder:
 
 def _nothing() -> None:
     """A text model that is not there yet."""
-
-
-def _run_pair(
-    h: Tensor,
-    plans: Sequence[LayerPlan],
-    changes: Sequence[Callable[..., Tensor]],
-    inputs: Sequence[BlockRows],
-    rotation: Turns,
-    entries: Entries,
-    combine: Add,
-) -> Tensor:
-    """Two layers: paired rows read the same ``h`` in both, others run one after the other.
-
-    Paired: ``out = h + d1 + d2``, or the mean of the two changes. Where they keep the mean of their
-    K and V, paired rows read the first layer's cache in both.
-    """
-    paired, alone = inputs[0].paired, inputs[0].alone
-    plan, other = plans
-    if plan.merges_kv and paired.count and not plan.is_arranged_whole:
-        entries.adopt(other.index, plan.index)
-    first = changes[0](h, inputs[0], rotation, entries)
-    if alone.count:
-        h = combine(h, alone, alone.take(first))
-    second = changes[1](h, inputs[1], rotation, entries)
-    if plan.merges_kv:
-        entries.average(plan.index, other.index, inputs[0].merged)
-    h = h if inputs[0].narrow is None else inputs[0].narrow.take(h)
-    if alone.count:
-        h = combine(h, alone, alone.take(second))
-    change = paired.take(first) + paired.take(second)
-    change = change / 2 if plan.combine is Combine.MEAN else change
-    return combine(h, paired, change)
-
-
-class _StepRows:
-    """The ``BlockRows`` of one forward; layers that do the same share them."""
-
-    def __init__(
-        self, plan: SkipPlan, layout: TokenLayout, entries: Entries, narrow: Rows | None
-    ) -> None:
-        self._plan, self._layout, self._entries, self._narrow = plan, layout, entries, narrow
-        self._made: dict[tuple[object, ...], BlockRows] = {}
-        # Of the last layer, whose rows are few: their codes, and which of them are of some classes.
-        self._narrow_codes: list[int] | None = None
-        self._narrow_rows: dict[frozenset[TokenClass], Rows] = {}
-
-    def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
-        narrow = self._narrow if is_last else None
-        # A hollow layer has slots of its own, which matter to those who look at some of them.
-        count = self._going_on(layer.attending, narrow).count if layer.hollow else 0
-        looks = count and not sees_all(layer, self._layout, count)
-        key = (layer.row_sets, layer.table if looks else None, narrow is not None)
-        found = self._made.get(key)
-        if found is None:
-            found = self._made[key] = self._make(layer, narrow)
-        return found
-
-    def _make(self, layer: LayerPlan, narrow: Rows | None) -> BlockRows:
-        rows = self._layout.rows
-        joint = rows(layer.attending) if narrow is None else rows(frozenset())
-        stored = rows(layer.projecting - layer.attending if narrow is None else layer.projecting)
-        reused = tuple((source, rows(classes)) for source, classes in layer.reusing.items())
-        attending = self._going_on(layer.attending, narrow)
-        pattern = None
-        if attending.count:
-            queries = attending.through(narrow)
-            pattern = pattern_of(layer, self._layout, queries, self._entries)
-        is_pair = layer.partner is not None
-        paired = layer.arranged if is_pair else frozenset()
-        return BlockRows(
-            joint=joint,
-            stored=stored,
-            raw=rows(layer.leaving_hidden),
-            reused=tuple((source, copied) for source, copied in reused if copied.count),
-            narrow=narrow,
-            attending=attending,
-            replaced=self._going_on(layer.replaced, narrow),
-            feeding=self._going_on(layer.feeding - layer.beside, narrow),
-            beside=self._going_on(layer.beside, narrow),
-            paired=self._going_on(paired, narrow),
-            alone=self._going_on(layer.attending - paired if is_pair else frozenset(), narrow),
-            merged=rows(paired),
-            pattern=pattern,
-        )
-
-    def _going_on(self, classes: frozenset[TokenClass], narrow: Rows | None) -> Rows:
-        """The rows of some classes among those that go on, indexing those."""
-        if narrow is None:
-            return self._layout.rows(classes)
-        found = self._narrow_rows.get(classes)
-        if found is None:
-            found = self._narrow_rows[classes] = self._among(narrow, classes)
-        return found
-
-    def _among(self, narrow: Rows, classes: frozenset[TokenClass]) -> Rows:
-        if self._narrow_codes is None:
-            self._narrow_codes = narrow.take(self._layout.codes).tolist()
-        wanted = {CODES[token_class] for token_class in classes}
-        index = [row for row, code in enumerate(self._narrow_codes) if code in wanted]
-        if len(index) == len(self._narrow_codes):
-            return Rows(slice(0, len(index)), len(index))
-        return Rows(torch.tensor(index, dtype=torch.int64), len(index))

@@ -15,9 +15,9 @@ from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.entries import SlotMap
 from fastskip.decoder.layer import Block
 from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.plain_forward import Watch
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.removing import RowsLeft, may_leave
-from fastskip.decoder.stack import Watch
 from fastskip.plan import SkipPlan
 from fastskip.routing import Decisions
 from fastskip.tokens import TokenLayout

@@ -1,0 +1,169 @@
+"""One forward of the plain runtime: rows go through the plan's steps, fewer after removals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastskip.decoder.deep_features import DeepFeatures, PlacedFeatures
+from fastskip.decoder.entries import Entries
+from fastskip.decoder.layer import Add, Block, BlockRows
+from fastskip.decoder.positions import Turns
+from fastskip.decoder.recomputing import maybe_recomputed
+from fastskip.decoder.removing import RowsLeft, may_leave
+from fastskip.decoder.routed_rows import RoutedRows, narrows_after
+from fastskip.decoder.step_rows import StepRows
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.policy import Combine
+from fastskip.routing import Decisions
+from fastskip.tokens import Rows, TokenLayout
+
+Watch = Callable[[int, Tensor], None]
+
+
+class PlainForward:
+    """The rows of one forward, what is computed of them and what enters and leaves on the way.
+
+    Attributes:
+        layout, rotation: of the rows that it begins with.
+        narrow: the only rows that the last step has to give; ``None``: all of them. Where routers
+            or removals need the others so late, they are taken when the last step is done.
+        static: the rows that the plan names, of those that are left.
+        routed: those that decide for themselves; the caller's to set, where the plan has routers.
+    """
+
+    def __init__(
+        self,
+        plan: SkipPlan,
+        blocks: Sequence[Block],
+        layers: Sequence[Any],
+        layout: TokenLayout,
+        rotation: Turns,
+        entries: Entries,
+        combine: Add,
+        *,
+        wanted: Tensor | None = None,
+        watch: Watch | None = None,
+        features: DeepFeatures | None = None,
+    ) -> None:
+        """``layers``: Hugging Face's own; the rest as for ``Decoder.run``."""
+        self._plan, self._blocks, self._layers = plan, blocks, layers
+        self._entries, self._combine = entries, combine
+        self._wanted, self._watch, self._features = wanted, watch, features
+        self.layout, self.rotation = layout, rotation
+        few = None if wanted is None else layout.locate(wanted)
+        is_late = few is not None and (narrows_after(plan) or may_leave(plan, layout, few))
+        self.narrow: Rows | None = None if is_late else few
+        self._late: Rows | None = few if is_late else None
+        keeps_gone = watch is not None or self.narrow is None
+        self._rest = RowsLeft(plan, blocks, layout, rotation, entries, keeps_gone=keeps_gone)
+        self._removing = {rule.after_layer for rule in plan.removals}
+        self.static = StepRows(plan, layout, entries, self.narrow)
+        self.routed: RoutedRows | None = None
+        self._placed = self._place()
+        # The layers whose features have not entered yet.
+        self._behind: tuple[int, ...] = ()
+
+    def run(self, h: Tensor) -> Tensor:
+        """``[N, D]``, packed, through all steps: ``[N, D]``, or ``[n, D]`` as wanted."""
+        for step in self._plan.steps:
+            h = self._enter(step, h)
+            h = self._compute(step, h)
+            if step[-1] in self._removing:
+                h = self._remove(step[-1], h)
+        if self.narrow is not None:
+            return h
+        whole = self._rest.whole(h)
+        return whole if self._late is None else self._late.take(whole)
+
+    def decisions(self) -> Decisions:
+        """Who skipped, or left."""
+        return self._rest.decisions(self._plan) if self.routed is None else self.routed.decisions()
+
+    def _enter(self, step: tuple[int, ...], h: Tensor) -> Tensor:
+        """Before a step: it is shown to those who look, and features of the last one enter."""
+        if self._watch is not None:
+            for index in step:
+                self._watch(index, self._rest.whole(h))
+        h = self._add_features(h)
+        self._behind = step
+        if self.routed is not None:
+            self.routed.enter(step, h)
+        self._rest.look(step[-1], h)
+        return h
+
+    def _compute(self, step: tuple[int, ...], h: Tensor) -> Tensor:
+        blocks = [self._blocks[index] for index in step]
+        rows_of = self.static.of if self.routed is None else self.routed.of
+        is_last = step is self._plan.steps[-1]
+        inputs = [rows_of(block.plan, is_last) for block in blocks]
+        runs = [
+            maybe_recomputed(
+                block.run if len(step) == 1 else block.change,
+                self._layers[index],
+                index,
+                self._entries,
+            )
+            for index, block in zip(step, blocks, strict=True)
+        ]
+        rotation, entries, combine = self._rest.rotation, self._entries, self._combine
+        if len(step) == 1:
+            return runs[0](h, inputs[0], rotation, entries, combine)
+        plans = [block.plan for block in blocks]
+        return _run_pair(h, plans, runs, inputs, rotation, entries, combine)
+
+    def _remove(self, layer: int, h: Tensor) -> Tensor:
+        """Behind a layer some rows leave, with their features."""
+        h = self._add_features(h)
+        before = self._rest.layout
+        h = self._rest.remove(layer, h)
+        layout = self._rest.layout
+        if layout is not before:
+            if self.narrow is not None and self._wanted is not None:
+                self.narrow = layout.locate(self._wanted)
+            self.static = StepRows(self._plan, layout, self._entries, self.narrow)
+            self._placed = self._place()
+        return h
+
+    def _add_features(self, h: Tensor) -> Tensor:
+        if self._placed is not None:
+            h = self._placed.enter(self._behind, h, self._combine)
+        self._behind = ()
+        return h
+
+    def _place(self) -> PlacedFeatures | None:
+        return None if self._features is None else self._features.among(self._rest.layout)
+
+
+def _run_pair(
+    h: Tensor,
+    plans: Sequence[LayerPlan],
+    changes: Sequence[Callable[..., Tensor]],
+    inputs: Sequence[BlockRows],
+    rotation: Turns,
+    entries: Entries,
+    combine: Add,
+) -> Tensor:
+    """Two layers: paired rows read the same ``h`` in both, others run one after the other.
+
+    Paired: ``out = h + d1 + d2``, or the mean of the two changes. Where they keep the mean of their
+    K and V, paired rows read the first layer's cache in both.
+    """
+    paired, alone = inputs[0].paired, inputs[0].alone
+    plan, other = plans
+    if plan.merges_kv and paired.count and not plan.is_arranged_whole:
+        entries.adopt(other.index, plan.index)
+    first = changes[0](h, inputs[0], rotation, entries)
+    if alone.count:
+        h = combine(h, alone, alone.take(first))
+    second = changes[1](h, inputs[1], rotation, entries)
+    if plan.merges_kv:
+        entries.average(plan.index, other.index, inputs[0].merged)
+    h = h if inputs[0].narrow is None else inputs[0].narrow.take(h)
+    if alone.count:
+        h = combine(h, alone, alone.take(second))
+    change = paired.take(first) + paired.take(second)
+    change = change / 2 if plan.combine is Combine.MEAN else change
+    return combine(h, paired, change)
