@@ -6,6 +6,7 @@ Everything here reads Hugging Face configs; no weights are needed.
 from __future__ import annotations
 
 import inspect
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ MULTIMODAL = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "fast_vlm": "FastVlmForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -47,6 +49,8 @@ UNCUT_SIDE = 448
 """Pixels a side of what is taken for an image where images keep their sizes."""
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
 LONG_ROPE = "longrope"
+# Encoders that transformers wraps, of a package that it does not ask for.
+_TIMM = "timm_wrapper"
 # What OPT's config can ask for and the runtime has one form of.
 OPT_FORM = {
     "do_layer_norm_before": True,
@@ -118,6 +122,15 @@ def _check_opt(config: Any, text: Any) -> None:
             if getattr(part, "tie_word_embeddings", False):
                 allowed = "False, in the config and in its text_config"
                 raise UnsupportedModelError(f"{field}tie_word_embeddings", True, allowed)
+
+
+def check_installed(config: Any) -> None:
+    """Raises ``UnsupportedModelError`` where the vision encoder is of a package that is missing."""
+    vision = getattr(config, "vision_config", None)
+    if getattr(vision, "model_type", None) == _TIMM and find_spec("timm") is None:
+        raise UnsupportedModelError(
+            "vision_config.model_type", _TIMM, "others, or: pip install timm (it is missing)"
+        )
 
 
 def is_users_own(kind: type) -> bool:
@@ -234,6 +247,8 @@ def rows_of_crop(config: Any) -> int:
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0
+    if config.model_type == "fast_vlm":
+        return int(config.image_seq_length)  # its encoder, of timm, has no size in the config
     side = getattr(vision, "image_size", UNCUT_SIDE)
     patches = side_of(side) // side_of(vision.patch_size)
     return round((patches / _patches_of_row(config)) ** 2)

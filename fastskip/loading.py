@@ -17,6 +17,7 @@ from fastskip import ops
 from fastskip.families import (
     UnsupportedModelError,
     check_config,
+    check_installed,
     final_norm_of,
     is_quantised,
     is_users_own,
@@ -122,6 +123,7 @@ def load_model(
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
+    check_installed(config)
     chosen = _choose_policy(policy, path, config, hub)
     shape = shape_of(config)
     make_plan(chosen, shape)

@@ -138,6 +138,8 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
             size={"shortest_edge": CROP}, crop_size=crop, image_grid_pinpoints=PINPOINTS
         )
         return LlavaNextProcessor(images, tokenizer, **options)
+    if kind == "fast_vlm":
+        options |= {"vision_feature_select_strategy": "full", "num_additional_image_tokens": 0}
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
     return LlavaProcessor(images, tokenizer, **options)

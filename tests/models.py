@@ -7,6 +7,9 @@ from typing import Any, Literal, cast, get_args
 import torch
 from transformers import (
     CLIPVisionConfig,
+    ConvNextConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -63,6 +66,7 @@ Relative = Literal[
     "mistral3",
     "idefics3",
     "smolvlm",
+    "fast_vlm",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -78,6 +82,7 @@ _TEXT = {
     "internvl": "qwen2",
     "internvl_qwen3": "qwen3",
     "mistral3": "mistral",
+    "fast_vlm": "qwen2",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
@@ -187,6 +192,18 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
             )
             return SmolVLMForConditionalGeneration, config
+        case "fast_vlm":
+            # A stand-in for timm's, which leaves rows and columns of patches apart as well.
+            vision = ConvNextConfig(
+                num_stages=1,
+                depths=[2],
+                hidden_sizes=[16],
+                hidden_size=16,
+                image_size=square,
+                patch_size=PATCH,
+            )
+            config = FastVlmConfig(vision_config=vision, image_seq_length=side**2, **common)
+            return FastVlmForConditionalGeneration, config
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return _qwen_vl(kind, video_id, common)
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration
+from transformers import FastVlmConfig, InternVLForConditionalGeneration
 
 import fastskip
+from fastskip import families
 from fastskip.decoder.cache import SkipCache
 from fastskip.families import ENCODERS, UNCUT_SIDE, rows_of_crop
 from fastskip.generation.cache_name import CACHE_NAME
@@ -78,6 +79,15 @@ def test_loading(kind: Kind, tmp_path: Path) -> None:
     stock = type(tiny_llava(kind)).from_pretrained(tmp_path)
     assert isinstance(model, type(stock))
     assert answer(model) == answer(stock)
+
+
+def test_an_encoder_of_a_package_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FastVlmConfig().save_pretrained(tmp_path)
+    monkeypatch.setattr(families, "find_spec", lambda name: None)
+    with pytest.raises(fastskip.UnsupportedModelError, match="timm_wrapper.*pip install timm"):
+        fastskip.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("kind", PROCESSED)
