@@ -26,6 +26,7 @@ MULTIMODAL = {
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
+    "perception_lm": "PerceptionLMForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
@@ -249,8 +250,11 @@ def rows_of_crop(config: Any) -> int:
         return 0
     if config.model_type == "fast_vlm":
         return int(config.image_seq_length)  # its encoder, of timm, has no size in the config
-    side = getattr(vision, "image_size", UNCUT_SIDE)
-    patches = side_of(side) // side_of(vision.patch_size)
+    if config.model_type == "perception_lm":
+        patches = side_of(vision.model_args["ref_feat_shape"])
+    else:
+        side = getattr(vision, "image_size", UNCUT_SIDE)
+        patches = side_of(side) // side_of(vision.patch_size)
     return round((patches / _patches_of_row(config)) ** 2)
 
 
@@ -267,6 +271,8 @@ def _patches_of_row(config: Any) -> float:
             return float(config.scale_factor)
         case "mistral3":
             return float(config.spatial_merge_size)
+        case "perception_lm":
+            return float(config.projector_pooling_ratio)
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return float(config.vision_config.spatial_merge_size)
         case "internvl":

@@ -175,6 +175,8 @@ def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tupl
     side = config.vision_config.image_size
     side = side if isinstance(side, int) else side[0]
     pixels, size = torch.randn(3, side, side, generator=generator), (side, side)
+    if config.model_type == "perception_lm":
+        return pixels[None], size  # of as many tiles in every image of a batch
     if _sized(config):
         size = UNCUT_SIZES[_integer(generator, 0, len(UNCUT_SIZES) - 1)]
         pixels[:, size[0] :], pixels[:, :, size[1] :] = 0, 0
@@ -191,5 +193,5 @@ def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
     sizes = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
     pixels = pixels[None, None] if model.config.model_type in BY_PROMPT else pixels[None]
     dtype = next(model.parameters()).dtype
-    features = model.get_image_features(pixels.to(dtype), **sizes).pooler_output
+    features = model.model.get_image_features(pixels.to(dtype), **sizes).pooler_output
     return len(features[0])

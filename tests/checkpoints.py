@@ -48,7 +48,7 @@ VIDEO_PROCESSORS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
 }
-NEEDING_TORCHVISION = ("mistral3", "video_llava")
+NEEDING_TORCHVISION = ("mistral3", "video_llava", "perception_lm")
 """Kinds whose processors do; their checkpoints are saved without."""
 PROCESSED: tuple[Kind, ...] = tuple(kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION)
 AROUND_IMAGES = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")

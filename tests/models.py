@@ -31,6 +31,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PerceptionLMConfig,
+    PerceptionLMForConditionalGeneration,
     PixtralVisionConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -67,6 +69,7 @@ Relative = Literal[
     "idefics3",
     "smolvlm",
     "fast_vlm",
+    "perception_lm",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -204,6 +207,15 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
             )
             config = FastVlmConfig(vision_config=vision, image_seq_length=side**2, **common)
             return FastVlmForConditionalGeneration, config
+        case "perception_lm":
+            # Another one: whatever gives a row for each patch, behind one for them all.
+            vision = clip(
+                2 * square, model_args={"embed_dim": 16, "ref_feat_shape": [2 * side] * 2}
+            )
+            config = PerceptionLMConfig(
+                vision_config=vision, projector_pooling_ratio=2, video_token_id=video_id, **common
+            )
+            return PerceptionLMForConditionalGeneration, config
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return _qwen_vl(kind, video_id, common)
 
