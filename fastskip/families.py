@@ -25,6 +25,7 @@ MULTIMODAL = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "deepseek_vl": "DeepseekVLForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
     "perception_lm": "PerceptionLMForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",

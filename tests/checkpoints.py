@@ -7,12 +7,16 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
+    DeepseekVLProcessor,
     Idefics3Processor,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
+    DeepseekVLImageProcessorPil,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -117,6 +121,11 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": merged, "width": merged}, max_patches=3
             )
             return image_only("internvl")(images, tokenizer, image_seq_length=4, **own)
+        case "deepseek_vl":
+            images = DeepseekVLImageProcessorPil(
+                size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=PATCH
+            )
+            return DeepseekVLProcessor(images, tokenizer, num_image_tokens=4, **own)
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             sides = {"shortest_edge": merged**2, "longest_edge": 4 * merged**2}
             images = Qwen2VLImageProcessorPil(

@@ -8,6 +8,8 @@ import torch
 from transformers import (
     CLIPVisionConfig,
     ConvNextConfig,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
     Idefics3Config,
@@ -68,6 +70,7 @@ Relative = Literal[
     "mistral3",
     "idefics3",
     "smolvlm",
+    "deepseek_vl",
     "fast_vlm",
     "perception_lm",
     "qwen2_vl",
@@ -195,6 +198,10 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
             )
             return SmolVLMForConditionalGeneration, config
+        case "deepseek_vl":
+            vision = _vision_config(SiglipVisionConfig, square, vision_use_head=False)
+            config = DeepseekVLConfig(vision_config=vision, **common)
+            return DeepseekVLForConditionalGeneration, config
         case "fast_vlm":
             # A stand-in for timm's, which leaves rows and columns of patches apart as well.
             vision = ConvNextConfig(
