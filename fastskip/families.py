@@ -25,6 +25,7 @@ MULTIMODAL = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
+    "lighton_ocr": "LightOnOcrForConditionalGeneration",
     "deepseek_vl": "DeepseekVLForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
     "perception_lm": "PerceptionLMForConditionalGeneration",
@@ -39,7 +40,14 @@ TEXT_ONLY = {
     "qwen3": "Qwen3ForCausalLM",
     "opt": "OPTForCausalLM",
 }
-ENCODERS = ("vision_tower", "vision_model", "image_tower", "video_tower", "visual")
+ENCODERS = (
+    "vision_tower",
+    "vision_model",
+    "vision_encoder",
+    "image_tower",
+    "video_tower",
+    "visual",
+)
 """What families call the modules that see."""
 DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
 """What a text model is told of features that enter behind its first layers: at which columns
@@ -270,7 +278,7 @@ def _patches_of_row(config: Any) -> float:
     match config.model_type:
         case "idefics3" | "smolvlm":
             return float(config.scale_factor)
-        case "mistral3":
+        case "mistral3" | "lighton_ocr":
             return float(config.spatial_merge_size)
         case "perception_lm":
             return float(config.projector_pooling_ratio)

@@ -16,8 +16,10 @@ IMAGE_SIZES = ((8, 8), (7, 13), (16, 16), (12, 30), (20, 9))
 """Heights and widths to draw from where images come in crops."""
 BY_PROMPT = ("idefics3", "smolvlm")
 """Families that take `[batch, images, 3, height, width]`, blank images behind."""
+UNCUT = ("mistral3", "lighton_ocr")
+"""Families that take images as they are, in the corner of a square."""
 UNCUT_SIZES = ((16, 16), (8, 16), (16, 8))
-"""The same where they come as they are, in the corner of a square (Mistral 3)."""
+"""The same of these."""
 BY_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families that take images as rows of patches, `[patches, pixels]`, and how many lie where."""
 GRIDS = ((2, 2), (2, 4), (6, 2), (4, 4))
@@ -159,7 +161,7 @@ def _integer(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def _sized(config: Any) -> bool:
-    return hasattr(config, "image_grid_pinpoints") or config.model_type == "mistral3"
+    return hasattr(config, "image_grid_pinpoints") or config.model_type in UNCUT
 
 
 def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:

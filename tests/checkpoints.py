@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
     DeepseekVLProcessor,
     Idefics3Processor,
+    LightOnOcrProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -25,6 +26,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -93,6 +95,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             "context_image_token": "<image>",
             "start_image_token": AROUND_IMAGES[0],
             "end_image_token": AROUND_IMAGES[0],
+            # and LightOnOCR's
+            "image_break_token": AROUND_IMAGES[1],
+            "image_end_token": AROUND_IMAGES[2],
         },
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -121,6 +126,10 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": merged, "width": merged}, max_patches=3
             )
             return image_only("internvl")(images, tokenizer, image_seq_length=4, **own)
+        case "lighton_ocr":
+            squares = {"patch_size": 2 * PATCH, "size": {"longest_edge": merged}}
+            images = PixtralImageProcessorPil(**squares)
+            return LightOnOcrProcessor(images, tokenizer, patch_size=PATCH, **own)
         case "deepseek_vl":
             images = DeepseekVLImageProcessorPil(
                 size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=PATCH

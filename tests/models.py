@@ -17,6 +17,8 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    LightOnOcrConfig,
+    LightOnOcrForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -70,6 +72,7 @@ Relative = Literal[
     "mistral3",
     "idefics3",
     "smolvlm",
+    "lighton_ocr",
     "deepseek_vl",
     "fast_vlm",
     "perception_lm",
@@ -88,6 +91,7 @@ _TEXT = {
     "internvl": "qwen2",
     "internvl_qwen3": "qwen3",
     "mistral3": "mistral",
+    "lighton_ocr": "qwen3",
     "fast_vlm": "qwen2",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
@@ -186,6 +190,10 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
             vision = _encoder(PixtralVisionConfig, **merged)
             config = Mistral3Config(vision_config=vision, spatial_merge_size=2, **common)
             return Mistral3ForConditionalGeneration, config
+        case "lighton_ocr":
+            vision = _encoder(PixtralVisionConfig, **merged)
+            config = LightOnOcrConfig(vision_config=vision, spatial_merge_size=2, **common)
+            return LightOnOcrForConditionalGeneration, config
         case "idefics3":
             vision = _encoder(Idefics3VisionConfig, **merged)
             config = Idefics3Config(

@@ -22,7 +22,7 @@ from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
 from fastskip.verification.cells import IMAGE
 from tests.agreement import Trio, expected
-from tests.batches import BY_PATCHES, Batch, random_batch
+from tests.batches import BY_PATCHES, UNCUT, Batch, random_batch
 from tests.budget import assert_within_budget
 from tests.checkpoints import (
     PROCESSED,
@@ -147,7 +147,7 @@ def test_rows_of_a_crop(kind: Kind) -> None:
     rows = int((batch.token_classes == IMAGE).sum())
     if kind in BY_PATCHES:
         rows = (UNCUT_SIDE // (2 * PATCH)) ** 2
-    if kind == "mistral3":
+    if kind in UNCUT:
         height, width = batch.images[0][1]
         rows = rows * 16 * 16 // (height * width)  # one as large as they can be
     assert rows_of_crop(model.config) == rows > 0

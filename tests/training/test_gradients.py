@@ -121,7 +121,16 @@ def test_a_step_is_that_of_the_masked_computation(name: str, side: Padding) -> N
 
 @pytest.mark.parametrize(
     "kind",
-    (*LLAVA_KINDS, "internvl", "idefics3", "smolvlm", "fast_vlm", "qwen2_5_vl", "qwen3_vl"),
+    (
+        *LLAVA_KINDS,
+        "internvl",
+        "idefics3",
+        "smolvlm",
+        "lighton_ocr",
+        "fast_vlm",
+        "qwen2_5_vl",
+        "qwen3_vl",
+    ),
 )
 def test_families_and_their_images(kind: Kind) -> None:
     """Several images and crops, and rows without any, in one batch."""

@@ -14,7 +14,14 @@ from torch import nn
 from fastskip.families import ENCODERS, text_model_of
 from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
 
-_PROJECTOR = ("multi_modal_projector", "connector", "aligner", "image_newline", "visual.merger")
+_PROJECTOR = (
+    "multi_modal_projector",
+    "connector",
+    "aligner",
+    "vision_projection",
+    "image_newline",
+    "visual.merger",
+)
 _HALVES = {torch.bfloat16, torch.float16}
 logger = logging.getLogger(__name__)
 
