@@ -11,8 +11,15 @@ from fastskip.prompts import build_inputs
 from fastskip.study.training import DataError, Example, Padding, Turn
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import IGNORED, Encoder
-from tests.checkpoints import CHAT_TEMPLATE, IMAGE_ID, PROCESSED, build_processor, build_tokenizer
-from tests.models import LLAVA_KINDS, PAD_ID, Kind
+from tests.checkpoints import (
+    CHAT_TEMPLATE,
+    IMAGE_ID,
+    PROCESSED,
+    VOCAB,
+    build_processor,
+    build_tokenizer,
+)
+from tests.models import LLAVA_KINDS, PAD_ID, Kind, tiny_llava
 from tests.training.conversations import examples, picture, processor
 
 HUB_TEMPLATE = (
@@ -197,3 +204,19 @@ def test_crops_are_filled_up(kind: Kind) -> None:
         assert torch.equal(batch["pixel_values"][row, : counts[row]], each["pixel_values"][0])
         assert not batch["pixel_values"][row, counts[row] :].any()
         assert torch.equal(batch["image_sizes"][row], each["image_sizes"][0])
+
+
+@pytest.mark.parametrize("kind", ["lighton_ocr"])
+def test_images_that_keep_their_sizes_are_filled_up(kind: Kind) -> None:
+    encode, sizes = Encoder(processor(kind)), [(8, 16), (16, 8)]
+    encoded = [encode(Example((Turn("a", "b"),), (picture(0, size),))) for size in sizes]
+    alone = [each["pixel_values"] for each in encoded]
+    assert len({own.shape for own in alone}) == 2
+    batch = Collator(PAD_ID, Padding.RIGHT)(encoded)
+    model = tiny_llava(kind, vocab=VOCAB)
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row, each in enumerate(encoded):
+            one = model(**Collator(PAD_ID, Padding.RIGHT)([each])).logits[0]
+            real = batch["attention_mask"][row].bool()
+            assert torch.allclose(together[row, real], one, atol=1e-4)

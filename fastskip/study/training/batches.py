@@ -13,6 +13,8 @@ from fastskip.study.training.settings import Padding
 
 _BY_EXAMPLE = "pixel_attention_mask"
 """What families have that take the images of each example apart: ``[B, images, height, width]``."""
+_SIZES = "image_sizes"
+"""What families have that tell an image from what fills it up: ``[images, 2]``."""
 
 
 class Collator:
@@ -20,8 +22,8 @@ class Collator:
 
     ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; tensors of images follow one another
     in the order of their placeholders. Where images have different numbers of crops
-    (LLaVA-NeXT, LLaVA-OneVision), or examples of images (Idefics 3, SmolVLM), zeros fill them up,
-    which the model leaves out.
+    (LLaVA-NeXT, LLaVA-OneVision) or sizes (Mistral 3, LightOnOCR), or examples of images
+    (Idefics 3, SmolVLM), zeros fill them up, which the model leaves out.
     """
 
     def __init__(self, pad_id: int, side: Padding) -> None:
@@ -49,7 +51,8 @@ class Collator:
                 # something of each token: which ones are an image's
                 batch[name] = self._padded(given, width, 0)
                 continue
-            batch[name] = _joined(given, is_ragged=_BY_EXAMPLE in names or given[0].ndim > 4)
+            is_ragged = bool(names.keys() & {_BY_EXAMPLE, _SIZES}) or given[0].ndim > 4
+            batch[name] = _joined(given, is_ragged=is_ragged)
         return batch
 
     def _padded(self, rows: list[Tensor], width: int, fill: int) -> Tensor:
@@ -62,10 +65,12 @@ class Collator:
 
 
 def _joined(tensors: list[Tensor], *, is_ragged: bool) -> Tensor:
-    """One after the other; those with fewer crops or images (``[n, crops, ...]``) get more."""
+    """One after the other; of crops, images, rows or columns of pixels (``[n, ...]``) all get as
+    many as the one with most."""
     if not is_ragged:
         return torch.cat(tensors)
-    most = max(tensor.shape[1] for tensor in tensors)
-    return torch.cat(
-        [torch.cat((t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])), 1) for t in tensors]
-    )
+    most = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    filled = [tensor.new_zeros(len(tensor), *most) for tensor in tensors]
+    for whole, own in zip(filled, tensors, strict=True):
+        whole[(slice(None), *map(slice, own.shape[1:]))] = own
+    return torch.cat(filled)
