@@ -23,6 +23,7 @@ MULTIMODAL = {
     "video_llava": "VideoLlavaForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
+    "idefics2": "Idefics2ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "lighton_ocr": "LightOnOcrForConditionalGeneration",
@@ -257,6 +258,8 @@ def rows_of_crop(config: Any) -> int:
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0
+    if config.model_type == "idefics2":
+        return int(config.perceiver_config.resampler_n_latents)  # whatever the image's size
     if config.model_type == "fast_vlm":
         return int(config.image_seq_length)  # its encoder, of timm, has no size in the config
     if config.model_type == "perception_lm":

@@ -14,7 +14,7 @@ from tests.models import CROP, PAD_ID
 
 IMAGE_SIZES = ((8, 8), (7, 13), (16, 16), (12, 30), (20, 9))
 """Heights and widths to draw from where images come in crops."""
-BY_PROMPT = ("idefics3", "smolvlm")
+BY_PROMPT = ("idefics2", "idefics3", "smolvlm")
 """Families that take `[batch, images, 3, height, width]`, blank images behind."""
 UNCUT = ("mistral3", "lighton_ocr")
 """Families that take images as they are, in the corner of a square."""
@@ -196,4 +196,4 @@ def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
     pixels = pixels[None, None] if model.config.model_type in BY_PROMPT else pixels[None]
     dtype = next(model.parameters()).dtype
     features = model.model.get_image_features(pixels.to(dtype), **sizes).pooler_output
-    return len(features[0])
+    return sum(own.numel() // own.shape[-1] for own in features)

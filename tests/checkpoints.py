@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
     DeepseekVLProcessor,
+    Idefics2Processor,
     Idefics3Processor,
     LightOnOcrProcessor,
     LlavaNextProcessor,
@@ -19,6 +20,7 @@ from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
     DeepseekVLImageProcessorPil,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -95,6 +97,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             "context_image_token": "<image>",
             "start_image_token": AROUND_IMAGES[0],
             "end_image_token": AROUND_IMAGES[0],
+            # Idefics 2's
+            "image_boundary_token": AROUND_IMAGES[0],
             # and LightOnOCR's
             "image_break_token": AROUND_IMAGES[1],
             "image_end_token": AROUND_IMAGES[2],
@@ -141,6 +145,10 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 patch_size=PATCH, merge_size=2, temporal_patch_size=2, size=sides
             )
             return image_only(kind)(images, tokenizer, **own)
+        case "idefics2":
+            edges = {"shortest_edge": IMAGE_SIZE, "longest_edge": merged}
+            images = Idefics2ImageProcessorPil(size=edges)
+            return Idefics2Processor(images, tokenizer, image_seq_len=4, **own)
         case "idefics3" | "smolvlm":
             edge = {"longest_edge": merged}
             pieces = {"size": {"longest_edge": 2 * merged}, "max_image_size": edge}

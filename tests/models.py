@@ -12,6 +12,8 @@ from transformers import (
     DeepseekVLForConditionalGeneration,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLConfig,
@@ -57,6 +59,10 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
+from transformers.models.idefics2.configuration_idefics2 import (
+    Idefics2PerceiverConfig,
+    Idefics2VisionConfig,
+)
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
@@ -70,6 +76,7 @@ Relative = Literal[
     "internvl",
     "internvl_qwen3",
     "mistral3",
+    "idefics2",
     "idefics3",
     "smolvlm",
     "lighton_ocr",
@@ -91,6 +98,7 @@ _TEXT = {
     "internvl": "qwen2",
     "internvl_qwen3": "qwen3",
     "mistral3": "mistral",
+    "idefics2": "mistral",
     "lighton_ocr": "qwen3",
     "fast_vlm": "qwen2",
     "qwen2_vl": "qwen2_vl_text",
@@ -194,6 +202,18 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
             vision = _encoder(PixtralVisionConfig, **merged)
             config = LightOnOcrConfig(vision_config=vision, spatial_merge_size=2, **common)
             return LightOnOcrForConditionalGeneration, config
+        case "idefics2":
+            resampler = Idefics2PerceiverConfig(
+                hidden_size=common["text_config"].hidden_size,
+                resampler_n_latents=side**2,
+                resampler_depth=1,
+                resampler_n_heads=2,
+                resampler_head_dim=8,
+                num_key_value_heads=1,
+            )
+            vision = _encoder(Idefics2VisionConfig, **merged)
+            config = Idefics2Config(vision_config=vision, perceiver_config=resampler, **common)
+            return Idefics2ForConditionalGeneration, config
         case "idefics3":
             vision = _encoder(Idefics3VisionConfig, **merged)
             config = Idefics3Config(

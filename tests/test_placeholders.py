@@ -13,7 +13,7 @@ from fastskip.generation.prepared import PreparedBackbone
 from tests.batches import random_batch
 from tests.models import LLAVA_KINDS, RELATIVES, Kind, tiny_llava
 
-WITHOUT = {"idefics3", "smolvlm"}
+WITHOUT = {"idefics2", "idefics3", "smolvlm"}
 """Families that some versions of transformers fill without asking where placeholders are."""
 
 

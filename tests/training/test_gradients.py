@@ -124,6 +124,7 @@ def test_a_step_is_that_of_the_masked_computation(name: str, side: Padding) -> N
     (
         *LLAVA_KINDS,
         "internvl",
+        "idefics2",
         "idefics3",
         "smolvlm",
         "lighton_ocr",

@@ -206,7 +206,7 @@ def test_crops_are_filled_up(kind: Kind) -> None:
         assert torch.equal(batch["image_sizes"][row], each["image_sizes"][0])
 
 
-@pytest.mark.parametrize("kind", ["lighton_ocr"])
+@pytest.mark.parametrize("kind", ["lighton_ocr", "idefics2"])
 def test_images_that_keep_their_sizes_are_filled_up(kind: Kind) -> None:
     encode, sizes = Encoder(processor(kind)), [(8, 16), (16, 8)]
     encoded = [encode(Example((Turn("a", "b"),), (picture(0, size),))) for size in sizes]

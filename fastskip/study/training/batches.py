@@ -22,8 +22,8 @@ class Collator:
 
     ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; tensors of images follow one another
     in the order of their placeholders. Where images have different numbers of crops
-    (LLaVA-NeXT, LLaVA-OneVision) or sizes (Mistral 3, LightOnOCR), or examples of images
-    (Idefics 3, SmolVLM), zeros fill them up, which the model leaves out.
+    (LLaVA-NeXT, LLaVA-OneVision) or sizes (Mistral 3, LightOnOCR, Idefics 2), or examples of
+    images (Idefics, SmolVLM), zeros fill them up, which the model leaves out.
     """
 
     def __init__(self, pad_id: int, side: Padding) -> None:
