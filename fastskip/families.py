@@ -28,6 +28,7 @@ MULTIMODAL = {
     "smolvlm": "SmolVLMForConditionalGeneration",
     "lighton_ocr": "LightOnOcrForConditionalGeneration",
     "deepseek_vl": "DeepseekVLForConditionalGeneration",
+    "ovis2": "Ovis2ForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
     "perception_lm": "PerceptionLMForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -283,6 +284,8 @@ def _patches_of_row(config: Any) -> float:
             return float(config.scale_factor)
         case "mistral3" | "lighton_ocr":
             return float(config.spatial_merge_size)
+        case "ovis2":
+            return float(config.vision_config.hidden_stride)
         case "perception_lm":
             return float(config.projector_pooling_ratio)
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":

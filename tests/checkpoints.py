@@ -13,6 +13,7 @@ from transformers import (
     LightOnOcrProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
+    Ovis2Processor,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -28,6 +29,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -61,6 +63,8 @@ NEEDING_TORCHVISION = ("mistral3", "video_llava", "perception_lm")
 PROCESSED: tuple[Kind, ...] = tuple(kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION)
 AROUND_IMAGES = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 """Tokens that Idefics 3's processor writes."""
+OF_OVIS = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+"""And Ovis 2's, beside one for each row of an image."""
 IMAGE_SIZE = 2 * PATCH
 """Images of the tiny `llava` are squares of so many pixels and fill four positions."""
 
@@ -72,12 +76,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; the last two ids are `<video>` and `<image>`, as `tiny_llava` has."""
+def build_tokenizer(video: str = "<video>", image: str = "<image>") -> PreTrainedTokenizerFast:
+    """One token a character; the last two ids are `video` and `image`, as `tiny_llava` has."""
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     tokens = special + list(string.printable[:-2])
-    tokens += [f"<{i}>" for i in range(len(tokens), VIDEO_ID - len(AROUND_IMAGES))]
-    tokens += [*AROUND_IMAGES, "<video>", "<image>"]
+    tokens += [f"<{i}>" for i in range(len(tokens), VIDEO_ID - len(OF_OVIS + AROUND_IMAGES))]
+    tokens += [*OF_OVIS, *AROUND_IMAGES, video, image]
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
@@ -91,10 +95,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens={
-            "video_token": "<video>",
-            "image_token": "<image>",
+            "video_token": video,
+            "image_token": image,
             # the names that InternVL's processor asks for
-            "context_image_token": "<image>",
+            "context_image_token": image,
             "start_image_token": AROUND_IMAGES[0],
             "end_image_token": AROUND_IMAGES[0],
             # Idefics 2's
@@ -102,6 +106,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
             # and LightOnOCR's
             "image_break_token": AROUND_IMAGES[1],
             "image_end_token": AROUND_IMAGES[2],
+            **{token.strip("<>").lower(): token for token in OF_OVIS},
         },
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -134,6 +139,12 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
             squares = {"patch_size": 2 * PATCH, "size": {"longest_edge": merged}}
             images = PixtralImageProcessorPil(**squares)
             return LightOnOcrProcessor(images, tokenizer, patch_size=PATCH, **own)
+        case "ovis2":
+            # Of its two placeholders one stands for an image in texts, the other for each row.
+            tokenizer = build_tokenizer("<image>", "<IMG_ATOM>")
+            crops = {"crop_to_patches": True, "max_patches": 3}
+            images = Ovis2ImageProcessorPil(size={"height": merged, "width": merged}, **crops)
+            return Ovis2Processor(images, tokenizer, image_seq_length=4, **own)
         case "deepseek_vl":
             images = DeepseekVLImageProcessorPil(
                 size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=PATCH

@@ -37,6 +37,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
     PerceptionLMConfig,
     PerceptionLMForConditionalGeneration,
     PixtralVisionConfig,
@@ -64,6 +66,7 @@ from transformers.models.idefics2.configuration_idefics2 import (
     Idefics2VisionConfig,
 )
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 LlavaKind = Literal[
@@ -81,6 +84,7 @@ Relative = Literal[
     "smolvlm",
     "lighton_ocr",
     "deepseek_vl",
+    "ovis2",
     "fast_vlm",
     "perception_lm",
     "qwen2_vl",
@@ -100,6 +104,7 @@ _TEXT = {
     "mistral3": "mistral",
     "idefics2": "mistral",
     "lighton_ocr": "qwen3",
+    "ovis2": "qwen2",
     "fast_vlm": "qwen2",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
@@ -230,6 +235,18 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
             vision = _vision_config(SiglipVisionConfig, square, vision_use_head=False)
             config = DeepseekVLConfig(vision_config=vision, **common)
             return DeepseekVLForConditionalGeneration, config
+        case "ovis2":
+            words = common["text_config"]
+            vision = _encoder(Ovis2VisionConfig, hidden_stride=2, vocab_size=24, **merged)
+            config = Ovis2Config(
+                vision_config=vision,
+                hidden_size=words.hidden_size,
+                vocab_size=words.vocab_size,
+                # of tokens around images, which have embeddings of their own; before others' own
+                visual_indicator_token_ids=list(range(video_id - 8, video_id - 3)),
+                **common,
+            )
+            return Ovis2ForConditionalGeneration, config
         case "fast_vlm":
             # A stand-in for timm's, which leaves rows and columns of patches apart as well.
             vision = ConvNextConfig(

@@ -4,6 +4,7 @@ Each is compared with untouched Hugging Face, and with the masked dense computat
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.prompts import build_batch, build_inputs, processor_for
 from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
-from fastskip.verification.cells import IMAGE
+from fastskip.verification.cells import IMAGE, TEXT
 from tests.agreement import Trio, expected
 from tests.batches import BY_PATCHES, UNCUT, Batch, random_batch
 from tests.budget import assert_within_budget
@@ -108,6 +109,19 @@ def test_prompts(kind: Kind, tmp_path: Path) -> None:
         found = processor.tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)
         words = text.replace("<image>", "").split()
         assert all(word in found for word in words), found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_stands_around_images_is_text(impl: str) -> None:
+    """Even where the model has embeddings of its own for it, beside those of the image's rows."""
+    trio = Trio(tiny_llava("ovis2"), impl)
+    batch = random_batch(trio.plain, images=(1, 2))
+    ends: list[int] = trio.plain.config.visual_indicator_token_ids
+    words = batch.real & (batch.token_classes == TEXT)
+    around = torch.tensor(ends).repeat(batch.columns)[: int(words.sum())]
+    batch = replace(batch, input_ids=batch.input_ids.masked_scatter(words, around))
+    trio.check_forward(POLICY, batch)
+    trio.check_greedy(POLICY, batch)
 
 
 def clip(model: Any) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ _PROJECTOR = (
     "connector",
     "aligner",
     "vision_projection",
+    "visual_embeddings_table",
     "image_newline",
     "visual.merger",
 )
