@@ -18,6 +18,7 @@ _IMAGES_ALONE = {
     "llava_onevision": "LlavaOnevisionProcessor",
     "internvl": "InternVLProcessor",
     "smolvlm": "Idefics3Processor",
+    "video_llama_3": "VideoLlama3Processor",
     "qwen2_vl": "Qwen2VLProcessor",
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",

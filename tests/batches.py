@@ -21,9 +21,14 @@ UNCUT = ("mistral3", "lighton_ocr")
 UNCUT_SIZES = ((16, 16), (8, 16), (16, 8))
 """The same of these."""
 BY_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Families that take images as rows of patches, `[patches, pixels]`, and how many lie where."""
+"""Families that take images as rows of patches, `[patches, pixels]`, and how many lie where; rows
+turn by where they lie."""
+PATCHED = (*BY_PATCHES, "video_llama_3")
+"""All families that take images so."""
 GRIDS = ((2, 2), (2, 4), (6, 2), (4, 4))
 """Patches of theirs along height and width."""
+MERGE = 2
+"""How many of these, each way, become one row."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +68,11 @@ class Batch:
         pixels = [pixels for pixels, _ in self.images]
         if self.model_type in BY_PATCHES:
             inputs["mm_token_type_ids"] = (self.token_classes == IMAGE).long()
-        if self.images and self.model_type in BY_PATCHES:
+        if self.images and self.model_type in PATCHED:
             inputs["pixel_values"] = torch.cat(pixels)
             inputs["image_grid_thw"] = torch.tensor([(1, *size) for _, size in self.images])
+            if self.model_type not in BY_PATCHES:
+                inputs["image_merge_sizes"] = torch.full((len(pixels),), MERGE)
         elif self.images and self.model_type in BY_PROMPT:
             of_prompts = torch.stack(pixels).split(self.image_counts)
             inputs["pixel_values"] = _padded(of_prompts)
@@ -169,10 +176,10 @@ def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tupl
         size = IMAGE_SIZES[_integer(generator, 0, len(IMAGE_SIZES) - 1)]
         crops = image_size_to_num_patches(size, config.image_grid_pinpoints, CROP)
         return torch.randn(crops, 3, CROP, CROP, generator=generator), size
-    if config.model_type in BY_PATCHES:
+    if config.model_type in PATCHED:
         grid = GRIDS[_integer(generator, 0, len(GRIDS) - 1)]
         vision = config.vision_config
-        depth = 3 * vision.temporal_patch_size * vision.patch_size**2
+        depth = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
         return torch.randn(grid[0] * grid[1], depth, generator=generator), grid
     side = config.vision_config.image_size
     side = side if isinstance(side, int) else side[0]
@@ -189,9 +196,8 @@ def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tupl
 def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
     """Ask the model how many features the image becomes."""
     pixels, size = image
-    if model.config.model_type in BY_PATCHES:
-        merged: int = model.config.vision_config.spatial_merge_size**2
-        return size[0] * size[1] // merged
+    if model.config.model_type in PATCHED:
+        return size[0] * size[1] // MERGE**2
     sizes = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
     pixels = pixels[None, None] if model.config.model_type in BY_PROMPT else pixels[None]
     dtype = next(model.parameters()).dtype

@@ -33,6 +33,9 @@ from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProce
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import (
+    VideoLlama3ImageProcessorPil,
+)
 
 from fastskip.prompts import image_only
 from tests.batches import random_batch
@@ -54,6 +57,7 @@ VIDEO_PROCESSORS = {
     "llava_onevision": "LlavaOnevisionVideoProcessor",
     "internvl": "InternVLVideoProcessor",
     "internvl_qwen3": "InternVLVideoProcessor",
+    "video_llama_3": "VideoLlama3VideoProcessor",
     "qwen2_vl": "Qwen2VLVideoProcessor",
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
@@ -150,6 +154,10 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=PATCH
             )
             return DeepseekVLProcessor(images, tokenizer, num_image_tokens=4, **own)
+        case "video_llama_3":
+            sides = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": merged**2}
+            images = VideoLlama3ImageProcessorPil(patch_size=PATCH, size=sides)
+            return image_only(kind)(images, tokenizer, **own)
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             sides = {"shortest_edge": merged**2, "longest_edge": 4 * merged**2}
             images = Qwen2VLImageProcessorPil(

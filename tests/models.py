@@ -56,6 +56,8 @@ from transformers import (
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    VideoLlama3Config,
+    VideoLlama3ForConditionalGeneration,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VipLlavaConfig,
@@ -68,6 +70,7 @@ from transformers.models.idefics2.configuration_idefics2 import (
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.video_llama_3.configuration_video_llama_3 import VideoLlama3VisionConfig
 
 LlavaKind = Literal[
     "llava", "llava_opt", "llava_next_vicuna", "llava_next_mistral", "llava_onevision"
@@ -87,6 +90,7 @@ Relative = Literal[
     "ovis2",
     "fast_vlm",
     "perception_lm",
+    "video_llama_3",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
@@ -106,6 +110,7 @@ _TEXT = {
     "lighton_ocr": "qwen3",
     "ovis2": "qwen2",
     "fast_vlm": "qwen2",
+    "video_llama_3": "qwen2",
     "qwen2_vl": "qwen2_vl_text",
     "qwen2_5_vl": "qwen2_5_vl_text",
     "qwen3_vl": "qwen3_vl_text",
@@ -268,6 +273,10 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, projector_pooling_ratio=2, video_token_id=video_id, **common
             )
             return PerceptionLMForConditionalGeneration, config
+        case "video_llama_3":
+            vision = _encoder(VideoLlama3VisionConfig, patch_size=PATCH)
+            config = VideoLlama3Config(vision_config=vision, video_token_id=video_id, **common)
+            return VideoLlama3ForConditionalGeneration, config
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return _qwen_vl(kind, video_id, common)
 

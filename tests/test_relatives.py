@@ -23,7 +23,7 @@ from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
 from fastskip.verification.cells import IMAGE, TEXT
 from tests.agreement import Trio, expected
-from tests.batches import BY_PATCHES, UNCUT, Batch, random_batch
+from tests.batches import BY_PATCHES, MERGE, PATCHED, UNCUT, Batch, random_batch
 from tests.budget import assert_within_budget
 from tests.checkpoints import (
     PROCESSED,
@@ -37,7 +37,7 @@ from tests.policies import MIXED, policy_of, skip
 from tests.test_prompts import SIZES, image
 
 POLICY = MIXED["each class its own rule"]
-VIDEOS: tuple[Kind, ...] = ("llava_next_video", "video_llava", "perception_lm")
+VIDEOS: tuple[Kind, ...] = ("llava_next_video", "video_llava", "perception_lm", "video_llama_3")
 IMPLS = ["reference", "torch"]
 
 
@@ -128,14 +128,19 @@ def clip(model: Any) -> dict[str, Tensor]:
     """A prompt with a video of two frames between words."""
     side = {"video_llava": 2 * PATCH, "perception_lm": 4 * PATCH}.get(model.config.model_type, CROP)
     frames = torch.randn(1, 2, 3, side, side, generator=torch.Generator().manual_seed(3))
+    where: dict[str, Tensor] = {}
+    if model.config.model_type in PATCHED:
+        frames = frames.view(-1, 3 * PATCH**2)
+        grid = torch.tensor([[2, side // PATCH, side // PATCH]])
+        where = {"video_grid_thw": grid, "video_merge_sizes": torch.tensor([MERGE])}
     # Where frames are to the model what tiles of an image are, it has no other name for it.
     see = getattr(model.model, "get_video_features", model.model.get_image_features)
     with torch.no_grad():
-        features = see(frames).pooler_output
+        features = see(frames, **where).pooler_output
     rows = sum(own.numel() // own.shape[-1] for own in features)
     ids = torch.tensor([[5, 6, *[model.config.video_token_id] * rows, 7, 8, 9]])
     mask = torch.ones_like(ids)
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": frames}
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values_videos": frames, **where}
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -159,8 +164,9 @@ def test_rows_of_a_crop(kind: Kind) -> None:
     model = tiny_llava(kind)
     batch = random_batch(model, images=(1,))
     rows = int((batch.token_classes == IMAGE).sum())
-    if kind in BY_PATCHES:
-        rows = (UNCUT_SIDE // (2 * PATCH)) ** 2
+    if kind in PATCHED:
+        merge = MERGE if kind in BY_PATCHES else 1  # of the others' images, not of their videos
+        rows = (UNCUT_SIDE // (merge * PATCH)) ** 2
     if kind in UNCUT:
         height, width = batch.images[0][1]
         rows = rows * 16 * 16 // (height * width)  # one as large as they can be

@@ -206,9 +206,9 @@ def test_crops_are_filled_up(kind: Kind) -> None:
         assert torch.equal(batch["image_sizes"][row], each["image_sizes"][0])
 
 
-@pytest.mark.parametrize("kind", ["lighton_ocr", "idefics2"])
-def test_images_that_keep_their_sizes_are_filled_up(kind: Kind) -> None:
-    encode, sizes = Encoder(processor(kind)), [(8, 16), (16, 8)]
+@pytest.mark.parametrize("kind", ["lighton_ocr", "idefics2", "video_llama_3"])
+def test_images_that_keep_their_sizes(kind: Kind) -> None:
+    encode, sizes = Encoder(processor(kind)), [(8, 16), (16, 12)]
     encoded = [encode(Example((Turn("a", "b"),), (picture(0, size),))) for size in sizes]
     alone = [each["pixel_values"] for each in encoded]
     assert len({own.shape for own in alone}) == 2

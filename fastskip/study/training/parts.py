@@ -15,7 +15,7 @@ from fastskip.families import ENCODERS, text_model_of
 from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
 
 _PROJECTOR = (
-    "multi_modal_projector",
+    "projector",
     "connector",
     "aligner",
     "vision_projection",
