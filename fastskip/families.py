@@ -27,6 +27,7 @@ MULTIMODAL = {
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
     "lighton_ocr": "LightOnOcrForConditionalGeneration",
+    "got_ocr2": "GotOcr2ForConditionalGeneration",
     "deepseek_vl": "DeepseekVLForConditionalGeneration",
     "ovis2": "Ovis2ForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
@@ -285,6 +286,8 @@ def _patches_of_row(config: Any) -> float:
             return float(config.scale_factor)
         case "mistral3" | "lighton_ocr":
             return float(config.spatial_merge_size)
+        case "got_ocr2":
+            return 4.0  # two convolutions, each of which halves the sides
         case "ovis2":
             return float(config.vision_config.hidden_stride)
         case "perception_lm":

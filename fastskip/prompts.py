@@ -26,6 +26,8 @@ _IMAGES_ALONE = {
 """By model type, for want of torchvision: a processor that makes of images what its own does."""
 
 
+_OWN_PROMPTS = ("got_ocr2",)
+"""Model types whose processors write the whole prompt, out of what is to be read and how."""
 _BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 """Processors of families whose images stand between two tokens."""
 
@@ -41,6 +43,11 @@ def processor_for(model: str | PathLike[str]) -> Any:
     name = fspath(model)
     try:
         config = AutoConfig.from_pretrained(name)
+        if config.model_type in _OWN_PROMPTS:
+            raise PromptError(
+                f"processor of {name!r}: writes prompts of its own; allowed: to call it yourself, "
+                "and generate with what it returns"
+            )
         if config.model_type in _IMAGES_ALONE and find_spec("torchvision") is None:
             processor = image_only(config.model_type).from_pretrained(name)
         else:

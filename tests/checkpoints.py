@@ -64,7 +64,11 @@ VIDEO_PROCESSORS = {
 }
 NEEDING_TORCHVISION = ("mistral3", "video_llava", "perception_lm")
 """Kinds whose processors do; their checkpoints are saved without."""
-PROCESSED: tuple[Kind, ...] = tuple(kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION)
+OWN_PROMPTS: tuple[Kind, ...] = ("got_ocr2",)
+"""Kinds whose processors do not write what they are asked; theirs are saved without too."""
+PROCESSED: tuple[Kind, ...] = tuple(
+    kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION + OWN_PROMPTS
+)
 AROUND_IMAGES = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 """Tokens that Idefics 3's processor writes."""
 OF_OVIS = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
@@ -119,8 +123,8 @@ def build_tokenizer(video: str = "<video>", image: str = "<image>") -> PreTraine
 
 def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPLATE) -> Any:
     """The processor that goes with `tiny_llava(kind, vocab=VOCAB)`."""
-    if kind in NEEDING_TORCHVISION:
-        raise ValueError(f"kind: got {kind}, allowed: one whose processor needs no torchvision")
+    if kind in NEEDING_TORCHVISION + OWN_PROMPTS:
+        raise ValueError(f"kind: got {kind}, allowed: {', '.join(LLAVA_KINDS + PROCESSED)}")
     tokenizer = build_tokenizer()
     crop = {"height": CROP, "width": CROP}
     own = {"chat_template": chat_template}
@@ -205,7 +209,7 @@ def save_checkpoint(
     """
     if kind in LLAVA_KINDS + RELATIVES:
         model = tiny_llava(kind, vocab=VOCAB, **options)
-        if kind not in NEEDING_TORCHVISION:
+        if kind not in NEEDING_TORCHVISION + OWN_PROMPTS:
             build_processor(kind, chat_template).save_pretrained(folder)
     else:
         model = (tiny_llama if kind == "llama" else tiny_opt)(vocab=VOCAB, **options)

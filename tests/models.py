@@ -12,6 +12,8 @@ from transformers import (
     DeepseekVLForConditionalGeneration,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    GotOcr2Config,
+    GotOcr2ForConditionalGeneration,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     Idefics3Config,
@@ -63,6 +65,7 @@ from transformers import (
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
+from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionConfig
 from transformers.models.idefics2.configuration_idefics2 import (
     Idefics2PerceiverConfig,
     Idefics2VisionConfig,
@@ -86,6 +89,7 @@ Relative = Literal[
     "idefics3",
     "smolvlm",
     "lighton_ocr",
+    "got_ocr2",
     "deepseek_vl",
     "ovis2",
     "fast_vlm",
@@ -108,6 +112,7 @@ _TEXT = {
     "mistral3": "mistral",
     "idefics2": "mistral",
     "lighton_ocr": "qwen3",
+    "got_ocr2": "qwen2",
     "ovis2": "qwen2",
     "fast_vlm": "qwen2",
     "video_llama_3": "qwen2",
@@ -236,6 +241,18 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, scale_factor=2, pad_token_id=PAD_ID, **common
             )
             return SmolVLMForConditionalGeneration, config
+        case "got_ocr2":
+            vision = _encoder(
+                GotOcr2VisionConfig,
+                image_size=4 * square,
+                patch_size=PATCH,
+                mlp_dim=24,
+                output_channels=8,
+                window_size=2,
+                global_attn_indexes=[1],
+            )
+            config = GotOcr2Config(vision_config=vision, **common)
+            return GotOcr2ForConditionalGeneration, config
         case "deepseek_vl":
             vision = _vision_config(SiglipVisionConfig, square, vision_use_head=False)
             config = DeepseekVLConfig(vision_config=vision, **common)

@@ -18,7 +18,7 @@ from fastskip import families
 from fastskip.decoder.cache import SkipCache
 from fastskip.families import ENCODERS, UNCUT_SIDE, rows_of_crop
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.prompts import build_batch, build_inputs, processor_for
+from fastskip.prompts import PromptError, build_batch, build_inputs, processor_for
 from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
 from fastskip.verification.cells import IMAGE, TEXT
@@ -26,6 +26,7 @@ from tests.agreement import Trio, expected
 from tests.batches import BY_PATCHES, MERGE, PATCHED, UNCUT, Batch, random_batch
 from tests.budget import assert_within_budget
 from tests.checkpoints import (
+    OWN_PROMPTS,
     PROCESSED,
     VOCAB,
     answer,
@@ -109,6 +110,14 @@ def test_prompts(kind: Kind, tmp_path: Path) -> None:
         found = processor.tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True)
         words = text.replace("<image>", "").split()
         assert all(word in found for word in words), found
+
+
+@pytest.mark.parametrize("kind", OWN_PROMPTS)
+def test_prompts_that_are_not_ours_to_write(kind: Kind, tmp_path: Path) -> None:
+    with pytest.raises(
+        PromptError, match="writes prompts of its own; allowed: to call it yourself"
+    ):
+        processor_for(save_checkpoint(tmp_path, kind))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
