@@ -26,10 +26,10 @@ _IMAGES_ALONE = {
 """By model type, for want of torchvision: a processor that makes of images what its own does."""
 
 
-_OWN_PROMPTS = ("got_ocr2",)
-"""Model types whose processors write the whole prompt, out of what is to be read and how."""
 _BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 """Processors of families whose images stand between two tokens."""
+_OWN_PROMPTS = ("GotOcr2Processor",)
+"""Processors that write the whole prompt, out of what is to be read and how."""
 
 
 class PromptError(ValueError):
@@ -43,11 +43,6 @@ def processor_for(model: str | PathLike[str]) -> Any:
     name = fspath(model)
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type in _OWN_PROMPTS:
-            raise PromptError(
-                f"processor of {name!r}: writes prompts of its own; allowed: to call it yourself, "
-                "and generate with what it returns"
-            )
         if config.model_type in _IMAGES_ALONE and find_spec("torchvision") is None:
             processor = image_only(config.model_type).from_pretrained(name)
         else:
@@ -96,6 +91,7 @@ def build_batch(
     Shorter prompts are padded on the left, so that `generate` goes on from the last column. Either
     all prompts have images, or none has.
     """
+    check_writable(processor)
     prompts = [_render(processor, *each) for each in zip(texts, map(len, images), strict=True)]
     return encode_prompts(processor, prompts, images, config=config, max_new_tokens=max_new_tokens)
 
@@ -191,6 +187,14 @@ def _converse(processor: Any, content: Any) -> str:
     except Exception as error:
         allowed = "one that takes a user turn (set processor.chat_template = None for LLaVA-1.5's)"
         raise PromptError(f"chat template: {error}; allowed: {allowed}") from error
+
+
+def check_writable(processor: Any) -> None:
+    """Raises `PromptError` where prompts are the processor's own to write."""
+    name = type(processor).__name__
+    if name in _OWN_PROMPTS:
+        allowed = "to call it yourself, and model.generate with what it returns"
+        raise PromptError(f"processor: {name} writes prompts of its own; allowed: {allowed}")
 
 
 def check_text(text: str) -> None:

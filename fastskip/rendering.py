@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastskip.conversations import PLACEHOLDER, DataError, Example, Turn
-from fastskip.prompts import PromptError, check_text, image_in_text
+from fastskip.prompts import PromptError, check_text, check_writable, image_in_text
 
 Span = tuple[int, int]
 
@@ -33,6 +33,7 @@ class Renderer:
     """Writes conversations for one processor (of a text-only model: its tokenizer)."""
 
     def __init__(self, processor: Any) -> None:
+        check_writable(processor)
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._reads_images = hasattr(processor, "image_processor")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
     DeepseekVLProcessor,
+    GotOcr2Processor,
     Idefics2Processor,
     Idefics3Processor,
     LightOnOcrProcessor,
@@ -65,7 +66,7 @@ VIDEO_PROCESSORS = {
 NEEDING_TORCHVISION = ("mistral3", "video_llava", "perception_lm")
 """Kinds whose processors do; their checkpoints are saved without."""
 OWN_PROMPTS: tuple[Kind, ...] = ("got_ocr2",)
-"""Kinds whose processors do not write what they are asked; theirs are saved without too."""
+"""Kinds whose processors do not write what they are asked."""
 PROCESSED: tuple[Kind, ...] = tuple(
     kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION + OWN_PROMPTS
 )
@@ -123,8 +124,8 @@ def build_tokenizer(video: str = "<video>", image: str = "<image>") -> PreTraine
 
 def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPLATE) -> Any:
     """The processor that goes with `tiny_llava(kind, vocab=VOCAB)`."""
-    if kind in NEEDING_TORCHVISION + OWN_PROMPTS:
-        raise ValueError(f"kind: got {kind}, allowed: {', '.join(LLAVA_KINDS + PROCESSED)}")
+    if kind in NEEDING_TORCHVISION:
+        raise ValueError(f"kind: got {kind}, allowed: one whose processor needs no torchvision")
     tokenizer = build_tokenizer()
     crop = {"height": CROP, "width": CROP}
     own = {"chat_template": chat_template}
@@ -147,6 +148,10 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
             squares = {"patch_size": 2 * PATCH, "size": {"longest_edge": merged}}
             images = PixtralImageProcessorPil(**squares)
             return LightOnOcrProcessor(images, tokenizer, patch_size=PATCH, **own)
+        case "got_ocr2":
+            tokenizer = build_tokenizer(image="<imgpad>")
+            images = GotOcr2ImageProcessorPil(size={"height": 2 * merged, "width": 2 * merged})
+            return GotOcr2Processor(images, tokenizer, **own)
         case "ovis2":
             # Of its two placeholders one stands for an image in texts, the other for each row.
             tokenizer = build_tokenizer("<image>", "<IMG_ATOM>")
@@ -209,7 +214,7 @@ def save_checkpoint(
     """
     if kind in LLAVA_KINDS + RELATIVES:
         model = tiny_llava(kind, vocab=VOCAB, **options)
-        if kind not in NEEDING_TORCHVISION + OWN_PROMPTS:
+        if kind not in NEEDING_TORCHVISION:
             build_processor(kind, chat_template).save_pretrained(folder)
     else:
         model = (tiny_llama if kind == "llama" else tiny_opt)(vocab=VOCAB, **options)

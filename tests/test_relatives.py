@@ -19,6 +19,7 @@ from fastskip.decoder.cache import SkipCache
 from fastskip.families import ENCODERS, UNCUT_SIDE, rows_of_crop
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.prompts import PromptError, build_batch, build_inputs, processor_for
+from fastskip.rendering import Renderer
 from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
 from fastskip.verification.cells import IMAGE, TEXT
@@ -114,10 +115,13 @@ def test_prompts(kind: Kind, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", OWN_PROMPTS)
 def test_prompts_that_are_not_ours_to_write(kind: Kind, tmp_path: Path) -> None:
-    with pytest.raises(
-        PromptError, match="writes prompts of its own; allowed: to call it yourself"
-    ):
-        processor_for(save_checkpoint(tmp_path, kind))
+    processor = processor_for(save_checkpoint(tmp_path, kind))
+    for write in (Renderer, lambda processor: build_inputs(processor, "what?", [image()])):
+        with pytest.raises(PromptError, match="of its own; allowed: to call it yourself"):
+            write(processor)
+    inputs = processor(image(), return_tensors="pt", num_image_tokens=4)
+    ours, stock = fastskip.load_model(tmp_path), type(tiny_llava(kind)).from_pretrained(tmp_path)
+    assert torch.equal(*(each.generate(**inputs, max_new_tokens=4) for each in (ours, stock)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
