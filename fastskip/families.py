@@ -63,6 +63,8 @@ UNCUT_SIDE = 448
 """Pixels a side of what is taken for an image where images keep their sizes."""
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
 LONG_ROPE = "longrope"
+# Families whose encoders copy from the host in every forward, which no CUDA graph can hold.
+_WAITING = ("got_ocr2",)
 # Encoders that transformers wraps, of a package that it does not ask for.
 _TIMM = "timm_wrapper"
 # What OPT's config can ask for and the runtime has one form of.
@@ -233,7 +235,10 @@ def text_model_of(model: Any) -> Any:
 
 
 def tower_of(model: Any) -> Any | None:
-    """The vision encoder of a multimodal model; ``None`` if images and videos have one each."""
+    """The vision encoder of a multimodal model, which a CUDA graph may hold; ``None`` if none can,
+    or if images and videos have one each."""
+    if model.config.model_type in _WAITING:
+        return None
     own = [module for name, module in model.model.named_children() if name in ENCODERS]
     return own[0] if len(own) == 1 else None
 

@@ -18,9 +18,16 @@ from fastskip.generation import tower as towers
 from fastskip.generation.tower import KEPT, MOST_IMAGES, TowerGraph, TowerGraphs
 from tests.agreement import generate
 from tests.batches import Batch, random_batch
-from tests.models import tiny_llava
+from tests.models import Kind, tiny_llava
 
-KINDS = ("llava", "llava_next_vicuna", "llava_onevision")
+KINDS: tuple[Kind, ...] = (
+    "llava",
+    "llava_next_vicuna",
+    "llava_onevision",
+    "deepseek_vl",
+    "ovis2",
+    "fast_vlm",
+)
 
 
 def replayed(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
@@ -227,6 +234,14 @@ def test_modules_that_nobody_knows() -> None:
         check(plain, model, batch)
     assert len(graphs_of(model)) == 0
     Adapted.factor = 1.0
+
+
+def test_encoders_that_copy_from_the_host() -> None:
+    plain = tiny_llava("got_ocr2")
+    model, batch = prepared(plain), batch_of(plain, 1)
+    for _ in range(3):
+        check(plain, model, batch)
+    assert len(graphs_of(model)) == 0
 
 
 def test_a_model_goes_with_its_last_user() -> None:
