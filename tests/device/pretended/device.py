@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.interpreter import InterpretedFunction
 
 from fastskip.decoder import anatomy
-from fastskip.ops import graphs
+from fastskip.ops import graph_nodes, graphs
 from tests.device.pretended.graphs import Capture, Graph
 from tests.device.pretended.log import LOG
 
@@ -273,6 +273,8 @@ def pretending() -> Iterator[None]:
         patched.setattr(InterpretedFunction, "run", run)
         patched.setattr(torch, "tensor", tensor_of)
         patched.setattr(graphs, "_WARM_UPS", 1)  # nothing has to be compiled
+        # CUDA's own bindings, which torch for CUDA brings along, would look for a driver.
+        patched.setattr(graph_nodes, "_has_bindings", lambda: False)
         # Weights there are of another type, which is what it asks for.
         patched.setitem(vars(anatomy), "type", _type_of)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
