@@ -15,7 +15,12 @@ PINNED = {
     "_prepare_cache_for_generation": (
         "self generation_config model_kwargs generation_mode batch_size max_cache_length"
     ),
+    "_maybe_prepare_encoder_kwargs_for_generation": (
+        "self inputs_tensor model_kwargs model_input_name generation_config"
+    ),
 }
+LATER = ("_maybe_prepare_encoder_kwargs_for_generation",)
+"""What the oldest supported transformers does not have."""
 
 
 @pytest.mark.parametrize("name", PINNED)
@@ -26,6 +31,9 @@ def test_signature(name: str) -> None:
         "pin the new signature here"
     )
     method = getattr(GenerationMixin, name, None)
+    if method is None and name in LATER:
+        assert transformers.__version__.startswith("5.17."), advice
+        return
     assert method is not None, advice
     written = []
     for parameter in inspect.signature(method).parameters.values():

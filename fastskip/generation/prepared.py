@@ -207,6 +207,10 @@ class PreparedBackbone(_Prepared):
         return _mask_on(inputs_embeds.device, found)
 
 
+_FOR_DECODER = ("token_classes", "kept_columns", "cache_is_given")
+"""What is said to the decoder alone; transformers from 5.24 on hands it to the tower as well."""
+
+
 def _mask_on(device: torch.device, mask: Tensor) -> Tensor:
     """A mask of columns, ``[B, T]`` or ``[B, T, D]`` with equal elements, on a device, which is not
     waited for."""
@@ -233,7 +237,8 @@ class PreparedTower(_Prepared):
         forward, runtime = self._fastskip_origin[0].forward, self._runtime
         if not runtime.is_generating:
             return forward(self, **inputs)
-        return runtime.tower.run(self, forward, inputs)
+        seen = {name: given for name, given in inputs.items() if name not in _FOR_DECODER}
+        return runtime.tower.run(self, forward, seen)
 
 
 class PreparedModel(_Prepared):
@@ -281,6 +286,25 @@ class PreparedModel(_Prepared):
                     "num_beams; lower one of them"
                 )
                 raise
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self: Any,
+        inputs_tensor: Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: Any,
+    ) -> Any:
+        """From transformers 5.24 on images are encoded ahead of the first forward, which would then
+        wait for them to read its prompt. So it encodes them itself, if it is the only one."""
+        config = generation_config
+        copies = max(config.num_beams, config.num_return_sequences)
+        is_one = copies == 1 and config.use_cache and config.prefill_chunk_size is None
+        if self._fastskip is not None and is_one:
+            return model_kwargs
+        base: Any = self._fastskip_origin[0]
+        return base._maybe_prepare_encoder_kwargs_for_generation(
+            self, inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
 
     def _prepare_cache_for_generation(
         self: Any,

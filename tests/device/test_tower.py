@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 import fastskip
 from fastskip.generation import tower as towers
@@ -284,3 +284,20 @@ def test_another_thread_runs_the_tower_itself() -> None:
 @torch.no_grad()
 def features_of(model: Any, pixels: Tensor) -> Tensor:
     return torch.cat(model.get_image_features(pixels).pooler_output)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_host_has_read_a_prompt_before_the_tower_runs(beams: int) -> None:
+    """Else it would wait for the tower; beams share what it gives, which comes before them."""
+    plain = tiny_llava()
+    model = prepared(plain)
+    seen = []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, inputs: seen.append(model._fastskip.ids is not None)
+    )
+    batch = batch_of(plain, seed=7)
+    tokens = model.generate(**batch.inputs(), max_new_tokens=3, do_sample=False, num_beams=beams)
+    expected = plain.generate(**batch.inputs(), max_new_tokens=3, do_sample=False, num_beams=beams)
+    assert torch.equal(tokens, expected)
+    encodes_ahead = hasattr(GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation")
+    assert seen == [beams == 1 or not encodes_ahead]
