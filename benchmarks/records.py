@@ -85,17 +85,17 @@ def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, tuple[
     case, shape, plan = measured.case, measured.case.shape, measured.plans[peer]
     rates = measured.rates.get(peer, (None, None))
 
-    def cost(n_visual: int, n_text: int, batch: int, rate: float | None) -> GenerationCost:
+    def cost(n_visual: int, n_text: int, rate: float | None) -> GenerationCost:
         before = shape.text_before
         return plan.expected_cost(
-            n_visual, n_text, case.n_new, batch, rate=rate, text_before=before
+            n_visual, n_text, case.n_new, case.batch, rate=rate, text_before=before
         )
 
     if case.mix is None:
-        costs = [cost(measured.n_visual, shape.n_text, case.batch, rate) for rate in rates]
+        costs = [cost(measured.n_visual, shape.n_text, rate) for rate in rates]
     else:
         rows = list(zip(*_rows(measured), strict=True))
-        costs = [mixed_cost([cost(*each, 1, rate) for each in rows]) for rate in rates]
+        costs = [mixed_cost([cost(*each, rate) for each in rows]) for rate in rates]
     prompt, steps = costs[0].prefill, costs[1].decode
     prefill, decode = (floor_seconds(part, found) for part in (prompt, steps))
     return {

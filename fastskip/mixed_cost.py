@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a batch whose sequences are not alike, from those of each alone."""
+"""FLOPs and bytes of a batch whose sequences are not alike, from those of batches that are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ Key = tuple[str, int | None, int]
 
 
 def mixed_cost(costs: Sequence[GenerationCost]) -> GenerationCost:
-    """The cost of a batch of sequences with these costs: weights are read once for all of them."""
+    """The cost of a batch of sequences that are not alike, each of which is told by the cost of as
+    many sequences like it: weights are read once for all, or as often as so many let them be."""
     return GenerationCost(
         _together([each.prefill for each in costs]), _together([each.decode for each in costs])
     )
@@ -26,11 +27,11 @@ def _together(costs: Sequence[Cost]) -> Cost:
             if other is not None:
                 own = _added(own, other, max(own.weight_bytes, other.weight_bytes))
             found[key] = own
-    return Cost(tuple(found.values()), costs[0].steps)
+    return Cost(tuple(_share(own, len(costs)) for own in found.values()), costs[0].steps)
 
 
 def _by_key(cost: Cost) -> dict[Key, Operation]:
-    """The operations of one sequence, so named that those of other sequences find them.
+    """The operations of sequences that are alike, so named that those of others find them.
 
     Whether q, k and v are one product depends on a sequence's classes: they count as one.
     """
@@ -55,4 +56,14 @@ def _added(a: Operation, b: Operation, weight_bytes: int) -> Operation:
         weight_bytes=weight_bytes,
         kv_read_bytes=a.kv_read_bytes + b.kv_read_bytes,
         kv_written_bytes=a.kv_written_bytes + b.kv_written_bytes,
+    )
+
+
+def _share(own: Operation, count: int) -> Operation:
+    """One of ``count`` equal shares of all but the weights."""
+    return replace(
+        own,
+        flops=own.flops // count,
+        kv_read_bytes=own.kv_read_bytes // count,
+        kv_written_bytes=own.kv_written_bytes // count,
     )

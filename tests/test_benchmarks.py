@@ -191,19 +191,21 @@ def test_prompts_that_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cache.live_bytes() == found[name]["kv_bytes"], plan.policy.name
 
 
-@pytest.mark.parametrize("name", ["half_blocks", "image_ffn", "frozen_visual"])
+@pytest.mark.parametrize(
+    "name", ["half_blocks", "image_ffn", "frozen_visual", "row_50", "batch_50"]
+)
 def test_sequences_that_are_alike_cost_what_a_batch_of_them_does(name: str) -> None:
     both = models(tiny, torch.float32, "cpu")
-    policy = next(peer.policy for peer in DEFAULT if peer.name == name)
+    policy = next(peer.policy for peer in (*DEFAULT, *ROUTED_BATCH) if peer.name == name)
     assert policy is not None
     plan = fastskip.plan_of(fastskip.set_policy(both.ours, policy(both.depth)))
-    together, batch = mixed_cost([plan.cost(16, 8, 5)] * 3), plan.cost(16, 8, 5, 3)
+    batch = plan.expected_cost(16, 8, 5, 3)
+    together = mixed_cost([batch] * 3)
     for own, other in ((together.prefill, batch.prefill), (together.decode, batch.decode)):
         assert own.flops == other.flops
         assert own.bytes == other.bytes
         assert own.steps == other.steps
-    text = mixed_cost([plan.cost(16, 8, 5), plan.cost(0, 8, 5)])
-    assert text.prefill.weight_bytes == plan.cost(16, 8, 5).prefill.weight_bytes
-    assert (
-        text.prefill.flops == plan.cost(16, 8, 5).prefill.flops + plan.cost(0, 8, 5).prefill.flops
-    )
+    images, texts = (plan.cost(n_image, 8, 5, 2).prefill for n_image in (16, 0))
+    both_kinds = mixed_cost([plan.cost(16, 8, 5, 2), plan.cost(0, 8, 5, 2)]).prefill
+    assert both_kinds.weight_bytes == images.weight_bytes
+    assert 2 * both_kinds.flops == images.flops + texts.flops

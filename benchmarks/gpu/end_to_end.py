@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -278,12 +277,9 @@ def _floors(
 ) -> dict[str, float]:
     """Least seconds of the prefill, without vision, and of a mean decode step; ``rows``: image and
     text rows of each sequence."""
-    numbers = Counter(rows)
     costs = {
-        each: plan.cost(
-            *each, n_new, count if len(numbers) == 1 else 1, text_before=text_before(each[1])
-        )
-        for each, count in numbers.items()
+        each: plan.cost(*each, n_new, len(rows), text_before=text_before(each[1]))
+        for each in set(rows)
     }
     ceilings = ceilings_of(setting)
     cost = costs[rows[0]] if len(costs) == 1 else mixed_cost([costs[each] for each in rows])

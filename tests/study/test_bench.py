@@ -22,8 +22,15 @@ from fastskip.sparse import save_sparse
 from fastskip.study.bench.contenders import HF, HF_COMPILED, Models
 from fastskip.study.bench.errors import BenchError
 from fastskip.study.bench.results import BenchResult, Phases, Speedup, Verdict
-from fastskip.study.bench.run import bench, ideal_share
-from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded, repeated, workload_of
+from fastskip.study.bench.run import bench, cost_of, ideal_share
+from fastskip.study.bench.workload import (
+    Workload,
+    drawn_image,
+    made_up_inputs,
+    padded,
+    repeated,
+    workload_of,
+)
 from fastskip.study.comparison import prompt_sizes
 from fastskip.study.pruning import Recipe, prune_
 from tests.checkpoints import VOCAB, build_processor, save_checkpoint
@@ -266,6 +273,15 @@ def test_a_bench_of_prompts_that_are_not_alike(models: Models, tmp_path: Path) -
     assert own.kv_bytes == sum(plan.kv_bytes(4, n, 3, 2) for n in (40, 90))
     path = found.save(tmp_path)
     assert BenchResult.from_dict(json.loads(path.read_text())) == found
+
+
+def test_a_step_of_prompts_that_are_not_alike_reads_what_any_row_runs(models: Models) -> None:
+    plan = fastskip.plan_of(fastskip.set_policy(models.ours, RANDOM))
+    weights = []
+    for texts in ((), (40, 41, 40, 41)):
+        load = Workload(4, 4, 41, 2, 4, texts)
+        weights.append(cost_of(plan, ({0: 0.5}, {0: 0.5}), load).decode.weight_bytes)
+    assert weights[0] == weights[1]
 
 
 def test_made_up_prompts_of_text(tmp_path: Path) -> None:

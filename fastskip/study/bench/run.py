@@ -114,7 +114,7 @@ def bench(
     finally:
         set_policy(models.ours, before)
     made = {label: runs[label, threads] for label in timed}
-    costs = {label: _cost(plan, firsts[label].rates, load) for label, plan in plans.items()}
+    costs = {label: cost_of(plan, firsts[label].rates, load) for label, plan in plans.items()}
     return BenchResult(
         circumstances=circumstances(models.ours)
         | {"model_fingerprint": model_fingerprint(models.ours)},
@@ -138,18 +138,18 @@ def bench(
     )
 
 
-def _cost(plan: SkipPlan, rates: tuple[Rates, Rates] | None, load: Workload) -> GenerationCost:
-    """Of the plan; where routers decide, at the rates that were seen."""
+def cost_of(plan: SkipPlan, rates: tuple[Rates, Rates] | None, load: Workload) -> GenerationCost:
+    """Of a plan; where routers decide, at the rates that were seen in the prompt and in steps."""
 
     def at(planned: Planned) -> GenerationCost:
-        def cost(n_text: int, batch: int = 1) -> GenerationCost:
+        def cost(n_text: int) -> GenerationCost:
             before = min(load.text_before, n_text)
             return generation_cost(
-                planned, load.n_image, n_text, load.new_tokens, batch, text_before=before
+                planned, load.n_image, n_text, load.new_tokens, load.batch, text_before=before
             )
 
         if not load.texts:
-            return cost(load.n_text, load.batch)
+            return cost(load.n_text)
         costs = {n_text: cost(n_text) for n_text in set(load.texts)}
         return mixed_cost([costs[n_text] for n_text in load.texts])
 
