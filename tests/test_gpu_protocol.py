@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import chart, end_to_end, protocol, routing, running, step_ways, table
+from benchmarks.gpu import ceilings, chart, end_to_end, protocol, routing, running, step_ways, table
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
@@ -391,6 +392,17 @@ def test_the_reader_reads_everything() -> None:
     source = torch.ones(3 * 4096)
     out = reader(source, 2)()
     assert isinstance(out, torch.Tensor) and out.sum() == len(source)
+
+
+def test_floors_of_a_cell_refer_to_the_same_ceilings(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = itertools.count(1.0)
+    monkeypatch.setattr(ceilings, "memory", lambda _: {"best_gb_per_s": next(rates)})
+    monkeypatch.setattr(ceilings, "matrix", lambda _: {"best_tflop_per_s": 1e3})
+    peers = end_to_end.measure(setting(results), TINY, 1)["peers"]
+    floors = {peers[name]["tpot_floor_ms"] for name in ("hf", "hf_static", "dense")}
+    assert len(floors) == 1
 
 
 def test_a_contender_that_fails_while_timed_leaves_the_others(

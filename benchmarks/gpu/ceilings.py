@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -46,8 +46,11 @@ def matrix(setting: Setting) -> Values:
     return {"tflop_per_s": found, "best_tflop_per_s": max(found.values())}
 
 
+@cache
 def ceilings_of(setting: Setting) -> Ceilings:
-    """The measured ceilings; measured now where the results file has none."""
+    """The measured ceilings; where the results file has none, measured once a cell, since what is
+    told of its ways refers to them all. It takes gigabytes: asked before a cell fills the memory.
+    """
     lines = setting.results
     bandwidth = (lines.values(MEMORY) or memory(setting))["best_gb_per_s"]
     rate = (lines.values(MATRIX) or matrix(setting))["best_tflop_per_s"]

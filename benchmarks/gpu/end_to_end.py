@@ -25,7 +25,7 @@ from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.mixes import MIX, Mix, mixed_prompts
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
-from fastskip.costs import floor_seconds
+from fastskip.costs import Ceilings, floor_seconds
 from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
 from fastskip.timing import Arrivals, no_collection, on_entry, warm_counts
@@ -60,6 +60,7 @@ def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None
 
     ``mix``: prompts that are not alike, as many as the batch.
     """
+    ceilings = ceilings_of(setting)
     widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
     both = load(widths, setting.dtype, device, setting.impl)
@@ -93,7 +94,7 @@ def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None
     sizes = (widths.n_image, widths.n_text) if mix is None else (images, texts)
     about |= {"n_image": sizes[0], "n_text": sizes[1], "rounds": count}
     rows = list(zip(images, texts, strict=True))
-    floors = {each.peer.name: _floors(each.plan, rows, n_new, setting) for each in contenders}
+    floors = {each.peer.name: _floors(each.plan, rows, n_new, ceilings) for each in contenders}
     peers = _summary(contenders, about, floors)
     return {**about, "peers": peers, "failures": failures}
 
@@ -273,7 +274,7 @@ def _summary(
 
 
 def _floors(
-    plan: SkipPlan, rows: Sequence[tuple[int, int]], n_new: int, setting: Setting
+    plan: SkipPlan, rows: Sequence[tuple[int, int]], n_new: int, ceilings: Ceilings
 ) -> dict[str, float]:
     """Least seconds of the prefill, without vision, and of a mean decode step; ``rows``: image and
     text rows of each sequence."""
@@ -281,7 +282,6 @@ def _floors(
         each: plan.cost(*each, n_new, len(rows), text_before=text_before(each[1]))
         for each in set(rows)
     }
-    ceilings = ceilings_of(setting)
     cost = costs[rows[0]] if len(costs) == 1 else mixed_cost([costs[each] for each in rows])
     return {
         "prefill": floor_seconds(cost.prefill, ceilings),

@@ -259,6 +259,7 @@ class Seen:
 
 def measure(setting: Setting, widths: Widths, batch: int, kv: str) -> Values:
     """Dense, static plans and routed ones in turn; one that fails is left out."""
+    ceilings = ceilings_of(setting)
     widths, n_new = (TINY, 4) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
     both = load(widths, setting.dtype, device, setting.impl)
@@ -287,7 +288,7 @@ def measure(setting: Setting, widths: Widths, batch: int, kv: str) -> Values:
             del seen[name]
     about = {"widths": widths.name, "batch": batch, "n_new": n_new, "kv": kv, "rounds": count}
     about |= {"n_image": widths.n_image, "n_text": widths.n_text}
-    found = _summary([way for way in ways if way.name in seen], seen, about, ceilings_of(setting))
+    found = _summary([way for way in ways if way.name in seen], seen, about, ceilings)
     return {**about, "ways": found, "failures": failures}
 
 
