@@ -405,6 +405,22 @@ def test_floors_of_a_cell_refer_to_the_same_ceilings(
     assert len(floors) == 1
 
 
+def test_whoever_captures_steps_has_captured_them_before_it_is_timed(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, asked = end_to_end._generate, list[tuple[str, int, bool]]()
+
+    def watched(contender: Any, model: Any, inputs: Any, n_new: int, streamer: Any = None) -> Any:
+        asked.append((contender.peer.name, n_new, streamer is not None))
+        return generate(contender, model, inputs, n_new, streamer)
+
+    monkeypatch.setattr(end_to_end, "_generate", watched)
+    end_to_end.measure(setting(results), TINY, 1)
+    for name in ("hf_static", "dense"):
+        timed = asked.index((name, 3, True))
+        assert asked[timed - 1] == (name, 3, False)
+
+
 def test_a_contender_that_fails_while_timed_leaves_the_others(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
