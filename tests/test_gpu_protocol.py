@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,6 +325,30 @@ def test_a_way_of_steps_that_is_wrong_is_not_timed(
     values = cell.run(setting(results))
     timed = {way for ways in values["policies"].values() for way in ways}
     assert values["faults"] and timed <= {"ordinary"}
+
+
+@pytest.mark.parametrize("bad", ["ordinary", "overlapping", ""])
+def test_a_way_of_steps_that_fails_leaves_the_others(
+    results: Results, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    run_first = end_to_end.first_call
+
+    def failing(contender: Any, *rest: Any) -> None:
+        if bad in ("", contender.peer.name):
+            raise RuntimeError("planted")
+        run_first(contender, *rest)
+
+    monkeypatch.setattr(step_ways, "first_call", failing)
+    measure = partial(step_ways.measure, setting(results), TINY, 1, ("dense",), step_ways.OVERLAPS)
+    if not bad:
+        with pytest.raises(RuntimeError, match="planted"):
+            measure()
+        return
+    values = measure()
+    (fault,) = values["faults"]
+    assert fault.startswith(f"dense, {bad}: ") and "planted" in fault
+    left = {way.name for way in step_ways.OVERLAPS} - {bad}
+    assert values["policies"].get("dense", {}).keys() == (left if "ordinary" in left else set())
 
 
 @pytest.mark.parametrize("rows", [1, 3])

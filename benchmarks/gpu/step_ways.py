@@ -7,6 +7,7 @@ random weights differ: such steps must be as right as any, on a small model.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 
 import fastskip
 from benchmarks.gate import faults as wrong
-from benchmarks.gpu.cells import Cell, Setting
+from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.end_to_end import N_NEW, Contender, first_call, rounds
 from benchmarks.gpu.inputs import SEVEN, TINY, Widths
 from benchmarks.gpu.models import load, policies, shape, tiny_model
@@ -56,7 +57,7 @@ def measure(
 ) -> Values:
     """Milliseconds a token of each policy in each way, and the gain over the first one.
 
-    What is not right is not timed, and named among the faults.
+    What fails or is not right is not timed, and named among the faults.
     """
     found = list(_faults(setting, names, ways))
     if found:
@@ -73,13 +74,21 @@ def measure(
         for name, policy in _policies(both, names):
             for way in ways:
                 own = _contender(both, name, policy, way)
-                first_call(own, inputs, n_new, device)
+                try:
+                    first_call(own, inputs, n_new, device)
+                except Exception:
+                    if is_lost(setting.device):
+                        raise
+                    found.append(f"{own.peer.label}: {traceback.format_exc(limit=-6)}")
+                    continue
                 first = contenders.get((name, ways[0]), own)
                 assert first.tokens is not None and own.tokens is not None
                 if way.halves != ways[0].halves or torch.equal(first.tokens, own.tokens):
                     contenders[name, way] = own
                 else:
                     found.append(f"{own.peer.label}: tokens differ from those without")
+        if not contenders:
+            raise RuntimeError("\n".join(found))
         count = rounds(list(contenders.values()), inputs, n_new, setting)
     finally:
         usual.take(steps)
@@ -88,7 +97,8 @@ def measure(
         if own.failure is not None:
             found.append(own.failure)
             continue
-        seconds, plain = own.median("tpot"), contenders[name, ways[0]].median("tpot")
+        ordinary = contenders.get((name, ways[0]))
+        seconds, plain = own.median("tpot"), None if ordinary is None else ordinary.median("tpot")
         if seconds is None or plain is None:
             continue  # nothing to hold it to
         times.setdefault(name, {})[way.name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
