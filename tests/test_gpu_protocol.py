@@ -379,6 +379,21 @@ def test_the_readme_keeps_what_is_around_the_table(results: Results, tmp_path: P
         table.write_readme(readme, results)
 
 
+@pytest.mark.parametrize(
+    ("readme", "gpu"),
+    [("README.md", "nvidia-h200"), ("benchmarks/README.md", "nvidia-h100-80gb-hbm3")],
+)
+def test_every_table_of_a_readme_says_what_measured_it(readme: str, gpu: str) -> None:
+    """Cells of one file are of several days and commits."""
+    _, _, rest = (ROOT / readme).read_text(encoding="utf-8").partition(table.BEGIN)
+    found, _, _ = rest.partition(table.END)
+    results = Results(RESULTS / gpu)
+    assert found.strip() == table.markdown(results)
+    lines = [line for line in results.lines().values() if f"benchmarks.gpu {line.cell}`" in found]
+    assert found.count("|---|") == len(lines)
+    assert all(f"{line.environment['commit']}, {line.date}: " in found for line in lines)
+
+
 def test_a_tuned_entry_takes_nothing_from_fewer_rows(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.inputs import SEVEN
-from benchmarks.gpu.results import Results, Values
+from benchmarks.gpu.results import Line, Results, Values
 from benchmarks.report import counts
 
 NOT_MEASURED = "not measured yet"
@@ -55,7 +55,10 @@ Row = tuple[str, ...]
 def text_tables(results: Results) -> str:
     """Everything that is there, the end-to-end tables and the goals last."""
     parts = [*_ceilings(results), *_correctness(results), *_kernels(results), *_profiles(results)]
-    parts += [f"{title}\n{_aligned([HEAD, *rows])}" for title, rows in _end_to_end(results)]
+    parts += [
+        f"{end_to_end_title(line.values)}\n{_aligned([HEAD, *_rows(line)])}"
+        for line in _end_to_end(results)
+    ]
     parts += _routing(results)
     judged = goals(*(results.values(f"e2e.7b.b{batch}") for batch in (1, 16)))
     judged += routing_goals(results.values("routing.7b.b1.omit"))
@@ -72,34 +75,36 @@ def markdown(*gpus: Results) -> str:
 
 
 def _markdown_of(results: Results) -> str:
-    parts = [_markdown_table(title, HEAD, rows) for title, rows in _end_to_end(results)]
-    if not parts:
+    lines = _end_to_end(results)
+    if not lines:
         return ""
+    parts = [f"#### {lines[0].environment.get('device')}"]
+    for line in lines:
+        parts += _markdown_table(end_to_end_title(line.values), HEAD, _rows(line), line)
     title = "LLaVA-1.5-7B shapes with routers, batch 1: blocks skipped at random, row by row"
-    ways = (results.values("routing.7b.b1.omit") or {}).get("ways")
-    if ways is None:
+    routers = results.lines().get("routing.7b.b1.omit")
+    if routers is None or not routers.is_done:
         parts.append(f"**{title}**: {NOT_MEASURED}")
     else:
+        ways = routers.values["ways"]
         routed = [
             _routing_row(ways[name]) if name in ways else (label, *[NOT_MEASURED] * 8)
             for name, label in ROUTING_ROWS
             if name in ways or name.startswith(ALWAYS_SHOWN)
         ]
-        parts.append(_markdown_table(title, ROUTING_HEAD, routed))
-    about = next(line for line in results.lines().values() if line.cell.startswith("e2e."))
-    where = about.environment
-    parts.append(
-        f"{where.get('device')}, torch {where.get('torch')}, triton {where.get('triton')}, "
-        f"transformers {where.get('transformers')}, commit {where.get('commit')}, {about.date}: "
-        "`python -m benchmarks.gpu`"
-    )
-    return "\n\n".join([f"#### {where.get('device')}", *parts])
+        parts += _markdown_table(title, ROUTING_HEAD, routed, routers)
+    return "\n\n".join(parts)
 
 
-def _markdown_table(title: str, head: Row, rows: Sequence[Row]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    lines.insert(1, "|---|" + "---:|" * (len(head) - 1))
-    return f"**{title}**\n\n" + "\n".join(lines)
+def _markdown_table(title: str, head: Row, rows: Sequence[Row], line: Line) -> tuple[str, str, str]:
+    """A title, its table, and what measured it: lines of a file are of several days and commits."""
+    cells = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    cells.insert(1, "|---|" + "---:|" * (len(head) - 1))
+    where = line.environment
+    versions = [f"{name} {where.get(name)}" for name in ("torch", "triton", "transformers")]
+    about = ", ".join([*versions, f"commit {where.get('commit')}", line.date])
+    source = f"{where.get('device')}, {about}: `python -m benchmarks.gpu {line.cell}`"
+    return f"**{title}**", "\n".join(cells), source
 
 
 def write_readme(readme: Path, *gpus: Results) -> None:
@@ -190,13 +195,12 @@ def _profiles(results: Results) -> list[str]:
     return parts
 
 
-def _end_to_end(results: Results) -> list[tuple[str, list[Row]]]:
-    found = []
-    for name, line in results.lines().items():
-        if name.startswith("e2e.") and line.is_done:
-            rows = [_row(own) for own in line.values["peers"].values()]
-            found.append((end_to_end_title(line.values), rows))
-    return found
+def _end_to_end(results: Results) -> list[Line]:
+    return [line for line in results.lines().values() if line.cell[:4] == "e2e." and line.is_done]
+
+
+def _rows(line: Line) -> list[Row]:
+    return [_row(own) for own in line.values["peers"].values()]
 
 
 def end_to_end_title(values: Values) -> str:
