@@ -377,8 +377,8 @@ def _whole_device(device: str | torch.device | None, placement: Any) -> str | to
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
     for name, allowed in _REFUSED.items():
-        if arguments.get(name) is not None:
-            raise UnsupportedModelError(name, arguments[name], allowed)
+        if given := arguments.pop(name, None):
+            raise UnsupportedModelError(name, given, allowed)
     if arguments.get("use_safetensors") is False:
         raise UnsupportedModelError("use_safetensors", False, "True: pickle is never read")
     arguments.pop("use_safetensors", None)

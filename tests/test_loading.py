@@ -211,6 +211,16 @@ def test_auto_of_two_devices(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
         fastskip.load_model(checkpoint, device_map="auto")
 
 
+def test_arguments_that_ask_for_nothing_are_allowed(
+    checkpoint: Path, expected: list[list[int]]
+) -> None:
+    for given in (False, None):
+        model = fastskip.load_model(
+            checkpoint, output_loading_info=given, quantization_config=None, device_map=None
+        )
+        assert answer(model) == expected
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_absent_device(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="device: 'cuda'; allowed: cpu"):
