@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastskip.demo.smaller import load
 from fastskip.families import text_model_of
 from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Exam
-from fastskip.study.paper import report
+from fastskip.study.paper import report, runner
 from fastskip.study.paper.experiments import (
     DENSE,
     HALF,
@@ -151,6 +152,17 @@ def test_files_of_other_settings_are_measured_anew(results: Results, folder: Pat
         missing = [(c.name, seed) for c in CHOSEN for seed in (0, 1) if not study.has(c, seed)]
         assert len(missing) == 1
     path.write_text(whole)
+
+
+def test_times_of_another_machine_are_measured_anew(
+    results: Results, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Study(shutil.copytree(folder, tmp_path / "moved"), seeds=2, effort=TINY, chosen=CHOSEN)
+    assert copy.speeds() == results.speeds
+    monkeypatch.setattr(runner, "environment", lambda dtype: {"processor": "another"})
+    moved = copy.results()
+    assert moved.environment["processor"] == "another" and moved.speeds != results.speeds
+    assert moved.rows == results.rows
 
 
 def test_removed_weights_stay_removed_while_training() -> None:

@@ -149,11 +149,13 @@ class Study:
         return _similarity(found["similarity"])
 
     def speeds(self) -> tuple[Speed, ...]:
-        """Measured times of one caption, batch 1: the models, and the large one skipped."""
+        """Times of one caption, batch 1, as measured here: the models, and the large one
+        skipped."""
         chosen = contenders()
         settings = self._common | {
             "rounds": self.effort.timing_rounds,
             "models": [self._settings(cell, 0) for cell in chosen],
+            "environment": self._environment,
         }
 
         def measured() -> dict[str, Any]:
@@ -194,7 +196,7 @@ class Study:
                 )
             )
         return Results(
-            environment=environment(torch.float32) | {"device": str(self.device)},
+            environment=self._environment,
             effort=asdict(self.effort),
             seeds=self.seeds,
             is_whole=not missing,
@@ -237,6 +239,11 @@ class Study:
             "questions": self.effort.questions,
             "captions": self.effort.captions,
         }
+
+    @property
+    def _environment(self) -> dict[str, Any]:
+        """Where this runs: what times depend on."""
+        return environment(torch.float32) | {"device": str(self.device)}
 
     def _path(self, settings: Mapping[str, Any]) -> Path:
         return self.folder / "cells" / f"{name_of(settings)}.json"
