@@ -10,6 +10,7 @@ from typing import Any
 from fastskip.costs import Ceilings
 from fastskip.fingerprints import model_fingerprint
 from fastskip.loading import plan_of
+from fastskip.machine import machine_key
 from fastskip.policy import SkipPolicy
 from fastskip.study.comparison import prompt_sizes
 from fastskip.study.evaluation import Exam
@@ -83,7 +84,7 @@ class Bench:
         return self.moved(policy).loss
 
     def timed(self, what: str, policies: Sequence[SkipPolicy]) -> list[Timed]:
-        """The dense model and these policies in turn."""
+        """The dense model and these policies in turn, on this machine."""
         rounds, new = self._settings.rounds, self._settings.new_tokens
 
         def measure() -> Any:
@@ -94,7 +95,8 @@ class Bench:
             return [each.to_dict() for each in found]
 
         named = combined([each.to_dict() for each in policies], self.costing.workload.to_dict())
-        key = key_of(self._base, f"timed {what} {named} {rounds}")
+        here = machine_key(self.model.dtype, self.model.device)
+        key = key_of(self._base, f"timed {what} {named} {rounds} on {here}")
         return [Timed.from_dict(each) for each in self._kept.value(key, measure)]
 
     def pricing(self, quantity: Quantity, more: Sequence[Sequence[Timed]] = ()) -> Pricing:

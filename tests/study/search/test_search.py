@@ -31,7 +31,7 @@ from fastskip.study.search.changes import changes_of, policy_of
 from fastskip.study.search.kept import Kept
 from fastskip.study.search.settings import SettingsError
 from fastskip.study.similarity import LayerSimilarity
-from fastskip.timing import Times
+from fastskip.timing import Times, threads_set
 from tests.models import tiny_llama, tiny_llava
 
 CEILINGS = Ceilings(1e10, 1e11)
@@ -282,18 +282,25 @@ def test_settings() -> None:
             SearchSettings(minutes=minutes)
 
 
-def test_other_items_are_measured_anew(model: Any, tmp_path: Path) -> None:
-    def bench(count: int) -> Bench:
-        typical = exam(model, 1).single(0)
-        options = (CEILINGS, SETTINGS, tmp_path, Watcher())
-        return Bench(model, exam(model, count), typical, *options)
+def bench(model: Any, count: int, folder: Path) -> Bench:
+    typical = exam(model, 1).single(0)
+    return Bench(model, exam(model, count), typical, CEILINGS, SETTINGS, folder, Watcher())
 
+
+def test_other_items_are_measured_anew(model: Any, tmp_path: Path) -> None:
     policy = SkipPolicy.preset("every_nth_block", start=1, end=3)
-    first = bench(4).moved(policy)
-    assert bench(4).moved(replace(policy, name="by another name")) == first
+    first = bench(model, 4, tmp_path).moved(policy)
+    assert bench(model, 4, tmp_path).moved(replace(policy, name="by another name")) == first
     assert len((tmp_path / "measured.jsonl").read_text().splitlines()) == 1
-    bench(3).moved(policy)
+    bench(model, 3, tmp_path).moved(policy)
     assert len((tmp_path / "measured.jsonl").read_text().splitlines()) == 2
+
+
+def test_times_of_another_machine_are_measured_anew(model: Any, tmp_path: Path) -> None:
+    first = bench(model, 4, tmp_path).timed("probes", [])
+    assert bench(model, 4, tmp_path).timed("probes", []) == first
+    with threads_set(torch.get_num_threads() + 1):
+        assert bench(model, 4, tmp_path).timed("probes", []) != first
 
 
 def test_what_is_kept_survives_a_broken_file(tmp_path: Path) -> None:
