@@ -220,6 +220,13 @@ def test_tables_are_empty_before_anything_is_measured(results: Results) -> None:
     assert table.text_tables(results) == "not measured yet"
 
 
+def test_what_was_not_run_is_not_ok(results: Results) -> None:
+    results.append(Line("correctness.sanitizer", 1.0, {"note": "no such tool"}))
+    results.append(Line("correctness.kernels", 1.0, {"summary": "3 passed"}))
+    rows = [line.split(maxsplit=1) for line in table.text_tables(results).splitlines()]
+    assert [row[1].split("  ")[0] for row in rows[1:]] == ["not run", "ok"]
+
+
 def test_a_chart_shows_every_way_beside_its_floor(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder, picture = RESULTS / "nvidia-h200", tmp_path / "bars.png"

@@ -138,10 +138,11 @@ def _correctness(results: Results) -> list[str]:
     rows: list[Row] = []
     for name, line in results.lines().items():
         if name.startswith("correctness."):
-            text = "ok" if line.is_done else "WRONG"
+            note = line.values.get("note")  # why there was nothing to judge
+            text = "WRONG" if not line.is_done else "not run" if note else "ok"
             shares = [own["share_of_allowed"] for own in line.values.get("errors", {}).values()]
             detail = f"worst error {max(shares):.2f} of what is allowed" if shares else ""
-            detail = detail or line.values.get("summary") or line.values.get("note") or ""
+            detail = detail or line.values.get("summary") or note or ""
             rows.append((name.partition(".")[2], text, str(detail)))
     return ["Correctness\n" + _aligned(rows)] if rows else []
 
