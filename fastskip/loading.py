@@ -295,7 +295,14 @@ def _choose_policy(
     if from_config is not None:
         logger.info("policy: per_layer_config of the checkpoint")
         return from_config
-    logger.info("policy: none given, none in the checkpoint; dense")
+    if Path(path).is_dir() or _is_absent(path, POLICY_FILE, hub):
+        logger.info("policy: none given, none in the checkpoint; dense")
+    else:
+        logger.warning(
+            "policy: none given, and the cache does not know whether %s has one (the hub was not "
+            "reached); dense",
+            path,
+        )
     return SkipPolicy()
 
 
@@ -321,6 +328,14 @@ def _file_of(path: str, name: str, hub: dict[str, Any]) -> Path | None:
         **hub,
     )
     return Path(found) if found else None
+
+
+def _is_absent(path: str, name: str, hub: dict[str, Any]) -> bool:
+    """Whether the cache knows from the hub that a checkpoint does not have a file."""
+    inside = PurePosixPath(hub.get("subfolder", ""), name).as_posix()
+    places = {key: hub[key] for key in ("revision", "cache_dir") if key in hub}
+    found = transformers.utils.try_to_load_from_cache(path, inside, **places)
+    return found is not None and not isinstance(found, str)
 
 
 def _fetch_weights(policy: SkipPolicy, path: str, hub: dict[str, Any]) -> None:

@@ -311,6 +311,32 @@ def test_a_prepared_model_keeps_its_implementation() -> None:
             fastskip.apply_(model, impl=other)
 
 
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+def test_a_policy_that_could_not_be_asked_for_is_told(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, subfolder: str
+) -> None:
+    """A cache of the hub's that was filled without the policy, and no way to ask for it."""
+    commit, repository = "0" * 40, tmp_path / "models--someone--model"
+    shutil.copytree(checkpoint, repository / "snapshots" / commit / subfolder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+    def load() -> list[str]:
+        caplog.clear()
+        options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
+        options |= {"cache_dir": tmp_path, "local_files_only": True}
+        fastskip.load_model("someone/model", **options)
+        return [each.getMessage() for each in caplog.records if each.name == "fastskip.loading"]
+
+    with caplog.at_level("WARNING", "fastskip"):
+        (told,) = load()
+        assert "does not know whether someone/model has one" in told
+        absent = repository / ".no_exist" / commit / subfolder
+        absent.mkdir(parents=True)
+        (absent / "fastskip_policy.json").touch()  # as the hub's client notes it
+        assert load() == []
+
+
 def test_adapters_are_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UnsupportedModelError, match="PeftModel.from_pretrained.*--merge"):
