@@ -25,8 +25,8 @@ from fastskip.commands.common import (
     device_of,
     dtype_for,
     inputs_for,
+    named_policies,
     pictures_of,
-    policy_of,
     prepare,
     reading,
 )
@@ -142,7 +142,7 @@ def bench(
     """
     prepare(threads)
     check_folder("--out", out)
-    named = [(name, policy_of(name)) for name in policies or ()]
+    named = named_policies(policies)
     _check(prompt, text_tokens, no_hf, compiled)
     from tqdm import tqdm
 

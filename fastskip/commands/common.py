@@ -91,6 +91,8 @@ TflopsOption = Annotated[
 ]
 
 
+DENSE = "dense"
+"""The preset that skips nothing, and the name of the model that policies are held to."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SLOWEST, FASTEST = 1e-6, 1e9
 """Of ceilings, in GB/s and TFLOP/s: beyond them floors come to nothing, or to no number."""
@@ -240,6 +242,14 @@ def policy_of(policy: str | None) -> Any:
     except OSError as error:
         allowed = "a readable policy file, or a preset"
         raise CommandError(f"--policy {policy}: {error}; allowed: {allowed}") from error
+
+
+def named_policies(policies: list[str] | None) -> list[tuple[str, Any]]:
+    """Those asked for, by name; the dense model, which is always there, is not there once more."""
+    named = [(name, policy_of(name)) for name in policies or ()]
+    if len({name for name, _ in named}) < len(named):
+        raise CommandError(f"--policy {policies}: one is there twice; allowed: each once")
+    return [(name, policy) for name, policy in named if name != DENSE]
 
 
 def resolve_policy(policy: str | None, model: str, config: Any) -> Any:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastskip.commands.common import (
-    CommandError,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -17,7 +16,7 @@ from fastskip.commands.common import (
     checkpoint,
     dtype_for,
     load,
-    policy_of,
+    named_policies,
     prepare,
 )
 from fastskip.commands.demo_items import demo_tasks
@@ -116,9 +115,7 @@ def evaluate(
     prepare(threads)
     check_folder("--out", out)
     check_sources(model, items, images)
-    named = [(name, policy_of(name)) for name in policies or ()]
-    if len({name for name, _ in named}) < len(named):
-        raise CommandError(f"--policy {policies}: one is there twice; allowed: each once")
+    named = named_policies(policies)
     broken: list[str] = []
     on_broken = broken.append if skip_broken else None
     chosen = demo_tasks(count) if items is None else _read(items, images, metric, count, on_broken)

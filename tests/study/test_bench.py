@@ -312,7 +312,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     assert kept.of("image_ffn").speedup is not None and "command" in kept.circumstances
 
     asked = ("-q", "what is it?", "--no-hf", "--json", "--dtype", "bfloat16")
-    found = command("-m", checkpoint, *image, *asked)
+    found = command("-m", checkpoint, "-p", "dense", *image, *asked)
     document = json.loads(found.stdout)
     assert [each["label"] for each in document["contenders"]] == ["dense"]
     assert document["workload"]["n_image"] == 4 and document["workload"]["n_text"] < 64
@@ -346,6 +346,7 @@ def test_no_contender_is_lost_in_a_narrow_terminal(checkpoint: Path) -> None:
         (["--no-hf", "--compiled"], "not beside --no-hf"),
         (["--text-tokens", "2"], "text_tokens: 2"),
         (["-p", "nonsense"], "nonsense"),
+        (["-p", "image_ffn", "-p", "image_ffn"], "one is there twice"),
         (["-i", "gone.png"], "gone.png"),
         (["-m", "no/such/model"], "no such folder"),
         (["--device", "cuda:77"], "cuda:77"),

@@ -258,6 +258,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert len((tmp_path / "judgements.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_dense_model_is_judged_once(tmp_path: Path) -> None:
+    found = run("-p", "dense", "--items", write(tmp_path, [YES]))
+    assert found.exit_code == 0 and len(re.findall("^ dense ", found.output, re.M)) == 1
+
+
 def test_conversations_and_captions_by_the_command(tmp_path: Path) -> None:
     """LLaVA's array with a folder of images; what a report reads; a run that goes on."""
     (tmp_path / "photos").mkdir()
