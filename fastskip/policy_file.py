@@ -7,6 +7,7 @@ aliases (a few of them expand to gigabytes), and duplicate keys are errors in bo
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastskip.whole_files import whole_file
 
 MAX_BYTES = 1 << 20
 SUFFIXES = (".json", ".yaml", ".yml")
+
+_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
 
 
 def read_document(path: Path) -> object:
@@ -44,7 +47,11 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
     else:
         import yaml
 
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        class Dumper(yaml.SafeDumper):
+            pass
+
+        _take_exponents(Dumper)  # so that texts that look like such numbers are quoted
+        text = yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     data = text.encode("utf-8")
     with whole_file(path) as part:
         part.write_bytes(data)
@@ -92,9 +99,15 @@ def _parse_yaml(text: str) -> object:
             return node.value
         return loader.construct_yaml_int(node)  # type: ignore[no-untyped-call]
 
+    _take_exponents(StrictLoader)
     StrictLoader.add_constructor("tag:yaml.org,2002:map", construct_mapping)
     StrictLoader.add_constructor("tag:yaml.org,2002:int", construct_int)
     try:
         return yaml.load(text, Loader=StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML ({error})") from error
+
+
+def _take_exponents(kind: Any) -> None:
+    """Numbers are those of YAML 1.2: 1.1 takes one without a point, such as 1e-3, for a text."""
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))

@@ -343,6 +343,19 @@ def test_yaml_slice_needs_no_quotes(tmp_path: Path) -> None:
     assert SkipPolicy.from_file(path).rules == (SkipRule("4:20:2", skip="ffn"),)
 
 
+def test_yaml_numbers_need_no_point(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    rule = "{layers: ':', skip: [ffn], kind: similarity, measure: change, threshold: %s}"
+    for text in ("1e-3", "1E-3", "+.1e-2", "1.e-3", "1.0e-3"):
+        path.write_text(f"schema_version: 1\nrouters:\n- {rule % text}\n")
+        assert SkipPolicy.from_file(path).routers[0].threshold == 1e-3
+    # and a text stays one, also where it looks like such a number
+    named = SkipPolicy(name="1e-3", provenance={"a": "1e3", "b": 1e-07})
+    named.save(path)
+    again = SkipPolicy.from_file(path)
+    assert (again.name, again.provenance) == (named.name, named.provenance)
+
+
 LAUGHS = "a: &a [x, x]\nb: &b [*a, *a]\nschema_version: 1\nprovenance: {c: [*b, *b]}\n"
 BROKEN: list[tuple[str, bytes, str]] = [
     ("p.json", b"", "not JSON"),
