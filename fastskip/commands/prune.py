@@ -1,5 +1,6 @@
 """`fastskip prune`: weights that a model can do without, set to zero and stored as less."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -194,6 +195,8 @@ def prune(
         if recipe.method.value == Method.WANDA:
             inputs, source = calibration_inputs(model, path, config, samples, count, 1)
     loaded = load(path, None, dtype_for(model, dtype), device, impl="reference")
+    if out is not None and stored is Stored.SPARSE:
+        _check_pays(loaded, found if recipe is None else recipe)
     if recipe is not None:
         from tqdm import tqdm
 
@@ -244,6 +247,33 @@ def _combined(
     if combine is Combine.UNION:
         return reduce(lambda a, b: a | b, found)
     return reduce(lambda a, b: a & b, found)
+
+
+def _check_pays(loaded: Any, asked: "WeightMasks | Recipe") -> None:
+    """Before the work: bitmaps for hardly any zeros would take more room than they save."""
+    from fastskip.sparse.convert import least_zeros
+    from fastskip.sparse.matrices import matrices
+    from fastskip.study.pruning import WeightMasks
+
+    every = list(matrices(loaded))
+    if isinstance(asked, WeightMasks):
+        asked.check(loaded)
+        removed = {name: int((~own.mask).sum()) for name, own in asked.kept.items()}
+        option = "--masks"
+    else:
+        chosen = asked.choose(every)
+        removed = {m.name: round(asked.ratio * m.weight.numel()) for m in chosen}
+        is_ratio = asked.pattern is None
+        option = f"--ratio {asked.ratio:g}" if is_ratio else f"--pattern {asked.pattern}"
+    least = 1.0
+    for matrix in every:
+        weight, more = matrix.weight, removed.get(matrix.name, 0)
+        needed = least_zeros(weight)
+        if more + weight.numel() - int(weight.count_nonzero()) >= needed:
+            return
+        least = min(least, needed / weight.numel())
+    allowed = f"a share of about {math.ceil(1000 * least) / 1000:g} or more, or --stored dense"
+    raise CommandError(f"{option}: too little to store it sparse; allowed: {allowed}")
 
 
 def _write(

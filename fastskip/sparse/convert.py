@@ -100,6 +100,12 @@ def sparse_matrices(model: Any) -> list[Matrix]:
     return [matrix for matrix in matrices(model) if isinstance(matrix.module, SparseLinear)]
 
 
+def least_zeros(weight: Tensor) -> int:
+    """From how many zeros on bitmap and values of a weight take fewer bytes than it does dense."""
+    rows, columns = weight.shape
+    return (bitmap_bytes(rows, columns) + 4 * (rows + 1)) // weight.element_size() + 1
+
+
 def _held_as(form: Weights, matrix: Matrix) -> SparseLinear | None:
     """A projection in a sparse form; ``None`` if it is not pruned."""
     module = matrix.module
@@ -127,9 +133,7 @@ def _check_some(found: Sequence[object]) -> None:
 
 
 def _pays(weight: Tensor) -> bool:
-    zeros = weight.numel() - int(weight.count_nonzero())
-    rows, columns = weight.shape
-    return zeros * weight.element_size() > bitmap_bytes(rows, columns) + 4 * (rows + 1)
+    return weight.numel() - int(weight.count_nonzero()) >= least_zeros(weight)
 
 
 def _checked_form(form: Weights | str, model: Any) -> Weights:

@@ -124,6 +124,20 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
         (("--save-masks", "{new}/no/m.safetensors"), "allowed: a file in an existing folder"),
         (("-o", "{new}", "--ratio", 2), "ratio: 2.0; allowed: a share in (0, 1)"),
         (("-o", "{new}"), "ratio: None; allowed: a share in (0, 1), such as 0.5, or a pattern"),
+        (
+            ("-o", "{new}", "--ratio", 0.001, "--method", "magnitude"),
+            "--ratio 0.001: too little to store it sparse; allowed: a share of about 0.064 or "
+            "more, or --stored dense",
+        ),
+        (
+            ("-o", "{new}", "--pattern", "15:16", "--method", "random"),
+            "--pattern 15:16: too little to store it sparse",
+        ),
+        (("-o", "{new}", "--masks", "{few}"), "--masks: too little to store it sparse"),
+        (
+            ("-o", "{new}", "--ratio", 0.0001, "--method", "magnitude", "--stored", "dense"),
+            "ratio: 0.0001; allowed: more than 0.0003",
+        ),
         (("-o", "{new}", "--pattern", "4:2"), "pattern: '4:2'; allowed: N:M"),
         (
             ("-o", "{new}", "--ratio", 0.5, "--layers", "9:", "--method", "random"),
@@ -151,8 +165,9 @@ def test_errors_are_one_line(
     (tmp_path / "full" / "file").touch()
     masks = find_masks(fastskip.load_model(checkpoint), Recipe("random", 0.5))
     masks.save(tmp_path / "masks")
+    find_masks(fastskip.load_model(checkpoint), Recipe("random", 0.01)).save(tmp_path / "few")
     model = save_checkpoint(tmp_path / "wide", ffn=64) if "[32, 64]" in message else checkpoint
-    places = {name: tmp_path / name for name in ("full", "new", "masks")}
+    places = {name: tmp_path / name for name in ("full", "new", "masks", "few")}
     given = [str(each).format(**places) for each in arguments]
     result = run("prune", "-m", model, *given)
     assert result.exit_code == 2, result.stdout

@@ -142,11 +142,22 @@ class Recipe:
             "seed": self.seed,
         }
 
+    def competing(self, rows: int, columns: int) -> int:
+        """How many weights of such a matrix compete with each other."""
+        if self.pattern is not None:
+            return self.pattern.group
+        return columns if self.per is Per.ROW else rows * columns
+
+    def removed(self, competing: int) -> int:
+        """How many of so many weights go, to the nearest whole number."""
+        return round(self.ratio * competing)
+
     def choose(self, found: Iterable[Matrix]) -> list[Matrix]:
         """The matrices among those of a model that this recipe prunes.
 
         Raises:
-            PruningError: the model has no such layers, or a pattern does not divide a matrix.
+            PruningError: the model has no such layers, a pattern does not divide a matrix, or the
+                ratio is so small that no weight would go.
         """
         every = list(found)
         depth = 1 + max((matrix.layer for matrix in every), default=-1)
@@ -160,6 +171,10 @@ class Recipe:
             if self.pattern is not None and columns % self.pattern.group:
                 allowed = f"a pattern N:M whose M divides the {columns} columns of {matrix.name}"
                 raise PruningError("pattern", self.pattern, allowed)
+        most = max((self.competing(*matrix.weight.shape) for matrix in chosen), default=0)
+        if chosen and not self.removed(most):
+            allowed = f"more than {0.5 / most:.3g}, as {most} weights compete and none would go"
+            raise PruningError("ratio", self.ratio, allowed)
         return chosen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastskip.study.pruning.recipe import Per, Recipe
+from fastskip.study.pruning.recipe import Recipe
 
 
 def kept_by(scores: Tensor, recipe: Recipe) -> Tensor:
@@ -14,13 +14,9 @@ def kept_by(scores: Tensor, recipe: Recipe) -> Tensor:
     Of each group that competes, the lowest scores go: exactly as many as the ratio says, to the
     nearest whole number; of equal ones those that come first.
     """
-    if recipe.pattern is not None:
-        groups = scores.view(-1, recipe.pattern.group)
-        removed = recipe.pattern.group - recipe.pattern.kept
-    else:
-        groups = scores if recipe.per is Per.ROW else scores.view(1, -1)
-        removed = round(recipe.ratio * groups.shape[1])
-    return _all_but_lowest(groups, removed).view(scores.shape)
+    competing = recipe.competing(*scores.shape)
+    groups = scores.view(-1, competing)
+    return _all_but_lowest(groups, recipe.removed(competing)).view(scores.shape)
 
 
 def _all_but_lowest(scores: Tensor, count: int) -> Tensor:
