@@ -40,14 +40,14 @@ class Packed:
 def pack_bits(mask: Tensor) -> Tensor:
     """Boolean ``[M, E]`` as a bitmap, uint8 ``[M, 4 * ceil(E / 32)]``; bits past ``E`` are 0."""
     filled = F.pad(mask, (0, -mask.shape[1] % WORD))
-    bits = filled.view(len(mask), -1, 8).to(torch.uint8)
+    bits = filled.view(len(mask), filled.shape[1] // 8, 8).to(torch.uint8)
     return (bits << _shifts(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bitmap: Tensor, columns: int) -> Tensor:
     """The mask of a bitmap: boolean ``[M, E]``."""
     bits = (bitmap[..., None] >> _shifts(bitmap.device)) & 1
-    return bits.view(len(bitmap), -1)[:, :columns].view(torch.bool)
+    return bits.flatten(1)[:, :columns].view(torch.bool)
 
 
 def starts_of(bitmap: Tensor, columns: int) -> Tensor:

@@ -13,7 +13,7 @@ from tests.sparse.matrices import with_zeros
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**20), st.sampled_from(DTYPES))
+@given(st.integers(0, 5), st.integers(0, 70), st.integers(0, 2**20), st.sampled_from(DTYPES))
 def test_what_is_packed_comes_back(rows: int, columns: int, seed: int, dtype: torch.dtype) -> None:
     weight = with_zeros(rows, columns, seed % 11 / 10, seed=seed).to(dtype)
     packed = bitmaps.pack(weight)
