@@ -135,7 +135,9 @@ class BitmapLinear(SparseLinear):
 class CsrLinear(SparseLinear):
     """The weight as compressed rows: int32 ``starts [M + 1]`` and ``places [k]``, ``values [k]``.
 
-    Multiplied by torch's sparse product (MKL), whatever the number of rows.
+    Multiplied by torch's sparse product (MKL), whatever the number of rows. In another dtype (by
+    autocast too) or on another device, which it does not take, the weight is expanded like a
+    bitmap's.
     """
 
     starts: Tensor
@@ -177,7 +179,7 @@ class CsrLinear(SparseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., E] -> [..., M]``."""
-        if _wants_gradient(x):
+        if _wants_gradient(x) or not self._takes_sparse_product(x):
             return F.linear(x, bitmaps.expand(self.packed), self.bias)
         rows = x.reshape(-1, self.in_features)
         weight = torch.sparse_csr_tensor(
@@ -191,6 +193,10 @@ class CsrLinear(SparseLinear):
         y = torch.mv(weight, rows[0])[None] if len(rows) == 1 else (weight @ rows.t()).t()
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _takes_sparse_product(self, x: Tensor) -> bool:
+        is_single = x.dtype == self.values.dtype == torch.float32
+        return is_single and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

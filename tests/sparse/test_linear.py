@@ -72,6 +72,23 @@ def test_becomes_the_same_linear_again(form: Weights) -> None:
     assert torch.equal(again.weight, dense.weight) and torch.equal(again.bias, dense.bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_compressed_rows_may_be_cast(dtype: torch.dtype) -> None:
+    """torch's sparse product takes no halves; the answer is that of the weight expanded."""
+    dense = linear_of(9, 40, 0.6, bias=True, dtype=torch.float32)
+    sparse = held(dense, Weights.CSR).to(dtype)
+    for count in (1, 3):
+        x = torch.randn(count, 40, dtype=dtype)
+        assert torch.equal(sparse(x), dense.to(dtype)(x))
+
+
+def test_compressed_rows_under_autocast() -> None:
+    dense = linear_of(9, 40, 0.6, bias=True, dtype=torch.float32)
+    x = torch.randn(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(held(dense, Weights.CSR)(x), dense(x))
+
+
 def test_both_forms_have_one_state_dict() -> None:
     dense = linear_of(9, 40, 0.6, bias=True, dtype=torch.float32)
     bitmap, csr = (held(dense, form).state_dict() for form in (Weights.BITMAP, Weights.CSR))
