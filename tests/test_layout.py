@@ -53,7 +53,7 @@ FLOORS = {
     "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),
     "ops": Floor(("ops",), ("reference", "kernels"), ("torch",)),
     # What a decision is, is computed by the operations alone; routers bring its terms.
-    "routing": Floor(("routing",), ("policy", "reference"), ("torch", "safetensors")),
+    "routing": Floor(("routing",), ("files", "policy", "reference"), ("torch", "safetensors")),
     "decoder": Floor(
         ("decoder",), (*PURE, "tokens", "reference", "ops", "routing"), ("torch", "numpy")
     ),

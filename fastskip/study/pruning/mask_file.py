@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from fastskip.ops.bitmaps import bitmap_bytes, unpack_bits
 from fastskip.study.pruning.kept_set import KeptSet
 from fastskip.study.pruning.recipe import PruningError
+from fastskip.whole_files import whole_file
 
 FORMAT = "fastskip masks"
 SCHEMA_VERSION = "1"
@@ -45,7 +46,8 @@ class MaskFile:
             "provenance": json.dumps(dict(self.provenance)),
         }
         tensors = {name: own.bitmap.cpu().contiguous() for name, own in self.kept.items()}
-        save_file(tensors, os.fspath(path), metadata=metadata)
+        with whole_file(Path(path)) as part:
+            save_file(tensors, part, metadata=metadata)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> MaskFile:
