@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastskip.commands.common import (
+    CommandError,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -115,6 +116,8 @@ def evaluate(
     prepare(threads)
     check_folder("--out", out)
     check_sources(model, items, images)
+    if items is None and metric is not Metric.EXACT:
+        raise CommandError(f"--metric {metric}: the demo's items say theirs; allowed: with --items")
     named = named_policies(policies)
     broken: list[str] = []
     on_broken = broken.append if skip_broken else None

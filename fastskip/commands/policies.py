@@ -50,6 +50,12 @@ def policies(
     Other commands take the same as [cyan]-p every_nth_ffn:interval=3:scope=image[/].
     """
     if name is None:
+        for key, value in (("set", option), ("layers", layers), ("output", output)):
+            if value is not None:
+                shown = value[0] if isinstance(value, list) else value
+                raise CommandError(
+                    f"--{key} {shown}: of no preset; allowed: behind a preset's name"
+                )
         _list()
         return
     from fastskip.policy import PolicyError, SkipPolicy

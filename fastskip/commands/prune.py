@@ -175,7 +175,7 @@ def prune(
     [cyan]fastskip prune --masks vqa.safetensors --masks captions.safetensors -o shared[/]
     """
     prepare(threads)
-    _check_outputs(out, save_masks)
+    _check_outputs(out, save_masks, stored)
     path = checkpoint(model)
     config = config_of(path)
 
@@ -187,6 +187,7 @@ def prune(
     source = None
     ours = {"method": method, "pattern": pattern, "per": per, "part": part, "layers": layers}
     asked = {name: str(value) for name, value in ours.items() if value is not None}
+    _check_combination(combine, share, masks)
     if masks:
         _check_alone({**asked, "ratio": ratio, "samples": samples})
         found = _combined([WeightMasks.load(file) for file in masks], combine, share, seed)
@@ -194,6 +195,9 @@ def prune(
         recipe = Recipe(ratio=ratio, seed=seed, **asked)
         if recipe.method.value == Method.WANDA:
             inputs, source = calibration_inputs(model, path, config, samples, count, 1)
+        elif samples is not None:
+            problem = f"not looked at by --method {recipe.method}"
+            raise CommandError(f"--samples {samples}: {problem}; allowed: with --method wanda")
     loaded = load(path, None, dtype_for(model, dtype), device, impl="reference")
     if out is not None and stored is Stored.SPARSE:
         _check_pays(loaded, found if recipe is None else recipe)
@@ -216,10 +220,14 @@ def prune(
     _show(zeros, recipe, sizes)
 
 
-def _check_outputs(out: Path | None, save_masks: Path | None) -> None:
+def _check_outputs(out: Path | None, save_masks: Path | None, stored: Stored) -> None:
     """Before the work: what cannot be written is found at once."""
     if out is None and save_masks is None:
         raise CommandError("--out: none; allowed: a folder, or --save-masks FILE, or both")
+    if out is None and stored is Stored.DENSE:
+        raise CommandError(
+            f"--stored {stored}: masks alone are written; allowed: with --out FOLDER"
+        )
     if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise CommandError(f"--out {out}: allowed: a new or empty folder")
     if save_masks is not None and (save_masks.is_dir() or not save_masks.parent.is_dir()):
@@ -234,15 +242,21 @@ def _check_alone(others: dict[str, object]) -> None:
             raise CommandError(f"--{name} {value}: given with --masks; allowed: one of the two")
 
 
+def _check_combination(combine: Combine, share: float | None, masks: list[Path] | None) -> None:
+    if share is not None and combine is not Combine.EXCLUSION:
+        raise CommandError(f"--share {share}: allowed: with --combine exclusion")
+    count = len(masks or ())
+    if combine is Combine.EXCLUSION and count != 2:
+        files = counted(count, "file")
+        raise CommandError(f"--combine exclusion: {files} of masks; allowed: two --masks")
+    if combine is Combine.UNION and not count:
+        raise CommandError(f"--combine {combine}: no file of masks; allowed: with --masks")
+
+
 def _combined(
     found: "list[WeightMasks]", combine: Combine, share: float | None, seed: int
 ) -> "WeightMasks":
-    if share is not None and combine is not Combine.EXCLUSION:
-        raise CommandError(f"--share {share}: allowed: with --combine exclusion")
     if combine is Combine.EXCLUSION:
-        if len(found) != 2:
-            count = counted(len(found), "file")
-            raise CommandError(f"--combine exclusion: {count} of masks; allowed: two --masks")
         return found[0].exclude(found[1], 1.0 if share is None else share, seed=seed)
     if combine is Combine.UNION:
         return reduce(lambda a, b: a | b, found)

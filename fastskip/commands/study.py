@@ -85,8 +85,8 @@ def paper(
     from fastskip.study.paper import report
 
     if out is None or look:
-        if out is None and (quick or seeds != 3):
-            raise CommandError("--quick, --seeds: they need --out DIR, where to run")
+        if out is None and (quick or seeds != 3 or device is not None):
+            raise CommandError("--quick, --seeds, --device: they need --out DIR, where to run")
         _show(out or report.bundled_folder())
         return
     from tqdm import tqdm

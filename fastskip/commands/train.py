@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MODEL, ADAPTERS, REPORT = "model", "adapters", "report.json"
 """What a run leaves in its folder."""
+ROUNDS = 5
+"""In which a step is timed against dense, where nothing else is asked for."""
 
 
 class Parts(StrEnum):
@@ -179,11 +181,15 @@ def train(
         ),
     ] = None,
     compare_dense: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, metavar="N", help="Rounds that time a step against dense at the end; 0: none."
+            min=0,
+            metavar="N",
+            help="Rounds that time a step against dense at the end; 0: none. Default: 5, and none "
+            "where routers learn.",
+            show_default=False,
         ),
-    ] = 5,
+    ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -236,7 +242,10 @@ def train(
     _check(
         demo=demo,
         data=data,
+        images=images,
+        held_out=held_out,
         model=model,
+        compare_dense=compare_dense,
         merge=merge,
         mask=mask,
         parts=parts,
@@ -291,9 +300,10 @@ def train(
         report["held_out_loss"]["after"] = measuring.held_out_loss(loaded, test)
         if parts is Parts.ROUTERS:
             report["skipped"] = measuring.skipped_shares(loaded, test)
+    rounds = ROUNDS if compare_dense is None and parts is not Parts.ROUTERS else compare_dense
     comparison = None
-    if compare_dense and parts is not Parts.ROUTERS:
-        comparison = measuring.compare_dense(loaded, timed, settings, compare_dense)
+    if rounds:
+        comparison = measuring.compare_dense(loaded, timed, settings, rounds)
     report |= numbers(trained, comparison)
     saved = out / (ADAPTERS if parts is Parts.LORA and not merge else MODEL)
     trained.save(saved, processor, merge=merge)
@@ -321,7 +331,10 @@ def _check(
     *,
     demo: bool,
     data: Path | None,
+    images: Path | None,
+    held_out: Path | None,
     model: str | None,
+    compare_dense: int | None,
     merge: bool,
     mask: Path | None,
     parts: Parts,
@@ -333,6 +346,12 @@ def _check(
         raise CommandError(f"--data or --demo: {given}; allowed: one of them")
     if demo and model is not None:
         raise CommandError(f"--model {model}: allowed: none beside --demo, which has its own")
+    if demo and images is not None and held_out is None:
+        problem = "the demo draws its own pictures"
+        raise CommandError(f"--images {images}: {problem}; allowed: with --data or --held-out")
+    if compare_dense and parts is Parts.ROUTERS:
+        problem = "routers that learn compute all that they may skip"
+        raise CommandError(f"--compare-dense {compare_dense}: {problem}; allowed: 0, or none")
     if merge and parts is not Parts.LORA:
         raise CommandError(f"--merge: parts are {parts.value}; allowed: with --parts lora")
     for name, value in adapters.items() if parts is not Parts.LORA else ():

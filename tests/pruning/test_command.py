@@ -138,6 +138,19 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
             ("-o", "{new}", "--ratio", 0.0001, "--method", "magnitude", "--stored", "dense"),
             "ratio: 0.0001; allowed: more than 0.0003",
         ),
+        (
+            ("--save-masks", "{new}", "--ratio", 0.5, "--stored", "dense"),
+            "--stored dense: masks alone are written; allowed: with --out FOLDER",
+        ),
+        (
+            ("-o", "{new}", "--ratio", 0.5, "--method", "magnitude", "--samples", "{masks}"),
+            "not looked at by --method magnitude; allowed: with --method wanda",
+        ),
+        (
+            ("-o", "{new}", "--ratio", 0.5, "--combine", "union"),
+            "--combine union: no file of masks; allowed: with --masks",
+        ),
+        (("-o", "{new}", "--ratio", 0.5, "--share", 0.5), "--share 0.5: allowed: with --combine"),
         (("-o", "{new}", "--pattern", "4:2"), "pattern: '4:2'; allowed: N:M"),
         (
             ("-o", "{new}", "--ratio", 0.5, "--layers", "9:", "--method", "random"),

@@ -93,6 +93,7 @@ def test_compare_command_on_items_of_a_file(tmp_path: Path) -> None:
         (("compare", "demo:large@nothing"), "policy"),
         (("compare", "some/model"), "--items: needed"),
         (("paper", "--quick"), "they need --out DIR"),
+        (("paper", "--device", "cpu"), "they need --out DIR"),
         (("paper", "--look", "--out", "no-such-folder"), "results.json"),
     ],
 )

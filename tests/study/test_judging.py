@@ -374,6 +374,7 @@ def test_nothing_is_judged_without_the_scorers(
         (["-m", "some/model"], "--items: needed with --model"),
         (["--images", "."], "--items: needed with --images"),
         (["--items", "x", "--metric", "bleu"], "bleu"),
+        (["--metric", "cider"], "--metric cider: the demo's items say theirs; allowed: with"),
         (["-p", "dense", "-p", "dense"], "one is there twice"),
         (["-p", "nonsense"], "nonsense"),
     ],

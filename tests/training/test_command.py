@@ -93,8 +93,9 @@ def test_adapters_and_routers(folder: Path, tmp_path: Path) -> None:
     policy = tmp_path / "routers.json"
     policy.write_text(json.dumps({"schema_version": 1, "routers": [rule]}))
     held_out = ("--held-out", folder / "good.jsonl")
-    routers = ("--parts", "routers", "--rate", 0.5, *held_out, "-p", policy, "--json")
-    result = succeed(*options(folder, tmp_path / "routers", *data, *routers))
+    routers = ("--parts", "routers", "--rate", 0.5, *held_out, "-p", policy)
+    untimed = ("--compare-dense", 0, "--json")
+    result = succeed(*options(folder, tmp_path / "routers", *data, *routers, *untimed))
     shares = json.loads(result.stdout)["skipped"]
     assert shares.keys() == {"-1", "1"} and 0 <= shares["-1"] <= 1
     found = SkipPolicy.from_file(tmp_path / "routers" / "policy.json")
@@ -114,6 +115,10 @@ def test_adapters_and_routers(folder: Path, tmp_path: Path) -> None:
         (["--data", "x", "--lora-alpha", 3], "--lora-alpha 3.0: parts are projector"),
         (["--data", "x", "--steps", 1, "--epochs", 2], "epochs: 2.0; allowed: steps or epochs"),
         (["--demo"], "allowed: none beside --demo"),
+        (
+            ["--data", "x", "--parts", "routers"],
+            "--compare-dense 1: routers that learn compute all that they may skip; allowed: 0",
+        ),
         (["--data", "x", "--warmup", 2], "warmup: 2.0"),
         (["--data", "x", "--rate", 0.5], "rate: 0.5; allowed: none, unless parts is routers"),
     ],
@@ -122,6 +127,12 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path, more: list[Any], mess
     result = run(*options(folder, tmp_path, *more))
     assert result.exit_code == 2
     assert message.replace("\\", "") in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_demo_has_pictures_of_its_own(tmp_path: Path) -> None:
+    result = run("train", "--demo", "--images", tmp_path, "-o", tmp_path / "run")
+    assert result.exit_code == 2 and not (tmp_path / "run").exists()
+    assert f"--images {tmp_path}: the demo draws its own pictures; allowed: with" in result.stderr
 
 
 def test_broken_rows_stop_a_run(folder: Path, tmp_path: Path) -> None:
