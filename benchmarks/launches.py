@@ -5,6 +5,9 @@ Counted, not predicted: the executor runs on tensors without data (``fastskip.la
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
+
 from fastskip.launches import decode_launches, prefill_launches
 from fastskip.plan import ModelShape, make_plan
 from fastskip.policy import SkipPolicy
@@ -51,5 +54,12 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
+    parser.parse_args(arguments)
     print(markdown())
+
+
+if __name__ == "__main__":
+    main()

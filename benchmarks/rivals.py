@@ -5,7 +5,9 @@ python -m benchmarks.rivals prints the two rows of the README's table of methods
 
 from __future__ import annotations
 
+import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import fastskip
@@ -21,9 +23,12 @@ from fastskip.study.smaller_images import shrunk_processor
 ITEMS = 200
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Judge both against the bundled model, in float32 on the CPU."""
-    items = demo_tasks(ITEMS)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
+    about = f"items that judge (default: {ITEMS}, those of the README)"
+    parser.add_argument("--count", type=int, default=ITEMS, metavar="N", help=about)
+    items = demo_tasks(parser.parse_args(arguments).count)
     processor = processor_for(str(checkpoint_path()))
     model = fastskip.load_model(checkpoint_path(), "dense", dtype="float32", device="cpu")
     exam = Exam(items, processor, config=model.config, batch_size=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.mixed_cost import mixed_cost
 from fastskip.timing import threads_set
 
+HOME = Path(harness.__file__).parent
 TINY_CEILINGS = {"BUFFER_BYTES": {"cpu": 1 << 22}, "MATRIX_SIZES": {"cpu": (64,)}}
 
 
@@ -209,3 +211,17 @@ def test_sequences_that_are_alike_cost_what_a_batch_of_them_does(name: str) -> N
     both_kinds = mixed_cost([plan.cost(16, 8, 5, 2), plan.cost(0, 8, 5, 2)]).prefill
     assert both_kinds.weight_bytes == images.weight_bytes
     assert 2 * both_kinds.flops == images.flops + texts.flops
+
+
+SCRIPTS = [
+    ".".join(path.relative_to(HOME.parent).with_suffix("").parts)
+    for path in sorted(HOME.rglob("*.py"))
+    if 'if __name__ == "__main__"' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_help_and_measure_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(name).main(["--help"])
+    assert left.value.code == 0 and "usage: " in capsys.readouterr().out
