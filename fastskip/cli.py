@@ -1,7 +1,11 @@
 """The `fastskip` command. Each subcommand is a thin call of the public API, imported on use."""
 
+import errno
 import inspect
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -24,6 +28,8 @@ from fastskip.commands.train import train
 from fastskip.commands.verify import verify
 
 EXIT_ERROR = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What is said of a disk, also one behind stdout, that takes no more."""
 
 
 class _Commands(TyperGroup):
@@ -35,12 +41,37 @@ class _Commands(TyperGroup):
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "fastskip":
                 raise
-            # names of files may hold bytes that are no text, which no terminal can print
-            printable = str(error).encode(errors="backslashreplace").decode()
-            message = " ".join([*printable.split(), *getattr(error, "__notes__", ())])
-            console = Console(stderr=True, highlight=False, soft_wrap=True)
-            console.print(message, style="red", markup=False, emoji=False)
+            _tell(" ".join([str(error), *getattr(error, "__notes__", ())]))
             raise typer.Exit(EXIT_ERROR) from error
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """As typer's, which ends in silence where nobody reads on; a full disk is told."""
+        try:
+            return super().main(*arguments, **options)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            with suppress(OSError):  # it may lie behind stderr too
+                where = "" if error.filename is None else f" to {error.filename}"
+                _tell(f"cannot write{where}: {error.strerror}")
+            _drop_output()
+            sys.exit(EXIT_ERROR)
+
+
+def _tell(message: str) -> None:
+    """One line for the user."""
+    # names of files may hold bytes that are no text, which no terminal can print
+    printable = message.encode(errors="backslashreplace").decode()
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(" ".join(printable.split()), style="red", markup=False, emoji=False)
+
+
+def _drop_output() -> None:
+    """What stdout could not take, or Python fails on it once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(

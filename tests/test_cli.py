@@ -443,6 +443,25 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("arguments", [("--help",), ("policies",), ("policies", "dense")])
+def test_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "fastskip", *arguments]
+    with open("/dev/full", "wb") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 2
+    assert (found.returncode, found.stderr) == (2, "cannot write: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("policies",), ("policies", "dense")])
+def test_a_closed_pipe_is_silent(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "fastskip", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b"" and running.wait() == 1
+
+
 def test_verify_gives_the_demo_a_scene_and_needs_rows_to_prove_anything(checkpoint: Path) -> None:
     arguments = ("verify", "-p", "image_ffn", "--max-new-tokens", 2)
     text = succeed(*arguments).stdout
