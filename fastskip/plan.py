@@ -28,7 +28,7 @@ from fastskip.policy import (
     Sublayer,
     TokenClass,
 )
-from fastskip.presets import PRESETS
+from fastskip.presets import PRESETS, defaults_of
 
 __all__ = [
     "Cell",
@@ -325,11 +325,10 @@ def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
         return SkipPlan(policy, shape, *resolve_layers(policy, shape))
     except PolicyError as error:
         name = (policy.name or "").partition(":")[0]
-        if name in PRESETS:
-            error.add_note(
-                f"of preset {name}, whose options can be others: {name}:KEY=VALUE:KEY=VALUE, as "
-                "`fastskip policies` lists them"
-            )
+        options = list(defaults_of(name)) if name in PRESETS else []
+        if options:
+            about = f"its options: {', '.join(options)}, written {name}:{options[0]}=VALUE"
+            error.add_note(f"(preset {name}; {about})")
         raise
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from fastskip.paper_presets import BLOCK, PAPER_PRESETS, Made
@@ -88,6 +89,8 @@ def pyramid_drop(
     """After each layer of `stages` a share `ratio` of the image rows that are left stay, by the
     attention of the layer to come (PyramidDrop, arXiv 2410.17247)."""
     layers = integers(stages, "stages", 0, "7,15,23")
+    if any(later <= layer for layer, later in pairwise(layers)):
+        raise PolicyError("stages", stages, 'layers in rising order, such as "7,15,23"')
     return tuple(_removal(after, Ranking.NEXT_ATTENTION, ratio) for after in layers)
 
 
@@ -153,14 +156,33 @@ def split_preset(text: str) -> tuple[str, dict[str, Any]] | None:
     name, *options = text.split(":")
     if name not in PRESETS:
         return None
-    return name, dict(option_of(each, name) for each in options)
+    return name, options_of(options, name)
 
 
-def option_of(text: str, name: str) -> tuple[str, Any]:
-    """`KEY=VALUE` of an option of preset `name`, numbers as such."""
+def defaults_of(name: str) -> dict[str, Any]:
+    """The options of preset `name`, and what they are where nothing is said."""
+    parameters = inspect.signature(PRESETS[name][0]).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def options_of(texts: Sequence[str], name: str) -> dict[str, Any]:
+    """Options of preset `name`, each written `KEY=VALUE`, numbers as such."""
+    found = [_option(text, name) for text in texts]
+    options = dict(found)
+    if len(options) < len(found):
+        keys = [key for key, _ in found]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        values = [value for key, value in found if key == twice]
+        raise PolicyError(f"{name}.{twice}", values, "each option once")
+    return options
+
+
+def _option(text: str, name: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key and equals):
-        raise PolicyError(f"{name}:{text}", text, "KEY=VALUE, such as interval=3", "not an option")
+        known = ", ".join(defaults_of(name))
+        allowed = f"KEY=VALUE, where KEY is one of {known}" if known else "no options"
+        raise PolicyError(name, text, allowed, f"{text!r} is not KEY=VALUE")
     for number in (int, float):
         with suppress(ValueError):
             return key, number(value)
@@ -171,8 +193,7 @@ def build_preset(name: str, options: Mapping[str, Any]) -> Made:
     """What the preset of that name is; `PolicyError` lists the names or options that exist."""
     if not isinstance(name, str) or name not in PRESETS:
         raise PolicyError("preset", name, ", ".join(PRESETS))
-    function = PRESETS[name][0]
-    known = inspect.signature(function).parameters
+    function, known = PRESETS[name][0], defaults_of(name)
     for option, value in options.items():
         if option not in known:
             allowed = ", ".join(known) or "no options"

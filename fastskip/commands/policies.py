@@ -1,6 +1,5 @@
 """`fastskip policies`: the presets, and policy files made of them."""
 
-import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,9 +58,10 @@ def policies(
         _list()
         return
     from fastskip.policy import PolicyError, SkipPolicy
-    from fastskip.presets import option_of
+    from fastskip.presets import PRESETS, options_of
 
-    policy = SkipPolicy.preset(name, **dict(option_of(text, name) for text in option or ()))
+    options = options_of(option or (), name) if name in PRESETS else {}
+    policy = SkipPolicy.preset(name, **options)
     table = None if layers is None else _table(policy, layers)
     if output is None:
         typer.echo(json.dumps(policy.to_dict(), indent=2))
@@ -82,14 +82,13 @@ def _list() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastskip.presets import PRESETS
+    from fastskip.presets import PRESETS, defaults_of
 
     table = Table("preset", "what it does", "options (-s KEY=VALUE)", box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a narrow terminal shows all of a name
-    for name, (function, line) in PRESETS.items():
-        parameters = inspect.signature(function).parameters.values()
-        options = " ".join(f"{p.name}={_shown(p.default)}" for p in parameters)
+    for name, (_, line) in PRESETS.items():
+        options = " ".join(f"{key}={_shown(value)}" for key, value in defaults_of(name).items())
         table.add_row(name, line, options)
     Console().print(table)
 
