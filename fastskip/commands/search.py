@@ -58,8 +58,8 @@ def search(
             "--out",
             "-o",
             metavar="DIR",
-            help="Where search.json, policies/*.json and plots go, and what was measured, so that "
-            "a run that was cut off goes on from there.",
+            help="Where search.json, policies/*.json (in place of an older search's) and plots go, "
+            "and what was measured, so that a run that was cut off goes on from there.",
         ),
     ],
     model: ModelOption = None,

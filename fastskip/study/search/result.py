@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,20 +147,22 @@ class SearchResult:
     def write(self, folder: Path) -> SearchResult:
         """Write `search.json` and a policy file of every candidate; returns what names the files.
 
-        Each file appears whole or not at all.
+        Each file appears whole or not at all. Policies of an older search there, as of another
+        budget, go, so that none is taken for one of this; other files stay.
         """
+        older = _policy_files(folder)
         named = replace(self, candidates=tuple(self._filed(each) for each in self.candidates))
         (folder / POLICIES).mkdir(parents=True, exist_ok=True)
         for each in named.candidates:
             if each.file is not None:
                 write_json(folder / each.file, self._provided(each).to_dict(), indent=2)
+        for file in older - {each.file for each in named.candidates}:
+            (folder / file).unlink(missing_ok=True)
         write_json(folder / FILE, named.to_dict(), indent=2)
         return named
 
     def _filed(self, each: Found) -> Found:
-        return replace(
-            each, file=None if each.source == "dense" else f"{POLICIES}/{slug(each.name)}.json"
-        )
+        return replace(each, file=None if each.source == "dense" else _file_of(each.name))
 
     def _provided(self, each: Found) -> SkipPolicy:
         """The policy with its provenance."""
@@ -182,6 +185,19 @@ class SearchResult:
         }
         provenance = {**each.policy.provenance, "made_for": dict(self.made_for), "search": search}
         return replace(each.policy, name=each.name, provenance=provenance)
+
+
+def _file_of(name: str) -> str:
+    return f"{POLICIES}/{slug(name)}.json"
+
+
+def _policy_files(folder: Path) -> set[str]:
+    """What `search.json` there says that its search wrote, if it says so."""
+    try:
+        candidates = json.loads((folder / FILE).read_text(encoding="utf-8"))["candidates"]
+        return {_file_of(each["name"]) for each in candidates if each["file"] is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
 
 
 def slug(name: str) -> str:

@@ -195,6 +195,17 @@ def test_a_whole_search(model: Any, result: SearchResult, folder: Path) -> None:
         assert min(rivals) > 0.69
 
 
+def test_policies_of_an_older_search_go(result: SearchResult, tmp_path: Path) -> None:
+    result.write(tmp_path)
+    (tmp_path / "policies" / "mine.json").write_text("{}")
+    fewer = tuple(each for each in result.candidates if each.source in ("dense", "search"))
+    again = replace(result, candidates=fewer).write(tmp_path)
+    names = {str(path.relative_to(tmp_path)) for path in (tmp_path / "policies").iterdir()}
+    assert names == {each.file for each in again.candidates if each.file} | {"policies/mine.json"}
+    (tmp_path / "search.json").write_text('{"candidates": [{"file": "../x", "name": 3}]}')
+    result.write(tmp_path)  # whatever lies there
+
+
 def test_a_search_that_was_killed_goes_on(
     model: Any,
     result: SearchResult,
