@@ -63,7 +63,7 @@ class RouterRule:
         measure: of similarity: COSINE (if not written) or CHANGE.
         weights: of linear: safetensors file, relative to the policy file.
         capacity: of linear, instead of a threshold: the share in (0, 1] of a sequence's candidates
-            in one forward that runs; for prompt rows only.
+            in one forward that runs, rounded up (of 50 rows 0.56 are 28); for prompt rows only.
         rate, seed: of random: the share in [0, 1] that skips, and where draws start (0).
         group, agree: who decides together (each row for itself), and how (by the mean).
         kv: what a row that skips attention leaves, as in a `SkipRule` (PROJECT).

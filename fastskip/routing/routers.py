@@ -20,6 +20,17 @@ from fastskip.policy import Measure, RouterRule, Sublayer
 from fastskip.routing.protocol import Decision, RouterError, RoutingContext
 from fastskip.routing.weights import LayerScore
 
+MARGIN = 2.0**-51
+"""As a share of a number: more than rounding adds to it, and less than any decimal means."""
+
+
+def as_decimal(capacity: float) -> float:
+    """A share of which ``ceil(share * m)`` is that of the decimal that was written.
+
+    0.56 of 50 rows are 28, but the float nearest to 0.56 is a little more, and so is its product.
+    """
+    return capacity * (1 - MARGIN)
+
 
 class ScoreRouter:
     """A router of kind similarity, linear or random."""
@@ -117,7 +128,7 @@ class ScoreRouter:
                 bias=own.bias,
                 group=group,
                 agreement=agreement,
-                capacity=rule.capacity,
+                capacity=None if rule.capacity is None else as_decimal(rule.capacity),
             )
         assert rule.threshold is not None
         is_change = rule.measure is Measure.CHANGE

@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastskip
-from fastskip import PolicyError, RouterError, SkipPolicy, Sublayer
+from fastskip import PolicyError, RouterError, RouterRule, SkipPolicy, Sublayer
+from fastskip.routing.routers import ScoreRouter
 from fastskip.routing.weights import LayerScore, read_weights, write_weights
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch
@@ -98,6 +100,17 @@ def test_capacity_is_a_share_of_each_sequence(
         assert torch.equal(mask[0], masks[key][0, batch.real[0]])
     tokens, _ = check_generate(trio, policy, batch)
     assert tokens.shape[1] == 4
+
+
+def test_a_capacity_is_the_decimal_that_was_written(weights: Path) -> None:
+    scores = {1: LayerScore(torch.zeros(HIDDEN), 0.0)}
+    written = [*(f"{n / 1000:.3f}" for n in range(1, 1001)), "1e-9", "0.3333333333333333"]
+    for text in written:
+        rule = RouterRule(**linear(weights, [1], ["image"], capacity=float(text)))
+        share = ScoreRouter(rule, scores).terms(1).capacity
+        assert share is not None
+        for rows in (1, 2, 3, 25, 50, 100, 576, 1000, 2880, 1 << 20):
+            assert math.ceil(share * rows) == math.ceil(Fraction(text) * rows), (text, rows)
 
 
 def changed(path: Path, folder: Path, **tensors: torch.Tensor | None) -> Path:
