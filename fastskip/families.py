@@ -59,6 +59,12 @@ DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
 _QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 _QWEN3 = ("qwen3", "qwen3_vl_text")
 DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "opt")
+CUTTING = (
+    *("llava_next", "llava_next_video", "llava_onevision", "internvl", "idefics3", "smolvlm"),
+)
+"""Families that cut images into crops, more of them out of larger ones."""
+KEEPING_SIZES = ("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families of which larger images have more rows, uncut."""
 UNCUT_SIDE = 448
 """Pixels a side of what is taken for an image where images keep their sizes."""
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
@@ -276,6 +282,16 @@ def rows_of_crop(config: Any) -> int:
         side = getattr(vision, "image_size", UNCUT_SIDE)
         patches = side_of(side) // side_of(vision.patch_size)
     return round((patches / _patches_of_row(config)) ** 2)
+
+
+def assumed_of_images(config: Any) -> str | None:
+    """What `rows_of_crop` takes for an image where images have more rows or fewer, by size."""
+    if config.model_type in CUTTING:
+        return "one image of a single crop; this model cuts larger images into several"
+    if config.model_type in KEEPING_SIZES:
+        side = side_of(getattr(config.vision_config, "image_size", UNCUT_SIDE))
+        return f"one image of {side} x {side} pixels; this model keeps the sizes of images"
+    return None
 
 
 def side_of(size: Any) -> int:

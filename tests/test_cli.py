@@ -22,6 +22,7 @@ from fastskip.cli import app
 from fastskip.images import load_image
 from fastskip.prompts import build_inputs, processor_for
 from tests.checkpoints import save_checkpoint
+from tests.models import tiny_llava
 
 COMMANDS = (
     *("generate", "plan", "verify", "calibrate", "train", "prune", "bench", "demo", "policies"),
@@ -183,6 +184,24 @@ def test_plan_shows_layers_costs_and_the_ideal(checkpoint: Path) -> None:
         r"Ideal gain: prefill 1\.\d\dx, decode 1\.00x, .* 20 GB/s .* 100 GFLOP/s", text
     )
     assert "1 x (4 image + 64 text positions, 128 new tokens)" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "assumed"),
+    [
+        ("llava_next_vicuna", "Assumed: one image of a single crop; this model cuts larger images"),
+        ("qwen2_vl", "Assumed: one image of 448 x 448 pixels; this model keeps the sizes"),
+        ("llava", None),
+    ],
+)
+def test_plan_says_what_image_it_counts(tmp_path: Path, kind: Any, assumed: str | None) -> None:
+    config = tiny_llava(kind).config
+    config.text_config.max_position_embeddings = 4096
+    config.save_pretrained(tmp_path)
+    text = succeed("plan", "-m", tmp_path, "-p", "dense", *MACHINE).stdout
+    assert assumed in text if assumed else "Assumed" not in text
+    text = succeed("plan", "-m", tmp_path, "-p", "dense", *MACHINE, "--image-tokens", 8).stdout
+    assert "Assumed" not in text
 
 
 def test_plan_of_nothing_says_so(checkpoint: Path) -> None:

@@ -98,7 +98,7 @@ def plan(
     config = config_of(path)
 
     from fastskip.commands import forecast
-    from fastskip.families import rows_of_crop
+    from fastskip.families import assumed_of_images, rows_of_crop
 
     chosen = resolve_policy(policy, path, config)
     load = forecast.Workload(
@@ -122,7 +122,7 @@ def plan(
             }
         typer.echo(json.dumps(found, indent=2))
         return
-    _show(path, result)
+    _show(path, result, assumed_of_images(config) if image_tokens is None else None)
     if counted is not None:
         _show_launches(result, *counted)
 
@@ -173,7 +173,7 @@ def _show_launches(
     Console(highlight=False).print(table)
 
 
-def _show(model: str, result: "Forecast") -> None:
+def _show(model: str, result: "Forecast", assumed: str | None) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -200,6 +200,8 @@ def _show(model: str, result: "Forecast") -> None:
         f"{load.batch} x ({load.image_tokens} image + {load.text_tokens} text positions, "
         f"{load.new_tokens} new tokens):"
     )
+    if assumed is not None:
+        console.print(f"Assumed: {assumed}. --image-tokens N says how many rows there are.")
     columns = [("dense", result.dense, None), *_columns(result, name)]
     compared = next((c for c in columns if c[0] == "expected"), columns[-1])
     ratio = "dense / policy" if result.routed is None else f"dense / {compared[0]}"
