@@ -375,6 +375,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("generate -q hi -m {model} -p {broken}", "broken.json: not JSON .*; allowed: a policy"),
         ("generate -q hi -m {text} -i {image}", "images: got 1; allowed: none"),
         ("generate -q hi -m {text} -p image_ffn", "image"),
+        ("generate -q hi -m {model} --device mps", "--device mps: [^;]{1,120}; allowed here: cpu"),
         ("generate -q hi -m {model} --device gpu", "--device gpu: .*; allowed here: cpu"),
         ("generate -q hi -m {weightless}", "--model .*; allowed: .* config and weights"),
         (

@@ -146,8 +146,10 @@ def _show(found: "Calibration") -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    titles = ("router", "kind", "layer", "tokens", "skips", "set to", "rows", "wanted", "achieved")
-    table = Table(*titles, box=box.SIMPLE_HEAD)
+    titles = ("router", "kind", "layer", "tokens", "skips", "set to", "rows", "achieved")
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in table.columns:
+        column.overflow = "fold"  # a narrow terminal shows all of a threshold
     for column in (table.columns[2], *table.columns[5:]):
         column.justify = "right"
     for share in found.shares:
@@ -162,7 +164,6 @@ def _show(found: "Calibration") -> None:
             ", ".join(written["skip"]),
             f"{name} {written[name]:g}",
             str(share.candidates),
-            f"{found.wanted:.1%}",
             f"{share.achieved:.1%}",
         )
     console.print(table)

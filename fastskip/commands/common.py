@@ -143,7 +143,7 @@ def reading(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].removesuffix(".")
         raise CommandError(f"--model {model}: {reason}; allowed: {allowed}") from error
     except (RuntimeError, ValueError) as error:
         if not _UNFIT.search(str(error)):
@@ -202,7 +202,8 @@ def device_of(name: str | None) -> Any:
             torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
-        reason = str(error).partition("\n")[0]
+        # what follows is about how torch was built
+        reason = re.split(r"\n|\. ", str(error), maxsplit=1)[0]
         count = torch.cuda.device_count()
         allowed = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
         raise CommandError(f"--device {name}: {reason}; allowed here: {allowed}") from error
