@@ -291,13 +291,16 @@ class Exam:
             )
         )
 
-    def single(self, index: int) -> Any:
+    def single(self, index: int, new_tokens: int | None = None) -> Any:
         """The model inputs of one item alone, on the host.
 
+        Args:
+            index: which item.
+            new_tokens: how many must fit behind it; `None`: those of an answer.
         Raises:
-            ItemError: its images or prompt cannot be used.
+            ItemError: its images or prompt cannot be used, or are too long.
         """
-        return self._inputs.build([self.items[index]])
+        return self._inputs.build([self.items[index]], new_tokens)
 
     def inputs(self, number: int) -> Any:
         """The model inputs of one batch, on the host.

@@ -44,9 +44,12 @@ class ItemInputs:
             self._room -= size
         return inputs
 
-    def build(self, items: Sequence[Item]) -> Any:
+    def build(self, items: Sequence[Item], new_tokens: int | None = None) -> Any:
         """The inputs of some items: all with images, or none.
 
+        Args:
+            items: in the order that is wanted.
+            new_tokens: how many must fit behind the prompts; `None`: those of an answer.
         Raises:
             ItemError: an item's images or prompt cannot be used.
         """
@@ -63,7 +66,7 @@ class ItemInputs:
                 prompts,
                 [_images(item) for item in items],
                 config=self.config,
-                max_new_tokens=self._new_tokens,
+                max_new_tokens=self._new_tokens if new_tokens is None else new_tokens,
             )
         except (ImageError, PromptError) as error:
             told = items[0].where if len(items) == 1 else f"{items[0].where} to {items[-1].where}"

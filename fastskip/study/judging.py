@@ -221,12 +221,14 @@ def judge(
     Raises:
         ValueError: `new_tokens` or `rounds` is too small.
         PolicyError: a policy does not fit the model.
-        ItemError: an item cannot be used.
+        ItemError: an item cannot be used, or the model has no positions for `new_tokens`.
         SmallerImagesError: the model takes no smaller images.
     """
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 0)):
         if value < least:
             raise ValueError(f"{name}: {value}; allowed: {least} or more")
+    if rounds:
+        exam.single(0, new_tokens)  # whether they fit is known before anybody answers
     every = [
         _Contender(label, policy, exam) for label, policy in ((DENSE, SkipPolicy()), *policies)
     ]

@@ -377,6 +377,7 @@ def test_nothing_is_judged_without_the_scorers(
         (["--metric", "cider"], "--metric cider: the demo's items say theirs; allowed: with"),
         (["-p", "dense", "-p", "dense"], "one is there twice"),
         (["-p", "nonsense"], "nonsense"),
+        (["--count", "4", "--rounds", "1", "--new-tokens", "2000"], "allowed: at most 1024"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str) -> None:

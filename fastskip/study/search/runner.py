@@ -80,7 +80,7 @@ class Search:
         self._bench = Bench(
             model,
             calibration,
-            held_out.single(0),
+            held_out.single(0, self.settings.new_tokens),
             ceilings,
             self.settings,
             folder,
