@@ -39,9 +39,11 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if type(error).__module__.partition(".")[0] != "fastskip":
+            is_own = type(error).__module__.partition(".")[0] == "fastskip"
+            if not is_own and not _is_out_of_memory(error):
                 raise
-            _tell(" ".join([str(error), *getattr(error, "__notes__", ())]))
+            what = str(error) if is_own else f"out of memory: {error}"
+            _tell(" ".join([what, *getattr(error, "__notes__", ())]))
             raise typer.Exit(EXIT_ERROR) from error
 
     def main(self, *arguments: Any, **options: Any) -> Any:
@@ -56,6 +58,12 @@ class _Commands(TyperGroup):
                 _tell(f"cannot write{where}: {error.strerror}")
             _drop_output()
             sys.exit(EXIT_ERROR)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """By names, since torch is not imported before a command needs it."""
+    has_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return has_type or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _tell(message: str) -> None:

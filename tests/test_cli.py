@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -469,6 +469,24 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fastskip.SkipPolicy, "preset", fail)
     result = run("policies", "dense")
     assert isinstance(result.exception, ZeroDivisionError)
+
+
+def allocate() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def run_out_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+
+
+@pytest.mark.parametrize("work", [allocate, run_out_on_a_gpu])
+def test_memory_that_runs_out_is_one_line(
+    work: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastskip.SkipPolicy, "preset", lambda *_, **__: work())
+    result = run("policies", "dense")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert re.match("out of memory: .* allocate", result.stderr)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
