@@ -276,8 +276,12 @@ def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any
     import transformers
 
     from fastskip.families import model_class_name
+    from fastskip.sparse.checkpoint import LAYOUT_FILE
 
     place = device_of(device)
+    if os.path.isfile(os.path.join(model, LAYOUT_FILE)):
+        problem = "sparse weights, which Hugging Face's own model cannot read"
+        raise CommandError(f"--model {model}: {problem}; allowed: as prune --stored dense writes")
     with reading(model):
         model_class = getattr(transformers, model_class_name(config))
         plain = model_class.from_pretrained(model, dtype=dtype.value, use_safetensors=True)

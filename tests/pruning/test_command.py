@@ -64,6 +64,15 @@ def test_prunes_on_samples(checkpoint: Path, samples: Path, tmp_path: Path, stor
     succeed("generate", "-m", out, "-q", "what?", "--max-new-tokens", 3)
 
 
+def test_what_needs_hugging_face_says_so_of_sparse_weights(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    succeed("prune", "-m", checkpoint, "--ratio", 0.5, "--method", "magnitude", "-o", tmp_path)
+    result = run("verify", "-m", tmp_path, "-p", "dense", "--max-new-tokens", 2)
+    assert result.exit_code == 2
+    assert "sparse weights, which Hugging Face's own model cannot read" in result.stderr
+
+
 def test_reports_as_json_and_combines(checkpoint: Path, tmp_path: Path) -> None:
     files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
     for seed, file in enumerate(files, start=1):
