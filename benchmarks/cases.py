@@ -10,10 +10,10 @@ import torch
 from benchmarks.harness import Case
 from benchmarks.mixes import MIX
 from benchmarks.peers import DEFAULT, MORE, ROUTED, ROUTED_BATCH
-from benchmarks.shapes import DEMO, HALF_BILLION, INTERNVL, SMOLVLM, Shape
+from benchmarks.shapes import DEMO, HALF_BILLION, INTERNVL, QWEN3_VL, SMOLVLM, Shape
 
-_ROUNDS = {DEMO.name: 9, HALF_BILLION.name: 3}  # a short call needs more of them
-_RELATIVES = (SMOLVLM, INTERNVL)
+_ROUNDS = {DEMO.name: 9, HALF_BILLION.name: 3, QWEN3_VL.name: 3}  # a short call needs more of them
+_RELATIVES = (SMOLVLM, INTERNVL, QWEN3_VL)
 _BOTH = (torch.float32, torch.bfloat16)
 
 

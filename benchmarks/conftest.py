@@ -25,7 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         nargs="?",
         const="",
         metavar="PATH",
-        help="keep the results as JSON (default: benchmarks/results/<machine>.json)",
+        help="keep the results as JSON (default: benchmarks/results/<machine>.json); cases that are "
+        "there and were not run stay",
     )
 
 
@@ -83,6 +84,10 @@ def pytest_terminal_summary(
     place = config.getoption("save_results")
     if place is not None:
         path = Path(place) if place else _HERE / "results" / file_name("cpu")
-        command = f"pytest {shlex.join(config.invocation_params.args)}"
-        Results(command, f"{datetime.now(UTC):%Y-%m-%d}", records).save(path)
+        run = {
+            "command": f"pytest {shlex.join(config.invocation_params.args)}",
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        }
+        known = Results.load(path) if path.is_file() else Results([])
+        known.renewed([record | run for record in records]).save(path)
         terminalreporter.write_line(f"\nresults: {path}")

@@ -27,10 +27,8 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Results:
-    """What one run of the benchmarks found."""
+    """What runs of the benchmarks found; each record says by which `command` and on which `date`."""
 
-    command: str
-    date: str
     records: list[Record]
 
     @classmethod
@@ -40,6 +38,15 @@ class Results:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def renewed(self, records: Sequence[Record]) -> Results:
+        """With the cases of these records as they say, in their old places; new ones come last."""
+        cases = {
+            case: [record for record in found if record["case"] == case]
+            for found in (self.records, records)
+            for case in dict.fromkeys(record["case"] for record in found)
+        }
+        return Results([record for own in cases.values() for record in own])
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,16 @@ def markdown(table: Table) -> str:
     return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(line)} |" for line in padded)])
 
 
-def environment(results: Results) -> str:
-    """Where the numbers come from, in one line."""
-    first = results.records[0]
-    most = max(record["threads"] for record in results.records)
-    return (
-        f"{first['device']}, threads: up to {most}, torch {first['torch']}, transformers "
-        f"{first['transformers']}, commit {first['commit'] or 'unknown'}, {results.date}: "
-        f"`{results.command}`"
+def environments(records: Sequence[Record]) -> list[str]:
+    """Where the numbers come from: a line a run."""
+    most = max(record["threads"] for record in records)
+    lines = (
+        f"{own['device']}, threads: up to {most}, torch {own['torch']}, transformers "
+        f"{own['transformers']}, commit {own['commit'] or 'unknown'}, {own['date']}: "
+        f"`{own['command']}`"
+        for own in records
     )
+    return list(dict.fromkeys(lines))
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
@@ -175,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--case {options.case!r}: no such case; there are {names}")
     for table in tables(records):
         print(markdown(table), end="\n\n")
-    print(environment(results))
+    print(*environments(records), sep="\n")
     try:
         plot(records, options.png or options.file.with_suffix(".png"))
     except ModuleNotFoundError:

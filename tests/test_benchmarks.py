@@ -151,16 +151,26 @@ def test_report_of_a_file(
     found: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "results.json"
-    Results("pytest benchmarks/", "2000-01-01", found).save(path)
+    run = {"command": "pytest benchmarks/", "date": "2000-01-01"}
+    Results([record | run for record in found]).save(path)
     assert len(json.loads(path.read_text())["records"]) == len(found)
     (table,) = tables(found)
     main([str(path)])
     printed = capsys.readouterr().out
     assert markdown(table) in printed
+    assert "2000-01-01: `pytest benchmarks/`" in printed
     assert "every 2nd block skipped" in printed
     assert (tmp_path / "results.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         main([str(path), "--case", "none"])
+
+
+def test_cases_that_were_not_run_again_stay() -> None:
+    old = [{"case": case, "peer": peer, "run": 1} for case in "ab" for peer in ("hf", "dense")]
+    new = [{"case": case, "peer": "hf", "run": 2} for case in "bc"]
+    renewed = Results(old).renewed(new)
+    assert renewed.records == [*old[:2], *new]
+    assert Results([]).renewed(new).records == new
 
 
 def test_names_of_files_are_plain() -> None:
