@@ -25,8 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         nargs="?",
         const="",
         metavar="PATH",
-        help="keep the results as JSON (default: benchmarks/results/<machine>.json); cases that are "
-        "there and were not run stay",
+        help="keep the results as JSON (default: benchmarks/results/<machine>.json); cases that "
+        "are there and were not run stay",
     )
 
 

@@ -27,7 +27,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Results:
-    """What runs of the benchmarks found; each record says by which `command` and on which `date`."""
+    """What runs of the benchmarks found; each record names its `command` and `date`."""
 
     records: list[Record]
 
