@@ -5,6 +5,7 @@ import string
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
     DeepseekVLProcessor,
@@ -70,6 +71,19 @@ OWN_PROMPTS: tuple[Kind, ...] = ("got_ocr2",)
 PROCESSED: tuple[Kind, ...] = tuple(
     kind for kind in RELATIVES if kind not in NEEDING_TORCHVISION + OWN_PROMPTS
 )
+_FROM_PILLOW: dict[Kind, str] = {
+    "idefics2": "Idefics2ImageProcessorPil",
+    "idefics3": "Idefics3ImageProcessorPil",
+    "smolvlm": "SmolVLMImageProcessorPil",
+    "ovis2": "Ovis2ImageProcessorPil",
+}
+"""What the oldest transformers loads with torchvision alone, and has a name for."""
+LOADABLE: tuple[Kind, ...] = tuple(
+    kind
+    for kind in PROCESSED
+    if not hasattr(getattr(transformers, _FROM_PILLOW.get(kind, ""), None), "_backends")
+)
+"""Kinds whose processors can be loaded here."""
 AROUND_IMAGES = ("<fake_token_around_image>", "<end_of_utterance>", "<global-img>")
 """Tokens that Idefics 3's processor writes."""
 OF_OVIS = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")

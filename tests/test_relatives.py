@@ -27,8 +27,8 @@ from tests.agreement import Trio, expected
 from tests.batches import BY_PATCHES, MERGE, PATCHED, UNCUT, Batch, random_batch
 from tests.budget import assert_within_budget
 from tests.checkpoints import (
+    LOADABLE,
     OWN_PROMPTS,
-    PROCESSED,
     VOCAB,
     answer,
     save_checkpoint,
@@ -96,7 +96,7 @@ def test_an_encoder_of_a_package_that_is_missing(
         fastskip.load_model(tmp_path)
 
 
-@pytest.mark.parametrize("kind", PROCESSED)
+@pytest.mark.parametrize("kind", LOADABLE)
 def test_prompts(kind: Kind, tmp_path: Path) -> None:
     processor = processor_for(save_checkpoint(tmp_path, kind))
     model = tiny_llava(kind, vocab=VOCAB)
