@@ -219,7 +219,6 @@ def _internvl(dtype: torch.dtype) -> Any:
     return random_model(config, dtype)
 
 
-@torch.no_grad()
 def _qwen3_vl(dtype: torch.dtype) -> Any:
     """Half of the layers of Qwen3-VL-2B's language model, 1 B weights, with rows in three axes and
     features behind its first three layers; an image of 448 pixels a side (196 rows), and almost no
@@ -254,6 +253,7 @@ def _qwen3_vl(dtype: torch.dtype) -> Any:
     return random_model(config, dtype)
 
 
+@torch.no_grad()
 def random_model(config: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A model with weights drawn once, in `dtype`, where they stay; Hugging Face would draw them
     twice, in fp32, on the CPU."""
