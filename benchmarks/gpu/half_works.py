@@ -32,13 +32,29 @@ def add(make: Maker, rows: int, width: int) -> Work:
     hidden = make.widths.hidden
     term = Term(make.noise(rows, width), make.linear(hidden, width))
     h, norm, arrivals = make.noise(rows, hidden), make.norm(), make.integers([0] * ARRIVALS)
+    squares = h.new_empty(0)
 
     def run(ops: Any) -> Outcome:
+        nonlocal squares
         half = ops.add_terms_and_halve_(h, [term], norm, arrivals=arrivals)
         half = half or fused.halve(h, norm)  # where there is none, so that all have as many outputs
-        return [h, half.rows, half.squares.sum(1)]
+        squares = half.squares
+        return [h, half.rows]
 
-    return of_products(rows, [term.linear], run, rival=lambda: F.linear(term.x, term.linear.weight))
+    return of_products(
+        rows,
+        [term.linear],
+        run,
+        rival=lambda: F.linear(term.x, term.linear.weight),
+        entries=lambda: [of_mean_square(squares, h)],
+    )
+
+
+def of_mean_square(squares: Tensor, h: Tensor) -> Tensor:
+    """Parts of a mean square, summed, as a share of that of the rows that were stored: they are of
+    full precision, and how ``h`` was rounded before is no fault of theirs."""
+    share = squares.sum(1).double() / h.double().square().mean(1)
+    return share.to(squares.dtype)
 
 
 def half_of(h: Tensor, norm: Norm) -> HalfNorm | None:
