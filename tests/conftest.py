@@ -60,9 +60,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[i for i in items if id(i) not in chosen_ids])
         items[:] = kept
     for item in items:
-        if "reference" in item.keywords and is_other:
+        if item.get_closest_marker("reference") and is_other:
             item.add_marker(pytest.mark.skip(reason="looks into the reference runtime"))
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("full") and not long_form:
             item.add_marker(pytest.mark.skip(reason="long form; select it with -m full"))
