@@ -55,6 +55,8 @@ KIND_OF = {
 }
 OTHER = (("if", Guarding.CONDITIONAL), ("loop", Guarding.HOPS))
 """Ways to pass by what is skipped that stand against early exits, and how their names begin."""
+DEPTH = 8
+"""Layers of a step whose blocks are timed."""
 TURNS = (1, 2, 4, 8)
 """Layers of one turn of a loop."""
 
@@ -182,7 +184,7 @@ def _other_decisions(
 def blocks(setting: Setting, widths: Widths) -> Values:
     """Microseconds a block of a step at batch 1, in a graph of many."""
     widths = TINY if setting.is_tiny else widths
-    depth = 2 if setting.is_tiny else 8
+    depth = 2 if setting.is_tiny else DEPTH
     stack = Stack(setting, widths, depth)
     found: dict[str, float] = {"dense": microseconds(setting, stack.step(policy_of()), depth)}
     notes: dict[str, str] = {}

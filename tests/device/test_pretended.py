@@ -39,19 +39,28 @@ Run = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Made once, whoever of several workers asks first."""
+    return seen("tests.device.pretended", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    return seen("tests.device.pretended.protocol", tmp_path_factory)
+
+
+def seen(module: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """What a module prints, run once, whoever of several workers asks first."""
     base = tmp_path_factory.getbasetemp()
-    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "pretended.json"
+    kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{module}.json"
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
-            kept.write_text(made())
+            kept.write_text(made(module))
     found: dict[str, Run] = json.loads(kept.read_text())
     return found
 
 
-def made() -> str:
+def made(module: str) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.device.pretended"]
+    command = [sys.executable, "-m", module]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]
@@ -109,3 +118,15 @@ def test_the_host_waits_no_more_often_than_it_must(name: str, runs: dict[str, Ru
 def test_towers_under_autocast_are_not_captured(runs: dict[str, Run]) -> None:
     calls = calls_of(runs["autocast"])
     assert [call["towers"] for call in calls] == [0] * len(calls)
+
+
+@pytest.mark.parametrize(
+    "name", ("ceilings", "nodes", "prefill", "end to end", "ways of steps", "blocks", "tune")
+)
+def test_cells_of_the_gpu_protocol(name: str, cells: dict[str, Run]) -> None:
+    """They come to an end, leave nothing out, and do nothing that a device forbids."""
+    found = cells[name]
+    assert "error" not in found, found["error"]
+    assert not found["faults"], "\n".join(found["faults"])
+    left_out = ("failures", "notes")
+    assert all(not found["values"].get(each) for each in (*left_out, "faults"))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastskip.decoder import anatomy
-from fastskip.ops import graph_nodes, graphs
-from tests.device.pretended.graphs import Capture, Graph
+from fastskip.decoder import anatomy, captured_forward
+from fastskip.ops import bodies, graphs
+from fastskip.ops.allocate import outliving
+from tests.device.pretended.graphs import Capture, Graph, NodeBodies
 from tests.device.pretended.log import LOG
 
 DEVICE = torch.device("cuda:0")
@@ -48,13 +53,14 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, memory: Tensor) -> DeviceTensor:
-        made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            memory.size(),
-            strides=memory.stride(),
-            storage_offset=memory.storage_offset(),
-            dtype=memory.dtype,
-        )
+        with outliving():  # the memory knows whether it was made in inference mode
+            made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls,
+                memory.size(),
+                strides=memory.stride(),
+                storage_offset=memory.storage_offset(),
+                dtype=memory.dtype,
+            )
         made.memory = memory
         return made
 
@@ -133,6 +139,7 @@ def _run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kind is _aten.copy_ and len(own) == 1:
         return _copy(*args, **kwargs)
     _check_devices(operation, args, tensors)
+    _check_generator(kwargs.get("generator"))
     if kind in _ANSWERING:
         LOG.wait(str(operation))
     if goes_there:
@@ -205,6 +212,12 @@ def _check_devices(operation: Any, args: Any, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"Expected all tensors to be on the same device: {operation}, {shapes}")
 
 
+def _check_generator(generator: Any) -> None:
+    """Of an operation of the device."""
+    if generator is not None and generator._cdata not in _Generator.on_device:
+        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+
+
 def _inner(leaf: Any) -> Any:
     return leaf.memory if isinstance(leaf, DeviceTensor) else leaf
 
@@ -212,9 +225,14 @@ def _inner(leaf: Any) -> Any:
 class _Order:
     """An event or a stream; all is done at once, so it is only noted that the host waits."""
 
-    def __init__(self, *_: Any) -> None: ...
+    cuda_stream = 0
 
-    def record(self) -> None: ...
+    def __init__(self, *_: Any, enable_timing: bool = False) -> None:
+        self._has_time = enable_timing
+        self._recorded = self._seen = math.nan
+
+    def record(self) -> None:
+        self._recorded = time.perf_counter()
 
     def wait(self) -> None: ...
 
@@ -222,8 +240,32 @@ class _Order:
 
     def synchronize(self) -> None:
         LOG.wait("an event or a stream")
+        self._seen = self._recorded
+
+    def elapsed_time(self, end: _Order) -> float:
+        if not (self._has_time and end._has_time):
+            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
+        if math.isnan(self._recorded) or end._seen != end._recorded:
+            raise RuntimeError("CUDA error: device not ready")
+        return max(1e3 * (end._recorded - self._recorded), 1e-3)
 
 
+class _Generator(torch.Generator):
+    """Of random numbers; those of the device are written down."""
+
+    on_device: ClassVar[set[int]] = set()
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        made: Any = super().__new__(cls, "cpu")  # type: ignore[call-arg]
+        if torch.device(device).type == "cuda":
+            cls.on_device.add(made._cdata)
+        return made  # type: ignore[no-any-return]
+
+
+_PROPERTIES = SimpleNamespace(
+    name="pretended", multi_processor_count=4, L2_cache_size=1 << 10, total_memory=1 << 34
+)
+_RUNTIME = SimpleNamespace(cudaProfilerStart=lambda: 0, cudaProfilerStop=lambda: 0)
 _CUDA = {
     "CUDAGraph": Graph,
     "Event": _Order,
@@ -232,14 +274,21 @@ _CUDA = {
     "current_device": lambda: 0,
     "current_stream": _Order,
     "device": lambda _: nullcontext(),
+    "cudart": lambda: _RUNTIME,
     "device_count": lambda: 1,
-    # Where launches do not overlap, which the interpreter knows nothing of.
-    "get_device_capability": lambda *_: (8, 0),
-    "get_device_name": lambda *_: "pretended",
+    "empty_cache": lambda: None,
+    "get_device_capability": lambda *_: (9, 0),
+    "get_device_name": lambda *_: _PROPERTIES.name,
+    "get_device_properties": lambda *_: _PROPERTIES,
     "graph": Capture,
     "graph_pool_handle": object,
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_: True,
+    "is_current_stream_capturing": lambda: Graph.current is not None,
+    "max_memory_allocated": lambda *_: 0,
+    "memory_allocated": lambda *_: 0,
+    "nvtx": SimpleNamespace(range=lambda name: nullcontext()),
+    "reset_peak_memory_stats": lambda *_: None,
     "set_stream": lambda _: None,
     "stream": lambda _: nullcontext(),
     "synchronize": lambda *_: LOG.wait("the device"),
@@ -249,15 +298,20 @@ _CUDA = {
 @contextmanager
 def pretending() -> Iterator[None]:
     """Within this block the device is there."""
-    launch, tensor = InterpretedFunction.run, torch.tensor
+    launch, tensor, move = InterpretedFunction.run, torch.tensor, Tensor.to
 
     def tensor_of(data: Any, **options: Any) -> Tensor:
         """Also of numbers of the device, which torch reads without a dispatch."""
         if any(isinstance(leaf, DeviceTensor) for leaf in tree_leaves(data)):
             LOG.wait("a tensor of numbers")
-        return tensor(tree_map(_inner, data), **options)
+        return tensor(tree_map(_inner, data), **tree_map(_numbered, options))
 
-    def run(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
+    def to(sent: Tensor, *args: Any, **options: Any) -> Tensor:
+        moved: Tensor = move(sent, *map(_numbered, args), **tree_map(_numbered, options))
+        return moved
+
+    def run(kernel: Any, *given: Any, grid: Any, warmup: bool, **arguments: Any) -> None:
+        arguments |= dict(zip(kernel.arg_names, given, strict=False))
         on_host = [name for name, value in arguments.items() if _has_host_tensor(value)]
         if on_host:
             LOG.fault(f"{kernel.fn.__name__}: pointers to the host's memory, {on_host}")
@@ -272,14 +326,25 @@ def pretending() -> Iterator[None]:
             patched.setattr(torch.cuda, name, stand_in)
         patched.setattr(InterpretedFunction, "run", run)
         patched.setattr(torch, "tensor", tensor_of)
+        patched.setattr(Tensor, "to", to)
+        patched.setattr(torch, "Generator", _Generator)
+        # One launch follows another here.
+        patched.setattr(tl.extra.cuda, "gdc_wait", lambda: None)
         patched.setattr(graphs, "_WARM_UPS", 1)  # nothing has to be compiled
         # CUDA's own bindings, which torch for CUDA brings along, would look for a driver.
-        patched.setattr(graph_nodes, "_has_bindings", lambda: False)
+        patched.setattr(bodies, "GraphBodies", NodeBodies)
+        patched.setattr(captured_forward, "can_switch", lambda device: True)
         # Weights there are of another type, which is what it asks for.
         patched.setitem(vars(anatomy), "type", _type_of)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)  # else numbers go there without a dispatch
         yield
+
+
+def _numbered(option: Any) -> Any:
+    """A device without a number would be the current one, which torch without CUDA cannot tell."""
+    is_device = isinstance(option, (str, torch.device))
+    return DEVICE if is_device and torch.device(option).type == "cuda" else option
 
 
 def _type_of(thing: Any) -> type:

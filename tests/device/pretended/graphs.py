@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastskip.ops.bodies import BOUNDS, Body, Choose, CountedBody, Turn, bounds_of
+from fastskip.ops.conditions import set_condition
+from fastskip.ops.routes import Switch
 from tests.device.pretended.log import LOG, stack
 
 
@@ -61,6 +65,19 @@ class Graph:
         Graph.replays += 1
         for step in self._steps:
             step()
+
+    def note(self, step: Callable[[], None]) -> None:
+        """``step`` is done again in a replay."""
+        self._steps.append(step)
+
+    def apart(self, work: Callable[[], object]) -> list[Callable[[], None]]:
+        """What ``work`` launches, as the body of a node."""
+        outer, self._steps = self._steps, []
+        try:
+            work()
+            return self._steps
+        finally:
+            self._steps = outer
 
     def note_kernel(self, run: Callable[..., Any], arguments: Any) -> None:
         """``run(**arguments)`` is a launch."""
@@ -113,6 +130,69 @@ class Capture:
     def __exit__(self, *_: object) -> None:
         Graph.current, LOG.is_capturing = None, False
         self._graph.forget()
+
+
+class NodeBodies:
+    """Stands for ``GraphBodies``: nodes of the graph that is being captured, which look at flags
+    when they are replayed."""
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def run_if(self, runs: Tensor, body: Body) -> None:
+        set_condition(runs, 0)
+        if Graph.current is None:
+            body()
+            return
+        steps, count = Graph.current.apart(body), _counting(runs)
+        Graph.current.note(lambda: _do(steps) if count() else None)
+
+    def run_while(self, runs: Tensor, begin: Turn, body: Turn, most: int) -> None:
+        begin(0)
+        if Graph.current is None:
+            for _ in range(most):
+                body(0)
+            return
+        steps, count = Graph.current.apart(partial(body, 0)), _counting(runs)
+
+        def loop() -> None:
+            turns = 0
+            while count():
+                turns += 1
+                assert turns <= most, "a loop that does not end"
+                _do(steps)
+
+        Graph.current.note(loop)
+
+    def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
+        if len(runs) <= BOUNDS:
+            body(choose(runs, None))
+            return
+        step, bounds = bounds_of(len(runs))
+        chosen = choose(runs, Switch(0, step))
+        own = [partial(body, chosen.at_most(bound)) for bound in bounds]
+        if Graph.current is None:
+            _do(own)
+            return
+        bodies, count = [Graph.current.apart(each) for each in own], _counting(runs)
+
+        def switch() -> None:
+            running = count()
+            if running:
+                _do(bodies[(running - 1) // step])
+
+        Graph.current.note(switch)
+
+
+def _do(steps: Iterable[Callable[[], object]]) -> None:
+    for step in steps:
+        step()
+
+
+def _counting(runs: Any) -> Callable[[], int]:
+    """How many flags are set, on memory of the device, whenever it is asked."""
+    assert Graph.current is not None
+    known = Graph.current._known(runs.memory)
+    return lambda: int(_tensors(known).count_nonzero())
 
 
 def _storage(tensor: Tensor) -> int:
