@@ -71,9 +71,9 @@ def _processors(setting: Setting) -> int:
 
 
 CELLS = [
-    Cell(MEMORY, "bandwidth of copies and reads", 0.3, memory, True),
-    Cell(MATRIX, "rate of bf16 matrix products", 0.2, matrix, True),
+    Cell(MEMORY, "bandwidth of copies and reads", 0.1, memory, True),
+    Cell(MATRIX, "rate of bf16 matrix products", 0.1, matrix, True),
     Cell(
-        "ceilings.nodes", "an empty, early-exit and conditional graph node", 0.5, nodes.cost, True
+        "ceilings.nodes", "an empty, early-exit and conditional graph node", 0.2, nodes.cost, True
     ),
 ]

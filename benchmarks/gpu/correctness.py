@@ -192,7 +192,7 @@ def _operations(widths: Widths, dtype: torch.dtype, is_default: bool) -> Cell:
     short = str(dtype).removeprefix("torch.")
     name = f"correctness.ops.{widths.name}.{short}"
     about = f"every operation at {widths.name.upper()} shapes in {short} against fp64"
-    return Cell(name, about, 0.6, partial(operations, widths=widths, dtype=dtype), is_default)
+    return Cell(name, about, 0.8, partial(operations, widths=widths, dtype=dtype), is_default)
 
 
 def _end_to_end(dtype: torch.dtype) -> Cell:
