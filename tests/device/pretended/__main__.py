@@ -20,6 +20,7 @@ import transformers
 import fastskip
 from fastskip.generation.prepared import PreparedDecoder
 from fastskip.kernels import tuning
+from fastskip.ops import bodies, compiled
 from fastskip.ops.allocate import poisoned
 from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
@@ -110,6 +111,14 @@ def under_autocast() -> list[Found]:
     return found
 
 
+def routers() -> list[Found]:
+    """Prompts by bodies for several numbers of rows, as long ones have them."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((bodies, "BOUNDS"), (compiled, "FEW_CHOSEN")):
+            patched.setattr(module, name, 4)
+        return greedy(Pair(policy=routed(random([0, 1], "all", "block", kv="omit"))))
+
+
 SKIPS = policy_of(skip([0], ["image"], "block", kv="omit"), skip([1], ["generated"], "ffn"))
 RUNS: Mapping[str, Callable[[], list[Found]]] = {
     "llava": lambda: greedy(llava()),
@@ -118,7 +127,7 @@ RUNS: Mapping[str, Callable[[], list[Found]]] = {
     "llava_next": lambda: greedy(Pair("llava_next_vicuna")),
     "qwen3_vl": lambda: greedy(Pair("qwen3_vl")),
     "skips": lambda: greedy(Pair(policy=SKIPS)),
-    "routers": lambda: greedy(Pair(policy=routed(random([0, 1], "all", "block", kv="omit")))),
+    "routers": routers,
     "removals": lambda: greedy(Pair(policy=removing(removal(0, "attention")))),
     "autocast": under_autocast,
 }

@@ -147,6 +147,7 @@ def _run(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     output = operation(*inner_args, **inner_kwargs)
     if Graph.current is not None:
+        Graph.current.keep([each for each in tensors if not isinstance(each, DeviceTensor)])
         Graph.current.note_operation(operation, inner_args, inner_kwargs, output)
     # What is written in place is returned as it was given.
     given = {id(tensor.memory): tensor for tensor in own}

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastskip.ops.bodies import BOUNDS, Body, Choose, CountedBody, Turn, bounds_of
+from fastskip.ops import bodies as real
+from fastskip.ops.bodies import Body, Choose, CountedBody, Turn, bounds_of
 from fastskip.ops.conditions import set_condition
 from fastskip.ops.routes import Switch
 from tests.device.pretended.log import LOG, stack
@@ -60,6 +61,7 @@ class Graph:
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
         self._made: dict[int, Tensor] = {}
+        self._numbers: list[Tensor] = []
 
     def replay(self) -> None:
         Graph.replays += 1
@@ -78,6 +80,10 @@ class Graph:
             return self._steps
         finally:
             self._steps = outer
+
+    def keep(self, numbers: list[Tensor]) -> None:
+        """A launch is told single numbers of the host by value."""
+        self._numbers += numbers
 
     def note_kernel(self, run: Callable[..., Any], arguments: Any) -> None:
         """``run(**arguments)`` is a launch."""
@@ -164,7 +170,7 @@ class NodeBodies:
         Graph.current.note(loop)
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
-        if len(runs) <= BOUNDS:
+        if len(runs) <= real.BOUNDS:
             body(choose(runs, None))
             return
         step, bounds = bounds_of(len(runs))

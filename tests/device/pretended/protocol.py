@@ -34,6 +34,7 @@ from benchmarks.gpu import (
 from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import TINY
+from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import Results, Values
 from benchmarks.peers import DENSE, HF
 from fastskip.kernels import tuning
@@ -46,6 +47,7 @@ from tests.device.pretended.log import LOG
 from tests.interpreting import patching_once
 
 SMALL = replace(TINY, hidden=32, heads=2, groups=1, ffn=48, layers=1)
+WORKS = {"add": DECODE_HALVED["half norm: add_down"], "compact": PREFILL["compact"]}
 WAYS = (
     step_ways.Way("ordinary", Overlap.NONE),
     step_ways.Way("reading ahead, half norms", Overlap.READ, halves=True),
@@ -82,8 +84,10 @@ SHORT: Any = {
     nodes: {"PROGRAMS": (2,), "MANY": 4, "FEW": 2, "REPLAYS": 1, "GraphBodies": NodeBodies},
     routing: {"DEPTH": 2, "PROGRAMS": (), "TURNS": (2,), "microseconds": replayed},
     step_ways: {"N_NEW": 3, "policies": partial(models.policies, names=["dense"])},
-    tune: {"REPLAYS": 1, "write_tables": lambda *_: None, "DECODE": {}, "DECODE_ARRANGED": {}}
-    | {"DECODE_HALVED": {"add": DECODE_HALVED["half norm: add_down"]}, "DECODE_ROUTED": {}},
+    tune: {
+        **{"REPLAYS": 1, "write_tables": lambda *_: None, "DECODE": WORKS},
+        **dict.fromkeys(("DECODE_ARRANGED", "DECODE_HALVED", "DECODE_ROUTED"), {}),
+    },
 }
 
 
