@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import ceilings, chart, end_to_end, protocol, routing, running, step_ways, table
+from benchmarks.gpu import (
+    ceilings,
+    chart,
+    end_to_end,
+    protocol,
+    routing,
+    running,
+    step_ways,
+    table,
+    tune,
+)
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
@@ -446,6 +456,20 @@ def test_a_tuned_entry_takes_nothing_from_fewer_rows(
     # A guess never replaces what was measured.
     write_tables(where, {Question("maxima", 16, (128,)): best})
     assert json.loads(file.read_text()) == entries
+
+
+def test_what_cannot_be_tuned_says_why(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a kernel nor who computes a product."""
+
+    def fail(*_: Any) -> float:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(tune, "seconds", fail)
+    monkeypatch.setattr(tune, "PREFILL_ROUTED", {})
+    for name in ("normalize", "add_down"):
+        monkeypatch.setattr(tune, "PREFILL", {name: PREFILL[name]})
+        with pytest.raises(RuntimeError, match=f"{name}: .* nothing was timed: .*planted"):
+            tune.tune(setting(results), TINY, 0)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1, float("nan")])

@@ -84,7 +84,8 @@ def _tune_work(
     ways = _candidates(choice, usual[choice])
     calls = [partial(_run, works[0], {**_configs(answered), choice: way}) for way in ways]
     compile_ahead(calls, setting.device)
-    times, _ = _times(setting, works, answered, choice, ways)
+    times, faults = _times(setting, works, answered, choice, ways)
+    _check_timed(choice, times, faults)
     least = min(time for time, _ in times)
     known = dict(answered)
     for time, way in times:
@@ -123,8 +124,7 @@ def _tune_kernels(
         calls = [partial(_run, works[0], {**_configs(known), question: each}) for each in configs]
         compile_ahead(calls, setting.device)
         times, faults = _times(setting, works, known, question, configs)
-        if not times:
-            raise RuntimeError(f"{question}: nothing was timed: {faults[:1] or 'no time was left'}")
+        _check_timed(question, times, faults)
         found[question] = _best(times, current, len(configs), works[0], setting, faults)
 
 
@@ -150,6 +150,11 @@ def _times(
                 raise
             faults.append(f"{dict(config)}: {type(error).__name__}: {error}"[:300])
     return times, faults
+
+
+def _check_timed(question: Question, times: Sequence[object], faults: Sequence[str]) -> None:
+    if not times:
+        raise RuntimeError(f"{question}: nothing was timed: {faults[:1] or 'no time was left'}")
 
 
 def _best(
