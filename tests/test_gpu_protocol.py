@@ -18,6 +18,7 @@ import torch
 from benchmarks.gpu import (
     ceilings,
     chart,
+    correctness,
     end_to_end,
     protocol,
     routing,
@@ -470,6 +471,13 @@ def test_what_cannot_be_tuned_says_why(results: Results, monkeypatch: pytest.Mon
         monkeypatch.setattr(tune, "PREFILL", {name: PREFILL[name]})
         with pytest.raises(RuntimeError, match=f"{name}: .* nothing was timed: .*planted"):
             tune.tune(setting(results), TINY, 0)
+
+
+def test_kernel_tests_on_a_device_are_not_about_tables() -> None:
+    """A table that an earlier cell has just tuned may have entries that no probe reaches yet."""
+    left_out = [own.removeprefix("--ignore=") for own in correctness.TESTS if "ignore" in own]
+    assert "tests/kernels/test_compilation.py" in left_out
+    assert all((ROOT / own).is_file() for own in left_out)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1, float("nan")])
