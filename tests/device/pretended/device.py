@@ -70,6 +70,12 @@ class DeviceTensor(Tensor):
     ) -> Any:
         return _run(operation, args, kwargs or {})
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = self.detach().clone()
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, self.requires_grad)
+        return memo.setdefault(id(self), copied)
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.memory!r})"
 
@@ -308,6 +314,8 @@ def pretending() -> Iterator[None]:
         return tensor(tree_map(_inner, data), **tree_map(_numbered, options))
 
     def to(sent: Tensor, *args: Any, **options: Any) -> Tensor:
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
         moved: Tensor = move(sent, *map(_numbered, args), **tree_map(_numbered, options))
         return moved
 
