@@ -20,6 +20,8 @@ from tests.batches import random_batch
 from tests.budget import assert_within_budget
 from tests.models import tiny_llava
 from tests.policies import CELLS, MIXED, Policy, cell_policy, policy_of, skip
+from tests.removals.removing import removal, removing
+from tests.routing.routed import check_forward, routed, similarity
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
@@ -82,6 +84,18 @@ def test_policies_compute_what_they_mean(trio: Trio, policy: Policy) -> None:
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_greedy_tokens_are_those_of_the_masked_computation(trio: Trio, policy: Policy) -> None:
     trio.check_greedy(policy, random_batch(trio.plain, 3, padding="left"))
+
+
+DECIDING = {
+    "removal": removing(removal(1, "attention", tokens=["image"])),
+    "router": routed(similarity([1, 2], ["image", "text"], threshold=0.9)),
+}
+
+
+@pytest.mark.parametrize("policy", DECIDING.values(), ids=DECIDING.keys())
+def test_rows_that_leave_or_decide(trio: Trio, policy: Policy) -> None:
+    decided = check_forward(trio, policy, random_batch(trio.plain, 4))
+    assert any(bool(mask.any()) for mask in decided.values())
 
 
 @pytest.mark.parametrize("form", FORMS)
