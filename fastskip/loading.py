@@ -123,13 +123,12 @@ def load_model(
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
-    check_installed(config)
+    model_class = model_class_of(config)
     chosen = _choose_policy(policy, path, config, hub)
     shape = shape_of(config)
     make_plan(chosen, shape)
     origin_of(chosen)
     build_routers(chosen, shape.depth, shape.hidden_size, routers)
-    model_class = getattr(transformers, model_class_name(config))
     options = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
     options |= from_pretrained_kwargs
     if is_quantised(config) or from_pretrained_kwargs.get("quantization_config") is not None:
@@ -148,6 +147,17 @@ def load_model(
     model.eval()
     hold_(model, weights)
     return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
+
+
+def model_class_of(config: Any) -> Any:
+    """Hugging Face's class of a config, for weights that are to be read.
+
+    Raises:
+        UnsupportedModelError: an unknown family, or one whose vision encoder is of a package that
+            is missing.
+    """
+    check_installed(config)
+    return getattr(transformers, model_class_name(config))
 
 
 def apply_(

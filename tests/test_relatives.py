@@ -4,6 +4,7 @@ Each is compared with untouched Hugging Face, and with the masked dense computat
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from transformers import FastVlmConfig, InternVLForConditionalGeneration
 
 import fastskip
 from fastskip import families
+from fastskip.commands.common import Dtype, load_plain
 from fastskip.decoder.cache import SkipCache
 from fastskip.families import ENCODERS, UNCUT_SIDE, rows_of_crop
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.prompts import PromptError, build_batch, build_inputs, processor_for
 from fastskip.rendering import Renderer
+from fastskip.study.bench.contenders import Models
 from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts
 from fastskip.verification.cells import IMAGE, TEXT
@@ -87,13 +90,22 @@ def test_loading(kind: Kind, tmp_path: Path) -> None:
     assert answer(model) == answer(stock)
 
 
+def _load_plain(path: Path) -> Any:
+    return load_plain(str(path), FastVlmConfig(), Dtype.AUTO, "cpu")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [fastskip.load_model, lambda path: Models.load(str(path)), _load_plain],
+    ids=["load_model", "bench", "verify and search"],
+)
 def test_an_encoder_of_a_package_that_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FastVlmConfig().save_pretrained(tmp_path)
     monkeypatch.setattr(families, "find_spec", lambda name: None)
     with pytest.raises(fastskip.UnsupportedModelError, match="timm_wrapper.*pip install timm"):
-        fastskip.load_model(tmp_path)
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", LOADABLE)

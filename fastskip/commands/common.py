@@ -273,9 +273,7 @@ def load(
 
 def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any:
     """Hugging Face's own model."""
-    import transformers
-
-    from fastskip.families import model_class_name
+    from fastskip.loading import model_class_of
     from fastskip.sparse.checkpoint import LAYOUT_FILE
 
     place = device_of(device)
@@ -283,6 +281,7 @@ def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any
         problem = "sparse weights, which Hugging Face's own model cannot read"
         raise CommandError(f"--model {model}: {problem}; allowed: as prune --stored dense writes")
     with reading(model):
-        model_class = getattr(transformers, model_class_name(config))
-        plain = model_class.from_pretrained(model, dtype=dtype.value, use_safetensors=True)
+        plain = model_class_of(config).from_pretrained(
+            model, dtype=dtype.value, use_safetensors=True
+        )
     return plain.to(place).eval()

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import CompileConfig
 
-from fastskip.families import check_config, model_class_name
-from fastskip.loading import apply_, load_model, plan_of, set_policy
+from fastskip.families import check_config
+from fastskip.loading import apply_, load_model, model_class_of, plan_of, set_policy
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 from fastskip.study.bench.errors import BenchError
@@ -55,9 +55,8 @@ class Models:
             return cls(load_model(path, "dense", dtype=dtype, device=device))
         config = transformers.AutoConfig.from_pretrained(path)
         check_config(config)
-        model_class = getattr(transformers, model_class_name(config))
         try:
-            model, found = model_class.from_pretrained(
+            model, found = model_class_of(config).from_pretrained(
                 path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
         except OSError as error:
