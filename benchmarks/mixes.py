@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.shapes import PAD_ID, Shape, word_ids
+from benchmarks.shapes import PAD_ID, Shape, random_images, word_ids
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ def mixed_prompts(model: Any, shape: Shape, mix: Mix) -> dict[str, Tensor]:
         pad_sequence(each, batch_first=True, padding_value=pad, padding_side="left")
         for each, pad in ((rows, PAD_ID), (list(map(torch.ones_like, rows)), 0))
     )
-    side = config.vision_config.image_size
-    pixels = torch.randn(sum(mix.images), 3, side, side, generator=generator).to(model.dtype)
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs |= random_images(model, sum(mix.images), generator)
     return {name: value.to(model.device) for name, value in inputs.items()}

@@ -96,24 +96,24 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     image = torch.full((batch, config.image_seq_length), config.image_token_id)
     ids = torch.cat([ids[:, : shape.text_before], image, ids[:, shape.text_before :]], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs |= _images(config, batch, generator)
+    inputs |= random_images(model, batch, generator)
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def _images(config: Any, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """One random image for each of ``count`` prompts, as a processor returns them."""
-    vision = config.vision_config
+def random_images(model: Any, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """So many images, as a processor returns them, in the model's dtype."""
+    config, vision = model.config, model.config.vision_config
     if config.model_type == "qwen3_vl":  # as patches, one after the other
         side = UNCUT_SIDE // vision.patch_size
         size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        patches = torch.randn(count * side**2, size, generator=generator)
+        patches = torch.randn(count * side**2, size, generator=generator).to(model.dtype)
         return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]] * count)}
     side = side_of(vision.image_size)
     crops = (CROPS,) if config.model_type == "smolvlm" else ()
-    return {"pixel_values": torch.randn(count, *crops, 3, side, side, generator=generator)}
+    pixels = torch.randn(count, *crops, 3, side, side, generator=generator)
+    return {"pixel_values": pixels.to(model.dtype)}
 
 
 def word_ids(model: Any, size: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
