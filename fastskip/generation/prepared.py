@@ -207,7 +207,7 @@ class PreparedBackbone(_Prepared):
         return _mask_on(inputs_embeds.device, found)
 
 
-_FOR_DECODER = ("token_classes", "kept_columns", "cache_is_given")
+_FOR_DECODER = ("token_classes", "kept_columns", "cache_is_given", "placeholders")
 """What is said to the decoder alone; transformers from 5.24 on hands it to the tower as well."""
 
 
