@@ -63,8 +63,8 @@ CUTTING = (
     *("llava_next", "llava_next_video", "llava_onevision", "internvl", "idefics3", "smolvlm"),
 )
 """Families that cut images into crops, more of them out of larger ones."""
-KEEPING_SIZES = ("mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Families of which larger images have more rows, uncut."""
+KEEPING_SIZES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3")
+"""Families in which larger images have more rows, uncut; so they have behind a Pixtral encoder."""
 UNCUT_SIDE = 448
 """Pixels a side of what is taken for an image where images keep their sizes."""
 # Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
@@ -288,8 +288,9 @@ def assumed_of_images(config: Any) -> str | None:
     """What `rows_of_crop` takes for an image where images have more rows or fewer, by size."""
     if config.model_type in CUTTING:
         return "one image of a single crop; this model cuts larger images into several"
-    if config.model_type in KEEPING_SIZES:
-        side = side_of(getattr(config.vision_config, "image_size", UNCUT_SIDE))
+    vision = getattr(config, "vision_config", None)
+    if config.model_type in KEEPING_SIZES or getattr(vision, "model_type", None) == "pixtral":
+        side = side_of(getattr(vision, "image_size", UNCUT_SIDE))
         return f"one image of {side} x {side} pixels; this model keeps the sizes of images"
     return None
 

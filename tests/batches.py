@@ -16,8 +16,8 @@ IMAGE_SIZES = ((8, 8), (7, 13), (16, 16), (12, 30), (20, 9))
 """Heights and widths to draw from where images come in crops."""
 BY_PROMPT = ("idefics2", "idefics3", "smolvlm")
 """Families that take `[batch, images, 3, height, width]`, blank images behind."""
-UNCUT = ("mistral3", "lighton_ocr")
-"""Families that take images as they are, in the corner of a square."""
+UNCUT = "pixtral"
+"""The vision tower that takes images as they are, in the corner of a square."""
 UNCUT_SIZES = ((16, 16), (8, 16), (16, 8))
 """The same of these."""
 BY_PATCHES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -168,7 +168,8 @@ def _integer(generator: torch.Generator, low: int, high: int) -> int:
 
 
 def _sized(config: Any) -> bool:
-    return hasattr(config, "image_grid_pinpoints") or config.model_type in UNCUT
+    vision = getattr(config, "vision_config", None)
+    return hasattr(config, "image_grid_pinpoints") or getattr(vision, "model_type", None) == UNCUT
 
 
 def _random_image(config: Any, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:

@@ -64,7 +64,7 @@ VIDEO_PROCESSORS = {
     "qwen2_5_vl": "Qwen2VLVideoProcessor",
     "qwen3_vl": "Qwen3VLVideoProcessor",
 }
-NEEDING_TORCHVISION = ("mistral3", "video_llava", "perception_lm")
+NEEDING_TORCHVISION = ("llava_pixtral", "mistral3", "video_llava", "perception_lm")
 """Kinds whose processors do; their checkpoints are saved without."""
 OWN_PROMPTS: tuple[Kind, ...] = ("got_ocr2",)
 """Kinds whose processors do not write what they are asked."""

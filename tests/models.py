@@ -79,6 +79,7 @@ LlavaKind = Literal[
     "llava", "llava_opt", "llava_next_vicuna", "llava_next_mistral", "llava_onevision"
 ]
 Relative = Literal[
+    "llava_pixtral",
     "vipllava",
     "llava_next_video",
     "video_llava",
@@ -105,6 +106,7 @@ RELATIVES: tuple[Kind, ...] = get_args(Relative)
 """Other families of the same build, tested for what differs in them (`test_relatives.py`)."""
 _TEXT = {
     "llava_opt": "opt",
+    "llava_pixtral": "mistral",
     "llava_next_mistral": "mistral",
     "llava_onevision": "qwen2",
     "internvl": "qwen2",
@@ -181,8 +183,17 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
     match kind:
         case "llava" | "llava_opt":
             return LlavaForConditionalGeneration, LlavaConfig(vision_config=clip(square), **common)
+        case "llava_pixtral":
+            vision = _encoder(PixtralVisionConfig, **merged)
+            config: Any = LlavaConfig(
+                vision_config=vision,
+                vision_feature_layer=-1,
+                vision_feature_select_strategy="full",
+                **common,
+            )
+            return LlavaForConditionalGeneration, config
         case "vipllava":
-            config: Any = VipLlavaConfig(
+            config = VipLlavaConfig(
                 vision_config=clip(square), vision_feature_layers=[-1, -2], **common
             )
             return VipLlavaForConditionalGeneration, config

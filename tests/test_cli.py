@@ -191,6 +191,7 @@ def test_plan_shows_layers_costs_and_the_ideal(checkpoint: Path) -> None:
     [
         ("llava_next_vicuna", "Assumed: one image of a single crop; this model cuts larger images"),
         ("qwen2_vl", "Assumed: one image of 448 x 448 pixels; this model keeps the sizes"),
+        ("llava_pixtral", "Assumed: one image of 16 x 16 pixels; this model keeps the sizes"),
         ("llava", None),
     ],
 )
