@@ -1,4 +1,4 @@
-"""What is run: a short list by default, a long one under the marker `full`."""
+"""The cases that are run: a short list by default, a long one under the `full` marker."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def default_cases() -> list[Case]:
 
 
 def mixed_case() -> Case:
-    """Prompts that are not alike: one image, none, two; short and long."""
+    """Unlike prompts: one image, none, two; short and long."""
     case = _case(HALF_BILLION, torch.float32, len(MIX))
     return replace(case, subject="unlike prompts", mix=MIX)
 
 
 def routing_cases() -> list[Case]:
-    """Rows that decide by themselves against static skips of the same rate.
+    """Rows routed individually against static skips at the same rate.
 
-    In fp32, since processors without bf16 products take minutes for a prompt in bf16.
+    In fp32, since processors without bf16 instructions take minutes for a prompt in bf16.
     """
     case = Case(HALF_BILLION, torch.float32, 1, rounds=5, peers=ROUTED, subject="routing")
     return [case, replace(case, batch=4, peers=ROUTED_BATCH)]

@@ -1,4 +1,4 @@
-"""Options, the choice of items, and what is printed and kept at the end."""
+"""Command-line options, item selection, and the tables that are printed and saved at the end."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         nargs="?",
         const="",
         metavar="PATH",
-        help="keep the results as JSON (default: benchmarks/results/<machine>.json); cases that "
-        "are there and were not run stay",
+        help="save the results as JSON (default: benchmarks/results/<machine>.json); cases in the "
+        "file that were not run are kept",
     )
 
 
@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `-m full` the long form is left out."""
+    """Deselects the long form unless `-m full` is given."""
     if "full" in config.option.markexpr:
         return
     long = [
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
-    """The measurement of a case, made when the first of its items asks; of selected peers only."""
+    """Measures the selected peers of a case when the first of its items needs them."""
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
 
     known: dict[Case, Measurement | Exception] = {}
@@ -57,7 +57,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
             selected = {own["peer"] for own in params if own.get("case") == case}
             try:
                 known[case] = with_stack_room(partial(measure, case, selected))
-            except Exception as error:  # the other items of the case need not wait for it again
+            except Exception as error:  # so that the case's other items fail at once
                 known[case] = error
         found = known[case]
         if isinstance(found, Exception):
@@ -69,7 +69,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
 
 @pytest.fixture
 def records(request: pytest.FixtureRequest) -> list[Record]:
-    """Where items leave their results."""
+    """The list to which items append their results."""
     return request.config.stash[_RECORDS]
 
 

@@ -1,8 +1,9 @@
-"""Is a peer right? Asked before it is timed.
+"""Is a peer correct? Checked before it is timed.
 
-A short prompt is continued by the loop that is timed. Its scores are compared with those of the
-masked oracle, which continues the same tokens: they may err by what plain low-precision code errs
-by (`fastskip.verification.budget`). The cache must hold as many bytes as the plan claims.
+The loop that is timed continues a short prompt. Its logits are compared with those of the masked
+oracle, which continues with the same tokens: their error must stay within that of plain
+low-precision code (`fastskip.verification.budget`). The cache must hold as many bytes as the plan
+claims.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from fastskip.verification.oracle import MaskedOracle, Prompt
 
 IMAGE_ROWS, TEXT_BEFORE, TEXT_AFTER, NEW = 24, 4, 8, 4
 Decided = Mapping[tuple[int, str], Tensor]
-_WIDER = {torch.float32: torch.float64}  # the truth of anything narrower is in fp32
+_WIDER = {torch.float32: torch.float64}  # for anything narrower, fp32 is the truth
 
 
 def faults(models: Models, policies: Mapping[str, SkipPolicy]) -> dict[str, str]:
-    """Name -> what is wrong, of the policies under which our model is not what the oracle is."""
+    """Name -> what is wrong, for each policy under which our model disagrees with the oracle."""
     truth, prompt = truth_of(models.hf), _prompt(models.hf)
     found = {name: _fault(models, truth, prompt, policy) for name, policy in policies.items()}
     return {name: fault for name, fault in found.items() if fault}
 
 
 def truth_of(hf: Any) -> Any:
-    """Hugging Face's model in a dtype whose rounding does not count."""
+    """Hugging Face's model in a dtype whose rounding is negligible."""
     return copy.deepcopy(hf).to(_WIDER.get(hf.dtype, torch.float32))
 
 
 def _fault(models: Models, truth: Any, prompt: Prompt, policy: SkipPolicy) -> str | None:
     ours = fastskip.set_policy(models.ours, policy)
     if ours.device.type == "cuda":
-        # The first two prompts of a shape are launched one by one and captured.
+        # The first two prompts of a shape run eagerly and are captured; the third is a replay.
         for seed in (1, 2):
             _generate(ours, _prompt(models.hf, seed))
     with fastskip.record_routing(ours) as record:
@@ -58,11 +59,11 @@ def _fault(models: Models, truth: Any, prompt: Prompt, policy: SkipPolicy) -> st
         return str(budget)
     held, plan = out[CACHE_NAME].live_bytes(), fastskip.plan_of(ours)
     claimed = plan.kv_bytes(IMAGE_ROWS, TEXT_BEFORE + TEXT_AFTER, NEW - 1)
-    # What routers leave out of a cache no plan knows; it cannot be more than all.
+    # No plan knows what routers leave out of the cache; it can only hold less than claimed.
     is_hollow = any(layer.hollow for layer in plan.layers)
     if held == claimed or (is_hollow and held < claimed):
         return None
-    return f"cache: {held} bytes are held, the plan says {claimed}"
+    return f"cache: holds {held} bytes, the plan says {claimed}"
 
 
 def _generate(model: Any, prompt: Prompt) -> Any:
@@ -86,7 +87,7 @@ def _continue(
 
 
 def _prompt(model: Any, seed: int = 0) -> Prompt:
-    """Random embeddings of the size that the model's own have."""
+    """Random embeddings with the standard deviation of the model's own."""
     classes = [TokenClass.TEXT] * TEXT_BEFORE + [TokenClass.IMAGE] * IMAGE_ROWS
     classes += [TokenClass.TEXT] * TEXT_AFTER
     codes = torch.tensor([[CODES[token_class] for token_class in classes]])

@@ -19,17 +19,17 @@ from fastskip.plan import SkipPlan
 from fastskip.routing import RoutingRecord
 from fastskip.timing import threads_set, warm_counts
 
-# The default first: what a first call does once must not count against fewer threads.
+# The default first: one-time work in the first call must not count against one thread.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
 WARM_TOKENS = 4
 HOPELESS = 1.25
-"""A number of threads with which the whole call takes so many times as long is not timed."""
+"""A thread count whose trial call takes more than this many times the shortest is not timed."""
 _FAULTS: dict[tuple[Builder, torch.dtype, str, Peer], str | None] = {}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all peers do; ``mix``: prompts that are not alike, as many as the batch."""
+    """The work that all peers do; ``mix``: unlike prompts, one for each sequence of the batch."""
 
     shape: Shape
     dtype: torch.dtype
@@ -42,7 +42,7 @@ class Case:
     mix: Mix | None = None
 
     def prompts(self, model: Any) -> dict[str, torch.Tensor]:
-        """What they are given."""
+        """The inputs of `generate`."""
         if self.mix is None:
             return prompts(model, self.shape, self.batch)
         return mixed_prompts(model, self.shape, self.mix)
@@ -57,10 +57,10 @@ class Case:
 
 @dataclass
 class Measurement:
-    """The runs of every (peer, threads) of a case, and what is wrong with peers that failed.
+    """The runs of each (peer, threads) pair of a case, and why peers failed.
 
-    ``rates``: of peers with routers, the shares of candidates that skipped in the prompt and in
-    the steps; draws are the same in every run.
+    ``rates``: for peers with routers, the shares of candidates that skipped in the prompt and in
+    the decode steps; random draws are the same in every run.
     """
 
     case: Case
@@ -71,7 +71,7 @@ class Measurement:
     rates: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def best(self, peer: str, group: str) -> tuple[int, list[Run]]:
-        """The number of threads with the lower median, and the runs made with it."""
+        """The thread count with the lowest median, and its runs."""
         made = {threads: runs for (name, threads), runs in self.runs.items() if name == peer}
         threads = min(made, key=lambda count: median(made[count], group))
         return threads, made[threads]
@@ -81,13 +81,13 @@ class Measurement:
 
 
 class ReplayClock:
-    """A timer that shows recorded durations: each call of `play` moves it on by the next one."""
+    """A timer that replays recorded durations: each call of `play` advances it by the next one."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self._durations: Iterator[float] = iter(())
 
-    def __repr__(self) -> str:  # what pytest-benchmark writes down as the timer
+    def __repr__(self) -> str:  # what pytest-benchmark records as the timer
         return type(self).__name__
 
     def __call__(self) -> float:
@@ -102,17 +102,17 @@ class ReplayClock:
 
 @torch.no_grad()
 def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
-    """Check the peers of a case, then time them; the baselines are always among them.
+    """Check the peers of a case, then time them; the baselines are always included.
 
     Args:
         case: What to run.
-        selected: Names of the peers that are wanted; all by default.
+        selected: Names of the peers to measure; all by default.
     """
     wanted = {HF.name, DENSE.name, *(selected or (peer.name for peer in case.peers))}
     peers = [peer for peer in case.peers if peer.name in wanted]
     both = models(case.shape.build, case.dtype, case.device)
     result = Measurement(case, both.hf.config.image_seq_length)
-    # The work of Hugging Face's model is that of the dense plan.
+    # Hugging Face's model does the work of the dense plan.
     policies = {peer.name: (peer.policy or dense)(both.depth) for peer in peers}
     for name, policy in policies.items():
         result.plans[name] = fastskip.plan_of(fastskip.set_policy(both.ours, policy))
@@ -144,7 +144,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     kept: dict[bool, list[int]] = {}
     contenders = []
     for peer in (peer for peer in peers if peer.name not in result.failures):
-        # Hugging Face's default settles the threads of its other caches, our dense those of ours.
+        # Hugging Face's default cache settles the threads of its others, our dense model ours.
         is_ours = peer.policy is not None
         probes = {count: run(peer, count, WARM_TOKENS) for count in kept.get(is_ours, counts)}
         kept.setdefault(is_ours, promising(probes, case.n_new))
@@ -159,7 +159,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
 
 
 def _faults(case: Case, peers: Iterable[Peer], both: Models) -> dict[str, str]:
-    """What the gate says; cases that differ in batch and lengths only share the answers."""
+    """The gate's verdicts, shared by cases that differ only in batch and lengths."""
     keys = {peer: (case.shape.build, case.dtype, case.device, peer) for peer in peers}
     policies = {p.name: p.policy(both.depth) for p in keys if p.policy and keys[p] not in _FAULTS}
     if policies:
@@ -169,7 +169,7 @@ def _faults(case: Case, peers: Iterable[Peer], both: Models) -> dict[str, str]:
 
 
 def _compare_tokens(result: Measurement) -> None:
-    """In fp32 our dense model and every cache of Hugging Face give Hugging Face's tokens."""
+    """In fp32 our dense model and every cache of Hugging Face's must yield its default's tokens."""
     (first, *_), *_ = (runs for (name, _), runs in result.runs.items() if name == HF.name)
     for peer in result.case.peers:
         if peer.policy is not None and peer is not DENSE:
@@ -180,13 +180,13 @@ def _compare_tokens(result: Measurement) -> None:
 
 
 def _short_prompt(batch: int) -> dict[str, Tensor]:
-    """Words to warm up on: whoever keeps one policy pays once for what is computed on first use,
-    and for memory that nobody has touched yet."""
+    """A warm-up prompt: under one policy, first-use computation and first touches of memory are
+    paid only once, so they are not timed."""
     ids = torch.full((batch, WARM_TOKENS), FIRST_WORD)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def promising(probes: Mapping[int, Run], n_new: int) -> list[int]:
-    """The numbers of threads that may turn out best for a call of `n_new` tokens."""
+    """The thread counts that may turn out fastest for a call of `n_new` tokens."""
     calls = {count: run.ttft + (n_new - 1) * run.decode for count, run in probes.items()}
     return [count for count, seconds in calls.items() if seconds <= HOPELESS * min(calls.values())]

@@ -1,13 +1,14 @@
 """Hugging Face's own tests of models and of `generate`, run on prepared models.
 
-A pytest plugin, for a checkout of transformers of the version that is installed:
+A pytest plugin, for a checkout of transformers at the installed version:
 
     git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers
     cd transformers && python -m pytest -rx -p benchmarks.hugging_face_suite \\
         tests/models/llava tests/models/qwen2_vl   # any family that fastskip runs
 
-Each test builds its own small models; here what it gets is prepared with an empty policy. What
-fastskip refuses by name counts as expected, with the refusal as its reason (`-rx` lists them).
+Each test builds its own small models, which the plugin prepares with an empty policy. What
+fastskip explicitly refuses counts as an expected failure, with the refusal as its reason (`-rx`
+lists them).
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ REFUSALS = (
     "with prompts padded on the right",
     "is never called here; allowed: hooks on",
 )
-"""Parts of the messages by which it says that it does not do something."""
+"""Parts of the messages with which fastskip refuses what it does not support."""
 LOOKS_INSIDE = {
     "test_generate_continue_from_past_key_values": "compares caches layer by layer",
     "test_generate_continue_from_inputs_embeds": "compares caches layer by layer",
     "test_all_tensors_are_parameter_or_buffer": "reads the source of the class",
-    "test_generate_compile_model_forward_fullgraph": "asks for a DynamicCache",
-    "test_generate_compilation_all_outputs": "asks for a StaticCache",
-    "test_retain_grad_hidden_states_attentions": "wants gradients of attention weights",
-    "test_forward_with_rope_deltas_cached": "compares the logits of pads, which are no rows",
+    "test_generate_compile_model_forward_fullgraph": "expects a DynamicCache",
+    "test_generate_compilation_all_outputs": "expects a StaticCache",
+    "test_retain_grad_hidden_states_attentions": "needs gradients of attention weights",
+    "test_forward_with_rope_deltas_cached": "compares logits of padding, which has no rows",
 }
-"""Tests that look at what a prepared model has in a form of its own."""
+"""Tests of internals that a prepared model implements differently."""
 
 
 class Prepared:
-    """A model class whose instances are prepared; in all else the class itself."""
+    """A model class whose instances are prepared; otherwise the class itself."""
 
     def __init__(self, model_class: Any, impl: str | None) -> None:
         self._model_class, self._impl = model_class, impl
@@ -56,7 +57,7 @@ class Prepared:
         return self._prepare(self._model_class._from_config(*arguments, **options))
 
     def from_pretrained(self, *arguments: Any, **options: Any) -> Any:
-        """As Hugging Face's, with what else that returns."""
+        """As Hugging Face's, including loading info if that is requested."""
         found = self._model_class.from_pretrained(*arguments, **options)
         if isinstance(found, tuple):
             return (self._prepare(found[0]), *found[1:])
@@ -79,11 +80,11 @@ class Prepared:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--impl", help="who computes, as in fastskip.load_model")
+    parser.addoption("--impl", help="implementation, as in fastskip.load_model")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Each test case gets prepared classes when it is set up."""
+    """Gives each test case prepared classes in its setUp."""
     cases = {item.cls for item in items if isinstance(item, pytest.Function) and item.cls}
     for case in cases:
         if hasattr(case, "all_model_classes"):
@@ -108,7 +109,7 @@ def _with_prepared_classes(set_up: Any, impl: str | None) -> Any:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A refusal is an expected failure."""
+    """Reports a refusal as an expected failure."""
     report = yield
     if report.failed and call.excinfo is not None:
         reason = _refusal(item, call.excinfo.value)

@@ -1,4 +1,4 @@
-"""The largest memory of a run, the weights included."""
+"""Peak memory of a run, including the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: str) -> None:
-    """Start anew; where the system cannot do that, `peak_bytes` is that of the process so far."""
+    """Reset the peak; where the system cannot, `peak_bytes` is that of the process so far."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -21,7 +21,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int | None:
-    """Bytes allocated on a GPU, bytes resident on a CPU; None where the system does not tell."""
+    """Bytes allocated on a GPU, bytes resident on a CPU; None if the system does not report it."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     try:

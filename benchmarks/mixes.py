@@ -1,6 +1,6 @@
-"""Batches of unlike prompts: several images or none, other lengths, padded on the left.
+"""Batches of unlike prompts: several images or none, different lengths, padded on the left.
 
-Hugging Face computes the pads, as a batch is a rectangle there; fastskip has no rows for them.
+Hugging Face computes the padding, since its batches are rectangular; fastskip has no rows for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Mix:
     def __post_init__(self) -> None:
         if len(self.images) != len(self.texts):
             raise ValueError(
-                f"{len(self.images)} images, {len(self.texts)} texts: one each a prompt"
+                f"images, texts: {len(self.images)} and {len(self.texts)} entries; "
+                "allowed: one of each per prompt"
             )
 
     def __len__(self) -> int:

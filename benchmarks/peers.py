@@ -1,4 +1,4 @@
-"""Who is compared: Hugging Face's own `generate`, our dense model, and policies."""
+"""The peers that are compared: Hugging Face's own `generate`, our dense model, and policies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastskip import SkipPolicy
 class Peer:
     """One way to run the model.
 
-    `policy` makes our policy for a model of some depth; without one the peer is Hugging Face's
+    `policy` makes our policy for a model of the given depth; without it the peer is Hugging Face's
     model, with the cache that `hf_cache` names.
     """
 
@@ -40,7 +40,7 @@ DENSE = Peer("dense", "dense", dense)
 DEFAULT = (
     HF,
     DENSE,
-    # Layers 0, 2, ...: exactly half, and the last one stays.
+    # Layers 0, 2, ...: exactly half, and never the last one.
     Peer("half_blocks", "every 2nd block skipped", _preset("every_nth_block", start=0)),
     Peer("image_ffn", "no FFN for image rows", _preset("image_ffn")),
     Peer("frozen_visual", "image rows frozen in 60 %", _frozen_visual),
@@ -62,7 +62,7 @@ MORE = (
 
 
 def _evenly(share: float) -> Callable[[int], SkipPolicy]:
-    """Whole blocks skipped for every row: this share of all layers but the last."""
+    """Skips whole blocks for every row: this share of all layers but the last, evenly spread."""
 
     def make(depth: int) -> SkipPolicy:
         count = round(share * (depth - 1))
@@ -74,7 +74,7 @@ def _evenly(share: float) -> Callable[[int], SkipPolicy]:
 
 
 def _drawn(share: float, group: str) -> Callable[[int], SkipPolicy]:
-    """Whole blocks skipped at this rate, row by row, in all layers but the last."""
+    """Skips whole blocks at random at this rate, per `group`, in all layers but the last."""
     router = {"layers": ":-1", "skip": ["block"], "kind": "random", "rate": share, "kv": "omit"}
     document = {"schema_version": 1, "routers": [router | {"group": group}]}
     return lambda depth: SkipPolicy.from_dict(document)
@@ -92,8 +92,8 @@ ROUTED = (
         )
     ),
 )
-"""Routed against static at the same rate. Draws stand for a learned router, which costs a product
-of one row and one vector a layer more."""
+"""Routed against static at the same rate. Random draws stand in for a learned router, which adds
+one dot product per row and layer."""
 ROUTED_BATCH = (
     *ROUTED,
     Peer("sequence_50", "routed by sequence, 50 %", _drawn(0.5, "sequence")),

@@ -1,9 +1,9 @@
-"""Products of a CPU in fp32: the library's plain calls against the forms that the runtime asks for.
+"""fp32 products on a CPU: plain library calls against the forms that the runtime uses.
 
     python -m benchmarks.products            # two minutes
 
-prints, for shapes of decoders and numbers of rows, both times and their ratio; medians, in turn.
-Weights come from memory, as those of a model do: there are so many that no cache holds them.
+Prints both times and their ratio for decoder shapes and row counts: medians, calls taken in turn.
+Weights are read from memory, as a model's are: together they exceed every cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROWS = (1, 2, 4, 8, 16, 48, 155, 310, 620)
 MOST_OPERATIONS = 2e10
 ROUNDS = 7
 MEMORY = 1 << 28
-"""Bytes of weights that calls go through in turn."""
+"""Bytes of weights that the calls cycle through."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,8 +84,8 @@ def _ffn_cell(inner: int, width: int, rows: int) -> str:
 
 
 def _drawn(n_out: int, n_in: int) -> list[Tensor]:
-    """Weights of a shape, more than a cache holds, and an odd number of them, so that both forms
-    come to each of them."""
+    """Random weights of one shape, more than a cache holds; an odd number of them, so that both
+    forms get to use each."""
     count = MEMORY // (4 * n_out * n_in) // 2 * 2 + 1
     return [torch.randn(n_out, n_in) for _ in range(max(3, count))]
 
@@ -96,7 +96,7 @@ def _compared(calls: Sequence[Callable[[], object]]) -> str:
 
 
 def medians(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Seconds of each, measured in turn."""
+    """Median seconds of each call, measured in turn."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS + 1):
         for call, own in zip(calls, times, strict=True):

@@ -1,4 +1,4 @@
-"""A measurement as plain data: what `extra_info`, the result file and the tables hold."""
+"""A measurement as plain data, for `extra_info`, the results file and the tables."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
 
 
 def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, tuple[float, float]]:
-    """FLOPs and least seconds of each group; of decode, those of a mean step.
+    """FLOPs and floor seconds of each group; for decode, those of a mean step.
 
-    Of a peer with routers: what is to be expected at the rates at which its rows did skip.
+    For a peer with routers: the expected values at the rates at which its rows actually skipped.
     """
     case, shape, plan = measured.case, measured.case.shape, measured.plans[peer]
     rates = measured.rates.get(peer, (None, None))
@@ -116,14 +116,14 @@ def _rows(measured: Measurement) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @cache
 def ceilings(dtype: torch.dtype, device: str, threads: int) -> Ceilings:
-    """What the machine reaches in this run, measured once per setting."""
+    """The ceilings that the machine reaches in this run, measured once per setting."""
     with threads_set(threads):
         return machine.measure_ceilings(dtype, device)
 
 
 @cache
 def environment(device: str) -> dict[str, str | None]:
-    """Where this runs, and on top of what."""
+    """The device, the software versions and the commit."""
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -142,7 +142,7 @@ def device_name(device: str) -> str:
 
 
 def file_name(device: str) -> str:
-    """A file name for results of the machine at hand, such as `some-cpu-2-threads.json`."""
+    """A results file name for this machine, such as `some-cpu-2-threads.json`."""
     name = device_name(device)
     if device == "cpu":
         name += f" {torch.get_num_threads()} threads"
@@ -158,7 +158,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, marked if the working tree differs from it."""
+    """The commit of this checkout, marked if the working tree is dirty."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
         done = subprocess.run(

@@ -27,7 +27,7 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Results:
-    """What runs of the benchmarks found; each record names its `command` and `date`."""
+    """Records of benchmark runs; each names its `command` and `date`."""
 
     records: list[Record]
 
@@ -40,7 +40,7 @@ class Results:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def renewed(self, records: Sequence[Record]) -> Results:
-        """With the cases of these records as they say, in their old places; new ones come last."""
+        """A copy in which these records replace their cases in place; new cases come last."""
         cases = {
             case: [record for record in found if record["case"] == case]
             for found in (self.records, records)
@@ -51,14 +51,14 @@ class Results:
 
 @dataclass(frozen=True)
 class Table:
-    """One case: a line of facts, and a row of texts a peer."""
+    """One case: a title, and a row of cells for each peer."""
 
     title: str
     rows: list[tuple[str, ...]]
 
 
 def tables(records: Sequence[Record]) -> list[Table]:
-    """One table a case, in the order of the records."""
+    """One table per case, in the order of the records."""
     made = []
     for _, group in groupby(records, key=lambda record: record["case"]):
         peers: dict[str, dict[str, Record]] = {}
@@ -70,7 +70,7 @@ def tables(records: Sequence[Record]) -> list[Table]:
 
 
 def markdown(table: Table) -> str:
-    """An aligned pipe table under its title; columns without any number are left out."""
+    """An aligned pipe table under its title; empty columns are left out."""
     used = [i for i in range(len(HEAD)) if i == 0 or any(row[i] for row in table.rows)]
     lines = [[row[i] for i in used] for row in (HEAD, *table.rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -83,7 +83,7 @@ def markdown(table: Table) -> str:
 
 
 def environments(records: Sequence[Record]) -> list[str]:
-    """Where the numbers come from: a line a run."""
+    """Where the numbers come from, one line per run."""
     most = max(record["threads"] for record in records)
     lines = (
         f"{own['device']}, threads: up to {most}, torch {own['torch']}, transformers "
@@ -95,7 +95,7 @@ def environments(records: Sequence[Record]) -> list[str]:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Bars of the speed-up over Hugging Face; one panel a case."""
+    """Bars of the speed-up over Hugging Face; one panel per case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +136,7 @@ def _title(record: Record) -> str:
 
 
 def counts(rows: int | Sequence[int]) -> str:
-    """Of all prompts alike, or of each; prompts that come again are named once."""
+    """The row count of all prompts, or of each; a repeating sequence of counts is written once."""
     if isinstance(rows, int):
         return str(rows)
     periods = (n for n in range(1, len(rows) + 1) if len(rows) % n == 0)
@@ -168,26 +168,26 @@ def _number(value: float | None, kind: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables of a file; write the bars beside it if matplotlib is there."""
+    """Print a file's tables; draw the bars beside it if matplotlib is installed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--png", type=Path, help="default: the file's name with .png")
     options = parser.parse_args(arguments)
     if not options.file.is_file():
-        parser.error(f"{options.file}: no such file; pytest benchmarks/ --save-results makes one")
+        parser.error(f"{options.file}: no such file; pytest benchmarks/ --save-results writes one")
     results = Results.load(options.file)
     records = [record for record in results.records if options.case in record["case"]]
     if not records:
         names = ", ".join(dict.fromkeys(record["case"] for record in results.records))
-        parser.error(f"--case {options.case!r}: no such case; there are {names}")
+        parser.error(f"--case {options.case!r}: no such case; allowed: {names}")
     for table in tables(records):
         print(markdown(table), end="\n\n")
     print(*environments(records), sep="\n")
     try:
         plot(records, options.png or options.file.with_suffix(".png"))
     except ModuleNotFoundError:
-        print("no PNG: matplotlib is not installed")
+        print("no PNG was drawn: matplotlib is not installed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What needs no policy: smaller images and a smaller language model, on the search's items.
+"""Alternatives to policies: smaller images and a smaller language model, on the search's items.
 
 python -m benchmarks.rivals prints the two rows of the README's table of methods at equal cost.
 """
@@ -26,7 +26,7 @@ ITEMS = 200
 def main(arguments: Sequence[str] | None = None) -> None:
     """Judge both against the bundled model, in float32 on the CPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rivals", description=__doc__)
-    about = f"items that judge (default: {ITEMS}, those of the README)"
+    about = f"number of evaluation items (default: {ITEMS}, as in the README)"
     parser.add_argument("--count", type=int, default=ITEMS, metavar="N", help=about)
     items = demo_tasks(parser.parse_args(arguments).count)
     processor = processor_for(str(checkpoint_path()))

@@ -20,7 +20,7 @@ GROUPS = ("prefill", "decode", "e2e")
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of one `generate` call, and what it made."""
+    """Timings of one `generate` call in seconds, and the tokens it generated."""
 
     prefill: float
     decode: float
@@ -36,9 +36,9 @@ def median(runs: Iterable[Run], quantity: str) -> float:
 
 
 class _Stopwatch:
-    """Time stamps of one `generate` call: a stopping criterion that never stops it.
+    """Timestamps of one `generate` call: a stopping criterion that never stops it.
 
-    It is asked after every token, by Hugging Face's loop as by ours.
+    Hugging Face's loop and ours both call it after every token.
     """
 
     def __init__(self, device: str) -> None:
@@ -63,7 +63,7 @@ class _Stopwatch:
 def run_once(
     model: Any, inputs: dict[str, Tensor], n_new: int, device: str, cache: str | None = None
 ) -> Run:
-    """Time one `generate` call; `cache` names a cache of Hugging Face's."""
+    """Time one `generate` call; `cache` names one of Hugging Face's caches."""
     watch = _Stopwatch(device)
     options = {} if cache is None else {"cache_implementation": cache}
     hook = on_entry(model, watch.enter)
@@ -82,7 +82,7 @@ def run_once(
     finally:
         hook.remove()
     if len(watch.tokens) != n_new:
-        raise RuntimeError(f"{len(watch.tokens)} tokens were made, {n_new} wanted")
+        raise RuntimeError(f"generate made {len(watch.tokens)} tokens instead of {n_new}")
     gaps = [b - a for a, b in zip(watch.tokens, watch.tokens[1:], strict=False)]
     return Run(
         prefill=watch.tokens[0] - watch.entries[0],

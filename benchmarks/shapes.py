@@ -33,9 +33,9 @@ from fastskip.families import UNCUT_SIDE, model_class_name, rows_of_crop, side_o
 DEMO_CHECKPOINT = Path(fastskip.__file__).parent / "demo" / "checkpoint"
 PAD_ID = 0
 CROPS = 13
-"""Of an image that SmolVLM's processor cuts: four by three, and the whole."""
+"""Crops that SmolVLM's processor makes of an image: four by three, and the whole image."""
 FIRST_WORD = 5
-"""Ids below are special tokens."""
+"""Lower ids are special tokens."""
 
 _LITTLE_VISION: dict[str, Any] = {
     "hidden_size": 64,
@@ -77,10 +77,10 @@ class Models:
 
 @cache
 def models(build: Builder, dtype: torch.dtype, device: str, impl: str | None = None) -> Models:
-    """Both models, built once a process; `impl` is what `fastskip.apply_` takes."""
+    """Both models, built once per process; `impl` is what `fastskip.apply_` takes."""
     hf = build(dtype).to(device).eval().requires_grad_(False)
-    hf.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # no end: all tokens are made
-    # Told that they are copied already, deepcopy keeps the parameters: both models hold the same.
+    hf.generation_config = GenerationConfig(pad_token_id=PAD_ID)  # no EOS: all tokens are made
+    # With this memo deepcopy keeps the parameters, so that both models share them.
     shared = {id(parameter): parameter for parameter in hf.parameters()}
     return Models(hf, fastskip.apply_(copy.deepcopy(hf, shared), impl=impl))
 
@@ -88,7 +88,7 @@ def models(build: Builder, dtype: torch.dtype, device: str, impl: str | None = N
 def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     """Random prompts of one image each, all of the same length, as a processor returns them.
 
-    Equal lengths favour Hugging Face, which also computes what pads would be.
+    Equal lengths favour Hugging Face, which would otherwise compute the padding too.
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
 
 
 def random_images(model: Any, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """So many images, as a processor returns them, in the model's dtype."""
+    """``count`` random images, as a processor returns them, in the model's dtype."""
     config, vision = model.config, model.config.vision_config
     if config.model_type == "qwen3_vl":  # as patches, one after the other
         side = UNCUT_SIDE // vision.patch_size
@@ -117,7 +117,7 @@ def random_images(model: Any, count: int, generator: torch.Generator) -> dict[st
 
 
 def word_ids(model: Any, size: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Random tokens that stand for themselves."""
+    """Random ids of ordinary tokens, neither special nor image tokens."""
     image_id, vocabulary = model.config.image_token_id, model.config.text_config.vocab_size
     limit = image_id if image_id > FIRST_WORD else vocabulary
     size = (size,) if isinstance(size, int) else size
@@ -135,7 +135,7 @@ def _demo(dtype: torch.dtype) -> Any:
 
 
 def _half_billion(dtype: torch.dtype) -> Any:
-    """LLaVA-1.5 in small: 24 x 24 patches, 24 layers, 374 M weights, almost no vision.
+    """A small LLaVA-1.5: 24 x 24 patches, 24 layers, 374 M weights, almost no vision.
 
     The tower is far smaller than a real one, so that the decoder and not the tower is measured.
     """
@@ -169,7 +169,7 @@ def _half_billion(dtype: torch.dtype) -> Any:
 
 
 def _smolvlm(dtype: torch.dtype) -> Any:
-    """SmolVLM-256M's language model, 135 M weights; crops of 64 rows, as of a photo, and almost no
+    """SmolVLM-256M's language model, 135 M weights; crops of 64 rows, as for a photo, and almost no
     vision."""
     vision = SmolVLMVisionConfig(image_size=128, patch_size=4, **_LITTLE_VISION)
     text = LlamaConfig(
@@ -220,9 +220,9 @@ def _internvl(dtype: torch.dtype) -> Any:
 
 
 def _qwen3_vl(dtype: torch.dtype) -> Any:
-    """Half of the layers of Qwen3-VL-2B's language model, 1 B weights, with rows in three axes and
-    features behind its first three layers; an image of 448 pixels a side (196 rows), and almost no
-    vision. All layers, and the truth in fp64 that results are held to, are too much for 24 GB."""
+    """Half of the layers of Qwen3-VL-2B's language model, 1 B weights, with three-axis positions
+    and image features added after its first three layers; an image of 448 pixels a side (196 rows),
+    and almost no vision. All layers together with their fp64 reference do not fit in 24 GB."""
     vision = {
         "depth": 3,
         "hidden_size": 64,
@@ -255,8 +255,8 @@ def _qwen3_vl(dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def random_model(config: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """A model with weights drawn once, in `dtype`, where they stay; Hugging Face would draw them
-    twice, in fp32, on the CPU."""
+    """A model with random weights, drawn once, directly in `dtype` and on `device`; Hugging Face
+    would draw them twice, in fp32, on the CPU."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

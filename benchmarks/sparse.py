@@ -1,17 +1,17 @@
-"""The product of few rows with a pruned weight: held dense, as bitmap and values, or as CSR.
+"""Products of few rows with a pruned weight held dense, as bitmap and values, or as CSR.
 
     pytest benchmarks/test_sparse.py --benchmark-only
     python -m benchmarks.sparse [--device cuda] [--models] [--save]
 
-Each case is one weight, pruned at random, and one number of rows. All forms multiply the same rows
-round-robin, so that a neighbour who slows the machine down slows all of them; medians are compared.
-A form is timed only if its product is within the error budget of a plain sum. On a CPU the matrix
-is fp32, which is what CSR runs in; on CUDA bf16, and the bitmap's kernel is the
-only other form. The caches stay as they are between rounds: of the smaller shape they hold much.
+Each case is one randomly pruned weight and one row count. All forms multiply the same rows
+round-robin, so that other load on the machine slows them all alike; medians are compared. A form
+is timed only if its product is within the error budget of a plain sum. On a CPU the matrix is
+fp32, the dtype that CSR runs in; on CUDA it is bf16, and the bitmap's kernel is the only other
+form. Caches are not flushed between rounds: they hold much of the smaller shape.
 
 ``--models`` also times whole ``generate`` calls of the ``0.5b`` shape with random weights, pruned
-by magnitude, batch 1: dense (our fast path, projections merged) against CSR, on the CPU. They must
-make the same tokens.
+by magnitude, at batch 1 on the CPU: dense (our fast path, with merged projections) against CSR.
+Both must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ ROWS = {"cpu": (1, 4, 16), "cuda": (1, 4, 8)}
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROUNDS = 15
 CALLS, N_NEW = 5, 16
-"""Of whole models."""
+"""Timed calls of a whole model, and new tokens of each."""
 REPEATS = {"cpu": 1, "cuda": 50}
-"""Products of one sample: on CUDA one is too short to be timed alone."""
+"""Products per sample: on CUDA a single one is too short to be timed."""
 Record = dict[str, Any]
 Clock = Callable[[], float]
 
@@ -72,13 +72,13 @@ class Case:
         both = (Weights.DENSE, Weights.BITMAP)
         if self.device != "cpu":
             return both
-        # Expanding the larger one takes a second, and says no more.
+        # Expanding the larger bitmap takes a second and adds no information.
         return (Weights.DENSE, Weights.CSR) if self.shape == SHAPES[1] else (*both, Weights.CSR)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of one product, sample by sample, and bytes of the weight, by form."""
+    """By form: seconds of one product, sample by sample, and bytes of the weight."""
 
     case: Case
     samples: dict[Weights, list[float]]
@@ -86,7 +86,7 @@ class Measurement:
     faults: dict[Weights, str]
 
     def record(self, form: Weights) -> Record:
-        """Plain data of one form."""
+        """The results of one form as plain data."""
         dense = statistics.median(self.samples[Weights.DENSE])
         median = statistics.median(self.samples[form])
         return {
@@ -116,7 +116,7 @@ def cases(device: str = "cpu", shapes: Sequence[tuple[int, int]] = SHAPES) -> It
 
 @torch.inference_mode()
 def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) -> Measurement:
-    """Checks every form, then times those that are right."""
+    """Checks every form, then times the correct ones."""
     dtype = DTYPES[case.device]
     generator = torch.Generator().manual_seed(0)
     dense = nn.Linear(case.shape[1], case.shape[0], bias=False)
@@ -143,7 +143,7 @@ def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) 
 
 
 def _plain(x: Tensor, weight: Tensor) -> Tensor:
-    """The product by its definition, one term after another in fp32; libraries err less."""
+    """The product summed term by term in fp32, by definition; libraries round less."""
     y = torch.zeros(len(x), len(weight), device=x.device)
     for column, own in zip(x.t().float(), weight.t().contiguous().float(), strict=True):
         y.addcmul_(column[:, None], own)
@@ -166,7 +166,7 @@ def _bytes_of(way: Any) -> int:
 
 @torch.inference_mode()
 def measure_models(ratio: float) -> list[Record]:
-    """Whole calls of a pruned model in either form; raises if their tokens differ."""
+    """Whole calls of a pruned model in either form; raises RuntimeError if tokens differ."""
     both = models(HALF_BILLION.build, torch.float32, "cpu")
     dense = both.ours
     prune_(dense, Recipe("magnitude", ratio))
@@ -181,7 +181,7 @@ def measure_models(ratio: float) -> list[Record]:
             if number:  # the first call is not timed
                 runs[form].append(run)
     if not torch.equal(runs[Weights.DENSE][0].tokens, runs[Weights.CSR][0].tokens):
-        raise RuntimeError(f"{ratio:.0%} zeros: tokens of the sparse model differ")
+        raise RuntimeError(f"{ratio:.0%} zeros: tokens of the dense and the sparse model differ")
     nbytes = {Weights.DENSE: size.dense_bytes, Weights.CSR: size.sparse_bytes}
     return [
         {
@@ -205,7 +205,7 @@ def measure_models(ratio: float) -> list[Record]:
 
 
 def models_table(records: Sequence[Record]) -> str:
-    """Markdown: a line a model and form."""
+    """Markdown: one line per model and form."""
     lines = [
         "| zeros | form | prompt, ms | a token, ms | call, ms | pruned weights, MB |",
         "|--:|---|--:|--:|--:|--:|",
@@ -219,7 +219,7 @@ def models_table(records: Sequence[Record]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """Markdown: a line a case, milliseconds and speed-ups by form."""
+    """Markdown: one line per case and form, with milliseconds and speed-ups."""
     lines = [
         "| weight | zeros | rows | form | ms | against dense | bytes against dense |",
         "|---|--:|--:|---|--:|--:|--:|",
@@ -246,18 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cpu-time",
         action="store_true",
-        help="one thread, and only the time that it runs: for a machine with other work to do",
+        help="one thread, timed by its CPU time: for a machine with other load",
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--models", action="store_true", help="whole calls too, on the CPU")
-    parser.add_argument("--save", action="store_true", help="keep results/sparse-<machine>.json")
+    parser.add_argument("--models", action="store_true", help="also time whole calls, on the CPU")
+    parser.add_argument("--save", action="store_true", help="write results/sparse-<machine>.json")
     options = parser.parse_args(arguments)
     records, wrong = [], 0
     shapes = [each for each in SHAPES if options.shape is None or _named(each) in options.shape]
     clock: Clock = time.perf_counter
     if options.cpu_time:
         if options.device != "cpu" or options.models:
-            parser.error("--cpu-time: allowed with --device cpu, without --models")
+            parser.error("--cpu-time: allowed only with --device cpu and without --models")
         torch.set_num_threads(1)
         clock = time.thread_time
     for case in cases(options.device, shapes):

@@ -1,4 +1,4 @@
-"""Forward, backward and whole steps of training, under policies and dense; see `training`."""
+"""Forward, backward and whole training steps, dense and under policies; see `training`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.training import GROUPS, TrainingCase, measure_training, speed_up
 from fastskip.study.training import Parts
 
 CLOCK = ReplayClock()
-# Arrangements save launches, which a CPU hardly notices; the gate knows no rows that leave.
+# Arrangements save launches, which a CPU hardly notices; the gate does not cover removed rows.
 PEERS = tuple(peer for peer in DEFAULT[:-2] if peer.name != "fastv")
 measured = cache(measure_training)
 

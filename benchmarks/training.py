@@ -1,7 +1,7 @@
-"""A step of training: forward with its loss, and backward; every peer on the same weights.
+"""A training step: forward with loss, and backward; every peer on the same weights.
 
-The projector learns and all else is frozen, as in the paper, or everything learns. A peer is timed
-once its gradients are those of autograd through the masked dense computation.
+Either the projector learns and all else is frozen, as in the paper, or everything learns. A peer is
+timed only if its gradients match those of autograd through the masked dense computation.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from fastskip.verification.oracle import MaskedOracle
 
 ANSWER = 8
-"""Tokens at the end of each sequence that are learned."""
+"""Tokens at the end of each sequence that serve as labels."""
 IGNORED = -100
 GROUPS = ("train-forward", "train-backward", "train-step")
 
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """What all peers do."""
+    """The work that all peers do."""
 
     shape: Shape
     dtype: torch.dtype
@@ -67,7 +67,7 @@ class TrainingMeasurement:
 
 
 def measure_training(case: TrainingCase) -> TrainingMeasurement:
-    """Gates every peer, then times them in turn, in an order that rotates from round to round."""
+    """Gates every policy, then times all peers in turn, in an order that rotates every round."""
     both = models(case.shape.build, case.dtype, "cpu")
     result = TrainingMeasurement()
     policies = {p.name: p.policy(both.depth) for p in case.peers if p.policy is not None}
@@ -91,7 +91,7 @@ def measure_training(case: TrainingCase) -> TrainingMeasurement:
 
 
 def labelled(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The prompts with their last tokens as answers."""
+    """The prompts, with their last tokens as labels."""
     labels = inputs["input_ids"].clone()
     labels[:, :-ANSWER] = IGNORED
     return {**inputs, "labels": labels}
@@ -130,7 +130,7 @@ def _masked_gradients(
 
 
 class _Learning:
-    """Within this block some parts want gradients, which are gone afterwards."""
+    """Within this block the given parts require gradients; on exit these are cleared."""
 
     def __init__(self, model: Any, parts: Parts) -> None:
         self._model, self._names = model, names_of(model, parts)
@@ -145,7 +145,7 @@ class _Learning:
         self._model.zero_grad(set_to_none=True)
 
     def gradients(self) -> dict[str, Tensor]:
-        """By parameter; where nothing flows, zeros."""
+        """By parameter; zeros where no gradient flowed."""
         return {
             name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
             for name, p in self._model.named_parameters()
@@ -164,7 +164,7 @@ def _timed(model: Any, parts: Parts, inputs: dict[str, Tensor]) -> tuple[float, 
 
 
 def speed_ups(measurement: TrainingMeasurement, peer: str, group: str) -> dict[str, float]:
-    """Against our dense model and against Hugging Face's."""
+    """Over our dense model and over Hugging Face's."""
     own = measurement.seconds(peer, group)
     return {
         "speedup_vs_dense": measurement.seconds(DENSE.name, group) / own,
