@@ -1,23 +1,23 @@
-"""Does every kernel compile for the GPUs it is meant for, and to the code that is meant?
+"""Does every kernel compile for its target GPUs, and to the intended code?
 
     python -m benchmarks.compile_gate [--arch 90] [--keep] [--all] [--again]
 
 Needs no GPU. Every launch that the probes (``benchmarks.probes``) make is compiled ahead of time:
-for sm_90 under the tables of H200 and H100, at the shapes of all models; for sm_80, sm_89, sm_90
-and sm_100 with the conservative defaults, at the shapes of a 7B model. Checked are
+for sm_90 with the tables of H200 and H100, at the shapes of all models; for sm_80, sm_89, sm_90
+and sm_100 with the conservative defaults, at the shapes of a 7B model. The gate checks
 
-- that it compiles, spills nothing, and fits into the chip's shared memory;
-- that kernels which stream weights or entries load 16 bytes a thread (``STREAMS``);
-- that products use matrix instructions, on sm_90 those of a warp group (``matrix_of``);
-- that launches which overlap touch no memory, and end nowhere, before they have waited for those
-  before (``kernels.overlap``);
+- that each kernel compiles, spills nothing, and fits in the chip's shared memory;
+- that kernels which stream weights or cache entries load 16 bytes per thread (``STREAMS``);
+- that products use matrix instructions, on sm_90 warp-group ones (``matrix_of``);
+- that overlapping launches neither touch memory nor exit before they have waited for the launches
+  ahead of them (``kernels.overlap``);
 - that some probe reaches every entry of these tables.
 
-Registers, shared memory and spills are printed, in short; in full where they differ from what is
-kept in ``benchmarks/results/compile`` (``--keep`` writes there) or where a check failed. What is
-kept there is kept by source: what compiles from the same source, by the same compiler, is not
-compiled again (``--again`` does), but for a share of it, drawn by source, that must come out as it
-is kept. Exit code 1: a check failed.
+It prints a summary of registers, shared memory and spills, and full rows where these differ from
+the findings kept in ``benchmarks/results/compile`` (``--keep`` writes there) or where a check
+fails. Findings are kept by source: a kernel with the same source and compiler is not compiled
+again (unless ``--again``), except for a sample, drawn by source, whose results must match what is
+kept. Exit code 1: a check failed.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from rich.table import Table
 RESULTS = Path(__file__).parent / "results" / "compile"
 ARCHS = (80, 89, 90, 100)
 TABLES = {90: ("nvidia-h200", "nvidia-h100-80gb-hbm3", "default")}
-"""Tables that are compiled for an architecture; others have the default alone."""
+"""Tuning tables compiled for an architecture; other architectures have only the default."""
 
 PRODUCTS = {"project_append", "feed", "project_append_feed", "add_terms", "apply_terms", "head"}
-"""Products of few rows: streams of weights or matrix instructions, by their block sizes."""
+"""Products of few rows: they stream weights or use matrix instructions, by block sizes."""
 PROMPTS = {"linear_rows": "BLOCK_N", "attend_rows": "BLOCK_Q"}
-"""Products of a prompt's rows, and what says how many of them a program has."""
+"""Products of prompt rows, with the block size that sets the rows of a program."""
 ENTRIES = {"copy_entries", "read_entries", "attend_step"}
 STREAMS = {*PRODUCTS, *PROMPTS, *ENTRIES, "normalize", "activate", "add_rows", "embed"}
-"""Kernels whose time is that of their loads."""
+"""Kernels whose time is dominated by their loads."""
 
 NUMBERS = ("registers", "shared", "spills", "stack", "wide", "matrix", "waits", "early", "blocks")
 ONE_IN = 20
-"""Of the kept findings one in so many is compiled again."""
+"""One in this many kept findings is compiled again."""
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 200)
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ class Compiled:
 def matrix_of(kernel: str, blocks: Mapping[str, int], arch: int) -> str | None:
     """The matrix instruction that a launch must use, or ``None``.
 
-    Weights are the M operand of the decode products, rows that of a prompt's; WGMMA needs 64.
+    Weights are the M operand of decode products, rows that of prompt products; WGMMA needs 64.
     """
     if kernel in PROMPTS:
         operand = blocks[PROMPTS[kernel]]
@@ -102,7 +102,7 @@ def matrix_of(kernel: str, blocks: Mapping[str, int], arch: int) -> str | None:
 
 
 def faults_of(kernel: str, blocks: Mapping[str, int], arch: int, finding: Any) -> Iterator[str]:
-    """What is wrong with a finding, a sentence each."""
+    """What is wrong with a finding, one sentence each."""
     from fastskip.kernels.compilation import SHARED_LIMITS
 
     if finding.error is not None:
@@ -115,16 +115,16 @@ def faults_of(kernel: str, blocks: Mapping[str, int], arch: int, finding: Any) -
     if kernel in STREAMS and not finding.wide:
         yield "has no wide loads"
     if blocks.get("launch_pdl") and not finding.waits:
-        yield "overlaps and does not wait"
+        yield "overlaps but never waits"
     if finding.early:
-        yield f"touches memory or ends {finding.early} times before it waits"
+        yield f"touches memory or exits {finding.early} times before it waits"
     needed = matrix_of(kernel, blocks, arch)
     if needed is not None and needed not in finding.matrix:
         yield f"has no {needed} instruction"
 
 
 def known(arch: int) -> dict[str, Any]:
-    """The kept findings by the key of their source, as far as they are not to be compiled again."""
+    """The kept findings by the key of their source, without the sample to be compiled again."""
     from fastskip.kernels.compilation import Finding
 
     names = [each.name for each in fields(Finding) if each.name != "error"]
@@ -136,9 +136,9 @@ def known(arch: int) -> dict[str, Any]:
 
 
 def run(arch: int, *, again: bool = False) -> tuple[list[Compiled], list[str]]:
-    """Everything that is compiled for one architecture, and table entries that nothing reached.
+    """All kernels compiled for one architecture, and the table entries that no probe reached.
 
-    ``again``: kept findings count for nothing.
+    ``again``: ignores kept findings.
     """
     from benchmarks import probes
     from fastskip.kernels import tuning
@@ -172,17 +172,17 @@ def run(arch: int, *, again: bool = False) -> tuple[list[Compiled], list[str]]:
             faults,
             build.key,
         )
-        rows.setdefault((build.key, slug), row)  # one row for code that several calls share
+        rows.setdefault((build.key, slug), row)  # one row for code shared by several calls
     return list(rows.values()), missed
 
 
 def unreached(slug: str, found: Sequence[Any]) -> Iterator[str]:
-    """Entries of table ``slug`` whose numbers no launch of their kernel has."""
+    """Entries of table ``slug`` whose configuration no launch of their kernel has."""
     from fastskip.kernels import choice, guards, tuning
 
     for kernel, entries in tuning.read_table(slug).entries.items():
         if kernel in choice.TABLES:
-            continue  # not a kernel's
+            continue  # which way to compute a product, not a kernel
         launches = [
             probed.launch
             for probed in found
@@ -199,14 +199,13 @@ def unreached(slug: str, found: Sequence[Any]) -> Iterator[str]:
 
 
 def _agrees(wanted: Iterable[tuple[str, Any]], launch: Any) -> bool:
-    """Whether a launch has these numbers; what only a launcher reads is not seen in a launch."""
+    """Whether a launch has this configuration; what only a launcher reads does not show in it."""
     given = {**launch.arguments, **launch.options}
     return all(given.get(name, value) == value for name, value in wanted)
 
 
 def differences(new: Sequence[Row], old: Sequence[Row]) -> dict[tuple[Any, ...], str]:
-    """By label: what changed against the kept rows."""
-    names = NUMBERS
+    """Label -> what changed against the kept rows."""
     kept = {_label(row): row for row in old}
     changes = {}
     for row in new:
@@ -214,14 +213,14 @@ def differences(new: Sequence[Row], old: Sequence[Row]) -> dict[tuple[Any, ...],
         if before is None:
             changes[_label(row)] = "new"
             continue
-        changed = [f"{name} was {before[name]}" for name in names if before[name] != row[name]]
+        changed = [f"{name} was {before[name]}" for name in NUMBERS if before[name] != row[name]]
         if changed:
             changes[_label(row)] = ", ".join(changed)
     return changes | dict.fromkeys(kept, "gone")
 
 
 def untrue(new: Sequence[Row], old: Sequence[Row]) -> Iterator[str]:
-    """Kept findings that the same source does not compile to, a line each."""
+    """Kept findings that their source does not compile to, one line each."""
     kept = {row.get("key"): row for row in old}
     for row in new:
         before = kept.get(row["key"])
@@ -240,7 +239,7 @@ def _kept(arch: int) -> list[Row]:
 
 
 def print_rows(arch: int, rows: Sequence[Compiled], changes: Mapping[Any, str]) -> None:
-    """A line for each of ``rows``."""
+    """Prints one line per row."""
     table = Table(title=f"sm_{arch}", title_justify="left")
     for name in ("probe", "kernel", "model", "rows", "blocks"):
         table.add_column(name)
@@ -265,14 +264,15 @@ def print_rows(arch: int, rows: Sequence[Compiled], changes: Mapping[Any, str]) 
 
 
 def keep(arch: int, rows: Sequence[Compiled]) -> None:
-    """Writes the rows, and the short form of all kept rows."""
+    """Writes the rows, and a summary of all kept rows."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row.record) for row in sorted(rows, key=lambda row: row.label))
     (RESULTS / f"sm_{arch}.json").write_text(f"[\n{lines}\n]\n")
     parts = [
         "# What the kernels compile to",
-        "Written by `python -m benchmarks.compile_gate --keep`. The largest numbers of all "
-        "configurations of a kernel; registers and spilled bytes a thread, shared memory a block.",
+        "Written by `python -m benchmarks.compile_gate --keep`. Each row gives the largest numbers "
+        "over all configurations of a kernel: registers and spilled bytes per thread, shared "
+        "memory per thread block.",
     ]
     for each in ARCHS:
         if kept := _kept(each):
@@ -281,7 +281,7 @@ def keep(arch: int, rows: Sequence[Compiled]) -> None:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A Markdown table: a line a table and kernel."""
+    """A Markdown table with one line per table and kernel."""
     lines = [
         "| table | kernel | compiled | registers | shared, KB | spills | matrix |",
         "|---|---|--:|--:|--:|--:|---|",
@@ -306,8 +306,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--keep", action="store_true", help=f"write {RESULTS.name}/<arch>.json")
-    parser.add_argument("--all", action="store_true", help="print rows that did not change too")
-    parser.add_argument("--again", action="store_true", help="compile what is kept too")
+    parser.add_argument("--all", action="store_true", help="also print unchanged rows")
+    parser.add_argument("--again", action="store_true", help="also compile kept kernels")
     options = parser.parse_args(arguments)
     wrong, start = 0, time.perf_counter()
     for arch in options.arch or ARCHS:
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Interpreted kernels cannot be compiled, and which they are is decided when they are imported.
+    # Interpreted kernels cannot be compiled, and triton.jit decides that on import.
     if os.environ.pop("TRITON_INTERPRET", None):
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.compile_gate", *sys.argv[1:]])
     sys.exit(main())

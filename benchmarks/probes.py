@@ -1,7 +1,7 @@
-"""Calls of every kernel's launcher at the shapes of real models, on tensors that hold no data.
+"""Calls every kernel's launcher at the shapes of real models, on tensors that hold no data.
 
-Within ``launch.recording(is_dry=True)`` they say what would be launched. ``PROBES`` is the list; a
-line of it names the tables that decide at which numbers of rows the call is made.
+Within ``launch.recording(is_dry=True)`` the calls record what would be launched. Each entry of
+``PROBES`` names the tuning tables that determine the row counts it is called with.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ from fastskip.ops.hops import Field, HopLayer, Hops
 from fastskip.ops.routes import Chosen, Group, Move, Route, Score, Switch, Terms, Trace, Verdict
 
 MANY = 640
-"""Rows of a bucket without bound: a prompt of one image."""
+"""Rows for a bucket without an upper bound: a prompt of one image."""
 CONTEXT = 1024
-"""Entries of a sequence."""
+"""Cache entries of a sequence."""
 STEPS, SETS = 128, 2
 LAYERS = 24
 STEP_ROWS = (1, 16)
 LONG = {"BLOCK_M": 8, "BLOCK_N": 1, "BLOCK_E": 256, "STAGES": 4, "LONG": 264, "num_warps": 4}
-"""One of the configurations of few programs that go through many tiles."""
+"""One of the configurations with few programs that each loop over many tiles."""
 CONFIGURED = ("BLOCK", "STAGES", "SPLITS", "FUSED")
-"""How the names of block sizes begin."""
+"""Prefixes of the names of block sizes."""
 
 
 def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -99,7 +99,7 @@ def routed(
 
 
 def within(route: Route, capacity: float) -> Route:
-    """The same decisions, of a share of each sequence instead of by a bar."""
+    """The same decisions, but for a share of each sequence instead of against a threshold."""
     found = [replace(verdict, capacity=capacity) for verdict in route.verdicts]
     return replace(route, verdicts=found)
 
@@ -117,7 +117,7 @@ class Model:
     vocabulary: int
     is_opt: bool = False
     like: str | None = None
-    """A model whose kernels differ from this one's in numbers of rows and columns alone."""
+    """A model whose kernels differ from this one's only in numbers of rows and columns."""
 
     @property
     def norm(self) -> Norm:
@@ -136,7 +136,7 @@ class Model:
         return blank(n, self.hidden)
 
     def places(self) -> Tensor | None:
-        """The learned positions: from row 2 of their table on."""
+        """The learned position embeddings, which start at row 2 of their table."""
         return blank(2 + 2048, self.hidden)[2:] if self.is_opt else None
 
     def pages(self, sequences: int) -> Pages:
@@ -179,7 +179,7 @@ class Model:
         return HalfNorm(norm, self.h(n), blank(n, self.hidden // 16, dtype=torch.float32))
 
     def halve(self, n: int, *, config: Mapping[str, int] | None = None) -> None:
-        """An update that leaves half of a norm, if the model's have one."""
+        """An update that leaves a half norm, if the model's norm allows one."""
         if HalfNorm.is_of(self.norm, torch.bfloat16):
             arrivals = None if config is None else numbers(ARRIVALS)
             residual.add_terms_and_halve_(
@@ -187,7 +187,7 @@ class Model:
             )
 
     def read_half(self, n: int, *, config: Mapping[str, int] | None = None) -> None:
-        """The first products of both sublayers, of rows of a half norm."""
+        """The first products of both sublayers, reading the rows of a half norm."""
         if HalfNorm.is_of(self.norm, torch.bfloat16):
             arrivals = None if config is None else numbers(ARRIVALS)
             more: dict[str, Any] = {"arrivals": arrivals, "config": config}
@@ -225,7 +225,7 @@ class Model:
         return Reach(numbers(n), numbers(n), Bounds((0, n), numbers(2)))
 
     def loop(self, n: int, score: Score, group: Group = Group.ROW) -> Hops:
-        """Layers decided on alike, as many as the smallest model has."""
+        """A loop over layers that decide alike, as many as the smallest model has."""
         weight = blank(self.hidden, dtype=torch.float32) if score is Score.LINEAR else None
         terms = Terms(score=score, bar=0.5, weight=weight, group=group)
         layer = HopLayer(
@@ -249,7 +249,7 @@ class Model:
         )
 
     def run_in_loop(self, n: int) -> None:
-        """A layer, up to its last update."""
+        """A layer of a loop, up to its last update."""
         loop = self.loop(n, Score.RANDOM)
         own, now = loop.layers[0], loop.now
         reach = replace(own.reach, runs=loop.runs)
@@ -260,7 +260,7 @@ class Model:
         feed.feed(self.h(n), [own.feed], chosen=chosen(n), now=now)
 
     def end_in_loop(self, n: int, score: Score, group: Group = Group.ROW) -> None:
-        """The last update of a layer, which says what is next."""
+        """The last update of a layer of a loop, which selects the next layer to run."""
         loop, term = self.loop(n, score, group), self.down(n)
         residual.add_terms_(self.h(n), [term], chosen=[chosen(n)], loop=loop, field=Field.DOWN)
 
@@ -288,9 +288,9 @@ MODELS = (LLAMA_7B, LLAMA_13B, QWEN_HALF, OPT)
 
 @dataclass(frozen=True)
 class Probe:
-    """One call, made once for each bucket of rows of the kernels in ``tables``.
+    """One call, made once for each row bucket of the kernels in ``tables``.
 
-    ``most``: the call is not made with more rows than these. ``also``: further numbers of rows.
+    ``most``: the largest row count of a call. ``also``: further row counts.
     """
 
     name: str
@@ -312,13 +312,14 @@ class Probe:
         return sorted({min(count, self.most or count) for count in rows})
 
     def models(self, slug: str) -> tuple[Model, ...]:
-        """All models; for the defaults only where an entry is for one shape, else a 7B."""
+        """All models; for the default table only if an entry is specific to a shape, else only
+        7B."""
         entries = tuning.read_table(slug).entries
         shapes = [entry.shape for kernel in self.tables for entry in entries.get(kernel, ())]
         return MODELS if slug != tuning.DEFAULT or any(shapes) else (LLAMA_7B,)
 
 
-# No table names any until a GPU has timed them.
+# No table contains shared tiles until a GPU has timed them.
 SHARED_TERMS = {
     **{"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_E": 128, "STAGES": 3, "num_warps": 4},
     "SPLITS": 4,
@@ -829,7 +830,7 @@ class Probed:
 def record(slug: str) -> Iterator[Probed]:
     """The launches of every probe under the table ``slug``.
 
-    A launch of a model that is ``like`` another is left out where the configuration is the same.
+    Launches of a model that is ``like`` another are omitted where the configuration is the same.
     """
     slugs = tuple(dict.fromkeys((slug, tuning.DEFAULT)))
     with tuning.table(slug):
@@ -847,13 +848,13 @@ def record(slug: str) -> Iterator[Probed]:
 
 
 def record_overlapping(slug: str) -> Iterator[Probed]:
-    """Launches of a 7B model's step of 1 and of 16 rows that overlap, under the table ``slug``."""
+    """Overlapping launches of a 7B decode step of 1 and of 16 rows, under the table ``slug``."""
     yield from _overlapping(slug, "OVERLAP", "overlapping")
     yield from _overlapping(slug, "READS_AHEAD", "reading ahead")
 
 
 def _overlapping(slug: str, constant: str, label: str) -> Iterator[Probed]:
-    """Those of kernels that have a constant, which is what is asked for."""
+    """Launches of the kernels that have this constant, with it turned on."""
     reads_ahead = constant == "READS_AHEAD"
     with tuning.table(slug), overlap.overlapping(True, reads_ahead=reads_ahead):
         for probe in PROBES:

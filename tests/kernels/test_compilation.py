@@ -177,7 +177,7 @@ def test_each_check_can_fail(finding: Finding, arch: int, says: str | None) -> N
 
 def test_who_overlaps_has_to_wait() -> None:
     blocks = {**BLOCKS, "launch_pdl": True}
-    assert list(compile_gate.faults_of("head", blocks, 90, GOOD)) == ["overlaps and does not wait"]
+    assert list(compile_gate.faults_of("head", blocks, 90, GOOD)) == ["overlaps but never waits"]
     assert not list(compile_gate.faults_of("head", blocks, 90, replace(GOOD, waits=1)))
 
 
