@@ -183,7 +183,7 @@ def test_what_ends_a_process_costs_one_cell(
     lines = results.lines()
     assert set(lines) == {"older", *(each.name for each in cells)}
     assert [name for name, line in lines.items() if not line.is_done] == [f"a.{bad}"]
-    expected = {"dies": "status -9", "hangs": "was ended", "loses": "device is lost"}[bad]
+    expected = {"dies": "status -9", "hangs": "was killed", "loses": "device is lost"}[bad]
     assert expected in lines[f"a.{bad}"].reason
 
 

@@ -1,4 +1,4 @@
-"""What the card reaches: bytes a second, FLOPs a second, and what a node of a graph costs."""
+"""What the GPU reaches: bytes and FLOPs per second, and what a CUDA graph node costs."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ def matrix(setting: Setting) -> Values:
 
 @cache
 def ceilings_of(setting: Setting) -> Ceilings:
-    """The measured ceilings; where the results file has none, measured once a cell, since what is
-    told of its ways refers to them all. It takes gigabytes: asked before a cell fills the memory.
-    """
+    """The measured ceilings; if the results file has none, measured once per cell, so that all its
+    results refer to the same ones. That takes gigabytes: call it before filling the memory."""
     lines = setting.results
     bandwidth = (lines.values(MEMORY) or memory(setting))["best_gb_per_s"]
     rate = (lines.values(MATRIX) or matrix(setting))["best_tflop_per_s"]
@@ -73,7 +72,5 @@ def _processors(setting: Setting) -> int:
 CELLS = [
     Cell(MEMORY, "bandwidth of copies and reads", 0.1, memory, True),
     Cell(MATRIX, "rate of bf16 matrix products", 0.1, matrix, True),
-    Cell(
-        "ceilings.nodes", "an empty, early-exit and conditional graph node", 0.2, nodes.cost, True
-    ),
+    Cell("ceilings.nodes", "empty, early-exit and conditional graph nodes", 0.2, nodes.cost, True),
 ]

@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.results import Results, Values
 
 PATIENCE = 10
-"""How much longer cells may take in small, where kernels are interpreted."""
+"""Cells may take this many times longer with --tiny, where kernels are interpreted."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Setting:
 
     @property
     def impl(self) -> str | None:
-        """Who computes models: in small the device executor's torch form."""
+        """The implementation of models: the device executor's torch form with --tiny."""
         return "torch" if self.is_tiny else None
 
     @property
     def folder(self) -> Path:
-        """Where files beside the results file go."""
+        """The folder for files beside the results file."""
         return self.results.folder
 
     @property
     def seconds_left(self) -> float:
-        """Of what the cell may take: loops that can be shorter look at it."""
+        """What is left of the cell's minutes; loops that can stop early check it."""
         allowed = 60 * self.minutes * (PATIENCE if self.is_tiny else 1)
         return allowed - (time.perf_counter() - self.began)
 
@@ -47,8 +47,8 @@ class Setting:
 class Cell:
     """One measurement.
 
-    ``minutes`` is what it may take; after twice that it is ended. ``is_default``: in the run of
-    23 minutes.
+    ``minutes``: how long it may take; after twice that it is killed. ``is_default``: part of the
+    run of 23 minutes.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Cell:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether the device has failed for good: nothing that runs on it any more would be right."""
+    """Whether the device has failed for good, so that nothing it computes can be trusted."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -73,9 +73,9 @@ def is_lost(device: torch.device) -> bool:
 
 
 def chosen(cells: list[Cell], names: list[str]) -> list[Cell]:
-    """The cells that ``names`` name, in the protocol's order; the default ones without names.
+    """The cells that ``names`` select, in the protocol's order; without names the default ones.
 
-    A name is that of a cell, or its front part up to a dot.
+    A name is a cell's name, or the leading part of one up to a dot.
     """
     if not names:
         return [cell for cell in cells if cell.is_default]

@@ -1,4 +1,4 @@
-"""The end-to-end times of a results file as bars, beside what the hardware allows at best.
+"""The end-to-end times of a results file as bars, beside the hardware's floors.
 
 python -m benchmarks.gpu.chart benchmarks/results/<gpu> [--cell e2e.7b.b1 ...] [--png PATH]
 """
@@ -18,7 +18,7 @@ PAPER, INK = "#d0d7de", "#1f6feb"
 
 
 def plot(results: Results, cells: Sequence[str], path: Path) -> None:
-    """Two panels a cell, prompts and tokens: how long each way takes, and its floor within."""
+    """Two panels per cell, prompts and tokens: each peer's time, with its floor inside the bar."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -58,8 +58,8 @@ def _label(label: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw a folder's results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.chart", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where results.jsonl is")
-    parser.add_argument("--cell", action="append", help="default: all that are there, e2e.*")
+    parser.add_argument("folder", type=Path, help="a folder with a results.jsonl")
+    parser.add_argument("--cell", action="append", help="default: all e2e.* cells that are done")
     parser.add_argument("--png", type=Path, help="default: end-to-end.png in the folder")
     options = parser.parse_args(arguments)
     results = Results(options.folder)

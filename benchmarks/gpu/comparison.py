@@ -1,7 +1,7 @@
-"""Each operation by kernels, by torch alone (cuBLAS, SDPA), and its floor.
+"""Each operation by our kernels and by plain torch (cuBLAS, SDPA), against its floor.
 
-torch's side is only the products or the attention: norms, RoPE, stores and residual adds, which
-the kernels do on the way, are left out there. Where kernels win all the same, they win outright.
+torch computes only the products or the attention: the norms, RoPE, stores and residual adds that
+the kernels fuse are left out on its side. Kernels that still win are faster outright.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_wor
 from fastskip.kernels.launch import recording
 
 ROW_COUNTS = (16, 64, 128, 256, 576, 640, 1280)
-"""Rows of a product; where cuBLAS overtakes the kernels is what the table of products says."""
+"""Row counts of products: the table of products shows where cuBLAS overtakes the kernels."""
 
 
 def compare(setting: Setting, widths: Widths, rows: int) -> Values:
@@ -119,12 +119,12 @@ def _times(setting: Setting, widths: Widths, maker: WorkMaker, rows: int) -> dic
 def _cell(widths: Widths, rows: int) -> Cell:
     name = f"kernels.{widths.name}.{f'b{rows}' if rows else 'prefill'}"
     what = f"decode at batch {rows}" if rows else "prefill"
-    about = f"operations of {widths.name.upper()} {what} against torch alone and the floor"
+    about = f"operations of {widths.name.upper()} {what} against plain torch and the floor"
     return Cell(name, about, 1.5, partial(compare, widths=widths, rows=rows))
 
 
 CELLS = [
     *(_cell(widths, rows) for widths in (SEVEN, THIRTEEN) for rows in (1, 4, 16, 64, 0)),
-    Cell("kernels.7b.cublas", "cuBLAS by rows", 1, partial(products, widths=SEVEN)),
+    Cell("kernels.7b.cublas", "cuBLAS by row count", 1, partial(products, widths=SEVEN)),
     Cell("kernels.7b.flash", "flash-attn, where installed", 0.5, partial(flash, widths=SEVEN)),
 ]

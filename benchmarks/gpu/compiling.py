@@ -1,4 +1,4 @@
-"""Kernels compiled ahead, all at once on all cores, so that no cell spends its minutes waiting."""
+"""Compiles kernels ahead, in parallel on all cores, so that no cell spends its minutes waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastskip.kernels.launch import recording
 def compile_ahead(calls: Iterable[Callable[[], object]], device: torch.device) -> None:
     """Compiles what the calls launch, without running it.
 
-    What does not compile is left out here; it fails when it is launched.
+    Compilation errors are ignored here; the launch raises them.
     """
     if device.type != "cuda":
         return

@@ -1,4 +1,4 @@
-"""Are the compiled kernels right? Asked on the card, because the interpreter cannot tell.
+"""Are the compiled kernels correct? Checked on the GPU, because the interpreter cannot tell.
 
 ``kernels``: the kernel tests, compiled. ``ops``: every operation at real shapes against fp64.
 ``models``: small models end to end against Hugging Face. ``sanitizer``: NVIDIA's memory checker.
@@ -33,7 +33,7 @@ from fastskip.verification.budget import measure
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_TESTS = ("tests/kernels/test_compaction.py", "--maxfail=1")
-# The others ask no device, and want probes of every table, which one just tuned may lack.
+# The ignored ones need no device, but a probe for every table entry, and new entries may lack one.
 TESTS = (
     *("tests/kernels", "--maxfail=40"),
     *(f"--ignore=tests/kernels/test_{name}.py" for name in ("compilation", "tuning")),
@@ -41,7 +41,7 @@ TESTS = (
 
 
 class Wrong(RuntimeError):
-    """Something is not as right as plain low-precision code."""
+    """A result is less accurate than plain low-precision code, or differs where it must not."""
 
 
 def kernel_tests(setting: Setting) -> Values:
@@ -98,7 +98,7 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
         if "error" in worst or worst["share_of_allowed"] > 1:
             wrong.append(f"{name}, {rows} rows: {worst}")
         if setting.seconds_left < 0:
-            wrong.append(f"not finished: after {name}, {rows} rows the time was up")
+            wrong.append(f"not finished: time ran out after {name}, {rows} rows")
             break
     if wrong:
         raise Wrong("\n".join(wrong))
@@ -136,7 +136,7 @@ def sanitizer(setting: Setting) -> Values:
     if setting.is_tiny or tool is None:
         return {"note": "compute-sanitizer is not on the path" if tool is None else "no device"}
     found = {}
-    # Each allocation on its own, so that an access past its end is seen.
+    # Separate allocations, so that out-of-bounds accesses are detected.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable]
@@ -171,8 +171,8 @@ def worst_output(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The worst output of one operation: its error, and the share of what is allowed."""
-    # Whole numbers are compared in fp64 too; the order of equal maxima is fixed.
+    """The worst output of one operation: its error, and that as a share of the allowed one."""
+    # Integers are compared in fp64 too; ties between maxima have a fixed order.
     results = []
     for implementation, own in ((ops, dtype), (fused, dtype), (fused, torch.float64)):
         work = maker(Maker(widths, own, device), rows)

@@ -39,7 +39,7 @@ GROUPS = ("ttft", "prefill", "tpot", "tpot_mean", "call")
 
 @dataclass
 class Contender:
-    """A peer, how it is called, and what was found."""
+    """A peer, how its model is selected, and what was measured."""
 
     peer: Peer
     plan: SkipPlan
@@ -48,7 +48,7 @@ class Contender:
     peak_bytes: int | None = None
     tokens: Tensor | None = None
     failure: str | None = None
-    """Why it is timed no more."""
+    """Why it is no longer timed."""
 
     def median(self, quantity: str) -> float | None:
         found = self.samples.get(quantity)
@@ -56,9 +56,9 @@ class Contender:
 
 
 def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None) -> Values:
-    """All peers in turn; a peer that fails is left out, and the line says why.
+    """Times all peers in turn; a peer that fails is dropped, and the line says why.
 
-    ``mix``: prompts that are not alike, as many as the batch.
+    ``mix``: unlike prompts, one for each sequence of the batch.
     """
     ceilings = ceilings_of(setting)
     widths, n_new = (TINY, 3) if setting.is_tiny else (widths, N_NEW)
@@ -108,13 +108,13 @@ def _contender(peer: Peer, both: Models) -> Contender:
 
 
 def first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: str) -> None:
-    """Compiles and captures. Its peak: what it needs beyond what others hold, and the weights."""
+    """Compiles and captures. Peak memory: what it takes beyond what was held, plus the weights."""
     model = contender.select()
     reset_peak(device)
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     contender.tokens = _generate(contender, model, inputs, n_new)
     if contender.peer.policy is not None:
-        _generate(contender, model, inputs, 1)  # prompts are captured when they come again
+        _generate(contender, model, inputs, 1)  # prompts are captured on their second call
     peak = peak_bytes(device)
     if device == "cuda" and peak is not None:
         weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
@@ -125,9 +125,9 @@ def first_call(contender: Contender, inputs: dict[str, Tensor], n_new: int, devi
 def rounds(
     contenders: Sequence[Contender], inputs: dict[str, Tensor], n_new: int, setting: Setting
 ) -> int:
-    """Times all in turn, each round from another one on; returns how many rounds there were.
+    """Times all in turn, in an order that rotates every round; returns the number of rounds.
 
-    One that fails is not asked again.
+    One that fails is not timed again.
     """
     most = 1 if setting.is_tiny else ROUNDS
     for number in range(most):
@@ -155,8 +155,8 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
     """One sample of each quantity."""
     model = contender.select()
     counts = warm_counts(torch.device(device), n_new, n_new)
-    # Hugging Face's models are as they were, but captures of others have taken free memory away;
-    # and compiled steps are captured again, as each call has a static cache of its own.
+    # Hugging Face's default needs no capture, only the free memory back that other captures took;
+    # its compiled steps are captured again, since each call has its own static cache.
     is_plain = contender.peer.policy is None and contender.peer.hf_cache is None
     for count in (1,) if is_plain else counts:
         _generate(contender, model, inputs, count)
@@ -164,7 +164,7 @@ def _time(contender: Contender, inputs: dict[str, Tensor], n_new: int, device: s
         watch = Arrivals()
         begin, call = _timed(partial(_generate, contender, model, inputs, n_new, watch), device)
         entry = _Entry(device)
-        # Only here: a hook would make compiled code compile again.
+        # Only now: a hook makes compiled code recompile.
         hook = on_entry(model, entry)
         try:
             _timed(partial(_generate, contender, model, inputs, 1), device)
@@ -200,7 +200,7 @@ class _Entry:
             self._event.record()
 
     def seconds_since(self) -> float | None:
-        """Until now; ``None`` if the decoder was never called as a module."""
+        """Seconds since then; ``None`` if the decoder was never called as a module."""
         if self._began is None:
             return None
         if self._event is None:
@@ -226,12 +226,12 @@ def _generate(
     )
     made = tokens[:, inputs["input_ids"].shape[1] :]
     if made.shape[1] != n_new:
-        raise RuntimeError(f"{made.shape[1]} tokens were made, {n_new} wanted")
+        raise RuntimeError(f"generate made {made.shape[1]} tokens instead of {n_new}")
     return made.cpu()
 
 
 def _timed(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """When it began, and how many seconds it took."""
+    """The start time, and the duration in seconds."""
     synchronize(torch.device(device))
     begin = time.perf_counter()
     run()
@@ -278,7 +278,7 @@ def _summary(
 def _floors(
     plan: SkipPlan, rows: Sequence[tuple[int, int]], n_new: int, ceilings: Ceilings
 ) -> dict[str, float]:
-    """Least seconds of the prefill, without vision, and of a mean decode step; ``rows``: image and
+    """Floor seconds of the prefill, without vision, and of a mean decode step; ``rows``: image and
     text rows of each sequence."""
     costs = {
         each: plan.cost(*each, n_new, len(rows), text_before=text_before(each[1]))
@@ -294,7 +294,7 @@ def _floors(
 def _agreement(own: Contender, hf: Contender | None) -> float | None:
     """The share of tokens before the first one that differs from Hugging Face's.
 
-    In low precision on random weights near-ties soon fall differently: a low share is no fault.
+    In low precision on random weights near-ties soon resolve differently: a low share is fine.
     """
     if hf is None or hf.tokens is None or own.tokens is None:
         return None
@@ -314,7 +314,7 @@ CELLS = [
     *(_cell(widths, batch) for widths in (SEVEN, THIRTEEN) for batch in (1, 16, 4, 64)),
     Cell(
         "e2e.7b.unlike",
-        "7B with random weights, 16 prompts that are not alike, padded",
+        "7B with random weights, 16 unlike prompts, padded",
         5.0,
         partial(measure, widths=SEVEN, batch=len(UNLIKE), mix=UNLIKE),
     ),

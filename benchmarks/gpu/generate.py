@@ -1,8 +1,8 @@
-"""One `generate` call of a random-weight model, for Nsight to look at.
+"""One `generate` call of a random-weight model, to profile with Nsight.
 
 python -m benchmarks.gpu.generate {7b,13b,tiny} BATCH POLICY [--ranges]
 
-The call that counts lies between cudaProfilerStart and cudaProfilerStop, after one that compiles:
+The profiled call is between cudaProfilerStart and cudaProfilerStop, after one that compiles:
 
     nsys profile --trace=cuda,nvtx --cuda-graph-trace=node --capture-range=cudaProfilerApi \\
         python -m benchmarks.gpu.generate 7b 1 dense
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("batch", type=int)
     parser.add_argument("policy", choices=policies(8))
-    parser.add_argument("--new", type=int, default=8, help="tokens to make (8)")
+    parser.add_argument("--new", type=int, default=8, help="new tokens (8)")
     parser.add_argument("--ranges", action="store_true", help="name phases, layers and sublayers")
     options = parser.parse_args(arguments)
     is_gpu = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Does a CUDA graph pay for a prefill and for the vision tower? Captured against eager."""
+"""Do CUDA graphs pay off for a prefill and for the vision tower? Captured against eager."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastskip.ops.contracts import Term
 
 ROUNDS = 9
 OWN_LAYERS = 4
-"""Layers with weights of their own; a prefill runs over them again and again."""
+"""Layers with distinct weights; a prefill cycles through them."""
 
 
 def prefill(setting: Setting, widths: Widths) -> Values:
@@ -43,7 +43,7 @@ def prefill(setting: Setting, widths: Widths) -> Values:
 
 
 def tower(setting: Setting, widths: Widths, images: int) -> Values:
-    """The first token of ``generate`` with the vision tower as a graph and launched one by one."""
+    """Time to the first token of ``generate`` with the vision tower as a CUDA graph and eager."""
     widths = TINY if setting.is_tiny else widths
     device = setting.device.type
     both = load(widths, setting.dtype, device, setting.impl)
@@ -58,7 +58,7 @@ def tower(setting: Setting, widths: Widths, images: int) -> Values:
     try:
         for _ in range(1 if setting.is_tiny else ROUNDS):
             for graphs.captures in times:
-                run()  # twice in all before the first measured one: then the graphs are there
+                run()  # and once more in eager_seconds, before the timed call: the graphs exist
                 times[graphs.captures].append(eager_seconds(run, setting.device, runs=1))
         other = torch.randn_like(inputs["pixel_values"])
         with torch.no_grad(), model._fastskip.generating(1):
@@ -69,8 +69,8 @@ def tower(setting: Setting, widths: Widths, images: int) -> Values:
     finally:
         graphs.captures = None
     if not captured_ones:
-        raise RuntimeError("no graph was made, so nothing was compared")
-    # Zero, unless libraries choose other algorithms in a capture.
+        raise RuntimeError("no graph was captured, so nothing was compared")
+    # Zero, unless libraries choose other algorithms during capture.
     worst = (features[False] - features[True]).abs().max().item()
     eager, inside = (statistics.median(own) for own in times.values())
     values = {"eager_ms": 1e3 * eager, "captured_ms": 1e3 * inside, "worst_difference": worst}
@@ -110,7 +110,7 @@ CELLS = [
     *(
         Cell(
             f"graphs.tower.b{images}",
-            f"the first token with the vision tower over {images} images as a graph and without",
+            f"the first token with the vision tower over {images} images captured and eager",
             1,
             partial(tower, widths=SEVEN, images=images),
         )

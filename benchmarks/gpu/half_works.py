@@ -1,7 +1,7 @@
-"""The operations of a decode step around norms that are half taken, as pieces of work.
+"""The operations of a decode step that leave or read half norms, as units of work.
 
-What reads a half finds that of noise, in as many parts as an update in tiles of 16 or 64 columns
-leaves. In fp16 there is none, and the norm is taken whole.
+Readers get the half norm of noise, in as many parts as an update in tiles of 16 or 64 columns
+leaves. In fp16 there are no half norms, and the whole norm is computed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add(make: Maker, rows: int, width: int) -> Work:
     def run(ops: Any) -> Outcome:
         nonlocal squares
         half = ops.add_terms_and_halve_(h, [term], norm, arrivals=arrivals)
-        half = half or fused.halve(h, norm)  # where there is none, so that all have as many outputs
+        half = half or fused.halve(h, norm)  # where there is none: all have the same outputs
         squares = half.squares
         return [h, half.rows]
 
@@ -51,14 +51,14 @@ def add(make: Maker, rows: int, width: int) -> Work:
 
 
 def of_mean_square(squares: Tensor, h: Tensor) -> Tensor:
-    """Parts of a mean square, summed, as a share of that of the rows that were stored: they are of
-    full precision, and how ``h`` was rounded before is no fault of theirs."""
+    """The summed parts of a mean square, relative to that of the stored rows: the parts have full
+    precision and must not be blamed for the rounding of ``h``."""
     share = squares.sum(1).double() / h.double().square().mean(1)
     return share.to(squares.dtype)
 
 
 def half_of(h: Tensor, norm: Norm) -> HalfNorm | None:
-    """The half of a norm of ``h [n, D]``, if it has one."""
+    """The half norm of ``h [n, D]``, or ``None`` if it has none."""
     if not HalfNorm.is_of(norm, h.dtype):
         return None
     rows, width = h.shape

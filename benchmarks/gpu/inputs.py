@@ -26,7 +26,7 @@ from fastskip.ops.contracts import (
 
 @dataclass(frozen=True)
 class Widths:
-    """A decoder's sizes, and how long a prompt of one image is."""
+    """A decoder's sizes, and the length of a prompt with one image."""
 
     name: str
     hidden: int
@@ -45,7 +45,7 @@ class Widths:
 
 
 def text_before(n_text: int) -> int:
-    """Text rows before the image of a prompt that has so many."""
+    """Text rows before the image of a prompt with ``n_text`` text rows."""
     return min(4, n_text // 2)
 
 
@@ -56,9 +56,9 @@ TINY = Widths("tiny", 64, 4, 2, 16, 96, 128, 6, n_image=4, n_text=4)
 
 
 class Maker:
-    """Makes inputs from running seeds: makers alike but for the dtype make the same numbers.
+    """Makes inputs from running seeds: makers that differ only in dtype make the same numbers.
 
-    They are numbers that bf16 and fp16 both hold exactly, so every dtype sees one input.
+    bf16 and fp16 both represent these exactly, so every dtype sees the same input.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Maker:
         return Rotation(cosine, sine)
 
     def pages(self, sequences: int) -> Pages:
-        """Pages of so many prompts and one entry more each, in mixed order, full of noise."""
+        """Pages for ``sequences`` prompts plus one entry each, in shuffled order, full of noise."""
         size = self.widths
         count = -(-(size.context + 1) // PAGE)
         elements = 2 * size.groups * PAGE * size.head_dim
@@ -125,13 +125,13 @@ class Maker:
         return StepReach(counts, 1, sequences * (self.widths.context + 1), arrivals)
 
     def prompt_reach(self, rows: list[int] | range) -> Reach:
-        """Queries of these rows of one prompt, each over all before it and itself."""
+        """Causal queries of these rows of one prompt: each sees all rows before it and itself."""
         limits = self.integers([row + 1 for row in rows])
         bounds = Bounds.of((0, len(limits)), limits.device)
         return Reach(limits, self.integers(range(len(limits))), bounds)
 
     def text_rows(self) -> list[int]:
-        """Where the text of a prompt is: a little before the image, most behind it."""
+        """Indices of a prompt's text rows: a few before the image, most after it."""
         before = text_before(self.widths.n_text)
         return [*range(before), *range(before + self.widths.n_image, self.widths.context)]
 

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 of 7B and 13B with random weights made on the device, and a small one."""
+"""LLaVA-1.5 7B and 13B with random weights made on the device, and small models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.peers import DEFAULT, MORE, Peer
 from benchmarks.shapes import PAD_ID, Models, Shape, models, random_model
 from fastskip import SkipPolicy
 
-# In all layers, as the goal for prefill says; the preset leaves some layers whole.
+# In all layers, as in the goal for prefill; the preset leaves some layers dense.
 IMAGE_FFN = Peer(
     "image_ffn_all",
     "no FFN for image rows in any layer",
@@ -34,14 +34,13 @@ PEERS = tuple(
 
 
 def policies(depth: int, names: Collection[str] | None = None) -> dict[str, SkipPolicy]:
-    """Name -> policy of the peers that have one; of all that are known by default."""
+    """Name -> policy of the peers that have one; of all known peers by default."""
     wanted = _KNOWN.values() if names is None else [_KNOWN[name] for name in names]
     return {peer.name: peer.policy(depth) for peer in wanted if peer.policy is not None}
 
 
 def load(widths: Widths, dtype: torch.dtype, device: str, impl: str | None = None) -> Models:
-    """Both models on one set of weights; built once a process, while no other widths are asked
-    for."""
+    """Both models on one set of weights, built once and kept until other widths are loaded."""
     return models(_builder(widths, device), dtype, device, impl)
 
 
@@ -50,13 +49,13 @@ def shape(widths: Widths, device: str) -> Shape:
     return Shape(widths.name, _builder(widths, device), before, widths.n_text - before)
 
 
-# A function for each size, because built models are kept by what built them.
+# One builder per size, because models are cached by their builder.
 _builders: dict[tuple[Widths, str], Callable[[torch.dtype], Any]] = {}
 
 
 def _builder(widths: Widths, device: str) -> Callable[[torch.dtype], Any]:
     if (widths, device) not in _builders:
-        # Models of another size go: of two large ones and their caches only one fits.
+        # Drop models of other sizes: two large ones do not fit with their caches.
         _builders.clear()
         models.cache_clear()
         gc.collect()
@@ -97,5 +96,5 @@ def _build(dtype: torch.dtype, *, widths: Widths, device: str) -> Any:
 
 
 def tiny_model(dtype: torch.dtype, *, device: str) -> Any:
-    """Six layers of grouped-query attention; what a masked Hugging Face model is compared on."""
+    """Six layers of grouped-query attention, to compare with the masked Hugging Face model."""
     return _build(dtype, widths=TINY if device == "cpu" else SMALL, device=device)

@@ -1,4 +1,4 @@
-"""What a node of a CUDA graph costs when its kernel does nothing, leaves early or is not run."""
+"""What a CUDA graph node costs when its kernel does nothing, exits early or does not run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastskip.ops.graphs import capture
 
 PROGRAMS = (132, 264, 1376)
 MANY, FEW = 320, 160
-"""The difference of two graphs is taken, so that what a launch of any graph costs drops out."""
+"""Nodes of two graphs, whose difference is taken: the cost of launching a graph cancels out."""
 REPLAYS = 30
 
 
@@ -59,7 +59,7 @@ def _read_kernel(  # type: ignore[no-untyped-def]
 
 
 def reader(source: Tensor, programs: int) -> Callable[[], object]:
-    """Reads ``source`` fp32, whose size is a multiple of the block, by ``programs`` programs."""
+    """A call of ``programs`` programs that read ``source``: fp32, a multiple of the block."""
     out = torch.empty(programs, device=source.device)
     block = 4096
 
@@ -71,7 +71,7 @@ def reader(source: Tensor, programs: int) -> Callable[[], object]:
 
 
 def cost(setting: Setting) -> Values:
-    """Microseconds a node."""
+    """Microseconds per node."""
     flag = torch.zeros(1, dtype=torch.int32, device=setting.device)
     out = torch.zeros(max(PROGRAMS), dtype=torch.int32, device=setting.device)
     found: dict[str, float] = {}
@@ -83,7 +83,7 @@ def cost(setting: Setting) -> Values:
             setting, partial(_early_exit_kernel[(programs,)], flag, out)
         )
     if int(out.sum()) != 0:
-        raise RuntimeError("a kernel that was to leave early has run")
+        raise RuntimeError("a kernel that should have exited early has run")
     try:
         found |= _conditional(setting)
         note = None
@@ -93,7 +93,7 @@ def cost(setting: Setting) -> Values:
 
 
 def _microseconds(setting: Setting, launch: Callable[[], object]) -> float:
-    """A launch's share of a graph of many of them."""
+    """Microseconds per launch, in a graph of many."""
     launch()
     if setting.device.type != "cuda":
         return 0.0
@@ -119,9 +119,9 @@ def replay_seconds(replay: Callable[[], object]) -> float:
 
 
 def _conditional(setting: Setting) -> dict[str, float]:
-    """IF nodes in a row, each with one memset in its body; and plain memsets to compare with.
+    """IF nodes in a row, each with one memset in its body, and plain memsets to compare with.
 
-    Then as a step has them: a kernel sets the condition of a body that was captured.
+    Then IF nodes as a step uses them: a kernel sets the condition of a captured body.
     """
     if setting.device.type != "cuda":
         raise RuntimeError("no CUDA device")
@@ -140,10 +140,10 @@ def _conditional(setting: Setting) -> dict[str, float]:
 
 
 def _captured_bodies(device: torch.device) -> dict[str, float]:
-    """An IF node whose condition a kernel sets, and that kernel, around a kernel of one program.
+    """An IF node around a kernel of one program, with the kernel that sets its condition.
 
     Raises:
-        RuntimeError: a body has run that was not to, or the other way round.
+        RuntimeError: a body ran that should not have, or the other way round.
     """
     bodies, found = GraphBodies(device), {}
     runs, one, out = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(3))
@@ -160,7 +160,7 @@ def _captured_bodies(device: torch.device) -> dict[str, float]:
         few, many = map(replay_seconds, graphs)
         found[f"IF and the kernel that sets it, {name}"] = 1e6 * (many - few) / (MANY - FEW)
         if int(out) != flag:
-            raise RuntimeError(f"a body whose flag is {flag} has written {int(out)}")
+            raise RuntimeError(f"the body of an IF node with flag {flag} wrote {int(out)}")
     return found
 
 
@@ -169,7 +169,7 @@ def _turns(device: torch.device) -> dict[str, float]:
     turn follows.
 
     Raises:
-        RuntimeError: it took another number of turns.
+        RuntimeError: the number of turns was wrong.
     """
     bodies = GraphBodies(device)
     left, taken = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
@@ -188,7 +188,7 @@ def _turns(device: torch.device) -> dict[str, float]:
         taken.zero_()
         replay()
         if int(taken) != count:
-            raise RuntimeError(f"a loop of {count} turns has taken {int(taken)}")
+            raise RuntimeError(f"a loop took {int(taken)} turns instead of {count}")
         seconds.append(replay_seconds(replay))
     few, many = seconds
     return {"a turn of a WHILE node, two kernels": 1e6 * (many - few) / (MANY - FEW)}

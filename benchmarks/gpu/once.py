@@ -1,8 +1,8 @@
-"""Every operation run once by its kernels, for NVIDIA's tools to look at.
+"""Runs every operation with our kernels, for NVIDIA's profiler and memory checker.
 
 python -m benchmarks.gpu.once {tiny,7b,13b} ROWS [NAME ...]
 
-Decode operations for ROWS sequences and, for one row, those of a prefill. NAME: only these.
+Runs decode operations for ROWS sequences and, if ROWS is 1, those of a prefill. NAME: only these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fused operations of a prefill as pieces of work: all rows of one prompt, or its text rows."""
+"""The fused operations of a prefill as units of work: all rows of one prompt, or its text rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def attend_rows(make: Maker, rows: int) -> Work:
 
 
 def attend_rows_text(make: Maker, rows: int) -> Work:
-    """The text rows' queries over a whole prompt: what frozen image rows leave."""
+    """The text rows' queries over a whole prompt: what remains when image rows are frozen."""
     return _attend_rows(make, make.text_rows())
 
 
@@ -64,7 +64,7 @@ def compact(make: Maker, rows: int) -> Work:
 
     def run(ops: Any) -> Outcome:
         index, count = ops.compact(mask)
-        # What lies behind the count is unspecified.
+        # Values beyond the count are unspecified.
         inside = torch.arange(rows, device=index.device) < count
         return [torch.where(inside, index, -1), count]
 
@@ -94,7 +94,7 @@ def _attend_rows(make: Maker, rows: list[int] | range) -> Work:
     def rival() -> Callable[[], object]:
         keys, values = make.noise(2, 1, size.groups, most, size.head_dim)
         columns = torch.arange(most, device=make.device)
-        # Without a mask where torch's fastest way needs none.
+        # No mask where torch's fastest path needs none.
         is_whole = len(rows) == most
         mask = None if is_whole else columns < reach.limits[:, None]
         turned = queries.transpose(0, 1)[None]

@@ -1,4 +1,4 @@
-"""Where the time of decode steps and of a prefill goes: kernels by time, with their bandwidth."""
+"""Where decode steps and a prefill spend their time: kernels by time, with their bandwidth."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOP = 15
 
 
 def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values:
-    """torch's profiler over a prefill, and over the steps behind it, of one policy."""
+    """torch's profiler over a prefill and the decode steps after it, under one policy."""
     widths = TINY if setting.is_tiny else widths
     device = setting.device.type
     both = load(widths, setting.dtype, device, setting.impl)
@@ -57,7 +57,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
     decode = {}
     for name, (count, us) in whole.items():
         count_first, us_first = first.get(name, (0, 0.0))
-        # What one step launches is what the first token does not.
+        # Steps launch what is launched beyond the first token.
         if count > count_first:
             decode[name] = ((count - count_first) / steps, max(us - us_first, 0.0) / steps)
     plan = fastskip.plan_of(model)
@@ -80,7 +80,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
 
 
 def nsight_compute(setting: Setting, widths: Widths, rows: int) -> Values:
-    """Nsight Compute over one call of each operation: memory's share of its peak, by kernel."""
+    """Nsight Compute over one call of each operation: memory throughput as a share of its peak."""
     tool = shutil.which("ncu")
     if setting.is_tiny or tool is None:
         return {"note": "ncu is not on the path" if tool is None else "no device"}
@@ -99,7 +99,7 @@ def nsight_compute(setting: Setting, widths: Widths, rows: int) -> Values:
 
 
 def _kernels(run: Any, device: str) -> dict[str, tuple[int, float]]:
-    """Name -> (launches, microseconds) of what ran on the device; of torch's calls on a CPU."""
+    """Name -> (launches, microseconds) of device kernels; of torch operators on a CPU."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -117,9 +117,10 @@ def _kernels(run: Any, device: str) -> dict[str, tuple[int, float]]:
 
 
 def _spans(run: Any, device: str) -> dict[str, float]:
-    """Shares of the device's time (on a CPU: of the time) that ranges named by the package take.
+    """Time in ranges named by the package, relative to the longest: device time, or CPU time on a
+    CPU.
 
-    Decode steps run kernel by kernel within them; layers are added up.
+    Decode steps run kernel by kernel within them; layers are summed.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
@@ -137,16 +138,18 @@ def _spans(run: Any, device: str) -> dict[str, float]:
 
 
 def weight_bytes(account: Account) -> dict[str, float]:
-    """Bytes of weights that a launch of each kernel reads, in the mean over the recorded ones."""
+    """Mean bytes of weights that a launch of each kernel reads, over the recorded launches."""
     found: dict[str, list[int]] = defaultdict(list)
     for launch in account.launches:
         weights = list(_matrices(tuple(launch.arguments.values())))
         if launch.kernel is None or not weights:
             continue
-        # Equal problems in one launch.
+        # One launch may hold several equal problems.
         problems = launch.arguments.get("PARTS", (*launch.grid, 1, 1)[2])
         nbytes = problems * sum(weight.nbytes for weight in weights)
-        if "weight_distance" in launch.arguments:  # a parallel block: an FFN's lie behind these
+        if (
+            "weight_distance" in launch.arguments
+        ):  # a parallel block: the FFN's weights follow these
             rows = launch.arguments["F"] * (1 + launch.arguments["IS_GATED"])
             nbytes += rows * weights[0].shape[1] * weights[0].element_size()
         found[launch.kernel.__name__].append(nbytes)
@@ -157,7 +160,7 @@ def _matrices(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
     """The weights among a launch's arguments, which hold them in tuples."""
     for each in arguments:
         if isinstance(each, Weights):
-            # Of a second problem only the distance is told.
+            # A second problem is given only as a distance.
             yield from [each.weight] if isinstance(each.weight, Tensor) else []
         elif isinstance(each, tuple):
             yield from _matrices(each)
@@ -178,7 +181,7 @@ def _top(
 
 
 def _ncu_rows(text: str) -> list[dict[str, Any]]:
-    """The last launch of each kernel and grid; ncu prints two lines of head, names and units."""
+    """The last launch of each kernel and grid; ncu prints two header lines, names and units."""
     start = text.find('"ID"')
     if start < 0:
         return []

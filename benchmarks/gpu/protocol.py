@@ -1,4 +1,4 @@
-"""The protocol: all cells in their order, and what the command line asks of them."""
+"""The protocol: all cells in order, and what the command line does with them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CELLS: list[Cell] = [
     *step_ways.CELLS,
 ]
 SAME_IN_SMALL = re.compile(r"\.(13b|b4$|b16|b64|half_blocks|parallel_blocks|float16|project)(\.|$)")
-"""Cells that would run in small what others run already."""
+"""Cells that with --tiny would repeat what other cells run."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def start(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """What the options ask for; returns the exit status."""
+    """Does what the options say; returns the exit status."""
     device = _device(options.tiny, is_needed=not (options.list or options.tables))
     slug = "tiny" if options.tiny else file_name(device.type).removesuffix(".json")
     results = Results(options.results or RESULTS / slug)
@@ -78,7 +78,7 @@ def _measure(
         if not run(todo, setting, say=_say):
             sys.exit(UNUSABLE)
         return
-    # The processes are told everything but the cells; what they run is decided here.
+    # Child processes get all options; which cells they run is decided here.
     passed = ["--results", str(setting.folder), "--again", "--same-process"]
     command = [sys.executable, "-m", "benchmarks.gpu", *passed, *["--tiny"] * options.tiny]
     supervise(todo, setting.results, command, options.budget, say=_say)
@@ -93,7 +93,7 @@ def _device(is_tiny: bool, is_needed: bool) -> torch.device:
     if is_tiny or (not is_needed and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA device: --tiny runs everything in small on the CPU")
+        raise ValueError("no CUDA device; --tiny runs everything at tiny shapes on the CPU")
     return torch.device("cuda")
 
 

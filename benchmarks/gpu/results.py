@@ -1,4 +1,4 @@
-"""The results file: one line of JSON a cell, appended as soon as the cell is done."""
+"""The results file: one line of JSON per cell, appended as soon as the cell is done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INTERPRETERS = re.compile(r"/[^\s\"']*/bin/python")
 
 
 def without_places(text: str) -> str:
-    """Tracebacks and logs without where things lie on the machine that wrote them."""
+    """A traceback or log without the paths of the machine that wrote it."""
     text = PACKAGES.sub("", text.replace(f"{ROOT}/", ""))
     return INTERPRETERS.sub("python", text)
 
@@ -53,7 +53,7 @@ class Results:
         self.path = folder / FILE
 
     def lines(self) -> dict[str, Line]:
-        """The latest line of each cell; what a killed process left half-written is no line."""
+        """The latest line of each cell; lines cut short by a killed process are ignored."""
         return self.parse(self.path.read_text("utf-8")) if self.path.is_file() else {}
 
     @staticmethod
@@ -77,7 +77,7 @@ class Results:
         return line.values if line is not None and line.is_done else None
 
     def append(self, line: Line) -> None:
-        """Writes the line through to the disk."""
+        """Appends the line and flushes it to disk."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = asdict(line)
         record["date"] = record["date"] or f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
@@ -86,7 +86,7 @@ class Results:
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # half a line of a killed process
+                if file.read(1) != b"\n":  # a killed process left half a line
                     text = "\n" + text
             file.write(text.encode())
             file.flush()

@@ -1,4 +1,4 @@
-"""The decoder layers of one model without the rest, to time steps under any policy."""
+"""The decoder layers of one model on their own, to time steps under any policy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Step = Callable[[], object]
 
 
 class Stack:
-    """Layers with weights of their own, so that none comes from the L2 cache."""
+    """Layers with separate weights, so that none are read from the L2 cache."""
 
     def __init__(self, setting: Setting, widths: Widths, depth: int) -> None:
         self._setting, self._widths = setting, widths
@@ -75,11 +75,14 @@ class Stack:
         turns: int = 1,
         overlap: Overlap = Overlap.NONE,
     ) -> Step:
-        """One step behind a prompt, at batch 1, under a policy; ``turns``: layers of each turn of
-        a loop, whose launches ``overlap``.
+        """One decode step after a prompt, at batch 1, under a policy.
+
+        Args:
+            turns: layers per turn of a loop.
+            overlap: how the launches of a loop overlap.
 
         Raises:
-            ValueError: such a step cannot be a loop.
+            ValueError: steps of this policy cannot run as a loop.
         """
         plan, shape, widths = make_plan(policy, self._shape), self._shape, self._widths
         routers = build_routers(policy, shape.depth, shape.hidden_size)
@@ -100,18 +103,18 @@ class Stack:
         if guarding is Guarding.HOPS:
             hopping = Hopping.of(own, state, bodies_on(device), turns)
             if hopping is None:
-                raise ValueError("policy: its steps are no loop")
+                raise ValueError("policy: its steps cannot run as a loop")
 
             def run() -> None:
                 with overlapping(overlap):
                     hopping.run(plan, own, state.h, state)
 
             return run
-        # State and rows hold the cache's memory.
+        # State and rows keep the cache's memory alive.
         return lambda: run_steps(plan, own, state.h, state.rows_of, state.store)
 
     def _cache(self, plan: SkipPlan, own: Sequence[FusedBlock], routers: Any) -> PagedCache:
-        """A prompt's."""
+        """The cache of a prompt."""
         context = self._widths.context
         codes = torch.full((1, context), CODES[TokenClass.TEXT])
         codes[:, : self._widths.n_image] = CODES[TokenClass.IMAGE]
@@ -145,7 +148,7 @@ class Stack:
 
 
 def microseconds(setting: Setting, step: Step, depth: int) -> float:
-    """A block's share of a captured step; what a launch of any graph costs drops out."""
+    """Microseconds per block of a captured step; the cost of a graph launch cancels out."""
     with torch.no_grad():
         step()
         if setting.device.type != "cuda":
@@ -164,8 +167,8 @@ def _repeat(step: Step, passes: int) -> None:
 
 @contextmanager
 def programs_at_most(programs: int | None, device: torch.device) -> Iterator[None]:
-    """Within this block guarded launches have at most so many programs; ``None``: as the tables
-    say."""
+    """Within this block guarded launches have at most this many programs; ``None``: as in
+    tables."""
     if programs is None:
         yield
         return

@@ -1,7 +1,7 @@
-"""The operations on rows that are chosen on the device, as pieces of work.
+"""The operations on rows that are chosen on the device, as units of work.
 
-Each is called twice: for the first half of the rows, and for none, where its programs leave. So
-what is tuned is the mean of the two, how many programs there are above all.
+Each is called twice: with the first half of the rows chosen, and with none, where its programs exit
+early. So tuning minimizes the mean of the two, above all by the number of programs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def attend_step(make: Maker, rows: int) -> Work:
 
 
 def add_output(make: Maker, rows: int) -> Work:
-    """With a decision that rides."""
+    """With a decision in the same launch."""
     return _add(make, rows, make.widths.heads * make.widths.head_dim, rides=True)
 
 
@@ -89,7 +89,7 @@ def project_feed(make: Maker, rows: int) -> Work:
 
 
 def route(make: Maker, rows: int) -> Work:
-    """The trace moved on, and rows that decide by themselves."""
+    """Advances the trace; rows decide individually."""
     h, found = make.noise(rows, make.widths.hidden), torch.zeros(rows, 2, device=make.device)
     trace = Trace(make.noise(rows, make.widths.hidden), found)
     vector = make.noise(make.widths.hidden, scale=make.widths.hidden**-0.5).float()
@@ -153,7 +153,7 @@ PREFILL_ROUTED: dict[str, WorkMaker] = {
 
 
 def _flags(make: Maker, rows: int) -> tuple[tuple[Tensor, Tensor], int]:
-    """Flags of the first half of the rows, and of none; and how many the half is."""
+    """Flags for the first half of the rows, flags for none, and how many rows the half has."""
     running = -(-rows // 2)
     flags = [1] * running + [0] * (rows - running)
     return (make.integers(flags), make.integers([0] * rows)), running
@@ -185,7 +185,7 @@ def _verdict(make: Maker, rows: int, score: Score, **terms: Any) -> Verdict:
 
 
 def _route(make: Maker, rows: int, verdicts: list[Verdict]) -> Route:
-    """Each row a sequence in a step; one sequence in a prompt."""
+    """In a step each row is a sequence; a prompt is one sequence."""
     is_prompt = rows == make.widths.context
     sequences = make.integers([0] * rows if is_prompt else range(rows))
     arrivals = make.integers([0])

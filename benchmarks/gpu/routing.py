@@ -1,12 +1,12 @@
 """Skips that routers decide on the device, against static plans that skip as much.
 
-``decisions``: is it right? What routers decide on the device is what the torch form decides, and
-scores are those of the masked dense computation. ``blocks``: what a guarded block costs that runs,
-and one that is passed by, by early exits, by IF nodes and in loops. ``7b``: whole models.
+``decisions``: correctness. Routers must decide on the device what the torch form decides, and
+logits must be those of the masked dense computation. ``blocks``: the cost of a guarded block that
+runs and of one that is skipped, with early exits, IF nodes and loops. ``7b``: whole models.
 
-Decisions are drawn at random at a given rate: a draw takes no product, and no weights need to be
-learned for it. A linear router reads one vector a layer more; it, and one that looks at what the
-last layer did, are timed as far as they need no calibration.
+Decisions are drawn at random at a given rate: a draw takes no product and needs no learned weights.
+A linear router, which reads one more vector per layer, and a similarity router, which looks at what
+the last layer changed, are timed as far as they need no calibration.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ KIND_OF = {
     Guarding.HOPS: "loop",
 }
 OTHER = (("if", Guarding.CONDITIONAL), ("loop", Guarding.HOPS))
-"""Ways to pass by what is skipped that stand against early exits, and how their names begin."""
+"""Alternatives to early exits for skipping blocks, with the prefixes of their names."""
 DEPTH = 8
 """Layers of a step whose blocks are timed."""
 TURNS = (1, 2, 4, 8)
-"""Layers of one turn of a loop."""
+"""Layers per turn of a loop."""
 
 
 def router(rate: float, kv: str, group: str = "row", layers: object = ":") -> dict[str, Any]:
-    """Whole blocks of all rows, at random."""
+    """Skips whole blocks of all rows at random."""
     head = {"layers": layers, "tokens": "all", "skip": ["block"], "kind": "random"}
     return head | {"rate": rate, "kv": kv, "group": group}
 
@@ -73,17 +73,17 @@ def policy_of(*routers: dict[str, Any], rules: Sequence[dict[str, Any]] = ()) ->
 
 
 def static(rate: float, kv: str, depth: int) -> SkipPolicy:
-    """Whole blocks of all rows, evenly spread; as many as come nearest to the rate."""
+    """Skips whole blocks of all rows, evenly spread, as many as come nearest to the rate."""
     count = round(rate * depth)
     layers = [math.floor((number + 0.5) * depth / count) for number in range(count)]
     return policy_of(rules=[{"layers": layers, "tokens": "all", "skip": ["block"], "kv": kv}])
 
 
-# Is it right?
+# Correctness
 
 
 def decisions(setting: Setting) -> Values:
-    """A small model under routers, by early exits, by IF nodes and in loops."""
+    """Checks a small model under routers, with early exits, IF nodes and loops."""
     build = partial(tiny_model, device=setting.device.type)
     found: dict[str, Any] = {}
     wrong: list[str] = []
@@ -96,7 +96,7 @@ def decisions(setting: Setting) -> Values:
             name = f"{str(dtype).removeprefix('torch.')}, {KIND_OF[guarding]}"
             try:
                 own = faults(both, policies)
-            except ValueError as error:  # no bindings: early exits are measured all the same
+            except ValueError as error:  # no CUDA bindings: early exits are checked anyway
                 found[name] = str(error)
                 continue
             finally:
@@ -132,7 +132,7 @@ _KV_GROUPS = [("project", "row"), *(("omit", group) for group in GROUPS)]
 
 
 def linear(threshold: float, depth: int, width: int, folder: Path) -> dict[str, Any]:
-    """Of random weights: where the threshold is 0, about half of the layers are skipped."""
+    """A linear router with random weights: at threshold 0 it skips about half of the layers."""
     generator = torch.Generator().manual_seed(0)
     path = folder.absolute() / f"router-{depth}-{width}.safetensors"
     if not path.exists():
@@ -144,7 +144,7 @@ def linear(threshold: float, depth: int, width: int, folder: Path) -> dict[str, 
 
 
 NEAR = 0.01
-"""The share of decisions of scores that may fall differently: those within rounding of the bar."""
+"""The share of score-based decisions that may differ: scores within rounding of the threshold."""
 
 
 def _other_decisions(
@@ -154,10 +154,10 @@ def _other_decisions(
     setting: Setting,
     found: dict[str, Any],
 ) -> list[str]:
-    """Where the device's decisions are not those of its torch form, on the same prompt."""
+    """Policies under which the device decides unlike its torch form on the same prompt."""
     wrong = []
     form = models(build, both.hf.dtype, setting.device.type, "torch").ours
-    # Long enough for products by index and count; and again, until prompts are captured.
+    # Long enough for products by index and count; repeated until the prompt is captured.
     words, times = (6, 1) if setting.is_tiny else (90, 3)
     inputs = ragged(prompts(both.hf, Shape("tiny", build, 2, words), 2))
     for name, policy in policies.items():
@@ -178,11 +178,11 @@ def _other_decisions(
     return wrong
 
 
-# What a block costs
+# The cost of a block
 
 
 def blocks(setting: Setting, widths: Widths) -> Values:
-    """Microseconds a block of a step at batch 1, in a graph of many."""
+    """Microseconds per block of a decode step at batch 1, in a graph of many."""
     widths = TINY if setting.is_tiny else widths
     depth = 2 if setting.is_tiny else DEPTH
     stack = Stack(setting, widths, depth)
@@ -214,7 +214,7 @@ def blocks(setting: Setting, widths: Widths) -> Values:
 
 
 class NodeWay(NamedTuple):
-    """How a step goes by nodes of a graph."""
+    """A way to run a step with conditional graph nodes."""
 
     label: str
     guarding: Guarding
@@ -223,7 +223,7 @@ class NodeWay(NamedTuple):
 
 
 def _node_ways(setting: Setting, kv: str) -> Iterator[NodeWay]:
-    """By IF nodes, and where skipped rows leave no entries in loops."""
+    """IF nodes and, where skipped rows leave no cache entries, loops."""
     yield NodeWay(KIND_OF[Guarding.CONDITIONAL], Guarding.CONDITIONAL)
     if kv != "omit":
         return
@@ -238,7 +238,7 @@ def _node_ways(setting: Setting, kv: str) -> Iterator[NodeWay]:
 
 @dataclass(frozen=True)
 class Way:
-    """One policy, and how steps pass by what is skipped; ``rate`` 0 to 1 is what was asked for."""
+    """One policy, and how its steps skip blocks; ``rate``, 0 to 1, is the requested one."""
 
     name: str
     label: str
@@ -250,8 +250,8 @@ class Way:
 
 @dataclass
 class Seen:
-    """What a way did: the share of candidates that skipped in the prompt and in steps, and of
-    blocks that no row of a step ran."""
+    """What happened under a way: the shares of candidates that skipped in the prompt and in the
+    steps, and of the steps' blocks that no row ran."""
 
     contender: Contender
     prompt: float = 0.0
@@ -260,7 +260,7 @@ class Seen:
 
 
 def measure(setting: Setting, widths: Widths, batch: int, kv: str) -> Values:
-    """Dense, static plans and routed ones in turn; one that fails is left out."""
+    """Times dense, static and routed plans in turn; one that fails is dropped."""
     ceilings = ceilings_of(setting)
     widths, n_new = (TINY, 4) if setting.is_tiny else (widths, N_NEW)
     device = setting.device.type
@@ -306,7 +306,7 @@ def _ways(both: Models, batch: int, kv: str, setting: Setting) -> Iterator[Way]:
             policy = policy_of(router(rate, kv, group))
             by = f" by {group}" if batch > 1 else ""
             yield Way(f"{group}_{rate}", f"routed{by}, {rate:.0%}", policy, rate)
-    # Where a decision is one for the whole step, nodes have the most to gain.
+    # Nodes have the most to gain where one decision covers the whole step.
     group = "row" if batch == 1 else "batch"
     for short, guarding in OTHER if kv == "omit" else OTHER[:1]:
         for rate in rates if setting.is_tiny else (0.0, *rates):
@@ -318,15 +318,15 @@ def _ways(both: Models, batch: int, kv: str, setting: Setting) -> Iterator[Way]:
         for threshold, label in ((-1e30, "0%"), (0.0, "some")):
             own = linear(threshold, depth, width, setting.folder)
             yield Way(f"linear_{label}", f"routed, linear, {label}", policy_of(own), 0.0)
-        # No row that a layer has changed skips.
+        # At this threshold no row skips that a layer has changed.
         own = {"layers": ":", "tokens": "all", "skip": ["block"], "kind": "similarity"}
         own |= {"measure": "change", "threshold": 0.0, "kv": kv}
         yield Way("similarity_0%", "routed, similarity, 0%", policy_of(own), 0.0)
 
 
 def ragged(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The prompts, each one token shorter than the one before, at its end; pads on the left: else
-    sequences at equal positions would all draw the same."""
+    """The prompts, each one token shorter at its end than the one before, padded on the left: at
+    equal positions all sequences would draw the same."""
     ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
     for number in range(1, len(ids)):
         ids[number] = ids[number].roll(number)
@@ -335,7 +335,7 @@ def ragged(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _first(way: Way, both: Models, inputs: dict[str, Tensor], n_new: int, device: str) -> Seen:
-    """Compiles, captures, and reads back what is decided: draws are the same in every call."""
+    """Compiles, captures, and reads back the decisions; draws are the same in every call."""
     plan = fastskip.plan_of(fastskip.set_policy(both.ours, way.policy))
 
     def select() -> Any:
@@ -362,8 +362,8 @@ def _summary(
 ) -> dict[str, Any]:
     """Milliseconds, and percent over a static plan that skips as much.
 
-    In a prompt that is as many rows, in steps as many whole blocks: a block is streamed for one
-    row as for all.
+    That means as many rows in a prompt, and as many whole blocks in decode steps, where one row is
+    enough to stream all weights of a block.
     """
     found = {}
     for way in ways:
@@ -399,7 +399,7 @@ def _summary(
 def _static_points(
     ways: Sequence[Way], seen: dict[str, Seen], quantity: str
 ) -> list[tuple[float, float]]:
-    """The share of blocks that static plans skip, and their seconds."""
+    """By static plan: the share of blocks that it skips, and its seconds."""
     points = []
     for way in ways:
         contender, seconds = seen[way.name].contender, _seconds(seen[way.name], quantity)
@@ -411,7 +411,7 @@ def _static_points(
 
 
 def between(points: Sequence[tuple[float, float]], x: float) -> float:
-    """What lies at ``x`` on the line through the points, whose ends go on straight."""
+    """The value at ``x`` interpolated linearly through the points, extrapolated at the ends."""
     pairs = list(pairwise(points))
     inside = next((pair for pair in pairs if x <= pair[1][0]), pairs[-1])
     (a, low), (b, high) = inside
@@ -419,12 +419,12 @@ def between(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def _seconds(seen: Seen, quantity: str) -> float | None:
-    """Steps differ in what they skip, so of them the mean counts."""
+    """Median seconds; for steps, which differ in what they skip, of the mean gap between tokens."""
     return seen.contender.median("tpot_mean" if quantity == "tpot" else quantity)
 
 
 def _floors(seen: Seen, about: dict[str, Any], ceilings: Ceilings) -> dict[str, float]:
-    """Least seconds of the prefill and of a mean step, as is to be expected at these rates."""
+    """Floor seconds of the prefill and of a mean step, as expected at these rates."""
     plan = seen.contender.plan
     sizes = about["n_image"], about["n_text"], about["n_new"], about["batch"]
     before = text_before(about["n_text"])
@@ -437,17 +437,17 @@ def _floors(seen: Seen, about: dict[str, Any], ceilings: Ceilings) -> dict[str, 
 
 
 def _model_cell(batch: int, kv: str) -> Cell:
-    about = f"7B with routers at batch {batch}, rows that skip {kv} entries, against static plans"
+    about = f"7B with routers at batch {batch}, KV rule {kv}, against static plans"
     minutes = 1.6 if batch == 1 else 4.0
     run = partial(measure, widths=SEVEN, batch=batch, kv=kv)
     return Cell(f"routing.7b.b{batch}.{kv}", about, minutes, run, batch == 1 and kv == "omit")
 
 
 CELLS = [
-    Cell("routing.decisions", "are routed runs right? (small models)", 2.7, decisions, True),
+    Cell("routing.decisions", "are routed runs correct? (small models)", 2.7, decisions, True),
     Cell(
         "routing.blocks",
-        "a guarded block that runs or is passed by",
+        "cost of a guarded block that runs or is skipped",
         0.6,
         partial(blocks, widths=SEVEN),
         True,

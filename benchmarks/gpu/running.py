@@ -1,6 +1,6 @@
-"""Cells are run one after another: what is done is skipped, what fails is recorded.
+"""Runs cells one after another and records what fails.
 
-``run`` runs them in this process. ``supervise`` starts processes that do, and ends one that hangs.
+``run`` runs them in this process. ``supervise`` starts processes that do, and kills one that hangs.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from benchmarks.gpu.results import Line, Results
 from benchmarks.records import environment
 
 UNUSABLE = 3
-"""Exit status of a process whose device does not answer any more."""
+"""Exit status of a process whose device no longer responds."""
 START_S = 60.0
-"""What a process may take for its imports."""
+"""Seconds that a process may take for its imports."""
 ALLOWANCE = 2.0
-"""A cell is ended after so many times its minutes."""
+"""A cell is killed after this many times its minutes."""
 GRACE_S = 20.0
-"""A cell that runs when the budget is used up is ended after so long, and left for the next run."""
+"""A cell running this long after the budget is used up is killed, for the next run to do."""
 Say = Callable[[str], object]
 
 
 def run(cells: Sequence[Cell], setting: Setting, say: Say = print) -> bool:
-    """Runs the cells in this process; whether the device is still usable afterwards."""
+    """Runs the cells in this process; returns whether the device is still usable."""
     for cell in cells:
         say(f"{cell.name}: {cell.about} ...")
         setting = replace(setting, minutes=cell.minutes, began=time.perf_counter())
@@ -51,9 +51,9 @@ def run(cells: Sequence[Cell], setting: Setting, say: Say = print) -> bool:
 def supervise(
     cells: Sequence[Cell], results: Results, command: Sequence[str], budget: float, say: Say = print
 ) -> list[Cell]:
-    """Runs each group in a process of its own, for ``budget`` minutes; returns what is left.
+    """Runs each group in its own process, for ``budget`` minutes in all; returns the cells left.
 
-    ``command``, followed by names of cells, runs these cells in its own process.
+    ``command``, followed by names of cells, runs these cells in a process.
     """
     end = time.perf_counter() + 60 * budget
     left: list[Cell] = []
@@ -67,10 +67,10 @@ def supervise(
             before = results.path.stat().st_size if results.path.exists() else 0
             _one_process(fitting, results, command, end)
             written = _written(results, before)
-            # Cells that did not fit are asked for again with what time there is then.
+            # Cells that did not fit are tried again with the time left then.
             todo = [cell for cell in todo if cell.name not in written]
     for cell in left:
-        say(f"{cell.name}: left for the next run, the budget of {budget:g} minutes is used up")
+        say(f"{cell.name}: left for the next run; the budget of {budget:g} minutes is used up")
     return left
 
 
@@ -87,7 +87,7 @@ def _attempt(cell: Cell, setting: Setting) -> Line:
 
 
 def _clean_up(setting: Setting) -> bool:
-    """Frees what the cell held; whether the device still answers."""
+    """Frees what the cell held; returns whether the device still responds."""
     gc.collect()
     if is_lost(setting.device):
         return False
@@ -98,7 +98,7 @@ def _clean_up(setting: Setting) -> bool:
 
 
 def _fitting(cells: Sequence[Cell], minutes: float) -> list[Cell]:
-    """The first cells, as many as fit; one of which only half fits may begin."""
+    """The leading cells that fit; the last one may start if half of its minutes are left."""
     found = []
     for cell in cells:
         if minutes < cell.minutes / 2:
@@ -111,9 +111,9 @@ def _fitting(cells: Sequence[Cell], minutes: float) -> list[Cell]:
 def _one_process(
     cells: Sequence[Cell], results: Results, command: Sequence[str], end: float
 ) -> None:
-    """Runs the cells, until the time ``end`` at most.
+    """Runs the cells in one process, until ``end`` at the latest.
 
-    The first cell without a line when the process ends badly gets one.
+    If the process fails, the first cell without a line gets one that says why.
     """
     before = results.path.stat().st_size if results.path.exists() else 0
     process = subprocess.Popen([*command, *(cell.name for cell in cells)], start_new_session=True)
@@ -131,27 +131,27 @@ def _one_process(
             if len(written) < len(cells):
                 limit = START_S + ALLOWANCE * 60 * cells[len(written)].minutes
                 if time.perf_counter() - since > limit:
-                    reason = f"took more than {limit:.0f} s and was ended"
+                    reason = f"took more than {limit:.0f} s and was killed"
                     break
     finally:
         _end(process)
     written = _written(results, before)
     if len(written) < len(cells) and process.returncode != UNUSABLE and not is_late:
-        reason = reason or f"the process ended with status {process.returncode}"
+        reason = reason or f"the process exited with status {process.returncode}"
         name = cells[len(written)].name
         results.append(Line(name, 0.0, error=reason))
         print(f"{name}: {reason}", file=sys.stderr)
 
 
 def _written(results: Results, before: int) -> list[str]:
-    """Cells that have got a line since the file had ``before`` bytes, in order."""
+    """Cells whose lines were written after the first ``before`` bytes of the file, in order."""
     if not results.path.exists():
         return []
     return list(Results.parse(results.path.read_bytes()[before:].decode()))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process and what it has started."""
+    """Kills the process and its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

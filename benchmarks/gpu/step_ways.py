@@ -1,8 +1,8 @@
-"""Ways in which a step can run, against each other: do they pay, and are they right?
+"""Ways to run a decode step, compared: are they faster, and are they correct?
 
-Launches that overlap (``ops.overlap``) must yield the tokens of ordinary ones. Where updates take
-half of the norm that is next (``contracts.HalfNorm``) numbers are rounded elsewhere, so tokens of
-random weights differ: such steps must be as right as any, on a small model.
+Overlapping launches (``ops.overlap``) must yield the tokens of ordinary ones. Where updates compute
+half of the next norm (``contracts.HalfNorm``) rounding happens elsewhere, so tokens of random
+weights differ: such steps must be as accurate as any, on a small model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROUTED = "routed, 50%"
 
 @dataclass(frozen=True)
 class Way:
-    """How steps run; ``halves``: as of ``DeviceSteps``."""
+    """How steps run; ``overlap`` and ``halves`` are those of ``DeviceSteps``."""
 
     name: str
     overlap: Overlap = Overlap.START
@@ -55,9 +55,9 @@ NORMS = (Way("norms in products"), Way("norms half in updates", halves=True))
 def measure(
     setting: Setting, widths: Widths, batch: int, names: Sequence[str], ways: Sequence[Way]
 ) -> Values:
-    """Milliseconds a token of each policy in each way, and the gain over the first one.
+    """Milliseconds per token of each policy in each way, and the gain over the first way.
 
-    What fails or is not right is not timed, and named among the faults.
+    What fails or is wrong is not timed, but listed among the faults.
     """
     found = list(_faults(setting, names, ways))
     if found:
@@ -86,7 +86,7 @@ def measure(
                 if way.halves != ways[0].halves or torch.equal(first.tokens, own.tokens):
                     contenders[name, way] = own
                 else:
-                    found.append(f"{own.peer.label}: tokens differ from those without")
+                    found.append(f"{own.peer.label}: tokens differ from those of the first way")
         if not contenders:
             raise RuntimeError("\n".join(found))
         count = rounds(list(contenders.values()), inputs, n_new, setting)
@@ -100,7 +100,7 @@ def measure(
         ordinary = contenders.get((name, ways[0]))
         seconds, plain = own.median("tpot"), None if ordinary is None else ordinary.median("tpot")
         if seconds is None or plain is None:
-            continue  # nothing to hold it to
+            continue  # no baseline
         times.setdefault(name, {})[way.name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
     about = {"widths": widths.name, "batch": batch, "n_new": n_new, "rounds": count}
     return {**about, "policies": times, "faults": found}
@@ -139,8 +139,8 @@ def _cell(kind: str, about: str, ways: Sequence[Way], batch: int, names: Sequenc
     return Cell(f"{kind}.7b.b{batch}", f"7B steps {about}, batch {batch}", 3, run)
 
 
-OVERLAPPING = "of overlapping launches against ordinary ones"
-HALVED = "whose updates take half of the norms, against products that take them"
+OVERLAPPING = "with overlapping launches against ordinary ones"
+HALVED = "with norms half in updates against norms in products"
 CELLS = [
     _cell("overlap", OVERLAPPING, OVERLAPS, 1, ("dense", "half_blocks", ROUTED)),
     _cell("overlap", OVERLAPPING, OVERLAPS, 16, ("dense", "half_blocks")),

@@ -46,14 +46,14 @@ ROUTING_ROWS = tuple(
     for kind, way in (("row", ""), ("if", "IF nodes, "), ("loop", "loop, "))
     for rate in (0.0, 0.25, 0.5, 0.75)
 )
-"""What the README shows of routers at batch 1, where skipped rows leave no entries; the first ones
-measured or not."""
+"""What the README shows of routers at batch 1, where skipped rows leave no cache entries; the first
+four rows always."""
 ALWAYS_SHOWN = "row_"
 Row = tuple[str, ...]
 
 
 def text_tables(results: Results) -> str:
-    """Everything that is there, the end-to-end tables and the goals last."""
+    """All results, with the end-to-end and routing tables and the goals last."""
     parts = [*_ceilings(results), *_correctness(results), *_kernels(results), *_profiles(results)]
     parts += [
         f"{end_to_end_title(line.values)}\n{_aligned([HEAD, *_rows(line)])}"
@@ -97,7 +97,7 @@ def _markdown_of(results: Results) -> str:
 
 
 def _markdown_table(title: str, head: Row, rows: Sequence[Row], line: Line) -> tuple[str, str, str]:
-    """A title, its table, and what measured it: lines of a file are of several days and commits."""
+    """A title, its table and its source: the lines of a file differ in date and commit."""
     cells = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     cells.insert(1, "|---|" + "---:|" * (len(head) - 1))
     where = line.environment
@@ -108,12 +108,12 @@ def _markdown_table(title: str, head: Row, rows: Sequence[Row], line: Line) -> t
 
 
 def write_readme(readme: Path, *gpus: Results) -> None:
-    """Puts the tables between the marks that the README has for them."""
+    """Writes the tables between the README's markers."""
     text = readme.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{readme}: no {BEGIN} ... {END}")
+        raise ValueError(f"{readme}: no markers; needed: {BEGIN} ... {END}")
     table = f"{head}{BEGIN}\n{markdown(*gpus)}\n{END}{tail}"
     readme.write_text(table, encoding="utf-8")
 
@@ -138,10 +138,10 @@ def _correctness(results: Results) -> list[str]:
     rows: list[Row] = []
     for name, line in results.lines().items():
         if name.startswith("correctness."):
-            note = line.values.get("note")  # why there was nothing to judge
+            note = line.values.get("note")  # why nothing was checked
             text = "WRONG" if not line.is_done else "not run" if note else "ok"
             shares = [own["share_of_allowed"] for own in line.values.get("errors", {}).values()]
-            detail = f"worst error {max(shares):.2f} of what is allowed" if shares else ""
+            detail = f"worst error {max(shares):.2f} of the allowed one" if shares else ""
             detail = detail or line.values.get("summary") or note or ""
             rows.append((name.partition(".")[2], text, str(detail)))
     return ["Correctness\n" + _aligned(rows)] if rows else []
@@ -205,7 +205,7 @@ def _rows(line: Line) -> list[Row]:
 
 
 def end_to_end_title(values: Values) -> str:
-    """What an end-to-end cell has measured."""
+    """The title of an end-to-end cell's table."""
     return (
         f"LLaVA-1.5-{values['widths']} shapes, random weights, batch {values['batch']}: "
         f"{counts(values['n_image'])} image and {counts(values['n_text'])} text rows, "
@@ -248,7 +248,7 @@ def _routing_row(own: dict[str, Any]) -> Row:
 
 
 def routing_goals(one: Values | None) -> list[Row]:
-    """What was aimed at for routers on an H200 in bf16, and what came of it: 7B at batch 1."""
+    """The goals for routers on an H200 in bf16, and whether they are met: 7B at batch 1."""
     if not one or one["widths"] != SEVEN.name:
         return []
     rows: list[Row] = []
@@ -268,7 +268,7 @@ def routing_goals(one: Values | None) -> list[Row]:
     for quantity in ("tpot", "prefill"):
         found = [own.get(f"{quantity}_over_dense_percent") for own in idle]
         goal(f"routed at rate 0, {quantity}: <= 2 % over dense", found, 2)
-    # Adopted where it pays at every rate that skips.
+    # A way is adopted only if it pays at every rate above 0.
     for short, name in (("if", "IF nodes"), ("loop", "loops")):
         pairs = [(own, ways.get(f"{short}_{own['rate']}")) for own in early]
         gains = [
@@ -299,7 +299,7 @@ def _row(own: dict[str, Any]) -> Row:
 
 
 def goals(one: Values | None, many: Values | None) -> list[Row]:
-    """What was aimed at on an H200 in bf16, and what came of it: 7B at batch 1 and 16."""
+    """The goals on an H200 in bf16, and whether they are met: 7B at batch 1 and 16."""
     rows: list[Row] = []
 
     def goal(text: str, own: dict[str, Any] | None, key: str, limit: float, at_most: bool) -> None:
@@ -308,7 +308,7 @@ def goals(one: Values | None, many: Values | None) -> list[Row]:
             is_met = value <= limit if at_most else value >= limit
             rows.append((text, f"{value:.2f}", "met" if is_met else "missed"))
 
-    if one and one["widths"] == SEVEN.name:  # else it is a run in small
+    if one and one["widths"] == SEVEN.name:  # else the run was --tiny
         peers = one["peers"]
         dense, half = peers.get("dense"), peers.get("half_blocks")
         goal("dense, batch 1: ms/token <= 3.6", dense, "tpot_ms", 3.6, True)
@@ -355,11 +355,11 @@ def _aligned(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the README's table, or write it there."""
+    """Prints the README's tables, or writes them there."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.table", description=__doc__)
-    about = "where results.jsonl is, one a GPU"
+    about = "a folder with a results.jsonl, one per GPU"
     parser.add_argument("folders", type=Path, nargs="+", metavar="folder", help=about)
-    parser.add_argument("--readme", type=Path, help="a file with marks around its GPU table")
+    parser.add_argument("--readme", type=Path, help="a file with markers around its GPU tables")
     options = parser.parse_args(arguments)
     gpus = list(map(Results, options.folders))
     if options.readme is None:

@@ -1,6 +1,6 @@
-"""Tuning tables: what was measured is written where kernels look for it, and kept with the results.
+"""Tuning tables: written where kernels look for them, and copied beside the results.
 
-An entry is ``{"rows", "shape", "config", "measured"}``; ``measured`` is null for what nobody timed.
+An entry is ``{"rows", "shape", "config", "measured"}``; ``measured`` is null if it was not timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLDER = "tables"
 
 @dataclass(frozen=True)
 class Question:
-    """What a launcher asks the tables."""
+    """What a launcher looks up in the tables."""
 
     kernel: str
     rows: int
@@ -33,9 +33,9 @@ class Question:
 
 
 def write_tables(setting: Setting, answers: Mapping[Question, Any]) -> None:
-    """Into the package, for use from now on, and beside the results, to be kept.
+    """Writes tables into the package, for use from now on, and a copy beside the results.
 
-    An answer is what a tuning cell found: the configuration and what it reached.
+    An answer is what a tuning cell found: the configuration and its measured performance.
     """
     if not answers:
         return
@@ -53,7 +53,7 @@ def write_tables(setting: Setting, answers: Mapping[Question, Any]) -> None:
 
 
 def install_tables(results: Results) -> None:
-    """Puts tables that an earlier run left beside its results where kernels look for them."""
+    """Merges tables that an earlier run left beside its results into the package's."""
     kept = results.folder / FOLDER
     if torch.cuda.is_available() and kept.is_dir():
         for file in kept.glob("*/*.json"):
@@ -74,8 +74,8 @@ def _about(device: torch.device) -> dict[str, Any]:
 def _entries(answers: Mapping[Question, Any], device: torch.device) -> dict[str, list[Any]]:
     """Table entries by kernel.
 
-    An entry of this shape would also serve fewer rows, down to the next entry of the shape. So
-    what these rows have used so far, as far as it is not measured, is written down with it.
+    An entry of this shape would also serve fewer rows, down to the next entry of the shape. So the
+    configurations that these row counts have used so far are written too, as not measured.
     """
     entries: dict[str, list[Any]] = {}
     for question, best in answers.items():
@@ -101,7 +101,8 @@ def _entry(question: Question, config: Config, measured: Config | None) -> dict[
 
 
 def _merge(path: Path, new: Any) -> None:
-    """New entries take the place of those for the same rows and shape that are worth no more."""
+    """New entries replace those for the same rows and shape, unless only the old one is
+    measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(new) + "\n"
     if isinstance(new, list):

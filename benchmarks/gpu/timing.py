@@ -12,7 +12,7 @@ import torch
 Call = Callable[[], object]
 
 REPLAY_S = 3e-3
-"""A graph holds so many calls that the gap before its first node does not count."""
+"""Least seconds of a replay, so that the gap before a graph's first node is negligible."""
 REPLAYS = 9
 MOST_CALLS = 256
 
@@ -34,7 +34,7 @@ def seconds(calls: Sequence[Call], device: torch.device, replays: int = REPLAYS)
 
 
 def eager_seconds(call: Call, device: torch.device, runs: int = REPLAYS) -> float:
-    """Median seconds of one call with its launches, from the host's side."""
+    """Median seconds of one call including its launches, as seen from the host."""
     call()
     times = []
     for _ in range(runs):
@@ -47,7 +47,7 @@ def eager_seconds(call: Call, device: torch.device, runs: int = REPLAYS) -> floa
 
 
 def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """``call`` as a CUDA graph. What it does once (compiling, handles) must be done already."""
+    """``call`` as a CUDA graph. Its one-time work (compiling, handles) must be done already."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -56,7 +56,7 @@ def captured(call: Call) -> torch.cuda.CUDAGraph:
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many copies of ``nbytes`` weights make them come from memory, not from the L2 cache."""
+    """How many copies of ``nbytes`` of weights make reads miss the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

@@ -1,8 +1,9 @@
-"""Which configuration is the fastest: every kernel's candidates, timed at one model's shapes.
+"""Finds the fastest configurations: every kernel's candidates, timed at one model's shapes.
 
-Every operation is called with one question to the tuning tables answered differently: which kernel,
-how many rows, what shape. The answer with which the whole operation is the fastest goes to the
-tables. Also tuned is who computes a product: kernels of few rows, the library, or the row GEMM.
+A question to the tuning tables consists of a kernel, a row count and a shape. Each operation is
+timed with one question answered in different ways, and the answer with which the whole operation is
+fastest goes into the tables. The way to compute a product is tuned too: the kernels of few rows,
+the library, or the row GEMM.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from fastskip.kernels.choice import TABLES
 from fastskip.kernels.launch import recording
 
 Answer = Mapping[str, Any]
-"""A configuration and what it reached."""
+"""A configuration and its measured performance."""
 PROMISING = 1.6
-"""A way to compute a product that is so many times slower untuned is not tuned."""
+"""A way to compute a product is not tuned if, untuned, it takes this many times the least."""
 TINY_CANDIDATES = 2
 REPLAYS = 5
 
@@ -71,10 +72,10 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
 def _tune_work(
     setting: Setting, works: Sequence[Work], answered: Mapping[Question, Answer]
 ) -> dict[Question, Answer]:
-    """Tunes what one operation asks of the tables; ``works`` are alike but for their memory.
+    """Tunes the questions that one operation asks; ``works`` differ only in their memory.
 
-    Who computes a product is asked first, and what is asked after that depends on the answer: each
-    that may turn out the fastest is tuned before one is chosen.
+    The first question is which way to compute a product, and later questions depend on its answer:
+    each way that may turn out fastest is tuned before one is chosen.
     """
     usual = _asked(works[0], _configs(answered))
     choices = [each for each in usual if each.kernel in TABLES and each not in answered]
@@ -102,9 +103,9 @@ def _tune_work(
 def _tune_kernels(
     setting: Setting, works: Sequence[Work], answered: Mapping[Question, Answer]
 ) -> dict[Question, Answer]:
-    """Tunes the kernels that a work launches as ``answered`` has it.
+    """Tunes the kernels that a work launches under the answers so far.
 
-    What a kernel asks may depend on how one before it was answered: blocks make partial results.
+    A question may depend on the answer to an earlier one: block sizes determine partial results.
     """
     found: dict[Question, Answer] = {}
     while True:
@@ -181,10 +182,11 @@ def _best(
 
 
 def _candidates(question: Question, current: Config) -> list[Config]:
-    """What is in use, then the candidates of the kernel's file, if they are meant for it.
+    """The configuration in use, then the candidates that the kernel's module offers for it.
 
-    A file may hold several kernels; its candidates are for those with the same block sizes. Those
-    of a table beside a kernel's own have the table's name, or are all that their file has.
+    A module may hold several kernels; its candidates are for those with the same block sizes.
+    Tables beside a kernel's own have candidates under the table's name, or use all of their
+    module's.
     """
     offered = []
     for file in sorted(tuning.FOLDER.parent.glob("*.py")):
@@ -207,7 +209,7 @@ def _blocks(config: Config) -> set[str]:
 
 
 def _asked(work: Work, answers: Mapping[Question, Config]) -> dict[Question, Config]:
-    """What the work asks the tables, and what it is told; nothing runs."""
+    """The questions that the work asks the tables, with the answers it gets; nothing runs."""
     with _answering(answers) as asked, recording(is_dry=True):
         work.run(_compiled())
     return asked
@@ -230,7 +232,7 @@ def _compiled() -> Any:
 
 @contextmanager
 def _answering(answers: Mapping[Question, Config]) -> Iterator[dict[Question, Config]]:
-    """Within this block the tables answer so; yields what was asked, with the answers."""
+    """Within this block the tables give these answers; yields the questions asked, with answers."""
     asked: dict[Question, Config] = {}
     usual: Callable[..., Config] = tuning.config_for
 

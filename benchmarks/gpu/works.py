@@ -1,6 +1,6 @@
-"""The fused operations as pieces of work: inputs, the call, least bytes and FLOPs, a plain rival.
+"""The fused operations as units of work: inputs, call, minimum bytes and FLOPs, a torch rival.
 
-Here are those of a decode step, one row a sequence, and of what a prefill shares with it.
+This module has those of a decode step, one row per sequence, and those shared with a prefill.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class Work:
     """One call of one operation.
 
     Attributes:
-        run: calls it, of an implementation; returns what to compare.
-        nbytes, flops: weights and cache entries read and written; the multiply-adds, two each.
-        rival: the same products, or attention, by torch alone, for comparison.
-        entries: what else it writes: cache entries to compare.
+        run: calls it on an implementation; returns the outputs to compare.
+        nbytes: of weights and cache entries, read and written.
+        flops: two per multiply-add.
+        rival: the same products, or attention, in plain torch, for comparison.
+        entries: returns the cache entries that it writes, to compare as well.
     """
 
     run: Callable[[Any], Outcome]
@@ -58,11 +59,11 @@ class Work:
 WorkMaker = Callable[[Maker, int], Work]
 """Makes the work for a number of rows."""
 HalfOf = Callable[[Tensor, Norm], HalfNorm | None]
-"""What is taken of the norm of rows before a work begins."""
+"""The half norm that rows have before a work begins, if any."""
 
 
 def on_own_memory(maker: WorkMaker, widths: Widths, rows: int, setting: Setting) -> list[Work]:
-    """The same work several times, on as many weights as the L2 cache cannot hold."""
+    """The same work several times, on copies of the weights that together exceed the L2 cache."""
     works = [maker(Maker(widths, setting.dtype, setting.device), rows)]
     for seed in range(1, copies(works[0].nbytes, setting.device)):
         works.append(maker(Maker(widths, setting.dtype, setting.device, seed), rows))
@@ -85,7 +86,7 @@ def compile_works(
 
 
 def whole(h: Tensor, norm: Norm) -> None:
-    """Nothing of a norm is taken before."""
+    """No half norm: the work computes the whole norm."""
 
 
 def project_append(make: Maker, rows: int, half_of: HalfOf = whole) -> Work:
@@ -213,7 +214,7 @@ def head_choose(make: Maker, rows: int) -> Work:
 
     def run(ops: Any) -> Outcome:
         ops.head_choose(h, norm, head, choice)
-        return [choice.positions, choice.counts]  # in low precision near-ties fall differently
+        return [choice.positions, choice.counts]  # in low precision near-ties resolve differently
 
     return of_products(rows, [head], run, rival=lambda: F.linear(h, head.weight).argmax(-1))
 
@@ -248,7 +249,7 @@ DECODE_ARRANGED: dict[str, WorkMaker] = {
 
 
 def projection_of(make: Maker, rows: int) -> Projection:
-    """Of a decode step, or of a prompt where there are as many rows as one has."""
+    """A decode step's projection, or a prompt's if ``rows`` is a prompt's length."""
     if rows == make.widths.context:
         return make.projection(make.prompt_targets(), make.pages(1))
     return make.projection(make.step_targets(rows), make.pages(rows))
@@ -270,7 +271,7 @@ def of_products(
 def add(
     make: Maker, rows: int, widths: list[int], stream: int = 0, index: Tensor | None = None
 ) -> Work:
-    """``widths``: what each term's product goes over; ``stream``: rows of the residual stream."""
+    """``widths``: the input width of each term; ``stream``: rows of the residual stream."""
     hidden = make.widths.hidden
     terms = [Term(make.noise(rows, width), make.linear(hidden, width)) for width in widths]
     h, arrivals = make.noise(stream or rows, hidden), make.integers([0] * ARRIVALS)
@@ -283,7 +284,7 @@ def add(
 
 
 def written(projection: Projection) -> Outcome:
-    """The entries that the projection's rows have left."""
+    """The cache entries that the projection's rows have written."""
     pages: Pages | None = projection.pages
     assert pages is not None
     targets = projection.targets
@@ -296,7 +297,7 @@ def written(projection: Projection) -> Outcome:
 
 
 def lazy(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
-    """A call whose inputs are made the first time, because most users never call it."""
+    """A call that makes its inputs on first use, because most runs never need it."""
     made: list[Callable[[], object]] = []
 
     def run() -> object:
