@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable
@@ -86,7 +87,7 @@ def run_once(
     gaps = [b - a for a, b in zip(watch.tokens, watch.tokens[1:], strict=False)]
     return Run(
         prefill=watch.tokens[0] - watch.entries[0],
-        decode=statistics.median(gaps),
+        decode=statistics.median(gaps) if gaps else math.nan,
         e2e=end - begin,
         ttft=watch.tokens[0] - begin,
         peak_bytes=peak_bytes(device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from benchmarks.mixes import Mix, mixed_prompts
 from benchmarks.peers import DEFAULT, MORE, ROUTED_BATCH
 from benchmarks.records import Record, record
 from benchmarks.report import Results, main, markdown, tables
-from benchmarks.runs import GROUPS
-from benchmarks.shapes import Shape, models, random_model
+from benchmarks.runs import GROUPS, run_once
+from benchmarks.shapes import Shape, models, prompts, random_model
 from fastskip import machine
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.mixed_cost import mixed_cost
@@ -82,6 +83,13 @@ def test_every_peer_passes_its_gate_and_is_timed_in_every_round(measured: Measur
     for run in (run for runs in measured.runs.values() for run in runs):
         assert 0 < run.prefill < run.ttft < run.e2e
         assert run.tokens.shape == (2, 5)
+
+
+def test_a_call_of_one_token_has_no_decode_time() -> None:
+    """On a GPU peers are warmed up with one among others."""
+    both = models(tiny, torch.float32, "cpu")
+    run = run_once(both.hf, prompts(both.hf, SHAPE, 1), 1, "cpu")
+    assert run.tokens.shape == (1, 1) and run.prefill > 0 and math.isnan(run.decode)
 
 
 def test_weights_are_shared() -> None:
