@@ -43,3 +43,14 @@ def test_main_fails_if_one_is_wrong(
     monkeypatch.setattr(CsrLinear, "forward", wrong)
     assert sparse.main(["--save"]) == 1
     assert "csr is wrong" in capsys.readouterr().err
+
+
+def test_main_reports_a_wrong_dense_form(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without its time there is no speed-up of the others to print."""
+    monkeypatch.setattr(sparse, "cases", lambda device, shapes: [CASE])
+    monkeypatch.setattr(sparse.nn.Linear, "forward", lambda self, x: x[:, :24])
+    assert sparse.main([]) == 1
+    printed = capsys.readouterr()
+    assert "dense is wrong" in printed.err and "24 x 48" not in printed.out
