@@ -246,6 +246,17 @@ def test_a_chart_shows_every_way_beside_its_floor(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_chart_leaves_out_what_a_peer_lacks(results: Results, tmp_path: Path) -> None:
+    """The prefill is unknown if the decoder was never called as a module."""
+    pytest.importorskip("matplotlib")
+    own = {"label": "dense", "prefill_ms": None, "tpot_ms": 3.6}
+    values = {"widths": "7b", "batch": 1, "n_image": 576, "n_text": 64, "n_new": 128}
+    results.append(Line("e2e.7b.b1", 1.0, {**values, "peers": {"dense": own}}))
+    picture = tmp_path / "bars.png"
+    chart.main([str(results.folder), "--png", str(picture)])
+    assert picture.is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--cell", "e2e.7b.b2"], "--cell e2e.7b.b2: not measured yet; allowed: none"), ([], "not")],

@@ -40,11 +40,11 @@ def plot(results: Results, cells: Sequence[str], path: Path) -> None:
 
 def _draw(axis: Any, quantity: str, peers: Sequence[dict[str, Any]]) -> None:
     places = range(len(peers))
-    times = [own[f"{quantity}_ms"] for own in peers]
+    times = [own[f"{quantity}_ms"] or 0.0 for own in peers]  # none: nothing to show
     floors = [own.get(f"{quantity}_floor_ms") or 0.0 for own in peers]
     bars = axis.barh(places, times, color=PAPER, label="measured")
     axis.barh(places, floors, height=0.45, color=INK, label="floor: bytes and FLOPs of the plan")
-    axis.bar_label(bars, [f"{time:.3g}" for time in times], padding=3, fontsize=8)
+    axis.bar_label(bars, [f"{time:.3g}" if time else "" for time in times], padding=3, fontsize=8)
     axis.set_yticks(places, [_label(own["label"]) for own in peers], fontsize=9)
     axis.set_ylim(len(peers) - 0.4, -0.6)  # the first one on top
     axis.margins(x=0.12)
