@@ -56,7 +56,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Case:
-    """One weight ``[M, E]`` of which ``ratio`` is zero, times ``rows`` rows."""
+    """One weight ``[M, E]`` with a share ``ratio`` of zeros, times ``rows`` rows."""
 
     shape: tuple[int, int]
     ratio: float

@@ -17,7 +17,7 @@ PATIENCE = 10
 
 @dataclass(frozen=True)
 class Setting:
-    """Where cells run. ``tiny``: small shapes on the CPU, kernels in Triton's interpreter."""
+    """Where cells run. ``is_tiny``: tiny shapes on the CPU, kernels in Triton's interpreter."""
 
     results: Results
     device: torch.device

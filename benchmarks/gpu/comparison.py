@@ -28,7 +28,7 @@ ROW_COUNTS = (16, 64, 128, 256, 576, 640, 1280)
 
 
 def compare(setting: Setting, widths: Widths, rows: int) -> Values:
-    """All operations; ``rows`` 0 stands for a prompt's."""
+    """Times all operations; ``rows`` 0 stands for the rows of a prompt."""
     widths = TINY if setting.is_tiny else widths
     works = DECODE | DECODE_ARRANGED | DECODE_HALVED if rows else PREFILL
     rows = rows or widths.context

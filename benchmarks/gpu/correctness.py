@@ -131,7 +131,7 @@ def end_to_end(setting: Setting, dtype: torch.dtype) -> Values:
 
 
 def sanitizer(setting: Setting) -> Values:
-    """compute-sanitizer over one small call of every operation: accesses, then races."""
+    """compute-sanitizer over small calls of every operation: accesses, then races."""
     tool = shutil.which("compute-sanitizer")
     if setting.is_tiny or tool is None:
         return {"note": "compute-sanitizer is not on the path" if tool is None else "no device"}

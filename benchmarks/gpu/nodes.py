@@ -165,8 +165,8 @@ def _captured_bodies(device: torch.device) -> dict[str, float]:
 
 
 def _turns(device: torch.device) -> dict[str, float]:
-    """A turn of a loop: the WHILE node, a kernel of one program, and one that says whether another
-    turn follows.
+    """A turn of a loop: the WHILE node, a kernel of one program, and one that sets the loop's
+    condition.
 
     Raises:
         RuntimeError: the number of turns was wrong.

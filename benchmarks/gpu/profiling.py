@@ -57,7 +57,7 @@ def profile(setting: Setting, widths: Widths, batch: int, policy: str) -> Values
     decode = {}
     for name, (count, us) in whole.items():
         count_first, us_first = first.get(name, (0, 0.0))
-        # Steps launch what is launched beyond the first token.
+        # Launches beyond those of the first token belong to the steps.
         if count > count_first:
             decode[name] = ((count - count_first) / steps, max(us - us_first, 0.0) / steps)
     plan = fastskip.plan_of(model)

@@ -107,7 +107,7 @@ def route(make: Maker, rows: int) -> Work:
 
 
 def decide(make: Maker, rows: int) -> Work:
-    """Rows that decide together."""
+    """Rows of a sequence decide together."""
     h = make.noise(rows, make.widths.hidden)
     vector = make.noise(make.widths.hidden, scale=make.widths.hidden**-0.5).float()
     own = {"group": Group.SEQUENCE, "agreement": Agreement.MEAN}

@@ -107,7 +107,7 @@ def measure(
 
 
 def _faults(setting: Setting, names: Sequence[str], ways: Sequence[Way]) -> Iterator[str]:
-    """What is wrong with steps that round elsewhere, on a small model."""
+    """What is wrong with steps that use half norms, on a small model."""
     device = setting.device.type
     for way in ways:
         if not way.halves:
