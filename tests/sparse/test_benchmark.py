@@ -50,7 +50,7 @@ def test_main_reports_a_wrong_dense_form(
 ) -> None:
     """Without its time there is no speed-up of the others to print."""
     monkeypatch.setattr(sparse, "cases", lambda device, shapes: [CASE])
-    monkeypatch.setattr(sparse.nn.Linear, "forward", lambda self, x: x[:, :24])
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: x[:, :24])
     assert sparse.main([]) == 1
     printed = capsys.readouterr()
     assert "dense is wrong" in printed.err and "24 x 48" not in printed.out
