@@ -166,7 +166,7 @@ def test_capacity_and_random_need_no_search(stock: Any, samples: Samples, tmp_pa
     assert [share.possible for share in found.shares] == [None] * 5
     # What runs is rounded up, sequence by sequence.
     assert all(0.15 < share.achieved <= 0.25 for share in found.shares if share.router == 0)
-    with pytest.raises(PolicyError, match=r"routers\[0\].capacity: .* of a rate of 1"):
+    with pytest.raises(PolicyError, match=r"routers\[0\].capacity: .* a rate of 1"):
         calibrate(model, samples, 1, new_tokens=NEW)
     # Of ten rows that is three: no rounding of 1 - 0.7 makes them four.
     assert calibrate(model, samples, 0.7, new_tokens=NEW).policy.routers[0].capacity == 0.3
@@ -346,8 +346,8 @@ def test_samples_of_a_file(checkpoint: Path, tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2: not JSON"),
-        ("[1]", r"line 2: got \[1\]; allowed: one JSON object a line"),
-        ('{"image": "a.png"}', "line 2: prompt is None; allowed: a text"),
+        ("[1]", r"line 2: got \[1\]; allowed: one JSON object per line"),
+        ('{"image": "a.png"}', "line 2: prompt is None; allowed: a non-empty string"),
         ('{"prompt": " "}', "line 2: prompt is ' '"),
         ('{"prompt": "a", "picture": "b"}', "line 2: unknown field 'picture'"),
         ('{"prompt": "a", "image": 3}', "line 2: image is 3"),

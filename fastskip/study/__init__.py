@@ -1,1 +1,1 @@
-"""Finding and judging policies: what users do with a prepared model, by its public names."""
+"""Find and judge policies: everything here uses a prepared model through its public API."""

@@ -1,4 +1,4 @@
-"""How near a model's answers are to the dense model's, where nobody says what is right."""
+"""How closely a model's answers match the dense model's; needs no ground truth."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AnswerAgreement:
-    """By item, in the exam's order.
+    """Per item, in exam order.
 
     Attributes:
-        tokens: the share of the dense answer's tokens before the first that differs, in [0, 1].
-        divergence: Kullback-Leibler divergence, in nats, of the model's distribution of the first
-            answer token from the dense model's: 0 where they are the same.
+        tokens: the share of the dense answer's tokens before the first mismatch, in [0, 1].
+        divergence: KL(dense || this model), in nats, of the distributions over the first answer
+            token: 0 where they are identical.
     """
 
     tokens: tuple[float, ...]
@@ -26,37 +26,37 @@ class AnswerAgreement:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Of the tokens, and of the divergence."""
+        """Mean token agreement and mean divergence."""
         return fmean(self.tokens), fmean(self.divergence)
 
 
 class AnswerLog:
-    """What a model answered to the items of an exam, token by token; `note` is an `Exam`'s watch.
+    """A model's answers to an exam, token by token; pass `note` to `Exam.take` as `watch`.
 
-    Keeps `V` numbers an item on the host.
+    Keeps `V` numbers per item in host memory.
     """
 
     def __init__(self, ends: Collection[int]) -> None:
-        """`ends`: tokens that end an answer; what comes after one is filling."""
+        """`ends`: tokens that end an answer; anything after one is padding."""
         self._ends = frozenset(ends)
         self._answers: dict[int, tuple[int, ...]] = {}
         self._first: dict[int, Tensor] = {}
 
     def note(self, items: Sequence[int], tokens: Tensor, scores: Tensor) -> None:
-        """The answers of some items: `tokens [B, n]`, the first one's `scores [B, V]`."""
+        """Record a batch: its answers' `tokens [B, n]`, and the first token's `scores [B, V]`."""
         logs = F.log_softmax(scores, dim=-1).cpu()
         for item, answer, log in zip(items, tokens.tolist(), logs, strict=True):
             self._answers[item] = self._ended(answer)
             self._first[item] = log
 
     def against(self, dense: AnswerLog) -> AnswerAgreement:
-        """How near these answers are to those of the dense model.
+        """How closely these answers match the dense model's.
 
         Raises:
-            ValueError: the dense model answered other items.
+            ValueError: the dense model answered different items.
         """
         if self._answers.keys() != dense._answers.keys():
-            raise ValueError("answers: of different items; allowed: two logs of the same exam")
+            raise ValueError("answers: to different items; allowed: two logs of the same exam")
         tokens, divergence = [], []
         for item in sorted(self._answers):
             mine, theirs = self._answers[item], dense._answers[item]
@@ -65,8 +65,8 @@ class AnswerLog:
                 (n for n, (a, b) in enumerate(pairs) if a != b), min(map(len, (mine, theirs)))
             )
             tokens.append(same / len(theirs))
-            # log_softmax of a token that is ruled out is -inf on both sides; of a model that
-            # overflows no token is likely, as it has no distribution
+            # a suppressed token has a log-probability of -inf on both sides; a model that
+            # overflows (NaN) has no distribution, so every token counts as improbable
             own, true = (
                 log[item].nan_to_num(nan=-1e9, neginf=-1e9) for log in (self._first, dense._first)
             )
@@ -82,7 +82,7 @@ class AnswerLog:
 
 
 def end_tokens(model: object) -> frozenset[int]:
-    """Tokens that end an answer of a model's `generate`."""
+    """The tokens at which a model's `generate` ends an answer."""
     found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = torch.as_tensor([] if found is None else found, dtype=torch.int64).flatten()
     return frozenset(ids.tolist())

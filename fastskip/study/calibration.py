@@ -1,9 +1,9 @@
-"""Thresholds of routers, set so that a wanted share of rows skips.
+"""Set router thresholds so that a target share of rows skips.
 
-Each sweep runs the samples under the thresholds at hand, counts who skipped, and puts every
-threshold where the wanted share of the scores seen reaches it. What a layer decides changes the
-scores of the layers above it, so sweeps repeat: the lowest layer is right after one of them, the
-next one after two. The result is the best sweep that was measured, not a promise.
+Each sweep runs the samples under the current thresholds, counts the rows that skip, and moves every
+threshold to where the target share of the observed scores reaches it. A layer's decisions change
+the scores of the layers above it, so sweeps repeat: the lowest layer is right after one sweep, the
+next one after two. The result is the best sweep measured; the target is not guaranteed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from fastskip.tokens import member
 
 
 class CalibrationError(ValueError):
-    """What cannot be calibrated; says why and what is needed."""
+    """Calibration is not possible; says why and what is needed."""
 
 
 class Per(StrEnum):
-    """What gets a threshold of its own: each layer of a rule, or the rule."""
+    """How far a threshold reaches: one layer of a rule, or the whole rule."""
 
     LAYER = "layer"
     OVERALL = "overall"
@@ -42,9 +42,9 @@ class Per(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A policy with its thresholds set, and how near it came on the samples.
+    """A policy with its thresholds set, and how close it comes to the target on the samples.
 
-    `shares`: by router and layer, measured under this very policy.
+    `shares`: one per router and layer, measured under exactly this policy.
     """
 
     policy: SkipPolicy
@@ -61,12 +61,12 @@ class Calibration:
 
     @property
     def is_reached(self) -> bool:
-        """Whether every threshold gives the wanted share, within the tolerance."""
+        """Whether every threshold meets the target share within the tolerance."""
         return self.gap <= self.tolerance
 
     @property
     def gap(self) -> float:
-        """How far the share of the worst threshold is off."""
+        """The largest deviation of any threshold's share from the target."""
         groups = by_threshold(self.shares)
         return max((abs(pooled(group) - self.wanted) for group in groups), default=0.0)
 
@@ -85,22 +85,22 @@ class Calibration:
 
 @dataclass(slots=True)
 class _Sweep:
-    """What was seen under one policy: shares, and scores by router and layer."""
+    """What was observed under one policy: shares, and scores by router and layer."""
 
     policy: SkipPolicy
     shares: tuple[Share, ...] = ()
     scores: Scores = field(default_factory=dict)
 
     def scores_of(self, number: int) -> Tensor:
-        """What the candidates of a router scored, in all of its layers."""
+        """The scores of a router's candidates, over all of its layers."""
         return torch.cat([x for (n, _), own in self.scores.items() if n == number for x in own])
 
     def is_near(self, wanted: float, tolerance: float) -> bool:
-        """Whether every share is as near as it can be, within the tolerance."""
+        """Whether every share is within the tolerance of the closest one possible."""
         return max(self.excess(wanted), default=0) <= tolerance
 
     def excess(self, wanted: float) -> list[float]:
-        """How much further off than need be the share of each threshold is."""
+        """Per threshold: how much further its share is from the target than the best possible."""
         return [
             abs(pooled(group) - wanted) - abs(group[0].possible - wanted)
             for group in by_threshold(self.shares)
@@ -120,28 +120,28 @@ def calibrate(
     about: Mapping[str, Any] | None = None,
     on_sample: Callable[[], object] = lambda: None,
 ) -> Calibration:
-    """Set the routers of a prepared model so that `rate` of their candidates skip on `samples`.
+    """Set a prepared model's routers so that a share `rate` of their candidates skips on `samples`.
 
-    Thresholds of similarity and linear routers are found; a linear router's capacity becomes
-    `1 - rate`, a random router's rate becomes `rate`. The model is left under the policy found; if
-    anything fails, under its old one.
+    Thresholds of similarity and linear routers are searched for; a linear router's capacity is set
+    to `1 - rate`, a random router's rate to `rate`. The model ends up under the resulting policy,
+    or under its previous one if anything fails.
 
     Args:
         model: prepared by `fastskip.load_model(..., impl="reference")`; its policy has routers.
-        samples: inputs of `generate`, each as `processor(...)` gives them. Rows that decide by
-            the batch do so by the batches that these are.
+        samples: inputs of `generate`, each as returned by `processor(...)`. Routers that decide
+            per batch treat each sample as one batch.
         rate: the share in [0, 1] that should skip.
-        per: "layer": a threshold a layer, so the policy gets a rule a layer; "overall": a
-            threshold a rule, the same in all of its layers.
-        new_tokens: how many tokens each sample generates; at 1 there are only prompt rows.
-        sweeps: how often the samples are run at the most.
-        tolerance: how far off a share may be to count as reached; ends the sweeps.
-        about: what else the policy's provenance should say, such as where samples came from.
+        per: "layer": one threshold per layer, so the policy gets one rule per layer; "overall": one
+            threshold per rule, shared by all of its layers.
+        new_tokens: how many tokens each sample generates; with 1 there are only prompt rows.
+        sweeps: maximum number of passes over the samples.
+        tolerance: how far a share may be from the target; sweeps stop once all are within it.
+        about: further entries for the policy's provenance, such as where the samples came from.
         on_sample: called after each sample of each sweep.
     Raises:
-        PolicyError: the policy has no routers, one of a kind that cannot be calibrated, or `rate`
-            is none that they can have.
-        CalibrationError: there are no samples, or none has a row that some router decides on.
+        PolicyError: the policy has no routers, has one that cannot be calibrated, or has one that
+            cannot take `rate`.
+        CalibrationError: there are no samples, or some router decides on no row of any of them.
         UnsupportedModelError: the model does not run on plain torch.
     """
     per = _checked(per, rate, samples, new_tokens, sweeps)
@@ -155,7 +155,7 @@ def calibrate(
             if seen[-1].is_near(rate, tolerance) or following == policy:
                 break
             if any(following == earlier.policy for earlier in seen):
-                following = _halfway(policy, following)  # answers change too, and led in a circle
+                following = _halfway(policy, following)  # answers change too: this is a cycle
             policy = following
         best = min(seen, key=lambda s: (not s.is_near(rate, tolerance), sum(s.excess(rate))))
         found = Calibration(best.policy, rate, per, tolerance, len(seen), best.shares)
@@ -193,22 +193,22 @@ def _checked(
 
 
 def _start(policy: SkipPolicy, rate: float, per: Per, depth: int) -> SkipPolicy:
-    """The policy with what needs no samples set, and a rule for each threshold to be found."""
+    """The policy with rates and capacities set, and one rule per threshold to be found."""
     if not policy.routers:
         raise PolicyError("routers", [], "a policy with routers", "nothing to calibrate")
     rules: list[RouterRule] = []
     for number, rule in enumerate(policy.routers):
         name = f"routers[{number}]"
         if rule.is_plug_in:
-            allowed = "similarity, linear, random: how a plug-in decides is its own affair"
+            allowed = "similarity, linear, random (a plug-in's decisions cannot be calibrated)"
             raise PolicyError(f"{name}.kind", rule.kind, allowed)
         if rule.rate is not None:
             rules.append(replace(rule, rate=rate))
         elif rule.capacity is not None:
             if rate == 1:
-                problem = f"capacity is 1 - rate, of a rate of {rate}"
-                raise PolicyError(f"{name}.capacity", 0, "a rate below 1 beside it", problem)
-            # rounded, as of 0.30000000000000004 of ten rows four would run
+                problem = f"would be 1 - rate = 0 at a rate of {rate}"
+                raise PolicyError(f"{name}.capacity", 0, "a rate below 1", problem)
+            # rounded, since a capacity of 0.30000000000000004 would run four of ten rows
             rules.append(replace(rule, capacity=round(1 - rate, 12)))
         elif per is Per.LAYER:
             layers = select_layers(rule.layers, depth, f"{name}.layers")
@@ -226,7 +226,7 @@ def _run(
     new_tokens: int,
     on_sample: Callable[[], object],
 ) -> _Sweep:
-    """All samples under a policy."""
+    """Run all samples under a policy."""
     sweep, plan = _Sweep(policy), plan_of(set_policy(model, policy))
     cells = sorted({(routed.number, routed.layer) for routed in plan.routed})
     counts = dict.fromkeys(cells, (0, 0))
@@ -254,7 +254,7 @@ def _run(
 
 def _count(decisions: Decisions, layer: int, rule: RouterRule) -> tuple[int, int]:
     """Candidates of a rule in one layer and one forward, and how many of them skipped."""
-    # What a rule guards is decided as one, so that any of its sublayers tells.
+    # A rule skips all of its sublayers or none, so looking at one of them is enough.
     key = layer, min(rule.skip)
     if key not in decisions.candidates:
         return 0, 0
@@ -278,12 +278,12 @@ def _check_candidates(shares: Sequence[Share]) -> None:
             raise CalibrationError(
                 f"samples: none has a row that routers[{share.router}] decides on in layer "
                 f"{share.layer} (tokens: {tokens}); allowed: samples with such rows (generated "
-                "ones need new_tokens of 2 or more, and answers of 2 tokens)"
+                "rows need new_tokens of 2 or more, and answers of at least 2 tokens)"
             )
 
 
 def _moved(seen: Sequence[_Sweep], rate: float, per: Per) -> SkipPolicy:
-    """The policy with every threshold where the scores of the last sweep want it."""
+    """The policy with every threshold moved to where the last sweep's scores put it."""
     sweep = seen[-1]
     rules = list(sweep.policy.routers)
     for number, rule in enumerate(rules):
@@ -308,8 +308,11 @@ def _halfway(policy: SkipPolicy, further: SkipPolicy) -> SkipPolicy:
 
 
 def _between(seen: Sequence[_Sweep], number: int, bar: float, rate: float) -> float:
-    """A bar for several layers at once, whose decisions change one another's scores: between the
-    bars that let too many and too few skip so far, halfway if `bar` is not."""
+    """A bar for several layers at once, whose decisions change one another's scores.
+
+    It lies between the bars that have so far let too many and too few rows skip: `bar` if that
+    does, else their midpoint.
+    """
     too_low, too_high = -math.inf, math.inf
     for sweep in seen:
         tried = threshold_of(sweep.policy.routers[number], sweep.policy.routers[number].threshold)

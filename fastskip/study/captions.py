@@ -1,9 +1,9 @@
-"""Captions against people's, by the scorers of pycocoevalcap (the extra `captions`).
+"""Score captions against human references with pycocoevalcap (the extra `captions`).
 
-CIDEr (Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", 2015; its form D with
-four lengths of n-grams and a factor of ten, as the field reports it), BLEU-1 to 4 and ROUGE-L. Its
-METEOR, SPICE and PTB tokenizer are Java programs and are not used: texts are parted by `tokens`
-here, so that scores can differ from those of texts that the PTB tokenizer has parted.
+CIDEr (Vedantam et al., "CIDEr: Consensus-based Image Description Evaluation", 2015; CIDEr-D, with
+n-grams up to length four and the usual factor of ten), BLEU-1 to 4 and ROUGE-L. pycocoevalcap's
+METEOR, SPICE and PTB tokenizer are Java programs and are not used: `tokens` splits texts instead,
+so scores can differ from those computed on PTB-tokenized texts.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fastskip.wording import counted
 
 INSTALL = "pip install 'fastskip[captions]'"
 LEAST = 2
-"""Captions that CIDEr needs: a word that all items' references have counts nothing."""
+"""Fewest captions that CIDEr can score: a word that occurs in every item's references weighs 0."""
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)+|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:-\w+)*")
 _NOT = re.compile(r"(?<=\w)(?=n't\b)")
 
 
 class CaptionError(ValueError):
-    """Captions that cannot be scored; says what is missing and what is allowed."""
+    """Captions cannot be scored; says what is missing and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionScores:
-    """Of captions together: CIDEr (10 at most, about 1 between people), BLEU-1 to 4, ROUGE-L."""
+    """Corpus scores: CIDEr (10 at most, about 1 among humans), BLEU-1 to 4, ROUGE-L."""
 
     cider: float
     bleu: tuple[float, ...]
@@ -37,7 +37,7 @@ class CaptionScores:
 
     @classmethod
     def of(cls, answers: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-        """Of answers, and of each what people wrote.
+        """Score answers against the human references of each.
 
         Raises:
             CaptionError: there are too few, or the scorers are not installed.
@@ -46,9 +46,9 @@ class CaptionScores:
         from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.rouge.rouge import Rouge
 
-        told, true = _parted(answers, references)
+        texts, true = _tokenized(answers, references)
         bleu, rouge = BleuScorer(n=4), Rouge()
-        for caption, own in zip(told, true, strict=True):
+        for caption, own in zip(texts, true, strict=True):
             bleu += (caption, own)
         found, _ = bleu.compute_score(option="closest", verbose=0)
         return cls(
@@ -56,15 +56,15 @@ class CaptionScores:
             bleu=tuple(float(each) for each in found),
             rouge_l=fmean(
                 float(rouge.calc_score([caption], own))
-                for caption, own in zip(told, true, strict=True)
+                for caption, own in zip(texts, true, strict=True)
             ),
         )
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """The CIDEr of each answer, from 0 to 10; that of all together is their mean.
+    """The CIDEr of each answer, from 0 to 10; the corpus score is their mean.
 
-    How much an n-gram counts is taken from the references of all items (one item: one document).
+    N-gram weights (IDF) come from the references of all items, each item being one document.
 
     Raises:
         CaptionError: there are too few, or the scorers are not installed.
@@ -73,20 +73,20 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     scorer: Any = CiderScorer()
-    for caption, own in zip(*_parted(answers, references), strict=True):
+    for caption, own in zip(*_tokenized(answers, references), strict=True):
         scorer += (caption, own)
     _, found = scorer.compute_score()
     return [float(each) for each in found]
 
 
 def check(count: int) -> None:
-    """Whether so many captions can be scored here.
+    """Check that `count` captions can be scored in this environment.
 
     Raises:
         CaptionError: there are too few, or the scorers are not installed.
     """
     if count < LEAST:
-        allowed = f"{LEAST} or more, since words are weighed by how many items they are of"
+        allowed = f"{LEAST} or more, since words are weighted by how many items they occur in"
         raise CaptionError(f"metric cider: {counted(count, 'item')}; allowed: {allowed}")
     try:
         import pycocoevalcap.cider.cider_scorer  # noqa: F401
@@ -96,14 +96,14 @@ def check(count: int) -> None:
 
 
 def tokens(text: str) -> list[str]:
-    """Words in lower case, without punctuation; `n't`, `'s` and the like are words of their own."""
+    """Lower-case words without punctuation; `n't`, `'s` and the like are separate words."""
     return _TOKEN.findall(_NOT.sub(" ", text.lower().replace("\u2019", "'")))
 
 
-def _parted(
+def _tokenized(
     answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Texts as the scorers take them: tokens with spaces between."""
+    """Texts as the scorers expect them: tokens joined by spaces."""
     return (
         [" ".join(tokens(answer)) for answer in answers],
         [[" ".join(tokens(each)) for each in own] for own in references],

@@ -1,7 +1,7 @@
-"""Models side by side on the same items: a skipped large one, and smaller ones, at what compute.
+"""Compare models on the same items: a larger one that skips, and smaller ones, at which compute.
 
-The comparison that "Skipping Computations in Multimodal LLMs" asks for: is a larger model with
-computation left out better than a smaller one that takes as much? For any checkpoints.
+This is the question that "Skipping Computations in Multimodal LLMs" raises: does a larger model
+that skips computation beat a smaller one at equal compute? Works for any checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastskip.wording import Scale
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model to come: `load` gives it prepared, with its processor. One is in memory at a time."""
+    """A model to compare: `load` returns it, prepared, with its processor. Loaded one at a time."""
 
     label: str
     load: Callable[[], tuple[Any, Any]]
@@ -37,10 +37,10 @@ class Contender:
 class Compared:
     """One contender, measured.
 
-    `parameters`: of the language model. `scores`: by kind of item, with "all" for all of them,
-    counted in `scale`; `changes`: from the first contender's, item by item, none for itself.
-    `flops`, `kv_bytes`, `ttft_s` and `tpot_s`: of the first item, batch 1, with `new_tokens`
-    tokens; FLOPs are of the decoder and lm_head, TTFT has the vision tower in it.
+    `parameters`: of the language model. `scores`: by kind of item, plus "all", on `scale`.
+    `changes`: paired differences from the first contender, item by item; empty for the first.
+    `flops`, `kv_bytes`, `ttft_s` and `tpot_s`: for the first item at batch 1 with `new_tokens`
+    tokens; FLOPs cover the decoder and lm_head, TTFT includes the vision tower.
     """
 
     label: str
@@ -72,15 +72,15 @@ def compare(
     rounds: int = 5,
     on_model: Callable[[str], object] = lambda label: None,
 ) -> tuple[Compared, ...]:
-    """Let every contender answer all items, then time it; the first is what others are held to.
+    """Have every contender answer all items, then time it; the first is the baseline.
 
     Args:
         contenders: at least one.
-        items: what is asked; the first one is what compute and times are of.
-        batch_size: prompts at once, for the scores.
-        answer_tokens: most tokens of an answer.
-        new_tokens: tokens that are timed.
-        rounds: timed runs, of which medians are taken.
+        items: the questions; compute and times are measured on the first.
+        batch_size: prompts per batch, for the scores.
+        answer_tokens: maximum number of tokens per answer.
+        new_tokens: how many tokens the timed runs generate.
+        rounds: timed runs per contender; medians are reported.
         on_model: called with the label of each contender before it is loaded.
     Raises:
         ValueError: there are no contenders, or `rounds` or `new_tokens` is too small.
@@ -117,7 +117,7 @@ def compare(
 
 
 def prompt_sizes(inputs: Mapping[str, Any], config: Any) -> tuple[int, int, int]:
-    """Image rows, text rows, and text rows before the first image, of the first prompt."""
+    """Of the first prompt: image rows, text rows, and text rows before the first image."""
     is_image = torch.isin(
         inputs["input_ids"][0].cpu(), torch.tensor(image_token_ids(config), dtype=torch.int64)
     )

@@ -1,7 +1,7 @@
-"""A model's answers to items, judged one by one, so that two models can be compared item by item.
+"""A model's answers to items, scored one by one, so that two models can be compared item by item.
 
-A model is used through `generate` alone: Hugging Face's own, a prepared one under any policy, a
-smaller one and a pruned one are judged by the same yardstick.
+Models are used through `generate` only: Hugging Face's own, a prepared one under any policy, a
+smaller one and a pruned one are all measured the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Watch = Callable[[Sequence[int], Tensor, Tensor], object]
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One item, what the model answered, and its score: in [0, 1], under CIDEr in [0, 10]."""
+    """One item, the model's answer, and its score: in [0, 1], or in [0, 10] under CIDEr."""
 
     kind: str
     question: str
@@ -41,37 +41,37 @@ class Judged:
 
     @property
     def item(self) -> tuple[str, str, tuple[str, ...]]:
-        """What was asked, without what was answered."""
+        """The item itself, without the answer."""
         return self.kind, self.question, self.references
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All items of an exam, in its order, as one model answered them."""
+    """One model's answers to all items of an exam, in its order."""
 
     judged: tuple[Judged, ...]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of items, in the order in which they first come."""
+        """The kinds of items, in order of first appearance."""
         return tuple(dict.fromkeys(each.kind for each in self.judged))
 
     @property
     def parts(self) -> dict[Scale, Evaluation]:
-        """The items by what their scores are counted in: those of one part have a mean."""
-        there = {each.metric.scale for each in self.judged}
+        """The items grouped by scale: only scores on the same scale can be averaged."""
+        present = {each.metric.scale for each in self.judged}
         return {
             scale: Evaluation(tuple(each for each in self.judged if each.metric.scale is scale))
             for scale in Scale
-            if scale in there
+            if scale in present
         }
 
     def scores(self, *kinds: str) -> NDArray[np.float64]:
-        """The scores of the items of these kinds; of all items, if none is named.
+        """The scores of the items of these kinds; of all items if none is given.
 
         Raises:
-            ValueError: there is no item of a kind.
-            ScaleError: the scores are counted in different things.
+            ValueError: no item is of one of the kinds.
+            ScaleError: the scores are on different scales.
         """
         chosen = self._of(kinds)
         scale_of(each.metric for each in chosen)
@@ -84,8 +84,8 @@ class Evaluation:
     def estimate(self, *kinds: str, seed: int = 0) -> Estimate:
         """The mean score of these kinds with its interval.
 
-        Wilson's where all items are right or wrong, which holds for few items and near 1, too; else
-        that of the bootstrap. CIDEr knows no right and wrong, though it may be 0 or 1.
+        Wilson's if every item is either right or wrong, as it also holds for few items and near 1;
+        otherwise the bootstrap's. CIDEr is never right or wrong, even if all scores are 0 or 1.
         """
         scores = self.scores(*kinds)
         if self._is_right_or_wrong(kinds):
@@ -93,17 +93,17 @@ class Evaluation:
         return bootstrap(scores, seed=seed)
 
     def minus(self, other: Evaluation, *kinds: str, seed: int = 0) -> Estimate:
-        """How much better this model does than another one on the same items, with its interval.
+        """How much better this model does than another on the same items, with its interval.
 
-        That of shares of pairs where all items of both are right or wrong; else that of the paired
-        bootstrap. Nothing differs from itself.
+        The interval of paired shares if every item of both is either right or wrong; otherwise the
+        paired bootstrap's. An evaluation minus itself is exactly 0.
 
         Raises:
-            ValueError: the other one answered other items.
+            ValueError: the other model answered different items.
         """
         ours, theirs = ([each.item for each in one.judged] for one in (self, other))
         if ours != theirs:
-            raise ValueError("evaluations: of different items; allowed: two of the same exam")
+            raise ValueError("evaluations: on different items; allowed: two of the same exam")
         before, after = other.scores(*kinds), self.scores(*kinds)
         if other is self:
             return Estimate(0.0, 0.0, 0.0)
@@ -143,7 +143,7 @@ class Evaluation:
 
 
 class Exam:
-    """Items with their model inputs: each batch is made once, however many models answer it."""
+    """Items with their model inputs: each batch is built once, however many models answer it."""
 
     def __init__(
         self,
@@ -155,18 +155,18 @@ class Exam:
         new_tokens: int = 32,
         most_kept: int = MOST_KEPT,
     ) -> None:
-        """Takes items as they are; inputs are made when the first model comes, or by `problems`.
+        """Build nothing yet: inputs are built for the first model, or by `problems`.
 
         Args:
-            items: what is asked, in the order in which results are wanted.
-            processor: the checkpoint's own; one that models share, if several take the exam.
-            config: the model's; prompts are then checked against its positions.
-            batch_size: prompts at once, padded on the left.
-            new_tokens: most tokens of an answer.
-            most_kept: bytes of inputs that are kept for the next model; others are made anew.
+            items: the questions, in the order in which results are wanted.
+            processor: the checkpoint's own; all models that take the exam must share it.
+            config: the model's; if given, prompts are checked against its maximum length.
+            batch_size: prompts per batch, padded on the left.
+            new_tokens: maximum number of tokens per answer.
+            most_kept: bytes of inputs to keep for the next model; the rest are rebuilt.
         Raises:
             ItemError: there are no items, or a number is too small.
-            CaptionError: items under CIDEr are too few, or its scorers are not installed.
+            CaptionError: too few items are under CIDEr, or its scorers are not installed.
         """
         if not items:
             raise ItemError("items: none; allowed: one or more")
@@ -184,7 +184,7 @@ class Exam:
         self._batch_size = batch_size
         self._inputs = ItemInputs(processor, config, new_tokens, most_kept)
         self._processor = processor
-        # prompts with images and without make no batch; like answers together end together
+        # no batch mixes prompts with and without images; answers of similar length finish together
         order = sorted(range(len(items)), key=lambda i: _like(self.items[i]))
         self._batches: list[list[int]] = []
         for index in order:
@@ -195,12 +195,12 @@ class Exam:
             last.append(index)
 
     def __len__(self) -> int:
-        """The number of batches: how often `on_batch` is called."""
+        """The number of batches, which is how often `on_batch` is called."""
         return len(self._batches)
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells these items from others; image files are read for it, once.
+        """Identifies these items; image files are read for it, once.
 
         Raises:
             OSError: an image file cannot be read.
@@ -208,12 +208,12 @@ class Exam:
         return items_fingerprint(self.items)
 
     def problems(self, on_batch: Callable[[], object] = lambda: None) -> dict[int, str]:
-        """What is wrong with the items that cannot be asked, by their numbers.
+        """What is wrong with the items that cannot be asked, by item number.
 
-        Makes all inputs, so that no model has to come to find out.
+        Builds all inputs, so it needs no model.
 
         Raises:
-            ItemError: items that can be asked one by one can not be asked together.
+            ItemError: items that can be asked one by one cannot be batched.
         """
         found: dict[int, str] = {}
         for number, batch in enumerate(self._batches):
@@ -221,10 +221,10 @@ class Exam:
                 self.inputs(number)
             except ItemError:
                 own = {index: self._problem(index) for index in batch}
-                told = {index: problem for index, problem in own.items() if problem is not None}
-                if not told:
-                    raise  # what only all of them together have is no item's own
-                found |= told
+                broken = {index: problem for index, problem in own.items() if problem is not None}
+                if not broken:
+                    raise  # only the batch as a whole fails, so no single item is to blame
+                found |= broken
             on_batch()
         return dict(sorted(found.items()))
 
@@ -250,13 +250,13 @@ class Exam:
         on_batch: Callable[[], object] = lambda: None,
         watch: Watch | None = None,
     ) -> Evaluation:
-        """Let a model answer all items, greedily, and judge the answers.
+        """Have a model answer all items greedily, and score the answers.
 
         Args:
-            model: any that has `generate`.
+            model: any model with a `generate`.
             on_batch: called after each batch.
-            watch: called with each batch's answers: which items they are of, their tokens
-                `[B, n]`, and the scores of the first one `[B, V]` (fp32).
+            watch: called after each batch with its item numbers, the answers' tokens `[B, n]`, and
+                the logits of the first token `[B, V]` (fp32).
         Raises:
             ItemError: an item's image or prompt cannot be used.
         """
@@ -275,8 +275,8 @@ class Exam:
             new = out.sequences[:, inputs["input_ids"].shape[1] :]
             if watch is not None:
                 watch(batch, new, out.logits[0].float())
-            told = tokenizer.batch_decode(new, skip_special_tokens=True)
-            found.update(zip(batch, (text.strip() for text in told), strict=True))
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            found.update(zip(batch, (text.strip() for text in texts), strict=True))
             on_batch()
         answers = [found[index] for index in range(len(self.items))]
         scores = score_all(
@@ -292,11 +292,11 @@ class Exam:
         )
 
     def single(self, index: int, new_tokens: int | None = None) -> Any:
-        """The model inputs of one item alone, on the host.
+        """The model inputs of a single item, on the host.
 
         Args:
             index: which item.
-            new_tokens: how many must fit behind it; `None`: those of an answer.
+            new_tokens: how many must fit after the prompt; `None`: the exam's own limit.
         Raises:
             ItemError: its images or prompt cannot be used, or are too long.
         """

@@ -1,4 +1,4 @@
-"""What `eval --out` leaves for a report: one JSON file, and small pictures beside it."""
+"""What `eval --out` writes for a report: one JSON file and thumbnails of the images."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from fastskip.study.provenance import circumstances
 SCHEMA_VERSION = 1
 FILE, IMAGES = "eval.json", "images"
 LONGEST = 336
-"""Pixels of a small picture's longer side, at the most."""
+"""Maximum length of a thumbnail's longer side, in pixels."""
 
 
 def write_result(
     folder: Path, model: Any, exam: Exam, found: Sequence[Judgement], new_tokens: int
 ) -> Path:
-    """Write the items, their pictures and how they were answered; what was there is replaced.
+    """Write the items, thumbnails of their images, and the judgements; replaces existing files.
 
     Args:
-        folder: made where it is missing.
+        folder: created if it does not exist.
         model: the one that was judged.
-        exam: what was asked.
-        found: how they were answered, the dense model first.
-        new_tokens: tokens that were timed.
+        exam: the items.
+        found: the judgements, the dense model's first.
+        new_tokens: how many tokens the timed runs generated.
     Returns:
         The JSON file.
     """
     (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    shown = _Pictures(folder)
+    shown = _Thumbnails(folder)
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": "eval",
@@ -53,16 +53,16 @@ def write_result(
     return write_json(folder / FILE, document)
 
 
-class _Pictures:
-    """Small pictures in a folder, each of them once, however many items are about it."""
+class _Thumbnails:
+    """Thumbnails in a folder: one per image, however many items share it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._names: dict[Path | int, str] = {}
 
     def name_of(self, image: Image | Path) -> str:
-        """Where the small picture lies, seen from the folder."""
-        # open pictures are held by their items, so that no other one gets the same number
+        """The thumbnail's path relative to the folder; written on first use."""
+        # items keep their images alive, so no two images share an id
         key = image if isinstance(image, Path) else id(image)
         if key not in self._names:
             name = f"{IMAGES}/{len(self._names)}.jpg"
@@ -73,7 +73,7 @@ class _Pictures:
         return self._names[key]
 
 
-def _item(item: Item, shown: _Pictures) -> dict[str, Any]:
+def _item(item: Item, shown: _Thumbnails) -> dict[str, Any]:
     images = [shown.name_of(image) for image in item.images]
     return {
         "question": item.question,

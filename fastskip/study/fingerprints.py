@@ -1,4 +1,4 @@
-"""What a result was measured on, in a few characters: the model, the items, the policy."""
+"""Short hashes of what a result was measured on: the model, the items, the policy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def items_fingerprint(items: Sequence[Item]) -> str:
-    """The same for the same questions, histories, answers, metrics and pictures, in the same order.
+    """Equal for equal questions, histories, answers, kinds, metrics and images in the same order.
 
     Raises:
         OSError: an image file cannot be read.
@@ -41,18 +41,18 @@ def items_fingerprint(items: Sequence[Item]) -> str:
 
 
 def policy_fingerprint(policy: SkipPolicy) -> str:
-    """The same for policies that skip the same, and whose routers have the same weights; names and
-    provenance do not count."""
+    """Equal for policies that skip the same and whose routers have the same weights; name and
+    provenance are ignored."""
     skipped = replace(policy, name="", provenance={})
     said = json.dumps(skipped.to_dict(), sort_keys=True).encode()
     paths = [policy.path_of(rule.weights) for rule in policy.routers if rule.weights]
-    # that a file is missing is told when the policy is set
+    # a missing file is reported when the policy is set
     learned = (hashlib.sha256(path.read_bytes()).digest() for path in paths if path.is_file())
     return fingerprint(b"".join((said, *learned)))
 
 
 def combined(*parts: Any) -> str:
-    """One fingerprint of several."""
+    """One fingerprint of several parts."""
     return fingerprint(json.dumps(parts).encode())
 
 

@@ -1,4 +1,4 @@
-"""Items as a model's inputs: prompts by the checkpoint's template, images by its processor."""
+"""Items as model inputs: prompts by the checkpoint's chat template, images by its processor."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastskip.rendering import Renderer
 from fastskip.study.items import Item, ItemError
 
 MOST_KEPT = 1 << 30
-"""Bytes of inputs that are kept on the host: some 800 images of 336 x 336 pixels in float32."""
+"""Bytes of inputs kept on the host: about 800 float32 images of 336 x 336 pixels."""
 
 
 class ItemInputs:
-    """Makes inputs of batches of items, and keeps them while there is room."""
+    """Builds the inputs of batches of items, and caches them while there is room."""
 
     def __init__(self, processor: Any, config: Any, new_tokens: int, most_kept: int) -> None:
-        """`new_tokens`: most tokens of an answer; they must fit behind the prompt."""
+        """`new_tokens`: maximum answer length, which must fit after the prompt."""
         self.config, self.most_kept = config, most_kept
         self._processor, self._new_tokens = processor, new_tokens
         self._renderer = Renderer(processor)
@@ -30,7 +30,7 @@ class ItemInputs:
         self._room = most_kept
 
     def of(self, number: int, items: Sequence[Item]) -> Any:
-        """The inputs of the batch of this number, which are the same each time.
+        """The inputs of batch `number`, whose items must be the same on every call.
 
         Raises:
             ItemError: an item's images or prompt cannot be used.
@@ -45,11 +45,11 @@ class ItemInputs:
         return inputs
 
     def build(self, items: Sequence[Item], new_tokens: int | None = None) -> Any:
-        """The inputs of some items: all with images, or none.
+        """The inputs of some items, either all with images or all without.
 
         Args:
-            items: in the order that is wanted.
-            new_tokens: how many must fit behind the prompts; `None`: those of an answer.
+            items: in the order of the batch.
+            new_tokens: how many must fit after the prompts; `None`: the maximum answer length.
         Raises:
             ItemError: an item's images or prompt cannot be used.
         """
@@ -69,8 +69,8 @@ class ItemInputs:
                 max_new_tokens=self._new_tokens if new_tokens is None else new_tokens,
             )
         except (ImageError, PromptError) as error:
-            told = items[0].where if len(items) == 1 else f"{items[0].where} to {items[-1].where}"
-            raise ItemError(f"{told}: {error}") from error
+            where = items[0].where if len(items) == 1 else f"{items[0].where} to {items[-1].where}"
+            raise ItemError(f"{where}: {error}") from error
 
 
 def _images(item: Item) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Items to judge a model by: a question, mostly about images, and what the right answer is.
+"""Items to evaluate a model on: a question, usually about images, and its right answers.
 
-A question may come late in a conversation: earlier turns are then its history, with the answers
-that were given, not those of the model that is judged.
+A question may come late in a conversation: the earlier turns are then its history, with the answers
+recorded in the file rather than those of the model being judged.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fastskip.study.metrics import Metric
 
 
 class ItemError(ValueError):
-    """An item that cannot be used; names it, what is wrong and what is allowed."""
+    """An item cannot be used; names it, what is wrong and what is allowed."""
 
 
 QUESTION, MULTI_TURN = "question", "multi-turn"
-"""Kinds of items that name none: without a history, and with one."""
+"""Default kinds of items: without a history, and with one."""
 CONVERSATIONS = "conversations"
 _FORMAT = Format(
     what="items",
     fields=frozenset({"question", "answer", "image", "kind", "metric", "history"}),
-    allowed='one JSON object a line, {"question": "...", "answer": "..." or ["...", ...]}, and, '
-    'where wanted, "image": "a.jpg" or ["a.jpg", ...], "history": [{"question": "...", "answer": '
-    f'"..."}}, ...], "kind": "...", "metric": {" or ".join(Metric)}; or LLaVA\'s conversations, '
-    'a line each or one array, {"image": "a.jpg", "conversations": [{"from": "human", "value": '
+    allowed='one JSON object per line, {"question": "...", "answer": "..." or ["...", ...]}, with '
+    'optional "image": "a.jpg" or ["a.jpg", ...], "history": [{"question": "...", "answer": '
+    f'"..."}}, ...], "kind": "...", "metric": {" or ".join(Metric)}; or LLaVA conversations, '
+    'one per line or as one array, {"image": "a.jpg", "conversations": [{"from": "human", "value": '
     '"<image>\\nWhat?"}, {"from": "gpt", "value": "A cat."}]}',
     error=ItemError,
     free=CONVERSATIONS,
@@ -45,12 +45,12 @@ class Item:
     """One question.
 
     Attributes:
-        question: with one ``<image>`` where an image stands, or none: images then come first.
-        references: right answers, each by itself.
-        images: pictures or their files, of all turns together, in the order of their places.
-        kind: what results are parted by.
-        metric: how answers are judged.
-        where: how errors name it.
+        question: with one ``<image>`` per image where it belongs, or none: images then come first.
+        references: right answers; each is sufficient by itself.
+        images: images or their files, of all turns together, in order of appearance.
+        kind: what results are grouped by.
+        metric: how answers are scored.
+        where: how error messages name the item.
         history: earlier turns of the conversation.
     """
 
@@ -85,23 +85,23 @@ def read_items(
     most: int | None = None,
     on_broken: Callable[[str], object] | None = None,
 ) -> list[Item]:
-    """The items of a file of JSON lines or of one JSON array.
+    """Read the items of a JSON Lines file, or of a file that holds one JSON array.
 
-    Of LLaVA's conversations every answer is an item, with the turns before it as its history.
+    Every answer of a LLaVA conversation is an item, with the turns before it as its history.
 
     Args:
         path: the file.
-        images: the folder that image paths start at; by default the file's own.
-        metric: of items that name none.
-        most: so many items at the most; rows behind them are not looked at.
-        on_broken: called with what is wrong with a row that cannot be used; without it, the first
-            such row is an error.
+        images: the folder that image paths are relative to; by default the file's own.
+        metric: the metric of items that name none.
+        most: maximum number of items; later rows are not read.
+        on_broken: called with a message for each row that cannot be used; without it, the first
+            such row raises.
     Raises:
-        ItemError: the file cannot be used, or a row of it, or none of its rows.
+        ItemError: the file or a row of it cannot be used, or no row can.
     """
     folder = Path(path).parent if images is None else Path(images)
     if not folder.is_dir():
-        raise ItemError(f"images: {folder} is no folder; allowed: an existing folder")
+        raise ItemError(f"images: {folder} is not a folder; allowed: an existing folder")
     found: list[Item] = []
     first: ItemError | None = None
     for text, where in _FORMAT.rows(path):
@@ -115,7 +115,7 @@ def read_items(
             first = first or error
             on_broken(str(error))
     if not found:
-        raise ItemError(f"{path}: no item that can be used; the first row: {first}") from first
+        raise ItemError(f"{path}: no usable item; first problem: {first}") from first
     return found[:most]
 
 
@@ -169,7 +169,7 @@ def _items_of_conversation(
 def _references(answer: Any, where: str) -> tuple[str, ...]:
     references = [answer] if isinstance(answer, str) else answer
     if not isinstance(references, list) or not all(isinstance(each, str) for each in references):
-        raise ItemError(f"{where}: answer is {answer!r}; allowed: a text, or a list of texts")
+        raise ItemError(f"{where}: answer is {answer!r}; allowed: a string or a list of strings")
     return tuple(references)
 
 
@@ -187,5 +187,5 @@ def _history(turns: Any, where: str) -> tuple[Turn, ...]:
 def _text(document: Mapping[str, Any], name: str, where: str, default: str) -> str:
     value = document.get(name, default)
     if not isinstance(value, str):
-        raise ItemError(f"{where}: {name} is {value!r}; allowed: a text")
+        raise ItemError(f"{where}: {name} is {value!r}; allowed: a string")
     return value

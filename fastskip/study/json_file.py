@@ -1,4 +1,4 @@
-"""Results as JSON files, written in one go: a reader sees the old file or the new one."""
+"""Results as JSON files, written atomically: a reader sees either the old file or the new one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastskip.whole_files import whole_file
 
 
 def json_text(document: Any, *, indent: int | None = None) -> str:
-    """A document as JSON; null stands for what JSON has no word for (NaN, infinities)."""
+    """A document as JSON; NaN and infinities, which JSON cannot express, become null."""
     return json.dumps(_with_nulls(document), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, document: Any, *, indent: int | None = None) -> Path:
-    """Writes a document, and its folder if there is none; a run that is cut off leaves no half."""
+    """Write a document, creating its folder; an interrupted run leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_text(json_text(document, indent=indent) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, or of one array, as users write them: errors name the row."""
+"""User-written files of one JSON object per line, or of one array; errors name the row."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Format:
     """What a file may hold.
 
     Attributes:
-        what: what its lines are, in the plural.
-        fields: the names that an object may have.
-        allowed: the format in words, for errors.
-        error: what is raised.
-        free: a field by which objects of somebody else's format are known, who may have any others.
-        takes_array: whether one array of objects is allowed, too.
+        what: what its rows are, in the plural.
+        fields: the fields that an object may have.
+        allowed: the format in words, for error messages.
+        error: the exception type to raise.
+        free: a field that marks objects of a foreign format, which may have any other fields.
+        takes_array: whether a single array of objects is accepted as well.
     """
 
     what: str
@@ -31,19 +31,19 @@ class Format:
     takes_array: bool = False
 
     def read(self, path: str | os.PathLike[str]) -> Iterator[tuple[dict[str, Any], str]]:
-        """Each row's object, and how errors name the row; empty lines are passed over.
+        """Each row's object, and how errors name the row; empty lines are skipped.
 
         Raises:
-            ValueError: of the kind ``error``: the file or a row of it cannot be used.
+            ValueError: of type ``error``: the file or a row of it cannot be used.
         """
         for text, where in self.rows(path):
             yield self.parse(text, where), where
 
     def rows(self, path: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
-        """Each row as text, and how errors name it; empty lines are passed over.
+        """Each row as text, and how errors name it; empty lines are skipped.
 
         Raises:
-            ValueError: of the kind ``error``: the file cannot be read, or has no rows.
+            ValueError: of type ``error``: the file cannot be read, or has no rows.
         """
         file, is_empty = Path(path), True
         try:
@@ -66,7 +66,7 @@ class Format:
         """The object of a row.
 
         Raises:
-            ValueError: of the kind ``error``: it is none, or has a field too many.
+            ValueError: of type ``error``: the row is not an object, or has an unknown field.
         """
         try:
             document = json.loads(text)

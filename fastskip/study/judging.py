@@ -1,7 +1,7 @@
-"""Policies of one model, judged on the same items: scores, agreement with dense, compute, times.
+"""Judge one model's policies on the same items: scores, agreement with dense, compute, times.
 
-Every policy is held to the dense model, item by item. Times are taken in turn, so that what
-disturbs the machine hits all alike.
+Every policy is compared with the dense model item by item. Timed runs are interleaved, so that
+disturbances on the machine affect all policies alike.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DENSE = "dense"
 
 
 class Verdict(StrEnum):
-    """What the items say of a policy's answers against the dense model's, at 95 %."""
+    """How a policy's answers compare with the dense model's on these items, at 95 %."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -48,7 +48,7 @@ class Verdict(StrEnum):
 
     @classmethod
     def of(cls, change: Estimate) -> Verdict:
-        """By where the interval of the differences lies."""
+        """The verdict for the interval of the differences."""
         if change.is_above_zero:
             return cls.BETTER
         return cls.WORSE if change.is_below_zero else cls.NOT_TOLD_APART
@@ -56,7 +56,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of the first item, batch 1: medians in seconds, TTFT with the vision tower in it."""
+    """On the first item at batch 1: medians in seconds; TTFT includes the vision tower."""
 
     ttft_s: float
     tpot_s: float
@@ -67,13 +67,13 @@ class Judgement:
     """One policy, judged.
 
     Attributes:
-        label: how it was named.
+        label: the name it was given.
         policy: as in a policy file.
         evaluation: its answers and their scores.
         agreement: with the dense model's answers.
-        flops: of the decoder and lm_head for the first item, with as many tokens as are timed;
-            what routers skip counts as it was seen.
-        speed: `None` where times were not taken.
+        flops: of the decoder and lm_head on the first item, with as many new tokens as are timed;
+            routers count at the rates observed there.
+        speed: `None` if no times were taken.
     """
 
     label: str
@@ -84,7 +84,7 @@ class Judgement:
     speed: Speed | None = None
 
     def change(self, dense: Judgement) -> Estimate:
-        """How much better than dense its answers score, item by item.
+        """How much better than dense its answers score: a paired difference.
 
         Raises:
             ScaleError: some items are judged by CIDEr and others are not.
@@ -92,11 +92,11 @@ class Judgement:
         return self.evaluation.minus(dense.evaluation)
 
     def verdict(self, dense: Judgement) -> Verdict:
-        """What the items say; errors as of `change`."""
+        """The verdict on `change`, which documents the errors."""
         return Verdict.of(self.change(dense))
 
     def yes_no(self, items: Sequence[Item]) -> YesNo | None:
-        """Of the items under that metric together; `None` without any."""
+        """Accuracy, precision and recall over the yes/no items; `None` if there are none."""
         asked = [n for n, item in enumerate(items) if item.metric is Metric.YES_NO]
         if not asked:
             return None
@@ -104,7 +104,7 @@ class Judgement:
         return YesNo.of(answers, [items[n].references[0] for n in asked])
 
     def captions(self, items: Sequence[Item]) -> CaptionScores | None:
-        """Of the items under CIDEr together; `None` without any."""
+        """Corpus scores over the items under CIDEr; `None` if there are none."""
         asked = [n for n, item in enumerate(items) if item.metric is Metric.CIDER]
         if not asked:
             return None
@@ -113,7 +113,7 @@ class Judgement:
 
     @property
     def empty(self) -> int:
-        """Answers without any text: the model's own, as nothing else is taken for one."""
+        """How many answers are empty: nothing is substituted for an empty answer."""
         return sum(not each.answer for each in self.evaluation.judged)
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,37 +143,37 @@ class Judgement:
 
 
 class JudgementFile:
-    """Judgements as they are made, a line of JSON each, so that a run that was cut off goes on."""
+    """Judgements, appended as JSON lines as they are made, so an interrupted run can resume."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def load(self) -> dict[str, Judgement]:
-        """By fingerprint of what was judged; a line that is damaged, or half of one, is none."""
+        """Judgements by fingerprint of what was judged; damaged or partial lines are ignored."""
         found = {}
         if self._path.is_file():
             for line in self._path.read_bytes().splitlines():
-                # whatever is not as it was written is asked again
+                # anything that does not parse is judged again
                 with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     document = json.loads(line)
                     found[document["of"]] = Judgement.from_dict(document["judgement"])
         return found
 
     def append(self, of: str, judgement: Judgement) -> None:
-        """Adds a line."""
+        """Append a judgement."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
-                    file.write(b"\n")  # behind half a line of a killed process
+                    file.write(b"\n")  # a killed process left a partial line
             text = json_text({"of": of, "judgement": judgement.to_dict()})
             file.write(text.encode() + b"\n")
 
 
 @dataclass(frozen=True, slots=True)
 class _Contender:
-    """Who answers which exam; `images`: by how much its images are smaller."""
+    """A policy and the exam it takes; `images`: the factor that its images are shrunk by."""
 
     label: str
     policy: SkipPolicy
@@ -181,13 +181,13 @@ class _Contender:
     images: int = 1
 
     def key(self, asked: str) -> str:
-        """What a judgement of it is kept under."""
+        """The key under which its judgement is stored."""
         own = combined(asked, policy_fingerprint(self.policy))
         return own if self.images == 1 else combined(own, self.images)
 
     @contextmanager
     def on(self, model: Any) -> Iterator[None]:
-        """The model as it answers within this block."""
+        """Within this block the model runs as this contender."""
         set_policy(model, self.policy)
         with nullcontext() if self.images == 1 else taking_smaller_images(model):
             yield
@@ -205,30 +205,30 @@ def judge(
     on_policy: Callable[[str], object] = lambda label: None,
     on_batch: Callable[[], object] = lambda: None,
 ) -> tuple[Judgement, ...]:
-    """Judge the dense model and each policy; the dense one comes first.
+    """Judge the dense model, then each policy.
 
     Args:
-        model: a prepared one; it is left with the policy that it came with.
-        policies: labels and policies; one that is dense is the first one again.
-        exam: the items; its first one is what compute and times are of.
-        smaller: by how much the images of a dense rival are smaller, and the same items with them
-            (`smaller_images.shrunk_processor`).
-        new_tokens: tokens that are timed.
+        model: a prepared model; its current policy is restored at the end.
+        policies: labels and policies; a dense one repeats the first judgement.
+        exam: the items; compute and times are measured on the first.
+        smaller: further dense baselines on smaller images: the factor that images are shrunk by,
+            and the same items with them (`smaller_images.shrunk_processor`).
+        new_tokens: how many tokens the timed runs generate.
         rounds: timed runs of each, 0 for none.
-        kept: where judgements are kept; what is there already is not asked again. Times always are.
+        kept: stores judgements; those already in it are not repeated. Times are always taken anew.
         on_policy: called with each label before its items are answered.
         on_batch: called after each batch.
     Raises:
         ValueError: `new_tokens` or `rounds` is too small.
         PolicyError: a policy does not fit the model.
-        ItemError: an item cannot be used, or the model has no positions for `new_tokens`.
-        SmallerImagesError: the model takes no smaller images.
+        ItemError: an item cannot be used, or the model has no positions left for `new_tokens`.
+        SmallerImagesError: the model cannot take smaller images.
     """
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 0)):
         if value < least:
             raise ValueError(f"{name}: {value}; allowed: {least} or more")
     if rounds:
-        exam.single(0, new_tokens)  # whether they fit is known before anybody answers
+        exam.single(0, new_tokens)  # fail before answering anything if they do not fit
     every = [
         _Contender(label, policy, exam) for label, policy in ((DENSE, SkipPolicy()), *policies)
     ]
@@ -236,8 +236,8 @@ def judge(
         every.append(_Contender(f"images 1/{factor}", SkipPolicy(), own, factor))
     before = plan_of(model).policy
     try:
-        # What does not fit the model is found before anything takes time; what a policy says of
-        # its origin is told when it is judged.
+        # Fail on policies that do not fit the model before spending time; warnings about their
+        # provenance are left for when they are judged.
         for each in every:
             set_policy(model, replace(each.policy, provenance={}))
         found = _answered(model, every, new_tokens, kept, on_policy, on_batch)
@@ -258,13 +258,13 @@ def _answered(
     on_batch: Callable[[], object],
 ) -> list[Judgement]:
     known, exam = {} if kept is None else kept.load(), every[0].exam
-    # Rounding is the device's own, and some routers decide by the batch.
+    # Rounding depends on the device, and some routers decide per batch.
     about = model_fingerprint(model), str(model.dtype), model.device.type
     asked = combined(*about, exam.fingerprint, len(exam), exam.new_tokens, new_tokens)
     keys = [each.key(asked) for each in every]
     dense: AnswerLog | None = None
     if not all(key in known for key in keys):
-        # Its answers are what the others' are compared with, so it answers again.
+        # The others are compared with the dense model's tokens, which are not stored.
         known.pop(keys[0], None)
     found = []
     for key, each in zip(keys, every, strict=True):
@@ -280,13 +280,13 @@ def _answered(
             judgement = Judgement(each.label, each.policy.to_dict(), evaluation, agreement, flops)
             if kept is not None:
                 kept.append(key, judgement)
-        # one that was kept may be of another name, or of an older date
+        # a stored judgement may have another label, or an older provenance
         found.append(replace(judgement, label=each.label, policy=each.policy.to_dict()))
     return found
 
 
 def _flops(model: Any, exam: Exam, new_tokens: int) -> int:
-    """Of the first item; where routers decide, at the rates that are seen with it."""
+    """FLOPs on the first item; routers count at the rates observed on it."""
     inputs, plan = exam.single(0), plan_of(model)
     n_image, n_text, before = prompt_sizes(inputs, model.config)
     if not plan.routed:

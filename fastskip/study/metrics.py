@@ -1,11 +1,12 @@
-"""How an answer is judged against the right ones: the metrics of the field, item by item.
+"""Score answers against references with the field's standard metrics, item by item.
 
-- Exact match after lower case, without punctuation and articles.
-- VQA soft accuracy (Antol et al., "VQA: Visual Question Answering", 2015; the rules of its
-  evaluation: number words as digits, apostrophes of contractions, punctuation between digits kept).
+- Exact match, ignoring case, punctuation and articles.
+- VQA soft accuracy (Antol et al., "VQA: Visual Question Answering", 2015; normalised as in its
+  official evaluation: number words become digits, contractions regain their apostrophes, a full
+  stop before a digit is kept).
 - Yes or no (Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", POPE,
-  2023): an answer that says "no" or "not" in its first sentence means no, any other yes.
-- F1 of the phrases of a caption.
+  2023): an answer with "no" or "not" in its first sentence means no, any other means yes.
+- F1 over the phrases of a caption.
 - CIDEr of a caption (see `fastskip.study.captions`).
 """
 
@@ -20,41 +21,41 @@ from enum import StrEnum
 from statistics import fmean
 
 from fastskip.study import captions
-from fastskip.wording import Scale
+from fastskip.wording import Scale, counted
 
 LEAST_PEOPLE = 4
-"""Answers that VQA accuracy needs: one is compared with the others, of which three are enough."""
+"""Fewest human answers for VQA accuracy: with one left out, three must remain for a full score."""
 
 
 class ScaleError(ValueError):
-    """Scores that have no mean, as they are counted in different things."""
+    """Scores on different scales, which cannot be averaged."""
 
 
 class Metric(StrEnum):
-    """How an answer is judged; but for `VQA`, by the reference that it fits best."""
+    """How an answer is scored: by its best-matching reference, except under `VQA` and `CIDER`."""
 
     EXACT = "exact"
-    """1 if the words are the same, else 0; case, punctuation and articles do not count."""
+    """1 if the words are the same, else 0; case, punctuation and articles are ignored."""
     CAPTION = "caption"
-    """F1 of the phrases named, in any order: parted by "and", commas and full stops."""
+    """F1 over phrases, in any order; "and", commas, semicolons and full stops separate phrases."""
     VQA = "vqa"
-    """The mean, over the people asked, of min(1, how many of the others said the same / 3)."""
+    """Mean over the human answers of min(1, matches among the others / 3)."""
     YES_NO = "yes-no"
-    """1 if answer and reference both mean yes, or both no."""
+    """1 if answer and reference both mean yes or both mean no, else 0."""
     CIDER = "cider"
-    """Of captions: how many of their n-grams people use too, the rarer ones counting more; 0 to 10.
-    Only items together have it: what is rare, their references say."""
+    """TF-IDF-weighted n-gram similarity to human captions, 0 to 10. Defined only over a set of
+    items, since their references determine the IDF weights."""
 
     @property
     def scale(self) -> Scale:
-        """What its scores are counted in."""
+        """The scale of its scores."""
         return Scale.of(self)
 
     def score(self, answer: str, references: Sequence[str]) -> float:
-        """In [0, 1]: how well the answer fits the references.
+        """How well the answer matches the references, in [0, 1].
 
         Raises:
-            ValueError: under this metric one answer has no score of its own.
+            ValueError: the metric is CIDEr, which does not score answers one by one.
         """
         if self is Metric.CIDER:
             raise ValueError("metric: cider; allowed: one that scores answers one by one")
@@ -68,26 +69,27 @@ class Metric(StrEnum):
         return max(judge(answer, reference) for reference in references)
 
     def problem(self, references: Sequence[str]) -> str | None:
-        """What is wrong with these references for this metric, and what is allowed."""
+        """Why these references cannot be used with this metric; `None` if they can."""
         if not references or not all(words(each) for each in references):
             return f"answer is {list(references)}; allowed: some words"
         if self is Metric.VQA and len(references) < LEAST_PEOPLE:
-            allowed = f"{LEAST_PEOPLE} or more, one a person asked"
-            return f"answer has {len(references)} texts under metric vqa; allowed: {allowed}"
+            allowed = f"{LEAST_PEOPLE} or more, one per human annotator"
+            found = counted(len(references), "string")
+            return f"answer has {found} under metric vqa; allowed: {allowed}"
         if self is Metric.YES_NO and not {words(each) for each in references} <= {"yes", "no"}:
             return f"answer is {list(references)} under metric yes-no; allowed: yes or no"
         return None
 
 
 def scale_of(metrics: Iterable[Metric]) -> Scale:
-    """What scores under all of these are counted in.
+    """The scale that all of these metrics share.
 
     Raises:
-        ScaleError: in different things.
+        ScaleError: they have different scales.
     """
     scales = {metric.scale: metric for metric in metrics}
     if len(scales) > 1:
-        allowed = "cider for all items together or for none, since a mean of both says nothing"
+        allowed = "cider for all items together or for none: a mean over both is meaningless"
         raise ScaleError(f"metric: {' and '.join(scales.values())}; allowed: {allowed}")
     return next(iter(scales), Scale.SHARE)
 
@@ -95,16 +97,15 @@ def scale_of(metrics: Iterable[Metric]) -> Scale:
 def score_all(
     metrics: Sequence[Metric], answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> list[float]:
-    """The score of each answer, under the metric of each.
+    """The score of each answer under its own metric.
 
     Raises:
-        CaptionError: captions are too few, or their scorers are not installed.
+        CaptionError: there are too few captions, or their scorers are not installed.
     """
     together = [index for index, metric in enumerate(metrics) if metric is Metric.CIDER]
     found = {}
     if together:
-        told, true = [answers[n] for n in together], [references[n] for n in together]
-        scores = captions.cider(told, true)
+        scores = captions.cider([answers[n] for n in together], [references[n] for n in together])
         found = dict(zip(together, scores, strict=True))
     return [
         found[index] if index in found else metric.score(answer, own)
@@ -116,7 +117,7 @@ def score_all(
 
 @dataclass(frozen=True, slots=True)
 class YesNo:
-    """Answers to yes/no questions together; yes is what is looked for (POPE)."""
+    """Scores over all yes/no questions; yes is the positive class (POPE)."""
 
     accuracy: float
     precision: float
@@ -125,20 +126,21 @@ class YesNo:
 
     @property
     def f1(self) -> float:
-        """The harmonic mean of precision and recall; 0 without any right yes."""
+        """The harmonic mean of precision and recall; 0 without any true positive."""
         both = self.precision + self.recall
         return 2 * self.precision * self.recall / both if both else 0.0
 
     @classmethod
     def of(cls, answers: Sequence[str], references: Sequence[str]) -> YesNo:
-        """Of answers and the right ones, in the same order; not empty.
+        """Score answers against references in the same order.
 
         Raises:
-            ValueError: there are none, or not as many of both.
+            ValueError: there are none, or the two differ in number.
         """
         if not answers or len(answers) != len(references):
             counts = f"{len(answers)}, {len(references)}"
-            raise ValueError(f"answers, references: {counts}; allowed: as many of both, not none")
+            allowed = "equally many of both, at least one"
+            raise ValueError(f"answers, references: {counts}; allowed: {allowed}")
         said, true = list(map(means_yes, answers)), list(map(means_yes, references))
         right = sum(a and b for a, b in zip(said, true, strict=True))
         return cls(
@@ -150,23 +152,23 @@ class YesNo:
 
 
 def words(text: str) -> str:
-    """A text in lower case, without punctuation and articles, parted by single spaces."""
+    """A text in lower case, without punctuation and articles, separated by single spaces."""
     return " ".join(_without_articles(text.lower().translate(_BARE).split()))
 
 
 def _without_articles(found: list[str]) -> list[str]:
-    """But where there is nothing else, an article is what is said, as the letter of a choice."""
+    """Unless nothing else is left: the answer may be a letter of a multiple-choice question."""
     return [word for word in found if word not in _ARTICLES] or found
 
 
 def means_yes(text: str) -> bool:
-    """Whether an answer means yes, as POPE reads it."""
+    """Whether an answer means yes, by POPE's rule."""
     first = text.lower().partition(".")[0].replace(",", "")
     return not {"no", "not"} & set(first.split())
 
 
 def vqa_words(text: str) -> str:
-    """An answer as VQA compares it."""
+    """An answer normalised as VQA's official evaluation does."""
     given = text = " ".join(text.lower().split())
     has_number = _COMMA_NUMBER.search(given) is not None
     for mark in _MARKS:
@@ -179,7 +181,7 @@ def vqa_words(text: str) -> str:
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _BARE = str.maketrans(string.punctuation, " " * len(string.punctuation))
-_PARTING = re.compile(r"\band\b|[,.;]")
+_SEPARATOR = re.compile(r"\band\b|[,.;]")
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -200,9 +202,9 @@ _CONTRACTIONS = {f"{word}t": f"{word}'t" for word in _WITH_NOT.split()} | {
 
 
 def _vqa(answer: str, references: Sequence[str]) -> float:
-    told, said = vqa_words(answer), [vqa_words(each) for each in references]
-    same = sum(each == told for each in said)
-    return fmean(min(1.0, (same - (each == told)) / 3) for each in said)
+    own, human = vqa_words(answer), [vqa_words(each) for each in references]
+    same = sum(each == own for each in human)
+    return fmean(min(1.0, (same - (each == own)) / 3) for each in human)
 
 
 def _exact(answer: str, reference: str) -> float:
@@ -214,11 +216,11 @@ def _same_verdict(answer: str, reference: str) -> float:
 
 
 def _phrases_f1(answer: str, reference: str) -> float:
-    told, true = _phrases(answer), _phrases(reference)
-    if not told:
+    own, true = _phrases(answer), _phrases(reference)
+    if not own:
         return 0.0
-    return 2 * (told & true).total() / (told.total() + true.total())
+    return 2 * (own & true).total() / (own.total() + true.total())
 
 
 def _phrases(text: str) -> Counter[str]:
-    return Counter(phrase for part in _PARTING.split(text.lower()) if (phrase := words(part)))
+    return Counter(phrase for part in _SEPARATOR.split(text.lower()) if (phrase := words(part)))

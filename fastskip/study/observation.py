@@ -1,4 +1,4 @@
-"""Routers that are watched while they decide."""
+"""Record the scores of routers while they decide."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastskip.ops.routes import Terms
 from fastskip.routing import Router, RoutingContext, ScoreRouter
 
 Scores = dict[tuple[int, int], list[Tensor]]
-"""By router and layer: what its candidates' groups scored, forward by forward, on the host."""
+"""By router and layer: the scores of its candidate groups, one host tensor per forward."""
 
 
 class Observer(ScoreRouter):
-    """Decides as the router that it stands for, and writes down the scores."""
+    """Wraps a router: decides exactly as it does, and records its scores."""
 
     def __init__(self, router: Router, number: int, found: Scores) -> None:
         assert isinstance(router, ScoreRouter)

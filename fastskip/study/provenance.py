@@ -1,4 +1,4 @@
-"""Under what circumstances something was measured, as results and provenance say it."""
+"""The conditions of a measurement, as recorded in results and in policy provenance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastskip.machine import device_name
 
 
 def circumstances(model: Any) -> dict[str, Any]:
-    """The model, its dtype and device, the versions and the date, as plain data for JSON."""
+    """The model, its dtype and device, package versions and the date, as plain data for JSON."""
     device = torch.device(model.device)
     return {
         "model": str(getattr(model, "name_or_path", "")),

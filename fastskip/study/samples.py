@@ -1,4 +1,4 @@
-"""Samples to study a model on: a file of prompts, most of them with an image."""
+"""Samples to study a model on: a file of prompts, usually with an image each."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from fastskip.study.json_lines import Format
 
 
 class SampleError(ValueError):
-    """A file of samples that cannot be used; names the line, what is wrong and what is allowed."""
+    """A sample or its file cannot be used; names it, what is wrong and what is allowed."""
 
 
 _FORMAT = Format(
     what="samples",
     fields=frozenset({"prompt", "image"}),
-    allowed='one JSON object a line, {"prompt": "...", "image": "a.jpg"}, of which image may be '
-    "left out",
+    allowed='one JSON object per line, {"prompt": "...", "image": "a.jpg"}; image is optional',
     error=SampleError,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt, and its image where it has one; `where`: how errors name it."""
+    """One prompt with an optional image; `where`: how error messages name it."""
 
     prompt: str
     image: Path | None = None
@@ -38,7 +37,7 @@ class Sample:
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
-    """The samples of a file of JSON lines; image paths are seen from the file's folder.
+    """Read the samples of a JSON Lines file; image paths are relative to its folder.
 
     Raises:
         SampleError: the file or a line of it cannot be used.
@@ -66,7 +65,7 @@ def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens
 
 
 def placed(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Inputs where the model is; floating ones (pixels) in its dtype."""
+    """Inputs on the model's device; floating-point ones (pixels) in its dtype."""
 
     def moved(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -79,7 +78,7 @@ def placed(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 def _sample(document: dict[str, Any], folder: Path, where: str) -> Sample:
     prompt, image = document.get("prompt"), document.get("image")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a text that is not empty")
+        raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a non-empty string")
     if image is not None and (not isinstance(image, str) or is_address(image)):
         raise SampleError(f"{where}: image is {image!r}; allowed: the path of an image file")
     return Sample(prompt, None if image is None else folder / image, where)

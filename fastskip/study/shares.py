@@ -1,4 +1,4 @@
-"""How many of its candidates each router let skip, layer by layer."""
+"""What share of its candidates each router lets skip, layer by layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ _SET = ("threshold", "capacity", "rate")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one router did in one layer: how many of its candidates skipped.
+    """How many of one router's candidates skipped in one layer.
 
-    `possible`: the share of all of its candidates, nearest to the wanted one, that any threshold
-    gives, as scores were: equal scores skip together. `None` where there is no threshold to set.
+    `possible`: the share, over all of the router's candidates, closest to the target that any
+    threshold gives on the observed scores (equal scores skip together). `None` if the router has no
+    threshold.
     """
 
     router: int
@@ -44,7 +45,7 @@ class Share:
 
 
 def by_threshold(shares: Sequence[Share]) -> list[list[Share]]:
-    """The shares of each router with a threshold; rates and capacities are what they are."""
+    """The shares grouped by router, for routers with a threshold only."""
     groups: dict[int, list[Share]] = {}
     for share in shares:
         if share.possible is not None:
@@ -53,6 +54,6 @@ def by_threshold(shares: Sequence[Share]) -> list[list[Share]]:
 
 
 def pooled(shares: Sequence[Share]) -> float:
-    """The share of all their candidates that skipped; 0 without any."""
+    """The share of all their candidates that skipped; 0 if there are none."""
     candidates = sum(share.candidates for share in shares)
     return sum(share.skipped for share in shares) / candidates if candidates else 0.0

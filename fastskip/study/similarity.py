@@ -1,7 +1,7 @@
-"""How little each layer turns a row: the cosine of what enters it and what leaves it, by class.
+"""How little each layer changes a row: the cosine between its input and output, by token class.
 
-High similarity is what makes a layer a candidate to be left out; "Implicit Multimodal Alignment"
-(arXiv 2405.16700) finds that image rows change slowly from layer to layer, text rows faster.
+High similarity makes a layer a candidate for skipping; "Implicit Multimodal Alignment" (arXiv
+2405.16700) finds that image rows change slowly from layer to layer, text rows faster.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from fastskip.tokens import CODES, PAD
 
 
 class SimilarityError(ValueError):
-    """Hidden states that cannot be compared."""
+    """Hidden states cannot be compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSimilarity:
     """Mean cosines over the rows of one class in one layer.
 
-    `block`: of the layer's input and output; `attention`: of its input and the same with
-    attention added; `ffn`: of that and the output. `rows`: how many rows the means are of.
+    `block`: between the layer's input and output; `attention`: between its input and the residual
+    stream after attention; `ffn`: between that and the output. `rows`: the number of rows averaged.
     """
 
     layer: int
@@ -55,28 +55,28 @@ def similarities(
     """Similarities by layer and class, over the samples' prompts and the model's own answers.
 
     Args:
-        model: a Hugging Face model that is not prepared: its layers run one by one, with hooks.
-        samples: inputs of `generate`, each as `processor(...)` gives them.
-        new_tokens: how many tokens each sample generates; at 0 there are no generated rows.
+        model: an unmodified Hugging Face model, since hooks must see its layers run one by one.
+        samples: inputs of `generate`, each as returned by `processor(...)`.
+        new_tokens: how many tokens each sample generates; with 0 there are no generated rows.
         on_sample: called after each sample.
     Raises:
-        TypeError: the model is prepared.
+        TypeError: the model was prepared by fastskip.
         ValueError: there are no samples, or `new_tokens` is negative.
         SimilarityError: the model overflows.
     """
     if getattr(model, "_fastskip", None) is not None:
-        raise TypeError("model: is prepared; allowed: one as from_pretrained gives it")
+        raise TypeError("model: is prepared by fastskip; allowed: a plain Hugging Face model")
     if not samples or new_tokens < 0:
         raise ValueError(
             f"samples: {len(samples)}, new_tokens: {new_tokens}; allowed: 1 or more samples, and "
             "new_tokens of 0 or more"
         )
     layers = list(text_model_of(model).layers)
-    # [layers, classes, (block, attention, ffn)] sums of cosines, and how many rows there were
+    # sums of cosines [layers, classes, (block, attention, ffn)], and row counts per class
     sums = torch.zeros(len(layers), len(TokenClass), 3, dtype=torch.float64)
     counts = torch.zeros(len(TokenClass), dtype=torch.int64)
     for inputs in samples:
-        codes, given = _whole(model, placed(inputs, model), new_tokens)
+        codes, given = _with_answer(model, placed(inputs, model), new_tokens)
         real = codes != PAD
         counts += torch.bincount(codes[real], minlength=len(TokenClass))
         with torch.inference_mode(), _seen(layers) as seen:
@@ -88,8 +88,7 @@ def similarities(
         if not own.isfinite().all():
             allowed = "a dtype in which the model does not overflow, such as float32"
             raise SimilarityError(
-                f"layer {index}: hidden states that are not finite in {model.dtype}; allowed: "
-                f"{allowed}"
+                f"layer {index}: hidden states are not finite in {model.dtype}; allowed: {allowed}"
             )
     return tuple(
         LayerSimilarity(index, token_class, int(counts[code]), *means.tolist())
@@ -99,7 +98,9 @@ def similarities(
     )
 
 
-def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor, dict[str, Any]]:
+def _with_answer(
+    model: Any, inputs: dict[str, Any], new_tokens: int
+) -> tuple[Tensor, dict[str, Any]]:
     """The class codes of prompt and answer together, `[B, T]` on the host, and their inputs."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
@@ -107,7 +108,7 @@ def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor,
     codes = torch.where(images, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
     codes = codes.masked_fill(mask == 0, PAD)
     if new_tokens:
-        # An answer that says a placeholder could not be read again: no image would fill it.
+        # An answer that contains a placeholder could not be fed back: no image would fill it.
         known = model.generation_config.suppress_tokens or ()
         never = [*known, *image_token_ids(model.config)] or None
         out = model.generate(
@@ -118,28 +119,28 @@ def _whole(model: Any, inputs: dict[str, Any], new_tokens: int) -> tuple[Tensor,
             suppress_tokens=never,
         )
         new = out[:, ids.shape[1] :]
-        lives = _lives(new, model.generation_config.eos_token_id)
-        own = torch.where(lives, CODES[TokenClass.GENERATED], PAD)
-        ids, mask = out, torch.cat([mask, lives.to(mask.dtype)], 1)
+        alive = _in_answer(new, model.generation_config.eos_token_id)
+        own = torch.where(alive, CODES[TokenClass.GENERATED], PAD)
+        ids, mask = out, torch.cat([mask, alive.to(mask.dtype)], 1)
         codes = torch.cat([codes, own], 1)
-    # What is said of each token, as which ones are an image's.
-    said = {
+    # Per-token inputs, such as token types, are padded over the answer.
+    per_token = {
         name: pad(value, (0, ids.shape[1] - value.shape[1]))
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
     }
-    return codes.cpu(), {**inputs, **said, "input_ids": ids, "attention_mask": mask}
+    return codes.cpu(), {**inputs, **per_token, "input_ids": ids, "attention_mask": mask}
 
 
-def _lives(new: Tensor, ends: int | Sequence[int] | None) -> Tensor:
-    """Which generated tokens `[B, T]` are part of the answer: up to its end, that included."""
+def _in_answer(new: Tensor, ends: int | Sequence[int] | None) -> Tensor:
+    """Which generated tokens `[B, T]` belong to the answer: up to and including its end token."""
     ended = torch.isin(new, torch.tensor([] if ends is None else ends, device=new.device).long())
     return ended.cumsum(1) - ended.long() == 0
 
 
 @contextmanager
 def _seen(layers: Sequence[Any]) -> Iterator[dict[int, Tensor]]:
-    """Within the block: the cosines `[B, T, (block, attention, ffn)]` of every layer that ran."""
+    """Within the block, collect the cosines `[B, T, (block, attention, ffn)]` of each layer run."""
     added: dict[int, Tensor] = {}
     found: dict[int, Tensor] = {}
 

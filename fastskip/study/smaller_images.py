@@ -1,7 +1,7 @@
-"""Smaller images: the cheapest baseline of all methods that leave image rows out.
+"""Smaller images: the cheapest baseline for methods that drop or skip image rows.
 
-The picture is shrunk before the vision tower, which then gives fewer rows; nothing in the language
-model changes. VTC-Bench (arXiv 2510.07143) finds that this beats many published methods.
+The image is shrunk before the vision tower, which then emits fewer rows; the language model is
+unchanged. VTC-Bench (arXiv 2510.07143) finds that this beats many published methods.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 
 class SmallerImagesError(ValueError):
-    """Images that cannot be made smaller; says what can."""
+    """Images cannot be made smaller; says what is allowed."""
 
 
 def shrunk_processor(processor: Any, factor: int) -> Any:
-    """A processor that shrinks the sides of every image by ``factor``: a copy.
+    """A copy of a processor that shrinks both sides of every image by ``factor``.
 
     Raises:
-        SmallerImagesError: the factor is no whole number from 2, or leaves less than one patch a
-            side or parts of patches.
+        SmallerImagesError: the factor is not an integer of at least 2, or does not leave a whole
+            number of patches per side.
     """
     if type(factor) is not int or factor < 2:
-        raise SmallerImagesError(f"factor: {factor}; allowed: a whole number from 2")
+        raise SmallerImagesError(f"factor: {factor}; allowed: an integer of at least 2")
     found = deepcopy(processor)
     images, patch = found.image_processor, getattr(found, "patch_size", None)
     sides = {**dict(images.size), **dict(getattr(images, "crop_size", None) or {})}
@@ -41,16 +41,16 @@ def shrunk_processor(processor: Any, factor: int) -> Any:
 
 @contextmanager
 def taking_smaller_images(model: Any) -> Iterator[None]:
-    """Within this block a LLaVA-1.5 takes images smaller than it was trained on: the positions of
-    its vision tower are interpolated, as transformers does it.
+    """Within this block a LLaVA-1.5 takes images smaller than it was trained on: transformers
+    interpolates the position embeddings of its vision tower.
 
     Raises:
-        SmallerImagesError: another kind of model.
+        SmallerImagesError: the model is not a LLaVA-1.5.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind != "llava":
         raise SmallerImagesError(
-            f"model: of type {kind!r}; allowed: 'llava', whose images are of one size"
+            f"model: of type {kind!r}; allowed: 'llava', whose images have one fixed size"
         )
     hook = model.model.vision_tower.register_forward_pre_hook(_interpolate, with_kwargs=True)
     try:

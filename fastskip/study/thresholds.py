@@ -1,4 +1,4 @@
-"""Where a bar has to stand so that a wanted share of scores reaches it."""
+"""Find the bar that a target share of scores reaches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastskip.policy import Measure, RouterRule
 
 
 def bar_for(scores: Tensor, rate: float, low: float, high: float) -> tuple[float, float] | None:
-    """The bar in [low, high] that a share nearest to `rate` of `scores` reaches, and that share.
+    """The bar in [low, high] reached by the share of `scores` closest to `rate`, and that share.
 
-    Equal scores reach a bar together, so that not every share is possible; of two that are equally
-    near the smaller one is taken. The bar stands in the middle between the two scores that it
-    divides, where rounding does no harm. Infinite scores count and reach none. `None`: no bar in
-    the bounds divides anything.
+    Equal scores reach a bar together, so not every share is possible; of two equally close shares
+    the smaller is chosen. The bar lies midway between the two scores that it separates, so that
+    rounding does no harm. Non-finite scores count towards the total but reach no bar. `None`: no
+    score is finite, or no bar within the bounds gives a possible share.
     """
     total = len(scores)
     values, counts = torch.unique(scores[scores.isfinite()].double(), return_counts=True)
@@ -32,21 +32,21 @@ def bar_for(scores: Tensor, rate: float, low: float, high: float) -> tuple[float
 
 
 def bounds_of(rule: RouterRule) -> tuple[float, float]:
-    """Between which bars a threshold may lie: scores are wishes to skip (`fastskip.ops.routes`)."""
+    """The allowed range of bars: a score is the wish to skip (`fastskip.ops.routes`)."""
     if rule.kind == "linear":
         return -math.inf, math.inf
     return (-math.inf, 0.0) if rule.measure is Measure.CHANGE else (-1.0, 1.0)
 
 
 def threshold_of(rule: RouterRule, bar: float | None) -> float:
-    """The threshold that a bar is in the policy's words, and the other way round."""
+    """Convert a bar to the policy's threshold; the conversion is its own inverse."""
     assert bar is not None
     is_cosine = rule.kind == "similarity" and rule.measure is not Measure.CHANGE
     return bar if is_cosine else 0.0 - bar
 
 
 def _bar(values: Tensor, cut: int, low: float, high: float) -> float | None:
-    """A bar that the first `cut` of some falling values reach and the others do not."""
+    """A bar that exactly the first `cut` of some descending values reach."""
     beyond = max(float(values[0] - values[-1]) / 20, float(values.abs().max()) / 1000, 1e-6)
     above = float(values[cut - 1]) if cut else float(values[0]) + beyond
     below = float(values[cut]) if cut < len(values) else float(values[-1]) - beyond

@@ -113,7 +113,7 @@ def said(*speakers: str, question: str = "a?") -> str:
             '{"image": "a.jpg", ' + said("human", "gpt", question="<image><image> a?")[1:],
             "2 <image>",
         ),
-        ('{"metric": "vqa", ' + said("human", "gpt")[1:], "1 texts under metric vqa"),
+        ('{"metric": "vqa", ' + said("human", "gpt")[1:], "1 string under metric vqa"),
         (said("human", "gpt", question="  "), "question 1 is"),
         ("", "no items"),
     ],
@@ -187,7 +187,7 @@ def test_broken_rows_are_left_out_and_told(tmp_path: Path) -> None:
     assert [item.question for item in items] == ["a\u2028b?"] * 2
     assert len(told) == 2 and "line 1: not JSON" in told[0] and "line 3: conv" in told[1]
     path.write_text("{")
-    with pytest.raises(ItemError, match="no item that can be used; the first row: .*not JSON"):
+    with pytest.raises(ItemError, match="no usable item; first problem: .*not JSON"):
         read_items(path, on_broken=told.append)
-    with pytest.raises(ItemError, match="is no folder"):
+    with pytest.raises(ItemError, match="is not a folder"):
         read_items(path, tmp_path / "nowhere")

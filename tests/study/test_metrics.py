@@ -84,14 +84,14 @@ def test_yes_and_no_together() -> None:
     assert found.f1 == pytest.approx(2 / 3)
     never = YesNo.of(["no"], ["yes"])
     assert (never.precision, never.recall, never.f1) == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="not none"):
+    with pytest.raises(ValueError, match="at least one"):
         YesNo.of([], [])
 
 
 @pytest.mark.parametrize(
     ("metric", "references", "problem"),
     [
-        (Metric.VQA, ("red",) * 3, "3 texts under metric vqa; allowed: 4 or more"),
+        (Metric.VQA, ("red",) * 3, "3 strings under metric vqa; allowed: 4 or more"),
         (Metric.YES_NO, ("maybe",), "allowed: yes or no"),
         (Metric.EXACT, (" - ",), "allowed: some words"),
         (Metric.EXACT, (), "allowed: some words"),
