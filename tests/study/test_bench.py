@@ -195,7 +195,7 @@ def test_bad_numbers(models: Models, inputs: Any, options: Any, message: str) ->
 
 def test_bad_policies(models: Models, inputs: dict[str, Any]) -> None:
     for twice in ([IMAGE_FFN, IMAGE_FFN], [("dense", SkipPolicy())]):
-        with pytest.raises(BenchError, match="is there twice"):
+        with pytest.raises(BenchError, match="appears twice"):
             run(models, inputs, *twice)
     rule = {"layers": [9], "tokens": "all", "skip": ["ffn"]}
     deep = SkipPolicy.from_dict({"schema_version": 1, "rules": [rule]})

@@ -1,5 +1,5 @@
-"""How fast policies are on a user's model and machine: everybody in turn, in one run.
+"""Benchmark policies on a user's model and machine: all contenders interleaved in one run.
 
-Hugging Face's own model is among them, with the same weights, and so is our dense one, which all
-others are held to.
+Hugging Face's own model runs alongside on the same weights, and so does our dense model, which is
+the baseline for all others.
 """

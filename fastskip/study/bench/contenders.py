@@ -1,4 +1,4 @@
-"""Who is timed: Hugging Face's model, our dense one, and policies, all on one set of weights."""
+"""What is timed: Hugging Face's model, our dense one and policies, all on one set of weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HF_COMPILED = "Hugging Face, static cache + compile"
 
 
 class Source(StrEnum):
-    """Whose `generate` runs."""
+    """Which `generate` runs."""
 
     HF = "hf"
     HF_COMPILED = "hf-compiled"
@@ -33,10 +33,10 @@ class Source(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """A checkpoint under our decoder, and under Hugging Face's where that is wanted.
+    """A checkpoint under our decoder and, optionally, under Hugging Face's.
 
-    Both hold the same parameters, so that the second one takes no memory. Our decoder keeps the
-    rows of q, k, v (and of gate and up) together; Hugging Face multiplies by slices of that.
+    Both share their parameters, so the second one takes no extra memory. Our decoder stores the q,
+    k, v weights (and gate and up) contiguously; Hugging Face's multiplies by slices of them.
     """
 
     ours: Any
@@ -44,11 +44,11 @@ class Models:
 
     @classmethod
     def load(cls, path: str, *, dtype: str = "auto", device: Any = None, hf: bool = True) -> Models:
-        """From a folder or the hub.
+        """Load a checkpoint from a folder or the hub.
 
         Raises:
-            BenchError: Hugging Face cannot read the weights, as those of a sparse checkpoint.
-            UnsupportedModelError: not a model for fastskip.
+            BenchError: Hugging Face cannot read the weights, such as those of a sparse checkpoint.
+            UnsupportedModelError: fastskip does not support the model.
             OSError: no such checkpoint.
         """
         if not hf:
@@ -62,27 +62,27 @@ class Models:
         except OSError as error:
             raise BenchError(
                 f"{path}: Hugging Face cannot read its weights ({error}); allowed: an ordinary "
-                "checkpoint, or measuring without Hugging Face"
+                "checkpoint, or a benchmark without Hugging Face"
             ) from error
         if found["missing_keys"]:
             raise BenchError(
                 f"{path}: Hugging Face finds no {min(found['missing_keys'])}; allowed: a complete "
-                "checkpoint, or measuring without Hugging Face"
+                "checkpoint, or a benchmark without Hugging Face"
             )
         return cls.sharing(model.to(device or "cpu"))
 
     @classmethod
     def sharing(cls, hf: Any, **options: Any) -> Models:
-        """Of Hugging Face's model; `options` as in `fastskip.apply_`."""
+        """From a Hugging Face model, sharing its weights; `options` go to `fastskip.apply_`."""
         hf.eval()
-        # Told that they are copied already, deepcopy keeps the parameters.
+        # A memo that lists the parameters as already copied makes deepcopy share them.
         shared = {id(parameter): parameter for parameter in hf.parameters()}
         return cls(apply_(copy.deepcopy(hf, shared), **options), hf)
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to run the model; without a policy it is Hugging Face's own."""
+    """One way to run the model; without a policy, Hugging Face's own."""
 
     label: str
     source: Source
@@ -96,7 +96,7 @@ class Contender:
         return set_policy(models.ours, self.policy)
 
     def plan(self, models: Models) -> SkipPlan:
-        """What it computes; Hugging Face's model that of the dense plan.
+        """The plan of what it computes; for Hugging Face's model, the dense plan.
 
         Raises:
             PolicyError: the policy does not fit the model.
@@ -106,22 +106,23 @@ class Contender:
 
     @property
     def has_ideal(self) -> bool:
-        """Whether floors say what it can gain: no floor counts the launches of arrangements."""
+        """Whether floors bound its gain: they do not model the launches that arrangements save."""
         return self.policy is not None and not self.policy.arrangements
 
 
 def contenders_of(
     models: Models, policies: Sequence[tuple[str, SkipPolicy]], *, is_compiled: bool
 ) -> tuple[Contender, ...]:
-    """Hugging Face's ways, then our dense model, then the policies.
+    """Hugging Face's variants, then our dense model, then the policies.
 
     Raises:
-        BenchError: two have one label.
+        BenchError: two contenders have the same label.
     """
     labels = [HF, HF_COMPILED, DENSE, *(label for label, _ in policies)]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise BenchError(f"policies: {twice[0]!r} is there twice; allowed: each once, dense is set")
+        allowed = f"each label once ({DENSE!r} is built in)"
+        raise BenchError(f"policies: {twice[0]!r} appears twice; allowed: {allowed}")
     found = []
     if models.hf is not None:
         found.append(Contender(HF, Source.HF))
@@ -131,7 +132,7 @@ def contenders_of(
             )
     found.append(Contender(DENSE, Source.FASTSKIP, SkipPolicy(name=DENSE)))
     for label, policy in policies:
-        # What a policy says of its origin is compared with the model once, not in every round.
+        # The fit of a policy's provenance to the model is checked once, not in every round.
         found.append(Contender(label, Source.FASTSKIP, replace(policy, provenance={})))
     return tuple(found)
 
@@ -139,7 +140,7 @@ def contenders_of(
 def _compiling(device: torch.device) -> dict[str, Any]:
     options: dict[str, Any] = {"cache_implementation": "static"}
     if device.type != "cuda":
-        # By itself Hugging Face compiles on accelerators alone.
+        # By default Hugging Face compiles on accelerators only.
         options["compile_config"] = CompileConfig()
         options["compile_config"]._compile_all_devices = True
     return options

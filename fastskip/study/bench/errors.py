@@ -1,5 +1,5 @@
-"""What cannot be measured."""
+"""The error of benchmarks."""
 
 
 class BenchError(ValueError):
-    """A measurement that cannot be made; says what is wrong and what is allowed."""
+    """A benchmark cannot be run; says what is wrong and what is allowed."""

@@ -1,4 +1,4 @@
-"""First calls: what compiles and captures, whether tokens are right, and what is told but once."""
+"""First calls: compilation, CUDA graph capture, token checks, and what is measured only once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastskip.study.seen_rates import Rates, seen_rates
 
 logger = logging.getLogger(__name__)
 _EXACT = (torch.float32, torch.float64)
-"""What greedy tokens must be equal in; narrower numbers round near-ties to either side."""
+"""Dtypes in which greedy tokens must be equal; narrower ones may break near-ties either way."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstCall:
-    """What a contender's first call told.
+    """What a contender's first call shows.
 
-    `rates`: in the prompt and in the steps, of a policy with routers. `left_out`: why it cannot be
-    timed; then there is nothing else.
+    `rates`: skip rates in prefill and in decode steps, for a policy with routers. `left_out`: why
+    the contender cannot be timed; all else is then `None`.
     """
 
     tokens: Tensor | None = None
@@ -39,7 +39,7 @@ class FirstCall:
 def first_call(
     contender: Contender, models: Models, plan: SkipPlan, inputs: Inputs, new_tokens: int
 ) -> FirstCall:
-    """Compiles and captures; tells tokens, memory, and what routers decide."""
+    """Trigger compilation and graph capture; return tokens, peak memory, and router rates."""
     model, device = contender.model(models), models.ours.device
     is_cuda = device.type == "cuda"
     if is_cuda:
@@ -48,13 +48,13 @@ def first_call(
     try:
         tokens = generate(contender, model, inputs, new_tokens)
         if is_cuda:
-            generate(contender, model, inputs, 1)  # prompts are captured when they come again
+            generate(contender, model, inputs, 1)  # a prefill is captured when its shape recurs
     except torch.OutOfMemoryError as error:
         if contender.label == DENSE:
             raise
         return FirstCall(left_out=_reason(error))
     except Exception as error:
-        # A compiler can fail in any way, and Hugging Face's is no fault of a policy.
+        # Compilation can fail in any way; that must not stop the benchmark of the policies.
         if contender.source is not Source.HF_COMPILED:
             raise
         logger.warning("%s is left out", contender.label, exc_info=error)
@@ -80,10 +80,10 @@ def _reason(error: Exception) -> str:
 def agreements_of(
     every: Sequence[Contender], firsts: Mapping[str, FirstCall], dtype: torch.dtype
 ) -> dict[str, Agreement]:
-    """What should give Hugging Face's tokens, compared with them.
+    """Token agreement with Hugging Face for every contender that should match it.
 
     Raises:
-        BenchError: our dense model does not, where rounding is no excuse.
+        BenchError: our dense model does not match in a dtype where it must.
     """
     hf = firsts[HF].tokens if HF in firsts else None
     if hf is None:
@@ -98,7 +98,7 @@ def agreements_of(
     own = found[DENSE]
     if dtype in _EXACT and own.equal < own.of:
         raise BenchError(
-            f"dense tokens: {own.equal} of {own.of} are Hugging Face's, in {dtype}; needed: all, "
-            "so nothing was timed"
+            f"dense tokens: {own.equal} of {own.of} match Hugging Face's in {dtype}; allowed: all; "
+            "nothing was timed"
         )
     return found

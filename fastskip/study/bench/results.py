@@ -1,4 +1,4 @@
-"""What was measured, as data: for tables, for the report, and for JSON."""
+"""Benchmark results as data, for tables, for the report and for JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE = "bench.json"
 
 
 class Verdict(StrEnum):
-    """What the rounds say of a contender's times against our dense model's, at 95 %."""
+    """How a contender's times compare with our dense model's over the rounds, at 95 %."""
 
     FASTER = "faster"
     SLOWER = "slower"
@@ -28,7 +28,7 @@ class Verdict(StrEnum):
 
     @classmethod
     def of(cls, speedup: Spread) -> Verdict:
-        """By where the interval lies."""
+        """The verdict for the interval of the speed-up."""
         if speedup.low > 1:
             return cls.FASTER
         return cls.SLOWER if speedup.high < 1 else cls.NOT_TOLD_APART
@@ -36,7 +36,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Medians and quartiles over rounds, in seconds; see `samples.Sample`."""
+    """Medians and quartiles over rounds, in seconds; `samples.Sample` defines the quantities."""
 
     ttft_s: Spread
     prefill_s: Spread
@@ -46,7 +46,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Phases:
-    """A number for the prompt, and one for a decode step."""
+    """One number for the prefill and one for a decode step."""
 
     prefill: float
     decode: float
@@ -54,20 +54,20 @@ class Phases:
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """Over our dense model, round by round, with 95 % intervals."""
+    """Speed-up over our dense model, paired by round, with 95 % intervals."""
 
     ttft: Spread
     tpot: Spread
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
-        """By quantity."""
+        """Verdicts by quantity."""
         return {"ttft": Verdict.of(self.ttft), "tpot": Verdict.of(self.tpot)}
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How many of the new tokens are Hugging Face's, up to the first of a row that is not."""
+    """How many new tokens match Hugging Face's, counting each sequence up to its first mismatch."""
 
     equal: int
     of: int
@@ -79,18 +79,18 @@ class Contest:
 
     Attributes:
         label: its name.
-        source: whose `generate` ran.
-        policy: as in a policy file; Hugging Face has none.
+        source: which `generate` ran.
+        policy: as in a policy file; `None` for Hugging Face.
         times: `None` if it was left out.
-        tokens_per_s: of all sequences together, over the whole call.
-        peak_bytes: on a GPU, what it needs beside the weights, and the weights.
-        kv_bytes: of live cache entries when the last token is made.
+        tokens_per_s: throughput of the whole batch over the whole call.
+        peak_bytes: on a GPU, peak memory: the weights and everything allocated during a call.
+        kv_bytes: live KV cache entries when the last token is generated.
         flops: of the decoder and lm_head in one call.
-        floor_s: the least that memory and arithmetic allow, for the prompt and a mean step.
-        ideal_share: of the gain over our dense model that the floors promise; `None` where they
-            promise none, as for arrangements.
+        floor_s: lower bound from bandwidth and arithmetic, for the prefill and a mean decode step.
+        ideal_share: achieved speed-up over our dense model / the speed-up that the floors promise;
+            `None` where floors do not apply, as for arrangements.
         speedup: `None` for our dense model itself.
-        as_hf: of what should give Hugging Face's tokens.
+        as_hf: token agreement, for contenders that should match Hugging Face.
         left_out: why it was not timed.
     """
 
@@ -136,7 +136,7 @@ class Contest:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """All contenders, Hugging Face's ways first, then our dense model, then the policies."""
+    """All contenders: Hugging Face's variants, then our dense model, then the policies."""
 
     circumstances: Mapping[str, Any]
     workload: Workload
@@ -146,11 +146,11 @@ class BenchResult:
 
     @property
     def dense(self) -> Contest:
-        """Our dense model, which all others are held to."""
+        """Our dense model, the baseline of all others."""
         return self.of(DENSE)
 
     def of(self, label: str) -> Contest:
-        """By label; `KeyError` without it."""
+        """The contender with this label; `KeyError` if there is none."""
         for each in self.contenders:
             if each.label == label:
                 return each
@@ -173,13 +173,13 @@ class BenchResult:
         """What `to_dict` gave.
 
         Raises:
-            ValueError: of another kind or version.
+            ValueError: the document is of another kind or version.
         """
         found = document.get("kind"), document.get("schema_version")
         if found != (KIND, SCHEMA_VERSION):
             raise ValueError(f"kind, schema_version: {found}; allowed: {(KIND, SCHEMA_VERSION)}")
         load = dict(document["workload"])
-        load["texts"] = tuple(load.get("texts", ()))  # files of old have none
+        load["texts"] = tuple(load.get("texts", ()))  # missing from older files
         rounds = load.pop("rounds")
         return cls(
             circumstances=document["circumstances"],
@@ -190,5 +190,5 @@ class BenchResult:
         )
 
     def save(self, folder: Path) -> Path:
-        """Writes `bench.json` in one go; returns where."""
+        """Write `bench.json` atomically; returns its path."""
         return write_json(folder / FILE, self.to_dict(), indent=1)

@@ -1,4 +1,4 @@
-"""Everybody is checked, then timed in turn, then held to our dense model and to the floors."""
+"""Check all contenders, time them interleaved, then compare with our dense model and the floors."""
 
 from __future__ import annotations
 
@@ -53,26 +53,26 @@ def bench(
     is_compiled: bool = False,
     on_call: Callable[[str], object] = lambda label: None,
 ) -> BenchResult:
-    """Time Hugging Face, our dense model and each policy on the same inputs, in turn.
+    """Time Hugging Face, our dense model and each policy on the same inputs, interleaved.
 
-    Before that every contender makes its first call, and our dense model must give Hugging Face's
-    greedy tokens: in float32 all of them.
+    Every contender first makes one untimed call, in which our dense model must produce Hugging
+    Face's greedy tokens: all of them in float32 and float64.
 
     Args:
-        models: on the device that is measured; ours is left with the policy that it came with.
+        models: on the device to measure; our model's current policy is restored at the end.
         policies: labels and policies.
-        inputs: prompts about equal images, as `workload.made_up_inputs` or a processor gives them;
-            of several lengths, as `workload.padded` does.
+        inputs: prompts with equal images, as from `workload.made_up_inputs` or a processor; for
+            prompts of different lengths, as from `workload.padded`.
         ceilings: of this device.
-        new_tokens: how many each prompt gets; no token ends an answer.
-        rounds: in which everybody is timed once.
-        budget_s: no more rounds than fit into so many seconds, but three at the least.
-        is_compiled: whether Hugging Face also runs with a static cache and `torch.compile`; if it
-            cannot, it is left out, with the reason.
-        on_call: called with a label before its first call, and before it is timed.
+        new_tokens: how many tokens each prompt generates; no token ends an answer early.
+        rounds: how often each contender is timed.
+        budget_s: stop after as many rounds as fit into this time, but no fewer than three.
+        is_compiled: whether Hugging Face also runs with a static cache and `torch.compile`; if that
+            fails, it is left out, with the reason.
+        on_call: called with a label before its first call and before each timed one.
     Raises:
-        BenchError: a number is too small, a label comes twice, or dense tokens are not Hugging
-            Face's.
+        BenchError: a number is too small, a label appears twice, or our dense model's tokens do not
+            match Hugging Face's.
         PolicyError: a policy does not fit the model.
         UnsupportedModelError: the device cannot run a policy.
     Warns:
@@ -88,7 +88,7 @@ def bench(
     for _, policy in policies:
         check_fit(models.ours, policy)
     try:
-        # Whatever does not fit the model is found before anything takes time.
+        # Fail on policies that do not fit the model before spending time.
         plans = {each.label: each.plan(models) for each in every}
         with endless(models.ours), endless(models.hf or models.ours):
             firsts = {}
@@ -139,7 +139,7 @@ def bench(
 
 
 def cost_of(plan: SkipPlan, rates: tuple[Rates, Rates] | None, load: Workload) -> GenerationCost:
-    """Of a plan; where routers decide, at the rates that were seen in the prompt and in steps."""
+    """The cost of a plan; routers count at the rates observed in prefill and decode steps."""
 
     def at(planned: Planned) -> GenerationCost:
         def cost(n_text: int) -> GenerationCost:
@@ -200,7 +200,7 @@ _NAMES = ("ttft", "prefill", "tpot", "decode")
 
 
 def ideal_share(speedup: Phases, dense_floor: Phases, own_floor: Phases) -> Phases:
-    """What was gained over what the floors promise: speed-up / (dense floor / own floor)."""
+    """Achieved over promised speed-up, per phase: speed-up / (dense floor / own floor)."""
     return Phases(
         speedup.prefill * own_floor.prefill / dense_floor.prefill,
         speedup.decode * own_floor.decode / dense_floor.decode,
@@ -217,7 +217,7 @@ def _floor(cost: GenerationCost, ceilings: Ceilings) -> Phases:
 def _document(
     contender: Contender, policies: Sequence[tuple[str, SkipPolicy]]
 ) -> dict[str, Any] | None:
-    """The policy as it was given, with its provenance."""
+    """The policy as given, with its provenance."""
     if contender.policy is None:
         return None
     return dict(policies).get(contender.label, contender.policy).to_dict()

@@ -1,4 +1,4 @@
-"""One call of `generate`, timed as its caller sees it: a streamer notes when tokens arrive."""
+"""Time one call of `generate` as its caller sees it: a streamer records when tokens arrive."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds of one call.
+    """Times of one call, in seconds.
 
-    `ttft`: from the call to the first token on the host, vision tower and all. `prefill`: the part
-    of it from where the decoder is entered. `tpot`: the mean time of each further token. `decode`:
-    the median one. `call`: all of it.
+    `ttft`: from the call to the first token on the host, vision tower included. `prefill`: the part
+    of it from entering the decoder on; on a GPU, and for compiled Hugging Face, taken from a call
+    of its own. `tpot`: mean time per further token. `decode`: median time per further token.
+    `call`: the whole call.
     """
 
     ttft: float
@@ -36,15 +37,15 @@ class Sample:
 
 
 def sample(contender: Contender, models: Models, inputs: Inputs, new_tokens: int) -> Sample:
-    """One timed call; models must be `endless`.
+    """One timed call after some warm-up calls; models must be `endless`.
 
-    Before it come some that are not timed, since a policy is set once and used often.
+    Warming up is fair, since in use a policy is set once and runs often.
     """
     model = contender.model(models)
     is_cuda = model.device.type == "cuda"
     for count in warm_counts(model.device, new_tokens, WARM_TOKENS):
         generate(contender, model, inputs, count)
-    # A hook makes compiled code compile again, and a GPU's clock is not the host's.
+    # A hook triggers recompilation, and on a GPU the host's clock does not show when work runs.
     is_apart = is_cuda or contender.source is Source.HF_COMPILED
     arrivals, entry = Arrivals(), _Entry(model.device)
     with no_collection():
@@ -77,22 +78,22 @@ def sample(contender: Contender, models: Models, inputs: Inputs, new_tokens: int
 def generate(
     contender: Contender, model: Any, inputs: Inputs, count: int, streamer: Any = None
 ) -> Tensor:
-    """The greedy new tokens `[B, count]`.
+    """The greedy new tokens `[B, count]`, on the host.
 
     Raises:
-        BenchError: there are not so many.
+        BenchError: `generate` returned a different number of tokens.
     """
     out: Tensor = model.generate(
         **inputs, do_sample=False, max_new_tokens=count, streamer=streamer, **contender.options
     )
     made = out[:, inputs["input_ids"].shape[1] :]
     if made.shape[1] != count:
-        raise BenchError(f"{contender.label}: {made.shape[1]} tokens were made, {count} wanted")
+        raise BenchError(f"{contender.label}: generated {made.shape[1]} tokens; allowed: {count}")
     return made.cpu()
 
 
 class _Entry:
-    """When the decoder was entered with the prompt: on the host's clock, or on the device's."""
+    """Marks when the prompt enters the decoder, on the host's clock and on the GPU's."""
 
     def __init__(self, device: torch.device) -> None:
         self.began = 0.0
@@ -118,7 +119,7 @@ class _Entry:
         return event
 
     def seconds_since(self) -> float:
-        """Until now."""
+        """Seconds from there until now: by CUDA events on a GPU, else by the host's clock."""
         if self._event is None:
             return time.perf_counter() - self.began
         end = self._mark()

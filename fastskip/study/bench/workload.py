@@ -1,4 +1,4 @@
-"""What everybody is timed on: a prompt, as often as the batch wants it, and how many new tokens."""
+"""The workload that contenders are timed on: a batch of prompts and a number of new tokens."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fastskip.study.comparison import prompt_sizes
 
 QUESTION = "describe the image."
 WORDS = "what is the colour of the shape in the image and how many are there"
-"""What prompts are made longer with."""
+"""Filler that lengthens prompts."""
 PHOTO = (640, 480)
-"""Pixels of the drawn image: models that cut images into crops see as many as of a photo."""
+"""Pixels of the drawn image: as large as a photo, so that models that tile make as many tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts with equal images: rows of the longest, and how many of its text rows come before
-    its image's.
+    """A batch of prompts with equal images.
 
-    Equal lengths favour Hugging Face, which computes what pads would be, too. ``texts``: the text
-    rows of each prompt, where they are not equal.
+    Row counts are those of the longest prompt; ``text_before``: its text rows before its image.
+    ``texts``: the text rows of each prompt, if they differ. Equal lengths favour Hugging Face,
+    which computes padding too.
     """
 
     batch: int
@@ -47,12 +47,12 @@ class Workload:
 
     @property
     def text(self) -> str:
-        """The text rows in words."""
+        """The distinct numbers of text rows, as text."""
         return "/".join(map(str, dict.fromkeys(self.each_text)))
 
 
 def workload_of(inputs: Mapping[str, Any], config: Any, new_tokens: int) -> Workload:
-    """What inputs hold, whose prompts are about equal images."""
+    """The workload of a batch of inputs whose prompts have equal images."""
     mask = inputs.get("attention_mask")
     rows = len(inputs["input_ids"])
     counts = [inputs["input_ids"].shape[1]] * rows if mask is None else mask.sum(1).tolist()
@@ -64,7 +64,7 @@ def workload_of(inputs: Mapping[str, Any], config: Any, new_tokens: int) -> Work
 
 
 def drawn_image(size: tuple[int, int] | None = PHOTO) -> Image:
-    """Coloured shapes; without a size as the demo's model knows them."""
+    """Coloured shapes; with `size=None`, at the size that the demo model was trained on."""
     image = draw(scenes(Split.TEST, 1, 0)[0])
     return image if size is None else image.resize(size, Resampling.BICUBIC)
 
@@ -72,11 +72,11 @@ def drawn_image(size: tuple[int, int] | None = PHOTO) -> Image:
 def made_up_inputs(
     processor: Any, config: Any, images: Sequence[Image], *, text_tokens: int, new_tokens: int
 ) -> dict[str, Any]:
-    """A prompt about the images with just so many tokens of text, the template's included.
+    """A prompt about the images with exactly `text_tokens` text tokens, the template's included.
 
     Raises:
-        BenchError: the template alone takes more, or the model has not so many positions.
-        PromptError: the processor cannot make a prompt of them.
+        BenchError: the template alone needs more, or the model has too few positions.
+        PromptError: the processor cannot build such a prompt.
     """
     inputs = dict(build_inputs(processor, QUESTION, images, config=config))
     n_image, n_text, before = prompt_sizes(inputs, config)
@@ -85,7 +85,7 @@ def made_up_inputs(
     positions = config.get_text_config().max_position_embeddings
     if n_image + text_tokens + new_tokens > positions:
         raise BenchError(
-            f"positions: {n_image} of images, {text_tokens} of text, {new_tokens} new; allowed: "
+            f"positions: {n_image} image, {text_tokens} text and {new_tokens} new tokens; allowed: "
             f"{positions} in all with this model"
         )
     if text_tokens == n_text:
@@ -95,8 +95,8 @@ def made_up_inputs(
     missing = text_tokens - n_text
     more = torch.tensor([(words * (missing // len(words) + 1))[:missing]])
     ids = inputs["input_ids"]
-    # Behind the last image, or behind what begins a text: a word of the question follows.
-    place = _behind_images(ids[0], config) if n_image else min(1, n_text - 1)
+    # After the last image, or after the first token (BOS); a word of the question follows.
+    place = _after_images(ids[0], config) if n_image else min(1, n_text - 1)
 
     def longer(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape != ids.shape:
@@ -108,9 +108,9 @@ def made_up_inputs(
 
 
 def padded(every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Prompts of one sequence each as a batch, padded on the left.
+    """Single-sequence prompts as one batch, padded on the left.
 
-    Pads are the token that a prompt ends with, since that is no image's; the mask tells them apart.
+    Pads reuse the last token of a prompt, which is never an image placeholder; the mask marks them.
     """
 
     def together(name: str, value: Any) -> Any:
@@ -134,6 +134,6 @@ def repeated(inputs: Mapping[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def _behind_images(ids: Tensor, config: Any) -> int:
+def _after_images(ids: Tensor, config: Any) -> int:
     is_image = placeholders(config, ids)
     return int(is_image.nonzero()[-1]) + 1
