@@ -1,4 +1,4 @@
-"""One page of all that `fastskip eval`, `bench` and `search` found, to read, print and hand on."""
+"""One self-contained page of everything that `fastskip eval`, `bench` and `search` found."""
 
 from fastskip.study.report.drawing import DrawingError
 from fastskip.study.report.fields import ReportError

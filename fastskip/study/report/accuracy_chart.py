@@ -1,4 +1,4 @@
-"""Accuracy against TTFT and against TPOT: what is drawn, and the drawing of it."""
+"""Accuracy against TTFT, TPOT or FLOPs: the data points and the chart."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastskip.study.report.labels import Label, place
 from fastskip.wording import Scale
 
 NEAR = 0.1
-"""How far from dense points are that are drawn once more where others lie far below."""
+"""If some points are far below dense, those within this distance of it get an enlarged panel."""
 MOST_NAMES = 12
-"""Points up to which names are written in a wide picture; from there on, numbers."""
+"""Up to this many points, a wide chart labels them by name; beyond that, by number."""
 
 
 class Quantity(StrEnum):
-    """What is to become less."""
+    """The cost on the chart's horizontal axis."""
 
     TTFT = "TTFT"
     TPOT = "TPOT"
@@ -27,13 +27,13 @@ class Quantity(StrEnum):
 
     @property
     def unit(self) -> str:
-        """What points give it in."""
+        """The unit of `Point.cost`."""
         return "% of dense" if self is Quantity.FLOPS else "ms"
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How points of one source are marked."""
+    """How points from one source are drawn."""
 
     label: str
     colour: Colour
@@ -54,8 +54,9 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A policy: what it costs, in the unit of the axis (`low`, `high`: quartiles, where known), and
-    its score. `number` is its place in the table beside the chart.
+    """A policy's cost, in the axis' unit (`low`, `high`: quartiles, if known), and its score.
+
+    `number`: its row in the table below the chart.
     """
 
     number: int
@@ -72,23 +73,23 @@ class Point:
 def accuracy_chart(
     name: str, quantity: Quantity, points: Sequence[Point], scale: Scale = Scale.SHARE
 ) -> Picture:
-    """The chart of one quantity; `scale`: what scores are counted in."""
-    told = "; ".join(
+    """The chart of one quantity; `scale`: that of the scores."""
+    values = "; ".join(
         f"{each.name}: {each.cost:.3g} {quantity.unit}, {scale.text(each.score.mean)} "
         f"({scale.text(each.score.low)} to {scale.text(each.score.high)})"
         for each in points
     )
     what = scale.heading[0].upper() + scale.heading[1:]
     what += f" against {quantity.value} of {len(points)} policies"
-    text = f"{what}, with 95 % intervals. {told}."
+    text = f"{what}, with 95 % intervals. {values}."
     return picture(name, text, lambda form: draw(quantity, points, form, scale))
 
 
 def draw(
     quantity: Quantity, points: Sequence[Point], form: Form, scale: Scale = Scale.SHARE
 ) -> Any:
-    """The figure: up and to the left is better. Where points lie far below dense, those near it are
-    drawn once more, enlarged."""
+    """The figure: up and to the left is better. If some points are far below dense, a second panel
+    enlarges those near it."""
     near = _near(points)
     height = 3.6 if form.is_narrow else 4.4
     figure = figure_of(form.width, height * (1.75 if near else 1), layout="constrained")
@@ -98,10 +99,8 @@ def draw(
         axis.set_ylabel(scale.axis)
     if near:
         axes[0].set_title("all", loc="left")
-        axes[1].set_title(
-            f"those less than {100 * NEAR:.0f} points below dense, enlarged", loc="left"
-        )
-    axes[-1].set_xlabel(f"{quantity.value}, {quantity.unit} (further left is less)")
+        axes[1].set_title(f"enlarged: at most {100 * NEAR:.0f} points below dense", loc="left")
+    axes[-1].set_xlabel(f"{quantity.value}, {quantity.unit} (left is better)")
     handles, labels = axes[0].get_legend_handles_labels()
     if len(handles) > 1:
         columns = 2 if form.is_narrow else 4
@@ -115,7 +114,7 @@ def draw(
 
 
 def _near(points: Sequence[Point]) -> list[Point]:
-    """Those near dense, where the others would press them together."""
+    """The points near dense, if the others would squeeze them together; else none."""
     dense = next((point.score.mean for point in points if point.kind is DENSE), None)
     if dense is None or dense - min(point.score.mean for point in points) < 3 * NEAR:
         return []
@@ -167,7 +166,7 @@ def _sideways(points: Sequence[Point]) -> list[list[float]] | None:
 
 
 def _mark(axis: Any, points: Sequence[Point]) -> None:
-    """The front as a line from point to point, and a ring around what is recommended."""
+    """Draw the front as a line through its points, and a ring around the recommended policy."""
     front = sorted((p.cost, p.score.mean) for p in points if p.is_on_front)
     if len(front) > 1:
         x, y = ([scale * each[at] for each in front] for at, scale in ((0, 1), (1, 100)))
@@ -180,7 +179,7 @@ def _mark(axis: Any, points: Sequence[Point]) -> None:
 
 
 def _limit(axis: Any, points: Sequence[Point]) -> None:
-    """Room at the sides for names; no marks above what can be scored."""
+    """Leave room for names at the sides; put no ticks above the highest possible score."""
     x = [point.cost for point in points]
     x += [end for p in points for end in (p.low, p.high) if end is not None]
     margin = 0.12 * (max(x) - min(x)) or 0.1 * max(x)

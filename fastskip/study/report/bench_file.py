@@ -1,4 +1,4 @@
-"""Reads `bench.json`: times, memory and floors of contenders that took turns."""
+"""Read and validate `bench.json`: contenders' times, memory and floors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERDICTS = ("faster", "slower", "not told apart")
 
 @dataclass(frozen=True, slots=True)
 class PerPhase:
-    """Two numbers, one a phase."""
+    """One number per phase."""
 
     prefill: float
     decode: float
@@ -25,10 +25,10 @@ class PerPhase:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What was measured of a contender; seconds, `low` and `high` are quartiles.
+    """A contender's measurements; times in seconds, with quartiles as `low` and `high`.
 
-    `decode_s`: of one step, the median one. `floor_s`: of the prefill, and of a step. `speedup` and
-    `verdict`, by "ttft" and "tpot": over fastskip's dense, round by round.
+    `decode_s`: the median decode step. `floor_s`: of the prefill and of one decode step. `speedup`
+    and `verdict`, by "ttft" and "tpot": over fastskip's dense model, paired by round.
     """
 
     prefill_s: Spread
@@ -47,7 +47,7 @@ class Timed:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One that was to be measured: `timed`, or why it was `left_out`."""
+    """One contender: its measurements in `timed`, or why it was `left_out`."""
 
     label: str
     source: str
@@ -58,9 +58,10 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """One run of `fastskip bench`; `workload` by name, bytes and FLOPs a second where known.
+    """One run of `fastskip bench`.
 
-    ``texts``: text rows of each prompt, where these are not alike.
+    `workload`: by name. `texts`: text rows of each prompt, if they differ. `bandwidth` (bytes/s)
+    and `flops_rate` (FLOP/s): measured ceilings, if known.
     """
 
     source: str
@@ -73,27 +74,27 @@ class BenchResult:
 
     @property
     def timed(self) -> tuple[tuple[Contender, Timed], ...]:
-        """Those that were measured."""
+        """The contenders that were measured."""
         return tuple((each, each.timed) for each in self.contenders if each.timed is not None)
 
     @property
     def left_out(self) -> tuple[Contender, ...]:
-        """Those that were not."""
+        """The contenders that were not measured."""
         return tuple(each for each in self.contenders if each.timed is None)
 
 
 def read_bench(folder: Path) -> BenchResult:
-    """The result in a folder.
+    """Read the result in a folder.
 
     Raises:
         ReportError: `bench.json` cannot be used.
     """
     document = read_document(folder / "bench.json", "bench")
     workload, ceilings = document.get("workload"), document.may("ceilings")
-    texts = workload.may("texts")  # files of old have none
+    texts = workload.may("texts")  # missing from older files
     contenders = tuple(_contender(each) for each in document.get("contenders").each())
     if not any(each.timed for each in contenders):
-        document.get("contenders").refuse("one that was measured, or more")
+        document.get("contenders").refuse("at least one that was measured")
     return BenchResult(
         source=str(folder),
         circumstances=read_circumstances(document),

@@ -1,4 +1,4 @@
-"""What sections of a page are made of; plain data, told apart by `form`."""
+"""The building blocks of a page's sections: plain data, tagged by `form`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import ClassVar
 from fastskip.study.report.drawing import Picture
 
 NOTHING = "–"
-"""In a cell without a value."""
+"""The text of a cell without a value."""
 
 
 class Tone(StrEnum):
-    """How a cell is coloured; its text says the same in words."""
+    """How a cell is coloured; its text always says the same in words."""
 
     PLAIN = "plain"
     GOOD = "good"
@@ -24,7 +24,7 @@ class Tone(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A cell of a table: what it says, what stands below it in small, and badges in a tone."""
+    """A table cell: its text, small print below it, and badges in a tone."""
 
     text: str
     small: str = ""
@@ -33,14 +33,17 @@ class Cell:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to say."""
+        """Whether the cell has no value."""
         return self.text == NOTHING
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table. `name_at`: the column that says what a row is of; behind it are numbers, unless
-    `has_numbers` is false. `is_folded`: shown on a click."""
+    """A table.
+
+    `name_at`: the column that names each row; those after it hold numbers if `has_numbers`.
+    `is_folded`: collapsed until clicked.
+    """
 
     form: ClassVar[str] = "table"
     caption: str
@@ -53,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A picture with its caption."""
+    """A chart with its caption."""
 
     form: ClassVar[str] = "figure"
     picture: Picture
@@ -94,7 +97,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class ShownAnswer:
-    """An answer to an example's question."""
+    """One policy's answer to an example's question."""
 
     label: str
     text: str
@@ -104,7 +107,7 @@ class ShownAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An item that policies answered otherwise than dense; `images`: data URIs; `before`: turns."""
+    """An item on which answers differ from dense; `images`: data URIs; `before`: earlier turns."""
 
     form: ClassVar[str] = "example"
     question: str
@@ -120,7 +123,7 @@ Block = Table | Figure | Text | Points | Heading | Facts | Example
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page; `name` is what links lead to."""
+    """A part of the page; `name`: its anchor."""
 
     name: str
     title: str
@@ -128,5 +131,5 @@ class Section:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """Its pictures, in order."""
+        """Its charts, in order."""
         return tuple(each.picture for each in self.blocks if isinstance(each, Figure))

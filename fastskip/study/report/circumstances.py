@@ -1,4 +1,4 @@
-"""Under what circumstances a result was measured, as its file tells them."""
+"""The conditions under which a result was measured, as recorded in its file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastskip.study.report.fields import Field
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """Whatever a result file says of them; nothing in it is needed but the model's name."""
+    """Whatever a result file records of them; only the model's name is required."""
 
     told: Mapping[str, Any]
 
@@ -23,26 +23,26 @@ class Circumstances:
 
     @property
     def model_name(self) -> str:
-        """What a page says of it: a name on the hub, the end of a path."""
-        return "/".join(Path(self.model).parts[-2:]) or "a model without a name"
+        """The model's name on the page: its hub name, or the last two parts of its path."""
+        return "/".join(Path(self.model).parts[-2:]) or "an unnamed model"
 
     @property
     def model_fingerprint(self) -> str:
-        """Of the weights; empty where the file has none."""
+        """The fingerprint of the weights; empty if the file has none."""
         return str(self.told.get("model_fingerprint") or "")
 
     def is_same_model(self, other: Circumstances) -> bool:
-        """By the fingerprints where both have one, else by name."""
+        """Compares fingerprints if both have one, else names."""
         mine, theirs = self.model_fingerprint, other.model_fingerprint
         return mine == theirs if mine and theirs else self.model == other.model
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Names and values, nested ones unfolded; what is null is left out."""
+        """Names and values, with nested ones flattened and nulls omitted."""
         yield from _lines("", {**self.told, "model": self.model_name})
 
 
 def read_circumstances(document: Field) -> Circumstances:
-    """Those of a result file."""
+    """The circumstances of a result file."""
     found = document.get("circumstances")
     found.get("model").text()
     return Circumstances(found.object())

@@ -1,4 +1,4 @@
-"""Prefill and decode as measured, against the floor below which the machine cannot go."""
+"""Measured prefill and decode times against the floor that the machine cannot beat."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _COLOURS = {"prefill": Colour.BLUE, "decode": Colour.ORANGE}
 
 def cost_chart(name: str, result: BenchResult) -> Picture:
     """The chart of one run."""
-    told = []
+    lines = []
     for contender, timed in result.timed:
         line = f"{contender.label}: prefill {_ms(timed.prefill_s.median)}"
         line += f", a decode step {_ms(timed.decode_s.median)}"
         if timed.floor_s is not None:
             line += f", floors {_ms(timed.floor_s.prefill)} and {_ms(timed.floor_s.decode)}"
-        told.append(line)
-    text = f"Measured times against their floors. {'; '.join(told)}."
+        lines.append(line)
+    text = f"Measured times against their floors. {'; '.join(lines)}."
     return picture(name, text, lambda form: draw(result.timed, form))
 
 
 def draw(timed: Sequence[tuple[Contender, Timed]], form: Form) -> Any:
-    """Bars of medians with quartiles; a black stroke is the floor."""
+    """Bars of medians with quartiles; a vertical line marks the floor."""
     lines = len(timed)
     if form.is_narrow:
         figure = figure_of(form.width, 0.9 + 2 * (0.42 * lines + 0.55), layout="constrained")
@@ -61,7 +61,7 @@ def _bars(axis: Any, phase: str, timed: Sequence[tuple[Contender, Timed]]) -> No
         if each.floor_s is not None
     ]
     for place, floor in floors:
-        label = "floor: the least that this machine needs" if place == floors[0][0] else None
+        label = "floor: lower bound on this machine" if place == floors[0][0] else None
         axis.vlines(floor, place - 0.4, place + 0.4, color=Colour.INK.value, lw=2.2, label=label)
     longest = max([*(1e3 * spread.high for spread in spreads), *(floor for _, floor in floors)])
     for place, (_, each) in enumerate(timed):

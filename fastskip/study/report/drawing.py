@@ -1,6 +1,6 @@
-"""Pictures by matplotlib: each as SVG for a page, wide and narrow, and as PNG.
+"""Charts drawn with matplotlib: as wide and narrow SVG for the page, and as PNG.
 
-In a page, colours are the page's own, by name, so that they follow light and dark; text stays text.
+In the page, colours are CSS variables, so that they follow light and dark mode; text stays text.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 DPI = 160
 _LARGER = 1.15
-"""How much a picture may grow in a page that has room."""
+"""How much a chart may grow on the page if there is room."""
 
 
 class Colour(StrEnum):
-    """The palette on white; in a page each is a variable of the same name."""
+    """The palette on white; on the page, each is a CSS variable of the same name."""
 
     INK = "#1b1f24"
     MUTED = "#59636e"
@@ -43,7 +43,7 @@ class Colour(StrEnum):
 
     @property
     def variable(self) -> str:
-        """Its name in a page."""
+        """The CSS variable that stands for it on the page."""
         return f"var(--{self.name.lower()})"
 
 
@@ -51,12 +51,12 @@ HEAT = tuple(colour for colour in Colour if colour.name.startswith("HEAT"))
 
 
 class DrawingError(ImportError):
-    """Pictures were asked for and cannot be made."""
+    """Charts are needed but cannot be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a picture is drawn: its width in inches, and the size of its text in points."""
+    """How a chart is drawn: its width in inches and its font size in points."""
 
     width: float
     font: float
@@ -69,7 +69,7 @@ NARROW = Form(3.4, 8, True)
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture in all its forms; `text` says what is seen, for those who do not see it."""
+    """One chart in all its forms; `text`: its text alternative, for screen readers."""
 
     name: str
     text: str
@@ -79,7 +79,7 @@ class Picture:
 
 
 def require() -> None:
-    """Raise `DrawingError` without matplotlib: better before the reading than after."""
+    """Raise `DrawingError` if matplotlib is missing; call this before reading any results."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -89,7 +89,7 @@ def require() -> None:
 
 
 def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:
-    """A picture of the figures that `draw` makes; `name` is its file's, and unique in a page."""
+    """The chart that `draw` makes, in all forms; `name`: its file name's stem, unique on a page."""
     with _style(WIDE):
         figure = settled(draw(WIDE))
         wide, png = _svg(figure, f"{name}-w"), _png(figure)
@@ -99,7 +99,7 @@ def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:
 
 
 def settled(figure: Any) -> Any:
-    """The figure with everything where it stays: laid out once, not once a file."""
+    """The figure with its layout computed and frozen, so that all files get the same one."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
@@ -109,7 +109,7 @@ def settled(figure: Any) -> Any:
 
 
 def figure_of(width: float, height: float, **options: Any) -> Any:
-    """An empty figure, apart from pyplot: nothing is kept that would have to be closed."""
+    """An empty figure made without pyplot, which would keep it alive until closed."""
     from matplotlib.figure import Figure
 
     return Figure((width, height), **options)
@@ -140,7 +140,7 @@ def _style(form: Form) -> Iterator[None]:
         "axes.grid": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        # names of policies come from data: a dollar is no mathematics there
+        # policy names come from data, so a dollar sign must not start math mode
         "text.parse_math": False,
         "text.usetex": False,
         "svg.fonttype": "none",
@@ -158,14 +158,14 @@ def _png(figure: Any) -> bytes:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """An element for a page: no prolog, ids of its own, the page's colours and fonts."""
+    """An SVG element for the page: no prolog, unique ids, the page's colours and fonts."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     width = figure.get_figwidth() * 96 * _LARGER
-    # a style element here would be one of the whole page
+    # a style element here would apply to the whole page
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"\A<svg[^>]*?(viewBox=\"[^\"]*\")[^>]*>", _opening(width), text, count=1)
     text = re.sub(r' font-family: [^;"]*;?', "", text).replace("xlink:href", "href")

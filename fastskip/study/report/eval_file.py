@@ -1,4 +1,4 @@
-"""Reads `eval.json`: items with their images, and what each policy answered."""
+"""Read and validate `eval.json`: items with their images, and each policy's answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fastskip.wording import Scale, counted
 
 @dataclass(frozen=True, slots=True)
 class AskedItem:
-    """One question; `images`: small copies of its pictures, which are there; `history`: questions
-    and answers before it."""
+    """One question; `images`: thumbnails, checked to exist; `history`: earlier questions and
+    answers."""
 
     question: str
     references: tuple[str, ...]
@@ -29,13 +29,13 @@ class AskedItem:
 
     @property
     def scale(self) -> Scale:
-        """What its score is counted in."""
+        """The scale of its score."""
         return Scale.of(self.metric)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a policy answered to one item, and its score: in [0, 1], under CIDEr in [0, 10]."""
+    """A policy's answer to one item, and its score: in [0, 1], or in [0, 10] under CIDEr."""
 
     text: str
     score: float
@@ -46,8 +46,8 @@ class Answer:
 class JudgedPolicy:
     """One policy's answers, in the order of the items.
 
-    `agreed`, `diverged`: agreement with dense, item by item (share; nats). `flops`: of the first
-    item. `ttft_s`, `tpot_s`: medians in seconds, `None` where times were not taken.
+    `agreed`, `diverged`: agreement with dense per item (token share; KL in nats). `flops`: on the
+    first item. `ttft_s`, `tpot_s`: medians in seconds, `None` if no times were taken.
     """
 
     label: str
@@ -61,26 +61,27 @@ class JudgedPolicy:
 
     @property
     def tokens(self) -> float:
-        """The mean share of tokens as dense."""
+        """Mean token agreement with dense."""
         return fmean(self.agreed)
 
     @property
     def divergence(self) -> float:
-        """The mean divergence from dense, nats."""
+        """Mean divergence from dense, in nats."""
         return fmean(self.diverged)
 
     @cached_property
     def score(self) -> Estimate:
-        """The mean score with its 95 % interval over items: Wilson's where all are right or wrong,
-        which holds for few items and near 1 too, else that of the bootstrap, as always of CIDEr."""
+        """The mean score with its 95 % interval over items: Wilson's if every item is either right
+        or wrong, as it also holds for few items and near 1; otherwise, and always for CIDEr, the
+        bootstrap's."""
         scores = [each.score for each in self.answers]
         if self._is_right_or_wrong:
             return wilson(sum(scores), len(scores))
         return bootstrap(scores)
 
     def minus(self, dense: JudgedPolicy) -> Estimate:
-        """How much better than dense, item by item: of shares of pairs where all answers are right
-        or wrong, else by the bootstrap. Nothing differs from itself."""
+        """How much better than dense, item by item: by paired shares if every answer is either
+        right or wrong, else by the paired bootstrap. Dense minus itself is exactly 0."""
         if dense is self:
             return Estimate(0.0, 0.0, 0.0)
         theirs, own = ([each.score for each in one.answers] for one in (dense, self))
@@ -98,8 +99,8 @@ class JudgedPolicy:
 class EvalResult:
     """One run of `fastskip eval`; the dense model comes first.
 
-    Scores of one run may be counted in different things, which have no mean: what tells of scores
-    is given `parts`.
+    Scores of one run may be on different scales, which cannot be averaged: whatever shows scores
+    takes one of the `parts`.
     """
 
     source: str
@@ -110,7 +111,7 @@ class EvalResult:
 
     @property
     def parts(self) -> tuple[EvalResult, ...]:
-        """The items by what their scores are counted in, with the answers to them."""
+        """The run split by the scale of its scores."""
         places: dict[Scale, list[int]] = {}
         for number, item in enumerate(self.items):
             places.setdefault(item.scale, []).append(number)
@@ -118,7 +119,7 @@ class EvalResult:
 
     @property
     def scale(self) -> Scale:
-        """What the scores of a part are counted in."""
+        """The scale of a part's scores."""
         return self.items[0].scale
 
     def _of(self, places: Sequence[int]) -> EvalResult:
@@ -138,17 +139,17 @@ class EvalResult:
 
     @property
     def dense(self) -> JudgedPolicy:
-        """What the others are held to."""
+        """The dense model, the baseline of the others."""
         return self.judged[0]
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of items, in the order in which they first come."""
+        """The kinds of items, in order of first appearance."""
         return tuple(dict.fromkeys(item.kind for item in self.items))
 
 
 def read_eval(folder: Path) -> EvalResult:
-    """The result in a folder.
+    """Read the result in a folder.
 
     Raises:
         ReportError: `eval.json`, or an image that it names, cannot be used.
@@ -156,11 +157,11 @@ def read_eval(folder: Path) -> EvalResult:
     document = read_document(folder / "eval.json", "eval")
     items = tuple(_item(each, folder) for each in document.get("items").each())
     if not items:
-        document.get("items").refuse("one item or more")
+        document.get("items").refuse("at least one item")
     judgements = document.get("judgements")
     judged = tuple(_judged(each, items) for each in judgements.each())
     if not judged:
-        judgements.refuse("the dense model's, then each policy's")
+        judgements.refuse("the dense model's judgement, then each policy's")
     return EvalResult(
         source=str(folder),
         circumstances=read_circumstances(document),
@@ -188,7 +189,7 @@ def _item(field: Field, folder: Path) -> AskedItem:
 
 def _image(field: Field, folder: Path) -> Path:
     name = Path(field.text())
-    # a foreign file must not take others of this machine into a page that is handed on
+    # a file from elsewhere must not pull other local files into a page that gets shared
     if name.is_absolute() or ".." in name.parts:
         field.refuse("a path within the folder")
     path = folder / name
@@ -210,7 +211,7 @@ def _judged(field: Field, items: tuple[AskedItem, ...]) -> JudgedPolicy:
         score = each.get("score").number(0, 1 if scale is Scale.SHARE else 10)
         answers.append(Answer(each.get("answer").text(), score, scale))
     if len(answers) != len(items):
-        judged.refuse(f"one answer an item, {len(items)}", counted(len(answers), "answer"))
+        judged.refuse(f"one answer per item, {len(items)}", counted(len(answers), "answer"))
     agreement, speed = field.get("agreement"), field.may("speed")
     return JudgedPolicy(
         label=label,
@@ -227,5 +228,5 @@ def _judged(field: Field, items: tuple[AskedItem, ...]) -> JudgedPolicy:
 def _each(field: Field, count: int, most: float = MOST) -> tuple[float, ...]:
     values = tuple(each.number(0, most) for each in field.each())
     if len(values) != count:
-        field.refuse(f"one number an item, {count}", counted(len(values), "number"))
+        field.refuse(f"one number per item, {count}", counted(len(values), "number"))
     return values

@@ -1,4 +1,4 @@
-"""Items that dense and skipped models answer differently, with their pictures."""
+"""Items that the dense model and a policy answer differently, with their images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fastskip.study.report.fields import Problem, ReportError
 from fastskip.wording import Scale, counted
 
 MOST_BYTES = 2 << 20
-"""Of one picture: they are meant to be small."""
+"""Maximum size of one image: these are meant to be thumbnails."""
 _FORMATS = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
 def differences(result: EvalResult, policy: JudgedPolicy) -> list[int]:
-    """The items that a policy answers otherwise than dense; those where it loses most first."""
+    """The items that a policy answers differently from dense, its greatest losses first."""
     pairs = list(zip(result.dense.answers, policy.answers, strict=True))
     differing = [n for n, (a, b) in enumerate(pairs) if a.text.strip() != b.text.strip()]
     return sorted(differing, key=lambda n: pairs[n][1].score - pairs[n][0].score)
 
 
 def differences_table(result: EvalResult) -> Table:
-    """How many answers differ, and how many of them score less, more or the same."""
+    """How many answers differ, and how many of those score lower, higher or the same."""
     rows = []
     for number, policy in enumerate(result.judged[1:], start=2):
         found = differences(result, policy)
@@ -31,15 +31,15 @@ def differences_table(result: EvalResult) -> Table:
         less, more = sum(each < 0 for each in changes), sum(each > 0 for each in changes)
         counts = (len(found), less, more, len(found) - less - more)
         rows.append((Cell(str(number)), Cell(policy.label), *(Cell(str(n)) for n in counts)))
-    head = ("no.", "policy", "answers that differ", "score less", "score more", "score the same")
+    head = ("no.", "policy", "answers that differ", "lower score", "higher score", "same score")
     return Table(f"Of {counted(len(result.items), 'answer')}.", head, tuple(rows))
 
 
 def examples(result: EvalResult, most: int) -> list[Example]:
-    """So many items at the most: each policy's greatest losses, in turn.
+    """Up to `most` items: each policy's greatest losses, taken in turn.
 
     Raises:
-        ReportError: a picture is none.
+        ReportError: an image cannot be used.
     """
     turns = [differences(result, policy) for policy in result.judged[1:]]
     chosen: list[int] = []
@@ -67,20 +67,20 @@ def _example(result: EvalResult, number: int) -> Example:
 
 def _shown(policy: JudgedPolicy, number: int, dense: float | None) -> ShownAnswer:
     answer = policy.answers[number]
-    tone, told = Tone.OPEN, f"score {answer.score:.2g}"
+    tone, score = Tone.OPEN, f"score {answer.score:.2g}"
     if answer.scale is Scale.CIDER:
-        told = f"{answer.scale.heading} {answer.scale.text(answer.score)}"
+        score = f"{answer.scale.heading} {answer.scale.text(answer.score)}"
     if dense is not None and answer.score != dense:
         tone = Tone.GOOD if answer.score > dense else Tone.BAD
-        told += ", more than dense" if answer.score > dense else ", less than dense"
-    return ShownAnswer(policy.label, answer.text.strip() or "(nothing)", told, tone)
+        score += ", higher than dense" if answer.score > dense else ", lower than dense"
+    return ShownAnswer(policy.label, answer.text.strip() or "(empty)", score, tone)
 
 
 def data_uri(path: Path) -> str:
-    """A picture as a text that a page can hold.
+    """An image file as a data URI.
 
     Raises:
-        ReportError: the file cannot be read, is no PNG, JPEG, GIF or WebP, or is large.
+        ReportError: the file cannot be read, is not a PNG, JPEG, GIF or WebP, or is too large.
     """
     allowed = f"a PNG, JPEG, GIF or WebP file of at most {MOST_BYTES} bytes"
     try:
@@ -89,5 +89,6 @@ def data_uri(path: Path) -> str:
         raise ReportError(path, "", Problem(f"cannot be read ({error})"), allowed) from error
     kind = next((name for magic, name in _FORMATS.items() if data.startswith(magic)), None)
     if kind is None or len(data) > MOST_BYTES:
-        raise ReportError(path, "", Problem(f"{len(data)} bytes of {kind or 'something'}"), allowed)
+        problem = Problem(f"{len(data)} bytes of {kind or 'unknown format'}")
+        raise ReportError(path, "", problem, allowed)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,4 +1,4 @@
-"""Fields of result files, checked as they are read: every error names file, field and value."""
+"""Fields of result files, validated as they are read: errors name file, field and value."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 SCHEMA_VERSION = 1
 MOST = 1e30
-"""No number that was measured is larger; charts multiply, and must not run over."""
+"""Larger than any measured number, and small enough that charts can multiply without overflow."""
 
 
 class ReportError(ValueError):
-    """A report that cannot be made; names the file, the field, its value and what is allowed."""
+    """A report cannot be made; names the file, the field, its value and what is allowed."""
 
     def __init__(self, file: Path, field: str, value: object, allowed: str) -> None:
         self.file, self.field, self.value, self.allowed = file, field, value, allowed
@@ -24,31 +24,31 @@ class ReportError(ValueError):
 
 
 class Problem(str):
-    """What is wrong where there is no value to show."""
+    """A description of what is wrong, shown in place of a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A value of a result file, and where it stands."""
+    """A value in a result file, and its location."""
 
     file: Path
     name: str
     value: Any
 
     def refuse(self, allowed: str, problem: str | None = None) -> NoReturn:
-        """Raise what is wrong with the value."""
+        """Raise a `ReportError` about the value."""
         told = self.value if problem is None else Problem(problem)
         raise ReportError(self.file, self.name, told, allowed)
 
     def get(self, name: str) -> Field:
-        """A field of an object, which must be there."""
+        """A required field of an object."""
         found = self._inner(name)
         if name not in self.object():
             found.refuse("this field, as fastskip writes it", "missing")
         return found
 
     def may(self, name: str) -> Field | None:
-        """A field of an object; `None` where it is null or not there."""
+        """An optional field of an object; `None` if it is null or missing."""
         return None if self.object().get(name) is None else self._inner(name)
 
     def object(self) -> Mapping[str, Any]:
@@ -65,19 +65,19 @@ class Field:
             yield Field(self.file, f"{self.name}[{number}]", value)
 
     def text(self) -> str:
-        """The value as a text."""
+        """The value as a string."""
         if not isinstance(self.value, str):
-            self.refuse("a text")
+            self.refuse("a string")
         return self.value
 
     def one_of(self, allowed: tuple[str, ...]) -> str:
-        """The value as one of some texts."""
+        """The value as one of the allowed strings."""
         if self.value not in allowed:
             self.refuse(", ".join(allowed))
         return str(self.value)
 
     def truth(self) -> bool:
-        """The value as true or false."""
+        """The value as a bool."""
         if not isinstance(self.value, bool):
             self.refuse("true or false")
         return self.value
@@ -90,9 +90,9 @@ class Field:
         return float(self.value)
 
     def count(self, least: int = 0) -> int:
-        """The value as a whole number."""
+        """The value as an integer in a range."""
         if type(self.value) is not int or not least <= self.value <= MOST:
-            self.refuse(f"a whole number, {least} or more, {MOST:g} at the most")
+            self.refuse(f"an integer in [{least}, {MOST:g}]")
         return int(self.value)
 
     def _inner(self, name: str) -> Field:
@@ -101,10 +101,10 @@ class Field:
 
 
 def read_document(path: Path, kind: str) -> Field:
-    """The document of a result file of this kind.
+    """Read a result file of this kind.
 
     Raises:
-        ReportError: the file cannot be read, is of another kind, or of a newer fastskip.
+        ReportError: the file cannot be read, is of another kind, or has another schema version.
     """
     document = read_object(path)
     written = document.get("kind")
@@ -117,7 +117,7 @@ def read_document(path: Path, kind: str) -> Field:
 
 
 def read_object(path: Path) -> Field:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds an object.
 
     Raises:
         ReportError: the file cannot be read, or holds something else.
@@ -127,7 +127,7 @@ def read_object(path: Path) -> Field:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(path, "", Problem(f"cannot be read ({error})"), allowed) from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # also raised for numbers of thousands of digits
         raise ReportError(path, "", Problem(f"not JSON ({error})"), allowed) from error
     document = Field(path, "", value)
     document.object()

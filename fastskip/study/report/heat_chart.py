@@ -1,4 +1,4 @@
-"""How far the answers move if one cell alone is changed: a map of layers and kinds of cells."""
+"""Sensitivity heat map: how far the answers move if one cell alone is changed, layer by kind."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastskip.study.report.drawing import HEAT, Colour, Form, Picture, figure_of
 from fastskip.study.report.search_file import Sensitivity
 
 _COLUMNS = 16
-"""Columns at the most of one panel of a narrow picture."""
+"""Maximum number of columns per panel of a narrow chart."""
 _WRAPPED = 6
-"""Columns up to which names are wrapped in a narrow picture."""
+"""Up to this many columns, a narrow chart wraps their names."""
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """KL, in nats, by layer and kind of cell; what was not tried is not there."""
+    """KL, in nats, by layer and kind of cell; cells that were not tried are missing."""
 
     layers: tuple[int, ...]
     kinds: tuple[str, ...]
@@ -28,7 +28,7 @@ class HeatMap:
 
     @classmethod
     def of(cls, cells: Sequence[Sensitivity]) -> HeatMap:
-        """The map of these cells; layers are all from the first on."""
+        """The map of these cells; its layers start at 0 and have no gaps."""
         return cls(
             layers=tuple(range(max(each.layer for each in cells) + 1)),
             kinds=_gathered(dict.fromkeys(each.kind for each in cells)),
@@ -37,22 +37,22 @@ class HeatMap:
 
     @cached_property
     def bounds(self) -> tuple[float, ...]:
-        """Where a colour ends and the next begins, evenly spaced in the logarithm."""
+        """The boundaries between colours, evenly spaced on a log scale."""
         above = [value for value in self.values.values() if value > 0] or [1.0]
         low, high = math.log10(min(above)), math.log10(max(above))
         if high - low < 1e-9:
             low, high = low - 0.5, high + 0.5
-        low = max(low, high - 6)  # what is a million times less is nothing
+        low = max(low, high - 6)  # a million times below the maximum is as good as zero
         step = (high - low) / len(HEAT)
         return tuple(10 ** (low + step * number) for number in range(1, len(HEAT)))
 
     def colour(self, value: float) -> Colour:
-        """Of a KL: the more, the further up the scale."""
+        """The colour of a KL: the larger, the further up the scale."""
         return HEAT[sum(value >= bound for bound in self.bounds)]
 
 
 def _gathered(kinds: Iterable[str]) -> tuple[str, ...]:
-    """The same tokens and parts next to each other, else in the order in which they came."""
+    """Kinds grouped by tokens, then by what they skip, otherwise in their original order."""
     parts = [(kind.partition(":")[0], kind.partition(", K/V")[0]) for kind in kinds]
     rows, halves = ([each[at] for each in parts] for at in (0, 1))
     return tuple(
@@ -72,13 +72,14 @@ def heat_chart(name: str, cells: Sequence[Sensitivity]) -> Picture:
     text = (
         f"Sensitivity of {len(cells)} cells. Least: layer {least.layer}, {least.kind}, "
         f"{least.kl:.2g} nats. Most: layer {most.layer}, {most.kind}, {most.kl:.2g} nats. "
-        "All numbers are in the table."
+        "The table lists all values."
     )
     return picture(name, text, lambda form: draw(found, form))
 
 
 def draw(found: HeatMap, form: Form) -> Any:
-    """Layers from left to right; in a narrow picture from top to bottom, some kinds at a time."""
+    """Layers run left to right; in a narrow chart, top to bottom, with the kinds split into
+    panels."""
     if form.is_narrow:
         return _upright(found, form)
     down = len(found.kinds)
@@ -100,7 +101,7 @@ def _upright(found: HeatMap, form: Form) -> Any:
     count = -(-len(found.kinds) // _COLUMNS)
     columns = -(-len(found.kinds) // count)
     panels = [found.kinds[n * columns : (n + 1) * columns] for n in range(count)]
-    # names stand upright under their columns, in as many lines as a column has room for
+    # names are rotated under their columns, wrapped to as many lines as a column has room for
     width = 16 if columns <= _WRAPPED else 60
     wrapped = {kind: fill(kind, width) for kind in found.kinds}
     longest = max(len(line) for name in wrapped.values() for line in name.split("\n"))
@@ -163,7 +164,7 @@ def _legend(figure: Any, found: HeatMap, form: Form) -> None:
         patches.append(Line2D([], [], color=grey, ms=3, ls="none", marker=".", label="not tried"))
     figure.legend(
         handles=patches,
-        title="KL of the answers, nats: each colour from",
+        title="KL of the answers, nats (lower end of each colour)",
         loc="outside lower left",
         ncols=3 if form.is_narrow else 9,
         frameon=False,

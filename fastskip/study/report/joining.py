@@ -1,4 +1,4 @@
-"""Results of several commands put together: the same policy, the same model."""
+"""Join results of several commands by policy and model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastskip.study.report.search_file import SearchResult
 
 
 def policy_key(policy: Mapping[str, Any] | None) -> str:
-    """The same for policies that say the same, whatever they are called."""
-    told = {
+    """Equal for policies with equal content, whatever their names."""
+    content = {
         name: value
         for name, value in (policy or {}).items()
         if name not in ("name", "provenance", "schema_version") and value not in ([], None, "clean")
     }
-    return json.dumps(told, sort_keys=True)
+    return json.dumps(content, sort_keys=True)
 
 
 IS_DENSE = policy_key(None)
@@ -29,7 +29,7 @@ IS_DENSE = policy_key(None)
 
 @dataclass(frozen=True, slots=True)
 class TimedPoints:
-    """The points of one chart, and where their times are from."""
+    """The points of one chart, and the source of their times in words."""
 
     quantity: Quantity
     points: tuple[Point, ...]
@@ -37,7 +37,7 @@ class TimedPoints:
 
 
 def timed_by(result: EvalResult, benches: Sequence[BenchResult]) -> BenchResult | None:
-    """The first bench of the same model that has dense and another of the policies, if any."""
+    """The first bench of the same model that timed dense and another of the policies, if any."""
     wanted = {policy_key(each.policy) for each in result.judged}
     for bench in benches:
         found = wanted & bench_times(bench).keys()
@@ -48,7 +48,7 @@ def timed_by(result: EvalResult, benches: Sequence[BenchResult]) -> BenchResult 
 
 
 def bench_times(bench: BenchResult) -> dict[str, Timed]:
-    """What was measured of fastskip's own contenders, by their policies."""
+    """The measurements of fastskip's own contenders, by `policy_key`."""
     found: dict[str, Timed] = {}
     for contender, timed in bench.timed:
         if contender.source == "fastskip":
@@ -57,7 +57,7 @@ def bench_times(bench: BenchResult) -> dict[str, Timed]:
 
 
 def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[TimedPoints]:
-    """Scores against times: those of a bench, which have intervals, else the run's own."""
+    """Scores against times: from a bench, with quartiles, if there is one; else the run's own."""
     bench = timed_by(result, benches)
     found = []
     for quantity in (Quantity.TTFT, Quantity.TPOT):
@@ -67,7 +67,7 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
             own = each.ttft_s if quantity is Quantity.TTFT else each.tpot_s
             spread = None if own is None else Spread(own, own, own)
             if bench is not None:
-                # a rival without a policy of its own, such as smaller images, is in no bench
+                # a baseline that runs the dense policy, such as smaller images, is in no bench
                 is_rival = policy_key(each.policy) == IS_DENSE and not is_dense
                 timed = None if is_rival else bench_times(bench).get(policy_key(each.policy))
                 spread = None if timed is None else _of(timed, quantity)
@@ -83,18 +83,19 @@ def eval_points(result: EvalResult, benches: Sequence[BenchResult]) -> list[Time
                         score=each.score,
                     )
                 )
-        told = f"the first item, batch 1, {result.new_tokens} new tokens; medians of this run"
+        times = f"this run's medians on the first item, batch 1, {result.new_tokens} new tokens"
         if bench is not None:
-            told = f"the bench in {bench.source} ({workload_text(bench)}); bars are quartiles"
+            times = f"from the bench in {bench.source} ({workload_text(bench)})"
+            times += "; horizontal bars: quartiles"
             shown = {point.number for point in points}
             missing = [e.label for n, e in enumerate(result.judged, start=1) if n not in shown]
-            told += f"; not timed there: {', '.join(missing)}" if missing else ""
-        found.append(TimedPoints(quantity, tuple(points), told))
+            times += f"; not timed there: {', '.join(missing)}" if missing else ""
+        found.append(TimedPoints(quantity, tuple(points), times))
     return [each for each in found if each.points]
 
 
 def search_points(result: SearchResult) -> list[TimedPoints]:
-    """Candidates that were scored, against the budget's quantity and against times."""
+    """Scored candidates against TTFT, TPOT and, if it is the budget's quantity, FLOPs."""
     found = []
     for quantity in Quantity:
         if quantity is Quantity.FLOPS and result.quantity is not quantity:
@@ -116,19 +117,19 @@ def search_points(result: SearchResult) -> list[TimedPoints]:
                         low=None,
                         high=None,
                         score=each.score,
-                        # the front is one of the budget's quantity, and no line in another
+                        # the front is defined in the budget's quantity only
                         is_on_front=each.is_on_front and result.quantity is quantity,
                         is_recommended=each.is_recommended,
                     )
                 )
-        told = "medians that the search measured"
-        told = "from the plan" if quantity is Quantity.FLOPS else told
-        found.append(TimedPoints(quantity, tuple(points), told))
+        is_planned = quantity is Quantity.FLOPS
+        times = "from the plan" if is_planned else "medians measured by the search"
+        found.append(TimedPoints(quantity, tuple(points), times))
     return sorted((p for p in found if p.points), key=lambda p: p.quantity is not result.quantity)
 
 
 def workload_text(bench: BenchResult) -> str:
-    """Its workload in words."""
+    """A bench's workload in words."""
     load = bench.workload
     texts = "/".join(map(str, dict.fromkeys(bench.texts or (load["n_text"],))))
     return (

@@ -1,4 +1,4 @@
-"""Names beside points, each where it covers nothing else."""
+"""Place labels beside points so that they cover as little else as possible."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ OFFSETS = sorted(
     ((x, y) for x in range(-150, 151, 6) for y in range(-90, 91, 5) if abs(y) >= 9 or abs(x) >= 30),
     key=lambda offset: math.hypot(offset[0], 2.2 * offset[1]),
 )
-"""Where a name may stand, in points from what it names, the nearest first."""
+"""Candidate positions of a label relative to its mark, in points, nearest first."""
 _HALF = 4.5
-"""Points that a mark needs to each side."""
+"""Half the size of a mark, in points."""
 _NEAR = 13
-"""Points from which on a line leads from a name to its mark."""
+"""Beyond this many points, a line connects a label to its mark."""
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A text for a place in an axis' data, and the ends of the whiskers there."""
+    """A text at a data point, and the ends of the point's error bars."""
 
     text: str
     x: float
@@ -33,14 +33,14 @@ class Label:
 
 
 def place(axis: Any, labels: Sequence[Label]) -> None:
-    """Write the labels; where all is taken, where least is covered.
+    """Draw the labels, each at the nearest position with the fewest overlaps.
 
     The axis' limits must be final.
     """
     from matplotlib.transforms import Bbox
 
     figure = axis.figure
-    settled(figure)  # where points are, names must know
+    settled(figure)  # label placement needs the points' final positions
     scale = figure.dpi / 72
     inside = axis.get_window_extent()
     taken = []

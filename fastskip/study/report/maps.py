@@ -1,4 +1,4 @@
-"""Which policies get a map, and on what model."""
+"""Which policies get a map, and for which model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ShapeOf = Callable[[Circumstances], ModelShape | None]
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """One policy: what it is called in the results, and its map, or why there is none."""
+    """One policy: its names in the results, and its map, or why there is none."""
 
     label: str
     found: PolicyMap | None
@@ -30,7 +30,7 @@ class Mapped:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A policy as a result names it; `where`: the command that wrote the result."""
+    """A policy as named in a result; `where`: the command that wrote the result."""
 
     label: str
     policy: Mapping[str, Any]
@@ -39,20 +39,20 @@ class _Named:
 
     @property
     def key(self) -> tuple[str, str]:
-        """The same for the same policy of the same model."""
-        told = self.circumstances
-        return told.model_fingerprint or told.model, policy_key(self.policy)
+        """Equal for the same policy of the same model."""
+        about = self.circumstances
+        return about.model_fingerprint or about.model, policy_key(self.policy)
 
 
 def maps(results: Results, shape_of: ShapeOf, layers: int | None = None) -> list[Mapped]:
-    """A map of every policy but dense, once a model; searches' random ones only on the front.
+    """A map of every policy but dense, one per model; random candidates only if on the front.
 
     Args:
-        results: what has the policies.
-        shape_of: the shape of a model that is at hand.
-        layers: of models that are not, and of which no search tells the depth.
+        results: the results that name the policies.
+        shape_of: the shape of a model, `None` if its config is not available.
+        layers: the depth of models whose config is not available and whose depth no search records.
     Raises:
-        ReportError: a model is known to have other layers.
+        ReportError: `layers` contradicts a model's known depth.
     """
     grouped: dict[tuple[str, str], list[_Named]] = {}
     for named in _policies(results):
@@ -63,16 +63,16 @@ def maps(results: Results, shape_of: ShapeOf, layers: int | None = None) -> list
     known = _with_depths(results, shape_of, layers)
     found = []
     for labels, group in zip(names, grouped.values(), strict=True):
-        # commands may call different policies by one name
+        # commands may use one name for different policies
         where = {each.label: each.where for each in group}
-        told = (f"{x} ({where[x]})" if counts[x] > 1 else x for x in labels)
-        found.append(_mapped(" = ".join(told), group[0], known))
+        unique = (f"{x} ({where[x]})" if counts[x] > 1 else x for x in labels)
+        found.append(_mapped(" = ".join(unique), group[0], known))
     return found
 
 
 def _with_depths(results: Results, shape_of: ShapeOf, layers: int | None) -> ShapeOf:
-    """Where a model is not at hand, the depth that a search of the same model tells will do; then
-    the one that the user names."""
+    """`shape_of`, falling back to the depth that a search of the same model records, then to
+    `layers`."""
 
     def known(circumstances: Circumstances) -> ModelShape | None:
         found = shape_of(circumstances)
@@ -86,7 +86,7 @@ def _with_depths(results: Results, shape_of: ShapeOf, layers: int | None) -> Sha
         if layers is None:
             return found
         if found is not None and found.depth != layers:
-            allowed = f"{found.depth}, the layers of {circumstances.model_name}, or none"
+            allowed = f"{found.depth}, the depth of {circumstances.model_name}, or no --layers"
             raise ReportError(Path("--layers"), "", layers, allowed)
         return found or shape_of_depth(layers)
 
@@ -112,7 +112,7 @@ def _mapped(label: str, named: _Named, shape_of: ShapeOf) -> Mapped:
     shape = shape_of(named.circumstances)
     if shape is None:
         model = named.circumstances.model_name
-        return Mapped(label, None, f"the depth of {model} is not known")
+        return Mapped(label, None, f"the depth of {model} is unknown")
     try:
         return Mapped(label, map_policy(named.policy, shape))
     except PolicyError as error:

@@ -1,4 +1,4 @@
-"""One file of HTML: styles, pictures and all, nothing loaded from elsewhere."""
+"""Render the page: one self-contained HTML file that loads nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastskip.study.report.blocks import Section
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page; all texts are escaped, pictures are taken as they were drawn."""
+    """The page as HTML; texts are escaped, charts are inserted as they are."""
     folder = files("fastskip.study.report")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -1,4 +1,4 @@
-"""The drawing of a policy's map: a box a layer and token class, attention above, FFN below."""
+"""Draw a policy's map: one box per layer and token class, attention above, FFN below."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 from fastskip.study.report.drawing import NARROW, Colour, Form, Picture, figure_of, picture
 from fastskip.study.report.policy_map import MapCell, PolicyMap, State
 
-# All lengths are points.
+# All lengths are in points.
 _MARGIN = 4.0
 _NAMES = 58.0
-"""Beside the boxes, for the names of token classes."""
+"""Space left of the boxes for the names of token classes."""
 _HALF = 9.0
 """Height of half a box."""
 _GAP = 3.0
 _WIRING = 11.0
-"""Above the boxes, for what is wired in parallel or as a pair."""
+"""Space above the boxes for the marks of parallel and pair arrangements."""
 _NUMBERS = 15.0
-"""Below the boxes, for layers' numbers."""
+"""Space below the boxes for layer numbers."""
 _WIDEST = 24.0
 _LEGEND = 15.0
 _ENTRY = 112.0
-"""Width of an entry of the legend."""
+"""Width of a legend entry."""
 
 
 def policy_chart(name: str, label: str, found: PolicyMap) -> Picture:
-    """The picture of one policy's map."""
+    """The chart of one policy's map."""
     return picture(name, f"What {label} runs. {found.text}.", lambda form: draw(found, form))
 
 
 def draw(found: PolicyMap, form: Form) -> Any:
-    """Layers from left to right, in as many lines as they need."""
+    """Layers run left to right, wrapped to as many lines as they need."""
     most = 16 if form.is_narrow else 40
     count = -(-found.depth // most)
     per_line = -(-found.depth // count)
@@ -57,13 +57,13 @@ def draw(found: PolicyMap, form: Form) -> Any:
         x = _MARGIN + place % columns * (width - 2 * _MARGIN) / columns
         y = count * line + place // columns * _LEGEND + 3
         _half(axis, x, y, _HALF * 1.5, state, colour, 1.0)
-        text = _told(state, colour)
+        text = _caption(state, colour)
         axis.text(x + 1.5 * _HALF + 4, y + _HALF / 2, text, va="center", fontsize=form.font - 1)
     return figure
 
 
 def _line(axis: Any, found: PolicyMap, layers: range, top: float, box: float, form: Form) -> None:
-    """The boxes of some layers."""
+    """Draw the boxes of some layers."""
     boxes = top + _above(found)
     for place, token_class in enumerate(found.classes):
         y = boxes + place * (2 * _HALF + _GAP)
@@ -98,12 +98,12 @@ def _line(axis: Any, found: PolicyMap, layers: range, top: float, box: float, fo
 
 
 def _above(found: PolicyMap) -> float:
-    """Room above the boxes, where anything stands there."""
+    """The space above the boxes, larger if anything is drawn there."""
     return _WIRING if found.parallel or found.pairs else 5.0
 
 
 def _bracket(axis: Any, layer: int, first: int, layers: range, boxes: float, box: float) -> None:
-    """One half of the bracket over a pair, as the two may stand in two lines."""
+    """Draw one half of the bracket over a pair, since a line break may separate its layers."""
     x = _NAMES + (layer - layers.start) * box
     left, right = x + (2 if layer == first else 0), x + box - (2 if layer != first else 0)
     end = left if layer == first else right
@@ -115,7 +115,7 @@ def _bracket(axis: Any, layer: int, first: int, layers: range, boxes: float, box
 def _runs(
     axis: Any, cells: tuple[MapCell, ...], y: float, box: float, *, is_attention: bool
 ) -> None:
-    """Halves of neighbours that do the same are one shape, to keep the picture small."""
+    """Draw halves of boxes, merging equal neighbours into one shape to keep the file small."""
     colour = Colour.BLUE if is_attention else Colour.ORANGE
     halves = [(cell.attention if is_attention else cell.ffn, cell.share) for cell in cells]
     place = 0
@@ -132,7 +132,7 @@ def _runs(
 def _half(
     axis: Any, x: float, y: float, width: float, state: State, colour: Colour, share: float
 ) -> None:
-    """Half a box; of rows that have left, the same share of its width stays empty."""
+    """Draw half a box, filled to the share of rows that removals have left."""
     from matplotlib.patches import Rectangle
 
     axis.add_patch(Rectangle((x, y), width, _HALF, facecolor=Colour.SHADE.value, lw=0))
@@ -148,7 +148,7 @@ def _half(
 
 
 def _entries(found: PolicyMap) -> Iterator[tuple[State, Colour]]:
-    """What the map has, for its legend."""
+    """The legend's entries: the states that occur in the map."""
     every = [cell for token_class in found.classes for cell in found.cells[token_class]]
     for state in State:
         if state is not State.NOTHING and any(cell.attention is state for cell in every):
@@ -157,7 +157,7 @@ def _entries(found: PolicyMap) -> Iterator[tuple[State, Colour]]:
             yield state, Colour.ORANGE
 
 
-def _told(state: State, colour: Colour) -> str:
+def _caption(state: State, colour: Colour) -> str:
     half = "attention" if colour is Colour.BLUE else "FFN"
     if state is State.RUNS:
         return half

@@ -1,4 +1,4 @@
-"""What a policy runs, layer by layer and token class by token class, as the plan says it."""
+"""What a policy runs by layer and token class, according to its plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastskip.policy import (
 
 
 class State(StrEnum):
-    """What rows do in one half of a layer, attention or FFN."""
+    """What rows do in one sublayer, attention or FFN."""
 
     RUNS = "runs"
     ROUTED = "decided row by row"
@@ -39,7 +39,7 @@ _LEFT = {
 
 @dataclass(frozen=True, slots=True)
 class MapCell:
-    """One layer, one token class; `share`: of its prompt rows, what removals have left."""
+    """One layer, one token class; `share`: of its prompt rows, those that removals have left."""
 
     attention: State
     ffn: State
@@ -48,7 +48,7 @@ class MapCell:
 
 @dataclass(frozen=True, slots=True)
 class MapLine:
-    """Consecutive layers that do the same, in words, one a token class."""
+    """Consecutive layers that do the same, in words; `cells`: one per token class."""
 
     layers: str
     arrangement: str
@@ -59,7 +59,7 @@ class MapLine:
 class PolicyMap:
     """One policy on one model.
 
-    `cells`: by class, one a layer. `removals`: after which layer what share of whose rows is kept.
+    `cells`: one per layer, by token class. `pairs`: the first layer of each pair.
     """
 
     depth: int
@@ -84,7 +84,7 @@ class PolicyMap:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Rows that leave all layers after one: of these classes, `ratio` of what is there stays."""
+    """Rows removed from all layers after `after_layer`: of `classes`, a share `ratio` stays."""
 
     after_layer: int
     classes: frozenset[TokenClass]
@@ -99,10 +99,10 @@ class Removal:
 
 
 def map_policy(policy: Mapping[str, Any], shape: ModelShape) -> PolicyMap:
-    """The map of a policy's plain data on a model of a shape.
+    """The map of a policy, given as plain data, on a model of a shape.
 
     Raises:
-        PolicyError: the policy is none, or does not fit the shape.
+        PolicyError: the policy is invalid, or does not fit the shape.
     """
     plan = make_plan(SkipPolicy.from_dict(policy), shape)
     routed: dict[tuple[int, TokenClass], frozenset[Sublayer]] = {}

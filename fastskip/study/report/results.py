@@ -1,4 +1,4 @@
-"""What `fastskip eval`, `bench` and `search` left in folders, read and checked."""
+"""Read and validate what `fastskip eval`, `bench` and `search` wrote into folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = ("eval.json", "bench.json", "search.json")
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that a report is made of, in the order of the folders."""
+    """All results that go into a report, in the order of the folders."""
 
     evals: tuple[EvalResult, ...] = ()
     benches: tuple[BenchResult, ...] = ()
@@ -29,10 +29,10 @@ class Results:
 
 
 def read_results(folders: Sequence[Path]) -> Results:
-    """The results in these folders, each of which holds one of `FILES` or more.
+    """Read the results in these folders, each of which must hold one or more of `FILES`.
 
     Raises:
-        ReportError: a folder has none, is named twice, or a file in it cannot be used.
+        ReportError: a folder has none, is named twice, or holds a file that cannot be used.
     """
     allowed = f"a folder that holds {' or '.join(FILES)}"
     if not folders:

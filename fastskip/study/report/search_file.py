@@ -1,4 +1,4 @@
-"""Reads `search.json`: how sensitive cells are, candidates, and what the search concludes."""
+"""Read and validate `search.json`: sensitivities, candidates, and the search's conclusion."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ SOURCES = ("dense", "search", "uniform", "random", "peer", "router")
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What one change alone does: `kl` in nats, `similarity` a cosine, `saved` a share of dense.
+    """The effect of changing one cell alone.
 
-    `kind` says what is changed, whatever the layer.
+    `kind`: what is changed, regardless of the layer. `kl` in nats, `similarity` a cosine, `saved` a
+    share of dense.
     """
 
     layer: int
@@ -33,7 +34,7 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A policy that the search looked at; `cost` and `flops` are shares of dense, times seconds."""
+    """A policy that the search considered; `cost`, `flops`: shares of dense; times in seconds."""
 
     name: str
     source: str
@@ -53,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """How much better the search's best scores than another candidate, item by item."""
+    """How much better the search's best policy scores than another candidate, item by item."""
 
     name: str
     source: str
@@ -62,10 +63,10 @@ class Rival:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """One run of `fastskip search`; its scores are counted in `scale`.
+    """One run of `fastskip search`; its scores are on `scale`.
 
-    `left_out`: names and reasons. `depth`: of the model, where a policy file beside says it.
-    `settings`: whatever the run says of how it searched.
+    `left_out`: names and reasons. `depth`: the model's, if a policy file in the folder records it.
+    `settings`: whatever the run records about how it searched.
     """
 
     source: str
@@ -84,7 +85,7 @@ class SearchResult:
 
 
 def read_search(folder: Path) -> SearchResult:
-    """The result in a folder.
+    """Read the result in a folder.
 
     Raises:
         ReportError: `search.json` cannot be used.
@@ -93,7 +94,7 @@ def read_search(folder: Path) -> SearchResult:
     budget, conclusion = document.get("budget"), document.get("conclusion")
     candidates = tuple(_candidate(each) for each in document.get("candidates").each())
     rivals, left_out = document.may("comparisons"), document.may("left_out")
-    scale = document.may("scale")  # files of old have none
+    scale = document.may("scale")  # missing from older files
     quantities = {each.value.lower(): each for each in Quantity}
     recommended = conclusion.may("recommended")
     if recommended is not None:
@@ -128,7 +129,7 @@ def _sensitivity(field: Field) -> Sensitivity:
 
 
 def _kind(field: Field) -> str:
-    """What is changed: tokens and what they skip, or how the layer is wired."""
+    """What is changed: the tokens, and what they skip or the arrangement they get."""
     arrangement, kv = field.may("arrangement"), field.may("kv")
     classes = field.get("tokens").text().split("+")
     rows = "all" if set(classes) >= set(TokenClass) else " + ".join(classes)
@@ -191,7 +192,7 @@ def _settings(document: Field) -> Mapping[str, Any]:
 
 
 def _depth(candidates: Field, folder: Path) -> int | None:
-    """What the first policy file that is there says of the model that it was made for."""
+    """The model's depth as recorded by the first candidate's policy file that exists."""
     for each in candidates.each():
         file = each.may("file")
         path = folder / ("" if file is None else file.text())

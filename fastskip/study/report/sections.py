@@ -1,4 +1,4 @@
-"""The sections of a report, each from the results that it needs."""
+"""The sections of a report, each built from the results that it needs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from fastskip.wording import Scale, counted
 
 
 def summary(results: Results) -> Section:
-    """What the results say, in a few lines."""
-    return Section("summary", "In short", (Points(tuple(_findings(results))),))
+    """The main findings, in a few lines."""
+    return Section("summary", "Summary", (Points(tuple(_findings(results))),))
 
 
 def _findings(results: Results) -> Iterator[str]:
@@ -41,16 +41,16 @@ def _findings(results: Results) -> Iterator[str]:
         groups: dict[str, list[str]] = {}
         for each in part.judged[1:]:
             change = each.minus(part.dense)
-            told = f"{each.label} ({100 * change.mean:+.1f}{' points' if is_share else ''})"
-            groups.setdefault(verdict_of(change)[0], []).append(told)
+            text = f"{each.label} ({100 * change.mean:+.1f}{' points' if is_share else ''})"
+            groups.setdefault(verdict_of(change)[0], []).append(text)
         what = "Answers" if is_share else f"Captions by {part.scale.axis}"
         for verdict in ("better", "not told apart", "worse"):
             if verdict in groups:
                 against = "from dense" if verdict == "not told apart" else "than dense"
                 names, items = ", ".join(groups[verdict]), counted(len(part.items), "item")
-                yield f"{what}, {items}, {verdict} {against}: {names}."
+                yield f"{what} ({items}) {verdict} {against}: {names}."
     for bench in results.benches:
-        for verdict, words in (("faster", "Faster here"), ("slower", "Slower here")):
+        for verdict, words in (("faster", "Faster"), ("slower", "Slower")):
             ratios = [
                 f"{contender.label} ({quantity.upper()} {speedup_text(timed.speedup[quantity])})"
                 for quantity in ("ttft", "tpot")
@@ -58,11 +58,11 @@ def _findings(results: Results) -> Iterator[str]:
                 if timed.verdict.get(quantity) == verdict and quantity in timed.speedup
             ]
             if ratios:
-                yield f"{words} than fastskip's own dense model: {', '.join(ratios)}."
+                yield f"{words} here than fastskip's own dense model: {', '.join(ratios)}."
 
 
 def search_section(results: Results) -> Section:
-    """Conclusions, candidates and sensitivity."""
+    """Recommendation, candidates and sensitivity."""
     blocks: list[Block] = []
     for number, search in enumerate(results.searches, start=1):
         blocks += _titled(search.source, len(results.searches))
@@ -79,15 +79,15 @@ def search_section(results: Results) -> Section:
         if search.sensitivity:
             chart = heat_chart(f"search{number}_sensitivity", search.sensitivity)
             caption = (
-                "Sensitivity: how far the distribution of the answers moves from dense (KL) if "
-                "this one cell alone is changed. What is far up the scale should better run."
+                "Sensitivity: how far the answer distribution moves from dense (KL) if this one "
+                "cell alone is changed. Cells high on the scale are best left running."
             )
             blocks += [Figure(chart, caption), *sensitivity_tables(search)]
     return Section("search", "Search under a budget", blocks)
 
 
 def eval_section(results: Results) -> Section:
-    """Scores against times, and the numbers."""
+    """Charts of scores against times, and their tables."""
     blocks: list[Block] = []
     for number, run in enumerate(results.evals, start=1):
         blocks += _titled(run.source, len(results.evals))
@@ -110,14 +110,14 @@ def bench_section(results: Results) -> Section:
         blocks += _titled(bench.source, len(results.benches))
         blocks.append(Text(f"{bench.circumstances.model_name}: {workload_text(bench)}."))
         caption = (
-            "Bars: median time of the prefill and of one decode step, with quartiles. Stroke: the "
-            "floor. A floor above a time means that its ceilings were "
-            "measured at a bad moment."
+            "Bars: median time of the prefill and of one decode step, with quartiles. Vertical "
+            "line: the floor. A floor above a measured time means that the ceilings were measured "
+            "while the machine was disturbed."
         )
         blocks.append(Figure(cost_chart(f"bench{number}_cost", bench), caption))
         floors = floor_table(bench)
         blocks += [bench_table(bench), *([] if floors is None else [floors])]
-        blocks += [Points(tuple(f"{c.label}: left out, {c.left_out}" for c in bench.left_out))]
+        blocks += [Points(tuple(f"{c.label}: left out ({c.left_out})" for c in bench.left_out))]
     return Section("cost", "Cost against the floor", [b for b in blocks if b != Points(())])
 
 
@@ -125,13 +125,13 @@ def maps_section(mapped: Sequence[Mapped]) -> Section:
     """What each policy runs."""
     blocks: list[Block] = [
         Text(
-            "A box is one layer and one class of tokens: image, other prompt text, generated. Its "
-            "upper half is attention, its lower half the FFN; coloured: it runs, hatched: a router "
-            "decides row by row, empty: left out. A mark in an empty upper half: rows that skip "
-            "attention still leave an entry in the layer's cache. Two strokes above a layer: "
-            "attention and FFN from one input; a bracket: two layers from one input. A red line: "
-            "rows leave there, and boxes behind it are filled to the share that stays. Dense runs "
-            "everything."
+            "Each box is one layer and one token class: image, other prompt text, or generated. "
+            "Its upper half is attention, its lower half the FFN. Coloured: it runs; hatched: a "
+            "router decides row by row; empty: it is skipped. A mark in an empty upper half: rows "
+            "that skip attention still store an entry in the layer's KV cache. Two strokes above a "
+            "layer: attention and FFN run in parallel on the same input; a bracket: two layers run "
+            "on the same input. Red line: rows are removed there, and later boxes are filled to "
+            "the share that stays. Dense runs everything."
         )
     ]
     for number, each in enumerate((one for one in mapped if one.found is not None), start=1):
@@ -143,16 +143,16 @@ def maps_section(mapped: Sequence[Mapped]) -> Section:
             (Cell(line.layers), Cell(line.arrangement), *map(Cell, line.cells))
             for line in each.found.lines
         )
-        told, head = f"{each.label} in words", ("layers", "arrangement", *each.found.classes)
-        blocks.append(Table(told, head, rows, name_at=0, has_numbers=False, is_folded=True))
-    missing = tuple(f"{each.label}: no map, {each.problem}" for each in mapped if not each.found)
+        title, head = f"{each.label} in words", ("layers", "arrangement", *each.found.classes)
+        blocks.append(Table(title, head, rows, name_at=0, has_numbers=False, is_folded=True))
+    missing = tuple(f"{each.label}: no map ({each.problem})" for each in mapped if not each.found)
     if missing:
         blocks.append(Points(missing))
     return Section("policies", "What each policy runs", blocks)
 
 
 def examples_section(results: Results, most: int) -> Section:
-    """Answers that differ."""
+    """Answers that differ from dense."""
     blocks: list[Block] = []
     for run in results.evals:
         if len(run.judged) < 2:
@@ -162,13 +162,13 @@ def examples_section(results: Results, most: int) -> Section:
         found = examples(run, most)
         blocks += found
         if found:
-            told = (
+            text = (
                 f"{counted(len(found), 'item')} on which answers differ, each policy's greatest "
-                "losses first: they are no fair sample, the table above is."
+                "losses first: not a representative sample; for that, see the table above."
             )
-            blocks.insert(len(blocks) - len(found), Text(told))
+            blocks.insert(len(blocks) - len(found), Text(text))
         else:
-            blocks.append(Text("No policy answers any item otherwise than dense."))
+            blocks.append(Text("No policy answers any item differently from dense."))
     return Section("examples", "Where answers differ", blocks)
 
 
@@ -178,13 +178,12 @@ def _charts(name: str, found: Sequence[TimedPoints], scale: Scale) -> list[Block
         own = f"{name}_{each.quantity.lower()}"
         chart = accuracy_chart(own, each.quantity, each.points, scale)
         caption = (
-            f"Score against {each.quantity.value}; upright bars are 95 % intervals over items, "
-            f"dotted lines are dense, numbers those of the table. {each.quantity.value}: "
-            f"{each.times}."
+            f"Score against {each.quantity.value}. Vertical bars: 95 % intervals over items; "
+            f"dotted lines: dense; numbers: rows of the table. {each.quantity.value}: {each.times}."
         )
         blocks.append(Figure(chart, caption))
     if not blocks:
-        blocks.append(Text("No times were taken of scored policies, so there is no chart."))
+        blocks.append(Text("No scored policy was timed, so there is no chart."))
     return blocks
 
 

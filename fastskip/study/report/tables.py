@@ -1,4 +1,4 @@
-"""The tables of a report: every number that a chart shows, with intervals and verdicts."""
+"""The tables of a report: every number that the charts show, with intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastskip.wording import Scale, counted
 
 EMPTY = Cell(NOTHING)
 MOST_KINDS = 8
-"""Columns of a table of sensitivities."""
+"""Maximum number of kinds per sensitivity table."""
 
 
 def eval_table(result: EvalResult) -> Table:
@@ -23,7 +23,7 @@ def eval_table(result: EvalResult) -> Table:
     scale = result.scale
     head = ["no.", "policy", f"{scale.heading} (95\u00a0%)"]
     head += [f"{scale.points} from dense (95\u00a0%)"]
-    head += ["tokens as dense", "KL, nats", "FLOPs", *(["TTFT", "TPOT"] if has_times else [])]
+    head += ["token agreement", "KL, nats", "FLOPs", *(["TTFT", "TPOT"] if has_times else [])]
     rows = []
     for number, each in enumerate(result.judged, start=1):
         row = [Cell(str(number)), Cell(each.label), score_cell(each.score, scale)]
@@ -35,17 +35,17 @@ def eval_table(result: EvalResult) -> Table:
         rows.append(tuple(row))
     count, tokens = len(result.items), result.new_tokens
     caption = (
-        f"{counted(count, 'item')}. Differences are taken item by item; tokens as dense: up to the "
-        "first that differs; KL: of the first answer token; FLOPs: decoder and lm_head, first "
-        f"item, {tokens} new tokens."
+        f"{counted(count, 'item')}. Differences are paired by item. Token agreement: share of "
+        "dense's tokens before the first mismatch; KL: of the first answer token, from dense; "
+        f"FLOPs: decoder and lm_head, first item, {tokens} new tokens."
     )
     if has_times:
-        caption += " Times: medians, first item, batch 1; they have no interval here."
+        caption += " Times: medians, first item, batch 1, without intervals."
     return Table(caption, tuple(head), tuple(rows))
 
 
 def kinds_table(result: EvalResult) -> Table | None:
-    """Mean scores by kind of item; `None` where there is one kind."""
+    """Mean scores by kind of item; `None` if there is only one kind."""
     if len(result.kinds) < 2:
         return None
     places = {
@@ -63,7 +63,7 @@ def kinds_table(result: EvalResult) -> Table | None:
             row.append(Cell(result.scale.text(mean), small))
         rows.append(tuple(row))
     head = ("no.", "policy", *(f"{kind} ({len(own)})" for kind, own in places.items()))
-    caption = "Mean scores by kind of item, below them the differences from dense."
+    caption = "Mean scores by kind of item, with differences from dense below."
     return Table(caption, head, tuple(rows))
 
 
@@ -79,14 +79,14 @@ def bench_table(result: BenchResult) -> Table:
         row += [_megabytes(timed.peak_bytes), _megabytes(timed.kv_bytes)]
         rows.append(tuple(row))
     caption = (
-        "Medians, below them the quartiles. Against dense: how many times as fast as fastskip's "
-        "own dense model in the same round, with the 95 % interval of that ratio."
+        "Medians, with quartiles below. Against dense: speed-up over fastskip's own dense model, "
+        "paired by round, with its 95 % interval."
     )
     return Table(caption, (*head, "tokens/s", "peak, MB", "KV, MB"), tuple(rows))
 
 
 def floor_table(result: BenchResult) -> Table | None:
-    """Measured, floor and share of ideal of both phases; `None` where no floor is known."""
+    """Measured time, floor and share of ideal for both phases; `None` if no floor is known."""
     rows = []
     for number, (contender, timed) in enumerate(result.timed, start=1):
         row = [Cell(str(number)), Cell(contender.label, _source(contender))]
@@ -100,16 +100,17 @@ def floor_table(result: BenchResult) -> Table | None:
         f"{phase}{what}" for phase in ("prefill", "step") for what in ("", ": floor", ": of ideal")
     ]
     caption = (
-        "Medians with quartiles, of the prefill and of one decode step. Floor: the sum over "
-        "operations of what memory or arithmetic needs at the least, with ceilings measured here; "
-        "decoder and lm_head only. Of ideal: the speed-up over fastskip's dense, divided by "
-        "floor(dense) / floor(policy); 1 is all that the skipped work can give."
+        "Medians with quartiles for the prefill and for one decode step. Floor: the sum over "
+        "operations of the least time that memory bandwidth or arithmetic allows, at the ceilings "
+        "measured on this machine; decoder and lm_head only. Of ideal: the speed-up over "
+        "fastskip's dense model divided by floor(dense) / floor(policy); at 1, all skipped work "
+        "turns into speed."
     )
     return Table(caption, ("no.", "contender", *head), tuple(rows))
 
 
 def search_table(result: SearchResult) -> Table:
-    """Candidates, their cost and how they did on held-out items."""
+    """Candidates with their costs and their scores on held-out items."""
     head = ("no.", "candidate", "cost of dense", "FLOPs", "TTFT", "TPOT")
     rows = []
     for number, each in enumerate(result.candidates, start=1):
@@ -125,39 +126,38 @@ def search_table(result: SearchResult) -> Table:
     rest = (
         f"{result.scale.heading} (95\u00a0%)",
         f"{result.scale.points} from dense (95\u00a0%)",
-        "tokens as dense",
+        "token agreement",
         "calibration KL, nats",
     )
     caption = (
-        f"Cost is the estimate, in the budget's quantity ({result.quantity.value}), that the "
-        "search went by; times are measured medians. Scores are of held-out items, differences "
-        "item by item."
+        f"Cost: the search's estimate in the budget's quantity ({result.quantity.value}). Times: "
+        "measured medians. Scores are on held-out items, with differences paired by item."
     )
     return Table(caption, (*head, *rest), tuple(rows))
 
 
 def rivals_table(result: SearchResult) -> Table:
-    """The search's best against others at the same budget."""
+    """The search's best policy against others at the same budget."""
     rows = []
     for number, each in enumerate(result.rivals, start=1):
-        told = {"better": ("beaten", Tone.GOOD), "worse": ("better than the find", Tone.BAD)}
-        verdict, tone = told.get(verdict_of(each.difference)[0], ("not told apart", Tone.OPEN))
+        badges = {"better": ("beaten", Tone.GOOD), "worse": ("beats the search", Tone.BAD)}
+        verdict, tone = badges.get(verdict_of(each.difference)[0], ("not told apart", Tone.OPEN))
         cell = replace(change_cell(each.difference), badges=(verdict,), tone=tone)
         rows.append((Cell(str(number)), Cell(each.name, each.source), cell))
-    caption = "How far the search's own best is above others at the same budget."
+    caption = "How far the search's best policy scores above others at the same budget."
     unit = f"{result.scale.points} above (95\u00a0%)"
     return Table(caption, ("no.", "against", unit), tuple(rows))
 
 
 def left_out_table(result: SearchResult) -> Table:
-    """What was no candidate, and why."""
+    """What the search left out, and why."""
     rows = tuple((Cell(name), Cell(reason)) for name, reason in result.left_out)
     caption, head = "What was left out, and why", ("policy", "reason")
     return Table(caption, head, rows, name_at=0, has_numbers=False, is_folded=True)
 
 
 def sensitivity_tables(result: SearchResult) -> list[Table]:
-    """The numbers of the heat map: a line a layer, some kinds of cells a table."""
+    """The heat map's numbers: one row per layer, up to `MOST_KINDS` kinds of cells per table."""
     found = HeatMap.of(result.sensitivity)
     tables = []
     for first in range(0, len(found.kinds), MOST_KINDS):
@@ -182,7 +182,7 @@ def score_cell(score: Estimate, scale: Scale) -> Cell:
 
 
 def change_cell(change: Estimate) -> Cell:
-    """A difference from dense with its interval, and what it says."""
+    """A difference from dense with its interval and its verdict."""
     verdict, tone = verdict_of(change)
     text, interval = (
         f"{100 * change.mean:+.1f}",
@@ -192,7 +192,7 @@ def change_cell(change: Estimate) -> Cell:
 
 
 def verdict_of(change: Estimate) -> tuple[str, Tone]:
-    """What the items say of a difference at 95 %."""
+    """The verdict on a difference at 95 %."""
     if change.is_above_zero:
         return "better", Tone.GOOD
     return ("worse", Tone.BAD) if change.is_below_zero else ("not told apart", Tone.OPEN)

@@ -1,4 +1,4 @@
-"""The report of some folders' results: one page, and its pictures beside it."""
+"""Write the report of some folders' results: one page, and its charts as PNG files."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def write_report(
     made: str | None = None,
     on_part: Callable[[str], object] = lambda name: None,
 ) -> list[Path]:
-    """Write the page and its pictures; returns their paths, the page first.
+    """Write the page and its charts; returns their paths, the page first.
 
     Args:
-        folders: each holds `eval.json`, `bench.json` or `search.json`, one of them or more.
-        out: the page; what is there is replaced when all is drawn.
-        pngs: the folder of the pictures.
-        shape_of: the shape of a result's model, `None` where it is not known.
-        layers: of such a model; without them it has no maps.
-        examples: items at the most, of each `eval.json`.
-        made: the date in the page; now, if none is given.
+        folders: each holds one or more of `eval.json`, `bench.json` and `search.json`.
+        out: the page; an existing file is replaced once everything is drawn.
+        pngs: the folder for the charts.
+        shape_of: the shape of a result's model, `None` if unknown.
+        layers: the depth of models whose shape is unknown; without it, they have no maps.
+        examples: maximum number of example items per `eval.json`.
+        made: the date shown on the page; by default, now.
         on_part: called with the name of each section before it is drawn.
     Raises:
-        ReportError: a file or folder cannot be used, or a model is known to have other layers.
+        ReportError: a file or folder cannot be used, or `layers` contradicts a model's known depth.
         DrawingError: matplotlib is missing.
     """
     require()
@@ -61,7 +61,7 @@ def write_report(
             part.write_text(page, encoding="utf-8")
     except OSError as error:
         problem = Problem(f"cannot be written ({error})")
-        raise ReportError(out, "", problem, "a place to write to") from error
+        raise ReportError(out, "", problem, "a writable path") from error
     return [out, *(pngs / f"{each.name}.png" for each in drawn)]
 
 

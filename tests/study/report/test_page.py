@@ -125,7 +125,7 @@ def test_tables_say_what_the_files_say(page: Page) -> None:
         "1.40x 1.33 to 1.54 faster",
         "0.90x 0.85 to 0.99 slower here",
         "Slower here than fastskip's own dense model: image_ffn (TPOT 0.90x (0.85 to 0.99))",
-        "compiled: left out, no compiler",
+        "compiled: left out (no compiler)",
         "30 ms measured: 2.67x",  # dense: prefill of 80 ms
         "0.91",
         "image_ffn search recommended on the front",
@@ -157,9 +157,9 @@ def test_cider_is_no_percentage(tmp_path: Path) -> None:
     shape = shape_of_depth(DEPTH)
     written = write_report([folder], tmp_path / "r.html", tmp_path / "png", lambda _: shape)
     text = unescape(Page(written[0].read_text(encoding="utf-8")).text)
-    assert "Answers, 8 items, not told apart from dense: image_ffn (+0.0 points)" in text
-    assert "CIDEr, times 100, 4 items, worse than dense: image_ffn (-100.0)" in text
-    assert "500.0 500.0 to 500.0" in text and "CIDEr 400.0, less than dense" in text
+    assert "Answers (8 items) not told apart from dense: image_ffn (+0.0 points)" in text
+    assert "Captions by CIDEr, times 100 (4 items) worse than dense: image_ffn (-100.0)" in text
+    assert "500.0 500.0 to 500.0" in text and "CIDEr 400.0, lower than dense" in text
     assert "500.0%" not in text and "-100.0 points" not in text
     names = {path.name for path in written[1:]}
     assert {"eval1_share_ttft.png", "eval1_cider_ttft.png"} <= names
@@ -214,7 +214,7 @@ def test_a_part_of_the_results_is_enough(tmp_path: Path) -> None:
     text = unescape(Page(out.read_text(encoding="utf-8")).text)
     assert "Cost against the floor" in text and "Accuracy" not in text
     # no config at hand: no maps, and the page says so
-    assert "image_ffn: no map, the depth of a/small is not known" in text
+    assert "image_ffn: no map (the depth of a/small is unknown)" in text
     assert [path.name for path in (out.parent / "r_files").iterdir()] == ["bench1_cost.png"]
     assert not list(out.parent.glob("*.part"))
 
@@ -236,7 +236,7 @@ def test_a_map_for_each_policy_of_each_model(tmp_path: Path) -> None:
         ("image_ffn (bench)", True),
         ("every_nth_block (bench)", True),
     ]
-    assert found[-1].problem == "the depth of other/model is not known"
+    assert found[-1].problem == "the depth of other/model is unknown"
     deep = maps(read_results(folders[:1]), lambda _: shape_of_depth(1))
     assert "bounds" in deep[0].problem and deep[0].found is None
 
@@ -253,7 +253,7 @@ def test_layers_are_for_models_that_are_not_at_hand(tmp_path: Path) -> None:
     for layers in (3, 12):
         found = done(own, layers)
         assert found.exit_code == 2
-        told = f"--layers: got {layers}; allowed: 8, the layers of demo/checkpoint, or none"
+        told = f"--layers: got {layers}; allowed: 8, the depth of demo/checkpoint, or no --layers"
         assert told in " ".join(found.output.split())
     assert done(own, 8).exit_code == done(foreign, 5).exit_code == 0
     results = read_results([foreign, write(tmp_path / "search", search_document())])
@@ -263,7 +263,7 @@ def test_layers_are_for_models_that_are_not_at_hand(tmp_path: Path) -> None:
     made = {"provenance": {"made_for": {"depth": 8}}}
     (tmp_path / "search" / "policies" / "image_ffn.json").write_text(json.dumps(made))
     results = read_results([foreign, tmp_path / "search"])
-    with pytest.raises(ReportError, match="--layers: got 5; allowed: 8, the layers of a/small"):
+    with pytest.raises(ReportError, match="--layers: got 5; allowed: 8, the depth of a/small"):
         maps(results, lambda _: None, 5)
 
 
