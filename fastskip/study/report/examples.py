@@ -32,7 +32,8 @@ def differences_table(result: EvalResult) -> Table:
         counts = (len(found), less, more, len(found) - less - more)
         rows.append((Cell(str(number)), Cell(policy.label), *(Cell(str(n)) for n in counts)))
     head = ("no.", "policy", "answers that differ", "lower score", "higher score", "same score")
-    return Table(f"Of {counted(len(result.items), 'answer')}.", head, tuple(rows))
+    caption = f"Differences from dense, out of {counted(len(result.items), 'answer')}."
+    return Table(caption, head, tuple(rows))
 
 
 def examples(result: EvalResult, most: int) -> list[Example]:

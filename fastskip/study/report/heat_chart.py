@@ -164,7 +164,7 @@ def _legend(figure: Any, found: HeatMap, form: Form) -> None:
         patches.append(Line2D([], [], color=grey, ms=3, ls="none", marker=".", label="not tried"))
     figure.legend(
         handles=patches,
-        title="KL of the answers, nats (lower end of each colour)",
+        title="KL of the answers, nats (lower bounds)",
         loc="outside lower left",
         ncols=3 if form.is_narrow else 9,
         frameon=False,
