@@ -29,8 +29,9 @@ from fastskip.wording import Scale, counted
 
 
 def summary(results: Results) -> Section:
-    """The main findings, in a few lines."""
-    return Section("summary", "Summary", (Points(tuple(_findings(results))),))
+    """The main findings, in a few lines; empty if there are none."""
+    findings = tuple(_findings(results))
+    return Section("summary", "Summary", (Points(findings),) if findings else ())
 
 
 def _findings(results: Results) -> Iterator[str]:

@@ -219,6 +219,16 @@ def test_a_part_of_the_results_is_enough(tmp_path: Path) -> None:
     assert not list(out.parent.glob("*.part"))
 
 
+def test_a_summary_needs_findings(tmp_path: Path) -> None:
+    document = bench_document()
+    for contender in document["contenders"]:
+        contender["verdict"] = dict.fromkeys(("ttft", "tpot"), "not told apart")
+    folder = write(tmp_path / "bench", document)
+    written = write_report([folder], tmp_path / "r.html", tmp_path / "png", lambda _: None)
+    page = Page(written[0].read_text(encoding="utf-8"))
+    assert "Summary" not in page.text and "Limitations" in page.text
+
+
 def test_a_map_for_each_policy_of_each_model(tmp_path: Path) -> None:
     bench, run = bench_document(), eval_document()
     other = {**bench["circumstances"], "model": "other/model", "model_fingerprint": "another"}
