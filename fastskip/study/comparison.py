@@ -122,8 +122,7 @@ def prompt_sizes(inputs: Mapping[str, Any], config: Any) -> tuple[int, int, int]
         inputs["input_ids"][0].cpu(), torch.tensor(image_token_ids(config), dtype=torch.int64)
     )
     n_image = int(is_image.sum())
-    n_text = len(is_image) - n_image
-    return n_image, n_text, min(int(is_image.int().argmax()), n_text)
+    return n_image, len(is_image) - n_image, int(is_image.int().argmax())
 
 
 def _measured(

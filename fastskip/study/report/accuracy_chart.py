@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from fastskip.intervals import Estimate
-from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture
+from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture, shortened
 from fastskip.study.report.labels import Label, place
 from fastskip.wording import Scale
 
@@ -146,7 +146,7 @@ def _points(axis: Any, points: Sequence[Point]) -> None:
 
 def _label(point: Point, is_named: bool) -> Label:
     return Label(
-        f"{point.number} {_short(point.name)}" if is_named else str(point.number),
+        f"{point.number} {shortened(point.name, 28)}" if is_named else str(point.number),
         point.cost,
         100 * point.score.mean,
         upright=(100 * point.score.low, 100 * point.score.high),
@@ -190,7 +190,3 @@ def _limit(axis: Any, points: Sequence[Point]) -> None:
     axis.set_ylim(low - margin, high + margin)
     top = 100 if high <= 100 else high + margin
     axis.set_yticks([tick for tick in axis.get_yticks() if low - margin <= tick <= top])
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 28 else name[:27] + "…"

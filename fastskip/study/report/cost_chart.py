@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastskip.study.report.bench_file import BenchResult, Contender, Timed
-from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture
+from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture, shortened
 
 PHASES = ("prefill", "decode")
 _COLOURS = {"prefill": Colour.BLUE, "decode": Colour.ORANGE}
@@ -36,7 +36,7 @@ def draw(timed: Sequence[tuple[Contender, Timed]], form: Form) -> Any:
         axes = figure.subplots(1, 2, sharey=True)
     for axis, phase in zip(axes, PHASES, strict=True):
         _bars(axis, phase, timed)
-        names = [_short(each.label, 16 if form.is_narrow else 26) for each, _ in timed]
+        names = [shortened(each.label, 16 if form.is_narrow else 26) for each, _ in timed]
         axis.set_yticks(range(lines), names, color=Colour.INK.value)
         axis.set_ylim(lines - 0.4, -0.6)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -80,7 +80,3 @@ def _bars(axis: Any, phase: str, timed: Sequence[tuple[Contender, Timed]]) -> No
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
-
-
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"

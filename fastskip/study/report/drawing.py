@@ -108,6 +108,11 @@ def settled(figure: Any) -> Any:
     return figure
 
 
+def shortened(name: str, most: int) -> str:
+    """A name cut to `most` characters, with an ellipsis if anything is cut."""
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
 def figure_of(width: float, height: float, **options: Any) -> Any:
     """An empty figure made without pyplot, which would keep it alive until closed."""
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from functools import cached_property
 from textwrap import fill
 from typing import Any
 
-from fastskip.study.report.drawing import HEAT, Colour, Form, Picture, figure_of, picture
+from fastskip.study.report.drawing import HEAT, Colour, Form, Picture, figure_of, picture, shortened
 from fastskip.study.report.search_file import Sensitivity
 
 _COLUMNS = 16
@@ -90,7 +90,7 @@ def draw(found: HeatMap, form: Form) -> Any:
     axis.set_ylim(down, 0)
     layers = _numbered(found.layers)
     axis.set_xticks([n + 0.5 for n in layers], layers)
-    names = [_short(kind) for kind in found.kinds]
+    names = [shortened(kind, 46) for kind in found.kinds]
     axis.set_yticks([n + 0.5 for n in range(down)], names, color=Colour.INK.value)
     axis.set_xlabel("layer")
     _legend(figure, found, form)
@@ -176,7 +176,3 @@ def _legend(figure: Any, found: HeatMap, form: Form) -> None:
         title_fontsize=form.font,
         fontsize=form.font - 0.5,
     )
-
-
-def _short(kind: str) -> str:
-    return kind if len(kind) <= 46 else kind[:45] + "…"

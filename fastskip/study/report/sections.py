@@ -118,8 +118,11 @@ def bench_section(results: Results) -> Section:
         blocks.append(Figure(cost_chart(f"bench{number}_cost", bench), caption))
         floors = floor_table(bench)
         blocks += [bench_table(bench), *([] if floors is None else [floors])]
-        blocks += [Points(tuple(f"{c.label}: left out ({c.left_out})" for c in bench.left_out))]
-    return Section("cost", "Cost against the floor", [b for b in blocks if b != Points(())])
+        if bench.left_out:
+            blocks.append(
+                Points(tuple(f"{c.label}: left out ({c.left_out})" for c in bench.left_out))
+            )
+    return Section("cost", "Cost against the floor", blocks)
 
 
 def maps_section(mapped: Sequence[Mapped]) -> Section:

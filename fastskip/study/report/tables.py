@@ -87,6 +87,8 @@ def bench_table(result: BenchResult) -> Table:
 
 def floor_table(result: BenchResult) -> Table | None:
     """Measured time, floor and share of ideal for both phases; `None` if no floor is known."""
+    if all(timed.floor_s is None for _, timed in result.timed):
+        return None
     rows = []
     for number, (contender, timed) in enumerate(result.timed, start=1):
         row = [Cell(str(number)), Cell(contender.label, _source(contender))]
@@ -94,8 +96,6 @@ def floor_table(result: BenchResult) -> Table | None:
             row += [time_cell(spread), _floor(timed.floor_s, phase, spread)]
             row.append(_ideal(timed.ideal_share, phase))
         rows.append(tuple(row))
-    if all(timed.floor_s is None for _, timed in result.timed):
-        return None
     head = [
         f"{phase}{what}" for phase in ("prefill", "step") for what in ("", ": floor", ": of ideal")
     ]
@@ -117,8 +117,8 @@ def search_table(result: SearchResult) -> Table:
         times = [_milliseconds(each.ttft_s), _milliseconds(each.tpot_s)]
         row = [Cell(str(number)), _name(each), _percent(each.cost), _percent(each.flops), *times]
         row.append(EMPTY if each.score is None else score_cell(each.score, result.scale))
-        has_change = each.change is not None and each.source != "dense"
-        row.append(change_cell(each.change) if has_change and each.change else EMPTY)
+        change = None if each.source == "dense" else each.change
+        row.append(EMPTY if change is None else change_cell(change))
         row.append(EMPTY if each.tokens is None else Cell(f"{each.tokens:.0%}"))
         found = each.calibration_kl
         row.append(EMPTY if found is None else Cell(f"{found:.2g}"))
@@ -184,11 +184,8 @@ def score_cell(score: Estimate, scale: Scale) -> Cell:
 def change_cell(change: Estimate) -> Cell:
     """A difference from dense with its interval and its verdict."""
     verdict, tone = verdict_of(change)
-    text, interval = (
-        f"{100 * change.mean:+.1f}",
-        f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
-    )
-    return Cell(text, interval, (verdict,), tone)
+    interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
+    return Cell(f"{100 * change.mean:+.1f}", interval, (verdict,), tone)
 
 
 def verdict_of(change: Estimate) -> tuple[str, Tone]:
