@@ -1,1 +1,1 @@
-"""Find and judge policies: everything here uses a prepared model through its public API."""
+"""Find and judge policies, using models through fastskip's public names only."""

@@ -135,7 +135,8 @@ def calibrate(
             threshold per rule, shared by all of its layers.
         new_tokens: how many tokens each sample generates; with 1 there are only prompt rows.
         sweeps: maximum number of passes over the samples.
-        tolerance: how far a share may be from the target; sweeps stop once all are within it.
+        tolerance: how far a share may be from the target to count as reached; sweeps stop early
+            once all are this close to the best possible.
         about: further entries for the policy's provenance, such as where the samples came from.
         on_sample: called after each sample of each sweep.
     Raises:

@@ -33,8 +33,8 @@ def items_fingerprint(items: Sequence[Item]) -> str:
     found = hashlib.sha256()
     for item in items:
         history = [(turn.question, turn.answer) for turn in item.history]
-        told = [item.question, item.references, item.kind, item.metric.value, history]
-        found.update(json.dumps([*told, len(item.images)]).encode())
+        content = [item.question, item.references, item.kind, item.metric.value, history]
+        found.update(json.dumps([*content, len(item.images)]).encode())
         for image in item.images:
             found.update(_bytes_of(image))
     return found.hexdigest()[:LENGTH]

@@ -35,8 +35,8 @@ class Source(StrEnum):
 class Models:
     """A checkpoint under our decoder and, optionally, under Hugging Face's.
 
-    Both share their parameters, so the second one takes no extra memory. Our decoder stores the q,
-    k, v weights (and gate and up) contiguously; Hugging Face's multiplies by slices of them.
+    Both share their parameters, so the second one takes no extra memory. Our decoder merges the q,
+    k, v weights (and gate and up) into one matrix; Hugging Face's multiplies by slices of it.
     """
 
     ours: Any

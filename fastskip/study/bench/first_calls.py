@@ -98,7 +98,7 @@ def agreements_of(
     own = found[DENSE]
     if dtype in _EXACT and own.equal < own.of:
         raise BenchError(
-            f"dense tokens: {own.equal} of {own.of} match Hugging Face's in {dtype}; allowed: all; "
-            "nothing was timed"
+            f"dense tokens: {own.equal} of {own.of} match Hugging Face's in {dtype}; allowed: all, "
+            "so nothing was timed"
         )
     return found

@@ -24,8 +24,8 @@ class Sample:
     """Times of one call, in seconds.
 
     `ttft`: from the call to the first token on the host, vision tower included. `prefill`: the part
-    of it from entering the decoder on; on a GPU, and for compiled Hugging Face, taken from a call
-    of its own. `tpot`: mean time per further token. `decode`: median time per further token.
+    of it from entering the decoder on, measured in a separate call on a GPU and for compiled
+    Hugging Face. `tpot`: mean time per further token. `decode`: median time per further token.
     `call`: the whole call.
     """
 

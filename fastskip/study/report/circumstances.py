@@ -48,8 +48,8 @@ def read_circumstances(document: Field) -> Circumstances:
     return Circumstances(found.object())
 
 
-def _lines(prefix: str, told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in told.items():
+def _lines(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
         label = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, Mapping):
             yield from _lines("" if name == "versions" else f"{name}: ", value)

@@ -37,8 +37,8 @@ class Field:
 
     def refuse(self, allowed: str, problem: str | None = None) -> NoReturn:
         """Raise a `ReportError` about the value."""
-        told = self.value if problem is None else Problem(problem)
-        raise ReportError(self.file, self.name, told, allowed)
+        shown = self.value if problem is None else Problem(problem)
+        raise ReportError(self.file, self.name, shown, allowed)
 
     def get(self, name: str) -> Field:
         """A required field of an object."""

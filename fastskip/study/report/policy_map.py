@@ -73,13 +73,13 @@ class PolicyMap:
     @property
     def text(self) -> str:
         """The map in words."""
-        told = []
+        parts = []
         for line in self.lines:
             cells = zip(self.classes, line.cells, strict=True)
             what = ", ".join(f"{name} rows: {cell}" for name, cell in cells)
-            told.append(f"layers {line.layers} ({line.arrangement}): {what}")
-        told += [removal.text for removal in self.removals]
-        return "; ".join(told)
+            parts.append(f"layers {line.layers} ({line.arrangement}): {what}")
+        parts += [removal.text for removal in self.removals]
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
