@@ -28,7 +28,7 @@ REFUSALS = (
     "past_key_values: ",
     "; needed: [",  # four-dimensional masks
     "position_ids: several sequences packed",
-    "with prompts padded on the right",
+    "with right-padded prompts",
     "is never called here; allowed: hooks on",
 )
 """Parts of the messages with which fastskip refuses what it does not support."""

@@ -158,7 +158,7 @@ def test_inputs_that_do_not_fit_a_cache(trio: Trio) -> None:
         case.model(input_ids=tokens[:2], **{CACHE_NAME: cache})
     hides = case.mask(1)
     hides[1, case.batch.columns - 1] = 0
-    with pytest.raises(ValueError, match="attention_mask: hides or shows columns"):
+    with pytest.raises(ValueError, match="attention_mask: changes which cached columns"):
         case.model(input_ids=tokens, attention_mask=hides, **{CACHE_NAME: cache})
     case.check(case.proceed(cache, tokens, TEXT), tokens, TEXT)
 

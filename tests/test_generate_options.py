@@ -227,7 +227,7 @@ def test_drafts_behind_pads_are_refused() -> None:
     assert torch.equal(found, model.generate(**before))
     behind = {"input_ids": ids, "attention_mask": (ids > 0).long(), **options}
     assert torch.equal(model.generate(**behind)[:, 6:], found[:, 6:])
-    with pytest.raises(ValueError, match="padded on the right"):
+    with pytest.raises(ValueError, match="right-padded prompts"):
         model.generate(**behind, prompt_lookup_num_tokens=2)
 
 

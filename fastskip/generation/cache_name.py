@@ -1,6 +1,6 @@
-"""The name of a cache in the installed transformers: as an input, and as a field of outputs.
+"""The name of the KV cache in the installed transformers, as an input and as an output field.
 
-It is ``past_key_values`` up to 5.23; from 5.24 on it is ``cache``, and the old name is deprecated.
+``past_key_values`` up to 5.23; ``cache`` from 5.24 on, where the old name is deprecated.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def takes_old_name(method: Method) -> Method:
-    """``method`` takes a cache by its old name too, with the warning of transformers' own methods.
+    """Lets ``method`` accept the cache under its old name too, with transformers' own warning.
 
-    It sees the current name alone.
+    ``method`` itself only sees the current name.
     """
     if _IS_OLD:
         return method

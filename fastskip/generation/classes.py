@@ -1,4 +1,4 @@
-"""The class of every column that enters a forward."""
+"""The token class of every column that enters a forward."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_e
 
 
 def given_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """``B, T`` of the ids or embeddings that a forward was given; ``None`` without either."""
+    """``B, T`` of the ids or embeddings passed to a forward; ``None`` without either."""
     present = inputs.get("input_ids")
     present = present if present is not None else inputs.get("inputs_embeds")
     return None if present is None else (present.shape[0], present.shape[1])
 
 
 def host_ids(inputs: Mapping[str, Any]) -> Tensor | None:
-    """``input_ids [B, T]`` on the host, where something is to fill placeholders among them."""
+    """``input_ids [B, T]`` on the host; ``None`` unless features come to fill placeholders."""
     ids = inputs.get("input_ids")
     return ids.cpu() if isinstance(ids, Tensor) and _has_features(inputs) else None
 
@@ -39,9 +39,9 @@ def classify(
 ) -> Tensor | None:
     """Codes ``[B, T]`` (host) of a forward's columns, pads not yet marked; ``None`` without any.
 
-    Image-filled positions are IMAGE; inside ``generate`` columns at or past ``prompt_columns`` are
-    GENERATED whatever their id; outside, rows with ``labels != -100`` are; all others are TEXT.
-    ``inputs["token_classes"]`` overrides.
+    Image-filled positions are IMAGE. Inside ``generate``, columns at or past ``prompt_columns`` are
+    GENERATED whatever their id; outside, rows with ``labels != -100`` are. All others are TEXT.
+    ``inputs["token_classes"]`` overrides this.
 
     Raises:
         TypeError: only embeddings are given, and the plan treats image and text rows differently.
@@ -58,8 +58,8 @@ def classify(
         codes = _given(given, plan.classes, batch, width, first_column, prompt_columns)
     elif ids is None and _tells_images_apart(plan) and not bool(generated.all()):
         raise TypeError(
-            "token_classes: needed with inputs_embeds, since the policy treats image and text "
-            f"rows differently; a tensor [{batch}, {width}] of {_named(plan.classes)}"
+            "token_classes: needed with inputs_embeds, because the policy treats image and text "
+            f"rows differently; pass a tensor [{batch}, {width}] of {_named(plan.classes)}"
         )
     else:
         codes = torch.full((batch, width), CODES[TokenClass.TEXT])
@@ -68,7 +68,7 @@ def classify(
             is_image = placeholders(config, ids.cpu())
         labels = inputs.get("labels")
         if labels is not None and prompt_columns is None:
-            last = codes[:, -labels.shape[1] :]  # a view: there may be labels of these alone
+            last = codes[:, -labels.shape[1] :]  # a view; labels may cover only the last columns
             last[labels.cpu() != -100] = CODES[TokenClass.GENERATED]
         codes[is_image] = CODES[TokenClass.IMAGE]
     codes[generated] = CODES[TokenClass.GENERATED]
@@ -76,15 +76,14 @@ def classify(
 
 
 def _has_features(inputs: Mapping[str, Any]) -> bool:
-    """Whether something fills the placeholders; ``generate`` passes a dictionary on, which may be
-    empty."""
+    """Whether anything fills the placeholders; ``generate`` may pass an empty dictionary."""
     given = [inputs.get(name) for name in _FEATURES]
     parts = (list(each.values()) if isinstance(each, dict) else [each] for each in given)
     return any(part is not None for each in parts for part in each)
 
 
 def _tells_images_apart(plan: SkipPlan) -> bool:
-    """Whether image and text rows are in different groups."""
+    """Whether the plan puts image and text rows in different groups."""
     both = {TokenClass.IMAGE, TokenClass.TEXT}
     return both <= set(plan.classes) and not any(both <= group for group in plan.groups)
 
@@ -114,7 +113,7 @@ def _given(
         raise ValueError(f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]")
     if not bool(torch.isin(codes, torch.tensor(list(allowed.values()))).all()):
         raise ValueError(
-            f"token_classes: {sorted(set(codes.flatten().tolist()))}; codes: {allowed}"
+            f"token_classes: {sorted(set(codes.flatten().tolist()))}; allowed: {allowed}"
         )
     if prompt_columns is None:
         if codes.shape[1] != width:
@@ -122,11 +121,11 @@ def _given(
                 f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]"
             )
         return codes.clone()
-    # Inside generate they describe the prompt; columns past it are generated.
+    # Inside generate they describe the prompt; later columns are GENERATED.
     if codes.shape[1] != prompt_columns:
         raise ValueError(
             f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {prompt_columns}], one "
-            "for each column of the prompt, with what a cache holds of it"
+            "per prompt column, including those already in the cache"
         )
     text = torch.full((batch, width), CODES[TokenClass.TEXT])
     known = codes[:, first_column : first_column + width]

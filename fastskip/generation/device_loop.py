@@ -1,8 +1,8 @@
-"""Decoding on the device executor: Hugging Face's contract, the host a little behind the device.
+"""Decoding on the device executor: Hugging Face's contract, with the host reading tokens late.
 
-With greedy decoding that only stops at lengths and stop tokens the device needs no answer from the
-host, so the host launches ahead and reads tokens when they have arrived; streamers get them in
-order. What was computed past the end is dropped. Other decoding takes the logits of each step.
+Greedy decoding that stops only at a length or at stop tokens needs no answer from the host, so the
+host launches steps ahead and reads tokens as they arrive; streamers get them in order. Whatever was
+computed past the end is dropped. Other decoding reads the logits of each step.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from fastskip.ops.allocate import to_device
 from fastskip.policy import Sublayer
 from fastskip.routing import Decisions, RoutingRecord
 
-# Steps launched before the host looks at the tokens of the first of them.
+# Steps launched before the host reads the tokens of the first of them.
 AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class GreedyEnd:
-    """When a greedy decoding ends: ``columns`` in all, or a stop token in every sequence."""
+    """When greedy decoding ends: at ``columns`` in all, or with a stop token in every sequence."""
 
     columns: int
     stops: tuple[int, ...]
 
     @classmethod
     def of(cls, criteria: Any, known: tuple[Tensor | None, list[int]]) -> GreedyEnd | None:
-        """The end that the criteria describe; ``None`` if they ask for more than that.
+        """The end that the criteria describe; ``None`` if they involve anything else.
 
-        ``known``: stop tokens of a criterion, for which the device is then not waited.
+        ``known``: the stop tokens of a criterion and their host values, which saves a host sync.
         """
         tokens, ids = known
         lengths = [one.max_length for one in criteria if type(one) is MaxLengthCriteria]
@@ -50,7 +50,7 @@ class GreedyEnd:
 
 
 class StepLogits:
-    """Tokens ``[B]`` in, logits ``[B, V]`` fp32 of the following ones out."""
+    """Decode steps: tokens ``[B]`` in, fp32 logits ``[B, V]`` of the next ones out."""
 
     def __init__(self, model: Any, runtime: Runtime, cache: PagedCache) -> None:
         self._model, self._runtime, self._cache = model, runtime, cache
@@ -78,15 +78,15 @@ class StepLogits:
         answers.note()
         answers.commit(1)
         assert step.logits is not None
-        # A copy, since the next step writes to the same memory.
+        # A copy, since the next step overwrites this memory.
         return step.logits[:batch].to(torch.float32, copy=True)
 
 
-class _Mail:
+class _Transfer:
     """Tokens and flags of one step on their way to the host."""
 
     def __init__(self, tokens: Tensor, unfinished: Tensor) -> None:
-        # Copies, since the next step writes to the same memory.
+        # Copies, since the next step overwrites this memory.
         self._parts = [
             part.to("cpu", non_blocking=True, copy=True) for part in (tokens, unfinished)
         ]
@@ -95,8 +95,8 @@ class _Mail:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def open(self) -> tuple[Tensor, bool]:
-        """Waits for the step: its tokens ``[B]``, and whether any sequence goes on."""
+    def wait(self) -> tuple[Tensor, bool]:
+        """Waits for the step; returns its tokens ``[B]`` and whether any sequence continues."""
         if self._event is not None:
             self._event.synchronize()
         tokens, unfinished = self._parts
@@ -104,10 +104,11 @@ class _Mail:
 
 
 class Answers:
-    """What routers decided in steps, until the steps count: in a cache, and for a record.
+    """Router decisions of launched steps, held until the steps are committed: to the cache, and to
+    a record.
 
-    Flags are copied on the device step by step, since the next step writes to the same memory, and
-    only where somebody needs them.
+    Flags are copied on the device after each step, since the next one overwrites them, and only if
+    something needs them.
     """
 
     def __init__(self, record: RoutingRecord | None, step: DeviceStep, cache: PagedCache) -> None:
@@ -117,7 +118,7 @@ class Answers:
         self._answers: list[dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]] = []
 
     def note(self) -> None:
-        """A step was launched."""
+        """Notes the step just launched."""
         held = self._state.held(self._batch)
         if held is not None:
             self._held.append(held)
@@ -125,11 +126,11 @@ class Answers:
             return
         if self._state.routes is not None:
             self._answers.append(self._state.routes.answers())
-        elif self._state.plan.removals:  # whose steps send nobody away
+        elif self._state.plan.removals:  # decode steps remove no rows
             self._answers.append({})
 
     def commit(self, steps: int) -> None:
-        """The first ``steps`` of them count."""
+        """Commits the first ``steps`` of them."""
         cache, batch = self._cache, self._batch
         held = torch.stack(self._held[:steps], dim=-1).bool() if self._held and steps else None
         first = cache.columns
@@ -158,9 +159,9 @@ def decode_greedily(
     pad: int,
     streamer: Any,
 ) -> Tensor:
-    """All tokens ``[B, T + n]`` from ``input_ids [B, T]`` and the prompt's last ``logits [B, V]``.
+    """All tokens ``[B, T + n]``; ``input_ids [B, T]``, and ``logits [B, V]`` of the prompt's end.
 
-    The cache then holds every token but the last, as after Hugging Face's loop.
+    Afterwards the cache holds every token but the last, as after Hugging Face's loop.
 
     Raises:
         ValueError: the model has no position for the next token.
@@ -168,7 +169,7 @@ def decode_greedily(
     batch, most = input_ids.shape[0], end.columns - input_ids.shape[1]
     first = torch.argmax(logits, dim=-1)
     stops = to_device(torch.tensor(end.stops, dtype=first.dtype), first.device)
-    mail = _Mail(first, ~torch.isin(first, stops))
+    transfer = _Transfer(first, ~torch.isin(first, stops))
     find = partial(
         runtime.steps.find,
         model,
@@ -179,14 +180,14 @@ def decode_greedily(
         pad=pad,
         chooses=True,
     )
-    # While the prompt runs; but nobody waits for the first token until a step is captured.
+    # Overlaps with prefill. A missing step is captured later, so as not to delay the first token.
     step = find() if most > 1 else None
     if step is not None:
         step.state.load(cache, first, end.stops)
-    tokens, goes_on = mail.open()
+    tokens, continues = transfer.wait()
     if streamer is not None:
         streamer.put(tokens)
-    if not goes_on or most <= 1:
+    if not continues or most <= 1:
         return torch.cat((input_ids, first[:, None]), dim=1)
     if step is None:
         step = find(makes=True)
@@ -195,25 +196,25 @@ def decode_greedily(
     choice = step.state.choice
     steps = min(most - 1, runtime.decoder.room(cache))
     answers = Answers(runtime.decoder.record, step, cache)
-    mails: deque[_Mail] = deque()
+    transfers: deque[_Transfer] = deque()
     launched = arrived = 0
     try:
-        while arrived < steps and goes_on:
-            if launched < steps and len(mails) < AHEAD:
+        while arrived < steps and continues:
+            if launched < steps and len(transfers) < AHEAD:
                 if cache.make_room_for_steps(launched, 1):
                     step.state.load_pages(cache)
                 step.run()
                 answers.note()
                 launched += 1
-                mails.append(_Mail(choice.tokens[:batch], choice.unfinished[:batch]))
+                transfers.append(_Transfer(choice.tokens[:batch], choice.unfinished[:batch]))
                 continue
-            tokens, goes_on = mails.popleft().open()
+            tokens, continues = transfers.popleft().wait()
             arrived += 1
             if streamer is not None:
                 streamer.put(tokens)
     finally:  # a streamer may raise, as in Hugging Face's loop
         answers.commit(arrived)
-    if goes_on and arrived < most - 1:
+    if continues and arrived < most - 1:
         runtime.decoder.check_places(cache.next_places(), cache.columns + 1)
     chosen = choice.history[:arrived, :batch].T
     return torch.cat((input_ids, first[:, None], chosen), dim=1)

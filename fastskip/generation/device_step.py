@@ -1,4 +1,4 @@
-"""The decode step of the device executor: one replay a token, no answer awaited."""
+"""The decode step of the device executor: one graph replay per token, without a host sync."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from fastskip.ops.ranges import are_on, span
 
 # Graphs kept; each holds the activations of one step.
 KEPT = 8
-# Slots of the smallest step: it serves every call of up to so many columns.
+# Slots of the smallest step, which serves every call of up to this many columns.
 SLOTS = 1024
 
 
 class DeviceStep:
-    """Embeds one token a sequence, runs the decoder, applies the head, and maybe chooses.
+    """Embeds one token per sequence, runs the decoder, applies the head, and may pick the token.
 
-    Everything lies at fixed addresses, so on CUDA it is one graph.
+    Everything lies at fixed addresses, so on CUDA the step is one graph.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class DeviceStep:
         overlap: Overlap = Overlap.NONE,
         halves: bool = False,
     ) -> None:
-        """``chooses``: the greedy token is taken on the device; else logits are left to read.
-        ``guarding``: how it passes by what no row runs; by ``bodies``, if not by early exits.
-        ``overlap``: how its launches do, unless it goes by conditional nodes. ``halves``: updates
-        leave half of the norm that follows them."""
+        """``chooses``: the device picks the greedy token; else the step leaves logits to read.
+        ``guarding``: how it bypasses what no row runs; needs ``bodies`` unless by early exits.
+        ``overlap``: how its launches overlap; ignored with conditional nodes. ``halves``: residual
+        updates also compute half of the norm that follows them."""
         self._decoder, self._chooses, self._halves = decoder, chooses, halves
         self._blocks: Sequence[FusedBlock] = decoder.blocks
         if guarding is Guarding.CONDITIONAL and bodies is not None:
@@ -73,8 +73,8 @@ class DeviceStep:
         has_nodes = self._blocks is not decoder.blocks or self._hopping is not None
         self._overlap = Overlap.NONE if has_nodes else overlap
         self.logits: Tensor | None = None
-        # A graph would replay what hooks and adapters did once, whatever they would do now.
-        # The torch form reads counts on the host.
+        # A graph would replay what hooks and adapters did at capture, not what they do now.
+        # The torch implementation reads counts on the host.
         is_plain = (
             all(map(_is_known, _modules_of(model)))
             and decoder.positions.is_plain
@@ -85,15 +85,15 @@ class DeviceStep:
             self._replay = capture(self._step, anchor.device, pool)
 
     def run(self) -> None:
-        """One token further; returns before the device has done it."""
+        """Advances by one token; returns before the device is done."""
         if not are_on():
             (self._replay or self._step)()
             return
         before = self.logits
-        with span("decode step"):  # a graph's nodes have no names
+        with span("decode step"):  # graph nodes carry no names
             self._step()
         if before is not None and self.logits is not None:
-            self.logits = before.copy_(self.logits)  # where a later replay leaves its own
+            self.logits = before.copy_(self.logits)  # where replays leave theirs
 
     def _step(self) -> None:
         with overlapping(self._overlap):
@@ -124,7 +124,7 @@ class DeviceStep:
             ops.advance(state.choice)
 
     def _embed(self) -> None:
-        """The tokens to feed, as rows of the residual stream."""
+        """Embeds the tokens to feed into the residual stream."""
         h, choice, positions = self.state.h, self.state.choice, self._decoder.positions
         if is_plain(self._embedding, nn.Embedding) and positions.is_plain:
             table, places = self._embedding.weight.detach(), positions.table
@@ -136,12 +136,12 @@ class DeviceStep:
 
 
 class DeviceSteps:
-    """The steps of one model that are ready to run; the least recently used one goes first.
+    """The steps of one model that are ready to run; the least recently used is evicted first.
 
-    ``guarding`` may be set at any time: how steps pass by what routers let every row skip. So may
-    ``overlap``: how launches of a step overlap where the device can, but for steps with
-    conditional nodes, where they do not; and ``halves``: whether the update of a sublayer also
-    takes half of the norm that is next, which no product then has to take on its way.
+    Three settings may change at any time. ``guarding``: how steps bypass what routers let every row
+    skip. ``overlap``: how a step's launches overlap where the device can, except in steps with
+    conditional nodes. ``halves``: whether a residual update also computes half of the next norm,
+    which the next GEMM then need not compute itself.
     """
 
     def __init__(self) -> None:
@@ -153,9 +153,9 @@ class DeviceSteps:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Within this block steps belong to one ``generate``; at the end they let go of its cache.
+        """Within this block steps belong to one ``generate``; at its end they release the cache.
 
-        A call inside a call (by a streamer, say) gets steps of its own.
+        A nested call (from a streamer, say) gets its own steps.
         """
         self._depth += 1
         try:
@@ -168,7 +168,7 @@ class DeviceSteps:
             self._depth -= 1
 
     def take(self, *asked: Any, **options: Any) -> DeviceStep:
-        """``find``, or else made."""
+        """As ``find``; makes the step if it is missing."""
         found = self.find(*asked, **options, makes=True)
         assert found is not None
         return found
@@ -186,15 +186,15 @@ class DeviceSteps:
         makes: bool = False,
     ) -> DeviceStep | None:
         """The step for the cache's batch and up to ``columns`` columns in all, if there is one;
-        ``makes``: or else it is made.
+        ``makes``: makes it if it is missing.
 
         Batch and columns are rounded up, so that a few steps serve all calls.
         """
-        # All that a graph has baked in.
+        # Everything that a graph bakes in.
         around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
         version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
         self._steps.renew(version)
-        # Rounded up far, since every size is a capture of its own.
+        # Rounded up generously, since every size needs its own capture.
         slots = max(SLOTS, power_of_two(columns))
         shape = StepShape(
             batch=bucket(cache.codes.shape[0]),
@@ -202,7 +202,7 @@ class DeviceSteps:
             stops=bucket(stops) if stops else 0,
             pad=pad,
         )
-        # Positions that a caller gave may run ahead of columns.
+        # Positions given by a caller may run ahead of columns.
         ahead = max(0, int(cache.next_places().max()) - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
@@ -241,7 +241,7 @@ class DeviceSteps:
 
 
 def bucket(count: int) -> int:
-    """The power of two that holds ``count``; above 64 the multiple of 64."""
+    """``count`` rounded up to a power of two; above 64, to a multiple of 64."""
     return power_of_two(count) if count <= 64 else -(-count // 64) * 64
 
 
@@ -255,18 +255,18 @@ def _modules_of(model: Any) -> tuple[Any, Any, Any]:
 
 
 def _is_known(module: Any) -> bool:
-    """Whether calling the module is a fused operation on its weights, and nothing else."""
+    """Whether the module does nothing but a fused operation on its weights."""
     is_linear = is_plain(module, nn.Embedding) or is_plain(module, nn.Linear)
     return is_linear or _norm_of(module) is not None
 
 
 def _norm_of(module: Any) -> Norm | None:
-    """The final norm as the fused operations read it, or ``None`` if it is something else."""
+    """The final norm as the fused operations read it; ``None`` if it is anything else."""
     return None if has_hooks(module) else norm_of(module)
 
 
 def _facts_of(module: Any) -> tuple[object, ...]:
-    """Where its weights lie, and a norm's number."""
+    """The addresses of its weights, and a norm's epsilon."""
     bias = getattr(module, "bias", None)
     numbers = (getattr(module, name, None) for name in NORM_NUMBERS)
     return module.weight.data_ptr(), None if bias is None else bias.data_ptr(), *numbers

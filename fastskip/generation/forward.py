@@ -32,10 +32,10 @@ def decode_columns(
 ) -> BaseModelOutputWithPast:
     """Runs the decoder on embedded columns ``h [B, T, D]``; ``inputs`` as Hugging Face names them.
 
-    Raises ``UnsupportedModelError`` in a mode that would run wrongly.
+    Raises ``UnsupportedModelError`` in a mode that would give wrong results.
 
-    Returns ``last_hidden_state [B, T, D]``, or ``[B, k, D]`` if the outer model said in
-    ``kept_columns [B, k]`` which logits it reads; rows of pads are unspecified.
+    Returns ``last_hidden_state [B, T, D]``, or ``[B, k, D]`` if the outer model names the columns
+    whose logits it reads in ``kept_columns [B, k]``; rows of pads are unspecified.
     """
     batch, width = h.shape[:2]
     check_mode(text_model)
@@ -51,12 +51,12 @@ def decode_columns(
     in_text, axes = split_axes(runtime, inputs.get("position_ids"), cache, real)
     positions = positions_of(runtime, in_text, cache, real)
     axes = axes_of(runtime, axes, positions, cache, real)
-    asked = _asked(text_model, inputs, "output_hidden_states")
+    asked = _output_flag(text_model, inputs, "output_hidden_states")
     wants_hidden, depth = bool(asked), runtime.plan.shape.depth
     shown = _shown(asked, depth + 1)
     layout = runtime.decoder.lay_out(codes, positions, cache, axes)
     maps = None
-    if _asked(text_model, inputs, "output_attentions"):
+    if _output_flag(text_model, inputs, "output_attentions"):
         check_maps(cache)
         maps = AttentionMaps(layout, depth, runtime.plan.shape.num_heads)
     every_row = wants_hidden or maps is not None
@@ -95,15 +95,15 @@ def decode_columns(
     )
 
 
-def _asked(text_model: Any, inputs: dict[str, Any], name: str) -> Any:
-    """An output that the call asks for, or the config of all calls."""
+def _output_flag(text_model: Any, inputs: dict[str, Any], name: str) -> Any:
+    """An ``output_*`` option, as passed to this call or else as set in the config."""
     found = inputs.get(name)
     return getattr(text_model.config, name, False) if found is None else found
 
 
 def _shown(asked: bool | int | Sequence[int], count: int) -> frozenset[int]:
-    """Which of ``count`` hidden states are asked for: all, none, or (transformers 5.24) some, by
-    index; negative ones count from the end, others out of range say nothing."""
+    """Which of ``count`` hidden states to return: all, none, or (transformers 5.24) some, by index;
+    negative indices count from the end, others out of range are ignored."""
     if isinstance(asked, bool):
         return frozenset(range(count) if asked else ())
     chosen = [asked] if isinstance(asked, int) else asked
@@ -114,8 +114,8 @@ def _shown(asked: bool | int | Sequence[int], count: int) -> frozenset[int]:
 class _Kept:
     """The columns whose logits are read.
 
-    ``columns [B, k]``; ``is_real [B, k]``: which of them are no pads; ``rows``: flat indices into
-    ``B * T`` of the real ones, or ``None`` if every row goes on to the end all the same.
+    ``columns [B, k]``; ``is_real [B, k]``: which of them are not pads; ``rows``: flat indices into
+    ``B * T`` of the real ones, or ``None`` if every row continues to the end anyway.
     """
 
     columns: Tensor

@@ -1,9 +1,9 @@
 """Greedy decoding and sampling: Hugging Face's contract, our decoder without its overhead.
 
-A step embeds one token a sequence, runs the decoder on the GENERATED rows and applies the head;
+A step embeds one token per sequence, runs the decoder on the GENERATED rows and applies the head;
 logits processors, stopping criteria, scores and streamers see exactly what Hugging Face's own loop
-would show them. Where calling the model does more than its class does (hooks, another ``forward``)
-a step is a call of the model. Beams and assisted decoding run in Hugging Face's loops on the
+would show them. If calling the model does more than its class does (hooks, a replaced ``forward``),
+each step calls the model. Beam search and assisted decoding run in Hugging Face's loops on the
 prepared forward.
 """
 
@@ -42,8 +42,8 @@ def sample(
 ) -> Any:
     """``GenerationMixin._sample`` for a prepared model.
 
-    ``stock`` (Hugging Face's loop, on the prepared forward) runs what needs a full forward a step:
-    no cache, hidden states, several processes in step.
+    ``stock`` (Hugging Face's loop on the prepared forward) runs whatever needs a full forward per
+    step: no cache, hidden states or attention maps, several processes in lockstep.
     """
     wants_outputs = generation_config.output_hidden_states or generation_config.output_attentions
     if not model_kwargs.get("use_cache") or wants_outputs or synced_gpus:
@@ -63,15 +63,15 @@ def sample(
     scores: list[Tensor] | None = [] if keeps and config.output_scores else None
     raw: list[Tensor] | None = [] if keeps and config.output_logits else None
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-    # Now, since behind the prompt they would wait for that.
+    # Before the prefill: reading them afterwards would wait for it.
     end, pad_id = GreedyEnd.of(stopping_criteria, _stops_of(config)), _pad_of(config)
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
     )
     cache: SkipCache = outputs[CACHE_NAME]
-    # A copy in fp32, as in Hugging Face: processors may write to it.
+    # An fp32 copy, as in Hugging Face: processors may write to it.
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-    # Ids may lie on the host.
+    # Ids may be on the host.
     place, home = logits.device, input_ids.device
     called = _CalledSteps(model, outputs, model_kwargs) if _does_more(model) else None
     del outputs
@@ -113,7 +113,7 @@ def sample(
             logits = called(input_ids).to(home, torch.float32)
             continue
         with on_host():
-            if step is None:  # now, since the first token needs none
+            if step is None:  # only now: the first token needs none
                 kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
                 step = kind(model, runtime, cache)
             logits = step(tokens.to(place)).to(home, torch.float32)
@@ -130,7 +130,7 @@ def sample(
 
 
 def _does_more(model: Any) -> bool:
-    """Whether a call of the model, or of a model inside it, does more than its class does."""
+    """Whether calling the model, or a model inside it, does more than its class does."""
     parts = [model, model.get_decoder(), text_model_of(model)]
     if model.config.model_type in MULTIMODAL:
         parts.append(model.model)
@@ -139,14 +139,14 @@ def _does_more(model: Any) -> bool:
 
 
 class _CalledSteps:
-    """Steps as Hugging Face's loop makes them: calls of the model with all that it is told."""
+    """Steps as Hugging Face's loop runs them: calls of the model with all its keyword arguments."""
 
     def __init__(self, model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> None:
         self._model, self._kwargs = model, model_kwargs
         self._note(outputs)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """All tokens so far ``[B, T]`` -> logits ``[B, V]`` of the following ones."""
+        """All tokens so far ``[B, T]`` -> logits ``[B, V]`` of the next ones."""
         inputs = self._model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=1, **self._kwargs
         )
@@ -160,7 +160,7 @@ class _CalledSteps:
 
 
 def _stops_of(config: Any) -> tuple[Tensor | None, list[int]]:
-    """The stop tokens as criteria have them, and what they are."""
+    """The stop tokens as the criteria's tensor, and as host values."""
     ids = config.eos_token_id
     ids = ids.tolist() if isinstance(ids, Tensor) else ids
     if ids is None:
@@ -169,15 +169,15 @@ def _stops_of(config: Any) -> tuple[Tensor | None, list[int]]:
 
 
 def _pad_of(config: Any) -> int:
-    """What finished sequences are filled up with."""
+    """The token that pads finished sequences."""
     if config._pad_token_tensor is None:
         return 0
-    # As Hugging Face chooses it, without looking at its tensor.
+    # Hugging Face's choice, without a host sync to read its tensor.
     return int(_stops_of(config)[1][0] if config.pad_token_id is None else config.pad_token_id)
 
 
 def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """The head; without hooks and the like, as the implementation's own product."""
+    """The head; a plain linear one runs as the implementation's own linear."""
     head = model.get_output_embeddings()
     if not is_plain(head, nn.Linear):
         return head  # type: ignore[no-any-return]
@@ -186,7 +186,7 @@ def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
 
 
 class _DecodeStep:
-    """Tokens ``[B]`` in, logits ``[B, V]`` of the following ones out."""
+    """Decode steps: tokens ``[B]`` in, logits ``[B, V]`` of the next ones out."""
 
     def __init__(self, model: Any, runtime: Runtime, cache: SkipCache) -> None:
         self._embed = model.get_input_embeddings()

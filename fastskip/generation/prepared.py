@@ -1,11 +1,11 @@
 """The classes of a prepared model: the checkpoint's own, with our decoder inside.
 
-A prepared model's class is a subclass made from the checkpoint's class, with its name. It differs
-in few places: the text model's ``forward`` runs our decoder; the outer ``forward`` tells it the
-class of each column and which logits are read; ``generate`` runs our loop for greedy decoding and
-sampling; on a GPU the vision tower runs as a graph, and where its features go is worked out
-meanwhile. This file and ``loop.py`` are the only ones that touch private Hugging Face names
-(``_sample``, ``_prefill``, ``_prepare_cache_for_generation``).
+A prepared model's class is a subclass of the checkpoint's class, with the same name. It differs in
+few places: the text model's ``forward`` runs our decoder; the outer ``forward`` passes on the class
+of each column and which logits are read; ``generate`` runs our loop for greedy decoding and
+sampling; on a GPU the vision tower runs as a CUDA graph, while the host works out where its
+features go. This file and ``loop.py`` are the only ones that touch private Hugging Face names
+(``_sample``, ``_prefill``, ``_prepare_cache_for_generation`` and the like).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _adopt_tower(model: Any, runtime: Runtime) -> None:
 
 
 def _follow(model: Any, runtime: Runtime) -> None:
-    """What a model does that may have been moved to another device."""
+    """Follows a model that may have been moved to another device."""
     before = runtime.decoder
     runtime.follow(text_model_of(model))
     if runtime.decoder is not before:
@@ -76,13 +76,13 @@ def _follow(model: Any, runtime: Runtime) -> None:
 
 
 def _lens_of(model: Any) -> Lens:
-    """Final norm (if asked for) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
-    held = weakref.ref(model)  # which holds what keeps this
+    """Final norm (on request) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
+    held = weakref.ref(model)  # weak: the model holds this function
 
     def logits_of(rows: Tensor, normed: bool) -> Tensor:
         model = held()
         if model is None:
-            raise RouterError("head: gone with the model around it; needed: the whole model, kept")
+            raise RouterError("head: the model around it was freed; keep the whole model")
         rows = final_norm_of(text_model_of(model))(rows) if normed else rows
         logits: Tensor = model.get_output_embeddings()(rows)
         return logits
@@ -135,12 +135,12 @@ def _restore(base: type, mixin: Any) -> Any:
 class _Prepared:
     """What the prepared classes share.
 
-    Before ``prepare`` has set the runtime (an instance made from the class itself) they behave as
+    Until ``prepare`` sets the runtime (in an instance made from the class itself) they behave like
     their base.
     """
 
     extra_inputs: tuple[str, ...] = ("token_classes",)
-    """What ``forward`` takes besides what the base takes."""
+    """Inputs that ``forward`` takes beyond those of the base."""
     _fastskip: Runtime | None = None
     _fastskip_origin: tuple[type, type]
 
@@ -161,7 +161,7 @@ class PreparedDecoder(_Prepared):
         if (ids is None) == (embeddings is None):
             raise ValueError("specify exactly one of input_ids and inputs_embeds")
         if inputs.get("is_causal") is False:
-            raise ValueError("is_causal: False; allowed: True, rows see no later ones")
+            raise ValueError("is_causal: False; allowed: True (rows never attend to later ones)")
         h = self.embed_tokens(ids) if embeddings is None else embeddings
         if not h.shape[1]:
             raise ValueError("input_ids: no columns; allowed: one or more")
@@ -174,7 +174,7 @@ class PreparedDecoder(_Prepared):
 
 
 class PreparedBackbone(_Prepared):
-    """The multimodal model without head: classifies columns if the outer model has not."""
+    """The multimodal model without head: classifies columns unless the outer model has."""
 
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         if inputs.get("token_classes") is None:
@@ -190,10 +190,10 @@ class PreparedBackbone(_Prepared):
     def get_placeholder_mask(
         self: Any, input_ids: Any, inputs_embeds: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Hugging Face's, worked out on the host.
+        """Hugging Face's mask, computed on the host.
 
-        It compares numbers of placeholders and features, for which the host would wait until the
-        vision tower is done, instead of working out meanwhile where rows lie.
+        Hugging Face compares the numbers of placeholders and features; on the device, that makes
+        the host wait for the vision tower, when it could be laying out rows.
         """
         find = self._fastskip_origin[0].get_placeholder_mask
         known = None if self._fastskip is None else self._runtime.ids
@@ -208,19 +208,19 @@ class PreparedBackbone(_Prepared):
 
 
 _FOR_DECODER = ("token_classes", "kept_columns", "cache_is_given", "placeholders")
-"""What is said to the decoder alone; transformers from 5.24 on hands it to the tower as well."""
+"""Inputs for the decoder alone; transformers from 5.24 on passes them to the tower as well."""
 
 
 def _mask_on(device: torch.device, mask: Tensor) -> Tensor:
-    """A mask of columns, ``[B, T]`` or ``[B, T, D]`` with equal elements, on a device, which is not
-    waited for."""
+    """A mask of columns, ``[B, T]`` or ``[B, T, D]`` (constant along ``D``), on a device, without a
+    host sync."""
     columns = mask if mask.ndim < 3 else mask[..., :1]
     return to_device(columns.contiguous(), device).expand(mask.shape)
 
 
 def _recall_deltas(backbone: Any, inputs: dict[str, Any], ids: Any = None) -> None:
-    """Makes Hugging Face count text behind a cache from that cache's last row: its models remember
-    only where the prompt ended that they saw last, which may be another conversation's."""
+    """Makes Hugging Face count text that follows a cache from the cache's last row: its models only
+    remember the end of the last prompt they saw, which may belong to another conversation."""
     cache = inputs.get(CACHE_NAME)
     deltas = cache.rope_deltas() if isinstance(cache, SkipCache) else None
     if deltas is not None:
@@ -229,7 +229,7 @@ def _recall_deltas(backbone: Any, inputs: dict[str, Any], ids: Any = None) -> No
 
 
 class PreparedTower(_Prepared):
-    """The vision tower: Hugging Face's forward, inside ``generate`` perhaps as a graph."""
+    """The vision tower: Hugging Face's forward, possibly as a CUDA graph inside ``generate``."""
 
     extra_inputs = ()
 
@@ -255,7 +255,7 @@ class PreparedModel(_Prepared):
                 given, ids = inputs.get("input_ids"), host_ids(inputs)
                 known = inputs if ids is None else {**inputs, "input_ids": ids}
                 inputs["token_classes"] = classes_of(self.config, runtime, known)
-                # Read on the host: now, since later that would wait for the vision tower.
+                # The host reads these: now, since later it would wait for the vision tower.
                 for name in ("attention_mask", "position_ids"):
                     if isinstance(inputs.get(name), Tensor):
                         inputs[name] = inputs[name].cpu()
@@ -272,7 +272,7 @@ class PreparedModel(_Prepared):
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
             return base.generate(self, inputs, *args, **kwargs)
-        kwargs.pop("logits_to_keep", None)  # of all of them only the last is read
+        kwargs.pop("logits_to_keep", None)  # generate reads the last column only
         _follow(self, self._runtime)
         if CACHE_NAME in kwargs and self.config.model_type in MULTIMODAL:
             _recall_deltas(self.model, kwargs, inputs)
@@ -282,7 +282,7 @@ class PreparedModel(_Prepared):
                 return base.generate(self, inputs, *args, **kwargs)
             except torch.OutOfMemoryError as error:
                 error.add_note(
-                    "generate: what takes memory is the batch size, the prompt, max_new_tokens and "
+                    "generate: memory grows with the batch size, the prompt, max_new_tokens and "
                     "num_beams; lower one of them"
                 )
                 raise
@@ -294,8 +294,8 @@ class PreparedModel(_Prepared):
         model_input_name: str | None,
         generation_config: Any,
     ) -> Any:
-        """From transformers 5.24 on images are encoded ahead of the first forward, which would then
-        wait for them to read its prompt. So it encodes them itself, if it is the only one."""
+        """From 5.24 on, transformers encodes images before the first forward, which must then wait
+        for them to read its prompt. So a forward that is their only user encodes them itself."""
         config = generation_config
         copies = max(config.num_beams, config.num_return_sequences)
         is_one = copies == 1 and config.use_cache and config.prefill_chunk_size is None
@@ -324,7 +324,7 @@ class PreparedModel(_Prepared):
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: {generation_config.cache_implementation!r}; allowed: None "
-                "(a prepared model brings a compact cache of its own)"
+                "(a prepared model uses its own compact cache)"
             )
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
             check_chunks(runtime, generation_config, model_kwargs.get("attention_mask"))
@@ -335,7 +335,7 @@ class PreparedModel(_Prepared):
                 return
             check_parts(self, runtime)
             if "forward" in vars(self):
-                return  # a wrapper may say how to compute: the first forward makes the cache
+                return  # a wrapper may change how to compute: the first forward makes the cache
             runtime.decoder.attach(text_model_of(self))
             with on_host():
                 runtime.decoder.refresh(wants_gradient=False)
@@ -343,11 +343,11 @@ class PreparedModel(_Prepared):
                 cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
         else:
             runtime.check_cache(cache)
-            # Hugging Face asks this of caches that users hand in.
+            # Hugging Face reads this flag on caches that users pass in.
             cache._is_user_defined = True
         check_drafts(generation_mode, cache, model_kwargs.get("attention_mask"))
         cache.reserve = max_cache_length
-        # An assistant is called once a draft, on one cache: its prompt stays the first one.
+        # An assistant is called once per draft, on one cache: its prompt stays the first one.
         if not (generation_config.is_assistant and cache.columns):
             cache.prompt_columns = max(runtime.session.prompt_columns, cache.columns)
 
@@ -358,11 +358,11 @@ class PreparedModel(_Prepared):
         return sample(self, self._runtime, base._sample, *args, **kwargs)
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Hugging Face's continuous batching brings a cache and an attention of its own."""
+        """Refused: Hugging Face's continuous batching brings its own cache and attention."""
         if self._fastskip is None:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         raise UnsupportedModelError(
-            "generate_batch", "continuous batching", "generate, for a batch of any prompts"
+            "generate_batch", "continuous batching", "generate, with a batch of any prompts"
         )
 
     def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -372,12 +372,12 @@ class PreparedModel(_Prepared):
         return self.init_continuous_batching()
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Hugging Face's, plus ``fastskip_policy.json`` and the weights of its routers.
+        """As in Hugging Face, plus ``fastskip_policy.json`` and its routers' weights.
 
         ``export_per_layer_config=True`` also writes the policy as transformers'
-        ``per_layer_config`` (skips of all tokens only). Stock transformers loads that and runs
-        dense, silently. A model that is sparse in memory becomes a checkpoint as
-        ``fastskip.sparse.save_sparse`` writes it.
+        ``per_layer_config`` (all-token skips only). Stock transformers loads that and silently runs
+        dense. A model that is sparse in memory is saved in the format of
+        ``fastskip.sparse.save_sparse``.
         """
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
@@ -392,6 +392,6 @@ class PreparedModel(_Prepared):
 
     def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         if self._fastskip is not None:
-            write_policy(self._runtime.plan.policy, working_dir)  # so that it goes with the rest
+            write_policy(self._runtime.plan.policy, working_dir)  # uploaded with the rest
         base: Any = self._fastskip_origin[0]
         return base._upload_modified_files(self, working_dir, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Calls of Hugging Face's that mean nothing, or something else, under a policy."""
+"""Hugging Face calls that mean nothing, or something else, under a policy."""
 
 from __future__ import annotations
 
@@ -16,47 +16,45 @@ from fastskip.policy import Group, RouterRule, TokenClass
 
 
 def check_parts(model: Any, runtime: Runtime) -> None:
-    """Raises where another language model stands in the prepared one's place."""
+    """Raises if the prepared language model has been replaced."""
     if getattr(text_model_of(model), "_fastskip", None) is not runtime:
         raise RuntimeError(
-            "language model: another one than was prepared; allowed: to put it in place first, and "
-            "to call fastskip.apply_ then"
+            "language model: replaced after the model was prepared; needed: put it in place first, "
+            "then call fastskip.apply_"
         )
 
 
 def check_drafts(mode: Any, cache: SkipCache, mask: Any) -> None:
-    """Raises where Hugging Face's loop for drafts goes wrong: it feeds the prompt of a cache again,
-    and goes on from the last column, also where that is a pad."""
+    """Raises where Hugging Face's assisted decoding goes wrong: it feeds the prompt in a cache a
+    second time, and continues from the last column even if that is a pad."""
     if mode is not GenerationMode.ASSISTED_GENERATION:
         return
     what = "assistant_model, prompt_lookup_num_tokens: with"
     if cache.columns:
-        raise ValueError(
-            f"{what} a cache that holds columns; allowed: without one, from the whole prompt"
-        )
+        raise ValueError(f"{what} a non-empty cache; allowed: the whole prompt, without a cache")
     if mask is not None and not bool(mask[:, -1].all()):
-        raise ValueError(f"{what} prompts padded on the right; allowed: padding on the left")
+        raise ValueError(f"{what} right-padded prompts; allowed: left padding")
 
 
 def check_unpacked(inputs: dict[str, Any], *, keeps_cache: bool) -> None:
-    """Raises for what Hugging Face takes for several sequences in one row: positions that do not
-    go on one by one, without a mask or a cache."""
+    """Raises for what Hugging Face reads as several sequences packed into one row: positions that
+    do not increase one by one, without a mask or a cache."""
     given = inputs.get("position_ids")
     if given is None or keeps_cache or inputs.get("attention_mask") is not None:
         return
-    if given.ndim == 3:  # after those in the text, if these are given: time, height and width
+    if given.ndim == 3:  # text positions, if given, then time, height and width
         if len(given) == 3:
             return
         given = given[0]
     if bool((given.diff(dim=-1) != 1).any()):
         raise ValueError(
-            "position_ids: several sequences packed into one row; allowed: one a row, padded, with "
-            "an attention_mask"
+            "position_ids: several sequences packed into one row; allowed: one per row, padded, "
+            "with an attention_mask"
         )
 
 
 def check_maps(cache: SkipCache) -> None:
-    """Raises for attention weights where kernels attend, which have none to show."""
+    """Raises where attention kernels run, which never materialise the weights."""
     if isinstance(cache, PagedCache):
         raise ValueError(
             "output_attentions: True; allowed: False, or a model with impl='reference'"
@@ -64,7 +62,7 @@ def check_maps(cache: SkipCache) -> None:
 
 
 def check_gradients(inputs: dict[str, Any]) -> None:
-    """Raises where gradients are meant to flow through a cache, in which they have ended."""
+    """Raises where gradients would have to flow through a cache, which stops them."""
     cache, embeddings = inputs.get(CACHE_NAME), inputs.get("inputs_embeds")
     is_learning = inputs.get("labels") is not None
     if embeddings is not None and embeddings.requires_grad:
@@ -77,30 +75,29 @@ def check_gradients(inputs: dict[str, Any]) -> None:
 
 
 def check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
-    """A prompt in pieces is not what some policies and masks mean by a prompt."""
+    """Raises where a policy or mask needs the whole prompt, and prefill is chunked."""
     size, policy = generation_config.prefill_chunk_size, runtime.plan.policy
-    if policy.removals or any(map(_may_ask_whole_prompts, policy.routers)):
+    if policy.removals or any(map(_may_need_whole_prompts, policy.routers)):
         raise ValueError(
-            f"prefill_chunk_size: {size}; allowed: None, since the policy decides on whole prompts"
+            f"prefill_chunk_size: {size}; allowed: None, as the policy decides on whole prompts"
         )
     if mask is not None and not bool(mask[:, -1].all()):
         raise ValueError(
-            f"prefill_chunk_size: {size} with prompts padded on the right; allowed: padding on the "
-            "left, or None"
+            f"prefill_chunk_size: {size} with right-padded prompts; allowed: left padding, or None"
         )
 
 
-def _may_ask_whole_prompts(rule: RouterRule) -> bool:
+def _may_need_whole_prompts(rule: RouterRule) -> bool:
     is_by_row = rule.group in (None, Group.ROW) and rule.capacity is None
     return rule.is_plug_in or not is_by_row
 
 
 def check_guidance(runtime: Runtime, generation_config: Any) -> None:
-    """Without a cache, the guidance processor's forwards cannot be told from the model's own."""
+    """Raises for guidance without a cache, whose forwards look like the model's own."""
     together = {TokenClass.TEXT, TokenClass.GENERATED}
     is_guided = generation_config.guidance_scale not in (None, 1)
     if is_guided and not any(together <= group for group in runtime.plan.groups):
         raise ValueError(
-            "use_cache: False with guidance_scale; needed: True, since the policy treats text and "
-            "generated rows differently"
+            "use_cache: False with guidance_scale; needed: True, because the policy treats text "
+            "and generated rows differently"
         )

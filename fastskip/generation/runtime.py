@@ -34,9 +34,9 @@ class Session:
 
     Attributes:
         prompt_columns: where its prompt ends.
-        gives_positions: the caller says where columns of the prompt stand.
-        thread: whose call it is.
-        is_refreshed: the decoder has just looked at the model, and its first forward need not.
+        gives_positions: whether the caller gives the positions of prompt columns.
+        thread: the calling thread.
+        is_refreshed: the decoder was just refreshed, so the first forward need not do it.
     """
 
     prompt_columns: int
@@ -46,7 +46,7 @@ class Session:
 
 
 class Runtime:
-    """The state that the prepared classes share; one a model."""
+    """The state that the prepared classes share; one per model."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Runtime:
         """``impl`` as in ``load_model``.
 
         Raises:
-            ValueError: what it names is unknown, or cannot run where the model lies.
+            ValueError: it is unknown, or cannot run on the model's device.
         """
         self.plan, self._impl = plan, impl
         self._device = final_norm_of(text_model).weight.device
@@ -66,19 +66,19 @@ class Runtime:
         self.steps = DeviceSteps()
         self.tower = TowerGraphs()
         self.session: Session | None = None
-        # Of the forward that runs: its ids as they were given, and the same on the host.
+        # The running forward's ids, as given and on the host.
         self.ids: tuple[Tensor, Tensor] | None = None
         self.lock = RLock()
-        # How many calls are inside each other, and when the outermost one before left its work.
+        # How deeply calls are nested, and the event that ends the previous outermost call.
         self._depth = 0
         self._left: torch.cuda.Event | None = None
 
     def follow(self, text_model: Any) -> None:
-        """Chooses the implementation anew if the model has been moved to another device.
+        """Chooses the implementation again if the model was moved to another device.
 
         Raises:
-            ValueError: what was asked for cannot run there.
-            UnsupportedModelError: what runs there cannot run the model under its policy.
+            ValueError: the requested implementation cannot run there.
+            UnsupportedModelError: the one that can cannot run the model under its policy.
         """
         device = self.device
         if device == self._device:
@@ -99,12 +99,12 @@ class Runtime:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder's weights lie."""
+        """The device of the decoder's weights."""
         return self.decoder.like.device
 
     @property
     def fused_decoder(self) -> FusedDecoder:
-        """The decoder, where it is the device executor's."""
+        """The decoder, which must be the device executor's."""
         assert isinstance(self.decoder, FusedDecoder)
         return self.decoder
 
@@ -120,11 +120,11 @@ class Runtime:
         self.lock = RLock()
 
     def use_flash(self) -> None:
-        """Prompts attend by flash-attn from now on.
+        """Computes prompt attention with flash-attn from now on.
 
         Raises:
-            ValueError: it is not installed, or does not compute what the plan, dtype or device
-                need; says what does.
+            ValueError: it is not installed, or does not support the plan, dtype or device; the
+                message says what does.
         """
         decoder = self.decoder
         if not isinstance(decoder, FusedDecoder):
@@ -133,7 +133,7 @@ class Runtime:
         decoder.flash = load_flash(decoder.like.dtype, decoder.like.device)
 
     def refresh(self, *, wants_gradient: bool) -> None:
-        """Lets the decoder look at the model before a forward, unless it has just done so."""
+        """Refreshes the decoder before a forward, unless that was just done."""
         session = self.session
         if session is not None and session.is_refreshed and not wants_gradient:
             session.is_refreshed = False
@@ -146,17 +146,17 @@ class Runtime:
             _require_causal(plan)
         with self.lock:
             if self.session is not None:
-                raise RuntimeError("policy: generate is running; allowed: before or after it")
+                raise RuntimeError("policy: set while generate runs; allowed: before or after")
             self.plan = self.decoder.plan = plan
             self.decoder.routers = routers
 
     def unsupported_plan(self, plan: SkipPlan) -> str | None:
-        """What of a plan's routers this implementation cannot run; ``None`` if it can all."""
+        """Which of a plan's routers this implementation cannot run; ``None`` if it runs all."""
         return unsupported_plan(plan) if isinstance(self.decoder, FusedDecoder) else None
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecord]:
-        """Within this block what routers decide is written down."""
+        """Records what routers decide within this block."""
         before, record = self.decoder.record, RoutingRecord()
         self.decoder.record = record
         try:
@@ -166,10 +166,10 @@ class Runtime:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within this block this thread's calls alone run, on the model's device.
+        """Within this block only this thread's calls run, on the model's device.
 
-        Graphs have memory of their own, so the device, too, does one call after another, whatever
-        the streams of those who call.
+        Graphs own their memory, so the device, too, must run one call after another, whatever
+        streams the callers use.
         """
         with self.lock, current(self.device):
             if self._left is not None:
@@ -187,7 +187,7 @@ class Runtime:
     def generating(self, prompt_columns: int, *, gives_positions: bool = False) -> Iterator[None]:
         """Within this block columns at or past ``prompt_columns`` are ``GENERATED``.
 
-        ``gives_positions``: those before stand where the caller says, also behind a cache.
+        ``gives_positions``: the caller gives the positions of earlier ones, even after a cache.
         A second thread waits here until the first is done.
         """
         with self.running():
@@ -201,7 +201,7 @@ class Runtime:
     def prompt_end(self, cache: SkipCache | None, new_columns: int) -> int | None:
         """Where the prompt ends for a forward of ``new_columns``; ``None`` outside ``generate``.
 
-        A cache that ``generate`` did not make (a guidance processor's own) has its first forward
+        A cache that ``generate`` did not make (a guidance processor's own) takes its first forward
         as its prompt.
         """
         if self.session is None:
@@ -213,11 +213,11 @@ class Runtime:
         return cache.prompt_columns
 
     def check_cache(self, cache: object) -> None:
-        """Raises for a cache that this model's plan did not fill."""
+        """Raises for a cache that was not filled under this model's plan."""
         if not isinstance(cache, SkipCache):
             raise TypeError(
-                f"{CACHE_NAME}: got {type(cache).__name__}; a prepared model needs the cache "
-                "that it returned itself (or none, and it makes one)"
+                f"{CACHE_NAME}: got {type(cache).__name__}; a prepared model needs a cache that it "
+                "returned itself, or None to make one"
             )
         if cache.plan.fingerprint != self.plan.fingerprint:
             raise ValueError(
@@ -226,8 +226,8 @@ class Runtime:
             )
         if isinstance(cache, PagedCache) and not isinstance(self.decoder, FusedDecoder):
             raise ValueError(
-                f"{CACHE_NAME}: this cache was filled by impl='triton' or 'torch', this model runs "
-                "impl='reference'; start from the whole prompt"
+                f"{CACHE_NAME}: this cache was filled by impl='triton' or 'torch', but this model "
+                "runs impl='reference'; start from the whole prompt"
             )
 
 
@@ -240,8 +240,8 @@ def _decoder_of(
 
 
 def check_decoder(decoder: Decoder, reason: str | None = None) -> None:
-    """Raises ``UnsupportedModelError`` if a decoder cannot run its model; ``reason``: or a policy
-    that it is to have."""
+    """Raises ``UnsupportedModelError`` if a decoder cannot run its model or, with a ``reason``, a
+    policy that it is about to get."""
     reason = decoder.unsupported() if reason is None else reason
     if reason is not None:
         allowed = f"impl='reference' for this model: it has {reason}"
@@ -249,17 +249,17 @@ def check_decoder(decoder: Decoder, reason: str | None = None) -> None:
 
 
 def _require_causal(plan: SkipPlan) -> None:
-    """Raises unless every layer's attention is plain causal attention of the rows that attend."""
+    """Raises unless each layer has plain causal attention over exactly the rows that attend."""
     others = [layer.index for layer in plan.layers if layer.attending != layer.holding]
     layers = [index for index in others if plan.layers[index].attending]
     if layers:
         raise ValueError(
-            f"attention: 'flash' with entries of rows that do not attend, in layers {layers}; "
-            "allowed under this policy: None (fastskip's own kernels), or kv='omit'"
+            f"attention: 'flash' cannot run layers {layers}, where rows that skip attention leave "
+            "cache entries; allowed under this policy: None (fastskip's own kernels), or kv='omit'"
         )
     routed = sorted({cell.layer for cell in plan.routed if Sublayer.ATTENTION in cell.skip})
     if routed:
         raise ValueError(
-            f"attention: 'flash' with attention that a router decides on, in layers {routed}; "
+            f"attention: 'flash' cannot run layers {routed}, where a router decides on attention; "
             "allowed under this policy: None (fastskip's own kernels)"
         )

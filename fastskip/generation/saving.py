@@ -1,4 +1,4 @@
-"""A prepared model on disk: an ordinary checkpoint, its policy and router weights beside it."""
+"""A prepared model on disk: an ordinary checkpoint, with its policy and router weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _SKIP_NAMES = {Sublayer.ATTENTION: "attention", Sublayer.FFN: "mlp"}
 def save(
     config: Any, plan: SkipPlan, folder: Any, write: Callable[[], Any], *, export: bool
 ) -> Any:
-    """Writes the checkpoint by ``write``, and beside it the policy and its routers' weights.
+    """Writes the checkpoint with ``write``, and beside it the policy and its routers' weights.
 
-    With ``export`` the text config also gets ``per_layer_config``; only skips of all tokens can be
-    said that way, so any other policy raises ``PolicyError``.
+    With ``export`` the text config also gets ``per_layer_config``; that can express only all-token
+    skips, so any other policy raises ``PolicyError``.
     """
-    policy, weights = portable(plan.policy)  # before anything is written: files may be missing
+    policy, weights = portable(plan.policy)  # before writing anything: a file may be missing
     text = config.get_text_config(decoder=True)
     before = _overrides_of(text)
     text.per_layer_config = per_layer_config(plan) if export else None
@@ -37,7 +37,7 @@ def save(
 
 
 def write_policy(policy: SkipPolicy, folder: Any) -> None:
-    """Writes a policy as a checkpoint has it, and its routers' weights."""
+    """Writes a policy as checkpoints hold it, and its routers' weights."""
     _write(*portable(policy), folder)
 
 
@@ -50,16 +50,16 @@ def _write(policy: SkipPolicy, weights: dict[str, bytes], folder: Any) -> None:
 
 
 def portable(policy: SkipPolicy) -> tuple[SkipPolicy, dict[str, bytes]]:
-    """The policy with router weights in its own folder, and these files by name.
+    """The policy with router weights in its own folder, and those files by name.
 
-    Rules that share a file still do. Raises ``PolicyError`` where one cannot be read.
+    Rules that share a file still do. Raises ``PolicyError`` if a file cannot be read.
     """
     routers, names, files = [], dict[Path, str](), dict[str, bytes]()
     for number, rule in enumerate(policy.routers):
         if rule.weights is not None:
             path = policy.path_of(rule.weights).resolve()
             if path not in names:
-                # The name is new, so that it cannot be that of a file of the checkpoint.
+                # A fresh name, which cannot clash with a file of the checkpoint.
                 names[path] = ROUTER_FILE.format(len(names))
                 files[names[path]] = _read(path, f"routers[{number}].weights")
             rule = replace(rule, weights=names[path])
@@ -75,7 +75,7 @@ def _read(path: Path, field: str) -> bytes:
 
 
 def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
-    """The plan's all-token skips as transformers says them; raises where it cannot be said."""
+    """The plan's all-token skips in transformers' form; raises for a plan that has no such form."""
     policy = plan.policy
     others = policy.arrangements or policy.routers or policy.removals or policy.masks
     if others or policy.semantics is not Semantics.CLEAN:
@@ -105,7 +105,7 @@ def per_layer_config(plan: SkipPlan) -> dict[int, dict[str, list[str]]]:
 
 
 def policy_of_config(config: Any) -> SkipPolicy | None:
-    """The policy that transformers' ``per_layer_config`` says, if it says one."""
+    """The policy that transformers' ``per_layer_config`` expresses, if any."""
     layers = _overrides_of(config.get_text_config(decoder=True)) or {}
     names = {name: sublayer for sublayer, name in _SKIP_NAMES.items()}
     rules = []
@@ -125,6 +125,6 @@ def policy_of_config(config: Any) -> SkipPolicy | None:
 
 
 def _overrides_of(text_config: Any) -> dict[str, dict[str, Any]] | None:
-    # As an attribute it is a view of one whole config a layer; the serialised form is what was set.
+    # The attribute is a view with a full config per layer; the serialised form is what was set.
     overrides: dict[str, dict[str, Any]] | None = text_config.to_dict().get("per_layer_config")
     return overrides

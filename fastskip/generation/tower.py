@@ -1,8 +1,8 @@
 """The vision tower of a prompt as a CUDA graph.
 
-A tower is some three hundred launches of a few microseconds each, so that for an image or two the
-device waits for the host. A graph is made when images of a shape come for the second time; and only
-inside ``generate``, where nobody keeps what a tower returns: the next run writes to that memory.
+A tower is some three hundred launches of a few microseconds each, so for an image or two the device
+waits for the host. A graph is captured when images of a shape arrive for the second time, and only
+inside ``generate``, where nothing keeps the tower's outputs: the next run overwrites them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastskip.decoder.module_state import ModuleState
 from fastskip.ops.graphs import capture
 
 KEPT = 4
-"""Graphs kept; they share their activations' memory."""
+"""Graphs kept; they share the memory of their activations."""
 SEEN = 64
-"""Shapes remembered that have no graph."""
+"""Shapes remembered without a graph."""
 MOST_IMAGES = 8
-"""With more, the host is done before the device anyway."""
+"""With more, the host finishes before the device anyway."""
 
 _KNOWN = ("torch.", "transformers.")
-"""Whose modules do the same as long as weights, hooks and training mode stay."""
+"""Packages whose modules behave alike while weights, hooks and training mode stay the same."""
 
 Forward = Callable[..., Any]
 
@@ -35,8 +35,8 @@ Forward = Callable[..., Any]
 class TowerGraphs:
     """The graphs of one tower.
 
-    ``captures`` may be set at any time; ``None``: on CUDA. On an H200 the first token of a 7B model
-    comes a fifth sooner with it (cell ``graphs.tower.b1`` of the GPU protocol).
+    ``captures`` may be set at any time; ``None``: on CUDA. On an H200 this cuts the time to first
+    token of a 7B model by a fifth (cell ``graphs.tower.b1`` of the GPU protocol).
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class TowerGraphs:
         return len(self._graphs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Graphs hold addresses; a copy starts without.
+        # Graphs hold addresses, so a copy starts without any.
         return {**type(self)().__dict__, "captures": self.captures}
 
     def run(self, tower: nn.Module, forward: Forward, inputs: Mapping[str, Any]) -> Any:
-        """``forward(tower, **inputs)``, by a graph if there is one or it is time to make one."""
+        """``forward(tower, **inputs)``, by a graph if there is one or it pays to capture one."""
         pixels = inputs.get("pixel_values")
         options = {name: value for name, value in inputs.items() if name != "pixel_values"}
         call = self._call(pixels, options)
@@ -65,22 +65,22 @@ class TowerGraphs:
         if graph is not None:
             return graph.run(pixels)
         if self._graphs.pays(call) and self._is_capturable:
-            held = weakref.ref(tower)  # which has what keeps this
+            held = weakref.ref(tower)  # weak: the tower holds what keeps this
             work = lambda own: forward(held(), own, **options)  # noqa: E731
             build = lambda pool: TowerGraph(work, pixels.clone(), pool)  # noqa: E731
             return self._graphs.make(call, pixels.device, build).run(pixels)
         output = forward(tower, **inputs)
-        self._look_at(tower)  # now: a first forward may leave transformers' own hooks
+        self._look_at(tower)  # only now: a first forward may add transformers' own hooks
         return output
 
     def _call(self, pixels: Any, options: Mapping[str, Any]) -> Hashable:
-        """What a graph has baked in of a call; ``None`` where it cannot be captured."""
+        """What a graph bakes in of a call; ``None`` if the call cannot be captured."""
         if torch.is_grad_enabled():
             return None
         if not isinstance(pixels, Tensor) or not 0 < len(pixels) <= MOST_IMAGES:
             return None
         if torch.is_autocast_enabled(pixels.device.type):
-            return None  # weights that it has cast are freed with it
+            return None  # it frees the weights that it has cast
         if not (pixels.is_cuda if self.captures is None else self.captures):
             return None
         plain = {
@@ -92,20 +92,20 @@ class TowerGraphs:
         return tuple(pixels.shape), pixels.dtype, pixels.device, tuple(sorted(plain.items()))
 
     def _look_at(self, tower: nn.Module) -> None:
-        """Notes what graphs of the tower are made of, unless that is known."""
+        """Records the state that graphs of the tower depend on, unless it is current."""
         if self._state is not None and self._state.is_current():
             return
         self._state = ModuleState(tower)
         modules = list(tower.modules())
         hooks = [hook for module in modules for hook in hooks_of(module)]
-        # Others, such as adapters, may do something else the next time, and no weight shows it.
+        # Others, such as adapters, may behave differently next time without a weight changing.
         are_known = all(type(module).__module__.startswith(_KNOWN) for module in modules)
-        is_still = are_known and all(map(is_transformers_own, hooks))
-        self._is_capturable = is_still and not tower.training
+        is_fixed = are_known and all(map(is_transformers_own, hooks))
+        self._is_capturable = is_fixed and not tower.training
 
 
 class TowerGraph:
-    """One forward of a tower on ``pixels``, which stay where they are."""
+    """One forward of a tower on ``pixels``, whose address is fixed."""
 
     def __init__(self, forward: Forward, pixels: Tensor, pool: Any) -> None:
         self._forward, self._pixels = forward, pixels
@@ -113,11 +113,11 @@ class TowerGraph:
         self._replay = capture(self._work, pixels.device, pool)
 
     def run(self, pixels: Tensor) -> Any:
-        """The forward on other pixels; its tensors are right until the next run."""
+        """The forward on new pixels; its outputs are valid until the next run."""
         self._pixels.copy_(pixels)
         self._replay()
         output = self._output
-        # Callers add to it.
+        # A new object, since callers add to it.
         return output if isinstance(output, tuple) else type(output)(**output)
 
     def _work(self) -> None:
