@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 
 from fastskip.families import MULTIMODAL, TEXT_ONLY, UnsupportedModelError
+from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.loading import apply_
 
 REFUSALS = (
     "output_attentions: True; allowed: False",
     "cache_implementation: 'static'; allowed: None",
-    "past_key_values: ",
+    f"{CACHE_NAME}: ",
     "; needed: [",  # four-dimensional masks
     "position_ids: several sequences packed",
     "with right-padded prompts",

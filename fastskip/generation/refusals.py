@@ -69,7 +69,7 @@ def check_gradients(inputs: dict[str, Any]) -> None:
         is_learning = True
     if is_learning and torch.is_grad_enabled() and getattr(cache, "ends_gradients", False):
         raise ValueError(
-            "past_key_values: gradients do not flow through a cache to the forward that filled it; "
+            f"{CACHE_NAME}: gradients do not flow through a cache to the forward that filled it; "
             "allowed: one forward over all columns, or torch.no_grad() around the first"
         )
 
