@@ -48,7 +48,7 @@ def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
             "decides which rows see which)"
         )
     real = mask.detach().cpu() != 0
-    if real.shape[1] == width and cache.columns and width != total:
+    if real.shape[1] == width and cache.columns:
         # The mask covers only the new columns; cached ones keep theirs.
         return real
     if real.shape[1] != total:
