@@ -360,7 +360,7 @@ def test_prompts_that_a_cache_holds_already_are_refused(pair: tuple[Any, Any], f
     """All of them, or fewer new columns than it has without the mask of all."""
     model = pair[1]
     cache = model(IDS, use_cache=True)[CACHE_NAME]
-    with pytest.raises(ValueError, match="columns, of which .* holds 5; needed: the whole"):
+    with pytest.raises(ValueError, match="columns, but .* holds 5; needed: the whole"):
         model.generate(IDS[:, first:], max_new_tokens=2, **{CACHE_NAME: cache})
     more, mask = torch.tensor([[3, 4]]), torch.ones(1, 7)
     found = model.generate(more, attention_mask=mask, max_new_tokens=2, **{CACHE_NAME: cache})

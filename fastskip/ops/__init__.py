@@ -1,8 +1,8 @@
-"""The operations of a decoder, and the choice of who computes them.
+"""The operations of a decoder, and the choice of their implementation.
 
-The reference operations are small ones, a call each. The fused ones (``ops.fused`` says what they
-are) do in one call what a decoder layer does between two points where rows meet; the device
-executor is written against them, and Triton kernels compute them.
+The reference operations are small, one call each. The fused ones (documented in ``ops.fused``) do
+in one call what a decoder layer does between two points where rows interact; the device executor is
+written against them, and Triton kernels implement them.
 
 ``resolve`` is called once, when a model is prepared; the decoder then holds the chosen
 implementation and calls it without further decisions. Nothing is chosen silently: an explicit
@@ -26,9 +26,9 @@ from fastskip.ops.operations import FusedOperations
 
 
 class Implementation(Enum):
-    """Who computes: plain torch, or fused Triton kernels on CUDA.
+    """Plain torch, or fused Triton kernels on CUDA.
 
-    ``TORCH`` is the device executor on torch's own operations: slow, for finding faults.
+    ``TORCH`` is the device executor on torch's own operations: slow, for debugging.
     """
 
     REFERENCE = "reference"
@@ -41,7 +41,7 @@ class Operations:
     """One implementation's functions; shapes and meanings are those of ``ops.reference`` and
     ``ops.products``.
 
-    ``fused``: with these the device executor runs; ``None``: the plain one does.
+    ``fused``: what the device executor runs on; ``None``: the plain executor runs instead.
     """
 
     implementation: Implementation
@@ -53,7 +53,7 @@ class Operations:
     fused: FusedOperations | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of a model means the same implementation; its modules cannot be copied.
+        # Modules cannot be copied: a copied model looks up its implementation by name.
         return operations_of, (self.implementation,)
 
 
@@ -93,7 +93,7 @@ def resolve(impl: str | Implementation | None, device: torch.device) -> Operatio
 
 
 def operations_of(choice: Implementation) -> Operations:
-    """The operations of an implementation, wherever they are to run."""
+    """The operations of an implementation, on any device; ``resolve`` checks that they run."""
     if choice is Implementation.TRITON:
         from fastskip.ops import compiled
 
@@ -103,24 +103,24 @@ def operations_of(choice: Implementation) -> Operations:
 
 def _require_triton(device: torch.device) -> None:
     """Raises unless Triton kernels can run on ``device``."""
-    others = "what can run: 'reference', 'torch'"
+    others = "allowed here: 'reference', 'torch'"
     if find_spec("triton") is None:
         raise ValueError(
-            f"impl: 'triton' needs the package triton (pip install 'fastskip[gpu]'); {others}"
+            f"impl: 'triton' needs the triton package (pip install 'fastskip[gpu]'); {others}"
         )
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             raise ValueError(
-                f"impl: 'triton' needs compute capability 8.0 or higher, {device} has "
-                f"{major}.{minor}; {others}"
+                f"impl: 'triton' needs compute capability 8.0 or higher, but {device} "
+                f"has {major}.{minor}; {others}"
             )
         return
     from fastskip.kernels.numerics import INTERPRETED
 
     if not (device.type == "cpu" and INTERPRETED.value):
         raise ValueError(
-            f"impl: 'triton' runs on CUDA, the model lies on {device} (on the CPU only in "
-            f"Triton's interpreter, for checks: set TRITON_INTERPRET=1 before Python starts); "
+            f"impl: 'triton' runs on CUDA, but the model is on {device} (on the CPU only in "
+            f"Triton's interpreter, for testing: set TRITON_INTERPRET=1 before Python starts); "
             f"{others}"
         )

@@ -1,4 +1,4 @@
-"""Launches of the kernels behind the operations, written down: see ``kernels.launch``."""
+"""A record of the kernel launches behind the operations: see ``kernels.launch``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 class Account:
     """What one ``counted()`` block launched.
 
-    ``by_kernel``: name -> (launches, program instances). A library product counts as one launch of
-    one program, since its grid is not known. ``guarded_programs``: how many of all instances may
-    leave at once, as decided on the device. Complete when the block has ended.
+    ``by_kernel``: name -> (launches, program instances). A library GEMM counts as one launch of one
+    program, since its grid is unknown. ``guarded_programs``: how many of all instances may exit at
+    once, as decided on the device. Filled in when the block ends.
     """
 
     by_kernel: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ def counted(*, is_dry: bool = False, table: str | None = None) -> Iterator[Accou
     """Counts the launches of this block.
 
     ``is_dry``: nothing runs, so tensors need no data (``device="meta"``). ``table``: the tuning
-    table whose configurations apply, instead of the device's own.
+    table to use instead of the device's own.
     """
     from fastskip.kernels import launch, tuning
 
@@ -61,7 +61,7 @@ def counted(*, is_dry: bool = False, table: str | None = None) -> Iterator[Accou
 
 
 def tables() -> list[str]:
-    """The tuning tables that there are, by name."""
+    """The names of all tuning tables."""
     from fastskip.kernels import tuning
 
     return tuning.slugs()

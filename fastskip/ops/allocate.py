@@ -1,4 +1,4 @@
-"""Memory on the device: uninitialised, in one place, so that tests can poison it, or sent there."""
+"""Device memory: uninitialised buffers from one place, so that tests can poison them; copies."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _poison: ContextVar[bool] = ContextVar("poison", default=False)
 
 
 def outliving() -> AbstractContextManager[object]:
-    """Leaves a caller's inference mode, where there is one: that takes as long as to allocate."""
+    """Leaves a caller's inference mode, only if it is on: leaving costs as much as allocating."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that the caller promises to write before it is read.
+    """Memory that the caller promises to write before reading.
 
-    Every buffer of the runtime that starts uninitialised comes from here: inside ``poisoned()``
-    it starts as NaN, so a slot that is read but was never written cannot go unnoticed.
-    It outlives a caller's inference mode, which would forbid writing to it later.
+    Every uninitialised buffer of the runtime comes from here: inside ``poisoned()`` it starts as
+    NaN, so a slot that is read but was never written cannot go unnoticed. It outlives a caller's
+    inference mode, which would forbid later writes.
     """
     with outliving():
         memory = torch.empty(shape, dtype=dtype, device=device)
@@ -32,26 +32,25 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` of the host, or there already, on ``device``, without waiting for what the device
-    has to do."""
+    """``numbers``, from the host or already on ``device``, on ``device``, without a host sync."""
     return _sendable(numbers, device).to(device, non_blocking=True)
 
 
 def copy_over(numbers: Tensor, there: Tensor) -> None:
-    """Writes ``numbers`` of the host to memory ``there``, without waiting either."""
+    """Writes ``numbers``, from the host, to memory ``there``, also without a host sync."""
     there.copy_(_sendable(numbers, there.device), non_blocking=True)
 
 
 def _sendable(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` where a device takes them from by itself."""
+    """``numbers`` in memory that the device can copy from asynchronously."""
     is_sent = device.type == "cuda" and numbers.device.type == "cpu"
     return numbers.pin_memory() if is_sent else numbers
 
 
 @contextmanager
 def on_host() -> Iterator[None]:
-    """Within this block tensors made without a device lie on the host, whatever the user's default
-    device is."""
+    """Within this block tensors are created on the host by default, whatever the user's default
+    device."""
     if torch.get_default_device().type == "cpu":
         yield
         return
@@ -61,8 +60,8 @@ def on_host() -> Iterator[None]:
 
 @contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    """Within this block a GPU is the current one: kernels, events and graphs are of that one's
-    stream, wherever their memory lies."""
+    """Makes a GPU current within this block: kernels, events and graphs go to its stream, wherever
+    their memory lies."""
     if device.type != "cuda":
         yield
         return

@@ -1,8 +1,8 @@
-"""Matrices of which many entries are zero: a bit for each entry, and the entries that are not.
+"""Matrices with many zeros: one bit per entry, and the non-zero entries.
 
-Of a matrix ``[M, E]`` in a dtype of ``b`` bytes, of which a share ``s`` is zero, that takes
-``1 / 8 + (1 - s) b`` bytes an entry: 0.56 of the dense ones in bf16 at half, 0.36 at 70 %. Letters:
-``M`` out features, ``E`` in features, ``N`` rows of an input, ``k`` entries that are kept.
+With a share ``s`` of zeros, a matrix ``[M, E]`` in a dtype of ``b`` bytes takes
+``1 / 8 + (1 - s) b`` bytes per entry: in bf16, 0.56 of the dense size at 50 % zeros, 0.36 at 70 %.
+Letters: ``M`` out features, ``E`` in features, ``N`` input rows, ``k`` kept (non-zero) entries.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORD = 32
-"""Bits to which a row of a bitmap is filled up, so that it can be read in whole words."""
+"""Rows of a bitmap are padded to a multiple of this many bits, to be read in whole words."""
 MOST = 2**31 - 1
-"""Kept entries of one matrix at the most: their places are int32."""
+"""Most kept entries of one matrix: their offsets are int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class Packed:
     """A matrix ``[M, E]`` as a bitmap and values.
 
     Attributes:
-        bitmap: uint8 ``[M, 4 * ceil(E / 32)]``; bit ``e % 8`` of byte ``e // 8``, the lowest first,
+        bitmap: uint8 ``[M, 4 * ceil(E / 32)]``; bit ``e % 8`` of byte ``e // 8``, lowest first,
             says whether entry ``e`` of a row is kept.
-        values: ``[k]``, the kept entries, row after row.
+        values: ``[k]``, the kept entries, row by row.
         starts: int32 ``[M + 1]``: where in ``values`` each row begins, and where the last ends.
         columns: ``E``.
     """
@@ -57,7 +57,7 @@ def starts_of(bitmap: Tensor, columns: int) -> Tensor:
 
 
 def bitmap_bytes(rows: int, columns: int) -> int:
-    """How many bytes a bitmap of ``[rows, columns]`` takes."""
+    """The size in bytes of a bitmap of ``[rows, columns]``."""
     return rows * (-(-columns // WORD) * WORD // 8)
 
 
@@ -65,18 +65,18 @@ def pack(weight: Tensor) -> Packed:
     """A dense matrix ``[M, E]`` without its zeros.
 
     Raises:
-        ValueError: more entries are kept than can be numbered.
+        ValueError: more entries are kept than int32 can index.
     """
     mask = weight != 0
     values = weight[mask]
     if len(values) > MOST:
-        raise ValueError(f"weight: {len(values)} entries that are not 0; allowed: {MOST}")
+        raise ValueError(f"weight: {len(values)} non-zero entries; allowed: at most {MOST}")
     bitmap = pack_bits(mask)
     return Packed(bitmap, values, starts_of(bitmap, weight.shape[1]), weight.shape[1])
 
 
 def expand(packed: Packed) -> Tensor:
-    """The dense matrix ``[M, E]``, bit by bit what was packed (a zero has no sign)."""
+    """The dense matrix ``[M, E]``, bit for bit as packed, except that zeros lose their sign."""
     mask = unpack_bits(packed.bitmap, packed.columns)
     dense = torch.zeros(mask.shape, dtype=packed.values.dtype, device=mask.device)
     return dense.masked_scatter_(mask, packed.values)

@@ -1,22 +1,21 @@
 """Guarded sublayers as bodies of conditional nodes of a CUDA graph.
 
-An IF node leaves its body out where no row runs, a WHILE node repeats it as long as some row does
-(``ops.hops``). A SWITCH node chooses among bodies that were
-captured for different numbers of rows: the host never learns how many run, and yet each body has
-products of a size that is known, which a library does best.
+An IF node bypasses its body if no row runs; a WHILE node repeats it as long as some row does
+(``ops.hops``). A SWITCH node selects among bodies captured for different numbers of rows: the host
+never learns how many rows run, yet each body has GEMMs of a known size, which a library does best.
 
 What is assumed of a body:
 
-- Its launches go to the current stream, which is another one while a body is captured. Triton's
-  and torch's do. Workspaces of library products belong to streams; those of bodies get theirs
-  before a capture.
-- What it allocates is used in bodies only, one after the other, and lies in a memory pool of its
-  own as long as any graph that has bodies lives. torch's allocator knows a capture by its id, and
-  that of a body is another one than its graph's; without the pool it would hand out the memory
-  again to work outside of the graph.
-- Kernels are compiled and loaded before: ``graphs.capture`` runs the work first, and outside of a
+- It launches on the current stream, which is a different one while a body is captured. Triton and
+  torch do. Workspaces of library GEMMs belong to streams; those of bodies are reserved before a
+  capture.
+- What it allocates is used in bodies only, one after the other, and comes from a separate memory
+  pool that lives as long as any graph with bodies. torch's allocator knows a capture by its id, and
+  a body's id differs from its graph's; without the pool it would hand the memory out again to work
+  outside the graph.
+- Kernels are compiled and loaded beforehand: ``graphs.capture`` runs the work first, and outside a
   capture every body runs.
-- Conditions are set before they are read, so that their default does not matter; it is 0.
+- Conditions are set before they are read, so their default, 0, does not matter.
 """
 
 from __future__ import annotations
@@ -41,52 +40,52 @@ from fastskip.ops.graph_nodes import (
 from fastskip.ops.routes import Chosen, Switch
 
 Body = Callable[[], object]
-# Of a loop: told the condition that it sets.
+# One iteration of a loop; takes the condition that it sets.
 Turn = Callable[[int], object]
 CountedBody = Callable[[Chosen], object]
-# From flags, and the node that is to know, to the rows that run.
+# From flags, and the node that depends on their number, to the rows that run.
 Choose = Callable[[Tensor, Switch | None], Chosen]
 
 BOUNDS = 64
-"""Bodies are for multiples of so many rows; of no more rows there is one body, by flags."""
+"""Bodies are for multiples of this many rows; up to this many, a single body reads flags."""
 MOST_BODIES = 8
-"""Of a SWITCH node, since each of them has to be captured. An H200's library gains 4 % at most by
-finer bounds: for 576 rows it takes longer than for 640, for 448 hardly less than for 512."""
+"""Of a SWITCH node, since each must be captured. On an H200 finer bounds gain 4 % at most: the
+library takes longer for 576 rows than for 640, and hardly less for 448 than for 512."""
 
 
 class Bodies(Protocol):
-    """Does what is to be left out where no row runs, or arranges for it."""
+    """Runs what can be bypassed if no row runs, or puts it into a graph."""
 
     def run_if(self, runs: Tensor, body: Body) -> None:
-        """``body()`` if any of the flags ``runs [n]`` is not 0 by the time it is reached."""
+        """Runs ``body()`` if any of the flags ``runs [n]`` is not 0 when it is reached."""
 
     def run_while(self, runs: Tensor, begin: Turn, body: Turn, most: int) -> None:
-        """``begin``, then ``body`` as long as any of the flags ``runs [n]`` that they leave is not
-        0. Both set the condition that they are told to that. ``body`` changes nothing where none
-        is; after ``most`` times none is."""
+        """Runs ``begin``, then ``body`` as long as any of the flags ``runs [n]`` that they leave is
+        not 0. Both set the condition that they take accordingly. ``body`` changes nothing if all
+        flags are 0, which they are after at most ``most`` iterations."""
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
-        """``body`` of the rows that ``runs [n]`` says by then, if any; of many rows with a bound
-        (``Chosen``) that is no more than a body's step above their number."""
+        """Runs ``body`` on the rows that ``runs [n]`` flags by then, if any; with many rows in all,
+        their bound (``Chosen``) exceeds their number by less than one step between bodies."""
 
 
 def bodies_on(device: torch.device) -> Bodies:
-    """What leaves out bodies on a device.
+    """How a device runs or bypasses bodies.
 
     Raises:
-        ValueError: on CUDA, without the bindings.
+        ValueError: on CUDA, if its bindings are missing or too old.
     """
     return GraphBodies(device) if device.type == "cuda" else HostBodies()
 
 
 def bounds_of(rows: int) -> tuple[int, list[int]]:
-    """The step from one body to the next, and up to how many rows each is for, the last for all."""
+    """The step between bodies, and the most rows that each is for; the last one is for all."""
     step = BOUNDS * -(-rows // (BOUNDS * MOST_BODIES))
     return step, [min(bound, rows) for bound in range(step, rows + step, step)]
 
 
 class HostBodies:
-    """The host looks at the flags: what graph nodes do, where there are no graphs."""
+    """The host reads the flags and does what graph nodes do, where there are no graphs."""
 
     def run_if(self, runs: Tensor, body: Body) -> None:
         if bool(runs.any()):
@@ -108,15 +107,15 @@ class HostBodies:
 
 
 class GraphBodies:
-    """Nodes in the graph that the current stream is captured into.
+    """Conditional nodes in the graph that the current stream is captured into.
 
-    Outside of a capture bodies run, and their kernels leave by themselves.
+    Outside a capture every body runs, and its kernels exit early by themselves.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._driver = load_driver()
         with torch.cuda.device(device):
-            # torch's streams come round again: one of them may be captured itself by then.
+            # torch reuses streams, so one of the two may be capturing by then.
             self._streams = torch.cuda.Stream(), torch.cuda.Stream()
             self._pool = torch.cuda.MemPool()
             for stream in self._streams:
@@ -162,15 +161,15 @@ class GraphBodies:
         return new_handle(self._driver, graph)
 
     def _captured(self) -> tuple[Any, list[Any]]:
-        """The graph that the current stream is captured into, and what its next node will depend
-        on."""
+        """The graph that the current stream is captured into, and the nodes that its next one
+        depends on."""
         answer = self._driver.cuStreamGetCaptureInfo(torch.cuda.current_stream().cuda_stream)
         checked(self._driver, answer)
         _, _, _, graph, after, *_ = answer
         return graph, list(after)
 
     def _add(self, kind: NodeKind, handle: Any, bodies: Sequence[Body]) -> None:
-        """Captures bodies into a node, on which all that follows waits."""
+        """Captures bodies into a node that everything after it depends on."""
         driver, outer = self._driver, torch.cuda.current_stream().cuda_stream
         graph, after = self._captured()
         node, inside = add_node(driver, graph, after, handle, kind, len(bodies))
@@ -195,7 +194,7 @@ class GraphBodies:
 
 
 def _take_workspaces(device: torch.device) -> None:
-    """Makes libraries reserve what they need on the current stream, with and without a bias."""
+    """Makes libraries reserve their workspaces on the current stream, with and without a bias."""
     x = torch.zeros(16, 16, dtype=torch.float16, device=device)
     F.linear(x, x)
     F.linear(x, x, x[0])

@@ -1,9 +1,10 @@
-"""The fused operations on Triton kernels, and on torch's library products where those are faster.
+"""The fused operations on Triton kernels, and on torch's library GEMMs where those are faster.
 
-Imported only when Triton is asked for. Each product asks ``kernels.choice`` who computes it: with
-few rows one kernel does all that an operation names; with many, norm, product and what follows are
-launches of their own. Rows chosen on the device go by their flags if they are few, else by an index
-and a count, which products of many rows read. Shapes and meanings are those of ``ops.fused``.
+Imported only when Triton is selected. ``kernels.choice`` decides what computes each product: with
+few rows, one kernel does everything that an operation names; with many, norm, product and what
+follows are separate launches. Few rows chosen on the device are marked by flags alone; many, also
+by an index and a count, which many-row products read. Shapes and meanings are those of
+``ops.fused``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ __all__ = [
 ]
 
 FEW_CHOSEN = 64
-"""Up to so many rows, kernels of few rows compute what is chosen, and read flags."""
+"""Up to this many rows, few-row kernels compute the chosen ones, and read flags."""
 
 
 def project_append(
@@ -178,7 +179,7 @@ def add_terms_(
 def add_terms_and_halve_(
     h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
 ) -> HalfNorm | None:
-    """``add_terms_(h, terms)``, and the half of ``norm`` of what is left, if that is one launch."""
+    """``add_terms_(h, terms)``, and half of ``norm`` of the result, if that takes one launch."""
     longest = max(terms, key=lambda term: term.x.shape[1])
     if HalfNorm.is_of(norm, h.dtype) and _choice(h, None, [longest.linear]) == FEW_ROWS:
         return residual.add_terms_and_halve_(h, terms, norm, arrivals=arrivals)
@@ -195,7 +196,7 @@ def apply_terms(terms: Sequence[Term]) -> list[Tensor]:
 
 
 def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
-    """The layer that is next, in place, of the rows that run it; then chooses the one after it."""
+    """Runs the next layer in place, for the rows that it is for; then chooses the one after it."""
     own, chosen, now = hops.layers[0], Chosen(hops.runs), hops.now
     queries = projection.project_append(h, [own.projection], chosen=chosen, now=now)
     reach = replace(own.reach, runs=hops.runs)
@@ -222,7 +223,7 @@ def head_logits(
 def head_choose(
     h: Tensor, norm: Norm | None, head: Linear, choice: Choice, *, half: HalfNorm | None = None
 ) -> None:
-    """``choose`` of the head's logits, which nobody else needs."""
+    """``choose`` from the head's logits, which nothing else needs."""
     if _choice(h, None, [head]) == FEW_ROWS:
         heads.head_choose(h, norm, head, choice, half=half)
     else:
@@ -230,9 +231,9 @@ def head_choose(
 
 
 def choose_rows(runs: Tensor, switch: Switch | None = None) -> Chosen:
-    """The rows with a flag of 1; few of them by their flags alone, many also by an index.
+    """The rows with a flag of 1; out of few rows by flags alone, out of many also by an index.
 
-    ``switch``, for more than few: the node whose body is chosen by how many there are.
+    ``switch``, only with many: the node that selects its body by their number.
     """
     if len(runs) <= FEW_CHOSEN:
         return Chosen(runs)
@@ -246,9 +247,9 @@ def _choice(
     *chosen: Chosen | None,
     is_scattered: bool = False,
 ) -> str:
-    """Who computes a product that reads rows of ``x``; with chosen rows by index, all of its rows.
+    """What computes a product that reads rows of ``x``; with chosen rows by index, all of its rows.
 
-    Kernels of few rows read flags, and they alone do.
+    Few-row kernels read flags, and nothing else does.
     """
     given = [each for each in chosen if each is not None]
     if given and given[0].index is None:
@@ -262,7 +263,7 @@ def _choice(
 
 
 def _project(x: Tensor, own: Projection, by: str) -> Tensor:
-    """From normalized rows to rotated queries; keys and values go to the cache."""
+    """From normalised rows to rotated queries; keys and values go to the cache."""
     found = _product(x, own.linear, by)
     return rotate_append(found.unflatten(1, (-1, own.head_dim)), own)
 
@@ -275,8 +276,8 @@ def _project_normed(
     half: HalfNorm | None = None,
     arrivals: Tensor | None = None,
 ) -> list[Tensor]:
-    """Few rows of a model whose heads have norms: their kernels share a head among programs, so
-    heads are turned by a launch of their own."""
+    """Few rows of a model with head norms: few-row kernels split a head across programs, so a
+    separate launch normalises and rotates heads."""
     own = projections[0]
     if chosen is not None and own.leaves_all and own.pages is not None and own.heads:
         return [_project_apart(h, each, chosen) for each in projections]
@@ -292,7 +293,7 @@ def _project_normed(
 
 
 def _project_apart(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
-    """Queries of the chosen rows, and entries of all."""
+    """Queries of the chosen rows, and cache entries of all."""
     width = own.heads * own.head_dim
     queries = replace(own, linear=own.linear.rows(0, width), pages=None)
     entries = replace(own, linear=own.linear.rows(width))
@@ -320,7 +321,7 @@ def _project_chosen(h: Tensor, own: Projection, chosen: Chosen) -> Tensor:
 
 
 def _activated(x: Tensor, part: Feed, by: str, arrivals: Tensor | None = None) -> Tensor:
-    """First product and activation of normalized rows."""
+    """First product and activation of normalised rows."""
     if by == ROW_GEMM:
         return linear_rows(x, part.linear, activation=part.activation, arrivals=arrivals)
     return activate(_product(x, part.linear, by), part.activation)
@@ -390,9 +391,9 @@ def _add_term(
         refuse_gradients(h=h, x=term.x)
         launch.note("library_product")
         with torch.no_grad():
-            torch.addmm(h, _known(term.x), term.linear.weight.t(), alpha=factor, out=h)
+            torch.addmm(h, _runnable(term.x), term.linear.weight.t(), alpha=factor, out=h)
         if term.linear.bias is not None:
-            # A weight: that it may be trained elsewhere is no matter here.
+            # Detached, since a bias may want gradients elsewhere.
             add_rows_(h, term.linear.bias.detach().expand(len(h), -1), factor=factor)
 
 
@@ -404,14 +405,14 @@ def _product(x: Tensor, linear: Linear, by: str, out: Tensor | None = None) -> T
     launch.note("library_product")
     with torch.no_grad():
         if out is None:
-            return F.linear(_known(x), linear.weight, linear.bias)
+            return F.linear(_runnable(x), linear.weight, linear.bias)
         if linear.bias is None:
-            return torch.mm(_known(x), linear.weight.t(), out=out)
-        return torch.addmm(linear.bias, _known(x), linear.weight.t(), out=out)
+            return torch.mm(_runnable(x), linear.weight.t(), out=out)
+        return torch.addmm(linear.bias, _runnable(x), linear.weight.t(), out=out)
 
 
-def _known(x: Tensor) -> Tensor:
-    """``x``, unless torch would compute on it where kernels cannot."""
+def _runnable(x: Tensor) -> Tensor:
+    """``x``; raises where torch could compute on it but kernels cannot."""
     if x.device.type == "cpu" and not numerics.INTERPRETED.value:
-        raise ValueError("kernels run on CUDA; on the CPU only if TRITON_INTERPRET was set before")
+        raise ValueError("kernels run on CUDA; on the CPU only with TRITON_INTERPRET=1 set before")
     return x

@@ -1,8 +1,8 @@
-"""What the fused operations read and write: plain groups of tensors, checked once by their makers.
+"""What the fused operations read and write: plain groups of tensors, checked where they are made.
 
 Letters: ``n`` rows, ``D`` hidden size, ``F`` FFN size, ``H`` query heads, ``G`` key/value heads,
-``K`` head dim, ``B`` sequences, ``P`` pages of a sequence. Index tensors are int32 unless said
-otherwise and lie on the device of the data.
+``K`` head dim, ``B`` sequences, ``P`` pages of a sequence. Index tensors are int32 unless
+stated otherwise, and on the device of the data.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 PAGE = 64
-"""Slots of one page of a cache: one tile of keys in an attention kernel."""
+"""Slots per page of a cache: one tile of keys in an attention kernel."""
 
 
 class Activation(Enum):
-    """What stands between the two products of an FFN."""
+    """The activation between the two products of an FFN."""
 
     GATED_SILU = "gated_silu"
     """``silu(gate) * up``; the first product has ``2F`` rows, gate first (Llama)."""
@@ -39,13 +39,13 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class HalfNorm:
-    """An RMS norm of ``n`` rows, half taken: rows have still to be divided by their root mean
-    square, which a product does behind its sums.
+    """An RMS norm of ``n`` rows, half applied: the next product still has to divide its rows by
+    their root mean square, in its epilogue.
 
     Attributes:
         norm: the norm.
-        rows: ``[n, D]``: rows times its weights, in the dtype of the data.
-        squares: ``[n, P]`` fp32: parts of each row's mean square, before its weights.
+        rows: ``[n, D]``: rows times the norm's weights, in the dtype of the data.
+        squares: ``[n, parts]`` fp32: partial sums of each row's mean square, before the weights.
     """
 
     norm: Norm
@@ -54,13 +54,13 @@ class HalfNorm:
 
     @staticmethod
     def is_of(norm: Norm, dtype: torch.dtype) -> bool:
-        """Whether a norm has such a half: rows of fp16 times its weights could leave the range."""
+        """Whether a norm has such a half; in fp16, rows times its weights could overflow."""
         return not norm.is_centred and norm.bias is None and dtype != torch.float16
 
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """RMS norms of each query head and each key head before they turn; weights ``[K]``."""
+    """RMS norms of each query head and each key head before rotation; weights ``[K]``."""
 
     queries: Norm
     keys: Norm
@@ -74,15 +74,15 @@ class Linear:
     bias: Tensor | None = None
 
     def rows(self, first: int, last: int | None = None) -> Linear:
-        """The product with some of the weight's rows."""
+        """This linear, restricted to some of the weight's rows."""
         bias = self.bias
         return Linear(self.weight[first:last], None if bias is None else bias[first:last])
 
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """Rotary tables, ``[positions, K / 2]`` each, in the dtype of the data: by position, or a row
-    for each row of a forward."""
+    """Rotary tables, ``[positions, K / 2]`` each, in the dtype of the data: one row per position,
+    or one per row of a forward."""
 
     cosine: Tensor
     sine: Tensor
@@ -90,10 +90,10 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Where the entries of ``n`` rows go.
+    """Where the cache entries of ``n`` rows go.
 
-    ``positions [n]``: what RoPE turns by, a row of its tables. ``sequences [n]``, ``slots [n]``:
-    the cache slot; a row whose slot is negative leaves no entry.
+    ``positions [n]``: rows of the rotary tables. ``sequences [n]``, ``slots [n]``: the cache slot;
+    a row whose slot is negative leaves no entry.
     """
 
     positions: Tensor
@@ -105,10 +105,10 @@ class Targets:
 class Pages:
     """The keys and values of one layer, in pages of ``PAGE`` slots.
 
-    Slot ``s`` of sequence ``b`` lies in page ``s // PAGE`` of that sequence. A page may lie in any
+    Slot ``s`` of sequence ``b`` lies in page ``s // PAGE`` of that sequence. Pages may lie in any
     slab, so that a cache grows without moving; ``table`` therefore holds addresses, as element
-    offsets from the first element of ``anchor``, which outlives every cache. From there
-    ``offset`` leads to this layer's ``[2, G, PAGE, K]``: keys, then values.
+    offsets from the first element of ``anchor``, which outlives every cache. From there, ``offset``
+    leads to this layer's ``[2, G, PAGE, K]``: keys, then values.
 
     Attributes:
         anchor: any tensor of the data's dtype; only its address is used.
@@ -136,8 +136,8 @@ class Bounds:
     """Where each of ``B`` sequences begins in a list of rows, and where the last one ends.
 
     Attributes:
-        host: ``B + 1`` numbers; the torch form reads these.
-        device: ``[B + 1]``: the same for kernels; a replayed graph reads what it finds.
+        host: ``B + 1`` numbers, read by the torch implementation.
+        device: ``[B + 1]``: the same for kernels; a replayed graph reads its current contents.
     """
 
     host: tuple[int, ...]
@@ -145,7 +145,7 @@ class Bounds:
 
     @classmethod
     def of(cls, host: Sequence[int], device: torch.device) -> Bounds:
-        """With the numbers sent to ``device``."""
+        """The bounds, with a copy on ``device``."""
         return cls(tuple(host), torch.tensor(host, dtype=torch.int32, device=device))
 
     @property
@@ -162,12 +162,12 @@ class Reach:
 
     Attributes:
         limits: ``[n]``, in query order.
-        order: ``[n]`` query rows, sequence by sequence, limits ascending within each; those behind
-            the last sequence reach nothing and yield anything.
+        order: ``[n]`` query rows, sequence by sequence, limits ascending within each; rows after
+            the last sequence attend to nothing, and their output is unspecified.
         bounds: where each sequence's rows begin in ``order``.
-        is_whole: the rows are all that has entries: plain causal attention of whole sequences.
-        runs: ``[n]``, 1 or 0 as decided on the device: rows with 0 reach nothing and yield
-            anything; limits then ascend among the others.
+        is_whole: exactly these rows hold entries: plain causal attention of whole sequences.
+        runs: ``[n]``, 1 or 0 as decided on the device: rows with 0 attend to nothing, and their
+            output is unspecified; limits then ascend among the others.
     """
 
     limits: Tensor
@@ -181,10 +181,10 @@ class Reach:
 class StepReach:
     """Query row ``b`` sees the first ``counts[b] + extra`` entries of sequence ``b``.
 
-    ``counts [B]`` may change on the device between launches; ``most`` is a rough bound on the sum
-    that only decides how a launch splits its work. ``arrivals`` is int32 scratch of at least
+    ``counts [B]`` may change on the device between launches; ``most`` is a rough bound on their
+    sum, which only decides how a launch splits its work. ``arrivals`` is int32 scratch of at least
     ``B * H`` zeros, which a launch leaves zero. ``runs [B]``: rows with 0, as decided on the
-    device, attend to nothing and yield anything.
+    device, attend to nothing, and their output is unspecified.
     """
 
     counts: Tensor
@@ -196,12 +196,12 @@ class StepReach:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One layer's way from the residual stream to queries and to entries of its cache.
+    """One layer's path from the residual stream to queries and cache entries.
 
-    ``linear`` has ``(queries + 2G) * K`` rows: query heads, keys, values; either part may be
-    missing. ``rotation`` is ``None`` for models without RoPE. ``pages`` is ``None`` if no entry is
-    made. ``leaves_all``: where only chosen rows run, whether the others leave entries all the same.
-    ``head_norms``: of models that have them.
+    ``linear`` has ``(queries + 2G) * K`` rows: query heads, keys, values; queries, or keys and
+    values, may be missing. ``rotation`` is ``None`` for models without RoPE. ``pages`` is ``None``
+    if no entries are made. ``leaves_all``: where only chosen rows run, whether the others leave
+    entries anyway. ``head_norms``: for models that have them.
     """
 
     norm: Norm
@@ -215,7 +215,7 @@ class Projection:
 
     @property
     def heads(self) -> int:
-        """Query heads that the product yields."""
+        """The number of query heads."""
         entries = 0 if self.pages is None else 2 * self.pages.groups
         return self.linear.weight.shape[0] // self.head_dim - entries
 
@@ -271,17 +271,16 @@ class Choice:
 
 
 ARRIVALS = 1024
-"""Zeros that ``feed`` and ``add_terms_`` are given to count programs that share a product by."""
+"""Size of the zeroed scratch by which ``feed`` and ``add_terms_`` count programs sharing work."""
 
 
 def elements_between(first: Tensor, last: Tensor) -> int:
-    """Elements of ``first`` from where it begins to where ``last`` does; 0 for tensors without
-    data."""
+    """Elements of ``first`` from its start to the start of ``last``; 0 for tensors without data."""
     return (last.data_ptr() - first.data_ptr()) // first.element_size()
 
 
 def slab_of(pages: Pages, offset: int) -> tuple[Tensor, int]:
-    """The slab that element ``offset`` of the anchor lies in, and where in it (host arithmetic)."""
+    """The slab holding element ``offset`` of the anchor, and the index in it (on the host)."""
     address = pages.anchor.data_ptr() + offset * pages.anchor.element_size()
     for slab in pages.slabs:
         start = slab.data_ptr()
@@ -293,7 +292,7 @@ def slab_of(pages: Pages, offset: int) -> tuple[Tensor, int]:
 def entries_of(pages: Pages, sequence: int, count: int) -> tuple[Tensor, Tensor]:
     """Keys and values ``[G, count, K]`` of a sequence's first entries, as new tensors.
 
-    Reads the table on the host: for checks and for the torch form of the operations.
+    Reads the table on the host: for checks, and for the torch implementation.
     """
     shape = (2, pages.groups, PAGE, pages.head_dim)
     size = 2 * pages.plane
@@ -312,7 +311,7 @@ def entries_of(pages: Pages, sequence: int, count: int) -> tuple[Tensor, Tensor]
 def write_entries(
     pages: Pages, sequences: Tensor, slots: Tensor, keys: Tensor, values: Tensor
 ) -> None:
-    """Stores ``keys`` and ``values [n, G, K]``; rows with a negative slot are left out."""
+    """Stores ``keys`` and ``values [n, G, K]``; rows with a negative slot are skipped."""
     shape = (2, pages.groups, PAGE, pages.head_dim)
     for row, (sequence, slot) in enumerate(zip(sequences.tolist(), slots.tolist(), strict=True)):
         if slot < 0:

@@ -1,9 +1,9 @@
-"""Attention of a prompt by the flash-attn package (versions 2, 3 and 4), where a user asks for it.
+"""Prompt attention by the flash-attn package (versions 2, 3 and 4), on request.
 
-It computes plain causal attention of sequences packed one after the other, so it serves prompts on
-an empty cache, under plans whose attending rows are all that hold an entry. Decode steps, later
-turns and the few rows that go on in the last layer stay with fastskip's own kernels, which read the
-cache where it lies.
+It computes plain causal attention of packed sequences, so it serves prompts on an empty cache,
+under plans where exactly the rows that attend hold entries. Decode steps, later turns and the few
+rows that continue in the last layer stay with fastskip's own kernels, which read the cache in
+place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastskip.ops.allocate import to_device
 from fastskip.ops.contracts import Pages, Reach
 from fastskip.ops.operations import FusedOperations
 
-# Modules that have ``flash_attn_varlen_func``, the newest version first.
+# Modules that provide ``flash_attn_varlen_func``, newest version first.
 MODULES = {4: "flash_attn.cute", 3: "flash_attn_interface", 2: "flash_attn"}
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -33,7 +33,7 @@ def load_flash(dtype: torch.dtype, device: torch.device) -> Callable[..., Any]:
     """
     if device.type != "cuda" or dtype not in HALVES:
         raise ValueError(
-            f"attention: 'flash' on {device} in {dtype}; flash-attn runs on CUDA in bfloat16 and "
+            f"attention: 'flash' on {device} in {dtype}; flash-attn needs CUDA, and bfloat16 or "
             "float16; allowed here: None (fastskip's own kernels)"
         )
     for module in MODULES.values():
@@ -61,8 +61,8 @@ def attend_packed(
 ) -> Tensor:
     """``ops.attend_rows`` by flash-attn, for a reach that ``is_whole``.
 
-    ``queries [n, H, K]`` -> ``[n, H * K]``. Entries are read into dense tensors first: the package
-    has page layouts of its own.
+    ``queries [n, H, K]`` -> ``[n, H * K]``. Entries are first copied into dense tensors: the
+    package has its own page layouts.
     """
     bounds, device = torch.tensor(reach.bounds.host, dtype=torch.int32), queries.device
     lengths = bounds.diff()

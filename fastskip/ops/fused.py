@@ -1,10 +1,10 @@
 """The fused operations in plain torch: what each kernel computes, step by step.
 
-They are the oracle of the kernels, and they run the device executor on any device
-(``impl="torch"``). Slow on purpose where slow is clear. Letters as in ``ops.contracts``; an
-``index [n]`` picks rows of ``h``; ``None`` takes all of them, in order. With ``chosen`` (which
-excludes ``index``) only the rows that it names run, and all tensors of rows are in the order of
-``h``; what they hold for other rows is unspecified. Decisions themselves: ``ops.fused_routes``.
+They are the kernels' oracle, and they run the device executor on any device (``impl="torch"``).
+Clarity comes before speed. Letters as in ``ops.contracts``; an ``index [n]`` selects rows of ``h``;
+``None`` takes all of them, in order. With ``chosen`` (which excludes ``index``) only the rows that
+it names run, and all tensors of rows are in the order of ``h``; what they hold for other rows is
+unspecified. Decisions themselves: ``ops.fused_routes``.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def normalize(
 
 
 def halve(h: Tensor, norm: Norm) -> HalfNorm:
-    """The half of a norm of ``h [n, D]``."""
+    """The first half of a norm of ``h [n, D]``."""
     wide = torch.promote_types(h.dtype, torch.float32)
     return HalfNorm(norm, h * norm.weight, h.to(wide).square().mean(1, keepdim=True))
 
 
 def finish(half: HalfNorm) -> Tensor:
-    """The other half: ``[n, D]``."""
+    """The second half: ``[n, D]``."""
     root = torch.rsqrt(half.squares.sum(1, keepdim=True) + half.norm.epsilon)
     return (half.rows * root).to(half.rows.dtype)
 
@@ -100,11 +100,11 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def rotate_append(heads: Tensor, projection: Projection) -> Tensor:
-    """Norms, if they have some, and rotates ``heads [n, H + 2G, K]`` (queries, keys, values) and
+    """Applies head norms, if any, and RoPE to ``heads [n, H + 2G, K]`` (queries, keys, values), and
     stores the entries.
 
-    Returns the rotated queries ``[n, H, K]``. Hugging Face's half-split form: element ``i``
-    turns with element ``i + K/2``.
+    Returns the rotated queries ``[n, H, K]``. Hugging Face's half-split form: element ``i`` is
+    paired with element ``i + K/2``.
     """
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
     queries = projection.heads
@@ -139,8 +139,8 @@ def project_append(
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
 
     Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0). Rows that are not
-    ``chosen`` leave entries if the projection ``leaves_all``. ``half``: of the norm of one block
-    that all rows run, if it is taken so far. ``arrivals``: as of ``feed``.
+    ``chosen`` leave entries if the projection ``leaves_all``. ``half``: the norm, if already half
+    applied; for one block that all rows run. ``arrivals``: as for ``feed``.
     """
     found = []
     for projection in projections:
@@ -150,7 +150,7 @@ def project_append(
         if chosen is not None and not projection.leaves_all:
             slots = torch.where(chosen.runs.bool(), projection.targets.slots, -1)
             projection = replace(projection, targets=replace(projection.targets, slots=slots))
-        # Queries lie in the order of h, whatever is known of their number.
+        # Queries are in the order of h, with or without a bound.
         found.append(_only(rotate_append(heads, projection), chosen))
     return found
 
@@ -169,7 +169,8 @@ def feed(
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. Returns
     ``[n, F]`` each. ``arrivals``: int32 scratch of ``ARRIVALS`` zeros, which is left zero; with it
-    kernels may share the work otherwise. ``half``: as of ``project_append``; without ``changes``.
+    kernels may split the work differently. ``half``: as for ``project_append``; not with
+    ``changes``.
     """
     found = []
     for number, part in enumerate(feeds):
@@ -214,8 +215,8 @@ def add_terms_(
 
     One term: the second half of a sublayer. Two: both second halves of a parallel block, or those
     of a pair, whose attention outputs are ``changes [n, D]``. No row occurs twice in ``index``.
-    ``chosen``: which rows each term is for, none of them for all; without ``changes``. ``then``:
-    decisions on the residual stream that is left; needs an ``h`` that is whole. ``arrivals``: as of
+    ``chosen``: the rows of each term, or empty for all rows; not with ``changes``. ``then``:
+    decisions on the updated residual stream; needs the complete ``h``. ``arrivals``: as for
     ``feed``.
     """
     found = apply_terms(terms)
@@ -238,9 +239,9 @@ def add_terms_(
 def add_terms_and_halve_(
     h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
 ) -> HalfNorm | None:
-    """``add_terms_(h, terms)``, and the half of ``norm`` of the ``h`` that is left.
+    """``add_terms_(h, terms)``, and the first half of ``norm`` of the updated ``h``.
 
-    ``None`` where a norm has no such half, or where taking it would be a launch of its own.
+    ``None`` if the norm has no such half, or if it would take a separate launch.
     """
     add_terms_(h, terms, arrivals=arrivals)
     return halve(h, norm) if HalfNorm.is_of(norm, h.dtype) else None
@@ -272,7 +273,7 @@ def attend_rows(queries: Tensor, reach: Reach, pages: Pages, scale: float) -> Te
 def attend_step(
     queries: Sequence[Tensor], reach: Sequence[StepReach], pages: Sequence[Pages], scale: float
 ) -> list[Tensor]:
-    """One query a sequence over all of its entries, of one block or of the two of a pair.
+    """One query per sequence over all of its entries, of one block or of the two of a pair.
 
     ``[B, H, K]`` each -> ``[B, H * K]`` each.
     """
@@ -289,7 +290,7 @@ def attend_step(
 
 
 def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
-    """The layer that is next, in place, of the rows that run it; then chooses the one after it."""
+    """Runs the next layer in place, for the rows that it is for; then chooses the one after it."""
     assert not condition
     if hops.runs.any():
         own, chosen = hops.layers[int(hops.now[Field.LAYER])], choose_rows(hops.runs)
@@ -310,10 +311,10 @@ def copy_entries(
     to_slots: Tensor,
     runs: Tensor | None = None,
 ) -> None:
-    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out.
+    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots are skipped.
 
-    ``runs [n]``: rows with 1, as decided on the device, are left out too: they have entries of
-    their own.
+    ``runs [n]``: rows with 1, as decided on the device, are skipped too: they have their own
+    entries.
     """
     if runs is not None:
         from_slots = torch.where(runs.bool(), -1, from_slots)
@@ -346,7 +347,7 @@ def head_logits(
 ) -> Tensor:
     """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``.
 
-    ``half``: of the norm, if it is taken so far.
+    ``half``: the norm, if already half applied.
     """
     if half is not None:
         return linear(finish(half), head)
@@ -356,12 +357,12 @@ def head_logits(
 def head_choose(
     h: Tensor, norm: Norm | None, head: Linear, choice: Choice, *, half: HalfNorm | None = None
 ) -> None:
-    """``choose`` of the head's logits, which nobody else needs."""
+    """``choose`` from the head's logits, which nothing else needs."""
     choose(head_logits(h, norm, head, half=half), choice)
 
 
 def choose(logits: Tensor, choice: Choice) -> None:
-    """The greedy token of each row, and the state one step further.
+    """Picks the greedy token of each row, and advances the state by one step.
 
     The first of equal maxima wins. A finished sequence yields ``pad``; one that yields a stop
     token is finished from the next step on.
@@ -378,7 +379,7 @@ def choose(logits: Tensor, choice: Choice) -> None:
 
 
 def advance(choice: Choice) -> None:
-    """Counts and positions one step further: what a step with another sampler needs."""
+    """Advances counts and positions by one step: all that a step with another sampler needs."""
     choice.counts.add_(choice.grows)
     choice.positions.add_(1)
 
@@ -391,9 +392,9 @@ def embed(
     positions: Tensor | None = None,
     places: Tensor | None = None,
 ) -> None:
-    """``out[b] = table[tokens[b]]``, plus ``places[positions[b]]`` if there are: ``[B] -> [B, D]``.
+    """``out[b] = table[tokens[b]]``, plus ``places[positions[b]]`` if given: ``[B] -> [B, D]``.
 
-    ``places [positions, D]``: what a model that learns its positions adds; needs ``positions [B]``.
+    ``places [positions, D]``: learned position embeddings; needs ``positions [B]``.
     """
     out.copy_(F.embedding(tokens, table))
     if places is not None:
@@ -402,9 +403,9 @@ def embed(
 
 
 def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where ``mask [N]`` is true: ``index [N]``, its first ``count [1]`` numbers ascending.
+    """Where ``mask [N]`` is true: ``index [N]``, ascending in its first ``count [1]`` elements.
 
-    Both stay on the device; what lies behind the count is unspecified.
+    Both stay on the device; what follows is unspecified.
     """
     rows = mask.bool()
     count = rows.sum(dtype=torch.int32)[None]
@@ -414,7 +415,7 @@ def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _only(found: Tensor, chosen: Chosen | None) -> Tensor:
-    """``found`` for the chosen rows, anything for the others."""
+    """``found`` for the chosen rows; unspecified for the others."""
     if chosen is None:
         return found
     out = empty(tuple(found.shape), found.dtype, found.device)
@@ -424,7 +425,7 @@ def _only(found: Tensor, chosen: Chosen | None) -> Tensor:
 
 
 def _spread(found: Tensor, chosen: Chosen) -> Tensor:
-    """Rows in the order of the index, in that of all rows."""
+    """From the order of the index to the order of all rows, zero elsewhere."""
     assert chosen.index is not None
     out = found.new_zeros(len(chosen.runs), *found.shape[1:])
     out[chosen.index.long()] = found

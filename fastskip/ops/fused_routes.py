@@ -1,6 +1,6 @@
-"""Decisions on the device in plain torch: the definition, and the oracle of the kernels.
+"""Device-side decisions in plain torch: the definition, and the kernels' oracle.
 
-Part of ``ops.fused``, apart for its subject. Letters as in ``ops.routes``.
+Part of ``ops.fused``, in a file of its own. Letters as in ``ops.routes``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TINY = 1e-30
 
 
 def route(h: Tensor, taken: Route) -> None:
-    """Moves the trace on, then decides: ``h [n, D]`` is the residual stream as it stands."""
+    """Updates the trace, then decides; ``h [n, D]`` is the current residual stream."""
     if taken.trace is not None and taken.move is not Move.NONE:
         _move(h, taken)
     for verdict in taken.verdicts:
@@ -42,8 +42,8 @@ def route(h: Tensor, taken: Route) -> None:
 
 
 def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
-    """The first layer of ``hops`` is next, for the rows that its flags name; without any, the first
-    one behind it that some row runs. There are no graphs here, so no ``condition``."""
+    """Makes the first layer of ``hops`` next, for the rows that its flags name; if they name none,
+    the first later one that some row runs. There are no graphs here, so no ``condition``."""
     assert not condition
     assert hops.layers[0].home is not None
     hops.runs.copy_(hops.layers[0].home)
@@ -51,7 +51,7 @@ def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
 
 
 def land(h: Tensor, hops: Hops) -> None:
-    """A layer was run: which one is next."""
+    """Chooses the next layer after one has run."""
     if hops.trace is not None:
         _move_on(h, hops.trace, [hops.runs])
     hops.runs.zero_()
@@ -61,12 +61,12 @@ def land(h: Tensor, hops: Hops) -> None:
 def measure(before: Tensor, after: Tensor) -> Tensor:
     """Cosine and relative change ``||after - before|| / ||before||`` of rows: ``[n, D] -> [n, 2]``.
 
-    At least in fp32; rows of zeros have cosine 0 and a change that is huge, or 0 without one.
+    At least in fp32; zero rows have cosine 0 and a huge change, or 0 if they stay zero.
     """
     wide = torch.promote_types(before.dtype, torch.float32)
     before, after = before.to(wide), after.to(wide)
     parts = torch.stack((before, after, after - before), dim=1)
-    products = parts @ parts.mT  # all sums of two in one operation
+    products = parts @ parts.mT  # all dot products in one operation
     squares = products.diagonal(dim1=1, dim2=2)
     first, second, moved = squares.unbind(1)
     cosine = products[:, 0, 1] / (first * second).sqrt().clamp_min(_TINY)
@@ -82,8 +82,7 @@ def linear_score(h: Tensor, weight: Tensor, bias: float | Tensor) -> Tensor:
 
 
 def choose_rows(runs: Tensor, switch: Switch | None = None) -> Chosen:
-    """The rows with a flag of 1, compacted where the products that follow need it; there are no
-    graphs here, so no ``switch``."""
+    """The rows with a flag of 1, also compacted; there are no graphs here, so no ``switch``."""
     assert switch is None
     order = torch.argsort(1 - runs, stable=True).to(torch.int32)
     return Chosen(runs, order, runs.sum(dtype=torch.int32)[None])
@@ -92,13 +91,12 @@ def choose_rows(runs: Tensor, switch: Switch | None = None) -> Chosen:
 def place_entries(
     held: Tensor, order: Tensor, bounds: Bounds, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Slots of rows that leave entries, where the host does not know who does.
+    """Slots of rows that leave entries, where the host does not know which rows do.
 
     ``held [n]``: 1 where a row leaves one; ``order [n]``: row numbers, sequence by sequence,
-    columns ascending; ``bounds``: where each sequence begins in it; ``counts [B]``: entries that
-    each sequence has, which become those that it has afterwards. Returns ``slots [n]`` (-1 where
-    there is no entry) and ``limits [n]`` (entries at or before each row), int32; rows behind the
-    last sequence get -1 and 0.
+    columns ascending; ``bounds``: where each sequence begins in it; ``counts [B]``: entries of each
+    sequence, updated in place. Returns ``slots [n]`` (-1 without an entry) and ``limits [n]``
+    (entries at or before each row), int32; rows after the last sequence get -1 and 0.
     """
     slots, limits = (torch.full_like(held, fill) for fill in (-1, 0))
     for sequence, (first, last) in enumerate(pairwise(bounds.host)):
@@ -130,7 +128,7 @@ def _move_on(h: Tensor, trace: Trace, ran: Sequence[Tensor]) -> None:
 
 
 def _choose_next(h: Tensor, hops: Hops, following: int) -> None:
-    """From layer ``following`` on, nobody has decided; with rows that run already, nobody does."""
+    """Decides on layers from ``following`` on until some row runs; on none if one already does."""
     found = None if hops.trace is None else hops.trace.found
     members = hops.live.nonzero().squeeze(1)
     own = hops.sequences[members], hops.positions[members]
@@ -171,7 +169,7 @@ def agreed(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -
 
 
 def score(terms: Terms, h: Tensor, positions: Tensor, found: Tensor | None) -> Tensor:
-    """How much each row wishes to skip: ``h [n, D]``, ``positions [n]``; ``found [n, 2]`` of its
+    """How much each row wants to skip; ``h [n, D]``, ``positions [n]``, and ``found [n, 2]`` of the
     trace."""
     if terms.score is Score.RANDOM:
         return -draw(positions, terms.salt)
@@ -192,7 +190,7 @@ def _decide(h: Tensor, taken: Route, verdict: Verdict) -> None:
 
 
 def _of_groups(scores: Tensor, numbers: Tensor, positions: Tensor, terms: Terms) -> Tensor:
-    """Each row's group's score."""
+    """The score of each row's group."""
     found = scores.clone()
     for number in numbers.unique():
         rows = (numbers == number).nonzero().squeeze(1)

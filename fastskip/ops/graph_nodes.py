@@ -1,7 +1,7 @@
-"""Conditional nodes of CUDA graphs, by CUDA's own bindings.
+"""Conditional nodes of CUDA graphs, through NVIDIA's Python bindings.
 
-torch makes IF nodes from 2.13 on; the bindings (``cuda-bindings``, which torch's wheels for CUDA 13
-bring along) make them, and SWITCH nodes, with torch 2.11 too.
+torch creates IF nodes from 2.13 on; the bindings (``cuda-bindings``, which torch's CUDA 13 wheels
+install) create them, and SWITCH nodes, with torch 2.11 too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MODULE = "cuda.bindings.driver"
 class NodeKind(Enum):
     """What a node does with its condition; the value is the driver's name for it.
 
-    ``IF``: its one body runs unless it is 0. ``WHILE``: again and again until it is. ``SWITCH``: it
-    is the number of the body that runs; from their number on, none does.
+    ``IF``: runs its only body unless the condition is 0. ``WHILE``: repeats it until the condition
+    is 0. ``SWITCH``: runs the body whose number the condition is; none, if there is no such body.
     """
 
     IF = "CU_GRAPH_COND_TYPE_IF"
@@ -31,7 +31,7 @@ class NodeKind(Enum):
 
 @cache
 def can_switch(device: torch.device) -> bool:
-    """Whether graphs on a device can have SWITCH nodes: CUDA 12.8, and its bindings."""
+    """Whether graphs on a device can have SWITCH nodes: that takes CUDA 12.8 and its bindings."""
     if device.type != "cuda" or not _has_bindings():
         return False
     driver = import_module(MODULE)
@@ -48,11 +48,11 @@ def load_driver() -> Any:
     """CUDA's driver API.
 
     Raises:
-        ValueError: the bindings are not installed, or older than IF nodes.
+        ValueError: the bindings are not installed, or predate IF nodes.
     """
     needed = (
-        "conditional graph nodes need the package cuda-bindings (pip install 'cuda-bindings>=13', "
-        "of the driver's CUDA version); allowed without it: Guarding.EARLY_EXIT, no switches"
+        "conditional graph nodes need the cuda-bindings package (pip install 'cuda-bindings>=13', "
+        "for the driver's CUDA version); allowed without it: Guarding.EARLY_EXIT, no switches"
     )
     if not _has_bindings():
         raise ValueError(f"guarding: {needed}")
@@ -63,7 +63,7 @@ def load_driver() -> Any:
 
 
 def new_handle(driver: Any, graph: Any, default: int = 0) -> Any:
-    """A condition in ``graph``, which starts every launch as ``default``."""
+    """A condition of ``graph``, which is ``default`` at the start of every launch."""
     context = checked(driver, driver.cuCtxGetCurrent())
     flag = driver.CU_GRAPH_COND_ASSIGN_DEFAULT
     return checked(driver, driver.cuGraphConditionalHandleCreate(graph, context, default, flag))
@@ -72,7 +72,7 @@ def new_handle(driver: Any, graph: Any, default: int = 0) -> Any:
 def add_node(
     driver: Any, graph: Any, after: list[Any], handle: Any, kind: NodeKind, bodies: int
 ) -> tuple[Any, list[Any]]:
-    """A conditional node behind the nodes ``after``, and the graphs of its bodies."""
+    """Adds a conditional node after the nodes ``after``; returns it and its bodies' graphs."""
     what = driver.CUgraphNodeParams()
     what.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
     what.conditional.handle = handle
@@ -85,10 +85,10 @@ def add_node(
 
 
 def checked(driver: Any, answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver returned.
+    """What a driver call returned.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the call failed.
     """
     status, *values = answer
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -97,5 +97,5 @@ def checked(driver: Any, answer: tuple[Any, ...]) -> Any:
 
 
 def edges_of(driver: Any) -> tuple[None, ...]:
-    """CUDA 13 has an argument more for dependencies; nobody here needs it."""
+    """CUDA 13 takes one more argument for dependencies, which is not used here."""
     return () if int(driver.CUDA_VERSION) < 13000 else (None,)

@@ -1,4 +1,4 @@
-"""CUDA graphs: work with fixed addresses recorded once and replayed with one call."""
+"""CUDA graphs: work at fixed addresses, captured once and replayed with one call."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-# Runs before a capture: kernels compile, libraries choose their workspaces.
+# Runs before a capture: kernels compile, libraries allocate their workspaces.
 _WARM_UPS = 2
-# Captures of a device share a stream, whatever thread they are made in.
+# Captures on a device share a stream, whatever their thread, so they run one by one.
 _CAPTURING = Lock()
 
 
 def capture(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
-    """A function that does ``work`` again; on CUDA by replaying a graph of it.
+    """A function that repeats ``work``; on CUDA by replaying a graph of it.
 
-    ``work`` must read and write the same addresses every time and never wait for the device; it is
-    run a few times here, so nothing it writes may matter yet. ``pool``: the memory pool for what
-    it allocates, shared by graphs that never run at the same time. Elsewhere than on CUDA the
-    result is ``work`` itself.
+    ``work`` must read and write the same addresses every time and never sync with the device; it
+    runs a few times here, so nothing it writes may matter yet. ``pool``: the memory pool for what
+    it allocates, shared by graphs that never run at the same time. On other devices the result is
+    ``work`` itself.
     """
     if device.type != "cuda":
         return work
@@ -39,7 +39,7 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 work()
-        finally:  # torch stays on the capture's stream where ending it fails
+        finally:  # torch stays on the capture stream if ending the capture fails
             torch.cuda.set_stream(current)
     replay: Callable[[], None] = graph.replay
     return replay
@@ -47,13 +47,13 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
 
 @cache
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """One for the warm-ups of a device, since libraries keep a workspace for each stream."""
+    """A device's only warm-up stream, since libraries keep a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
 @cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One for the captures of a device: torch's own is of the device that captured first."""
+    """A device's capture stream: torch's own belongs to the device that captured first."""
     return torch.cuda.Stream(device)
 
 

@@ -1,12 +1,12 @@
-"""Hops: a decode step goes from layer to layer, and the device says which one is next.
+"""Hops: a decode step jumps from layer to layer, and the device decides which one is next.
 
-A row that skips a layer leaves it as it came, so whoever decides on a layer can decide on the ones
-behind it as well, up to the first that any row runs. A step is then a loop over the layers that
-run: the same launches for each, which find the weights and entries of theirs by distances in device
-memory. What nobody runs has no launch at all.
+A row that skips a layer leaves it unchanged, so a decision on one layer can be followed at once by
+those on later layers, up to the first that any row runs. A step is then a loop over the layers that
+run: the same launches for each, which locate its weights and entries by distances in device memory.
+Layers that no row runs cost no launch at all.
 
-``now`` holds the distances of the layer that is next, in elements, from the tensors of the first
-one (``Field``). Letters as in ``ops.contracts``; ``L`` layers.
+``now`` holds the distances of the next layer: element offsets from the first layer's tensors
+(``Field``). Letters as in ``ops.contracts``; ``L`` layers.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fastskip.ops.contracts import (
 from fastskip.ops.routes import Move, Route, Score, Terms, Trace, signed
 
 ALIGNMENT = 16
-"""Bytes that every distance of what kernels read in wide loads is a multiple of."""
+"""Distances of tensors that kernels read in wide loads are multiples of this many bytes."""
 
 
 class Field(IntEnum):
-    """What a distance leads to, ``LAYER``: the number among the layers. What belongs to a weight,
-    its bias, is the next one."""
+    """What a distance leads to; ``LAYER`` holds the layer's number. The field after a weight is its
+    bias."""
 
     LAYER = 0
     ATTENTION_GAIN = 1
@@ -56,19 +56,19 @@ class Field(IntEnum):
 
 
 _NARROW = (Field.LAYER, Field.TABLE, Field.COUNTS)
-"""Read element by element."""
+"""Fields read element by element."""
 
 
 @dataclass(frozen=True, slots=True)
 class HopLayer:
-    """A sequential layer, and what one row of each of ``n`` sequences enters.
+    """A sequential layer that one row from each of ``n`` sequences may enter.
 
     Attributes:
-        projection: of queries, keys and values; with pages, without norms of heads.
-        reach: what rows see; its counts are also the slots of the new entries.
+        projection: queries, keys and values; with pages, without head norms.
+        reach: what rows attend to; its counts are also the slots of the new entries.
         output, feed, down: the other products.
-        terms: how it is decided who runs it, not by capacity; ``None``: every live row does.
-        home: ``[n]`` int32, where who runs it is kept; of layers with ``terms``.
+        terms: what decides which rows run it, never by capacity; ``None``: every live row does.
+        home: ``[n]`` int32, where those flags are kept; for layers with ``terms``.
     """
 
     projection: Projection
@@ -85,7 +85,7 @@ class HopLayer:
         return self.projection.pages
 
     def kind(self) -> Hashable:
-        """What the layers of a loop have in common."""
+        """What all layers of a loop must have in common."""
         own, pages = self.projection, self.pages
         norms = [(n.epsilon, n.is_centred, n.bias is None) for n in (own.norm, self.feed.norm)]
         linears = (own.linear, self.output, self.feed.linear, self.down)
@@ -94,7 +94,7 @@ class HopLayer:
         return tuple(norms), tuple(sizes), entries, own.head_dim, self.feed.activation
 
     def tensors(self) -> dict[Field, Tensor | None]:
-        """What distances are counted between."""
+        """The tensors that distances are measured between."""
         own, feed = self.projection, self.feed
         return {
             Field.ATTENTION_GAIN: own.norm.weight,
@@ -116,11 +116,11 @@ class HopLayer:
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """What decides on each of ``L`` layers, where their decisions differ.
+    """The parts of decisions that differ between ``L`` layers.
 
-    ``bars``, ``biases [L]`` fp32, ``salts [L]`` int32, ``weights [L, D]`` fp32 of ``LINEAR``: as in
-    ``Terms``. A layer that every row runs has an infinite bar. ``homes [L]`` int64: elements from
-    ``Hops.runs`` to where the layer's flags are kept.
+    ``bars``, ``biases [L]`` fp32, ``salts [L]`` int32, ``weights [L, D]`` fp32 for ``LINEAR``: as
+    in ``Terms``. A layer that every row runs has an infinite bar. ``homes [L]`` int64: elements
+    from ``Hops.runs`` to where the layer's flags are kept.
     """
 
     bars: Tensor
@@ -131,7 +131,7 @@ class Bars:
 
     @classmethod
     def of(cls, layers: Sequence[HopLayer], runs: Tensor) -> Bars:
-        """Those of ``layers``; ``runs``: where homes are counted from."""
+        """Those of ``layers``; ``runs``: where homes are measured from."""
         terms = [layer.terms or ALWAYS for layer in layers]
         device, weights = runs.device, None
         known = [own.weight for own in terms if own.weight is not None]
@@ -154,20 +154,20 @@ ALWAYS = Terms(score=Score.RANDOM, bar=math.inf)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hops:
-    """The layers of a loop, and where it stands. Nobody decides on the first layer here: its
-    ``home`` says who runs it before the loop begins.
+    """The layers of a loop, and its state. The loop does not decide on the first layer: its
+    ``home`` holds the flags before the loop begins.
 
     Attributes:
-        live: ``[n]``: 1 for rows that there are; others run nothing.
+        live: ``[n]``: 1 for rows that exist; others run nothing.
         positions, sequences: ``[n]``.
-        trace: of ``COSINE`` and ``CHANGE``; it moves on with every layer that was run.
+        trace: for ``COSINE`` and ``CHANGE``; updated after every layer that ran.
         arrivals: int32 scratch of at least 1 zero, which a launch leaves zero.
-        scale: of the attention.
+        scale: of attention scores.
         terms: of the first layer; all decisions have score, group and agreement in common.
-        runs: ``[n]``: who runs the layer that is next; all 0 behind the last one.
-        now: ``[Field]`` int64: its distances.
-        table: ``[L, Field]`` int64: those of all layers.
-        bars: what decides on each.
+        runs: ``[n]``: which rows run the next layer; all 0 after the last one.
+        now: ``[Field]`` int64: the next layer's distances.
+        table: ``[L, Field]`` int64: the distances of all layers.
+        bars: what differs between their decisions.
     """
 
     layers: Sequence[HopLayer]
@@ -185,7 +185,7 @@ class Hops:
 
     @property
     def route(self) -> Route:
-        """What becomes of the trace as a layer ends."""
+        """How the trace is updated when a layer ends."""
         move = Move.NONE if self.trace is None else Move.NEXT
         ran = [self.runs] if self.trace is not None else []
         return Route(
@@ -204,7 +204,7 @@ class Hops:
         arrivals: Tensor,
         scale: float,
     ) -> Hops:
-        """A loop over ``layers``, which ``can_hop``."""
+        """A loop over ``layers``, for which ``can_hop`` holds."""
         first, runs = layers[0], torch.zeros_like(live)
         assert first.terms is not None
         rows = [_distances(number, own, first) for number, own in enumerate(layers)]
@@ -226,8 +226,8 @@ class Hops:
 
 
 def can_hop(layers: Sequence[HopLayer]) -> bool:
-    """Whether one loop serves ``layers``: they are of one kind, decided on in one way, the first of
-    them by a bar, and distances between them keep wide loads whole."""
+    """Whether one loop serves ``layers``: they are of one kind, with one kind of decision, the
+    first has one, by a bar, and distances between them keep wide loads aligned."""
     shared = {
         (own.score, own.group, own.agreement, own.capacity)
         for own in (layer.terms for layer in layers)
@@ -246,7 +246,7 @@ def can_hop(layers: Sequence[HopLayer]) -> bool:
 
 
 def _distances(number: int, layer: HopLayer, first: HopLayer) -> list[int]:
-    """A row of the table."""
+    """The layer's row of the table."""
     found = [0] * len(Field)
     origin = first.tensors()
     for each, tensor in layer.tensors().items():

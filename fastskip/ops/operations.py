@@ -1,7 +1,7 @@
 """The interface of the fused operations: what the device executor is written against.
 
-``ops.fused`` (torch) and ``ops.compiled`` (Triton, and torch's library products where those are
-faster) implement it as modules; ``ops.fused`` and ``ops.fused_routes`` say what each function
+``ops.fused`` (torch) and ``ops.compiled`` (Triton, and torch's library GEMMs where those are
+faster) implement it as modules; ``ops.fused`` and ``ops.fused_routes`` define what each function
 computes.
 """
 

@@ -1,4 +1,4 @@
-"""Named ranges for profilers, off by default: phases, layers and sublayers on the time line."""
+"""Named ranges for profilers, off by default: phases, layers and sublayers on the timeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def ranges() -> Iterator[None]:
     """Within this block ``span`` names what runs, for Nsight (NVTX) and ``torch.profiler``.
 
     Decode steps then launch kernel by kernel instead of replaying a graph, whose nodes no range
-    could name; so look at shares, not at the time of a step.
+    could name; so look at shares, not at step times.
     """
     token = _is_on.set(True)
     try:

@@ -1,8 +1,8 @@
 """The operations in plain torch: the definition of correctness and the CPU path.
 
 Letters: ``N`` rows, ``D`` hidden size, ``F`` FFN size, ``H`` query heads, ``G`` key/value heads,
-``K`` head dim, ``S`` cache slots. Nothing here knows of tokens, layers or policies. Every function
-is out of place, and therefore safe for autograd, except where its name ends in ``_``.
+``K`` head dim, ``S`` cache slots. Nothing here knows about tokens, layers or policies. Every
+function is out of place, and therefore safe for autograd, unless its name ends in ``_``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastskip.ops.contracts import Activation, Norm
 
-# Queries of one product: large enough to fill a core, small enough to skip what lies ahead.
+# Queries per block: enough to keep a core busy, few enough to skip most of what causality hides.
 _BLOCK = 128
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -32,17 +32,17 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``x / rms(x) * weight`` over the last axis; the mean square is taken in fp32. ``[N, D]``."""
     if x.dtype in _HALVES:
         return F.rms_norm(x, weight.shape, weight, epsilon)
-    # In full precision nothing is cast, and these few steps cost half of the composed function.
+    # In full precision nothing is cast, and these few steps cost half as much as torch's function.
     squares = x * x
     scale = squares.mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     if wants_gradient(x, weight):
         return x * scale * weight
-    # Memory that the system has to bring costs more than the sums: the squares' is used again.
+    # Fresh memory from the system costs more than the arithmetic, so the squares' is reused.
     return torch.mul(x, scale, out=squares).mul_(weight)
 
 
 def wants_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd is to follow what is made of these."""
+    """Whether autograd records operations on these."""
     return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
@@ -81,7 +81,7 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention of one sequence, or of several sequences that are alike.
+    """Softmax attention of one sequence, or of several with the same layout.
 
     Args:
         queries: ``[B, H, N, K]``.
@@ -94,9 +94,9 @@ def attend(
     Returns:
         ``[B, H, N, K]``.
 
-    The product of a block of queries with the slots it may see, a softmax and a second product:
-    on CPUs that is faster than torch's fused kernel (three times in bf16), whose blocks are small,
-    and scores of slots that no query of the block sees are never computed.
+    Block by block: a product of queries with the slots that they may see, a softmax and a second
+    product. On CPUs that is faster than torch's fused kernel (three times in bf16), whose blocks
+    are small, and scores of slots that no query of a block sees are never computed.
     """
     rows, slots = queries.shape[2], sum(key.shape[2] for key in keys)
     if is_causal and rows > 1 and (dropout or queries.requires_grad):
@@ -105,8 +105,8 @@ def attend(
     if dropout or queries.requires_grad:
         return _attend_fused(queries, keys, values, visible, scale, dropout)
     if rows <= _BLOCK:
-        hidden = _hidden(visible, rows, slots, queries, is_causal=is_causal)
-        return _attend_block(queries, keys, values, hidden, scale)
+        mask = _additive_mask(visible, rows, slots, queries, is_causal=is_causal)
+        return _attend_block(queries, keys, values, mask, scale)
     key = keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2)
     value = values[0] if len(values) == 1 else torch.cat(list(values), dim=2)
     outputs = []
@@ -114,34 +114,34 @@ def attend(
         block = queries[:, :, start : start + _BLOCK]
         stop = start + block.shape[2]
         seen = slots - rows + stop if is_causal else slots
-        sight = None if visible is None else visible[start:stop]
-        hidden = _hidden(sight, block.shape[2], seen, queries, is_causal=is_causal)
+        shown = None if visible is None else visible[start:stop]
+        mask = _additive_mask(shown, block.shape[2], seen, queries, is_causal=is_causal)
         own = [key[:, :, :seen]], [value[:, :, :seen]]
-        outputs.append(_attend_block(block, *own, hidden, scale))
+        outputs.append(_attend_block(block, *own, mask, scale))
     return torch.cat(outputs, dim=2)
 
 
-def _hidden(
+def _additive_mask(
     visible: Tensor | None, rows: int, slots: int, like: Tensor, *, is_causal: bool
 ) -> Tensor | None:
-    """What scores get added: ``[N, S]``, minus infinity for slots that a query does not see."""
+    """The additive mask ``[N, S]``, minus infinity where a query does not see a slot; or ``None``."""
     if visible is None:
-        return _after_own(rows, slots, like) if is_causal and rows > 1 else None
+        return _causal_mask(rows, slots, like) if is_causal and rows > 1 else None
     zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
     return zeros.masked_fill_(~visible, float("-inf"))
 
 
-def _after_own(rows: int, slots: int, like: Tensor) -> Tensor:
-    """As ``_hidden``, of up to a block of queries that belong to the last of ``slots``."""
+def _causal_mask(rows: int, slots: int, like: Tensor) -> Tensor:
+    """The causal mask of up to a block of queries, which belong to the last of ``slots``."""
     width = max(_BLOCK, 1 << (slots - 1).bit_length())
     return _triangle(width, like.dtype, like.device)[_BLOCK - rows :, width - slots :]
 
 
 @functools.lru_cache(maxsize=8)
 def _triangle(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[block, width]``: a block of queries on the last of ``width`` slots.
+    """``[block, width]``: the causal mask of a block of queries on the last of ``width`` slots.
 
-    The last queries of it on the last slots are what fewer queries on fewer slots have.
+    Its bottom right corner is the mask of fewer queries on fewer slots.
     """
     with torch.inference_mode(False):
         whole = torch.full((_BLOCK, width), float("-inf"), dtype=dtype, device=device)
@@ -152,10 +152,10 @@ def _attend_block(
     queries: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    hidden: Tensor | None,
+    mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Attention of a block of queries; ``hidden [N, S]`` is added to their scores.
+    """Attention of a block of queries; ``mask [N, S]`` is added to their scores.
 
     The query heads that share a key head become rows of one product, so nothing is repeated.
     """
@@ -164,9 +164,9 @@ def _attend_block(
     alike = heads // groups
     grouped = queries.reshape(batch * groups, alike * rows, width)
     added: Sequence[Tensor | None] = [None] * len(keys)
-    if hidden is not None:
-        hidden = hidden.repeat(alike, 1) if alike > 1 else hidden
-        added = hidden.split([key.shape[2] for key in keys], dim=-1)
+    if mask is not None:
+        mask = mask.repeat(alike, 1) if alike > 1 else mask
+        added = mask.split([key.shape[2] for key in keys], dim=-1)
     scores = [
         _scores(grouped, key.flatten(0, 1).transpose(1, 2), scale, own)
         for key, own in zip(keys, added, strict=True)
@@ -182,11 +182,11 @@ def _attend_block(
     return sum(products[1:], products[0]).view(batch, heads, rows, width)
 
 
-def _scores(queries: Tensor, keys: Tensor, scale: float, hidden: Tensor | None) -> Tensor:
-    """``scale * (queries @ keys) + hidden``, batched, as one operation: half precision would round
-    a product that is scaled or masked afterwards once more."""
-    if hidden is not None:
-        return torch.baddbmm(hidden, queries, keys, alpha=scale)
+def _scores(queries: Tensor, keys: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """``scale * (queries @ keys) + mask``, batched, as one operation: in half precision, scaling or
+    masking afterwards would round once more."""
+    if mask is not None:
+        return torch.baddbmm(mask, queries, keys, alpha=scale)
     blank = queries.new_empty(1).expand(len(queries), queries.shape[1], keys.shape[2])
     return torch.baddbmm(blank, queries, keys, beta=0, alpha=scale)
 
@@ -199,7 +199,7 @@ def _attend_fused(
     scale: float,
     dropout: float,
 ) -> Tensor:
-    """Torch's fused attention: for training it keeps less for the backward pass."""
+    """Torch's fused attention: in training, it keeps less for the backward pass."""
     key, value = torch.cat(list(keys), dim=2), torch.cat(list(values), dim=2)
     return F.scaled_dot_product_attention(
         queries,

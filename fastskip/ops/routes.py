@@ -1,9 +1,9 @@
-"""Decisions that are taken on the device: what the routing operations read and write.
+"""Device-side decisions: what the routing operations read and write.
 
 A *verdict* decides for each candidate row whether it runs. Every row has a score, larger the more
-it wishes to skip, and skips where the score reaches the verdict's bar. The answer is a flag of its
-own in device memory, ``runs [n]`` int32, which the guarded operations read first; the host never
-waits for it. Letters as in ``ops.contracts``.
+it wants to skip, and skips if the score reaches the verdict's bar. The result is a flag per row in
+device memory, ``runs [n]`` int32, which the guarded operations read first; the host never waits for
+it. Letters as in ``ops.contracts``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 N = TypeVar("N", int, Tensor)
 EPSILON = 1e-6
-"""Added to the mean square of a row before the score of ``LINEAR`` divides by its root."""
+"""Added to a row's mean square before the ``LINEAR`` score divides by its root."""
 
 
 class Score(Enum):
-    """What a row's wish to skip is; all in fp32."""
+    """How much a row wants to skip; all in fp32."""
 
     COSINE = "cosine"
-    """``cos(in, out)`` of the last layer that the row ran whole; ``-inf`` before the first."""
+    """``cos(in, out)`` of the last layer that the row ran in full; ``-inf`` before the first."""
     CHANGE = "change"
     """``-||out - in|| / ||in||`` of that layer; ``-inf`` before the first."""
     LINEAR = "linear"
@@ -43,9 +43,9 @@ class Group(Enum):
 
 
 class Agreement(Enum):
-    """The score of a group: ``MEAN``, or ``ANY`` (the least: it runs if any of its rows would).
+    """The score of a group: ``MEAN``, or ``ANY`` (the minimum: it runs if any of its rows would).
 
-    A group of ``RANDOM`` has the score of its row with the largest position under either.
+    With ``RANDOM``, either way, a group has the score of its row with the largest position.
     """
 
     MEAN = "mean"
@@ -53,20 +53,20 @@ class Agreement(Enum):
 
 
 class Move(Enum):
-    """What becomes of a ``Trace`` before the verdicts: rows begin a layer, or it is only read."""
+    """How a ``Trace`` is updated before the verdicts, as rows begin a layer; or it is only read."""
 
     NONE = "none"
     START = "start"
-    """Nothing was found yet; ``snapshot`` is taken."""
+    """``found`` is reset, then ``snapshot`` is taken."""
     NEXT = "next"
-    """``found`` is renewed for rows that ran the layer just left, then ``snapshot`` is taken."""
+    """``found`` is updated for rows that ran the layer just left, then ``snapshot`` is taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class Switch:
     """A SWITCH node of a CUDA graph: body ``b`` is for up to ``(b + 1) * step`` chosen rows.
 
-    ``handle``: that of its condition; 0 stands for no node.
+    ``handle``: of its condition; 0 means no node.
     """
 
     handle: int
@@ -77,10 +77,10 @@ class Switch:
 class Chosen:
     """Which rows of ``h [n, D]`` run; the tensors of the others stay as they are.
 
-    ``runs [n]``: 1 or 0. ``index [n]``, ``count [1]``: the same rows compacted, where products of
-    many rows need it; ``None`` where the flags are enough. ``bound``: where the host knows of more
-    than that, there are no more than so many, and ``index`` ends there, rows that do not run at its
-    end; what an FFN's first half returns, and terms, then have one row for each of ``index``.
+    ``runs [n]``: 1 or 0. ``index [n]``, ``count [1]``: the same rows compacted, where many-row
+    products need it; ``None`` where the flags are enough. ``bound``: the most rows that there can
+    be, where the host knows it; ``index`` then has this length, with rows that do not run at its
+    end, and outputs of an FFN's first half, and terms, have one row per element of ``index``.
     """
 
     runs: Tensor
@@ -89,7 +89,7 @@ class Chosen:
     bound: int | None = None
 
     def at_most(self, bound: int) -> Chosen:
-        """The same rows, which are no more than ``bound``; ``index`` must be of all rows."""
+        """The same rows, which number at most ``bound``; ``index`` must cover all rows."""
         assert self.index is not None
         return Chosen(self.runs, self.index[:bound], self.count, bound)
 
@@ -99,7 +99,7 @@ class Trace:
     """What ``COSINE`` and ``CHANGE`` look at.
 
     ``snapshot [n, D]``: each row as its layer began. ``found [n, 2]`` fp32: cosine and relative
-    change of the last layer that it ran whole; ``-inf``, ``+inf`` before the first.
+    change of the last layer that it ran in full; ``-inf``, ``+inf`` before the first.
     """
 
     snapshot: Tensor
@@ -108,17 +108,17 @@ class Trace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a decision goes by.
+    """What a decision is based on.
 
     Attributes:
         score: what is compared with ``bar``: a row skips where ``score >= bar``. NaN runs.
         bar: rounded to fp32 for the comparison.
-        weight: ``[D]`` fp32, and ``bias``: of ``LINEAR``.
-        salt: 32 bits, of ``RANDOM``.
-        group, agreement: who decides together.
-        capacity: of ``LINEAR`` with ``Group.ROW``: instead of the bar, the ``ceil(capacity * m)``
-            of a sequence's ``m`` candidates that wish least to skip run; of equals the one with
-            the lowest position, then the lowest row.
+        weight: ``[D]`` fp32, and ``bias``: for ``LINEAR``.
+        salt: 32 bits, for ``RANDOM``.
+        group, agreement: which rows decide together, and how.
+        capacity: for ``LINEAR`` with ``Group.ROW``: instead of a bar, the ``ceil(capacity * m)`` of
+            a sequence's ``m`` candidates that score lowest run; ties go to the lowest position,
+            then the lowest row.
     """
 
     score: Score
@@ -144,14 +144,14 @@ class Verdict(Terms):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Verdicts on rows of the residual stream as they stand, and the trace moved on before them.
+    """Verdicts on rows of the current residual stream, and the trace update before them.
 
     Attributes:
-        verdicts: up to two where a residual update carries them, else any number; may be none.
+        verdicts: at most two if a residual update carries them, else any number; may be empty.
         positions, sequences: ``[n]``.
         trace: needed by ``COSINE``, ``CHANGE`` and every move.
-        move: what becomes of the trace.
-        ran: flags ``[n]`` of the layer just left; ``found`` is renewed where all are 1.
+        move: how the trace is updated.
+        ran: flags ``[n]`` of the layer just left; ``found`` is updated where all are 1.
         arrivals: int32 scratch of at least 1 zero, which a launch leaves zero.
     """
 
@@ -165,7 +165,7 @@ class Route:
 
 
 def mixed(value: N) -> N:
-    """32-bit numbers whose bits depend on all bits of ``value`` (the end of MurmurHash3)."""
+    """A 32-bit hash whose bits depend on all bits of ``value`` (MurmurHash3's finaliser)."""
     value = value & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         value = (value ^ value >> shift) * factor & 0xFFFFFFFF
@@ -173,13 +173,13 @@ def mixed(value: N) -> N:
 
 
 def signed(salt: int) -> int:
-    """The number whose 32 bits are those of ``salt``: what a kernel is told, as int32."""
+    """The int32 with the 32 bits of ``salt``, as kernels take it."""
     return (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
 def draw(positions: Tensor, salt: int) -> Tensor:
     """``u`` in (0, 1] of each position, fp32: ``(mixed(position * 0x9E3779B1 ^ salt) >> 8) + 1``
-    in units of ``2 ** -24``, so that 0 never and 1 always reaches it."""
+    in units of ``2 ** -24``: a rate of 0 never reaches it, 1 always does."""
     value = mixed(positions.to(torch.int64) * 0x9E3779B1 ^ salt)
     return ((value >> 8) + 1).to(torch.float32) / (1 << 24)
 

@@ -88,7 +88,9 @@ def test_triton_without_its_interpreter(compiled: Any, monkeypatch: pytest.Monke
         fastskip.apply_(tiny_llama(), impl="triton")
     interpret(monkeypatch, True)
     assert ops.resolve("triton", CPU).fused is compiled
-    with pytest.raises(ValueError, match="the model lies on meta.*can run: 'reference', 'torch'"):
+    with pytest.raises(
+        ValueError, match="the model is on meta.*allowed here: 'reference', 'torch'"
+    ):
         ops.resolve("triton", META)
 
 
@@ -97,14 +99,18 @@ def test_triton_on_an_old_gpu(
 ) -> None:
     capability(monkeypatch, 7, 5)
     for impl in ("triton", None):
-        with pytest.raises(ValueError, match=r"8\.0 or higher, cuda has 7\.5; what can run: 'ref"):
+        with pytest.raises(
+            ValueError, match=r"8\.0 or higher, but cuda has 7\.5; allowed here: 'ref"
+        ):
             resolve(impl, CUDA)
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     for device in (CPU, CUDA):
-        with pytest.raises(ValueError, match=r"fastskip\[gpu\].*can run: 'reference', 'torch'"):
+        with pytest.raises(
+            ValueError, match=r"fastskip\[gpu\].*allowed here: 'reference', 'torch'"
+        ):
             ops.resolve("triton", device)
 
 

@@ -35,5 +35,5 @@ def test_bits_are_counted_from_the_lowest() -> None:
 
 def test_too_many_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitmaps, "MOST", 3)
-    with pytest.raises(ValueError, match="weight: 4 entries that are not 0; allowed: 3"):
+    with pytest.raises(ValueError, match="weight: 4 non-zero entries; allowed: at most 3"):
         bitmaps.pack(torch.ones(2, 2))
