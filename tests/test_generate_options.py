@@ -214,7 +214,7 @@ def test_drafts_on_a_kept_cache_are_refused() -> None:
     ids = torch.tensor([[5, 6, 7, 5, 6]])
     turn = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True)
     more = torch.cat((turn.sequences, ids), dim=1)
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: with a cache"):
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: with a non-empty cache"):
         model.generate(more, prompt_lookup_num_tokens=2, **{CACHE_NAME: turn[CACHE_NAME]})
 
 

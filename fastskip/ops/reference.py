@@ -124,7 +124,7 @@ def attend(
 def _additive_mask(
     visible: Tensor | None, rows: int, slots: int, like: Tensor, *, is_causal: bool
 ) -> Tensor | None:
-    """The additive mask ``[N, S]``, minus infinity where a query does not see a slot; or ``None``."""
+    """The additive mask ``[N, S]``, minus infinity where a query does not see a slot; if any."""
     if visible is None:
         return _causal_mask(rows, slots, like) if is_causal and rows > 1 else None
     zeros = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)

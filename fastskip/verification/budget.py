@@ -1,4 +1,4 @@
-"""How wrong may a result be? As wrong as plain low-precision code, times a little.
+"""How wrong may a result be? As wrong as plain low-precision code, times a small factor.
 
 The allowance is measured, not chosen: the truth is computed in a higher precision, the plain eager
 computation in the precision under test shows what rounding does to this very input, and the result
@@ -14,12 +14,12 @@ from torch import Tensor
 
 MULTIPLE = 3.0
 BAND = 4.0
-"""In units in the last place at the truth's largest magnitude."""
+"""In units in the last place of the truth's largest magnitude."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Largest absolute errors of one tensor, and where the tested one's lies."""
+    """Largest absolute errors of one tensor, and where that of the tested result lies."""
 
     name: str
     error: float
@@ -29,7 +29,7 @@ class Budget:
 
     @property
     def holds(self) -> bool:
-        """False also where the error is not a number, or plain code's own error has no bound."""
+        """False also if the error is NaN, or the eager error is NaN or infinite."""
         return self.error <= self.allowed < math.inf
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ def measure(name: str, actual: Tensor, eager: Tensor, truth: Tensor) -> Budget:
         raise ValueError(f"{name}: the result is {actual.dtype}, eager is {eager.dtype}")
     truth = truth.detach().double().cpu()
     error = (actual.detach().double().cpu() - truth).abs()
-    # Not a number counts as infinitely wrong, so that it is the worst.
+    # NaN counts as infinitely wrong, so that it is the worst.
     error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
     eager_error = float((eager.detach().double().cpu() - truth).abs().max())
     band = BAND * torch.finfo(actual.dtype).eps * float(truth.abs().max())

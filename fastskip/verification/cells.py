@@ -1,7 +1,7 @@
-"""What a policy asks of every decoder layer, read from the policy's plain data alone.
+"""What a policy means for every decoder layer, read from the policy's plain data alone.
 
-The runtime resolves policies by itself. This second reading shares no code with it on purpose, so
-that a mistake in one of the two shows as a difference.
+The runtime resolves policies separately. This second reading shares no code with it on purpose, so
+that a mistake in either shows up as a difference.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 class UncheckedPolicyError(ValueError):
-    """A policy of which nothing can be said: it has no form as a masked dense computation, or the
-    input has no row that it is about."""
+    """A policy that cannot be checked: it has no form as a masked dense computation, or the input
+    has no rows that it affects."""
 
 
 IMAGE, TEXT, GENERATED = 0, 1, 2
@@ -24,7 +24,7 @@ IMAGE, TEXT, GENERATED = 0, 1, 2
 CLASS_NAMES = ("image", "text", "generated")
 
 FEATURES = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
-"""Inputs of a model that fill placeholders."""
+"""Model inputs that fill placeholders."""
 
 Norm = Literal["own", "shared"]
 Combine = Literal["sum", "mean"]
@@ -37,19 +37,19 @@ class LayerCells:
     without_attention: frozenset[int]
     without_ffn: frozenset[int]
     sources: tuple[int | None, ...]
-    """By class: the layer whose key and value a row shows here; None where it shows none."""
+    """By class: the layer whose key and value a row exposes here; None if it exposes none."""
     parallel: Norm | None = None
     pair_first: bool = False
     pair_second: Combine | None = None
     arranged: frozenset[int] = frozenset()
-    """The classes that are parallel, or paired."""
+    """The classes that run in parallel or as a pair."""
     hidden: frozenset[int] = frozenset()
-    """Classes that show hidden states as key and value."""
+    """Classes that expose hidden states as key and value."""
     unimodal: bool = False
 
 
 def classes_of(config: Any) -> frozenset[int]:
-    """The token classes that a model with this configuration can meet."""
+    """The token classes that occur in a model with this configuration."""
     text_only = getattr(config, "image_token_id", None) is None
     return frozenset({TEXT, GENERATED} if text_only else {IMAGE, TEXT, GENERATED})
 
@@ -65,8 +65,8 @@ def classify(
     """Return the class of every position, [batch, columns].
 
     Columns at or past `prompt_length` are GENERATED, placeholders that image (or video) features
-    fill are IMAGE, rows with a label are GENERATED, all others TEXT. `image_features=False`
-    says that no features are given, so that nothing fills the placeholders.
+    fill are IMAGE, rows with a label are GENERATED, all others TEXT. `image_features=False` means
+    that no features are given, so nothing fills the placeholders.
     """
     classes = torch.full_like(input_ids, TEXT)
     if labels is not None:
@@ -81,7 +81,7 @@ def classify(
 
 
 def classify_prompt(input_ids: Tensor, config: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """As `classify` says of a prompt; placeholders are filled where `inputs` has any features."""
+    """`classify` for a prompt; placeholders are filled if `inputs` has any features."""
     filled = any(inputs.get(name) is not None for name in FEATURES)
     return classify(input_ids, config, image_features=filled)
 
@@ -97,18 +97,18 @@ def is_member(classes: Tensor, wanted: Iterable[int]) -> Tensor:
 def read_policy(
     policy: Mapping[str, Any], depth: int, classes: frozenset[int]
 ) -> tuple[LayerCells, ...]:
-    """Resolve the rules and arrangements in the plain data of a policy for `depth` layers.
+    """Resolve the rules and arrangements of a policy, given as plain data, for `depth` layers.
 
-    The policy is taken to be valid. What routers and removals decide is not said here: see
-    `read_routed_kv`. Pairs under semantics "reference" (whose cache is no cache of what ran) have
-    no form in a masked computation and are refused.
+    The policy is assumed to be valid. Decisions of routers and removals are not covered: see
+    `read_routed_kv`. Pairs under semantics "reference" (whose cache does not hold what ran) have no
+    form as a masked computation and are refused.
     """
     refers = policy.get("semantics") == "reference"
     pairs = [rule for rule in policy.get("arrangements", ()) if rule["kind"] == "pair"]
     if refers and pairs:
         raise UncheckedPolicyError(
-            "arrangements: pairs of semantics reference: the masked dense computation has no form "
-            'for it; allowed: policies without them, or "semantics": "clean"'
+            'arrangements: pairs under semantics "reference" have no form as a masked dense '
+            'computation; allowed: policies without pairs, or "semantics": "clean"'
         )
     without: dict[str, list[set[int]]] = {
         sublayer: [set() for _ in range(depth)] for sublayer in ("attention", "ffn")
@@ -154,10 +154,10 @@ def read_policy(
 
 
 def read_routed_kv(policy: Mapping[str, Any], depth: int) -> tuple[tuple[str, ...], ...]:
-    """What a row that skips attention by a decision leaves, by layer and class.
+    """What a row that skips attention by a decision leaves in the cache, by layer and class.
 
-    In layers that no router guards only rows skip that a plug-in sent past them: by its rule. What
-    a removal sends away leaves nothing.
+    In layers that no router guards, the only rows to skip are those that a plug-in sent past them:
+    its rule applies. Removed rows leave nothing.
     """
     kept = [["project"] * len(CLASS_NAMES) for _ in range(depth)]
     for rule in sorted(policy.get("routers", ()), key=lambda rule: "." not in rule["kind"]):
@@ -178,9 +178,9 @@ def read_routed_kv(policy: Mapping[str, Any], depth: int) -> tuple[tuple[str, ..
 def read_decidable(
     policy: Mapping[str, Any], depth: int
 ) -> Mapping[tuple[int, str], frozenset[int]]:
-    """The classes of which a decision may let rows skip, by layer and sublayer.
+    """The classes whose rows a decision may let skip, by layer and sublayer.
 
-    A plug-in may send its rows past all later layers too, as a removal does.
+    A plug-in may also send its rows past all later layers, as a removal does.
     """
     found: dict[tuple[int, str], frozenset[int]] = {}
 
@@ -200,8 +200,8 @@ def read_decidable(
 
 
 def read_joint(policy: Mapping[str, Any], depth: int) -> tuple[frozenset[int], ...]:
-    """By layer, the classes whose rows skip both sublayers by a decision, or neither: where one
-    rule decides, and about blocks."""
+    """By layer, the classes whose rows skip both sublayers by a decision, or neither: those that a
+    single rule decides on, about whole blocks."""
     about: dict[tuple[int, int], list[bool]] = {}
     for rule in policy.get("routers", ()):
         is_whole = "block" in rule["skip"] or {"attention", "ffn"} <= set(rule["skip"])
@@ -230,11 +230,11 @@ def _sources(
     kept: Sequence[Mapping[int, str]],
     classes: frozenset[int],
 ) -> list[tuple[int | None, ...]]:
-    """Which layer's entry each class shows in each layer."""
+    """Which layer's entry each class exposes in each layer."""
     sources: list[tuple[int | None, ...]] = []
     for layer, (skipping, kv) in enumerate(zip(without_attention, kept, strict=True)):
         if classes <= skipping:
-            # Nobody attends here, so the layer holds nothing, whatever the rule says.
+            # No row attends here, so the layer holds nothing, whatever the rule says.
             sources.append((None, None, None))
             continue
         row: list[int | None] = []

@@ -1,8 +1,8 @@
 """Does a policy, run by fastskip on this very input, compute what it means?
 
 The runtime is compared with the masked dense computation, which shares no code with it. The
-allowance is measured: what plain Hugging Face code loses in the tested dtype, against a truth in
-a higher precision.
+allowed error is measured: that of plain Hugging Face code in the tested dtype, against a truth in a
+higher precision.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ Decisions = Mapping[tuple[int, str], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first row that leaves the budget, in the order of the computation.
+    """The first row that exceeds the budget, in the order of the computation.
 
-    `column` counts the columns of the input, then new tokens. `budget` is about the whole layer.
+    `column` counts the columns of the input, then new tokens. `budget` covers the whole layer.
     """
 
     layer: int
@@ -65,7 +65,7 @@ class Difference:
 class WrongToken:
     """A greedy token that the masked dense computation would not have chosen.
 
-    `gap`: how far its true score lies below the best one's.
+    `gap`: how far its true score lies below the best one.
     """
 
     sequence: int
@@ -85,8 +85,8 @@ class WrongToken:
 class Report:
     """What `verify` found.
 
-    `prompt` is about the logits of all prompt rows, `decoding` about those that the new tokens
-    were chosen by, with the cache. `first_difference` is looked for only where something is wrong.
+    `prompt` covers the logits of all prompt rows, `decoding` those from which the new tokens were
+    chosen, with the cache. `first_difference` is only looked for if something is wrong.
     """
 
     policy: str
@@ -98,7 +98,7 @@ class Report:
     wrong_tokens: tuple[WrongToken, ...] = ()
     first_difference: Difference | None = None
     absent: tuple[str, ...] = ()
-    """Classes that the policy is about too and that the input has no rows of."""
+    """Classes that the policy also affects, but of which the input has no rows."""
 
     @property
     def holds(self) -> bool:
@@ -118,13 +118,13 @@ class Report:
             line(not self.wrong_tokens, f"greedy tokens: {good} of {self.tokens_checked} agree"),
             *(f"         {wrong}" for wrong in self.wrong_tokens),
         ]
-        lines += [f"  {name} rows: not in this input, so not checked" for name in self.absent]
+        lines += [f"  {name} rows: none in this input, so not checked" for name in self.absent]
         if self.first_difference is not None:
             lines.append(f"  first difference: {self.first_difference}")
         elif not self.holds:
             lines.append(
-                "  one forward over prompt and new tokens differs nowhere: the fault lies in the "
-                "cache, the decode step, or the choice of rows whose logits are computed"
+                "  one forward over prompt and new tokens shows no difference: the fault lies in "
+                "the cache, the decode step, or the choice of rows whose logits are computed"
             )
         return "\n".join(lines)
 
@@ -140,34 +140,34 @@ def verify(
     """Compares fastskip with the masked dense computation on one batch of prompts.
 
     Args:
-        model: a plain Hugging Face model in evaluation mode. It is left as it is: one copy of it
-            is prepared, another holds the truth, so there must be memory for both.
+        model: a plain Hugging Face model in evaluation mode. It is left unchanged: one copy of it
+            is prepared, another computes the truth, so memory must suffice for both.
         policy: what to skip; `None` is dense.
-        inputs: what the model's `generate` takes, as a processor gives it.
+        inputs: what the model's `generate` takes, as returned by a processor.
         max_new_tokens: how many greedy tokens to check; none of them ends a sequence.
     Raises:
-        TypeError: `model` is prepared already.
+        TypeError: `model` is already prepared.
         ValueError: `max_new_tokens` is less than 1.
-        UnsupportedModelError: the model is quantised, so that no copy of it can hold the truth.
-        UncheckedPolicyError: the input has no rows that the policy is about, or the policy has no
+        UnsupportedModelError: the model is quantised, so no copy of it can compute the truth.
+        UncheckedPolicyError: the input has no rows that the policy affects, or the policy has no
             form as a masked dense computation.
     """
     if getattr(model, "_fastskip", None) is not None:
-        raise TypeError("model: is prepared already; needed: the plain Hugging Face model")
+        raise TypeError("model: already prepared; needed: the plain Hugging Face model")
     if is_quantised(model.config):
         allowed = "plain weights, as model.dequantize() gives"
         raise UnsupportedModelError("quantization_config", "a quantised model", allowed)
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, allowed: at least 1")
+        raise ValueError(f"max_new_tokens: {max_new_tokens}; allowed: at least 1")
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     inputs = _cast(inputs, model)
     real = inputs["attention_mask"].bool()
 
     product: Any = apply_(copy.deepcopy(model), chosen)
-    # Not the product's own, which is what is judged.
+    # Not the product's own plan, which is under test.
     plan = make_plan(chosen, shape_of(model.config))
     absent = _absent(plan, model, inputs, real, max_new_tokens)
-    # The checkpoint's own may end sequences early, or sample.
+    # The checkpoint's own config may end sequences early, or sample.
     product.generation_config = GenerationConfig(pad_token_id=0)
     with record_routing(product) as forward:
         logits = product(**inputs).logits
@@ -182,7 +182,7 @@ def verify(
     tokens = generated.sequences[:, real.shape[1] :]
     scores = torch.stack(generated.logits, dim=1).to(logits.dtype)
 
-    # Each run is held against what it decided itself.
+    # Each run is compared under its own decisions.
     decided = (
         _decisions(forward, real.device),
         _padded_left(_decisions(steps, real.device), real, tokens),
@@ -220,7 +220,7 @@ _NEEDED = {
     TokenClass.TEXT: "text",
     TokenClass.GENERATED: "two new tokens, as the last one is never fed back",
 }
-"""What gives an input rows of a class."""
+"""What an input needs to have rows of a class."""
 
 
 def _absent(
@@ -230,21 +230,21 @@ def _absent(
     real: Tensor,
     max_new_tokens: int,
 ) -> tuple[str, ...]:
-    """Classes that the policy is about and the input has no rows of; raises if that is all."""
+    """Classes that the policy affects but the input has no rows of; raises if those are all."""
     codes = classify_prompt(inputs["input_ids"], model.config, inputs)[real].unique().tolist()
     there = {CLASS_NAMES[code] for code in codes} | ({"generated"} if max_new_tokens > 1 else set())
     absent = [c for c in TokenClass if c in plan.treated and c not in there]
     if absent and len(absent) == len(plan.treated):
         needed = " and ".join(_NEEDED[c] for c in absent)
         raise UncheckedPolicyError(
-            f"policy {plan.name}: not checked, as it is about {' and '.join(absent)} rows and this "
-            f"input has none; needed: {needed}"
+            f"policy {plan.name}: not checked, as it only affects {' and '.join(absent)} rows, "
+            f"and this input has none; needed: {needed}"
         )
     return tuple(c.value for c in absent)
 
 
 class _Expected(NamedTuple):
-    """What the masked dense computation says, for the prompt and given new tokens.
+    """Results of the masked dense computation for the prompt and given new tokens.
 
     `logits` of all prompt rows and `scores` of the new tokens; `states` is the output of each
     layer (the last one's after the final norm) over `prompt` and new tokens, pads on the left.
@@ -264,8 +264,8 @@ def _expect(
     prompt_decisions: Decisions,
     decisions: Decisions,
 ) -> _Expected:
-    """`decisions`: of the prompt, padded on the left, and the new tokens; `prompt_decisions`: of a
-    forward over the prompt as it is."""
+    """`decisions`: for the left-padded prompt and the new tokens; `prompt_decisions`: for a forward
+    over the prompt as given."""
     with MaskedOracle(model, policy.to_dict(), prompt_decisions) as oracle:
         logits = oracle.forward(**inputs)
         prompt = oracle.prompt(**inputs)
@@ -278,12 +278,12 @@ def _expect(
 
 
 def _decisions(record: RoutingRecord, device: torch.device) -> Decisions:
-    """What routers let rows skip, as the oracle takes it."""
+    """What routers let rows skip, in the oracle's form."""
     return {key: mask.to(device) for key, mask in record.all_skipped().items()}
 
 
 def _padded_left(decisions: Decisions, real: Tensor, tokens: Tensor) -> Decisions:
-    """With the prompt's pads moved to the left, and a column for the last token, never fed."""
+    """Moves the prompt's pads to the left, and adds a column for the last token, never fed."""
     order = real.long().argsort(dim=1, stable=True)
     width = real.shape[1]
     found = {}
@@ -309,7 +309,7 @@ def _first_difference(
     states: list[Tensor], eager: _Expected, truth: _Expected, real: Tensor
 ) -> Difference | None:
     new = states[0].shape[1] - real.shape[1]
-    # Where the columns of the left-padded prompt lie in the input.
+    # The columns of the left-padded prompt, as columns of the input.
     origin = real.long().argsort(dim=1, stable=True)
     rows = torch.cat([real.gather(1, origin), real.new_ones(len(real), new)], dim=1)
     for layer, (state, plain, exact) in enumerate(
@@ -319,7 +319,7 @@ def _first_difference(
         if budget.holds:
             continue
         error = (state.double() - exact.double()).abs().amax(dim=-1)
-        # Written so that an error that is not a number is too large.
+        # Negated, so that NaN counts as too large.
         sequence, column = (rows & ~(error <= budget.allowed)).nonzero()[0].tolist()
         prompt = real.shape[1]
         if column < prompt:
@@ -332,7 +332,7 @@ def _first_difference(
 
 
 def _wrong_tokens(tokens: Tensor, scores: Tensor, allowed: float) -> tuple[WrongToken, ...]:
-    """Two scores may each be off by what is allowed, so a gap of twice that can turn around."""
+    """Two scores may each be off by the allowance, so only a gap above twice that is wrong."""
     best, expected = scores.max(dim=-1)
     gap = best - scores.gather(2, tokens[..., None])[..., 0]
     return tuple(
@@ -364,7 +364,7 @@ def _cast(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _truth_dtype(model: PreTrainedModel) -> torch.dtype:
-    """fp64 where the copy fits; else fp32, which is a truth for narrower dtypes only."""
+    """fp64 if the copy fits; else fp32, which is a truth for narrower dtypes only."""
     if model.dtype.itemsize >= torch.float32.itemsize:
         return torch.float64
     needed = sum(p.numel() for p in model.parameters()) * torch.float64.itemsize
@@ -375,6 +375,6 @@ def _truth_dtype(model: PreTrainedModel) -> torch.dtype:
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS: nobody says, and it can swap
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell, and can swap
         return torch.inf
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def compute_in_double(decoder: nn.Module, keep: Callable[[Any], None]) -> None:
-    """Hook the norms and the rotary table of a decoder in fp64; `keep` receives the handles."""
+    """Hook a decoder's norms and rotary table to compute in fp64; `keep` receives the handles."""
     for module in decoder.modules():
         if hasattr(module, "variance_epsilon"):
             keep(module.register_forward_hook(_rms_norm))
@@ -32,7 +32,7 @@ def _rotary_table(
 ) -> tuple[Tensor, Tensor]:
     positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
     angles = positions[..., None].double() * module.inv_freq.double()
-    if hasattr(module, "mrope_section"):  # Hugging Face's choice of an axis for each frequency
+    if hasattr(module, "mrope_section"):  # Hugging Face assigns an axis to each frequency
         cosine, sine = map(module.recomposition_frequencies, (angles.cos(), angles.sin()))
         return cosine * module.attention_scaling, sine * module.attention_scaling
     both_halves = torch.cat([angles, angles], dim=-1)

@@ -12,9 +12,9 @@ from fastskip.verification.cells import LayerCells, is_member
 class HookedLayer:
     """One decoder layer of a Hugging Face model, with what its hooks saw in the current run.
 
-    Keys and values are not this class's matter. `token_classes` and `decided`, the rows that skip
-    each sublayer by a router's decision, are set before each run; `output` is the residual stream
-    that the layer hands on.
+    Keys and values are handled elsewhere. `token_classes` and `decided`, the rows that skip each
+    sublayer by a router's decision, are set before each run; `output` is the residual stream that
+    the layer passes on.
     """
 
     token_classes: Tensor
@@ -51,8 +51,8 @@ class HookedLayer:
         keep(self._module.register_forward_hook(self._combine))
 
     def _take_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """A pair's second layer reads what the first one does; what the model added to the stream
-        between them (image features, in some) enters behind both."""
+        """A pair's second layer reads what the first one does; what the model adds to the stream
+        between them (image features, in some models) is added after both."""
         same = self._where_arranged(self._before.output, args[0])
         self._between = args[0] - same
         return (same, *args[1:])
@@ -65,19 +65,19 @@ class HookedLayer:
         return (self._attention, *output[1:])
 
     def _choose_ffn_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> Any:
-        """Parallel with a norm of its own: the FFN reads the block's input."""
+        """Parallel with its own norm: the FFN reads the block's input."""
         if self._cells.parallel != "own":
             return args
         return (self._where_arranged(self._input.reshape(args[0].shape), args[0]),)
 
     def _choose_ffn_norm(self, module: nn.Module, args: Any, normed: Tensor) -> Tensor:
-        """Parallel with the shared norm: the FFN reads what the attention read."""
+        """Parallel with the shared norm: the FFN reads what attention read."""
         if self._cells.parallel != "shared":
             return normed
         return self._where_arranged(self._normed.reshape(normed.shape), normed)
 
     def _keep_hidden(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Where K or V is what the attention reads: its projection is left out."""
+        """Where K or V is what attention reads: its projection is bypassed."""
         rows = is_member(self.token_classes, self._cells.hidden)
         return torch.where(rows[..., None], args[0], output)
 
@@ -97,7 +97,7 @@ class HookedLayer:
         return self.output
 
     def _where_arranged(self, arranged: Tensor, others: Tensor) -> Tensor:
-        """The first for rows of the arranged classes, the second for all others."""
+        """`arranged` for rows of the arranged classes, `others` for all others."""
         rows = is_member(self.token_classes, self._cells.arranged)
         return torch.where(rows.reshape(arranged.shape[:-1])[..., None], arranged, others)
 

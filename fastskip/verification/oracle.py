@@ -1,8 +1,8 @@
 """The masked dense computation: what a policy means, computed the slow way.
 
-A plain Hugging Face model computes every layer for every row; hooks then take away what the policy
-leaves out. Nothing is fast here and nothing is shared with the runtime, so that agreement of the
-two says something.
+A plain Hugging Face model computes every layer for every row; hooks then remove what the policy
+skips. Nothing is fast here, and nothing is shared with the runtime, so that agreement between the
+two means something.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ from fastskip.verification.exact import compute_in_double
 from fastskip.verification.hooks import HookedLayer
 
 NOTHING = -1
-"""In place of a layer: a row shows no key and value."""
+"""In place of a layer: a row exposes no key and value."""
 
 
 class Continuation(NamedTuple):
@@ -43,8 +43,9 @@ class Continuation(NamedTuple):
 class Prompt(NamedTuple):
     """A batch of prompts as the decoder sees it, padded on the left.
 
-    `axes`: [3, batch, columns], where a model tells time, height and width apart. `deep`: in which
-    columns [batch, columns] features enter behind the first layers, and these, [n, hidden] each.
+    `axes`: [3, batch, columns], for models with positions in time, height and width. `deep`: the
+    columns [batch, columns] where features are added after the first layers, and those features,
+    [n, hidden] each.
     """
 
     embeddings: Tensor
@@ -54,7 +55,7 @@ class Prompt(NamedTuple):
     deep: tuple[Tensor, list[Tensor]] | None = None
 
     def inputs_with(self, embeddings: Tensor) -> dict[str, Any]:
-        """What a decoder takes: the prompt, and new tokens [batch, new, hidden] behind it."""
+        """A decoder's inputs: the prompt, followed by new tokens [batch, new, hidden]."""
         new = embeddings.shape[1]
         mask = nn.functional.pad(self.attention_mask, (0, new), value=1)
         given: dict[str, Any] = {
@@ -76,16 +77,16 @@ class MaskedOracle:
     """A plain Hugging Face model that obeys a policy while the oracle is entered.
 
     `policy` is the plain data of a policy file, for example `SkipPolicy.to_dict()`. Inside the
-    `with` block call `forward` or `greedy`; on leaving it the model is as it was. Weights are
-    never touched. The model must be in evaluation mode. Cost: a visibility mask and attention
+    `with` block call `forward` or `greedy`; leaving it restores the model. Weights are never
+    touched. The model must be in evaluation mode. Cost: a visibility mask and attention
     scores of [batch, heads, columns, columns] per layer, and no cache.
 
         with MaskedOracle(model, policy.to_dict()) as oracle:
             logits = oracle.forward(**processor(images=image, text=text, return_tensors="pt"))
 
     `decisions` says what routers and removals let rows skip, by (layer, "attention" or "ffn"):
-    boolean, [batch, columns], for the columns of `forward`. A policy with either needs them. Of
-    these only what the policy leaves to them is obeyed.
+    boolean, [batch, columns], for the columns of `forward`. A policy with either needs them.
+    Decisions that the policy does not leave open are ignored.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class MaskedOracle:
     ) -> None:
         if decisions is None and (policy.get("routers") or policy.get("removals")):
             raise ValueError(
-                "decisions: needed for a policy with routers or removals; what they decided"
+                "decisions: needed for a policy with routers or removals; pass what they decided"
             )
         self.model = model
         decoder = model.get_decoder()
@@ -105,7 +106,7 @@ class MaskedOracle:
         self._config = model.config
         if policy.get("semantics") == "reference" and hasattr(self._decoder.layers[0], "fc1"):
             raise UncheckedPolicyError(
-                "semantics: reference has no form in a masked OPT; allowed: clean"
+                'semantics: "reference" has no form as a masked OPT; allowed: "clean"'
             )
         self.cells = read_policy(policy, depth, classes_of(model.config))
         self._layers: list[HookedLayer] = []
@@ -114,7 +115,7 @@ class MaskedOracle:
             self._layers.append(HookedLayer(module, cells, before))
         self._decisions = decisions or {}
         self._decidable = read_decidable(policy, depth)
-        # What a class leaves out in any case is nobody's decision.
+        # What a class always skips is not open to decisions.
         self._joint = [
             classes - cells.without_attention - cells.without_ffn
             for classes, cells in zip(read_joint(policy, depth), self.cells, strict=True)
@@ -122,14 +123,14 @@ class MaskedOracle:
         self._routed_kv = read_routed_kv(policy, depth)
         self._undo: ExitStack | None = None
         self._run: _Run | None = None
-        # What the decoder was given in the last run.
+        # The decoder's inputs in the last run.
         self._seen: dict[str, Any] = {}
         rotary = getattr(self._decoder, "rotary_emb", None)
         self._has_axes = hasattr(rotary, "mrope_section")
 
     def __enter__(self) -> Self:
         if self._undo is not None:
-            raise RuntimeError("this oracle is entered already")
+            raise RuntimeError("this oracle has already been entered")
         if self.model.training:
             raise ValueError("the model is in training mode; call model.eval() first")
         with ExitStack() as undo:
@@ -158,9 +159,9 @@ class MaskedOracle:
         """Return the logits of all rows, [batch, columns, vocabulary].
 
         `token_classes` holds 0 (image), 1 (text) or 2 (generated) for each position; by default
-        placeholders are image where pixels are given, all others text. Positions count the real
-        rows of each sequence. Rows of pads come out finite and mean nothing. `stream` afterwards
-        holds the residual stream after each layer, `attentions` who saw whom in it.
+        placeholders are image if pixels are given, all others text. Positions count the real rows
+        of each sequence. Rows of pads come out finite and mean nothing. Afterwards `stream` holds
+        the residual stream after each layer, and `attentions` its attention weights.
         """
         if token_classes is None:
             token_classes = self._default_classes(input_ids, inputs)
@@ -216,7 +217,7 @@ class MaskedOracle:
     def continuation(self, prompt: Prompt, tokens: Tensor) -> Tensor:
         """Score given new tokens [batch, new] after `prompt`: logits [batch, new + 1, vocabulary].
 
-        Entry j is what the model says after the prompt and the first j tokens.
+        Entry j holds the logits after the prompt and the first j tokens.
         """
         new = self.model.get_input_embeddings()(tokens)
         outputs = self._compute(
@@ -238,10 +239,10 @@ class MaskedOracle:
         pad_token_id: int = 0,
         **inputs: Any,
     ) -> Continuation:
-        """Greedy tokens, everything computed again at every step.
+        """Greedy tokens, with everything recomputed at every step.
 
-        Each sequence continues from its last real row, whatever the side of the padding. After
-        an end-of-sequence token a sequence gets `pad_token_id`; no such token ends it by default.
+        Each sequence continues from its last real row, whatever the padding side. After an
+        end-of-sequence token a sequence gets `pad_token_id`; by default no token ends it.
         """
         ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
         end = torch.tensor(ends, dtype=torch.long, device=input_ids.device)
@@ -257,7 +258,7 @@ class MaskedOracle:
         return Continuation(tokens, torch.stack(scores, dim=1))
 
     def _attach(self, undo: ExitStack) -> None:
-        """Register everything; `undo` takes it back."""
+        """Register everything; `undo` reverts it."""
 
         def keep(handle: Any) -> None:
             undo.callback(handle.remove)
@@ -267,7 +268,7 @@ class MaskedOracle:
         keep(self._decoder.register_forward_pre_hook(self._see, with_kwargs=True))
         for layer in self._layers:
             layer.attach(keep)
-        # An unregistered name also keeps Hugging Face from building a mask of its own.
+        # A name that has no mask registered also keeps Hugging Face from building its own.
         name = f"fastskip_oracle_{id(self)}"
         ALL_ATTENTION_FUNCTIONS[name] = self._attend
         undo.callback(ALL_ATTENTION_FUNCTIONS.__delitem__, name)
@@ -278,7 +279,7 @@ class MaskedOracle:
 
     def _default_classes(self, input_ids: Tensor | None, inputs: Mapping[str, Any]) -> Tensor:
         if input_ids is None:
-            raise TypeError("token_classes: needed where there are no input_ids")
+            raise TypeError("token_classes: needed without input_ids")
         return classify_prompt(input_ids, self._config, inputs)
 
     def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -295,7 +296,7 @@ class MaskedOracle:
         if self._undo is None:
             raise RuntimeError("enter the oracle first: with MaskedOracle(model, policy) as oracle")
         mask = torch.ones_like(token_classes) if attention_mask is None else attention_mask
-        # The model itself knows where images lie in time, height and width.
+        # The model itself works out positions in time, height and width.
         is_asked = self._has_axes and module is self.model
         if position_ids is None and not is_asked:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -313,29 +314,29 @@ class MaskedOracle:
             self._run = None
 
     def _obeyed(self, token_classes: Tensor) -> dict[tuple[int, str], Tensor]:
-        """The decisions that the policy allows; who skips half a block by one skips all of it."""
+        """The decisions that the policy allows; joint ones on half a block hold for all of it."""
         found = {
             key: rows & is_member(token_classes, self._decidable.get(key, ()))
             for key, rows in self._decisions.items()
         }
-        nobody = torch.zeros_like(token_classes, dtype=torch.bool)
+        no_rows = torch.zeros_like(token_classes, dtype=torch.bool)
         for layer, classes in enumerate(self._joint):
             halves = [(layer, "attention"), (layer, "ffn")]
-            either = torch.stack([found.get(key, nobody) for key in halves]).any(0)
+            either = torch.stack([found.get(key, no_rows) for key in halves]).any(0)
             either &= is_member(token_classes, classes)
             if either.any():
-                found |= {key: found.get(key, nobody) | either for key in halves}
+                found |= {key: found.get(key, no_rows) | either for key in halves}
         return found
 
     def _sources(
         self, token_classes: Tensor, decided: Mapping[tuple[int, str], Tensor]
     ) -> list[Tensor]:
-        """By layer, whose key and value each row shows there: [batch, columns]."""
+        """By layer, which layer's key and value each row exposes there: [batch, columns]."""
         found: list[Tensor] = []
         for layer, cells in enumerate(self.cells):
             by_class = torch.tensor([NOTHING if s is None else s for s in cells.sources])
             sources = by_class.to(token_classes.device)[token_classes]
-            # Of a class that reuses: what the row itself shows below, if a router was there.
+            # With reuse: what the row itself exposes below, which a router may have changed.
             reused = torch.full_like(sources, NOTHING)
             for below in reversed(found):
                 reused = torch.where(reused == NOTHING, below, reused)
@@ -386,7 +387,7 @@ class MaskedOracle:
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        # The least finite number, not -inf: a row that sees nothing (a pad) must stay finite.
+        # The lowest finite number, not -inf: a row that sees nothing (a pad) must stay finite.
         scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(dim=-1, dtype=wide).to(value.dtype)
@@ -395,7 +396,7 @@ class MaskedOracle:
 
 
 class _Run(NamedTuple):
-    """What one run of the model is about."""
+    """The state of one run of the model."""
 
     token_classes: Tensor
     real: Tensor

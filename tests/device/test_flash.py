@@ -98,7 +98,7 @@ def test_every_layer_where_all_rows_go_on(stand_in: None) -> None:
 
 def test_policies_that_it_cannot_compute(stand_in: None) -> None:
     kept = policy_of(skip([1, 2], ["image"], "attention"))
-    with pytest.raises(ValueError, match=r"attention: 'flash' cannot run layers.*layers \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"attention: 'flash' cannot run layers \[1, 2\]"):
         fastskip.apply_(tiny_llava(), kept, impl="torch", attention="flash")
     model = fastskip.apply_(tiny_llava(), impl="torch", attention="flash")
     with pytest.raises(ValueError, match="attention: 'flash' cannot run layers"):

@@ -206,7 +206,7 @@ def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(RuntimeError, match="enter the oracle"):
         oracle.forward(**batch.inputs())
     with oracle:
-        with pytest.raises(RuntimeError, match="entered already"):
+        with pytest.raises(RuntimeError, match="already been entered"):
             oracle.__enter__()
         with pytest.raises(TypeError, match="token_classes"):
             oracle.forward(inputs_embeds=torch.zeros(1, 2, 32))
