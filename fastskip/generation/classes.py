@@ -24,7 +24,7 @@ def given_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def host_ids(inputs: Mapping[str, Any]) -> Tensor | None:
-    """``input_ids [B, T]`` on the host; ``None`` unless features come to fill placeholders."""
+    """``input_ids [B, T]`` on the host; ``None`` if no features fill placeholders."""
     ids = inputs.get("input_ids")
     return ids.cpu() if isinstance(ids, Tensor) and _has_features(inputs) else None
 
@@ -76,7 +76,7 @@ def classify(
 
 
 def _has_features(inputs: Mapping[str, Any]) -> bool:
-    """Whether anything fills the placeholders; ``generate`` may pass an empty dictionary."""
+    """Whether anything fills the placeholders; an empty dictionary (from ``generate``) does not."""
     given = [inputs.get(name) for name in _FEATURES]
     parts = (list(each.values()) if isinstance(each, dict) else [each] for each in given)
     return any(part is not None for each in parts for part in each)

@@ -1,4 +1,4 @@
-"""Facts about one forward's columns: pads, classes, positions, and whose logits are read.
+"""Facts about one forward's columns: pads, classes, positions, and which logits are read.
 
 Everything here runs on the host, before the decoder.
 """

@@ -1,4 +1,4 @@
-"""How decode steps bypass what no row runs."""
+"""How decode steps bypass sublayers that no row runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MOST_ROWS = 64
 
 
 class Guarding(Enum):
-    """How a decode step bypasses what no row runs.
+    """How a decode step bypasses sublayers that no row runs.
 
     ``EARLY_EXIT``: every kernel reads the flags and exits. Works in every graph, costs one node per
     kernel (about 1 us), and lets decisions be fused into residual updates.

@@ -1,4 +1,4 @@
-"""Decoding on the device executor: Hugging Face's contract, with the host reading tokens late.
+"""Decoding on the device executor: Hugging Face's contract, without waiting for the host.
 
 Greedy decoding that stops only at a length or at stop tokens needs no answer from the host, so the
 host launches steps ahead and reads tokens as they arrive; streamers get them in order. Whatever was
@@ -29,7 +29,7 @@ AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class GreedyEnd:
-    """When greedy decoding ends: at ``columns`` in all, or with a stop token in every sequence."""
+    """When greedy decoding ends: at ``columns`` in all, or once every sequence has stopped."""
 
     columns: int
     stops: tuple[int, ...]
@@ -159,9 +159,10 @@ def decode_greedily(
     pad: int,
     streamer: Any,
 ) -> Tensor:
-    """All tokens ``[B, T + n]``; ``input_ids [B, T]``, and ``logits [B, V]`` of the prompt's end.
+    """Decodes greedily and returns all tokens ``[B, T + n]``.
 
-    Afterwards the cache holds every token but the last, as after Hugging Face's loop.
+    ``input_ids [B, T]``: the prompt; ``logits [B, V]``: those at its end. Afterwards the cache
+    holds every token but the last, as after Hugging Face's loop.
 
     Raises:
         ValueError: the model has no position for the next token.

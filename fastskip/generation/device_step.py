@@ -36,7 +36,7 @@ SLOTS = 1024
 
 
 class DeviceStep:
-    """Embeds one token per sequence, runs the decoder, applies the head, and may pick the token.
+    """Embeds one token per sequence, runs the decoder, applies the head; may pick the token.
 
     Everything lies at fixed addresses, so on CUDA the step is one graph.
     """
@@ -56,7 +56,8 @@ class DeviceStep:
         halves: bool = False,
     ) -> None:
         """``chooses``: the device picks the greedy token; else the step leaves logits to read.
-        ``guarding``: how it bypasses what no row runs; needs ``bodies`` unless by early exits.
+        ``guarding``: how it bypasses sublayers that no row runs; all but early exits need
+        ``bodies``.
         ``overlap``: how its launches overlap; ignored with conditional nodes. ``halves``: residual
         updates also compute half of the norm that follows them."""
         self._decoder, self._chooses, self._halves = decoder, chooses, halves
@@ -93,7 +94,7 @@ class DeviceStep:
         with span("decode step"):  # graph nodes carry no names
             self._step()
         if before is not None and self.logits is not None:
-            self.logits = before.copy_(self.logits)  # where replays leave theirs
+            self.logits = before.copy_(self.logits)  # the memory that replays write
 
     def _step(self) -> None:
         with overlapping(self._overlap):

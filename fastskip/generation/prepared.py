@@ -192,8 +192,8 @@ class PreparedBackbone(_Prepared):
     ) -> Any:
         """Hugging Face's mask, computed on the host.
 
-        Hugging Face compares the numbers of placeholders and features; on the device, that makes
-        the host wait for the vision tower, when it could be laying out rows.
+        Hugging Face compares the numbers of placeholders and features. On the device, that makes
+        the host wait for the vision tower instead of laying out rows.
         """
         find = self._fastskip_origin[0].get_placeholder_mask
         known = None if self._fastskip is None else self._runtime.ids

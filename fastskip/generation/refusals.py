@@ -19,8 +19,8 @@ def check_parts(model: Any, runtime: Runtime) -> None:
     """Raises if the prepared language model has been replaced."""
     if getattr(text_model_of(model), "_fastskip", None) is not runtime:
         raise RuntimeError(
-            "language model: replaced after the model was prepared; needed: put it in place first, "
-            "then call fastskip.apply_"
+            "language model: replaced after the model was prepared; put it in place first, then "
+            "call fastskip.apply_"
         )
 
 
@@ -75,7 +75,7 @@ def check_gradients(inputs: dict[str, Any]) -> None:
 
 
 def check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
-    """Raises where a policy or mask needs the whole prompt, and prefill is chunked."""
+    """Raises for chunked prefill if the policy or the mask needs the whole prompt."""
     size, policy = generation_config.prefill_chunk_size, runtime.plan.policy
     if policy.removals or any(map(_may_need_whole_prompts, policy.routers)):
         raise ValueError(
@@ -93,7 +93,8 @@ def _may_need_whole_prompts(rule: RouterRule) -> bool:
 
 
 def check_guidance(runtime: Runtime, generation_config: Any) -> None:
-    """Raises for guidance without a cache, whose forwards look like the model's own."""
+    """Raises for guidance without a cache: its forwards cannot be told apart from the model's own,
+    whose text and generated rows the policy may treat differently."""
     together = {TokenClass.TEXT, TokenClass.GENERATED}
     is_guided = generation_config.guidance_scale not in (None, 1)
     if is_guided and not any(together <= group for group in runtime.plan.groups):

@@ -78,7 +78,7 @@ class Runtime:
 
         Raises:
             ValueError: the requested implementation cannot run there.
-            UnsupportedModelError: the one that can cannot run the model under its policy.
+            UnsupportedModelError: the one for that device cannot run the model or its policy.
         """
         device = self.device
         if device == self._device:

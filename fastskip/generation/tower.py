@@ -27,7 +27,7 @@ MOST_IMAGES = 8
 """With more, the host finishes before the device anyway."""
 
 _KNOWN = ("torch.", "transformers.")
-"""Packages whose modules behave alike while weights, hooks and training mode stay the same."""
+"""Packages whose modules depend on nothing but weights, hooks and training mode."""
 
 Forward = Callable[..., Any]
 
@@ -74,7 +74,7 @@ class TowerGraphs:
         return output
 
     def _call(self, pixels: Any, options: Mapping[str, Any]) -> Hashable:
-        """What a graph bakes in of a call; ``None`` if the call cannot be captured."""
+        """What the graph of a call bakes in; ``None`` if the call cannot be captured."""
         if torch.is_grad_enabled():
             return None
         if not isinstance(pixels, Tensor) or not 0 < len(pixels) <= MOST_IMAGES:

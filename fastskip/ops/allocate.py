@@ -1,4 +1,4 @@
-"""Device memory: uninitialised buffers from one place, so that tests can poison them; copies."""
+"""Device memory: uninitialised buffers, which tests can poison, and asynchronous copies."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def to_device(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers``, from the host or already on ``device``, on ``device``, without a host sync."""
+    """Copies ``numbers`` from the host to ``device``, unless already there, without a host sync."""
     return _sendable(numbers, device).to(device, non_blocking=True)
 
 
 def copy_over(numbers: Tensor, there: Tensor) -> None:
-    """Writes ``numbers``, from the host, to memory ``there``, also without a host sync."""
+    """Copies ``numbers`` from the host to memory ``there``, without a host sync."""
     there.copy_(_sendable(numbers, there.device), non_blocking=True)
 
 

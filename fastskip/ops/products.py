@@ -30,7 +30,7 @@ row: from which the product outweighs the call overhead."""
 FEWEST, FEW = 16, 256
 """The weight is the first factor up to ``FEW`` rows; in an FFN, only above ``FEWEST``."""
 NOT_WITH_AVX512 = range(7, 9)
-"""Row counts that several threads leave to the plain call there; one leaves all above two."""
+"""Row counts left to the plain call there; a single thread leaves all above two to it."""
 MANY = 2048
 """Rows from which the GEMM itself dominates everything else."""
 SLICE = 1024

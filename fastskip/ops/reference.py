@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     scale = squares.mean(-1, keepdim=True).add_(epsilon).rsqrt_()
     if wants_gradient(x, weight):
         return x * scale * weight
-    # Fresh memory from the system costs more than the arithmetic, so the squares' is reused.
+    # Fresh memory from the system costs more than the arithmetic, so that of the squares is reused.
     return torch.mul(x, scale, out=squares).mul_(weight)
 
 

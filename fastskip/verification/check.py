@@ -375,6 +375,6 @@ def _truth_dtype(model: PreTrainedModel) -> torch.dtype:
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not tell, and can swap
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS does not report it, and can swap
         return torch.inf
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
