@@ -516,7 +516,7 @@ def test_verify_gives_the_demo_a_scene_and_needs_rows_to_prove_anything(checkpoi
     assert "image: a scene that the demo draws" in text
     result = run(*arguments, "-m", checkpoint)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "image_ffn: not checked, as it is about image rows" in result.stderr
+    assert "image_ffn: not checked, as it only affects image rows" in result.stderr
 
 
 def test_plan_says_what_steps_read_where_generated_rows_are_routed(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_unknown_names(name: str) -> None:
 
 def test_triton_without_its_interpreter(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret(monkeypatch, False)
-    said = r"impl: 'triton' runs on CUDA, the model lies on cpu .*TRITON_INTERPRET=1.*'torch'"
+    said = r"impl: 'triton' runs on CUDA, but the model is on cpu .*TRITON_INTERPRET=1.*'torch'"
     with pytest.raises(ValueError, match=said):
         ops.resolve("triton", CPU)
     with pytest.raises(ValueError, match=said):
