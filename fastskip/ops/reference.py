@@ -46,11 +46,6 @@ def wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``: ``[N, D] x [M, D] -> [N, M]``."""
-    return F.linear(x, weight, bias)
-
-
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """``[N, 2F] -> [N, F]`` if gated, else ``[N, F] -> [N, F]``."""
     return gated_silu(x) if activation is Activation.GATED_SILU else F.relu(x)
