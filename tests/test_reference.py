@@ -1,11 +1,13 @@
 """The reference operations against fp64, in every form that they take."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastskip.ops import reference
+from fastskip.ops import attention, reference
 from tests.budget import assert_within_budget
 
 HEADS, WIDTH = 4, 24
@@ -29,8 +31,9 @@ def plain_attention(
 @pytest.mark.parametrize("slots", SEGMENTS)
 @pytest.mark.parametrize("rows", [1, 2, 5, 128, 129, 300])
 @pytest.mark.parametrize("sight", ["all", "causal", "masked"])
+@pytest.mark.parametrize("attend", [attention.attend_fused, attention.attend_in_blocks])
 def test_attention_is_as_close_as_plain_torch(
-    sight: str, rows: int, slots: int, groups: int
+    attend: Callable[..., Tensor], sight: str, rows: int, slots: int, groups: int
 ) -> None:
     if rows > slots and sight == "causal":
         rows = slots
@@ -42,12 +45,12 @@ def test_attention_is_as_close_as_plain_torch(
     elif sight == "masked":
         visible = drawn(rows, slots, seed=4) > 0
         visible[:, 0] = True  # who sees nothing has no softmax
-    found = reference.attend(
+    found = attend(
         queries,
         keys.split(SEGMENTS[slots], 2),
         values.split(SEGMENTS[slots], 2),
         visible if sight == "masked" else None,
-        is_causal=sight == "causal",
+        is_causal=sight == "causal" and rows > 1,
         scale=0.3,
     )
     eager = plain_attention(queries, keys, values, visible, 0.3)
@@ -65,8 +68,33 @@ def test_a_mask_kept_for_later_serves_every_length() -> None:
         truth = plain_attention(queries.double(), own.double(), own.double(), visible, 1.0)
         for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
             with mode():
-                found = reference.attend(queries, [own], [own], None, is_causal=True, scale=1.0)
+                found = attention.attend_in_blocks(
+                    queries, [own], [own], None, is_causal=True, scale=1.0
+                )
             assert_within_budget("attention", found, eager, truth)
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 200])
+def test_attention_takes_the_form_that_is_faster_here(
+    rows: int, has_amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few queries have no use for the fused kernel; gradients and dropout need it."""
+    monkeypatch.setattr(attention, "_has_amx", lambda: has_amx)
+    taken: list[str] = []
+    for form in ("attend_fused", "attend_in_blocks"):
+        monkeypatch.setattr(attention, form, lambda *_, form=form, **__: taken.append(form))
+    kinds = (torch.float32, torch.bfloat16, torch.float64)
+    for queries in [torch.ones(1, 1, rows, 4, dtype=dtype) for dtype in kinds]:
+        attention.attend(queries, [queries], [queries], None, is_causal=True, scale=1.0)
+    fast = "attend_fused" if has_amx and rows == 200 else "attend_in_blocks"
+    assert taken == [fast, fast, "attend_in_blocks"]
+    taken.clear()
+    queries.requires_grad_()
+    attention.attend(queries, [queries], [queries], None, is_causal=True, scale=1.0)
+    queries = queries.detach()
+    attention.attend(queries, [queries], [queries], None, is_causal=True, scale=1.0, dropout=0.1)
+    assert taken == ["attend_fused"] * 2
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (1, 24), (7, 64)], ids=str)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.ops import fused, products, reference
+from fastskip.ops import attention, fused, products, reference
 from fastskip.ops.contracts import Activation, Linear, Norm
 from fastskip.ops.operations import FusedOperations
 
@@ -38,8 +38,8 @@ class Implementation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """One implementation's functions; shapes and meanings are those of ``ops.reference`` and
-    ``ops.products``.
+    """One implementation's functions; shapes and meanings are those of ``ops.reference``,
+    ``ops.attention`` and ``ops.products``.
 
     ``fused``: what the device executor runs on; ``None``: the plain executor runs instead.
     """
@@ -63,7 +63,7 @@ REFERENCE = Operations(
     products.linear,
     products.feed_forward,
     reference.rotate,
-    reference.attend,
+    attention.attend,
 )
 
 

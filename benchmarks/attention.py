@@ -1,0 +1,84 @@
+"""Attention of a prompt on a CPU: torch's fused kernel against blocks of queries.
+
+    python -m benchmarks.attention            # a minute; --cpu-time on a busy machine
+
+Prints both times and which form the runtime takes here: medians, calls taken in turn. Shapes are
+query rows on as many or more slots of the cache, causal, of one sequence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastskip.ops.attention import attend, attend_fused, attend_in_blocks
+from fastskip.timing import threads_set
+
+HEADS = {"0.5b": (16, 16, 64), "14 heads on 2": (14, 2, 64), "7b": (32, 32, 128)}
+"""Query heads, key heads and head dim."""
+ROWS = ((44, 620), (128, 620), (310, 620), (620, 620), (1500, 1500))
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDS = 9
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, nargs="*", default=[torch.get_num_threads(), 1])
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="processor time of one thread, which other programs disturb less",
+    )
+    options = parser.parse_args(arguments)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    for threads in [1] if options.cpu_time else dict.fromkeys(options.threads):
+        print(f"\n{threads} threads: blocks, ms / fused, ms / gain (* what the runtime takes)")
+        print(f"{'rows on slots':<30}" + "".join(f"{f'{n} on {s}':>24}" for n, s in ROWS))
+        with threads_set(threads), torch.inference_mode():
+            for name, heads in HEADS.items():
+                for dtype in DTYPES:
+                    cells = [_cell(heads, *rows, dtype, clock) for rows in ROWS]
+                    label = f"{name}, {str(dtype).removeprefix('torch.')}"
+                    print(f"{label:<30}" + "".join(cells), flush=True)
+
+
+def _cell(
+    heads: tuple[int, int, int],
+    rows: int,
+    slots: int,
+    dtype: torch.dtype,
+    clock: Callable[[], float],
+) -> str:
+    n_query, n_key, width = heads
+    # As the decoder has them: packed queries turned, keys as they lie in the cache.
+    queries = torch.randn(1, rows, n_query, width).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(1, n_key, slots, width).to(dtype) for _ in range(2))
+    forms: list[Callable[..., Tensor]] = [attend_in_blocks, attend_fused]
+    times: list[list[float]] = [[] for _ in forms]
+    for number in range(ROUNDS + 1):
+        for form, own in zip(forms, times, strict=True):
+            begin = clock()
+            form(queries, [key], [value], None, is_causal=True, scale=width**-0.5)
+            if number:
+                own.append(clock() - begin)
+    blocks, fused = (statistics.median(own) for own in times)
+    marks = ("", "*") if _takes_fused(queries, key) else ("*", "")
+    found = f"{1e3 * blocks:.3g}{marks[0]} / {1e3 * fused:.3g}{marks[1]} / {blocks / fused:.2f}x"
+    return f"{found:>24}"
+
+
+def _takes_fused(queries: Tensor, key: Tensor) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attend(queries, [key], [key], None, is_causal=True, scale=1.0)
+    return any("scaled_dot_product" in event.key for event in profile.key_averages())
+
+
+if __name__ == "__main__":
+    main()
