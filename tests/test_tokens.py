@@ -233,6 +233,7 @@ def test_given_classes() -> None:
         (torch.tensor([[0, 1, 1]] * 2), r"shape \(2, 3\); needed: \[2, 4\]"),
         (torch.tensor([0, 1, 1, 1]), r"shape \(4,\); needed"),
         ([["text", "picture", "text", "text"]] * 2, r"token_classes: \['picture'\]; allowed"),
+        ([["text"] * 4, ["text"] * 3], r"token_classes: rows of \[3, 4\] .*needed: \[2, 4\]"),
     ],
 )
 def test_wrong_classes(given: object, problem: str) -> None:

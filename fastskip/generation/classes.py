@@ -108,6 +108,12 @@ def _given(
         unknown = sorted({name for row in given for name in row} - allowed.keys())
         if unknown:
             raise ValueError(f"token_classes: {unknown}; allowed: {list(allowed)}")
+        lengths = sorted({len(row) for row in given})
+        if len(lengths) > 1:
+            columns = width if prompt_columns is None else prompt_columns
+            raise ValueError(
+                f"token_classes: rows of {lengths} names; needed: [{batch}, {columns}]"
+            )
         codes = torch.tensor([[allowed[name] for name in row] for row in given])
     if codes.ndim != 2 or codes.shape[0] != batch:
         raise ValueError(f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]")
