@@ -1,9 +1,9 @@
-"""What stands between the two products of an FFN.
+"""The activation between the two products of an FFN.
 
     gated:  out = gate * sigmoid(gate) * up,  x = [gate | up]      [n, 2F] -> [n, F]
     ReLU:   out = max(x, 0)                                        [n, F] -> [n, F]
 
-The output is dense. Grid ``(n, F / BLOCK_F)``. Tables: kernel ``activate``, shape ``(F,)``.
+The output is dense. Grid ``(n, F / BLOCK_F)``. Tuning table: ``activate``, shape ``(F,)``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def silu(x):
 
 @triton.jit
 def relu(x):
-    """``max(x, 0)`` that keeps a NaN."""
+    """``max(x, 0)``; NaN propagates."""
     return tl.where(x < 0.0, 0.0, x)
 
 
@@ -62,7 +62,7 @@ def _activate_kernel(
 def activate(
     x: Tensor, activation: Activation, *, config: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """``[n, 2F] -> [n, F]`` if gated, else ``[n, F] -> [n, F]``; ``x`` is not written."""
+    """``[n, 2F] -> [n, F]`` if gated, else ``[n, F] -> [n, F]``; ``x`` is left unchanged."""
     refuse_gradients(x=x)
     assert x.stride(1) == 1
     is_gated = activation is Activation.GATED_SILU
@@ -86,7 +86,7 @@ def activate(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: 8 to 32 elements of a row in a thread."""
+    """Configurations worth timing: 8 to 32 elements of a row per thread."""
     return [
         {"BLOCK_F": block, "num_warps": warps}
         for block in (512, 1024, 2048, 4096)

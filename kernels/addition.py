@@ -1,10 +1,10 @@
-"""Rows added to the residual stream, where a library product did not end in it.
+"""Adds rows to the residual stream, after products that the vendor's library computes.
 
     h[index[n]] += factor * x[n]                               [N, D], in place
 
-``x [n, D]``; a row that is broadcast (a bias) has stride 0. ``count [1]`` says on the device how
-many of the ``n`` rows are added. No row occurs twice in ``index``, so no sum needs to be atomic.
-Grid ``(n, D / BLOCK_D)``. Tables: kernel ``add_rows``, shape ``(D,)``.
+``x [n, D]``; a broadcast row (a bias) has stride 0. ``count [1]``, on the device, is how many of
+the ``n`` rows are added. ``index`` has no duplicates, so no atomics are needed. Grid
+``(n, D / BLOCK_D)``. Tuning table: ``add_rows``, shape ``(D,)``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def add_rows_(
 ) -> Tensor:
     """``h[index] += factor * x``, in place: ``h [N, D]``, ``x [n, D]``. Returns ``h``.
 
-    ``count [1]`` int32: how many of the ``n`` rows are added, all without it.
+    ``count [1]`` int32: how many of the ``n`` rows are added; all if ``None``.
     """
     refuse_gradients(h=h, x=x)
     assert h.stride(1) == 1 and x.stride(1) == 1
@@ -88,7 +88,7 @@ def add_rows_(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: 8 to 32 elements of a row in a thread."""
+    """Configurations worth timing: 8 to 32 elements of a row per thread."""
     return [
         {"BLOCK_D": block, "num_warps": warps}
         for block in (1024, 2048, 4096)

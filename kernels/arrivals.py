@@ -1,7 +1,7 @@
-"""Who of the programs that share a task is the last one, and may go on with what all have left.
+"""Detects the last of the programs that share a task: it may use what all of them have stored.
 
-``arrivals`` counts in int32, from zero, and is left zero; launches that share it must follow one
-another.
+``arrivals`` holds int32 counters that start at zero and are reset to zero; launches that share them
+must run one after another.
 """
 
 import triton
@@ -10,9 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def is_last(arrivals_ptr, programs):
-    """Whether all others of so many programs have asked; each asks once, when it has stored its
-    share."""
-    # The atomic is one thread's: it publishes the stores of the others only after this.
+    """Whether all ``programs`` have called this; each calls it once, after storing its share."""
+    # One thread does the atomic; without the barrier it would not publish the others' stores.
     tl.debug_barrier()
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
     tl.store(arrivals_ptr, 0, mask=arrived == programs - 1)

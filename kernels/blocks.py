@@ -1,4 +1,4 @@
-"""A configuration taken apart: blocks are arguments of the kernel, options are the compiler's."""
+"""Splits a configuration into blocks (kernel arguments) and options (for the compiler)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from typing import Any
 
 
 def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """What is written in capitals (constexpr arguments), and the rest (``num_warps`` ..)."""
+    """The upper-case names (constexpr arguments), and the rest (``num_warps`` ..)."""
     blocks = {name: value for name, value in config.items() if name.isupper()}
     return blocks, {name: value for name, value in config.items() if name not in blocks}

@@ -1,13 +1,13 @@
-"""From a mask to the rows it chooses, without a word to the host.
+"""Compacts a mask into row indices on the device, without a host sync.
 
-    index[: count] = the numbers of the true elements of mask, ascending
-    index[count :] = those of the others
+    index[: count] = positions of the true elements of mask, ascending
+    index[count :] = positions of the others
     body of the SWITCH node ``handle`` = ceil(count / STEP) - 1, none for a count of 0
 
-``mask [N]`` -> ``index [N]``, ``count [1]``, int32. Grid ``(N / BLOCK,)``: a program counts what is
-chosen before its block, then places its own. Reading the mask again is cheaper than a second launch
-as long as it lies in the L2 cache, and it needs neither scratch nor an order of the programs: the
-others are placed from the end. Tables: kernel ``compact``, shape ``()``.
+``mask [N]`` -> ``index [N]``, ``count [1]``, int32. Grid ``(N / BLOCK,)``: each program counts the
+true elements before its block, then places its own. Rereading the mask is cheaper than a second
+launch as long as it fits in the L2 cache, and it needs neither scratch nor an order among programs:
+false elements are placed from the end. Tuning table: ``compact``, shape ``()``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _compact_kernel(
 ):
     block = tl.program_id(0)
     within = tl.arange(0, BLOCK)
-    # Blocks before this one are whole. One sum at the end instead of one a block.
+    # Earlier blocks are full: no mask. One reduction at the end instead of one per block.
     seen = tl.zeros([BLOCK], tl.int32)
     for start in range(0, block * BLOCK, BLOCK):
         seen += (numerics.load(mask_ptr + start + within) != 0).to(tl.int32)
@@ -58,8 +58,8 @@ def compact(
 ) -> tuple[Tensor, Tensor]:
     """Where ``mask [N]``, bool or integer, is true: ``index [N]`` and ``count [1]``, int32.
 
-    The first ``count`` numbers of ``index`` ascend; behind them are the others, in no order.
-    ``switch``: the SWITCH node whose body is chosen by the count.
+    The first ``count`` indices ascend; the others follow in no particular order. ``switch``: the
+    SWITCH node whose body the count selects.
     """
     assert mask.is_contiguous()
     size = len(mask)
@@ -69,7 +69,7 @@ def compact(
     count = empty((1,), torch.int32, mask.device)
     launch(
         _compact_kernel,
-        # No rows have a count too.
+        # Even an empty mask needs its count written.
         (max(1, triton.cdiv(size, block)),),
         options,
         mask_ptr=mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
@@ -84,7 +84,7 @@ def compact(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: up to 32 elements in a thread."""
+    """Configurations worth timing: up to 32 elements per thread."""
     return [
         {"BLOCK": block, "num_warps": warps}
         for block in (1024, 2048, 4096, 8192)

@@ -1,13 +1,13 @@
-"""Kernels compiled ahead of time, for any NVIDIA architecture, on a machine without a GPU.
+"""Compiles kernels ahead of time, for any NVIDIA architecture, on a machine without a GPU.
 
-A launch that was written down (``launch.recording(is_dry=True)``) names a kernel, its arguments and
-options. ``build_of`` specialises it as a launch on the device would: element types of pointers and
-their divisibility by 16, width of integers, an integer 1 as a constant. ``compile_all`` compiles
-such builds on all cores and reads what the machine code uses. Findings are kept in the user's cache
-directory, keyed by all that decides the machine code, so that asking again is quick.
+A recorded launch (``launch.recording(is_dry=True)``) holds a kernel, its arguments and its options.
+``build_of`` specialises it as a launch on the device would: pointer element types and their
+divisibility by 16, integer widths, an integer 1 as a constant. ``compile_all`` compiles such builds
+on all cores and extracts what the machine code uses. Findings are cached in the user's cache
+directory, keyed by everything that determines the machine code.
 
-Compiled and interpreted kernels are different objects: this works only in a process that was
-started without ``TRITON_INTERPRET``.
+Compiled and interpreted kernels are different objects: this works only in a process started
+without ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ from triton.runtime.jit import create_function_from_signature
 from fastskip.kernels.launch import Launch
 
 VERSION = 3
-"""Of the findings: another one makes kept findings void."""
+"""Of the findings; a new version invalidates the cached ones."""
 
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Bytes of shared memory that a program may use, by architecture."""
+"""Bytes of shared memory available to a program, by architecture."""
 
 WIDE = re.compile(r"\b(?:LDG(?:STS)?\.[A-Z0-9_.]*(?:128|256)\b|UTMALDG|UBLKCP)")
-"""Loads of 16 bytes and more a thread, and bulk copies."""
+"""Loads of at least 16 bytes per thread, and bulk copies."""
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA)\b")
 WAIT = re.compile(r"\bACQBULK\b")
-"""Waits for the launches before (``overlap``)."""
+"""Waits for earlier launches (``overlap``)."""
 ACCESS = re.compile(
     r"\b(?:LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UTMALDG|UTMASTG|UBLKCP|UBLKRED|EXIT)\b"
 )
-"""Accesses to memory that others write, and the end of a program."""
+"""Accesses to memory that other launches may write, and program exits."""
 AHEAD = re.compile(r"\bLDG\.[A-Z0-9_.]*STRONG\.(?:GPU|SYS)\b")
-"""Loads that no cache of a multiprocessor answers: allowed ahead of the wait (``overlap.read``)."""
+"""Loads that bypass the L1 cache: allowed ahead of the wait (``overlap.read``)."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel as it is compiled; everything can be pickled."""
+    """One kernel specialisation to compile; every field can be pickled."""
 
     module: str
     kernel: str
@@ -94,12 +94,12 @@ class Build:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the machine code of a build uses; ``error`` is why there is none.
+    """What the machine code of a build uses; ``error`` says why there is none.
 
-    ``registers`` a thread, ``spills`` and ``stack`` in bytes a thread, ``shared`` in bytes a
-    program, ``wide``: instructions that load 16 bytes and more a thread, ``matrix``: matrix
-    instructions by name, ``waits``: waits for the launches before, ``early``: accesses to memory
-    and ends ahead of the first of them, but for loads past the caches.
+    ``registers`` per thread, ``spills`` and ``stack`` in bytes per thread, ``shared`` in bytes per
+    program, ``wide``: instructions that load at least 16 bytes per thread, ``matrix``: matrix
+    instructions by name, ``waits``: waits for earlier launches, ``early``: memory accesses and
+    exits ahead of the first wait, except loads that bypass the L1 cache.
     """
 
     registers: int = 0
@@ -119,7 +119,7 @@ def build_of(launch: Launch, arch: int) -> Build:
     if not hasattr(kernel, "cache_key"):
         raise RuntimeError("kernels are interpreted in this process: unset TRITON_INTERPRET")
     backend = make_backend(_target(arch))
-    # The binder of the launcher itself, with another target than the machine's.
+    # The launcher's own binder, for a target other than this machine's.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     arguments = {**launch.arguments, **launch.options}
     bound, specialisation, _ = bind(**arguments)
@@ -142,8 +142,8 @@ def compile_all(
     workers: int | None = None,
     known: Mapping[str, Finding] | None = None,
 ) -> dict[str, Finding]:
-    """Findings by ``Build.key``; only what is not ``known`` or kept is compiled, on ``workers``
-    processes."""
+    """Findings by ``Build.key``; builds that are neither ``known`` nor cached are compiled, in
+    ``workers`` processes (default: one per core)."""
     wanted = {build.key: build for build in builds}
     found = {key: known[key] for key in wanted if known and key in known}
     found |= {key: kept for key in wanted if key not in found and (kept := _kept(key)) is not None}
@@ -161,7 +161,7 @@ def compile_all(
 
 
 def compile_build(build: Build) -> Finding:
-    """Compiles ``build`` and reads its machine code."""
+    """Compiles ``build`` and inspects its machine code."""
     log = io.StringIO()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -197,7 +197,7 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # Without an analysis of branches, which takes a third of the time.
+        # -ndf skips the dataflow analysis, which takes a third of the time.
         command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -214,7 +214,7 @@ def _target(arch: int) -> GPUTarget:
 
 
 def _number(pattern: str, text: str) -> int:
-    """The largest number that ``pattern`` finds: a log speaks of functions too."""
+    """The largest number that ``pattern`` matches: a log also covers called functions."""
     return max((int(number) for number in re.findall(pattern, text)), default=0)
 
 
@@ -231,7 +231,7 @@ def _kept(key: str) -> Finding | None:
 def _keep(key: str, finding: Finding) -> None:
     folder = _folder()
     folder.mkdir(parents=True, exist_ok=True)
-    # Another process may write the same finding: only whole files get the name.
+    # Another process may write the same finding: rename the file only once it is complete.
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
         json.dump(asdict(finding), file)
     Path(file.name).replace(folder / f"{key}.json")

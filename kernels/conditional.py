@@ -1,10 +1,10 @@
-"""Conditions of nodes of a CUDA graph; of an IF node: whether any row runs.
+"""Sets the conditions of CUDA graph nodes on the device; for an IF node: whether any row runs.
 
     condition of ``handle`` = any(runs[n] != 0)                        ``runs [n]`` int32
 
 One program of one warp, all of whose threads set the same value. ``cudaGraphSetConditional`` is a
-function that the driver provides to every kernel: the assembler knows it, and loading resolves it.
-It returns nothing; that it is declared with an int, which nobody reads, changes no instruction.
+function that the driver provides to every kernel: the assembler knows it, and the loader resolves
+it. It returns nothing; declaring it with an int result that nothing reads changes no instruction.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastskip.kernels.launch import launch
 
 @core.extern
 def set_conditional(handle, value, _semantic=None):
-    """Sets the condition of a node, int64 and int32."""
+    """Sets the condition of a node: ``handle`` int64, ``value`` int32."""
     kinds = core.dtype("int64"), core.dtype("int32")
     symbol = "cudaGraphSetConditional", core.dtype("int32")
     return core.extern_elementwise(
@@ -37,7 +37,7 @@ def _set_condition_kernel(runs_ptr, handle: tl.int64, rows, BLOCK: tl.constexpr)
 
 
 def set_condition(runs: Tensor, handle: int) -> None:
-    """Sets the condition of a node; with handle 0 of none, which compiles and loads the kernel."""
+    """Sets the condition of a node; with handle 0 it only compiles and loads the kernel."""
     launch(
         _set_condition_kernel,
         (1,),
@@ -50,5 +50,5 @@ def set_condition(runs: Tensor, handle: int) -> None:
 
 
 def signed(handle: int) -> int:
-    """The 64 bits of a handle as kernels take them."""
+    """The 64 bits of a handle as the signed integer that kernels take."""
     return (handle + (1 << 63)) % (1 << 64) - (1 << 63)

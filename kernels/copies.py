@@ -1,11 +1,11 @@
-"""Copies of entries: from one layer's cache to another's, or into dense tensors.
+"""Copies cache entries from one layer's cache to another's, or into dense tensors.
 
-    target[sequence, to_slot] = source[sequence, from_slot]        keys and values, [2G, K] a row
+    target[sequence, to_slot] = source[sequence, from_slot]        keys and values, [2G, K] per row
     keys[n], values[n] = source[sequence, slot]                    [G, K] each
 
-``sequences``, ``from_slots``, ``to_slots [n]``; a row with a negative slot copies nothing, nor does
-one with a flag of 1 in ``runs [n]``. Heads of an entry lie ``PAGE * K`` apart. Grid
-``(n, 2G / BLOCK_H)``. Tables: kernel ``copy_entries``, shape ``(G, K)``, for both.
+``sequences``, ``from_slots``, ``to_slots [n]``; a row with a negative slot, or with a flag of 1 in
+``runs [n]``, copies nothing. The heads of an entry lie ``PAGE * K`` elements apart. Grid
+``(n, 2G / BLOCK_H)``. Tuning table: ``copy_entries``, shape ``(G, K)``, for both.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _copy_entries_kernel(
     sequence = tl.load(sequences_ptr + row).to(tl.int64)
     source_start = tl.load(source_table_ptr + sequence * stride_sb + from_slot // PAGE)
     target_start = tl.load(target_table_ptr + sequence * stride_tb + to_slot // PAGE)
-    # Slabs and anchors are aligned for wide accesses, so their distances are.
+    # Slabs and anchors are aligned for wide accesses, and so are the distances between them.
     source_ptr += tl.multiple_of(source_start, 8) + source_offset + (from_slot % PAGE) * HEAD_DIM
     target_ptr += tl.multiple_of(target_start, 8) + target_offset + (to_slot % PAGE) * HEAD_DIM
 
@@ -65,7 +65,7 @@ def _copy_entries_kernel(
     element = tl.arange(0, BLOCK_K)
     is_real = (head < 2 * GROUPS)[:, None] & (element < HEAD_DIM)[None, :]
     within = head[:, None] * (PAGE * HEAD_DIM) + element[None, :]
-    # Bits are moved, not numbers: no conversion either way.
+    # A plain copy of bits, without conversion to fp32 and back.
     tl.store(target_ptr + within, tl.load(source_ptr + within, mask=is_real), mask=is_real)
 
 
@@ -79,10 +79,10 @@ def copy_entries(
     *,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots left out.
+    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots are skipped.
 
-    So are rows with a flag of 1 in ``runs [n]``, which have entries of their own. Rows are copied
-    in no order: no slot is both read and written, none written twice.
+    Rows with a flag of 1 in ``runs [n]`` have entries of their own and are skipped too. Rows are
+    copied in no particular order: no slot may be both read and written, or written twice.
     """
     rows, groups, size = len(sequences), source.groups, source.head_dim
     shape = (groups, size)
@@ -147,7 +147,7 @@ def _read_entries_kernel(
 def read_entries(
     pages: Pages, sequences: Tensor, slots: Tensor, *, config: Mapping[str, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[n, G, K]`` of entries, in dense tensors; no slot is negative."""
+    """Keys and values ``[n, G, K]`` of entries, as dense tensors; no slot may be negative."""
     rows, groups, size = len(sequences), pages.groups, pages.head_dim
     options = dict(
         config or tuning.config_for("copy_entries", sequences.device, rows, (groups, size))
@@ -177,7 +177,7 @@ def read_entries(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: up to 64 elements in a thread, no more heads than there are."""
+    """Configurations worth timing: up to 64 elements per thread, no more heads than exist."""
     groups, size = shape
     most = triton.next_power_of_2(2 * groups)
     return [

@@ -1,17 +1,17 @@
-"""Norm, first product and activation of an FFN, in one launch, for few rows.
+"""Norm, first product and activation of an FFN in one launch, for few rows.
 
     x = norm(h[index] + change)                                [n, D]
     gated:  out = silu(x @ gate.T) * (x @ up.T)                weight [2F, D], gate first
     ReLU:   out = max(x @ weight.T + bias, 0)                  weight [F, D]
 
 ``h [N, D]``, ``change [n, D]``, ``bias [2F]`` or ``[F]``; the output ``[n, F]`` is dense. A program
-owns ``BLOCK_M`` weight rows: gate rows and the up rows that belong to them, one after the other.
-Grid ``(n / BLOCK_N, parts * weight rows / BLOCK_M)``, where a pair of blocks makes two parts;
-programs that share weights are neighbours. Tables: kernel ``feed``, shape ``(weight rows, D)``.
-``LONG`` in a configuration: as many programs instead, tile after tile (``operands.share_out``).
+owns ``BLOCK_M`` weight rows; if gated, gate rows alternate with their up rows. Grid
+``(n / BLOCK_N, parts * weight rows / BLOCK_M)``, where a pair of blocks makes two parts; adjacent
+programs share weights. Tuning table: ``feed``, shape ``(weight rows, D)``. With ``LONG`` in a
+configuration the grid has that many persistent programs (``operands.share_out``).
 
-With flags (``guards``) the rows that run are computed, and nothing where there are none. Grid then
-``(n / BLOCK_N, PROGRAMS)``, tile after tile.
+With flags (``guards``) only the rows that run are computed, and row blocks without any do nothing.
+The grid is then ``(n / BLOCK_N, PROGRAMS)``, and each program loops over tiles.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fastskip.ops.routes import Chosen
 
 @triton.jit
 def rows_of(tile, F: tl.constexpr, IS_GATED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Weight rows ``[BLOCK_M]`` of a tile, within the weight."""
+    """Weight rows ``[BLOCK_M]`` of a tile, clamped to the weight."""
     if IS_GATED:
         column = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
         return products.pair_rows(tl.minimum(column, F - 1), F, F)
@@ -54,7 +54,7 @@ def rows_of(tile, F: tl.constexpr, IS_GATED: tl.constexpr, BLOCK_M: tl.constexpr
 
 @triton.jit
 def tiles_of(F: tl.constexpr, IS_GATED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """How many tiles there are."""
+    """The number of tiles."""
     return tl.cdiv(2 * F if IS_GATED else F, BLOCK_M)
 
 
@@ -68,7 +68,8 @@ def store_activated(
     F: tl.constexpr,
     IS_GATED: tl.constexpr,
 ):
-    """``y [BLOCK_M, BLOCK_N]``, the product of ``rows_of``, to ``out [n, F]`` where ``does``."""
+    """Activates ``y [BLOCK_M, BLOCK_N]``, the product of ``rows_of``, and stores it to
+    ``out [n, F]`` where ``does``."""
     if IS_GATED:
         gate, up = products.split_pairs(y)
         value = silu(gate) * up
@@ -102,8 +103,8 @@ def _feed_tile(
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """What ``BLOCK_M`` weight rows yield, of the rows ``does [BLOCK_N]``, or this program's share
-    of that."""
+    """The output of ``BLOCK_M`` weight rows for the rows ``does [BLOCK_N]``, or this program's
+    share of it."""
     m = rows_of(tile, F, IS_GATED, BLOCK_M)
     bias = None
     if weights.bias is not None:
@@ -168,13 +169,13 @@ def _feed_kernel(
     if OVERLAP:
         overlap.wait()
     if now_ptr is not None:
-        # Like the second block of a pair, at distances that the device knows.
+        # Like the second block of a pair, but with distances read on the device.
         BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
         part = 1
         inputs_step = hops.norm_step(now_ptr, hops.FFN_GAIN, BITS)
         weights_step = hops.weights_step(now_ptr, hops.FEED, BITS)
     if part is not None:
-        # Here, since a function cannot return what may be None.
+        # Inlined: a function cannot return a tuple whose fields may be None.
         weights = products.Weights(
             weights.weight + part * weights_step.weight,
             weights.stride,
@@ -250,10 +251,11 @@ def feed(
     """Norm, first product and activation of an FFN, of one block or of the two of a pair.
 
     ``changes``: what each block adds to ``h`` before its norm, ``[n, D]`` each. ``chosen``: the
-    rows that run, without ``index``. ``now``: in a loop (``hops``), whose first layer's part is
-    given, the distances to that of the layer that is next. ``half``: of the norm of all rows, if it
-    is taken so far; with ``arrivals`` (``splits``) tiles may then be shared. Returns ``[n, F]``
-    each. A pair takes one launch if its blocks are of one shape and run for all rows.
+    rows that run; not with ``index``. ``now``: inside a loop (``hops``), the distances from the
+    given tensors, those of its first layer, to those of the next layer. ``half``: the half norm of
+    all rows, if already taken; only then may tiles be split, with ``arrivals`` (``splits``).
+    Returns ``[n, F]`` each. A pair takes one launch if its blocks have the same shape and run for
+    all rows.
     """
     refuse_gradients(h=h, **{f"changes[{i}]": each for i, each in enumerate(changes or ())})
     strides = set() if changes is None else {each.stride(0) for each in changes}
@@ -319,7 +321,7 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def feed_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Of rows of a half norm, by tiles alone and by shared ones."""
+    """For rows of a half norm, with whole tiles and with split ones."""
     return half_candidates(rows) + splits.step_candidates(rows, (shape[0], shape[1]))
 
 

@@ -1,4 +1,4 @@
-"""Kernels compute no gradients, and say so instead of dropping them."""
+"""Kernels have no backward pass, and say so instead of silently dropping gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def refuse_gradients(**tensors: Tensor | None) -> None:
-    """Raises unless every tensor is free of gradients.
+    """Raises if any tensor requires a gradient.
 
     Raises:
         ValueError: naming the first tensor that requires a gradient.
@@ -14,6 +14,6 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
-                f"{name}: requires a gradient, and kernels compute none; "
+                f"{name}: requires a gradient, but the kernels have no backward pass; "
                 "run under torch.no_grad() or with impl='torch'"
             )

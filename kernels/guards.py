@@ -1,13 +1,14 @@
-"""Guards: flags in device memory say which rows a launch is for.
+"""Guards: flags in device memory say which rows a launch computes.
 
-A guarded launch reads the flags of its rows first, and a program that finds nothing to do touches
-no weights. Programs that only leave cost time too, so a guarded launch has a bounded number of them
-(``width_of``), and each goes through tiles: its own, then every ``tl.num_programs(1)``-th. Programs
-that are long for themselves (``operands.share_out``) are few enough.
+A guarded launch first reads the flags of its rows, and a program with nothing to do reads no
+weights. Even programs that exit at once cost time, so a guarded launch has a bounded number of them
+(``width_of``), and each loops over tiles: its own, then every ``tl.num_programs(1)``-th. Persistent
+programs (``operands.share_out``) are few enough already.
 
-A row's flag is 1 if the row runs, else 0. Tables: ``guarded``, with rows and shape of the product;
-``PROGRAMS`` is how many there are at most. They are laid over the kernel's own: a loop over tiles
-takes registers, so such an entry may also name more warps, where it would spill.
+A row's flag is 1 if the row runs, else 0. Tuning table: ``guarded``, by rows and shape of the
+product; ``PROGRAMS`` is the maximum number of programs. Its entries override those of the kernel's
+own table: a loop over tiles takes registers, so an entry may also name more warps where the kernel
+would spill.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TABLES = (TABLE,)
 
 @triton.jit
 def flagged(runs_ptr, n, rows, READS_AHEAD: tl.constexpr = False):
-    """Which of the rows ``n [N]`` run: ``[N]``; without flags all ``rows`` that there are.
+    """Which of the rows ``n [N]`` run: ``[N]``; without flags, those below ``rows``.
 
     ``READS_AHEAD``: as for ``overlap.read``.
     """
@@ -41,9 +42,9 @@ def some(does):
 
 
 def width_of(blocks: dict[str, int], rows: int, tiles: int, *, is_guarded: bool) -> int:
-    """Programs for ``tiles`` of a product: all, or as many as a guarded launch may have.
+    """Programs for ``tiles`` of a product: one per tile, or up to the limit of a guarded launch.
 
-    Blocks of rows share what is allowed. ``PROGRAMS`` is taken out of ``blocks``.
+    Blocks of rows share that limit. ``PROGRAMS`` is removed from ``blocks``.
     """
     most = blocks.pop("PROGRAMS", None)
     if not is_guarded or most is None:

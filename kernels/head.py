@@ -1,15 +1,15 @@
-"""The vocabulary product, with the final norm before it and the greedy choice after it.
+"""The vocabulary product (LM head), with the final norm before and the greedy choice after it.
 
     logits[n, v] = norm(h[n]) @ weight[v] + bias[v]
 
-``h [n, D]``, ``weight [V, D]``, ``bias [V]``, ``logits [n, V]`` in the storage type. One kernel;
-its grid is ``(n / BLOCK_N, V / BLOCK_M)``, and the programs that share weights are neighbours. It
-writes the logits, or the best of each program's ``BLOCK_M`` logits as a ranked candidate (see
-``sampler``), or both: ``sampler.finish`` then chooses among ``V / BLOCK_M`` candidates a row. What
-is ranked are the rounded logits, so the choice is that of ``choose(head_logits(..))``. The loops
-are those of ``products``; ``NORM_APART`` in a configuration gives the norm a launch of its own.
-Tables: kernel ``head``, shape ``(V, D)``.
-``LONG`` in a configuration: as many programs instead, tile after tile (``operands.share_out``).
+``h [n, D]``, ``weight [V, D]``, ``bias [V]``, ``logits [n, V]`` in the storage dtype. One kernel,
+grid ``(n / BLOCK_N, V / BLOCK_M)``; adjacent programs share weights. It writes the logits, or the
+best of each program's ``BLOCK_M`` logits as a ranked candidate (see ``sampler``), or both:
+``sampler.finish`` then chooses among ``V / BLOCK_M`` candidates per row. The rounded logits are
+ranked, so the choice is that of ``choose(head_logits(..))``. The inner loops are those of
+``products``; ``NORM_APART`` in a configuration gives the norm its own launch, and with ``LONG`` the
+grid has that many persistent programs (``operands.share_out``). Tuning table: ``head``, shape
+``(V, D)``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _head_tile(
         numerics.store(place_ptr, y, (v < V)[:, None] & (n < rows)[None])
     if partials_ptr is not None:
         logit = numerics.round_to(y, weights.weight.dtype.element_ty).to(tl.float32)
-        # What lies outside has the larger index, so it loses against every logit.
+        # Columns past the end have larger indices, so they lose to every logit, even to -inf.
         logit = tl.where((v < V)[:, None], logit, float("-inf"))
         best = tl.max(ranked(logit, v[:, None]), 0)
         tl.store(partials_ptr + n.to(tl.int64) * stride_pn + part, best, mask=n < rows)
@@ -151,7 +151,7 @@ def head_logits(
 ) -> Tensor:
     """The final norm (unless already applied) and the vocabulary product: ``[n, D] -> [n, V]``.
 
-    ``half``: of the norm, if it is taken so far.
+    ``half``: the half norm, if already taken.
     """
     rows, columns = len(h), len(head.weight)
     logits = empty((rows, columns), h.dtype, h.device)
@@ -171,7 +171,7 @@ def head_choose(
 ) -> None:
     """``choose(head_logits(h, norm, head), choice)`` in two launches: ``h [B, D]``.
 
-    ``logits [B, V]``: where the logits go, if anyone wants them; ``half``: as of ``head_logits``.
+    ``logits [B, V]``: receives the logits, if given; ``half``: as for ``head_logits``.
     """
     partials = _launch_head(h, norm, head, logits, True, half, config)
     assert partials is not None
@@ -184,12 +184,12 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def head_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Of rows of a half norm."""
+    """For rows of a half norm."""
     return _that_fit(half_candidates(rows), shape)
 
 
 def _that_fit(configs: list[dict[str, int]], shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Those of which a grid has no more tiles than CUDA allows along its second axis."""
+    """Those whose grid has no more tiles than CUDA allows along its second axis."""
     return [each for each in configs if triton.cdiv(shape[0], each["BLOCK_M"]) <= MOST_TILES]
 
 
@@ -202,7 +202,7 @@ def _launch_head(
     half: HalfNorm | None,
     config: Mapping[str, Any] | None,
 ) -> Tensor | None:
-    """Launches the product; returns the candidates ``[n, parts]`` if ``does_rank``."""
+    """Launches the product; returns the ranked candidates ``[n, parts]`` if ``does_rank``."""
     refuse_gradients(h=h, logits=logits)
     (rows, width), columns = h.shape, len(head.weight)
     over = None if half is None else "head_half"

@@ -1,11 +1,12 @@
-"""Which layer of a loop is next, and where what is its own lies (``ops.hops``).
+"""Chooses the next layer of a loop and locates its tensors (``ops.hops``).
 
-Kernels of a loop are given the tensors of its first layer and ``now``, distances to those of the
-layer that is next: each adds what concerns it to its pointers (``distance``). ``begin_hops`` says
-which layer is the first; then the update that ends a layer (``residual``) decides, layer by layer,
-up to one that some row runs (``choose_next``), and sets the condition of the loop's node.
+Kernels in a loop receive the tensors of its first layer and ``now``, the distances to those of the
+next layer: each kernel adds the distances that it needs to its pointers (``distance``).
+``begin_hops`` chooses the first layer; after that, the update that ends a layer (``residual``)
+decides, layer by layer, up to one that some row runs (``choose_next``), and sets the condition of
+the loop's node.
 
-``begin_hops``: one program, since its rows are few.
+``begin_hops`` is a single program, since its rows are few.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ FEED = tl.constexpr(Field.FEED.value)
 FIELDS = tl.constexpr(len(Field))
 BYTES = tl.constexpr(ALIGNMENT)
 ELEMENTS = tl.constexpr(4096)
-"""Of a block of rows whose scores are computed."""
+"""Per block of rows whose scores are computed."""
 MOST_ROWS = 64
 
 
 class Loop(NamedTuple):
-    """``Hops`` as a kernel reads them."""
+    """``Hops`` as passed to a kernel."""
 
     now: Tensor
     table: Tensor
@@ -54,8 +55,8 @@ class Loop(NamedTuple):
 
 @triton.jit
 def distance(now_ptr, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """Elements, of ``BITS`` each, to what the layer that is next has of a field: wide loads from
-    there stay whole."""
+    """Elements, of ``BITS`` each, to a field of the next layer, with an alignment that keeps loads
+    wide."""
     return tl.multiple_of(tl.load(now_ptr + FIELD), BYTES * 8 // BITS)
 
 
@@ -92,14 +93,14 @@ def choose_next(
     IS_OF_ALL: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
-    """From ``layer`` on nobody has decided; ``runs [ROWS]``: who runs the one before it.
+    """Decides layer by layer until some row runs one; that layer is next.
 
-    Without anybody, layers are decided on up to one that some row runs. That one is next.
-    ``LAYERS``: a power of two, at least as many as there are.
+    No decision has been taken from ``layer`` on; ``runs [ROWS]``: which rows run the layer before
+    it, which is next if any row does. ``LAYERS``: a power of two, at least the number of layers.
     """
     live = tl.load(loop.live + row, mask=is_row, other=0) != 0
     some = tl.max(runs, 0)
-    # What is written from here on was read by all threads before.
+    # All threads must have read what is overwritten from here on.
     tl.debug_barrier()
     if RULE == verdicts.ALONE and SCORE != "linear":
         if some == 0:
@@ -149,9 +150,10 @@ def _decide_on_all(
     SCORE: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
-    """The layer behind the next one, and who runs that ``[ROWS]``; flags of all up to there.
+    """The number after that of the next layer, and which rows run that layer ``[ROWS]``; stores the
+    flags of all layers up to it.
 
-    Where rows decide alone on what they know already, one look at all layers is enough.
+    One pass over all layers is enough where rows decide alone, from what is already known.
     """
     number = tl.arange(0, LAYERS)
     is_open = (number >= layer) & (number < loop.layers)
@@ -196,7 +198,7 @@ def _decide(
     RULE: tl.constexpr,
     IS_OF_ALL: tl.constexpr,
 ):
-    """Who runs one layer ``[ROWS]``; its flags."""
+    """Which rows run one layer ``[ROWS]``; stores its flags."""
     bar = tl.load(loop.bars + layer)
     salt = tl.load(loop.salts + layer)
     square = tl.zeros(row.shape, tl.float32)
@@ -219,7 +221,7 @@ def _decide(
 
 @triton.jit
 def _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D: tl.constexpr):
-    """The sums of ``h^2`` and of ``weight * h`` of each row."""
+    """The sums of ``h^2`` and ``weight * h`` of each row."""
     BLOCK: tl.constexpr = ELEMENTS // row.shape[0]
     square = tl.zeros([row.shape[0], BLOCK], tl.float32)
     product = tl.zeros([row.shape[0], BLOCK], tl.float32)
@@ -227,8 +229,7 @@ def _sums(h_ptr, stride_hn, weight_ptr, row, is_row, D: tl.constexpr):
     for first in range(0, D, BLOCK):
         e = first + tl.arange(0, BLOCK)
         is_read = is_row[:, None] & (e < D)[None]
-        # Maybe written by other multiprocessors during this very launch: not from a cache of this
-        # one.
+        # May be written by other multiprocessors during this launch: bypass the L1 cache.
         h = tl.load(h_ptr + place + e[None], mask=is_read, other=0.0, cache_modifier=".cg")
         h = h.to(tl.float32)
         weight = tl.load(weight_ptr + e, mask=e < D, other=0.0)
@@ -283,13 +284,13 @@ def _begin_hops_kernel(
 
 
 def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
-    """The first layer of a loop, ``h [n, D]`` as it enters it.
+    """Chooses the first layer of a loop that ``h [n, D]`` enters.
 
-    That is the first of ``hops`` if its flags name a row; else the first one behind it that some
-    row runs. ``condition``: the handle of the loop's node, 0 without one.
+    It is the first of ``hops`` if its flags name a row, else the first later one that some row
+    runs. ``condition``: the handle of the loop's node, or 0.
     """
     if len(h) > MOST_ROWS:
-        raise ValueError(f"h: {len(h)} rows; allowed are at most {MOST_ROWS}")
+        raise ValueError(f"h: {len(h)} rows; allowed: at most {MOST_ROWS}")
     score, rule, is_of_all, layers = form_of(hops)
     launch(
         _begin_hops_kernel,
@@ -313,14 +314,14 @@ def begin_hops(h: Tensor, hops: Hops, condition: int = 0) -> None:
 
 
 def form_of(hops: Hops) -> tuple[str, str, bool, int]:
-    """What code for a loop depends on: score, rule, whether all rows decide together, and a power
-    of two that holds its layers."""
+    """What the code of a loop is specialised on: score, rule, whether all rows decide together, and
+    a power of two that is at least its number of layers."""
     terms, layers = hops.terms, triton.next_power_of_2(len(hops.layers))
     return terms.score.value, verdicts.rule_of(terms), terms.group is Group.BATCH, layers
 
 
 def loop_of(hops: Hops) -> Loop:
-    """What a kernel is told of a loop."""
+    """A loop as passed to a kernel."""
     own = hops.bars
     return Loop(
         now=hops.now,

@@ -1,7 +1,7 @@
-"""Launching a kernel, and the account of what was launched.
+"""Launches kernels and records what was launched.
 
-Every launch of the project goes through ``launch``. Inside ``recording()`` each is written down;
-inside ``recording(is_dry=True)`` it is written down and not run, so launches can be counted, or
+Every launch of the project goes through ``launch``. ``recording()`` records launches as they run;
+``recording(is_dry=True)`` records them without running them, so launches can be counted, or
 compiled ahead of time, for tensors that hold no data (``device="meta"``).
 """
 
@@ -23,9 +23,9 @@ _account: ContextVar[Account | None] = ContextVar("account", default=None)
 class Launch:
     """One launch: the kernel, its grid, its arguments, and the compiler's options.
 
-    ``kernel`` is ``None`` for a product that the vendor's library computes; its programs are not
-    known. ``is_guarded``: programs read on the device whether they have anything to do, so some may
-    leave at once.
+    ``kernel`` is ``None`` for a product that the vendor's library computes; its number of programs
+    is unknown. ``is_guarded``: programs check on the device whether they have anything to do, so
+    some may exit at once.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Account:
 
     @property
     def guarded_programs(self) -> int:
-        """Those among all programs that may leave at once."""
+        """Programs of guarded launches, which may exit at once."""
         return sum(launch.programs for launch in self.launches if launch.is_guarded)
 
     def by_kernel(self) -> dict[str, tuple[int, int]]:
@@ -68,7 +68,7 @@ class Account:
 
 @contextmanager
 def recording(*, is_dry: bool = False) -> Iterator[Account]:
-    """Writes down the launches of this block; ``is_dry``: without running them."""
+    """Records the launches of this block; ``is_dry``: without running them."""
     account = Account(is_dry)
     token = _account.set(account)
     try:
@@ -89,7 +89,7 @@ def launch(
     launches nothing.
 
     ``options``: ``num_warps``, ``num_stages`` and the like; ``is_guarded``: as in ``Launch``;
-    ``arguments``: everything the kernel's signature names but ``OVERLAP``.
+    ``arguments``: the kernel's whole signature except ``OVERLAP`` and ``READS_AHEAD``.
     """
     if not prod(grid):
         return
@@ -106,7 +106,7 @@ def launch(
 
 
 def note(name: str) -> None:
-    """Writes down a launch of the vendor's library, which runs by itself."""
+    """Records a launch that the vendor's library makes itself."""
     account = _account.get()
     if account is not None:
         account.launches.append(Launch(name, (1,)))

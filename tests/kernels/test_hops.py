@@ -315,5 +315,5 @@ def test_distances_that_would_split_loads_do_not_hop(device: torch.device) -> No
 def test_too_many_rows(device: torch.device) -> None:
     place = Place(torch.float32, device)
     loop = loop_over(_bare(place, [terms_for(Score.RANDOM, 0, place)] * 2), place)
-    with pytest.raises(ValueError, match="h: 65 rows; allowed are at most 64"):
+    with pytest.raises(ValueError, match="h: 65 rows; allowed: at most 64"):
         hops.begin_hops(torch.zeros(65, WIDTH, device=device), loop)
