@@ -34,7 +34,7 @@ FEED = tl.constexpr(Field.FEED.value)
 FIELDS = tl.constexpr(len(Field))
 BYTES = tl.constexpr(ALIGNMENT)
 ELEMENTS = tl.constexpr(4096)
-"""Per block of rows whose scores are computed."""
+"""Elements per block of rows when scores are computed."""
 MOST_ROWS = 64
 
 

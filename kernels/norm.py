@@ -1,12 +1,12 @@
-"""RMS norm and LayerNorm over rows, with the residual change that comes before them.
+"""RMS norm and LayerNorm over rows, including the residual change that precedes them.
 
     x = h[index] + change                                     [n, D], in fp32
     RMS norm:   x * rsqrt(mean(x^2) + epsilon) * weight
     LayerNorm:  (x - mean(x)) * rsqrt(var(x) + epsilon) * weight + bias
 
 ``h [N, D]``, ``change [n, D]``, ``weight [D]``, ``bias [D]``; the output ``[n, D]`` is dense. Grid
-``(n,)``: a program holds one row in registers; where ``count [1]`` says on the device that there
-are fewer rows, those beyond it leave at once. Tables: kernel ``normalize``, shape ``(D,)``.
+``(n,)``: a program holds one row in registers; where ``count [1]``, on the device, is less than
+``n``, programs beyond it exit at once. Tuning table: ``normalize``, shape ``(D,)``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _normalize_kernel(
     x = numerics.load(h_ptr + row * stride_hn + column, is_real)
     if change_ptr is not None:
         x += numerics.load(change_ptr + out_row * stride_cn + column, is_real)
-    # Asked for before the reduction, so that the two latencies overlap.
+    # Loaded before the reduction, so that the two latencies overlap.
     weight = numerics.load(weight_ptr + column, is_real)
     if IS_CENTRED:
         x = tl.where(is_real, x - tl.sum(x) / D, 0.0)
@@ -76,9 +76,9 @@ def normalize(
     change: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """``norm(h[index] + change)``: ``h [N, D] -> [n, D]``; ``h`` is not written.
+    """``norm(h[index] + change)``: ``h [N, D] -> [n, D]``; ``h`` is left unchanged.
 
-    ``count [1]`` int32: how many of the ``n`` rows are computed, all without it.
+    ``count [1]`` int32: how many of the ``n`` rows are computed; all if ``None``.
     """
     refuse_gradients(h=h, change=change)
     assert h.stride(1) == 1 and (change is None or change.stride(1) == 1)
@@ -108,8 +108,8 @@ def normalize(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: 8 (a wide load of half precision) to 64 elements of a row in a
-    thread; of a narrow row the one that comes nearest.
+    """Configurations worth timing: 8 (a wide load in half precision) to 64 elements of a row per
+    thread; a single warp where none fits.
 
     Never 2 warps: Triton 3.6 miscompiles some reductions there.
     """

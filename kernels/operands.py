@@ -1,8 +1,8 @@
-"""What the launchers of the fused products share: blocks, input rows, and two problems at once.
+"""What the launchers of the fused products share: blocks, input rows, and pairs of problems.
 
-The second problem of a launch is told to the kernel as distances: elements from a tensor of the
-first to the same tensor of the second. A pointer plus a distance keeps what is known of its
-alignment, which a pointer loaded at run time does not.
+The second problem of a launch is passed to the kernel as distances: the elements from each tensor
+of the first to the same tensor of the second. The compiler still knows the alignment of a pointer
+plus a distance; of a pointer loaded at run time it knows nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastskip.ops.contracts import HalfNorm, Linear, Norm, elements_between
 
 
 def distance(tensors: Sequence[Tensor | None]) -> int:
-    """Elements from the first tensor to the last; 0 for none and for tensors without data."""
+    """Elements from the first tensor to the last; 0 if either is missing or holds no data."""
     first, last = (tensors[0], tensors[-1]) if tensors else (None, None)
     if first is None or last is None:
         return 0
@@ -30,7 +30,7 @@ def distance(tensors: Sequence[Tensor | None]) -> int:
 
 
 def kind_of(norm: Norm, linear: Linear) -> Hashable:
-    """What must agree of two problems that share a launch."""
+    """What two problems must have in common to share a launch."""
     sizes = linear.weight.shape[1], linear.weight.stride(0)
     return norm.is_centred, norm.epsilon, norm.bias is None, sizes
 
@@ -44,11 +44,11 @@ def blocks_for(
     *,
     over: str | None = None,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Blocks and options of a product of ``shape``, (out, in) features, on ``rows`` rows: those of
-    ``config``, else of the kernel's table and of the one that is laid ``over`` it.
+    """Blocks and options of a product of ``shape``, (out, in) features, on ``rows`` rows: from
+    ``config``, else from the kernel's table, overridden by the table ``over``.
 
-    Tables count ``BLOCK_E`` in elements of two bytes; wider ones go by half as many at a time. No
-    block is much wider than a row. fp32 is always streamed: matrix instructions would round it.
+    Tables count ``BLOCK_E`` in 2-byte elements; wider elements get half as many. No block is much
+    wider than a row. fp32 always uses the streaming form: matrix instructions would round it.
     """
     chosen = config or tuning.config_over(name, over, x.device, rows, shape)
     blocks, options = split(chosen)
@@ -61,11 +61,11 @@ def blocks_for(
 def share_out(
     blocks: dict[str, int], tiles: int, programs: int, *, may_be_long: bool
 ) -> tuple[int, bool]:
-    """How many programs ``tiles`` of a product get, and whether they are long: as many as fill the
-    multiprocessors once, each with several tiles, whose loads go on from one to the next.
+    """How many programs compute ``tiles`` of a product, and whether they are persistent: just
+    enough to fill the multiprocessors, each with several tiles and loads pipelined across them.
 
-    ``programs``: how many there are if not. ``LONG``, how many long ones, is taken out of
-    ``blocks``.
+    ``programs``: how many there are otherwise. ``LONG``, the number of persistent ones, is removed
+    from ``blocks``.
     """
     long = blocks.pop("LONG", 0)
     if not long or not may_be_long or long >= tiles:
@@ -82,15 +82,16 @@ def rows_read(
     is_apart: bool,
     half: HalfNorm | None = None,
 ) -> RowsRead:
-    """``norm(h[index] + change)`` of each problem; without ``norms`` its input is finished.
+    """The inputs of a launch: ``norm(h[index] + change)`` of each problem, or, without ``norms``,
+    rows as they are.
 
-    ``is_apart``: the norm takes launches of its own, one for each that differs, and the product
-    finds finished rows. ``half``: the norm of all rows of ``h``, without changes, as far as it is
-    taken; then it takes no launch.
+    ``is_apart``: the norm has its own launches, one per distinct norm or change, and the product
+    reads normalised rows. ``half``: the half norm of all rows of ``h``, without changes, if already
+    taken; it needs no launch.
     """
     if half is not None:
         if len(norms) != 1 or index is not None or changes is not None:
-            raise ValueError("half: allowed with one norm, of all rows, without changes")
+            raise ValueError("half: allowed only with one norm, over all rows, without changes")
         return RowsRead([half.rows], None, None, None, half)
     if not is_apart or not norms:
         return RowsRead([h], index, changes, norms or None)
@@ -104,7 +105,7 @@ def rows_read(
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
-    """What the problems of a launch read; it must outlive the launch."""
+    """What the problems of a launch read; must stay alive until the launch is made."""
 
     inputs: Sequence[Tensor]
     index: Tensor | None
@@ -114,7 +115,7 @@ class RowsRead:
 
     @property
     def form(self) -> int:
-        """The norm that a product takes on its way."""
+        """The norm that the product itself applies."""
         if self.norms is None:
             return int(products.NO_NORM.value)
         is_centred = self.norms[0].is_centred
@@ -122,7 +123,7 @@ class RowsRead:
 
     @property
     def first(self) -> products.Inputs:
-        """What the first problem reads."""
+        """The inputs of the first problem."""
         x, change = self.inputs[0], None if self.changes is None else self.changes[0]
         norm = None if self.norms is None else self.norms[0]
         if self.half is not None:
@@ -159,12 +160,12 @@ class RowsRead:
 
 
 def weights_of(linear: Linear) -> products.Weights:
-    """The weights of a problem, as its kernel reads them."""
+    """The weights of a problem as passed to its kernel."""
     return products.Weights(linear.weight, linear.weight.stride(0), linear.bias)
 
 
 def weights_step(linears: Sequence[Linear]) -> products.Weights:
-    """Elements from the tensors of the first to those of the last."""
+    """Elements from the tensors of the first problem to those of the last."""
     weight, bias = [each.weight for each in linears], [each.bias for each in linears]
     return products.Weights(distance(weight), 0, distance(bias))
 
@@ -173,9 +174,9 @@ def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str
     """Configurations worth timing for a product of few rows: bytes in flight against launch width.
 
     In the streaming form a tile is 2 to 32 KB, pipelined through shared memory or, with one stage,
-    held by many small programs; ``may_be_long``: or by few that go through many (``share_out``).
-    In the tensor form WGMMA (64 weight rows and more) stands against narrower tiles, and the norm
-    in the product against one of its own.
+    held by many small programs; ``may_be_long`` adds a few persistent programs (``share_out``). In
+    the tensor form the choice is between WGMMA (at least 64 weight rows) and narrower tiles, and
+    between a fused norm and a separate one.
     """
     found = []
     if rows <= 4:
@@ -183,7 +184,7 @@ def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str
         found += [
             _blocks(m, block, e, stages, warps)
             for m, e, stages, warps in _STREAM_TILES
-            # An accumulator a row: no more than 64 registers of them.
+            # One accumulator per row: at most 64 registers for all of them.
             if m * e * block <= 64 * 32 * warps
         ]
         found += [
@@ -197,7 +198,7 @@ def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str
             {**_blocks(m, block, e, stages, warps), "NORM_APART": is_apart}
             for m, e, stages, warps in (_TENSOR_TILES[:5] if found else _TENSOR_TILES)
             for is_apart in (0, 1)
-            # Rows that a norm passes through registers: no more than 64 of their elements a thread.
+            # A fused norm passes rows through registers: at most 64 elements per thread.
             if (m + block) * e * 2 * stages <= 216 << 10
             and (is_apart or block * e <= 64 * 32 * warps)
         ]
@@ -205,8 +206,8 @@ def product_candidates(rows: int, *, may_be_long: bool = False) -> list[dict[str
 
 
 def half_candidates(rows: int) -> list[dict[str, int]]:
-    """The same for products that read rows of a half norm, to be laid over the kernel's own: what
-    such a one might name and these do not need is named too."""
+    """The same for products that read rows of a half norm. They override the kernel's own table, so
+    they also set what only that one may name (``LONG``)."""
     found = [
         {"LONG": 0} | {name: value for name, value in config.items() if name != "NORM_APART"}
         for config in product_candidates(rows, may_be_long=True)

@@ -1,21 +1,22 @@
-"""Launches that overlap: a kernel is set up while the one before it ends (sm_90 and later).
+"""Overlapping launches: a kernel is set up while the previous one finishes (sm_90 and later).
 
-CUDA's programmatic dependent launch. When all programs of a kernel have ended, those of the next
-one begin, while what was written is still on its way to where they see it; they wait for that.
+This is CUDA's programmatic dependent launch. When all programs of a kernel have ended, those of the
+next one begin, while the earlier writes are still on their way to becoming visible; they wait for
+that.
 
-Two rules make it right, whatever a kernel computes: ``wait`` comes before the first access to
-memory, and no program ends without it (else the kernel after could pass the one before). What was
-written before the kernel before began may be read ahead of ``wait``, if that is asked for, since
-that one has waited for it; by ``read``, which no cache of the multiprocessor answers.
-``benchmarks.compile_gate`` checks the machine code for all of that.
+Two rules make this correct, whatever a kernel computes: ``wait`` precedes the first memory access,
+and no program exits without it (else the following kernel could overtake the preceding one). On
+request, data written before the previous kernel began may be read ahead of ``wait``, since that
+kernel has waited for it; ``read`` does so and bypasses the L1 cache. ``benchmarks.compile_gate``
+checks all of this in the machine code.
 
-A kernel could let the next one begin earlier. On an H200 that costs a tenth of a step: programs
-that come while others still run go to the multiprocessors that are free just then, so that the next
-kernel's load is spread unevenly. Nor does it help to ask for the next weights ahead of their use:
-what is in the L2 cache already streams no faster to few rows than what comes from memory.
+A kernel could let the next one begin earlier. On an H200 that makes a step a tenth slower: programs
+that start while others still run land on whichever multiprocessors are free, which spreads the next
+kernel's load unevenly. Prefetching the next weights does not help either: for few rows, weights in
+the L2 cache stream no faster than from memory.
 
-Kernels that take part have a constant ``OVERLAP``, which ``launch`` gives; those that have
-something to read ahead also ``READS_AHEAD``.
+Kernels that take part have a constexpr ``OVERLAP``, which ``launch`` sets; those that can read
+ahead also have ``READS_AHEAD``.
 """
 
 from __future__ import annotations
@@ -28,37 +29,37 @@ from typing import Any
 import triton
 import triton.language as tl
 
-_told: ContextVar[tuple[bool, bool]] = ContextVar("overlap", default=(False, False))
+_modes: ContextVar[tuple[bool, bool]] = ContextVar("overlap", default=(False, False))
 """Whether launches overlap, and whether they read ahead."""
 
 
 @contextmanager
 def overlapping(overlaps: bool, *, reads_ahead: bool = False) -> Iterator[None]:
-    """Whether launches of this block overlap, and read ahead of their wait, as far as their
-    kernels take part."""
-    token = _told.set((overlaps, reads_ahead))
+    """Whether launches of this block overlap, and read ahead of their wait, for kernels that take
+    part."""
+    token = _modes.set((overlaps, reads_ahead))
     try:
         yield
     finally:
-        _told.reset(token)
+        _modes.reset(token)
 
 
 def arguments_of(kernel: Any) -> Mapping[str, Any]:
-    """What a kernel is told of it: its constants, if it has some."""
-    overlaps, reads_ahead = _told.get()
-    told = {"OVERLAP": overlaps, "READS_AHEAD": reads_ahead}
-    return {name: value for name, value in told.items() if name in kernel.arg_names}
+    """Those of the constants ``OVERLAP`` and ``READS_AHEAD`` that ``kernel`` takes."""
+    overlaps, reads_ahead = _modes.get()
+    constants = {"OVERLAP": overlaps, "READS_AHEAD": reads_ahead}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 @triton.jit
 def wait():
-    """Waits for all that was launched before."""
+    """Waits until all earlier launches have completed and their writes are visible."""
     tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def read(pointer, mask, READS_AHEAD: tl.constexpr):
-    """What was written before the launch before this one began; masked numbers are 0.
+    """Loads what was written before the previous launch began; masked elements are 0.
 
     ``READS_AHEAD``: this launch may not have waited yet.
     """
@@ -68,5 +69,5 @@ def read(pointer, mask, READS_AHEAD: tl.constexpr):
 
 @triton.jit
 def touch(pointer):
-    """Asks for what will be read soon."""
+    """Prefetches what will be read soon."""
     tl.load(pointer, volatile=True)

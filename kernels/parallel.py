@@ -3,13 +3,13 @@
     queries, entries = the heads of norm(h[index])             as in ``projection``
     out = the activated first product of norm(h[index])        as in ``feed``
 
-Both read the same rows, so that one program does either: the first programs of the grid
-``(n / BLOCK_N, tiles of heads + tiles of the FFN)`` own rows of the QKV weight, the rest rows of
-the FFN's. Layouts as in those two files. Tables: kernel ``project_append_feed``, shape ``(rows of
-both weights, D)``.
+Both read the same rows, so one kernel computes both: the first programs of the grid
+``(n / BLOCK_N, tiles of heads + tiles of the FFN)`` own rows of the QKV weight, the others rows of
+the FFN's. Layouts are those of the two files. Tuning table: ``project_append_feed``, shape
+``(rows of both weights, D)``.
 
-With flags (``guards``) each half has its own; tiles that no row needs are left out. Grid then
-``(n / BLOCK_N, PROGRAMS)``, tile after tile.
+With flags (``guards``), separate ones for each half, tiles that no row needs are skipped. The grid
+is then ``(n / BLOCK_N, PROGRAMS)``, and each program loops over tiles.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def _whose(
     IS_GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Which tile of its own half is tile ``number`` of all, is that the FFN's, and the rows
-    ``[BLOCK_M]`` of its weight."""
+    """Which tile of its own half tile ``number`` is, whether that half is the FFN, and the tile's
+    weight rows ``[BLOCK_M]``."""
     HEAD_TILES: tl.constexpr = tl.cdiv((QUERIES + 2 * GROUPS) * HEAD_DIM, BLOCK_M)
     is_feed = number >= HEAD_TILES
     tile = number - tl.where(is_feed, HEAD_TILES, 0)
@@ -96,15 +96,16 @@ def _tile(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of the rows ``leaves``
-    (``None``: of all), in so far as they have a slot; or one of the FFN, of the rows ``feeds``."""
+    """A tile of heads: queries of the rows ``asks [BLOCK_N]``, and entries of those rows of
+    ``leaves`` (of all if ``None``) that have a slot; or a tile of the FFN, for the rows ``feeds``.
+    """
     HALF: tl.constexpr = HEAD_DIM // 2
     TURNING: tl.constexpr = QUERIES + GROUPS
-    # Held through the product only if they are few registers.
+    # Kept through the product only if they take few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     tile, is_feed, m = _whose(number, F, QUERIES, GROUPS, HEAD_DIM, IS_GATED, BLOCK_M)
     part = is_feed.to(tl.int64)
-    # Before heads are looked up, and so not in ``product``: there it spills on sm_89.
+    # Before the heads' loads rather than in ``product``, where it spills on sm_89.
     own_inputs = products.Inputs(
         inputs.x + part * inputs_step.x,
         inputs.stride,
@@ -118,8 +119,8 @@ def _tile(
     own_weights = products.Weights(weights.weight + part * weight_distance, weights.stride)
 
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
-    # What the heads need is asked for before the product, so that the latencies overlap; programs
-    # of the FFN ask for none of it.
+    # Loads for the heads are issued before the product, so that the latencies overlap; programs
+    # of the FFN issue none.
     inside = n < tl.where(is_feed, 0, rows)
     if heads.cosine is not None:
         position = tl.load(heads.positions + n, mask=inside, other=0).to(tl.int64)
@@ -130,7 +131,7 @@ def _tile(
     if GROUPS > 0:
         own_leaves = inside if leaves is None else leaves & inside
         entry_ptr, is_kept = entries_of(n, own_leaves, heads, HEAD_DIM)
-    # One loop for both: what it runs over is a matter of pointers.
+    # One loop for both halves: only the pointers differ.
     y = products.product(own_weights, m, own_inputs, start, rows, D, NORM, BLOCK_N, BLOCK_E, STAGES)
     if is_feed:
         if feed_bias_ptr is not None:
@@ -220,7 +221,7 @@ def _project_append_feed_kernel(
             STAGES,
         )
     else:
-        # Tiles of heads end where those of the FFN begin, so what is needed is a range.
+        # Tiles of heads end where those of the FFN begin, so the tiles needed form one range.
         begin, middle, asks, leaves = chosen_tiles(
             runs_ptr, n, rows, QUERIES, GROUPS, HEAD_DIM, LEAVES_ALL, BLOCK_M
         )
@@ -270,8 +271,8 @@ def project_append_feed(
 ) -> tuple[Tensor, Tensor]:
     """Both first halves of a parallel block: queries ``[n, H, K]`` and ``[n, F]``.
 
-    ``chosen``: the rows that attend, and those that run the FFN; without ``index``. One launch if
-    both norms are of one kind, as they are where a block shares its norm.
+    ``chosen``: the rows that attend, and those that run the FFN; not with ``index``. One launch if
+    both norms are of one kind, as they are where the halves share their norm.
     """
     refuse_gradients(h=h)
     runs, feed_runs = (None if each is None else each.runs for each in chosen)

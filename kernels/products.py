@@ -1,20 +1,20 @@
-"""The inner loops of the decode products: weights stream by once, each program owns some of them.
+"""Inner loops of the decode products: weights stream through once, each program owns some of them.
 
     y[m, n] = sum over e of weight[m, e] * norm(x[index[n]] + change[n])[e]
 
 ``weight [M, E]`` (``M`` out features, dense rows), ``x [N, E]``, ``change [n, E]``, norm weights
-``[E]``; the result is ``[BLOCK_M, BLOCK_N]`` in fp32, before any bias. ``m`` names the weight rows
+``[E]``; the result is ``[BLOCK_M, BLOCK_N]`` in fp32, before any bias. ``m`` lists the weight rows
 of a program, in any order, so that rows that belong together (both halves of a rotary pair, gate
-and up) can share a program: ``pair_rows`` lays them out, ``split_pairs`` takes them apart.
+and up) can share a program: ``pair_rows`` interleaves them, ``split_pairs`` separates the results.
 
-Two forms. Streaming, for ``BLOCK_N`` of 1, 2 or 4: products are added elementwise in registers,
-with one reduction at the end. Tensor, for ``BLOCK_N`` of 16 and more: the weights are the M operand
+Two forms. Streaming, for ``BLOCK_N`` of 1, 2 or 4: elementwise products accumulate in registers,
+with one reduction at the end. Tensor, for ``BLOCK_N`` of at least 16: the weights are the M operand
 of matrix instructions, WGMMA on sm_90 if ``BLOCK_M`` is at least 64.
 
-RMS norm costs no pass of its own: the sum of squares is taken of the same tiles, and its root
-divides the result. Two cases take the statistics first: LayerNorm, and RMS norm of fp16 rows in the
-tensor form, where a row times its weights could leave the range of the storage. A norm that is half
-taken (``contracts.HalfNorm``) only divides: no weights of it are read, and no square is computed.
+RMS norm needs no extra pass: the sum of squares accumulates from the same tiles, and its root
+divides the result. Two cases compute the statistics first: LayerNorm, and RMS norm of fp16 rows in
+the tensor form, where a row times the norm's weights could overflow the storage dtype. A half norm
+(``contracts.HalfNorm``) only divides: its weights are not read, and no square is computed.
 """
 
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ LAYER_NORM = tl.constexpr(2)
 
 class Inputs(NamedTuple):
     """What a product reads: ``norm(x[index] + change)``. ``index``, ``change`` and ``shift``, the
-    bias of the norm, may be ``None``, without norm also its weight, ``gain``.
+    norm's bias, may be ``None``, and without a norm so may its weight, ``gain``.
 
-    Of a norm that is half taken ``squares [n, sums]`` are left, the number of ``sums`` a constant;
-    products then see no other norm.
+    A half norm provides ``squares [n, sums]``, where ``sums`` is a constant; the product then sees
+    no other norm.
     """
 
     x: Any
@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """``weight [M, E]`` and ``bias [M]`` or ``None``."""
+    """``weight [M, E]``, and ``bias [M]`` or ``None``."""
 
     weight: Any
     stride: Any
@@ -73,16 +73,15 @@ def product(
     step=None,
     share=None,
 ):
-    """``[BLOCK_M, BLOCK_N]``: weight rows ``m`` with rows ``start, start + 1, ..`` of ``inputs``.
+    """``[BLOCK_M, BLOCK_N]``: weight rows ``m`` times rows ``start, start + 1, ..`` of ``inputs``.
 
-    ``m [BLOCK_M]`` must lie within the weight (clamp it). Rows from ``rows`` on yield finite
-    numbers without meaning. ``part``: the problem of several whose inputs are meant; ``step``:
-    elements from each tensor of one to that of the next. ``share``: of what is summed over, in
-    shares of ``E``, the one that is meant (without changes, and without a norm that is taken
-    here).
+    ``m [BLOCK_M]`` must lie within the weight (clamp it). Rows from ``rows`` on yield meaningless
+    finite numbers. ``part``: the problem, of several, whose inputs to read; ``step``: elements from
+    each tensor of one problem to that of the next. ``share``: which share of the reduction, ``E``
+    elements each, to compute (not with changes or with a norm that is applied here).
     """
     if part is not None:
-        # Here, since a function cannot return what may be None.
+        # Inlined: a function cannot return a tuple whose fields may be None.
         inputs = Inputs(
             inputs.x + part * step.x,
             inputs.stride,
@@ -109,7 +108,7 @@ def pair_rows(pair, SPAN: tl.constexpr, GAP: tl.constexpr):
     """Weight rows of ``pair [P]``, first and second alternating: ``[2P]``.
 
     Pairs come in spans of ``SPAN``; the second row lies ``GAP`` after the first. Heads:
-    ``SPAN = K / 2``, ``GAP = K / 2``; gate and up: ``SPAN = GAP = F``.
+    ``SPAN = GAP = K / 2``; gate and up: ``SPAN = GAP = F``.
     """
     first = pair // SPAN * (SPAN + GAP) + pair % SPAN
     return tl.join(first, first + GAP).reshape(2 * pair.shape[0])
@@ -117,7 +116,7 @@ def pair_rows(pair, SPAN: tl.constexpr, GAP: tl.constexpr):
 
 @triton.jit
 def split_pairs(y):
-    """``[2P, N] -> [P, N]`` twice: what the first and the second rows of ``pair_rows`` yielded."""
+    """``[2P, N] -> [P, N]`` twice: the results of the first and second rows of ``pair_rows``."""
     pairs: tl.constexpr = y.shape[0] // 2
     return tl.split(y.reshape(pairs, 2, y.shape[1]).permute(0, 2, 1))
 
@@ -135,9 +134,9 @@ def _stream(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # One accumulator a row instead of one with three axes: the weights stay in the layout in which
+    # One accumulator per row instead of one with three axes: the weights keep the layout in which
     # they were loaded.
-    # A tuple of numbers stays one of constants only as long as it has no name.
+    # A tuple of numbers stays constexpr only while it is not bound to a name.
     n = [tl.minimum(start + number, rows - 1) for number in (0, 1, 2, 3)[:BLOCK_N]]
     x_ptrs = [x_ptr + source(inputs.index, each) * inputs.stride for each in n]
     change_ptrs = [
@@ -160,12 +159,12 @@ def _stream(
             for number in (0, 1, 2, 3)[:BLOCK_N]
         ]
     if inputs.squares is not None:
-        # Asked for ahead of the weights, and not touched before their end.
+        # Loaded ahead of the weights, and not used before the loop ends.
         halves = [_squares(inputs, n[number]) for number in (0, 1, 2, 3)[:BLOCK_N]]
     BLOCK_M: tl.constexpr = weight_ptrs.shape[0]
     sums = [tl.zeros([BLOCK_M, BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
     squares = [tl.zeros([BLOCK_E], tl.float32) for each in (0, 1, 2, 3)[:BLOCK_N]]
-    # Names of a comprehension stay alive: inside the loop they must not be those of outside.
+    # Comprehension variables stay in scope: names inside the loop must differ from those outside.
     for first in tl.range(0, E, BLOCK_E, num_stages=STAGES):
         e = first + tl.arange(0, BLOCK_E)
         is_real = None if E % BLOCK_E == 0 else e < E
@@ -218,8 +217,7 @@ def _tensor(
     STAGES: tl.constexpr,
 ):
     storage: tl.constexpr = weight_ptrs.dtype.element_ty
-    # The statistics of a row that is to be rounded to fp16 come first; the range of the others is
-    # that of fp32.
+    # Rows that are rounded to fp16 need their statistics first; other dtypes have fp32's range.
     IS_APART: tl.constexpr = NORM == LAYER_NORM or (NORM == RMS_NORM and storage == tl.float16)
     n = start + tl.arange(0, BLOCK_N)
     inside = (n < rows)[:, None]
@@ -240,7 +238,7 @@ def _tensor(
             BLOCK_E,
             STAGES,
         )
-    # Held through the product only if they are few registers.
+    # Kept through the product only if they take few registers.
     SQUARES_FIRST: tl.constexpr = inputs.squares is not None and BLOCK_N * inputs.sums <= 1024
     if SQUARES_FIRST:
         squares = _squares(inputs, n[:, None])
@@ -278,7 +276,7 @@ def _tensor(
 
 @triton.jit
 def source(index_ptr, n):
-    """Which rows of the input are rows ``n``: int64."""
+    """The input rows that rows ``n`` read: int64."""
     if index_ptr is None:
         return n.to(tl.int64)
     else:
@@ -287,7 +285,7 @@ def source(index_ptr, n):
 
 @triton.jit
 def read(x_ptr, change_ptr, e, mask):
-    """Elements ``e`` of ``x + change`` in fp32."""
+    """Elements ``e`` of ``x + change``, in fp32."""
     x = numerics.load(x_ptr + e, mask)
     if change_ptr is not None:
         x += numerics.load(change_ptr + e, mask)
@@ -296,7 +294,7 @@ def read(x_ptr, change_ptr, e, mask):
 
 @triton.jit
 def _squares(inputs, n):
-    """What a half norm has of the mean squares of rows ``n``, along the last axis."""
+    """The half norm's parts of the mean squares of rows ``n``, along the last axis."""
     WIDTH: tl.constexpr = triton.next_power_of_2(inputs.sums)
     part = tl.arange(0, WIDTH)
     return tl.load(inputs.squares + n * inputs.sums + part, mask=part < inputs.sums, other=0.0)
@@ -314,7 +312,7 @@ def _moments(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What to take off ``x + change`` and what to multiply it by, broadcastable to its blocks."""
+    """What to subtract from ``x + change`` and what to multiply by, broadcastable to its blocks."""
     shape: tl.constexpr = (x_ptrs + e).shape
     axis: tl.constexpr = len(shape) - 1
     mean = 0.0

@@ -1,21 +1,22 @@
-"""Norm, QKV product, RoPE and the append to the cache, in one launch, for few rows.
+"""Norm, QKV product, RoPE and the append to the cache in one launch, for few rows.
 
     y = norm(h[index]) @ weight.T + bias                       heads [n, H + 2G, K]
-    queries, keys: element i of a head turns with element i + K/2; values stay as they are
+    queries, keys: elements i and i + K/2 of a head are rotated together; values are not rotated
 
 ``h [N, D]``, ``weight [(H + 2G) * K, D]``, ``cosine``, ``sine [positions, K / 2]``; the queries go
 to ``out [n, H, K]``, keys and values to their slots: head ``e`` of the ``2G`` at
 ``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. A row whose slot is
 negative leaves no entry.
 
-A program owns ``BLOCK_M / 2`` pairs ``(i, i + K/2)``, counted through all heads, so that any head
+A program owns ``BLOCK_M / 2`` pairs ``(i, i + K/2)``, counted across all heads, so that any head
 dim fits any block. Grid ``(n / BLOCK_N, parts * pairs / (BLOCK_M / 2))``, where a pair of blocks
-makes two parts; programs that share weights are neighbours, so that all but one find them in the
-L2 cache. Tables: kernel ``project_append``, shape ``((H + 2G) * K, D)``.
-``LONG`` in a configuration: as many programs instead, tile after tile (``operands.share_out``).
+makes two parts; adjacent programs share weights, so that all but one find them in the L2 cache.
+Tuning table: ``project_append``, shape ``((H + 2G) * K, D)``. With ``LONG`` in a configuration the
+grid has that many persistent programs (``operands.share_out``).
 
-With flags (``guards``) there are queries of the rows that run, and entries of these or of all rows;
-tiles that no row needs are left out. Grid then ``(n / BLOCK_N, PROGRAMS)``, tile after tile.
+With flags (``guards``) queries are computed for the rows that run, and entries for these or for all
+rows; tiles that no row needs are skipped. The grid is then ``(n / BLOCK_N, PROGRAMS)``, and each
+program loops over tiles.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ PAGE = tl.constexpr(PAGE_SLOTS)
 
 
 class Heads(NamedTuple):
-    """How heads turn, ``None`` where they do not, and where their entries go, ``None`` where none
-    is left."""
+    """How heads are rotated, ``None`` if they are not, and where their entries go, ``None`` if
+    there are none."""
 
     cosine: Any
     sine: Any
@@ -74,7 +75,7 @@ def head_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Weight rows ``[BLOCK_M]`` of a tile of heads, within the weight."""
+    """Weight rows ``[BLOCK_M]`` of a tile of heads, clamped to the weight."""
     HALF: tl.constexpr = HEAD_DIM // 2
     PAIRS: tl.constexpr = (QUERIES + 2 * GROUPS) * HALF
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
@@ -83,7 +84,7 @@ def head_rows(
 
 @triton.jit
 def entries_of(n, leaves, heads, HEAD_DIM: tl.constexpr):
-    """Where the entry of each row ``n`` begins, as pointers, and which rows leave one.
+    """Pointers to where the entry of each row ``n`` begins, and which rows leave one.
 
     ``leaves [N]``: rows that leave one if they have a slot.
     """
@@ -97,9 +98,9 @@ def entries_of(n, leaves, heads, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def angles_of(pair, position, inside, heads, HALF: tl.constexpr, TURNING: tl.constexpr):
-    """Cosines and sines of pairs ``[P]``, of rows where ``inside [N]``: ``[P, N]``.
+    """Cosines and sines of pairs ``[P]`` for the rows ``inside [N]``: ``[P, N]``.
 
-    Only ``TURNING`` heads turn.
+    Only the first ``TURNING`` heads are rotated.
     """
     angle = position[None, :] * heads.angle_stride + (pair % HALF)[:, None]
     is_read = (pair < TURNING * HALF)[:, None] & inside[None, :]
@@ -108,7 +109,7 @@ def angles_of(pair, position, inside, heads, HALF: tl.constexpr, TURNING: tl.con
 
 @triton.jit
 def turn(first, second, pair, cosine, sine, HALF: tl.constexpr, TURNING: tl.constexpr):
-    """RoPE of pairs ``[P, N]``; heads from ``TURNING`` on stay as they are."""
+    """RoPE of pairs ``[P, N]``; heads from ``TURNING`` on are left unchanged."""
     does_turn = (pair < TURNING * HALF)[:, None]
     turned_first, turned_second = rotate(first, second, cosine, sine)
     return tl.where(does_turn, turned_first, first), tl.where(does_turn, turned_second, second)
@@ -128,7 +129,8 @@ def store_heads(
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Queries to ``out [n, H, K]``, keys and values to the entries that begin at ``entry_ptr``.
+    """Stores queries to ``out [n, H, K]``, keys and values to the entries that begin at
+    ``entry_ptr``.
 
     ``asks``, ``is_kept [N]``: the rows that have queries, and those that leave entries.
     """
@@ -160,10 +162,11 @@ def chosen_tiles(
     LEAVES_ALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """The tiles of heads that rows ``n [N]`` need, first and end, and which rows need them.
+    """The tiles of heads that rows ``n [N]`` need, as first and end, and which rows have queries
+    and which leave entries.
 
-    Tiles of queries come first. Of the rows those that run have queries; where not all leave
-    entries, they alone do.
+    Tiles of queries come first. Rows that run have queries; unless all rows leave entries, only
+    they do.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     TILES: tl.constexpr = tl.cdiv((QUERIES + 2 * GROUPS) * HALF, BLOCK_M // 2)
@@ -200,15 +203,15 @@ def _project_tile(
     SPLITS: tl.constexpr,
 ):
     """The heads of ``BLOCK_M / 2`` pairs: queries of the rows ``asks [BLOCK_N]``, and entries of
-    the rows ``leaves``, in so far as they have a slot; or this program's share of them."""
+    the rows ``leaves`` that have a slot; or this program's share of them."""
     HALF: tl.constexpr = HEAD_DIM // 2
     TURNING: tl.constexpr = QUERIES + GROUPS
-    # Held through the product only if they are few registers.
+    # Kept through the product only if they take few registers.
     ANGLES_FIRST: tl.constexpr = BLOCK_M * BLOCK_N <= 1024
     pair = tile * (BLOCK_M // 2) + tl.arange(0, BLOCK_M // 2)
     m = head_rows(tile, QUERIES, GROUPS, HEAD_DIM, BLOCK_M)
     inside = n < rows
-    # What the end needs is asked for before the product, so that the latencies overlap.
+    # Loads for the epilogue are issued before the product, so that the latencies overlap.
     bias = None
     if weights.bias is not None:
         bias = numerics.load(weights.bias + m)[:, None]
@@ -296,7 +299,7 @@ def _project_append_kernel(
     if OVERLAP:
         overlap.wait()
     if now_ptr is not None:
-        # Like the second block of a pair, at distances that the device knows.
+        # Like the second block of a pair, but with distances read on the device.
         BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth
         part = 1
         inputs_step = hops.norm_step(now_ptr, hops.ATTENTION_GAIN, BITS)
@@ -314,7 +317,7 @@ def _project_append_kernel(
             hops.distance(now_ptr, hops.OFFSET, BITS),
         )
     if part is not None:
-        # Here, since a function cannot return what may be None.
+        # Inlined: a function cannot return a tuple whose fields may be None.
         weights = products.Weights(
             weights.weight + part * weights_step.weight,
             weights.stride,
@@ -407,11 +410,11 @@ def project_append(
     """Norm, product, RoPE and K/V append, of one block or of the two blocks of a pair.
 
     Returns the rotated queries of each, ``[n, H, K]`` (``H`` may be 0). A pair takes one launch if
-    its blocks are of one shape and run for all rows. ``chosen``: the rows that run, without
-    ``index``; the others leave entries if the projection ``leaves_all``. ``now``: in a loop
-    (``hops``), whose first layer's projection is given, the distances to that of the layer that is
-    next; what it appends goes to the slots that its counts name. ``half``: of the norm of all rows,
-    if it is taken so far; with ``arrivals`` (``splits``) tiles may then be shared.
+    its blocks have the same shape and run for all rows. ``chosen``: the rows that run, not with
+    ``index``; the others leave entries if the projection ``leaves_all``. ``now``: inside a loop
+    (``hops``), the distances from the given tensors, those of its first layer, to those of the next
+    layer; new entries go to the slots that the next layer's counts name. ``half``: the half norm of
+    all rows, if already taken; only then may tiles be split, with ``arrivals`` (``splits``).
     """
     refuse_gradients(h=h)
     first, last = projections[0], projections[-1]
@@ -430,7 +433,7 @@ def project_append(
         arrivals = None
     blocks, options = blocks_for("project_append", config, h, rows, shape, over=over)
     if now is not None and blocks["BLOCK_N"] >= 16 and options["num_warps"] <= 4:
-        # Addresses that a loop keeps are registers, which ptxas would rather spill.
+        # A loop keeps addresses in registers, which ptxas would otherwise spill.
         options.setdefault("maxnreg", 255)
     is_apart = bool(blocks.pop("NORM_APART", False)) and now is None
     out = empty((parts, rows, queries, size), h.dtype, h.device)
@@ -468,7 +471,7 @@ def project_append(
 
 
 def heads_of(projection: Projection) -> Heads:
-    """Where heads go, and how they turn."""
+    """How heads are rotated and where they go."""
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
     return Heads(
         cosine=None if rotation is None else rotation.cosine,
@@ -485,7 +488,7 @@ def heads_of(projection: Projection) -> Heads:
 
 
 def head_arguments(projection: Projection) -> dict[str, Any]:
-    """What a kernel is told of heads."""
+    """The kernel arguments that describe the heads."""
     return {
         "heads": heads_of(projection),
         "QUERIES": projection.heads,
@@ -500,7 +503,7 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def project_append_half_candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Of rows of a half norm, by tiles alone and by shared ones."""
+    """For rows of a half norm, with whole tiles and with split ones."""
     return half_candidates(rows) + splits.step_candidates(rows, (shape[0], shape[1]))
 
 

@@ -1,22 +1,23 @@
-"""Second halves of sublayers: products that end in the residual stream, in place.
+"""Second halves of sublayers: products that are added to the residual stream in place.
 
     add_terms_    h[index[n]] += factor * (sum of x[n] @ weight.T + bias, sum of changes[n])
     apply_terms   out[n] = x[n] @ weight.T + bias
 
-``x [n, E]``, ``weight [M, E]``, ``bias [M]``, ``change [n, M]``, ``h [N, M]``. One or two terms,
-one launch: two terms of a sum follow one another in a program, two separate results lie side by
-side on the grid. All of a sum is added in fp32 and rounded once.
+``x [n, E]``, ``weight [M, E]``, ``bias [M]``, ``change [n, M]``, ``h [N, M]``. One or two terms in
+one launch: a program computes the two terms of a sum one after the other, while two separate
+results lie side by side on the grid. The whole sum is accumulated in fp32 and rounded once.
 
-Grid of ``add_terms``: ``(n / BLOCK_N, M / BLOCK_M)``; the programs that share weights are
-neighbours, so that all but one find them in the L2 cache. A program alone reads and writes its
-tile of ``h``, so nothing needs a copy. ``apply_terms`` has the terms as a third axis. The loops are
-those of ``products``. Tables: shape ``(M, E)``, where ``E`` is that of the longer term.
+Grid of ``add_terms``: ``(n / BLOCK_N, M / BLOCK_M)``; adjacent programs share weights, so that all
+but one find them in the L2 cache. Only one program reads and writes a tile of ``h``, so no copy is
+needed. ``apply_terms`` has the terms as a third axis. The inner loops are those of ``products``.
+Tuning tables: shape ``(M, E)``, with the ``E`` of the longer term.
 
-Few tiles of many rows may be shared (``splits``): ``SPLITS`` programs each, a third axis.
+Above ``splits.MOST_STREAMED`` rows tiles may be split (``splits``): ``SPLITS`` programs each, a
+third axis.
 
-With flags (``guards``) a term is added to the rows that run it, and its weights are read only where
-there are any; a row that runs none keeps its bits. Grid then ``(n / BLOCK_N, PROGRAMS)``, tile
-after tile. Decisions on the ``h`` that is left may ride in a launch (``riding``).
+With flags (``guards``) a term is added to the rows that run it, and its weights are read only if
+there are any; a row that runs none keeps its bits. The grid is then ``(n / BLOCK_N, PROGRAMS)``,
+and each program loops over tiles. Decisions on the new ``h`` may ride in the launch (``riding``).
 """
 
 from __future__ import annotations
@@ -46,21 +47,21 @@ from fastskip.ops.routes import Chosen, Route
 
 
 class Addend(NamedTuple):
-    """A term as its kernel reads it."""
+    """A term as passed to its kernel."""
 
     inputs: products.Inputs
     weights: products.Weights
 
 
 class Change(NamedTuple):
-    """``[n, M]``, dense rows."""
+    """A change ``[n, M]`` with dense rows."""
 
     ptr: Any
     stride: Any
 
 
 class Half(NamedTuple):
-    """The half of a norm that is left (``contracts.HalfNorm``): its weights ``gain [M]``, rows
+    """The half norm that is left (``contracts.HalfNorm``): its weights ``gain [M]``, rows
     ``[n, M]`` and ``squares [n, tiles]``."""
 
     gain: Any
@@ -109,9 +110,10 @@ def _chosen_term(
     BLOCK_E: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``_term`` of the rows ``does [BLOCK_N]``, 0 of the others; without any, nothing is streamed.
+    """``_term`` of the rows ``does [BLOCK_N]``, 0 for the others; no weights are read if there are
+    none.
 
-    ``does_any``: whether there is one. A single row comes without its axis: ``[BLOCK_M]``.
+    ``does_any``: whether there are any. A single row comes without its axis: ``[BLOCK_M]``.
     """
     if BLOCK_N == 1:
         total = tl.zeros([m.shape[0]], tl.float32)
@@ -153,10 +155,10 @@ def _add_tile(
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Adds to columns ``tile * BLOCK_M`` onwards of the rows of ``n`` that ``gets``.
+    """Adds to the columns from ``tile * BLOCK_M`` on, for those rows ``n`` that ``gets`` marks.
 
     ``does``, ``second_does``, and whether any does: which rows each of two terms is for, or
-    ``None`` where all terms are for all rows that get anything. With ``SPLITS`` a program sums its
+    ``None`` if all terms are for all rows that get anything. With ``SPLITS`` a program sums its
     share of each term.
     """
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -167,7 +169,7 @@ def _add_tile(
         row = tl.load(index_ptr + n, mask=n < rows, other=0).to(tl.int64)
     place_ptr = h_ptr + row[None] * stride_hn + m[:, None]
     if SPLITS == 1:
-        # Asked for ahead of the products, and not touched before their end.
+        # Loaded ahead of the products, and not used before they end.
         h = tl.load(place_ptr, mask=inside, other=0.0)
     if half is not None:
         gain = numerics.load(half.gain + owned)
@@ -181,8 +183,8 @@ def _add_tile(
             OTHER_E: tl.constexpr = SECOND_E // SPLITS
             other = _term(second, owned, start, rows, OTHER_E, BLOCK_N, BLOCK_E, STAGES, share)
             if BLOCK_N == 1:
-                # Added before they become tiles: else Triton 3.6 spreads the layout of the weights
-                # to what follows, where every thread would then repeat each access up to 64 times.
+                # Added before they become tiles: otherwise Triton 3.6 propagates the layout of the
+                # weights to what follows, where each access would be repeated up to 64 times.
                 total = (tl.sum(total, axis=1) + tl.sum(other, axis=1))[:, None]
             else:
                 total += other
@@ -199,7 +201,7 @@ def _add_tile(
         gets &= goes_on
         inside &= goes_on
         h = tl.load(place_ptr, mask=inside, other=0.0)
-        # Of a tile smaller than a program several threads hold the same, and one stores it.
+        # In a tile smaller than the program several threads load an element, and one stores it.
         tl.debug_barrier()
     if first.weights.bias is not None:
         total += _bias(first.weights.bias, owned, does)
@@ -215,7 +217,7 @@ def _add_tile(
     tl.store(place_ptr, value, mask=inside)
     if half is not None:
         TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
-        # Of what is stored, as if it were read again.
+        # From the rounded values, as if they were read back.
         value = tl.where(inside, value.to(tl.float32), 0.0)
         numerics.store(half.rows + row[None] * M + m[:, None], value * gain[:, None], inside)
         squares = tl.sum(value * value, axis=0) / M
@@ -224,7 +226,7 @@ def _add_tile(
 
 @triton.jit
 def _bias(bias_ptr, m, does):
-    """``[BLOCK_M, 1]``, or of the rows ``does [BLOCK_N]`` alone: ``[BLOCK_M, BLOCK_N]``."""
+    """``[BLOCK_M, 1]``, or, for the rows ``does [BLOCK_N]`` only, ``[BLOCK_M, BLOCK_N]``."""
     bias = numerics.load(bias_ptr + m)[:, None]
     if does is None:
         return bias
@@ -275,7 +277,7 @@ def _add_terms_kernel(
     n = start + tl.arange(0, BLOCK_N)
     if OVERLAP and not READS_AHEAD:
         overlap.wait()
-    # Flags: the launch that yielded a term's x has read them before it.
+    # The launch that produced a term's x has already read these flags.
     gets = guards.flagged(runs_ptr, n, rows, READS_AHEAD)
     second_does = None
     if SECOND_E > 0:
@@ -285,7 +287,7 @@ def _add_terms_kernel(
     if now_ptr is not None:
         BITS: tl.constexpr = h_ptr.dtype.element_ty.primitive_bitwidth
         weights = first.weights
-        # Here, since a function cannot return what may be None.
+        # Inlined: a function cannot return a tuple whose fields may be None.
         weights = products.Weights(
             weights.weight + hops.distance(now_ptr, FIELD, BITS),
             weights.stride,
@@ -323,7 +325,7 @@ def _add_terms_kernel(
             SPLITS,
         )
     else:
-        # What no row gets anything of is an empty range: the end is reached all the same.
+        # If no row gets anything the range is empty, but the program still reaches its end.
         TILES: tl.constexpr = tl.cdiv(M, BLOCK_M)
         does = None
         does_any = None
@@ -440,14 +442,13 @@ def add_terms_(
     """``h[index] += factor * (sum of x @ weight.T + bias + sum of changes)``, in place.
 
     ``h [N, M]``; one or two terms with ``x [n, E]`` each, ``E`` may differ; up to two changes
-    ``[n, M]``. No row occurs twice in ``index [n]``. ``chosen``: which rows each term is for, none
-    of them for all; without ``index`` and ``changes``. ``then``: decisions on the ``h`` that is
-    left, if they ``riding.can_ride``; without ``index``. ``arrivals``: as in ``splits``,
-    without which no tile is shared; nor is one where rows are chosen or decisions ride. Returns
-    ``h``.
+    ``[n, M]``. ``index [n]`` has no duplicates. ``chosen``: which rows each term is for, all if
+    empty; not with ``index`` or ``changes``. ``then``: decisions on the new ``h``, if they
+    ``riding.can_ride``; not with ``index``. ``arrivals``: as in ``splits``; tiles are split only
+    with them, and never where rows are chosen or decisions ride. Returns ``h``.
 
     In a ``loop`` (``hops``) there is one term, that of its first layer; ``field`` says which of a
-    layer's two. The one that ends a layer also says which layer is next, and sets the ``condition``
+    layer's two. The one that ends a layer also chooses the next layer, and sets the ``condition``
     of the loop's node.
     """
     _launch_terms(
@@ -475,9 +476,9 @@ def add_terms_and_halve_(
     arrivals: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> HalfNorm:
-    """``add_terms_(h, terms)``, and the half of ``norm`` (which has one) of the ``h`` that is left.
+    """``add_terms_(h, terms)``, and the half of ``norm`` (which has one) for the new ``h``.
 
-    Each program squares its own columns: as many parts of a row's sum as there are tiles.
+    Each program squares its own columns: a row's sum has as many parts as there are tiles.
     """
     half = _launch_terms(h, terms, norm=norm, arrivals=arrivals, config=config)
     assert half is not None
@@ -504,13 +505,15 @@ def _launch_terms(
     first, second = terms[0], terms[1] if len(terms) == 2 else None
     change, second_change = [*changes, None, None][:2]
     if len(terms) > 2 or len(changes) > 2:
-        raise ValueError(f"{len(terms)} terms, {len(changes)} changes: allowed are 1 or 2, 0 to 2")
+        raise ValueError(
+            f"terms, changes: {len(terms)}, {len(changes)}; allowed: 1 or 2 terms, 0 to 2 changes"
+        )
     runs = [None if each is None else each.runs for each in chosen]
     is_guarded = any(each is not None for each in runs)
     if is_guarded and changes:
-        raise ValueError(f"chosen: given with {len(changes)} changes, which are for all rows")
+        raise ValueError("chosen: given with changes, which apply to all rows; pass only one")
     if then is not None and index is not None:
-        raise ValueError("then: given with an index; decisions are on all rows of h")
+        raise ValueError("then: given with an index, but decides on all rows of h; pass only one")
     ends = loop if field is Field.DOWN else None
     if ends is not None:
         then = ends.route
@@ -522,8 +525,8 @@ def _launch_terms(
     blocks, options = blocks_for("add_terms", config, h, rows, shape, over=over)
     is_streamed = blocks["BLOCK_N"] < 16 and options["num_warps"] <= 4
     if is_guarded and then is not None and (is_streamed or ends is not None):
-        # Two programs of a multiprocessor, of many warps one, have room for all registers: none is
-        # spilled for another one, as ptxas would.
+        # Two programs per multiprocessor (one if it has many warps) have room for all registers;
+        # left alone, ptxas would spill to make room for one more.
         options.setdefault("maxnreg", 255)
     tiles = triton.cdiv(size, blocks["BLOCK_M"])
     width = guards.width_of(blocks, rows, tiles, is_guarded=is_guarded)
@@ -567,7 +570,7 @@ def _launch_terms(
 def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = None) -> list[Tensor]:
     """``x @ weight.T + bias`` of each term: ``[n, E] -> [n, M]``.
 
-    Two terms of one layout share a launch; others have one each.
+    Two terms with the same layout share a launch; others take one each.
     """
     refuse_gradients(**{f"terms[{i}].x": term.x for i, term in enumerate(terms)})
     if len(terms) > 1 and (len(terms) > 2 or _layout(terms[0]) != _layout(terms[1])):
@@ -599,7 +602,7 @@ def apply_terms(terms: Sequence[Term], *, config: Mapping[str, Any] | None = Non
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
     """Configurations worth timing, for either kernel; ``shape`` as in the tables.
 
-    The widest blocks are left out where they would leave many of the processors without work.
+    The widest blocks are left out where they would leave many multiprocessors idle.
     """
     found = [
         {name: value for name, value in config.items() if name != "NORM_APART"}
@@ -618,6 +621,6 @@ def _change(change: Tensor | None) -> Change | None:
 
 
 def _layout(term: Term) -> tuple[Any, ...]:
-    """What two terms must have in common to be told apart by their addresses alone."""
+    """What two terms must have in common so that only their addresses differ."""
     weight = term.linear.weight
     return term.x.shape, term.x.stride(), weight.shape, weight.stride(), term.linear.bias is None

@@ -1,10 +1,10 @@
-"""Decisions at the end of a residual update, without a launch of their own: few rows.
+"""Decisions at the end of a residual update, without a launch of their own, for few rows.
 
-A program of the update owns tiles ``[BLOCK_N, BLOCK_M]`` of the new ``h [n, M]``. Of each it
-leaves, row by row, the sums that verdicts are made of, and the snapshot if the trace moves. The
-program that arrives last adds the sums up, tile after tile, so that it does not matter who is last,
-and decides for all rows: on one layer, or on as many as it takes to find out which one of a loop is
-next (``hops``).
+A program of the update owns tiles ``[BLOCK_N, BLOCK_M]`` of the new ``h [n, M]``. For each tile it
+stores, per row, the partial sums that verdicts need, and the snapshot if the trace moves. The last
+program to arrive adds the parts up, tile by tile, so that the result does not depend on which one
+is last, and decides for all rows: on one layer, or on as many as it takes to find the next layer of
+a loop (``hops``).
 
 ``parts [sums, n, TILES]`` fp32; the sums are ``h^2``, ``s^2``, ``s * h``, ``(h - s)^2`` with the
 snapshot ``s``, then ``weight * h`` of each verdict.
@@ -26,14 +26,14 @@ from fastskip.ops.hops import Hops
 from fastskip.ops.routes import Group, Move, Route, Score
 
 SUMS = tl.constexpr(4)
-"""Before those of the verdicts."""
+"""Sums stored ahead of those of the verdicts."""
 ELEMENTS = tl.constexpr(1024)
-"""Of a block of parts."""
+"""Elements per block of parts."""
 MOST_ROWS = 64
 
 
 class Riding(NamedTuple):
-    """The route that an update carries, as its kernel reads it."""
+    """The route that an update carries, as passed to its kernel."""
 
     snapshot: Tensor | None
     found: Tensor | None
@@ -69,10 +69,10 @@ def ride(
 ):
     """The end of a program that owns rows from ``start`` of every ``tl.num_programs(1)``-th tile.
 
-    ``h`` is whole in so far as it owns it, whether or not it had anything to add.
+    Its part of ``h`` is final, whether or not it had anything to add.
     """
     TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    # What one thread has stored is read by another.
+    # Threads read what other threads have stored.
     tl.debug_barrier()
     for tile in range(tl.program_id(1), TILES, tl.num_programs(1)):
         _leave(
@@ -126,13 +126,13 @@ def _leave(
     SCORES: tl.constexpr,
     HAS_SUMS: tl.constexpr,
 ):
-    """Leaves the sums of a tile and its new snapshot."""
+    """Stores the partial sums of a tile and its new snapshot."""
     n = start + tl.arange(0, BLOCK_N)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (n < rows)[:, None] & (m < M)[None]
     row = n.to(tl.int64)[:, None]
     h = numerics.load(h_ptr + row * stride_hn + m[None], inside)
-    # Planes of sums lie a distance apart that is added to the pointer.
+    # The parts of each sum form a plane, whose offset is added to the scalar pointer.
     plane = rows * TILES
     parts_ptr = then.parts + tile
     place = n * TILES
@@ -168,7 +168,7 @@ def _settle(
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Adds up what all programs left, moves the trace and decides."""
+    """Adds up the parts that all programs stored, moves the trace and decides."""
     row = tl.arange(0, ROWS)
     is_row = row < rows
     plane = rows * TILES
@@ -191,7 +191,7 @@ def _settle(
             M,
         )
         if number > 0:
-            # Candidates may be those whom the verdict before lets run.
+            # The candidates may be the rows that the previous verdict lets run.
             tl.debug_barrier()
         is_candidate = tl.load(then.asked.candidates[number] + row, mask=is_row, other=0) != 0
         runs = verdicts.answer(wish, then.asked.bars[number])
@@ -226,7 +226,7 @@ def _hop(
     HAS_SUMS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Moves the trace on and decides which layer is next."""
+    """Moves the trace and chooses the next layer."""
     row = tl.arange(0, ROWS)
     is_row = row < rows
     _, cosine, change = _move_on(then, row, is_row, rows * TILES, TILES, MOVE, HAS_SUMS)
@@ -261,7 +261,7 @@ def _move_on(
     MOVE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
 ):
-    """The sum of squares of each row, and its cosine and change once the trace has moved on."""
+    """Each row's sum of squares, and its cosine and change after the trace has moved."""
     square = tl.zeros(row.shape, tl.float32)
     if HAS_SUMS:
         square = _total(then.parts, row, is_row, TILES)
@@ -280,30 +280,35 @@ def _move_on(
 
 @triton.jit
 def _total(parts_ptr, row, is_row, TILES: tl.constexpr):
-    """The parts of each row, added up: ``[ROWS]``."""
+    """The sum of each row's parts: ``[ROWS]``."""
     BLOCK: tl.constexpr = ELEMENTS // row.shape[0]
     tile = tl.arange(0, BLOCK)
     found = tl.zeros([row.shape[0], BLOCK], tl.float32)
     for first in tl.static_range(0, TILES, BLOCK):
         is_part = is_row[:, None] & (first + tile < TILES)[None]
         part_ptr = parts_ptr + first + row[:, None] * TILES + tile[None]
-        # Written by other multiprocessors during this very launch: not from a cache of this one.
+        # Written by other multiprocessors during this launch: bypass the L1 cache.
         found += tl.load(part_ptr, mask=is_part, other=0.0, cache_modifier=".cg")
     return tl.sum(found, 1)
 
 
 def can_ride(then: Route, rows: int) -> bool:
-    """Whether an update of so many rows can carry a route."""
+    """Whether an update of ``rows`` rows can carry a route."""
     return rows <= MOST_ROWS and all(verdict.capacity is None for verdict in then.verdicts)
 
 
 def carried(then: Route | None, h: Tensor, tiles: int) -> dict[str, Any]:
-    """What a kernel that owns ``tiles`` of the columns of ``h [n, M]`` is told of a route."""
+    """The kernel arguments for a route that is carried by a kernel with ``tiles`` tiles of columns
+    of ``h [n, M]``."""
     if then is None:
         names = ("then", "salts", "MOVE", "SCORES", "RULES", "IS_OF_ALL", "HAS_SUMS", "ROWS")
         return dict.fromkeys(names)
     if not can_ride(then, len(h)):
-        raise ValueError(f"then: {len(h)} rows or a capacity; at most {MOST_ROWS} without one")
+        limits = [each.capacity for each in then.verdicts if each.capacity is not None]
+        raise ValueError(
+            f"then: {len(h)} rows, capacities {limits}; "
+            f"allowed: at most {MOST_ROWS} rows, no capacities"
+        )
     found, trace = then.verdicts, then.trace
     assert trace is None or trace.found.is_contiguous()
     asked = verdicts.told(found)
@@ -329,7 +334,7 @@ def carried(then: Route | None, h: Tensor, tiles: int) -> dict[str, Any]:
 
 
 def hopping(loop: Hops | None, condition: int) -> dict[str, Any]:
-    """What a kernel that ends a layer is told of the loop, whose ``route`` it carries;
+    """The kernel arguments for a loop, for the kernel that ends a layer and carries its ``route``;
     ``condition``: the handle of its node."""
     if loop is None:
         return {"loop": None, "condition": 0, "HOP": None}

@@ -1,16 +1,16 @@
 """RoPE of queries and keys, and the append of keys and values to the pages of a cache.
 
-    head = head * rsqrt(mean(head^2) + epsilon) * weight       where heads have norms
+    head = head * rsqrt(mean(head^2) + epsilon) * weight       if heads have norms
     first, second = halves of a head
     rotated = [first * cosine - second * sine | second * cosine + first * sine]
 
 ``heads [n, H + 2G, K]``: queries, keys, values; ``cosine``, ``sine [positions, K / 2]``. Queries
-are rotated where they are; rotated keys and plain values go to their slots, head ``e`` of the
-``2G`` at ``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. Grid
-``(n, heads / BLOCK_H)``. Of rows whose flag in ``runs [n]`` is 0 the queries are left alone, and
-all of them unless all leave entries. With ``index`` and ``count [1]``, ``heads`` are those of rows
-``index[:count]``: positions and slots are read, and queries put, where these rows lie. Tables:
-kernel ``rotate_append``, shape ``(H, G, K)``.
+are rotated in place; rotated keys and plain values go to their slots, head ``e`` of the ``2G`` at
+``table[sequence, slot // PAGE] + offset + (e * PAGE + slot % PAGE) * K``. Grid
+``(n, heads / BLOCK_H)``. Rows whose flag in ``runs [n]`` is 0 keep their queries as they are, and
+leave entries only if all rows do. With ``index`` and ``count [1]``, ``heads`` are those of rows
+``index[:count]``: positions and slots are read, and queries written, at these rows. Tuning table:
+``rotate_append``, shape ``(H, G, K)``.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fastskip.ops.routes import Chosen
 
 @triton.jit
 def rotate(first, second, cosine, sine):
-    """Both halves of a head, turned, in fp32."""
+    """Both halves of a head, rotated, in fp32."""
     return first * cosine - second * sine, second * cosine + first * sine
 
 
 class Weighing(NamedTuple):
-    """The norms of query heads and of key heads: weights ``[K]``, and what is added to the mean."""
+    """The norms of query and key heads: weights ``[K]``, and epsilons added to the mean squares."""
 
     queries: Any
     keys: Any
@@ -58,7 +58,8 @@ def _normalize_heads(
     GROUPS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Both halves of heads ``[H, K / 2]``, 0 beyond their ends; values stay as they are."""
+    """Normalises both halves of heads ``[H, K / 2]``, which are 0 beyond the head; values are left
+    unchanged."""
     is_query = (head < QUERIES)[:, None]
     is_normed = (head < QUERIES + GROUPS)[:, None]
     mean = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
@@ -119,7 +120,7 @@ def _rotate_append_kernel(
             return
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     if cosine_ptr is None and not MOVES:
-        # Queries that do not turn stay as they are.
+        # Queries that are not rotated are left alone.
         head += QUERIES
     element = tl.arange(0, BLOCK_K)
     is_real = element < HALF
@@ -156,7 +157,7 @@ def _rotate_append_kernel(
     if slots_ptr is not None:
         sequence = tl.load(sequences_ptr + row).to(tl.int64)
         start_ptr = table_ptr + sequence * stride_tb + slot // PAGE
-        # Slabs and anchor are aligned for wide accesses, so their distance is.
+        # Slabs and anchor are aligned for wide accesses, and so is the distance between them.
         start = tl.multiple_of(tl.load(start_ptr, mask=slot >= 0, other=0), 8)
         entry = (head - QUERIES) * PAGE + slot % PAGE
         entry_ptr = anchor_ptr + start + offset + entry[:, None] * HEAD_DIM + element[None, :]
@@ -175,12 +176,12 @@ def rotate_append(
 ) -> Tensor:
     """Norms and rotates the queries of ``heads [n, H + 2G, K]`` in place; stores keys and values.
 
-    ``heads`` is scratch: the queries returned, ``[n, H, K]``, are a view of it. A row with a
+    ``heads`` is scratch: the returned queries, ``[n, H, K]``, are a view of it. A row with a
     negative slot leaves no entry, nor does one whose flag in ``runs [n]`` is 0, unless
-    ``projection.leaves_all``; the queries of the latter are not touched.
+    ``projection.leaves_all``; the queries of the latter are left unchanged.
 
-    ``chosen``, with a bound: ``heads`` are those of its rows, and the queries returned,
-    ``[N, H, K]``, lie in memory of their own where these rows lie among all ``N``.
+    ``chosen``, with a bound: ``heads`` are those of its rows, and the returned queries,
+    ``[N, H, K]``, are a new tensor in which these rows have their places among all ``N``.
     """
     refuse_gradients(heads=heads)
     targets, pages, rotation = projection.targets, projection.pages, projection.rotation
@@ -243,7 +244,7 @@ def _weighing(norms: HeadNorms) -> Weighing:
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing: up to 64 elements in a thread, no more heads than there are."""
+    """Configurations worth timing: up to 64 elements per thread, no more heads than exist."""
     queries, groups, size = shape
     most = triton.next_power_of_2(queries + 2 * groups)
     return [

@@ -1,18 +1,18 @@
-"""Decisions on many rows: the trace moved on, verdicts taken, and room made for what they keep.
+"""Decisions on many rows: moves the trace, takes verdicts, and makes room for the entries kept.
 
     route           a row decides from its own numbers: h [n, D], snapshot [n, D], found [n, 2]
     decide          rows decide together, from scores [n]
-    place_entries   slots and limits of rows whose flag ``held [n]`` is 1, by sequence
+    place_entries   slots and limits, by sequence, of rows whose flag ``held [n]`` is 1
 
-``ops.routes`` says what is decided, ``ops.fused_routes`` how. Flags are int32, 1 or 0. A launch of
-``route`` (grid ``(n,)``: a program holds one row in registers) moves the trace and takes every
-verdict of rows that decide alone; of the others it leaves the scores, and each takes a launch of
-``decide``. There (grid ``(n / BLOCK_R,)``) every row looks at all rows, block by block, and counts,
-adds or ranks those of its group: how rows are grouped is known on the device alone, and so no
-program has to wait for another. Sums are taken in the same order for all rows of a group, which
-therefore decide alike. ``place_entries``: grid ``(B,)``.
+``ops.routes`` defines what is decided, ``ops.fused_routes`` how. Flags are int32, 1 or 0. A launch
+of ``route`` (grid ``(n,)``: a program holds one row in registers) moves the trace and takes every
+verdict of rows that decide alone; for the others it stores the scores, and each takes a launch of
+``decide``. There (grid ``(n / BLOCK_R,)``) every row scans all rows, block by block, and counts,
+sums or ranks those of its group: only the device knows the groups, and this way no program has to
+wait for another. Sums are taken in the same order for all rows of a group, so these decide alike.
+``place_entries``: grid ``(B,)``.
 
-Tables: kernels ``route``, shape ``(D,)``; ``decide`` and ``place_entries``, shape ``()``.
+Tuning tables: ``route``, shape ``(D,)``; ``decide`` and ``place_entries``, shape ``()``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _route_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     is_real = column < D
-    # Loads and sums that nothing below asks for are not compiled.
+    # The compiler drops loads and sums that nothing below uses.
     h = numerics.load(h_ptr + row * stride_hn + column, is_real)
     square = tl.sum(h * h)
     before = square
@@ -96,7 +96,7 @@ def _route_kernel(
             tl.store(scores_ptr + number * rows + row, wish)
         else:
             if number > 0:
-                # Candidates may be those whom the verdict before lets run.
+                # The candidates may be the rows that the previous verdict lets run.
                 tl.debug_barrier()
             is_candidate = tl.load(asked.candidates[number] + row) != 0
             tl.store(
@@ -135,7 +135,7 @@ def _decide_kernel(
     counted = tl.zeros([BLOCK_R], tl.int32)
     latest = tl.full([BLOCK_R], -1, tl.int32)
     total = tl.zeros([BLOCK_R], tl.float32)
-    # Loads that the rule does not ask for are not compiled.
+    # The compiler drops loads that the rule does not use.
     for first in range(0, rows, BLOCK):
         other = first + tl.arange(0, BLOCK)
         is_candidate = tl.load(candidates_ptr + other, mask=other < rows, other=0) != 0
@@ -191,16 +191,16 @@ def _place_entries_kernel(
 
 
 def route(h: Tensor, taken: Route, *, config: Mapping[str, Any] | None = None) -> None:
-    """Moves the trace on, then decides: ``h [n, D]`` is the residual stream as it stands.
+    """Moves the trace, then decides; ``h [n, D]`` is the current residual stream.
 
-    ``config`` is for both kernels; without it each asks its table.
-    Verdicts of groups or with a capacity have ``runs`` apart from their ``candidates``.
+    ``config`` is for both kernels; without it each uses its own table. Verdicts of groups or with a
+    capacity need ``runs`` that are separate from their ``candidates``.
     """
     refuse_gradients(h=h)
     move = taken.move
     for batch in _batches(taken.verdicts):
         scores: Sequence[Tensor | None] = [None] * len(batch)
-        # Who decides with the latest row needs no more than positions.
+        # The rule "latest" needs only positions.
         if move is not Move.NONE or any(verdicts.rule_of(verdict) != "latest" for verdict in batch):
             scores = _route(h, taken, move, batch, config)
             move = Move.NONE
@@ -217,10 +217,10 @@ def place_entries(
     *,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Slots ``[n]`` of rows that leave entries, -1 for the others, and limits ``[n]`` of all.
+    """Slots ``[n]`` of rows that leave entries, -1 for the others, and limits ``[n]`` of all rows.
 
-    ``held [n]``; ``order [n]``: all rows, sequence by sequence, then those of none, which get -1
-    and 0; ``counts [B]`` is brought up to date.
+    ``held [n]``; ``order [n]``: all rows, sequence by sequence, then those of no sequence, which
+    get -1 and 0; ``counts [B]`` is updated.
     """
     assert len(held) == len(order) and counts.is_contiguous()
     blocks, options = split(config or tuning.config_for("place_entries", held.device, len(held)))
@@ -242,7 +242,7 @@ def place_entries(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing, of ``route`` if there is a shape, else of the other two.
+    """Configurations worth timing, of ``route`` if there is a shape, else of the other two kernels.
 
     Never 2 warps: Triton 3.6 miscompiles some reductions there.
     """
@@ -259,7 +259,8 @@ def _is_grouped(verdict: Verdict) -> bool:
 
 
 def _batches(found: Sequence[Verdict]) -> Iterator[list[Verdict]]:
-    """Verdicts that share a launch: one that a row takes alone may ask who a group chose."""
+    """Verdicts that share a launch: one that rows take alone may need an earlier group's choice, so
+    it begins a new batch."""
     batch: list[Verdict] = []
     for verdict in found:
         if not _is_grouped(verdict) and any(map(_is_grouped, batch)):
@@ -276,7 +277,7 @@ def _route(
     found: Sequence[Verdict],
     config: Mapping[str, Any] | None,
 ) -> Sequence[Tensor | None]:
-    """The launch of a batch; scores ``[n]`` of each verdict if any of them is of a group."""
+    """Launches ``route`` for a batch; the scores ``[n]`` of each verdict if any is of a group."""
     (rows, size), trace = h.shape, taken.trace
     assert h.stride(1) == 1 and (trace is None or trace.found.is_contiguous())
     scores = None
@@ -311,7 +312,7 @@ def _decide(
     scores: Tensor | None,
     config: Mapping[str, Any] | None,
 ) -> None:
-    """The launch of one verdict of groups."""
+    """Launches ``decide`` for one verdict of groups."""
     rule = verdicts.rule_of(verdict)
     is_of_all = verdict.group is Group.BATCH and rule != "capacity"
     blocks, options = split(config or tuning.config_for("decide", h.device, len(h)))

@@ -1,18 +1,18 @@
-"""Attention of a prompt: many query rows, each over the first entries of its sequence.
+"""Prefill attention: many query rows, each over the first entries of its sequence.
 
     out[r, h] = sum_s softmax_s(scale * q[r, h] . k[b, s, h // ratio]) * v[b, s, h // ratio]
 
-with ``s`` below ``limits[r]``; ``b`` is the sequence of row ``r``, and a row without entries gives
-0 (the torch form does so only if no row of its sequence has any, else NaN). Queries ``[n, H, K]``,
-out ``[n, H * K]``, both in query order. Grid ``(tiles, H)``: a tile is up to ``BLOCK_Q`` rows of
-one sequence, as ``order`` lists them, so that packed sequences need no padding, whatever rows of a
-sequence there are. Where sequences begin is read on the device, so that a captured launch serves
-other lengths; there are as many tiles as ``n`` rows of ``B`` sequences can need, and one that has
-no row leaves at once. Limits ascend in a tile: up to the least of them no score is masked, and past
-the largest nothing is read. Where flags ``runs [n]`` say which rows attend, the others count for
-neither, and a tile that has no row left leaves too.
+with ``s`` below ``limits[r]``; ``b`` is the sequence of row ``r``. A row without entries yields 0
+(in the torch form only if no row of its sequence has any, else NaN). Queries ``[n, H, K]``, out
+``[n, H * K]``, both in query order. Grid ``(tiles, H)``: a tile is up to ``BLOCK_Q`` rows of one
+sequence, as ``order`` lists them, so that packed sequences need no padding, whichever of their rows
+are present. Where sequences begin is read on the device, so that a captured launch serves other
+lengths; there are as many tiles as ``n`` rows of ``B`` sequences can need, and those without rows
+exit at once. Limits ascend in a tile: up to the smallest no score is masked, and past the largest
+nothing is read. Where flags ``runs [n]`` say which rows attend, the limits of the others do not
+count, and a tile without rows that attend exits too.
 
-Tables: kernel ``attend_rows``, rows are ``n``, shape ``(H, G, K)``.
+Tuning table: ``attend_rows``, rows are ``n``, shape ``(H, G, K)``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from fastskip.ops.contracts import Pages, Reach
 
 @triton.jit
 def tile_of(tile, bounds_ptr, sequences, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr):
-    """A tile's sequence, and where its rows begin and end in the order; none past the last tile.
+    """A tile's sequence, and where its rows begin and end in the order; no rows past the last tile.
 
-    Later rows of a sequence reach further; their tiles come first, so that none of them is left to
-    run alone at the end.
+    Later rows of a sequence reach further; their tiles come first, so that none of them runs alone
+    at the end.
     """
     member = tl.arange(0, BLOCK_B)
     is_member = member < sequences
@@ -143,7 +143,7 @@ def attend_rows(
 ) -> Tensor:
     """Softmax attention of ``queries [n, H, K]``, each over the entries it reaches.
 
-    Returns ``[n, H * K]`` in query order; rows that ``reach.runs`` leaves out, and those of no
+    Returns ``[n, H * K]`` in query order; rows that ``reach.runs`` excludes, and those of no
     sequence, are not written.
     """
     refuse_gradients(queries=queries)
@@ -153,11 +153,11 @@ def attend_rows(
     chosen = config or tuning.config_for("attend_rows", queries.device, rows, shape)
     blocks, options = split(chosen)
     if queries.element_size() > 2:
-        # Products of full precision keep their operands in registers.
+        # Full-precision products keep their operands in registers.
         blocks |= {"BLOCK_Q": 16, "BLOCK_S": 16}
         options |= {"num_warps": 8}
     sequences, block = reach.bounds.sequences, blocks["BLOCK_Q"]
-    # Each sequence may end in a tile of one row.
+    # Each sequence may end in a tile of a single row.
     tiles = (rows + min(rows, sequences) * (block - 1)) // block
     out = empty((rows, heads * width), queries.dtype, queries.device)
     launch(
@@ -191,9 +191,9 @@ def attend_rows(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing; few rows go by small tiles, so that there are enough of them.
+    """Configurations worth timing; few rows use small tiles, so that there are enough of them.
 
-    Pages are looked up by table, so two stages more buy one more block in flight: 3, 5, 7.
+    Loads go through the page table, so it takes two more stages to have one more block in flight.
     """
     few = rows * shape[0] <= 64 * 256
     return [

@@ -1,18 +1,18 @@
-"""Products of a prompt's rows, picked from one tensor and put into another, by matrix instructions.
+"""GEMM over a prompt's rows, gathered from one tensor and scattered into another.
 
     y[n] = x[index[n]] @ weight.T + bias                       [n, M], or [n, 2F] if gated
     z = y, relu(y), or silu(y[:F]) * y[F:]                     gate and up in one program
     out[out_index[n]] = z, or += factor * z                    [N, M] or [N, F]
 
-``x [N, E]``, ``weight [M, E]``, ``bias [M]``. ``count [1]`` says on the device how many of the
-``n`` rows there are: the grid is that of all rows, and what lies beyond leaves at once.
+``x [N, E]``, ``weight [M, E]``, ``bias [M]``. ``count [1]``, on the device, is how many of the
+``n`` rows are computed: the grid covers all of them, and programs beyond the count exit at once.
 
 Grid ``(n / BLOCK_N * M / BLOCK_M,)``: within ``GROUP`` row blocks the row is the faster index, so
 that programs which share weights run together and find them, and their rows, in the L2 cache. Rows
-are the M operand of the matrix instructions: 64 of them fill WGMMA, and narrow ``BLOCK_M`` spreads
-even those over all processors; or wide ones are shared (``splits``), which reads rows less often:
-``SPLITS`` programs each, a second axis. Tables: kernel ``linear_rows``, shape
-``(M, E)``, of a gated product ``(F, E)``.
+are the M operand of the matrix instructions: 64 of them fill WGMMA. A narrow ``BLOCK_M`` spreads
+even so few over all multiprocessors; or wide tiles are split (``splits``), which rereads rows less
+often: ``SPLITS`` programs each, a second axis. Tuning table: ``linear_rows``, shape ``(M, E)``, for
+a gated product ``(F, E)``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMS = {None: LINEAR, Activation.RELU: RELU, Activation.GATED_SILU: GATED}
 
 @triton.jit
 def _tile(program, row_blocks, column_blocks, GROUP: tl.constexpr):
-    """Which block of rows and of columns a program computes."""
+    """The row block and the column block that a program computes."""
     per_group = GROUP * column_blocks
     first = program // per_group * GROUP
     size = tl.minimum(row_blocks - first, GROUP)
@@ -84,7 +84,7 @@ def _linear_rows_kernel(
             return
     n = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     m = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows and columns beyond the end repeat the last: no masks on the way.
+    # Rows and columns past the end repeat the last one: the loop needs no masks for them.
     source = tl.minimum(n, rows - 1)
     if index_ptr is not None:
         source = tl.load(index_ptr + source)
@@ -155,16 +155,16 @@ def linear_rows(
 ) -> Tensor:
     """``activation(x[index] @ weight.T + bias)`` into ``out[out_index]``.
 
-    ``onto``: ``factor`` times that is added to what is there.
+    ``onto``: ``factor`` times the result is added to what is there.
 
-    ``x [N, E]``; ``index``, ``out_index [n]`` int32, in each no row twice; ``count [1]`` int32: how
-    many of the ``n`` rows are computed. Returns ``out``, by default a new ``[n, M]``, or ``[n, F]``
-    if gated. Rows that are not computed are left as they were. ``arrivals``: as in
-    ``splits``, without which no tile is shared.
+    ``x [N, E]``; ``index``, ``out_index [n]`` int32, neither with duplicates; ``count [1]`` int32:
+    how many of the ``n`` rows are computed. Returns ``out``, by default a new ``[n, M]``, or
+    ``[n, F]`` if gated. Rows that are not computed are left unchanged. ``arrivals``: as in
+    ``splits``; tiles are split only with them.
     """
     refuse_gradients(x=x, out=out)
     if out is None and (onto or out_index is not None):
-        raise ValueError("out: what is added to, or filled by out_index, must be given")
+        raise ValueError("out: missing, but onto and out_index need a tensor to write to")
     assert x.stride(1) == 1 and (out is None or out.stride(1) == 1)
     form = FORMS[activation]
     rows, inner = len(x) if index is None else len(index), x.shape[1]
@@ -175,7 +175,7 @@ def linear_rows(
     over = None if arrivals is None else "linear_rows_split"
     chosen = config or tuning.config_over("linear_rows", over, x.device, rows, shape)
     blocks, options = split(chosen)
-    # Tables count elements of two bytes; wider ones go by half as many at a time.
+    # Tables count BLOCK_E in 2-byte elements; wider elements get half as many.
     blocks["BLOCK_E"] = max(16, blocks["BLOCK_E"] * 2 // x.element_size())
     tiles = triton.cdiv(rows, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_M"])
     sums = 2 if form is GATED else 1
@@ -208,7 +208,7 @@ def linear_rows(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations worth timing; a gated product needs as much again for the other weights."""
+    """Configurations worth timing, with room for the second weight of a gated product."""
     sizes = (
         (64, 16, 256, 4, 4),
         (64, 32, 128, 5, 4),

@@ -1,19 +1,19 @@
-"""The greedy sampler and the way to the next step's first rows, all in device memory.
+"""The greedy sampler and the preparation of the next step's first rows, all in device memory.
 
 ``choose``: ``token[b] = argmax_v logits[b, v]``, the first of equal maxima, in two launches.
 
 - ``_maxima_kernel``, grid ``(B, parts)``: the best of ``BLOCK_V`` columns of one row. A candidate
-  is one int64 (``ranked``), so that the better of two is the larger of two integers.
-- ``_finish_kernel``, one program: the best of each row's ``partials [B, parts]``; then pad, stop
-  tokens, history and step, and counts and positions one step further. One program, because the
-  step that it writes is what it read before.
+  is one int64 (``ranked``), so that the better of two is the larger integer.
+- ``_finish_kernel``, one program: the best of each row's ``partials [B, parts]``; then padding,
+  stop tokens and history; then it advances the step counter, counts and positions. One program,
+  because it reads the step counter that it advances.
 
-``advance``, grid ``(rows / BLOCK_B,)``, is that last part alone. ``embed``, grid
-``(n, D / BLOCK_D)``: ``out[n] = table[tokens[n]] + places[positions[n]]``, the second where models
-learn their positions.
+``advance``, grid ``(rows / BLOCK_B,)``, only advances counts and positions. ``embed``, grid
+``(n, D / BLOCK_D)``: ``out[n] = table[tokens[n]] + places[positions[n]]``, the second term for
+models with learned position embeddings.
 
-Tables: ``maxima`` has shape ``(V,)``, ``finish`` ``(parts,)``, ``advance`` ``(sets,)``, ``embed``
-``(D,)``; rows are ``B``.
+Tuning tables: ``maxima`` has shape ``(V,)``, ``finish`` ``(parts,)``, ``advance`` ``(sets,)``,
+``embed`` ``(D,)``; rows are ``B``.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ LEAST = tl.constexpr(-(2**63) + 1)
 def ranked(value, index):
     """``value`` fp32 and its ``index`` in one int64 that is larger for the better candidate.
 
-    Better: larger, and of equals the first. NaN is above all, as in torch. The upper half holds
-    the value's bits as an integer of the same order, the lower half counts down with the index.
+    Better: larger, or first among equals. NaN beats everything, as in torch. The upper half holds
+    the value's bits as an integer of the same order, the lower half decreases with the index.
     """
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     order = tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
@@ -65,7 +65,7 @@ def _maxima_kernel(
     column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = column < columns
     value = numerics.load(logits_ptr + row * stride_lb + column, mask=inside)
-    # What lies outside has the larger index, so it loses against every column, -inf included.
+    # Columns past the end have larger indices, so they lose to every other one, even to -inf.
     best = tl.max(ranked(tl.where(inside, value, float("-inf")), column), 0)
     tl.store(partials_ptr + row * stride_pb + part, best)
 
@@ -82,7 +82,7 @@ def _advance_rows(
     SETS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Counts and positions of the rows ``row`` one step further, where ``inside``."""
+    """Advances counts and positions of the rows ``row`` by one step, where ``inside``."""
     position = tl.load(positions_ptr + row, mask=inside, other=0)
     tl.store(positions_ptr + row, position + 1, mask=inside)
     number = tl.arange(0, BLOCK_S)
@@ -140,7 +140,7 @@ def _finish_kernel(
             unfinished = tl.where(token == tl.load(stops_ptr + number), 0, unfinished)
         tl.store(unfinished_ptr + row, unfinished, mask=inside)
         tl.store(tokens_ptr + row, token, mask=inside)
-        # A step beyond the history is a caller's mistake that must not reach foreign memory.
+        # A step past the history is the caller's error, but must not write out of bounds.
         written = inside & (step < steps)
         tl.store(history_ptr + step.to(tl.int64) * stride_hs + row, token, mask=written)
         _advance_rows(
@@ -199,7 +199,7 @@ def _embed_kernel(
 
 
 def choose(logits: Tensor, choice: Choice, *, config: Mapping[str, Any] | None = None) -> None:
-    """The greedy token of each row of ``logits [B, V]``, and the state one step further.
+    """Chooses the greedy token of each row of ``logits [B, V]`` and advances the state by one step.
 
     ``config`` is that of ``maxima``.
     """
@@ -258,7 +258,7 @@ def finish(partials: Tensor, choice: Choice, *, config: Mapping[str, Any] | None
 
 
 def advance(choice: Choice, *, config: Mapping[str, Any] | None = None) -> None:
-    """Counts and positions one step further: what a step with another sampler needs."""
+    """Advances counts and positions by one step: what a step with another sampler needs."""
     sets, rows = choice.counts.shape
     chosen = config or tuning.config_for("advance", choice.counts.device, rows, (sets,))
     blocks, options = split(chosen)
@@ -289,7 +289,7 @@ def embed(
 ) -> None:
     """``out[n] = table[tokens[n]]``, plus ``places[positions[n]]`` if given: ``[n]`` -> ``[n, D]``.
 
-    ``positions [n]`` int32 are within ``places [positions, D]``; nothing checks it on the device.
+    ``positions [n]`` int32 must lie within ``places [positions, D]``; the device does not check it.
     """
     refuse_gradients(table=table, places=places, out=out)
     rows, width = out.shape
@@ -313,7 +313,7 @@ def embed(
 
 
 def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
-    """Configurations of ``maxima`` and of ``finish`` worth timing, told apart by their blocks."""
+    """Configurations of ``maxima`` and of ``finish`` worth timing; their block names differ."""
     maxima = [
         {"BLOCK_V": block, "num_warps": warps}
         for block in (512, 1024, 2048, 4096)

@@ -1,8 +1,8 @@
-"""The running softmax of attention over blocks of entries in pages, in fp32.
+"""Online softmax of attention over blocks of paged entries, in fp32.
 
-A block is ``BLOCK_S`` slots of one page. Scores are in powers of two: ``factor`` is the scale times
-``LOG2_E``. ``entries_ptr`` is where the page at the anchor would have its keys of this head, and
-``PLANE`` elements on its values; ``table_ptr`` is the row of the page table.
+A block is ``BLOCK_S`` slots of one page. Scores are base-2 exponents: ``factor`` is the scale times
+``LOG2_E``. ``entries_ptr`` is where the page at the anchor would have its keys of this head; the
+values lie ``PLANE`` elements further. ``table_ptr`` is the sequence's row of the page table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOW = tl.constexpr(-1e30)
 def block_at(entries_ptr, table_ptr, slot, PAGE: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The keys of the block that begins at ``slot``."""
     page = tl.load(table_ptr + slot // PAGE)
-    # Slabs and anchors are aligned for wide accesses, so their distances are.
+    # Slabs and anchors are aligned for wide accesses, and so are the distances between them.
     return entries_ptr + (tl.multiple_of(page, 8) + (slot % PAGE) * HEAD_DIM)
 
 
@@ -43,7 +43,7 @@ def attend_one(
     """One query ``[BLOCK_K]``, times the factor, over the blocks ``first, first + step ..``.
 
     Returns the unnormalised output ``[1, BLOCK_K]``, the sum of weights and the largest score,
-    ``[1]``. Every row of a block keeps a softmax of its own, so warps meet only once, at the end.
+    ``[1]``. Every row of a block keeps its own softmax, so warps synchronise only once, at the end.
     """
     column = tl.arange(0, BLOCK_K)
     within = tl.arange(0, BLOCK_S)
@@ -64,7 +64,7 @@ def attend_one(
         total = total * old + weight
         out = out * old[:, None] + weight[:, None] * v
         best = top
-    # A row that has seen nothing weighs nothing, since another row has.
+    # A row that has seen no slot gets weight 0; if no row has seen one, all sums are 0.
     top = tl.max(best, 0)
     weight = tl.exp2(best - top)
     none = tl.zeros([1], tl.float32)
@@ -94,10 +94,11 @@ def attend_many(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``BLOCK_M`` queries, further by the blocks ``first, first + step ..`` below ``last``.
+    """Continues ``BLOCK_M`` queries over the blocks ``first, first + step ..`` below ``last``.
 
-    Query ``m`` sees the slots below ``limit[m]``; unless ``IS_MASKED``, that is all of these. State
-    and result: output ``[BLOCK_M, BLOCK_K]``, sum of weights and largest score, ``[BLOCK_M]``.
+    Query ``m`` sees the slots below ``limit[m]``; unless ``IS_MASKED``, these are all slots of the
+    blocks. State and result: output ``[BLOCK_M, BLOCK_K]``, sum of weights and largest score,
+    ``[BLOCK_M]``.
     """
     column = tl.arange(0, BLOCK_K)
     within = tl.arange(0, BLOCK_S)
@@ -107,7 +108,7 @@ def attend_many(
         block_ptr = block_at(entries_ptr, table_ptr, start, PAGE, HEAD_DIM)
         slot = start + within
         if IS_MASKED:
-            # What lies behind the last entry may be anything, NaN included.
+            # Memory past the last entry may hold anything, even NaN.
             mask = (slot < last)[:, None] & is_column
         else:
             mask = tl.broadcast_to(is_column, [BLOCK_S, BLOCK_K])
@@ -120,7 +121,7 @@ def attend_many(
         top = tl.maximum(best, tl.max(score, 1))
         weight = tl.exp2(score - top[:, None])
         if IS_MASKED:
-            # A row that has seen nothing yet: its best is LOW as well.
+            # For a row that has seen nothing yet: its best is LOW too, and exp2 gives 1.
             weight = tl.where(seen, weight, 0.0)
         old = tl.exp2(best - top)
         total = total * old + tl.sum(weight, 1)

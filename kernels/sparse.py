@@ -1,15 +1,15 @@
-"""Products with a matrix that is held as a bitmap and values, for few rows: zeros are not read.
+"""Products with a weight that is held as a bitmap and values, for few rows: zeros are not read.
 
     y[n] = x[n] @ weight.T + bias                              [n, M]
 
-``x [n, E]``; ``weight [M, E]`` as ``bitmap [M, 4 * ceil(E / 32)]`` (a bit an entry, lowest first),
-``values [k]`` (row after row) and ``starts [M + 1]``; see ``ops.bitmaps``.
+``x [n, E]``; ``weight [M, E]`` as ``bitmap [M, 4 * ceil(E / 32)]`` (one bit per element, lowest
+first), ``values [k]`` (row by row) and ``starts [M + 1]``; see ``ops.bitmaps``.
 
-A program owns ``BLOCK_M`` weight rows and goes through their columns, ``BLOCK_E`` at a time. Where
-in ``values`` an entry lies is where its row has come to, plus the number of kept entries before it
-in the tile: a prefix sum of bits. So each row's values stream by once, in order; the lanes of zeros
-load nothing. Grid ``(n / BLOCK_N, M / BLOCK_M)``: programs that share weights are neighbours.
-Tables: kernel ``sparse_linear``, shape ``(M, E)``.
+A program owns ``BLOCK_M`` weight rows and walks their columns, ``BLOCK_E`` at a time. The place of
+an element in ``values`` is its row's current place, plus the number of kept elements before it in
+the tile: a prefix sum of bits. So each row's values stream through once, in order; lanes of zeros
+load nothing. Grid ``(n / BLOCK_N, M / BLOCK_M)``: adjacent programs share weights. Tuning table:
+``sparse_linear``, shape ``(M, E)``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _sparse_linear_kernel(
     start = tl.program_id(0) * BLOCK_N
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = m < M
-    # A tuple of numbers stays one of constants only as long as it has no name.
+    # A tuple of numbers stays constexpr only while it is not bound to a name.
     n = [tl.minimum(start + number, rows - 1) for number in (0, 1, 2, 3)[:BLOCK_N]]
     x_ptrs = [x_ptr + each.to(tl.int64) * stride_xn for each in n]
     bitmap_ptrs = bitmap_ptr + (m.to(tl.int64) * stride_bm)[:, None]
@@ -83,7 +83,7 @@ def sparse_linear(
 ) -> Tensor:
     """``x @ weight.T + bias``: ``[n, E] -> [n, M]``, meant for few rows.
 
-    ``packed`` and ``bias`` lie on the device of ``x`` and have its dtype.
+    ``packed`` and ``bias`` are on the device of ``x`` and have its dtype.
     """
     refuse_gradients(x=x, values=packed.values, bias=bias)
     assert x.stride(1) == 1 and packed.bitmap.is_contiguous()

@@ -1,12 +1,12 @@
-"""Products that several programs share: each sums a part of a tile, the last one puts it together.
+"""Split tiles (split-K): several programs each sum a part of a tile, and the last one adds these.
 
-Where a product has few tiles, wide ones leave multiprocessors without work, and narrow ones read
-the rows again and again. So ``SPLITS`` programs take a tile, each an equal part of what is summed
-over, and leave it in fp32 scratch. Who arrives last adds the parts, in their order whoever that is,
-so that results do not depend on it, and does what follows.
+If a product has few tiles, wide tiles leave multiprocessors idle, and narrow ones reread the rows.
+So ``SPLITS`` programs share a tile: each sums an equal part of the reduction dimension and stores
+the sum in fp32 scratch. The last to arrive adds the parts, always in the same order so that results
+do not depend on which one it is, and runs the epilogue.
 
-``arrivals``: as in the file of that name, one for each tile at least. Tables: ``<kernel>_split``,
-with rows and shape of the kernel's own, over which they are laid.
+``arrivals``: as in ``arrivals.py``, at least one per tile. Tuning tables: ``<kernel>_split``, by
+rows and shape like the kernel's own, which they override.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastskip.ops.allocate import empty
 
 Shape = tuple[int, int]
 MOST_STREAMED = 4
-"""Up to so many rows a step's weights stream by, in tiles that are nobody else's."""
+"""Up to this many rows, those of the streaming form, a decode step's tiles are never split."""
 
 
 class Shared(NamedTuple):
-    """Parts of tiles, fp32, and who has arrived; tiles that nobody shares have none."""
+    """Parts of tiles, fp32, and arrival counters; only for tiles that are split."""
 
     parts: Any
     arrivals: Any
@@ -36,18 +36,18 @@ class Shared(NamedTuple):
 
 @triton.jit
 def leave(total, parts_ptr, tile, part, SPLITS: tl.constexpr):
-    """Leaves ``total [A, B]``, fp32, as a part of a tile."""
+    """Stores ``total [A, B]``, fp32, as a part of a tile."""
     SIZE: tl.constexpr = total.shape[0] * total.shape[1]
     tl.store(parts_ptr + (tile * SPLITS + part) * SIZE + _places(total), total)
 
 
 @triton.jit
 def gather(total, parts_ptr, tile, SPLITS: tl.constexpr):
-    """The sum of all parts of a tile; ``total``: this program's own, for its shape."""
+    """The sum of all parts of a tile; ``total``: this program's own part, for its shape."""
     SIZE: tl.constexpr = total.shape[0] * total.shape[1]
     places = parts_ptr + tile * SPLITS * SIZE + _places(total)
     found = tl.zeros(total.shape, tl.float32)
-    # Written by other multiprocessors during this very launch: not from a cache of this one.
+    # Written by other multiprocessors during this launch: bypass the L1 cache.
     for part in tl.static_range(SPLITS):
         found += tl.load(places + part * SIZE, cache_modifier=".cg")
     return found
@@ -55,9 +55,8 @@ def gather(total, parts_ptr, tile, SPLITS: tl.constexpr):
 
 @triton.jit
 def put_together(total, shared, tile, SPLITS: tl.constexpr):
-    """The sum of what the programs of a tile, along the third axis of the grid, have as their
-    ``total``; and whether this is the one that goes on with it. The others have nothing to store.
-    """
+    """The sum of the ``total`` of a tile's programs, along the third axis of the grid; and whether
+    this program is the last, which continues with the sum. The others have nothing to store."""
     leave(total, shared.parts, tile, tl.program_id(2), SPLITS)
     goes_on = is_last(shared.arrivals + tile, SPLITS)
     if goes_on:
@@ -74,8 +73,8 @@ def _places(total):
 def splits_of(
     blocks: dict[str, int], arrivals: Tensor | None, tiles: int, inner: Sequence[int]
 ) -> int:
-    """How many programs share a tile: as many as ``SPLITS``, which is taken out of ``blocks``, or
-    one where what is summed over, ``inner`` elements of each term, has no such parts.
+    """How many programs share a tile: ``SPLITS``, which is removed from ``blocks``, or one if
+    ``arrivals`` are too few or the reduction, ``inner`` elements of each term, has no such parts.
 
     Parts begin where wide loads can.
     """
@@ -93,9 +92,9 @@ def arguments_of(
     *,
     sums: int = 1,
 ) -> dict[str, Any]:
-    """What a kernel is told of ``tiles`` that programs may share, as many as ``splits_of`` says.
+    """The kernel arguments for ``tiles`` that programs may share, as many as ``splits_of`` says.
 
-    ``sums``: tiles of ``BLOCK_M * BLOCK_N`` that each of them sums.
+    ``sums``: tiles of ``BLOCK_M * BLOCK_N`` that each program sums.
     """
     programs, shared = splits_of(blocks, arrivals, tiles, inner), None
     if programs > 1:
@@ -105,17 +104,17 @@ def arguments_of(
 
 
 def grid_of(grid: tuple[int, ...], shared: Mapping[str, Any]) -> tuple[int, ...]:
-    """The grid, with an axis more for programs that share a tile."""
+    """The grid, with one more axis if programs share tiles."""
     return (*grid, shared["SPLITS"]) if shared["SPLITS"] > 1 else grid
 
 
 def add_terms_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
-    """Configurations of shared tiles worth timing."""
+    """Configurations of split tiles worth timing."""
     return step_candidates(rows, shape)
 
 
 def step_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
-    """The same for any product of a step's few rows."""
+    """The same for any product of a decode step."""
     if rows <= MOST_STREAMED:
         return []
     block = min(64, max(16, triton.next_power_of_2(rows)))
@@ -131,7 +130,7 @@ def step_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
 
 
 def linear_rows_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]]:
-    """Configurations of shared tiles worth timing, for the text rows of a prompt."""
+    """Configurations of split tiles worth timing, for the text rows of a prompt."""
     if rows > 128:
         return []
     return [
@@ -151,5 +150,5 @@ def linear_rows_split_candidates(rows: int, shape: Shape) -> list[dict[str, int]
 
 
 def _is_worth(width: int, splits: int, shape: Shape) -> bool:
-    """Whether programs fill 132 multiprocessors, once to three times, with parts of one size."""
+    """Whether programs fill 132 multiprocessors one to three times, with parts of equal size."""
     return 96 <= splits * shape[0] // width <= 400 and shape[1] % (16 * splits) == 0

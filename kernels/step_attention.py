@@ -1,23 +1,24 @@
-"""Attention of a decode step: one query a sequence over all of its entries, split over keys.
+"""Attention of a decode step: one query per sequence over all of its entries, split over keys.
 
     out[b, h] = sum_s softmax_s(scale * q[b, h] . k[b, s, h // ratio]) * v[b, s, h // ratio]
 
 with ``s`` below ``counts[b] + extra``, a number on the device. Queries ``[B, H, K]``, out
-``[B, H * K]``; no entries give 0. Grid ``(B * G * CHUNKS, SPLITS, parts)``: a program takes every
-``SPLITS``-th block of ``BLOCK_S`` slots for the (up to ``BLOCK_H``) query heads that share one head
-of the entries. Launch width is thus fixed on the host, and work follows the counts on the device.
-Programs of a sequence whose flag in ``runs [B]`` is 0 leave at once, and its output is not written.
+``[B, H * K]``; without entries the output is 0. Grid ``(B * G * CHUNKS, SPLITS, parts)``: a program
+takes every ``SPLITS``-th block of ``BLOCK_S`` slots, for (up to ``BLOCK_H``) query heads that share
+a KV head. The launch width is thus fixed on the host, and the work follows the counts on the
+device. Programs of a sequence whose flag in ``runs [B]`` is 0 exit at once, and its output is not
+written.
 
-What a split found is its normalised output and ``log2(sum of exp2(scores))``, in fp32. They are
-combined in the order of the splits, so results do not depend on who is first: by the program of a
-head that arrives last (``FUSED_COMBINE``), or by a second launch, grid ``(parts * B * H,)``.
+Each split yields its normalised output and ``log2(sum of exp2(scores))``, in fp32. They are
+combined in the order of the splits, so results do not depend on which finishes first: by the last
+program of a head to arrive (``FUSED_COMBINE``), or by a second launch, grid ``(parts * B * H,)``.
 
-Multi-head (one query head a group): no matrix instruction; every row of a tile keeps a softmax of
-its own, so that warps meet only once, at the end. Grouped: the query heads of a group are the rows
-of a ``tl.dot``, padded to 16.
+Multi-head (one query head per group): no matrix instructions; every row of a tile keeps its own
+softmax, so that warps synchronise only once, at the end. Grouped: the query heads of a group are
+the rows of a ``tl.dot``, padded to 16.
 
-Tables: kernel ``attend_step``, rows are sequences (of both blocks of a pair), shape ``(H, G, K)``.
-``PROGRAMS`` is the launch width aimed at.
+Tuning table: ``attend_step``, rows are sequences (of both blocks of a pair), shape ``(H, G, K)``.
+``PROGRAMS`` is the target launch width.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ def _combine(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``out[head]`` of what the splits found; all loads are independent, so none waits for one."""
+    """``out[head]`` from the results of the splits; all loads are independent of each other."""
     column = tl.arange(0, BLOCK_K)
     mask = is_head[:, None] & (column < HEAD_DIM)[None]
     best = tl.full([BLOCK_H], LOW, tl.float32)
-    # Written by other multiprocessors during this very launch: not from a cache of this one.
+    # Written by other multiprocessors during this launch: bypass the L1 cache.
     for part in tl.static_range(SPLITS):
         here = sums_ptr + head * SPLITS + part
         best = tl.maximum(best, tl.load(here, mask=is_head, other=LOW, cache_modifier=".cg"))
@@ -118,7 +119,7 @@ def _attend_step_kernel(
     OVERLAP: tl.constexpr,
     READS_AHEAD: tl.constexpr,
 ):
-    # In a loop it takes another number to know where counts are.
+    # In a loop, the address of the counts must itself be read first.
     AHEAD: tl.constexpr = READS_AHEAD and now_ptr is None
     if OVERLAP and not AHEAD:
         overlap.wait()
@@ -129,12 +130,12 @@ def _attend_step_kernel(
     if runs_ptr is not None:
         does_run = overlap.read(runs_ptr + sequence, sequence >= 0, AHEAD)
     if AHEAD:
-        # The launch that yielded the queries has read the same flags; counts are those of the
-        # step, and pages of the call.
+        # The launch that produced the queries has read the same flags; counts are fixed during a
+        # step, and pages during a call.
         count = overlap.read(counts_ptr, sequence >= 0, AHEAD)
         overlap.touch(table_ptr + tl.minimum(part * BLOCK_S // PAGE, stride_tb - 1))
         overlap.wait()
-    # All programs of a sequence read the same, so either all of its splits arrive or none.
+    # All programs of a sequence read the same flag, so either all of its splits arrive or none.
     if runs_ptr is not None and does_run == 0:
         return
     if now_ptr is not None:
@@ -194,11 +195,11 @@ def _attend_step_kernel(
             BLOCK_K,
             STAGES,
         )
-    # No entries, none in this split: 0, which weighs nothing.
+    # Without entries, in all or in this split: 0, which gets no weight.
     some = tl.where(total > 0.0, total, 1.0)
     out = out / some[:, None]
 
-    # The row of a head in all that is written.
+    # Each head's row in everything that is written.
     row = (problem * rows + sequence) * (GROUPS * RATIO) + head + tl.arange(0, BLOCK_H)
     mask = is_head[:, None] & is_column[None]
     if SPLITS == 1:
@@ -245,12 +246,12 @@ def attend_step(
     now: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Tensor]:
-    """One query a sequence over all of its entries, of one block or of the two of a pair.
+    """One query per sequence over all of its entries, of one block or of the two of a pair.
 
-    ``[B, H, K]`` each -> ``[B, H * K]`` each. Two blocks have ``arrivals`` of their own. Blocks
-    that differ in their sizes, or run for chosen sequences, take a launch each. ``now``: in a loop
-    (``hops``), whose first layer's entries are given, the distances to those of the layer that is
-    next.
+    ``[B, H, K]`` each -> ``[B, H * K]`` each. Two blocks need separate ``arrivals``. Blocks that
+    differ in their sizes, or run for chosen sequences, take one launch each. ``now``: inside a loop
+    (``hops``), the distances from the given tensors, those of its first layer, to those of the next
+    layer.
     """
     refuse_gradients(**{f"queries[{number}]": each for number, each in enumerate(queries)})
     kinds = {_kind_of(*each) for each in zip(queries, pages, strict=True)}
@@ -266,8 +267,8 @@ def attend_step(
     chosen = config or tuning.config_for("attend_step", q.device, rows * parts, shape)
     blocks, options = split(chosen)
     if now is not None and options["num_warps"] <= 4:
-        # Addresses that a loop keeps are registers, which ptxas would rather spill; four programs
-        # of a multiprocessor have room.
+        # A loop keeps addresses in registers, which ptxas would otherwise spill; four programs per
+        # multiprocessor have room for them.
         options.setdefault("maxnreg", 128)
     block_h = 1 if ratio == 1 else min(64, max(16, triton.next_power_of_2(ratio)))
     lanes = rows * entries.groups * triton.cdiv(ratio, block_h)
@@ -335,9 +336,9 @@ def attend_step(
 
 
 def splits_of(lanes: int, entries: int, blocks: Mapping[str, int]) -> int:
-    """Splits over keys of ``lanes`` (sequence, group) pairs that have about ``entries`` each.
+    """Splits over keys of ``lanes`` (sequence, group) pairs with about ``entries`` each.
 
-    A power of two, since every number of splits is a kernel of its own; none without a block.
+    A power of two, since each number of splits compiles to another kernel; at most one per block.
     """
     wanted = blocks["PROGRAMS"] // max(lanes, 1)
     wanted = min(wanted, triton.cdiv(entries, blocks["BLOCK_S"]), MOST_SPLITS)
@@ -375,6 +376,6 @@ def candidates(rows: int, shape: tuple[int, ...]) -> list[dict[str, int]]:
 
 
 def _kind_of(queries: Tensor, pages: Pages) -> Hashable:
-    """What must agree of two problems that share a launch."""
+    """What two problems must have in common to share a launch."""
     sizes = pages.groups, pages.head_dim, pages.table.stride()
     return queries.dtype, queries.shape, queries.stride(), sizes

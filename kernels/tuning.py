@@ -1,15 +1,15 @@
 """Tuning tables: which block sizes, warps and stages a kernel uses, by GPU, rows and shape.
 
-A table is a folder of ``tables/``: ``gpu.json`` (``name`` as the driver gives it, ``arch`` as 10 *
-major + minor, ``measured``: what it was measured with, or null) and one ``<kernel>.json`` a kernel,
-a list of ``{"rows": .., "shape": [..] or null, "config": {..}}``. ``rows`` is the largest row count
-of the bucket, null for any; ``shape`` is what the kernel's own file says it is.
+A table is a folder of ``tables/``: ``gpu.json`` (``name`` as the driver reports it, ``arch`` as 10
+* major + minor, ``measured``: what it was measured with, or null) and one ``<kernel>.json`` per
+kernel, a list of ``{"rows": .., "shape": [..] or null, "config": {..}}``. ``rows`` is the largest
+row count of the bucket, null for any; ``shape`` is defined in the kernel's own file.
 
-The rule: the table of this very GPU, else one of the same architecture, those that were measured
-before those that were not; else ``default``, which names conservative sizes for every kernel.
-Within a table the entry of this very shape is taken, else the one without shape; of several, the
-smallest bucket that holds the rows. A table without a fitting entry passes the question on to the
-next. Nothing is ever tuned at run time; ``python -m benchmarks.gpu tune`` writes tables.
+Lookup order: tables of this very GPU or of its architecture, measured ones before unmeasured ones
+and otherwise this GPU's own first; then ``default``, with conservative sizes for every kernel.
+Within a table an entry for this very shape precedes one without a shape; of several, the smallest
+bucket that holds the rows is taken. A table without a fitting entry defers to the next. Nothing is
+ever tuned at run time; ``python -m benchmarks.gpu tune`` writes tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _chosen: ContextVar[Table | None] = ContextVar("chosen", default=None)
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One bucket of one kernel; ``None`` means any."""
+    """One bucket of one kernel; ``None`` matches anything."""
 
     rows: int | None
     shape: tuple[int, ...] | None
@@ -83,19 +83,19 @@ def read_table(slug: str) -> Table:
 
 
 def slugs() -> list[str]:
-    """The tables that there are."""
+    """The names of all tables."""
     return sorted(path.parent.name for path in FOLDER.glob("*/gpu.json"))
 
 
 @functools.cache
 def tables_for(name: str | None, arch: int | None) -> tuple[Table, ...]:
-    """The tables to ask, in order, on a GPU of this name and architecture."""
+    """The tables to look up, in order, on a GPU of this name and architecture."""
     known = [read_table(slug) for slug in slugs()]
     own = [table for table in known if name is not None and table.name == name]
     alike = [
         table for table in known if arch is not None and table.arch == arch and table not in own
     ]
-    # What was measured on a sister of this GPU is better than what was only thought out for it.
+    # Sizes measured on a sibling of this GPU are better than unmeasured ones for the GPU itself.
     found = sorted((*own, *alike), key=lambda table: table.measured is None)
     return (*found, read_table(DEFAULT))
 
@@ -103,7 +103,7 @@ def tables_for(name: str | None, arch: int | None) -> tuple[Table, ...]:
 def config_for(
     kernel: str, device: torch.device, rows: int, shape: tuple[int, ...] = ()
 ) -> Mapping[str, Any]:
-    """The configuration of ``kernel`` for this many rows of this shape on this device."""
+    """The configuration of ``kernel`` for ``rows`` rows of ``shape`` on this device."""
     for table in _tables_of(device):
         found = table.find(kernel, rows, shape)
         if found is not None:
@@ -114,14 +114,14 @@ def config_for(
 def config_over(
     kernel: str, over: str | None, device: torch.device, rows: int, shape: tuple[int, ...] = ()
 ) -> Mapping[str, Any]:
-    """``config_for``, with what the table ``over`` says of these rows laid over it."""
+    """``config_for``, overridden by what the table ``over`` says of these rows."""
     own = config_for(kernel, device, rows, shape)
     return own if over is None else {**own, **config_for(over, device, rows, shape)}
 
 
 @contextmanager
 def table(chosen: str | Table) -> Iterator[None]:
-    """Within this block the table of this name, or this one, is used, whatever the device."""
+    """Within this block this table, or the one of this name, comes first, whatever the device."""
     if isinstance(chosen, str):
         if chosen not in slugs():
             raise ValueError(f"table: {chosen!r} is unknown; allowed: {', '.join(slugs())}")

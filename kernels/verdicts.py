@@ -1,13 +1,13 @@
-"""What verdicts are made of: measures, draws, scores and answers, of one row or of a tile of rows.
+"""Building blocks of verdicts: measures, draws, scores and answers, for one row or a tile of rows.
 
 Shared by ``routing`` (any number of rows) and ``riding`` (few rows, at the end of an update), so
-that both decide alike. Formulas are those of ``ops.fused_routes``; scores, agreements and moves go
-by the names that ``ops.routes`` gives them. All in fp32.
+that both decide alike. Formulas are those of ``ops.fused_routes``; scores, agreements and moves
+have the names that ``ops.routes`` gives them. All in fp32, except a capacity's share (fp64).
 
 Rows decide alone, or together by one of four rules: ``mean`` and ``any`` as in ``Agreement``,
 ``latest`` by the draw of the largest position, ``capacity`` by rank. Together means that each row
-looks at all members of its group (``tally``), in the same order as every other: so they all decide
-alike, and none waits for another.
+looks at all members of its group (``tally``), in the same order as every other row: so they all
+decide alike, and none waits for another.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def draw(position, salt):
-    """``u`` in (0, 1]: the bits of ``routes.draw``."""
-    # A number 1 in a tuple arrives as a constant, which has no .to.
+    """``u`` in (0, 1], with the same bits as ``routes.draw``."""
+    # An integer 1 in a tuple arrives as a constexpr, which has no .to.
     value = (position.to(tl.uint32) * 0x9E3779B1) ^ tl.cast(salt, tl.uint32)
     value = (value ^ (value >> 16)) * 0x85EBCA6B
     value = (value ^ (value >> 13)) * 0xC2B2AE35
@@ -51,10 +51,10 @@ def moved(
     product,
     difference,
 ):
-    """Cosine and relative change of rows once their trace has moved on; both are written down.
+    """Cosine and relative change of rows after their trace has moved; both are stored.
 
-    The sums over each row, which only ``next`` reads: ``out^2``, ``in^2``, ``in * out``,
-    ``(out - in)^2``. ``row``, of any shape, and all else of the same.
+    The sums over each row, which only ``next`` reads, are ``out^2``, ``in^2``, ``in * out`` and
+    ``(out - in)^2``. ``row`` may have any shape; all else has the same.
     """
     cosine = tl.full(row.shape, float("-inf"), tl.float32)
     change = tl.full(row.shape, float("inf"), tl.float32)
@@ -91,7 +91,7 @@ def score(SCORE: tl.constexpr, cosine, change, square, product, bias, position, 
 
 @triton.jit
 def answer(wish, bar):
-    """1 where a row runs, else 0. NaN is not at the bar, so it runs."""
+    """1 where a row runs, else 0. NaN does not reach the bar, so it runs."""
     return tl.where(wish >= bar, 0, 1)
 
 
@@ -111,11 +111,12 @@ def tally(
     latest,
     total,
 ):
-    """What rows ``row [R]`` know of their groups, after a look at rows ``their_row [J]`` too.
+    """Updates what rows ``row [R]`` know of their groups, after a look at rows ``their_row [J]``.
 
-    ``is_member [R, J]``: of whose group who is. Scores and positions of both; what a rule does not
-    read may be ``None``. Returns ``[R]`` each: members, those of them who would run or who come
-    first, the largest position, the sum of scores.
+    ``is_member [R, J]``: which of the latter are in the group of each of the former. Scores and
+    positions of both; what a rule does not read may be ``None``. Returns ``[R]`` each: members,
+    those of them that would run (or, by ``capacity``, rank first), the largest position, the sum of
+    scores.
     """
     members += tl.sum(is_member.to(tl.int32), 1)
     if RULE == "latest":
@@ -137,7 +138,7 @@ def tally(
 
 @triton.jit
 def ruling(RULE: tl.constexpr, members, counted, latest, total, bar, salt, capacity):
-    """1 where a row runs, else 0, by what it knows of its group."""
+    """1 where a row runs, else 0, given what it knows of its group."""
     if RULE == "latest":
         return answer(-draw(latest, salt), bar)
     elif RULE == "mean":
@@ -145,7 +146,7 @@ def ruling(RULE: tl.constexpr, members, counted, latest, total, bar, salt, capac
     elif RULE == "any":
         return tl.where(counted > 0, 1, 0)
     else:
-        # The product of Python's numbers, whose bits came as an integer.
+        # In fp64, like Python's numbers; the bits were passed as an integer.
         share = capacity.to(tl.int64).to(tl.float64, bitcast=True)
         return tl.where(counted < tl.ceil(share * members.to(tl.float64)), 1, 0)
 
@@ -174,12 +175,12 @@ def together(RULE: tl.constexpr, is_member, row, position, wish, bar, salt):
 
 @triton.jit
 def _rankable(wish):
-    """Scores in an order of all of them: NaN comes last, as in torch."""
+    """Scores in a total order: NaN comes last, as in torch."""
     return tl.where(wish == wish, tl.minimum(wish, LARGEST), float("inf"))
 
 
 class Asked(NamedTuple):
-    """Verdicts as a kernel reads them: an element each."""
+    """Verdicts as passed to a kernel, one element each."""
 
     weights: tuple[Tensor | None, ...]
     candidates: tuple[Tensor, ...]
@@ -189,7 +190,7 @@ class Asked(NamedTuple):
 
 
 def told(found: Sequence[Verdict]) -> dict[str, Any]:
-    """What a kernel is told of verdicts; ``salts`` apart, since no code is compiled for a salt."""
+    """The kernel arguments for verdicts; ``salts`` apart, so that code is not specialised on them."""
     return {
         "asked": Asked(
             weights=tuple(verdict.weight for verdict in found),
@@ -205,7 +206,7 @@ def told(found: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def rule_of(verdict: Terms) -> str:
-    """How rows decide together, or that each decides alone."""
+    """The rule by which rows decide together, or that each decides alone."""
     if verdict.capacity is not None:
         return "capacity"
     if verdict.group is Group.ROW:

@@ -254,7 +254,7 @@ def test_halves_are_of_all_rows_of_one_norm(device: torch.device) -> None:
         {"feeds": [part], "changes": [h]},
     ]
     for each in given:
-        with pytest.raises(ValueError, match="half: allowed with one norm, of all rows"):
+        with pytest.raises(ValueError, match="half: allowed only with one norm, over all rows"):
             feed.feed(h, half=half, config=STREAM, **each)
 
 

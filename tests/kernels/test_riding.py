@@ -255,7 +255,7 @@ def test_what_cannot_ride_is_refused(device: torch.device) -> None:
     assert riding.can_ride(fits, 64)
     update = Update()
     h, terms = scene.h(torch.float32, device), update.terms(torch.float32, device)
-    with pytest.raises(ValueError, match="then: 7 rows or a capacity"):
+    with pytest.raises(ValueError, match="then: 7 rows, capacities"):
         residual.add_terms_(h, terms, then=few)
     with pytest.raises(ValueError, match="then: given with an index"):
         residual.add_terms_(h, terms, then=fits, index=torch.arange(7, dtype=torch.int32))
