@@ -190,7 +190,7 @@ class Asked(NamedTuple):
 
 
 def told(found: Sequence[Verdict]) -> dict[str, Any]:
-    """The kernel arguments for verdicts; ``salts`` apart, so that code is not specialised on them."""
+    """The kernel arguments for verdicts; ``salts`` apart, so that no code specialises on them."""
     return {
         "asked": Asked(
             weights=tuple(verdict.weight for verdict in found),
