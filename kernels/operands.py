@@ -98,7 +98,10 @@ def rows_read(
     inputs = [
         normalize(h, norm, index=index, change=None if changes is None else changes[number])
         for number, norm in enumerate(norms)
-        if number == 0 or changes is not None or norm.weight is not norms[0].weight
+        if number == 0
+        or changes is not None
+        or norm.weight is not norms[0].weight
+        or norm.bias is not norms[0].bias
     ]
     return RowsRead(inputs, None, None, None)
 

@@ -225,6 +225,17 @@ def test_launches(device: torch.device) -> None:
     ]
 
 
+def test_norms_that_differ_only_in_their_biases(device: torch.device) -> None:
+    """Taken apart, they are two norms although they share their weights."""
+    place = Place(torch.float32, device)
+    first = RELU.build(place)
+    assert first.norm.bias is not None
+    second = replace(first, norm=replace(first.norm, bias=first.norm.bias + 1))
+    h = place.numbers(2, 80, seed=0)
+    alone = feed(h, [second], config=APART)[0]
+    assert torch.equal(feed(h, [first, second], config=APART)[1], alone)
+
+
 def test_fp32_is_streamed(device: torch.device) -> None:
     """Matrix instructions would round fp32 to TF32."""
     place = Place(torch.float32, device)
