@@ -146,7 +146,9 @@ def compile_all(
     ``workers`` processes (default: one per core)."""
     wanted = {build.key: build for build in builds}
     found = {key: known[key] for key in wanted if known and key in known}
-    found |= {key: kept for key in wanted if key not in found and (kept := _kept(key)) is not None}
+    found |= {
+        key: kept for key in wanted if key not in found and (kept := _read_cached(key)) is not None
+    }
     missing = [key for key in wanted if key not in found]
     if missing:
         context = multiprocessing.get_context("spawn")
@@ -156,7 +158,7 @@ def compile_all(
             ):
                 found[key] = finding
                 if finding.error is None:
-                    _keep(key, finding)
+                    _write_cached(key, finding)
     return found
 
 
@@ -218,18 +220,18 @@ def _number(pattern: str, text: str) -> int:
     return max((int(number) for number in re.findall(pattern, text)), default=0)
 
 
-def _folder() -> Path:
+def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "fastskip" / "compiled"
 
 
-def _kept(key: str) -> Finding | None:
-    path = _folder() / f"{key}.json"
+def _read_cached(key: str) -> Finding | None:
+    path = _cache_folder() / f"{key}.json"
     return Finding(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def _keep(key: str, finding: Finding) -> None:
-    folder = _folder()
+def _write_cached(key: str, finding: Finding) -> None:
+    folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     # Another process may write the same finding: rename the file only once it is complete.
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:
