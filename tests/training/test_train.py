@@ -86,7 +86,7 @@ def test_what_learns_and_what_does_not(parts: Parts) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastskip.study.training.learner.find_spec", lambda name: None)
-    with pytest.raises(TrainingError, match="accelerate: is missing; needed: pip install"):
+    with pytest.raises(TrainingError, match="accelerate: not installed; needed: pip install"):
         run(prepared())
 
 

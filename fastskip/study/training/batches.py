@@ -1,4 +1,4 @@
-"""Batches of encoded examples: padded sequences, and the images of all of them together."""
+"""Batches of encoded examples: padded sequences, and the images of all examples concatenated."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fastskip.study.training.encoding import IGNORED, Features
 from fastskip.study.training.settings import Padding
 
 _BY_EXAMPLE = "pixel_attention_mask"
-"""What families have that take the images of each example apart: ``[B, images, height, width]``."""
+"""Present in families that group images by example: ``[B, images, height, width]``."""
 _SIZES = "image_sizes"
-"""What families have that tell an image from what fills it up: ``[images, 2]``."""
+"""Present in families that separate an image from its padding by its size: ``[images, 2]``."""
 
 
 class Collator:
-    """Makes one batch of several examples.
+    """Collates several examples into one batch.
 
-    ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``; tensors of images follow one another
-    in the order of their placeholders. Where images have different numbers of crops
-    (LLaVA-NeXT, LLaVA-OneVision) or sizes (Mistral 3, LightOnOCR, Idefics 2), or examples of
-    images (Idefics, SmolVLM), zeros fill them up, which the model leaves out.
+    ``input_ids``, ``labels``, ``attention_mask`` are ``[B, T]``; image tensors are concatenated in
+    the order of their placeholders. Where images differ in their number of crops (LLaVA-NeXT,
+    LLaVA-OneVision) or in size (Mistral 3, LightOnOCR, Idefics 2), or examples in their number of
+    images (Idefics, SmolVLM), they are padded with zeros, which the model ignores.
     """
 
     def __init__(self, pad_id: int, side: Padding) -> None:
@@ -41,18 +41,18 @@ class Collator:
         names = {name: None for example in examples for name in example if name not in batch}
         for name in names:
             found = [example.get(name) for example in examples]
-            if _BY_EXAMPLE in names:  # each has a row of them, if only of blank ones
+            if _BY_EXAMPLE in names:  # every example needs its row, even if only of blank images
                 like = next(each for each in found if each is not None)
                 blank = torch.zeros_like(like[:, :1])
                 found = [blank if each is None else each for each in found]
             given = [each for each in found if each is not None]
             pairs = zip(examples, found, strict=True)
             if all(own is None or own.shape == e["input_ids"].shape for e, own in pairs):
-                # something of each token: which ones are an image's
+                # a per-token feature, such as which tokens belong to an image
                 batch[name] = self._padded(given, width, 0)
                 continue
             is_ragged = bool(names.keys() & {_BY_EXAMPLE, _SIZES}) or given[0].ndim > 4
-            batch[name] = _joined(given, is_ragged=is_ragged)
+            batch[name] = _concatenated(given, is_ragged=is_ragged)
         return batch
 
     def _padded(self, rows: list[Tensor], width: int, fill: int) -> Tensor:
@@ -64,13 +64,13 @@ class Collator:
         )
 
 
-def _joined(tensors: list[Tensor], *, is_ragged: bool) -> Tensor:
-    """One after the other; of crops, images, rows or columns of pixels (``[n, ...]``) all get as
-    many as the one with most."""
+def _concatenated(tensors: list[Tensor], *, is_ragged: bool) -> Tensor:
+    """Concatenates tensors ``[n, ...]``; if ragged, pads their crops, images or pixel rows and
+    columns with zeros to the largest size first."""
     if not is_ragged:
         return torch.cat(tensors)
     most = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    filled = [tensor.new_zeros(len(tensor), *most) for tensor in tensors]
-    for whole, own in zip(filled, tensors, strict=True):
+    padded = [tensor.new_zeros(len(tensor), *most) for tensor in tensors]
+    for whole, own in zip(padded, tensors, strict=True):
         whole[(slice(None), *map(slice, own.shape[1:]))] = own
-    return torch.cat(filled)
+    return torch.cat(padded)

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run, as a PNG."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fastskip.study.training.settings import SettingsError
 
 
 def require_plots() -> None:
-    """Raises without matplotlib: better before a run than after it."""
+    """Raises ``SettingsError`` without matplotlib, so that a run fails before it starts."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        allowed = "none, or: pip install 'fastskip[train]' (matplotlib is missing)"
+        allowed = "no curve, or: pip install 'fastskip[train]' (matplotlib is missing)"
         raise SettingsError("curve", "a PNG", allowed) from error
 
 
 def write_curve(losses: Sequence[float], path: Path, title: str = "") -> None:
-    """The losses ``[steps]`` and their running mean over a twentieth of the steps, as a PNG."""
+    """Plots the losses ``[steps]`` and their running mean over a twentieth of the steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,8 +31,8 @@ def write_curve(losses: Sequence[float], path: Path, title: str = "") -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color="#9dc3e6", linewidth=0.8, label="each step")
-    axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label=f"mean of {width}")
+    axes.plot(steps, losses, color="#9dc3e6", linewidth=0.8, label="per step")
+    axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label=f"mean over {width}")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss on answers")
     axes.set_title(title, fontsize=9)

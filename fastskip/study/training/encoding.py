@@ -1,7 +1,7 @@
-"""Examples as a model's inputs, with labels on the answers alone.
+"""Examples as model inputs, with labels on answer tokens only.
 
-The conversation is written by the checkpoint's own chat template (``fastskip.rendering``) and
-tokenised as a whole; a token is learned if it holds a character of an answer or is its end.
+The checkpoint's own chat template renders the conversation (``fastskip.rendering``), which is
+tokenised as a whole; a token is learned if it holds a character of an answer or of its end token.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fastskip.images import ImageError, load_image
 from fastskip.rendering import Renderer, Span
 
 IGNORED = -100
-"""The label of a token that is not learned."""
+"""The label of tokens that the loss ignores."""
 Features = dict[str, Tensor]
 
 
 class Encoder:
-    """Encodes examples for one processor (of a text-only model: its tokenizer)."""
+    """Encodes examples for one processor (for a text-only model, its tokenizer)."""
 
     def __init__(self, processor: Any, max_tokens: int | None = None) -> None:
-        """``max_tokens``: longer examples are errors."""
+        """``max_tokens``: longer examples raise ``DataError``."""
         self._processor, self._max_tokens = processor, max_tokens
         self._renderer = Renderer(processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -33,22 +33,25 @@ class Encoder:
         self._image = str(processor.image_token) if self._reads_images else None
         if not self.tokenizer.is_fast:
             raise DataError(
-                f"processor: {type(self.tokenizer).__name__} does not say which characters a token "
-                "holds; allowed: a fast tokenizer (one with a tokenizer.json)"
+                f"processor: {type(self.tokenizer).__name__} gives no character offsets; allowed: "
+                "a fast tokenizer (one with a tokenizer.json)"
             )
 
     def __call__(self, example: Example) -> Features:
-        """``input_ids`` and ``labels`` ``[T]`` int64, and what the processor makes of the images;
-        what it says of tokens is ``[T]`` too.
+        """``input_ids`` and ``labels`` ``[T]`` int64, and the processor's outputs for the images;
+        its per-token outputs are ``[T]`` too.
 
         Raises:
-            DataError: an image cannot be read, the template cannot say it, or it is too long.
+            DataError: an image cannot be read, the template cannot render the example, or it is
+                too long.
         """
         if example.images and not self._reads_images:
-            raise DataError(f"{example.where}: has images; allowed: none, this model reads text")
+            raise DataError(
+                f"{example.where}: has images; allowed: none, as this model only reads text"
+            )
         text, spans = self._renderer.render(example)
-        begin = self.tokenizer.bos_token
-        special = {"add_special_tokens": not (begin and text.startswith(begin))}
+        bos = self.tokenizer.bos_token
+        special = {"add_special_tokens": not (bos and text.startswith(bos))}
         plain = self.tokenizer(text, return_offsets_mapping=True, **special)
         ids = torch.tensor(plain["input_ids"])
         learned = torch.tensor([_is_within(at, spans) for at in plain["offset_mapping"]])
@@ -76,19 +79,19 @@ class Encoder:
             ]
         except ImageError as error:
             raise DataError(f"{example.where}: {error}") from error
-        # Nested: all images belong to this one text, which decides how anyres models crop them.
+        # Nested, as all images belong to this one text: that decides how anyres models crop them.
         given = {"images": [images]} if images else {}
         return self._processor(text=text, **given, **special, return_tensors="pt")
 
     def _labels(self, example: Example, ids: Tensor, plain: Tensor, learned: Tensor) -> Tensor:
-        """Labels of ``ids [T]``, where each placeholder of ``plain [t]`` has become several, maybe
-        among tokens of the processor's own (which crop it is, say)."""
+        """Labels of ``ids [T]``, in which the processor has expanded each placeholder of
+        ``plain [t]`` and may have added tokens of its own (crop markers, for example)."""
         token = -1 if self._image is None else self.tokenizer.convert_tokens_to_ids(self._image)
         words, own = ids != token, plain != token
-        told = plain.masked_fill(~learned, IGNORED)
+        targets = plain.masked_fill(~learned, IGNORED)
         labels = torch.full_like(ids, IGNORED)
         if torch.equal(ids[words], plain[own]):
-            labels[words] = told[own]
+            labels[words] = targets[own]
             return labels
         images = (~own).nonzero().flatten().tolist() or [0]
         before, after = images[0], len(plain) - images[-1] - 1
@@ -96,19 +99,19 @@ class Encoder:
         fits = torch.equal(ids[:before], plain[:before]) and before < ends
         if not (fits and torch.equal(ids[ends:], plain[len(plain) - after :])):
             raise DataError(
-                f"{example.where}: the processor's tokens are not those of its tokenizer; allowed: "
-                "a processor that writes around images only"
+                f"{example.where}: the processor and its tokenizer disagree on the tokens; "
+                "allowed: a processor that adds tokens only around images"
             )
         if bool(learned[before : len(plain) - after].any()):
             raise DataError(
-                f"{example.where}: an answer between two images; allowed with this processor: all "
-                "images in one question"
+                f"{example.where}: has an answer between two images; allowed with this processor: "
+                "all images in one question"
             )
-        labels[:before], labels[ends:] = told[:before], told[len(plain) - after :]
+        labels[:before], labels[ends:] = targets[:before], targets[len(plain) - after :]
         return labels
 
 
 def _is_within(token: Span, spans: list[Span]) -> bool:
-    """Whether a token holds a character of one of the spans; tokens of no characters do not."""
+    """Whether a token holds a character of one of the spans; an empty token holds none."""
     first, last = token
     return first < last and any(first < end and start < last for start, end in spans)

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a trainer."""
+"""The trainer's callback: step times, pruning masks and progress."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import transformers
 
 
 class Masks(Protocol):
-    """Weights that were pruned and stay so."""
+    """Weights that were pruned and must stay zero."""
 
     def apply_(self, model: Any) -> object:
         """Sets them to zero, in place."""
 
 
 class Finished(Exception):
-    """A run that goes on has no step left to do."""
+    """A resumed run has no step left to do."""
 
 
 @dataclass
 class Events(transformers.TrainerCallback):  # type: ignore[misc]
-    """What happens beside the steps: clocks, masks, and whoever watches."""
+    """Times the steps, reapplies the masks after each one, and reports losses."""
 
     masks: Masks | None
     model: Any
@@ -37,12 +37,12 @@ class Events(transformers.TrainerCallback):  # type: ignore[misc]
         schedule = given["lr_scheduler"]
         pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         for group, (peak, share) in zip(given["optimizer"].param_groups, pairs, strict=True):
-            # a checkpoint brings the rate of its own schedule, which may be a shorter one
+            # a checkpoint restores the rate of its own schedule, which may be shorter
             group["lr"] = peak * share(schedule.last_epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            # resumed within a pass over the data, transformers would do one step too many
+            # when resuming within an epoch, transformers would do one step too many
             raise Finished
         self._began = self._now()
 

@@ -1,14 +1,14 @@
-"""Linear routers that learn, by the straight-through estimator.
+"""Training of linear routers, by the straight-through estimator.
 
-Forward, a candidate's change is multiplied by 1 if it would run and by 0 if it would skip, so the
-model computes what it will compute with the trained router. Backward, that step counts as the
-sigmoid of the score above the threshold (Bengio, Leonard & Courville 2013, arXiv:1308.3432), so a
-router learns from what each row's change is worth to the loss: for this every candidate is
-computed. A penalty draws the share that skips to the wanted one, over all layers together: layers
-whose changes are worth less skip more. The model's own weights are frozen, as in the router tuning
-of SkipGPT (arXiv:2506.04179).
+In the forward pass, a candidate's change is multiplied by 1 if it would run and by 0 if it would
+skip, so the model computes what it will compute with the trained router. In the backward pass, the
+sigmoid of the score minus the threshold replaces that step (Bengio, Leonard & Courville 2013,
+arXiv:1308.3432), so a router learns from what each row's change is worth to the loss; for this
+every candidate is computed. A penalty pulls the share that skips, over all layers together, towards
+its target: layers whose changes are worth less skip more. The model's own weights are frozen, as in
+the router tuning of SkipGPT (arXiv:2506.04179).
 
-What differs at inference: nothing is computed for rows that skip, and there is no gate.
+At inference, by contrast, nothing is computed for rows that skip, and there is no gate.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from fastskip.routing.weights import LayerScore, write_weights
 
 
 class Gates(nn.Module):
-    """The routers of a prepared model as parameters: by rule and layer, weight and bias."""
+    """The routers of a prepared model as parameters: one weight and bias per rule and layer."""
 
     def __init__(self, model: Any, rate: float | None) -> None:
-        """Starts from the routers that the model has; ``rate``: the share that should skip.
+        """Starts from the model's current routers; ``rate``: the share that should skip.
 
         Raises:
-            PolicyError: the policy has no routers, or others than linear ones that project K and V.
+            PolicyError: the policy has no routers, or one that is not linear or does not project K
+                and V; or ``rate`` is needed and missing.
         """
         super().__init__()
         plan = plan_of(model)
@@ -55,12 +56,12 @@ class Gates(nn.Module):
                 self.biases[name] = nn.Parameter(weight.new_tensor([terms.bias]))
 
     def gate(self, number: int, router: Router) -> Router:
-        """The router that learns in the place of another one: for ``watching_routers``."""
+        """The trainable stand-in for a router, as ``watching_routers`` takes it."""
         assert isinstance(router, ScoreRouter)
         return _Gate(router, number, self)
 
     def decide(self, number: int, terms: Terms, context: RoutingContext) -> Decision:
-        """Nobody skips; each candidate's factor says whether it would have run."""
+        """Skips no row; each candidate's factor says whether it would have run."""
         name = _name(number, context.layer)
         scores = linear_score(context.hidden, self.weights[name], self.biases[name])
         sequences, positions = (
@@ -74,7 +75,8 @@ class Gates(nn.Module):
         return Decision(torch.zeros_like(runs), factor=factor)
 
     def penalty(self) -> Tensor | None:
-        """The square distance of the last forwards' share of rows that run to the wanted one."""
+        """The squared difference between the share of candidates that ran since the last call and
+        the target; ``None`` if there is no target or no such candidate."""
         shares, self._shares = self._shares, []
         if self._rate is None or not shares:
             return None
@@ -107,7 +109,7 @@ class Gates(nn.Module):
 
 
 class _Gate(ScoreRouter):
-    """One learning router."""
+    """One router in training."""
 
     def __init__(self, router: ScoreRouter, number: int, gates: Gates) -> None:
         super().__init__(router.rule)
@@ -123,9 +125,9 @@ class _Gate(ScoreRouter):
 def fresh_routers(
     policy: SkipPolicy, depth: int, hidden_size: int, folder: Path, seed: int = 0
 ) -> SkipPolicy:
-    """The policy with untrained weights for its linear routers, written into ``folder``.
+    """The policy with untrained weights for its linear routers, written to ``folder``.
 
-    Scores begin around 1, spread by about 1: most rows run, and no two decide alike.
+    Scores start about 1 above the threshold, with a spread of about 1: most rows run, but not all.
     """
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,7 @@ def fresh_routers(
 
 
 def weights_file(number: int) -> str:
-    """What the weights of a policy's router are called."""
+    """The file name of a router's weights."""
     return f"router_{number}.safetensors"
 
 
@@ -160,9 +162,9 @@ def _check(policy: SkipPolicy, rate: float | None) -> None:
         raise PolicyError("routers", [], "a policy with linear routers", "no routers to train")
     for number, rule in enumerate(policy.routers):
         if rule.kind != "linear":
-            raise PolicyError(f"routers[{number}].kind", rule.kind, "linear: others learn nothing")
+            raise PolicyError(f"routers[{number}].kind", rule.kind, "linear: others cannot learn")
         if rule.kv not in (None, SkippedKV.PROJECT):
-            # In training every candidate's K and V are there.
-            raise PolicyError(f"routers[{number}].kv", rule.kv.value, "project, while they learn")
+            # Training computes K and V of every candidate.
+            raise PolicyError(f"routers[{number}].kv", rule.kv.value, "project, during training")
     if rate is None and all(rule.capacity is None for rule in policy.routers):
         raise PolicyError("rate", None, "a share in [0, 1] for routers with a threshold")

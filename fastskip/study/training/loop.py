@@ -1,4 +1,4 @@
-"""The run: `transformers.Trainer` over a prepared model, with what skipping adds to it."""
+"""A training run: `transformers.Trainer` over a prepared model, and what skipping adds to it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SCHEDULES = {
     Schedule.LINEAR: "linear",
     Schedule.COSINE: "cosine",
 }
-"""As transformers calls them."""
+"""Their names in transformers."""
 
 
 def train(
@@ -52,34 +52,34 @@ def train(
 ) -> Trained:
     """Trains a prepared model in place under its policy, by teacher forcing.
 
-    What the policy skips is skipped in the forward and in the backward pass. Rows of answers are
+    What the policy skips is skipped in both the forward and the backward pass. Rows of answers are
     of class GENERATED, so that training sees what decoding will see. The optimiser is AdamW. On one
-    machine the same seed gives the same weights, and a run that is resumed ends as if it had not
-    been cut off.
+    machine, the same seed gives the same weights, and a resumed run ends as if it had never been
+    interrupted.
 
     Args:
         model: from `fastskip.load_model` or `fastskip.apply_`.
-        processor: the checkpoint's processor (`fastskip.prompts.processor_for`); of a text-only
-            model its tokenizer.
-        data: examples. With a length and items they are shuffled; others are taken in their order,
-            once a pass, and need ``settings.steps``.
-        out: folder of the run, with its checkpoints; of `Parts.ROUTERS` also where ``policy.json``
-            and the routers' weights go. May be ``None`` where nothing is to be written.
+        processor: the checkpoint's processor (`fastskip.prompts.processor_for`); for a text-only
+            model, its tokenizer.
+        data: examples. Data with a length and items are shuffled; other iterables are read in
+            order, once per pass, and need ``settings.steps``.
+        out: the run's folder, for its checkpoints and, with `Parts.ROUTERS`, ``policy.json`` and
+            the routers' weights. May be ``None`` if nothing is to be written.
         settings: what learns, and how.
         masks: pruned weights: applied before the first step and after each one, so that they stay
             zero.
-        on_step: called after each optimiser step with its number, the number of all, and its loss.
+        on_step: called after each optimiser step with its number, the total number and its loss.
     Raises:
-        SettingsError: a setting does not go with the model, the data or ``out``.
-        DataError: an example cannot be used, and ``settings.skip_broken`` is not set.
-        PolicyError: of `Parts.ROUTERS`, a router that cannot learn.
+        SettingsError: a setting does not fit the model, the data or ``out``.
+        DataError: an example cannot be used, and ``settings.skip_broken`` is not set; or none can.
+        PolicyError: with `Parts.ROUTERS`, a router cannot be trained.
         TrainingError: a package that training needs is missing, the data end too soon, or the
-            checkpoints to go on from are of another policy, model, data or settings; only the
-            number of steps may grow.
+            checkpoints to resume from have another policy, model, data or settings (those that do
+            not affect the steps already done may change, such as the number of steps).
     """
     require_accelerate()
     plan = plan_of(model)
-    last = _begin_at(out, settings)
+    last = _resume_point(out, settings)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token_id is None:
         raise SettingsError("processor", "no padding token", "a tokenizer with a pad_token")
@@ -88,11 +88,11 @@ def train(
     was_training = model.training
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory()) if out is None else out
-        stack.enter_context(_seeds_kept())
+        stack.enter_context(_generators_restored())
         names = names_of(model, settings.parts)
         if last is not None or settings.save_every is not None:
-            told = origin.origin_of(model, names, data, settings, masks)
-            (origin.keep if last is None else origin.check)(Path(folder), told)
+            own = origin.origin_of(model, names, data, settings, masks)
+            (origin.keep if last is None else origin.check)(Path(folder), own)
         check_precision(model, names, settings.precision)
         stack.enter_context(learning(model, names, settings.precision))
         stack.callback(model.train, was_training)
@@ -143,14 +143,14 @@ def train(
 
 
 def last_checkpoint(out: str | Path) -> str | None:
-    """The folder of the checkpoint with most steps of a run, if it has any that is whole."""
+    """The folder of a run's latest complete checkpoint, if it has one."""
     folders = (Path(out) / CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    whole = [str(folder) for folder in folders if _is_whole(folder)]
-    return max(whole, key=_steps_done, default=None)
+    complete = [str(folder) for folder in folders if _is_complete(folder)]
+    return max(complete, key=_steps_done, default=None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether all of it was written: the trainer's state, the last of its files, can be read."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the trainer's state, which is written last, can be read."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -162,23 +162,23 @@ def _steps_done(checkpoint: str) -> int:
     return int(checkpoint.rpartition("-")[2])
 
 
-def _begin_at(out: str | Path | None, settings: Settings) -> str | None:
-    """Where to go on from; ``None`` at the beginning of a run."""
+def _resume_point(out: str | Path | None, settings: Settings) -> str | None:
+    """The checkpoint to resume from; ``None`` for a new run."""
     if out is None:
         for name in ("save_every", "resume"):
             if getattr(settings, name):
-                raise SettingsError(name, getattr(settings, name), "none without a folder (out)")
+                raise SettingsError(name, getattr(settings, name), "none, unless out is given")
         if settings.parts is Parts.ROUTERS:
             raise SettingsError("out", None, "a folder, for the routers' weights")
         return None
     last = last_checkpoint(out)
     if last is not None and not settings.resume:
-        # A later resumption would take the higher number for the later one.
+        # A later resume would take the checkpoint of most steps, be it of the older run.
         allowed = "a folder without checkpoints, or resume"
         raise SettingsError("out", str(out), allowed)
     done = 0 if last is None else _steps_done(last)
     if settings.steps is not None and settings.steps < done:
-        raise SettingsError("steps", settings.steps, f"{done} or more, as {last} has done so many")
+        raise SettingsError("steps", settings.steps, f"{done} or more, the steps done in {last}")
     return last
 
 
@@ -204,7 +204,7 @@ def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",
-        accelerator_config={"dispatch_batches": False},  # batches are no rows: they hold images too
+        accelerator_config={"dispatch_batches": False},  # images cannot be split by batch row
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
@@ -212,8 +212,8 @@ def _arguments(settings: Settings, folder: Path, model: Any) -> Any:
 
 
 @contextmanager
-def _seeds_kept() -> Iterator[None]:
-    """The trainer seeds everything; afterwards the caller's generators go on where they were."""
+def _generators_restored() -> Iterator[None]:
+    """Restores the caller's random generators afterwards, as the trainer seeds them all."""
     python, arrays = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -225,7 +225,7 @@ def _seeds_kept() -> Iterator[None]:
 
 @contextmanager
 def _input_gradients(model: Any) -> Iterator[None]:
-    """Routers are not in the model, so its embeddings say that gradients are wanted."""
+    """Makes the embeddings' output require gradients, as the routers are not in the model."""
     table = model.get_input_embeddings()
     handle = table.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     try:
@@ -236,8 +236,8 @@ def _input_gradients(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Activations are computed again in the backward pass, by transformers' own switch."""
-    # The name of the switch changes within transformers 5.
+    """Recomputes activations in the backward pass, through transformers' own switch."""
+    # The switch was renamed within transformers 5.
     names = ("activation_checkpointing_{}", "gradient_checkpointing_{}")
     name = next(name for name in names if hasattr(model, name.format("enable")))
     getattr(model, name.format("enable"))()

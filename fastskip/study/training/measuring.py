@@ -1,4 +1,4 @@
-"""What skipping does to training: the time of a step against dense, losses, and routers' rates."""
+"""What skipping does to training: the time of a step against dense, losses, routers' skip rates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastskip.study.training.sources import Stream
 
 @dataclass(frozen=True, slots=True)
 class PassTimes:
-    """Seconds of one forward (loss included) and one backward: medians."""
+    """Median seconds of one forward (loss included) and one backward."""
 
     forward: float
     backward: float
@@ -36,7 +36,7 @@ class PassTimes:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The same batches under the policy and dense, in turn; `rounds` times each."""
+    """The same batches under the policy and dense, interleaved, `rounds` times each."""
 
     policy: PassTimes
     dense: PassTimes
@@ -56,7 +56,7 @@ def batches_of(
     count: int,
     max_tokens: int | None = None,
 ) -> list[Features]:
-    """The first ``count`` batches of the data, in their order; fewer where they end.
+    """The first ``count`` batches of the data, in order; fewer if the data end before.
 
     ``max_tokens``: longer examples cannot be used.
 
@@ -80,8 +80,8 @@ def compare_dense(
 ) -> Comparison:
     """Times forward and backward of a prepared model under its policy and dense, interleaved.
 
-    No weight changes. Adapters that a model has learn as in training (``Parts.LORA``); routers
-    compute every candidate while they learn, so for them only the policy's other skips would show.
+    Weights do not change. With ``Parts.LORA``, the adapters that the model has are what learns. In
+    training, routers compute every candidate, so there only the policy's other skips save time.
     """
     policy = plan_of(model).policy
     contenders = {"policy": policy, "dense": SkipPolicy()}
@@ -93,7 +93,7 @@ def compare_dense(
     try:
         with learning(model, names, settings.precision):
             model.train()
-            for number in range(rounds + 1):  # the first one warms up
+            for number in range(rounds + 1):  # the first one is a warm-up
                 order = list(contenders) if number % 2 else list(reversed(contenders))
                 for name in order:
                     set_policy(model, contenders[name])
@@ -112,10 +112,10 @@ def compare_dense(
 
 @torch.no_grad()
 def held_out_loss(model: Any, batches: Sequence[Features]) -> float:
-    """The mean loss over the answers' tokens of all batches, under the model's policy."""
+    """The mean loss over the answer tokens of all batches, under the model's policy."""
     total, count = 0.0, 0
     for batch in batches:
-        # The first token of a sequence is predicted by nobody.
+        # Nothing predicts the first token of a sequence.
         own = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += own * float(model(**_placed(batch, model), use_cache=False).loss)
         count += own
@@ -123,7 +123,7 @@ def held_out_loss(model: Any, batches: Sequence[Features]) -> float:
 
 
 def skipped_shares(model: Any, batches: Sequence[Features]) -> dict[int, float]:
-    """The share of candidates that skip, by layer, teacher-forced; key -1: over all layers."""
+    """The share of candidates that skip under teacher forcing, by layer; key -1: all layers."""
     candidates: dict[int, int] = {}
     skipped: dict[int, int] = {}
     with torch.no_grad(), record_routing(model) as record:

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run are of, kept beside them: only the same run goes on from them."""
+"""What a run depends on, stored beside its checkpoints: only the same run resumes from them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fastskip.study.training.settings import Settings
 
 FILE = "run.json"
 _MAY_CHANGE = {"steps", "epochs", "save_every", "resume", "skip_broken", "gradient_checkpointing"}
-"""Settings that the steps before a checkpoint do not depend on."""
-_LOOKED_AT = 64
-"""Examples that are read of data without a fingerprint of their own."""
+"""Settings that do not affect the steps before a checkpoint."""
+_SAMPLED = 64
+"""About how many examples are read of data without a fingerprint of their own."""
 _SHOWN = 160
 
 
 def origin_of(
     model: Any, learned: Collection[str], data: Any, settings: Settings, masks: Masks | None
 ) -> dict[str, Any]:
-    """All that the steps of a run depend on, by name, as plain data for JSON.
+    """Everything that the steps of a run depend on, by name, as plain data for JSON.
 
-    Of the model's weights only those count that do not learn (`learned`: the names of the others),
-    as a checkpoint brings the rest. Examples without a fingerprint of their own are told apart by
-    their number and some of their texts, streams not at all.
+    Of the model's weights only the frozen ones count (``learned`` names the others), as a
+    checkpoint restores the rest. Data without a fingerprint of their own are identified by their
+    length and a sample of their texts; streams are not identified.
     """
     chosen = asdict(settings) | {"learning_rate": settings.peak}
     policy = plan_of(model).policy.to_dict()
@@ -52,23 +52,23 @@ def origin_of(
 
 
 def keep(folder: Path, origin: dict[str, Any]) -> None:
-    """Writes what a run that begins is of."""
+    """Writes the origin of a new run."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(origin, indent=1, sort_keys=True, allow_nan=False)
     (folder / FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def check(folder: Path, origin: dict[str, Any]) -> None:
-    """Holds a run that goes on to what its checkpoints are of, field by field.
+    """Compares a resumed run with the origin of its checkpoints, field by field.
 
     Raises:
-        TrainingError: they are of something else, or nothing says of what.
+        TrainingError: they differ, or the checkpoints' origin cannot be read.
     """
-    path, allowed = folder / FILE, "the same, or a folder of its own for this run"
+    path, allowed = folder / FILE, "the same values, or another folder for this run"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        problem = f"{path}: {error}; so nothing says what the checkpoints are of"
+        problem = f"{path}: {error}; without it, the checkpoints cannot be matched to this run"
         raise TrainingError(f"{problem}; allowed: a folder without checkpoints") from error
     theirs, ours = _flat(kept), _flat(origin)
     differs = [
@@ -81,7 +81,7 @@ def check(folder: Path, origin: dict[str, Any]) -> None:
 
 
 class _Frozen(nn.Module):
-    """A model's weights that do not learn."""
+    """The frozen weights of a model, as `model_fingerprint` reads them."""
 
     def __init__(self, model: nn.Module, learned: Collection[str]) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def _data(data: Any) -> dict[str, Any]:
     count = len(data)
     own = getattr(data, "fingerprint", None)
     if own is None:
-        texts = [_texts(data, number) for number in range(0, count, max(1, count // _LOOKED_AT))]
+        texts = [_texts(data, number) for number in range(0, count, max(1, count // _SAMPLED))]
         own = fingerprint(json.dumps(texts).encode())
     return {"examples": count, "fingerprint": own}
 
@@ -110,7 +110,7 @@ def _texts(data: Any, number: int) -> Any:
     try:
         return [(turn.question, turn.answer) for turn in data[number].turns]
     except DataError:
-        return None  # it is told, or left out, when it is its turn
+        return None  # reported, or left out, when training reaches it
 
 
 def _flat(origin: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What learns: the parameters of each part of a model, and adapters."""
+"""The parameters that each choice of parts trains, and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def names_of(model: Any, parts: Parts) -> frozenset[str]:
-    """The names of the model's own parameters that learn; of LORA and ROUTERS, none.
+    """The names of the model's own parameters that are trained; none for LORA and ROUTERS.
 
     Raises:
         SettingsError: the model has no such part.
@@ -47,10 +47,10 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
 
 
 def check_precision(model: Any, names: Collection[str], precision: Precision) -> None:
-    """Tells who trains weights of half precision as they are.
+    """Warns if the trained weights are held in half precision.
 
     Raises:
-        SettingsError: frozen weights are of a dtype that does not mix with bfloat16 products.
+        SettingsError: frozen weights have a dtype that does not mix with bfloat16 autocast.
     """
     frozen = {p.dtype for name, p in model.named_parameters() if name not in names}
     unfit = ", ".join(sorted(_name(d) for d in frozen - {torch.bfloat16, torch.float32}))
@@ -60,16 +60,16 @@ def check_precision(model: Any, names: Collection[str], precision: Precision) ->
     halves = {p.dtype for name, p in model.named_parameters() if name in names} & _HALVES
     if halves and precision is Precision.WEIGHTS:
         logger.warning(
-            "what learns is held in %s, where small updates are lost; better: a model in float32, "
-            "or in bfloat16 with precision bfloat16",
+            "the trained weights are held in %s, where small updates are lost; better: a model in "
+            "float32, or in bfloat16 with precision bfloat16",
             ", ".join(sorted(map(_name, halves))),
         )
 
 
 @contextmanager
 def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterator[None]:
-    """Within this block the named parameters want gradients and no others do; in BFLOAT16 they are
-    held in fp32 meanwhile."""
+    """Within this block only the named parameters require gradients; with BFLOAT16 they are held in
+    fp32 meanwhile."""
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
@@ -79,9 +79,9 @@ def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterato
         yield
     finally:
         for name, parameter in model.named_parameters():
-            if name in before:  # adapters are new
-                wanted, dtype = before[name]
-                parameter.requires_grad_(wanted)
+            if name in before:  # adapters are not
+                required, dtype = before[name]
+                parameter.requires_grad_(required)
                 parameter.data = parameter.data.to(dtype)
                 parameter.grad = None
 
@@ -89,10 +89,10 @@ def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterato
 def adapted(model: Any, lora: Lora, seed: int) -> Any:
     """The model with fresh adapters on the linear layers of its decoder, as a ``peft.PeftModel``.
 
-    The model itself has them from now on; its own parameters are frozen.
+    The adapters stay in the model itself; its own parameters are frozen.
 
     Raises:
-        SettingsError: a linear layer is no plain one: it has adapters already, or is sparse.
+        SettingsError: a linear layer is not a plain one: it has adapters already, or is sparse.
     """
     peft = _peft()
     layers = text_model_of(model).layers
@@ -111,12 +111,13 @@ def adapted(model: Any, lora: Lora, seed: int) -> Any:
 
 
 def _linears_of(layers: nn.Module) -> set[str]:
-    """What a layer calls its linear layers."""
+    """The names of the linear modules within a decoder layer."""
     found = {name: type(m) for name, m in layers.named_modules() if hasattr(m, "in_features")}
     for name, kind in found.items():
         if not issubclass(kind, nn.Linear):
             unfit = f"{name} is a {kind.__module__}.{kind.__name__}"
-            raise SettingsError("parts", "lora", f"others, or a decoder of plain linears ({unfit})")
+            allowed = f"other parts, or a decoder of plain linear layers ({unfit})"
+            raise SettingsError("parts", "lora", allowed)
     return {name.rpartition(".")[2] for name in found}
 
 

@@ -1,4 +1,4 @@
-"""How to train: one frozen object, checked when it is made."""
+"""Training settings: one frozen object, validated on construction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class Parts(StrEnum):
-    """What learns; all else is frozen and does not change by a bit.
+    """What learns; everything else is frozen and stays bitwise unchanged.
 
     PROJECTOR: what maps image features into the language model (the setting of "Skipping
     Computations in Multimodal LLMs"). LANGUAGE: projector and language model. EVERYTHING: the
@@ -29,15 +29,15 @@ class Parts(StrEnum):
 
 
 class Precision(StrEnum):
-    """WEIGHTS: all is computed in the dtype of the model's weights. BFLOAT16: products are computed
-    in bfloat16 (autocast) and what learns is held in fp32."""
+    """WEIGHTS: everything is computed in the dtype of the model's weights. BFLOAT16: matrix
+    products are computed in bfloat16 (autocast), and trained weights are held in fp32."""
 
     WEIGHTS = "weights"
     BFLOAT16 = "bfloat16"
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes on after the warm-up: as it is, or down to zero."""
+    """The learning rate after the warm-up: constant, or decaying to zero."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -45,7 +45,7 @@ class Schedule(StrEnum):
 
 
 class Padding(StrEnum):
-    """On which side the shorter sequences of a batch are filled up."""
+    """The side on which the shorter sequences of a batch are padded."""
 
     LEFT = "left"
     RIGHT = "right"
@@ -58,11 +58,11 @@ RATES = {
     Parts.LORA: 2e-4,
     Parts.ROUTERS: 1e-2,
 }
-"""Learning rates where none is given; the first four are those of LLaVA-1.5's recipes."""
+"""Default learning rates; the first four are those of LLaVA-1.5's recipes."""
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used; names it, its value and what is allowed."""
+    """An invalid setting; names it, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
@@ -91,21 +91,21 @@ class Settings:
         parts: what learns.
         steps, epochs: how long, in optimiser steps or passes over the data; one of them, or
             neither for one pass.
-        batch, accumulation: examples of one forward, and forwards of one optimiser step.
+        batch, accumulation: examples per forward, and forwards per optimiser step.
         learning_rate: the peak; ``None`` takes that of `RATES`.
-        schedule, warmup: the way down, and the share of the steps in [0, 1) that goes up.
+        schedule, warmup: the decay, and the share of the steps, in [0, 1), that warm up.
         weight_decay: AdamW's.
-        max_gradient_norm: longer gradients are shortened to this; 0 leaves all as they are.
+        max_gradient_norm: gradients are clipped to this norm; 0 turns clipping off.
         seed: of the order of the examples, adapters and dropout.
-        precision, gradient_checkpointing: how forwards compute, and whether activations of a layer
-            are dropped and computed again in the backward pass.
-        padding: on which side.
+        precision, gradient_checkpointing: the dtypes of computation, and whether a layer's
+            activations are dropped and recomputed in the backward pass.
+        padding: the side that is padded.
         save_every: optimiser steps from one checkpoint to the next; ``None`` writes none.
-        resume: go on from the last checkpoint, if there is one.
-        skip_broken: leave out examples that cannot be used and count them, instead of stopping.
-        lora: of `Parts.LORA`.
-        rate, pressure: of `Parts.ROUTERS`: the share of candidates that should skip, and how much
-            its square distance weighs in the loss.
+        resume: continue from the last checkpoint, if there is one.
+        skip_broken: leave out and record examples that cannot be used, instead of stopping.
+        lora: the adapters, for `Parts.LORA`.
+        rate, pressure: for `Parts.ROUTERS`, the target share of candidates that skip, and the
+            weight in the loss of the squared distance from it.
     """
 
     parts: Parts = Parts.PROJECTOR

@@ -1,4 +1,4 @@
-"""Examples as the data sets of a trainer: encoded when they are asked for."""
+"""Examples as data sets for the trainer, encoded on access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastskip.study.training.settings import Settings, SettingsError
 
 
 class Shelf(Dataset[Features]):
-    """Examples with numbers. In the place of one that cannot be used stands the next that can."""
+    """Examples by index. With ``skip_broken``, the next usable one replaces an unusable one."""
 
     def __init__(self, examples: Any, encoder: Encoder, *, skip_broken: bool) -> None:
         self._examples, self._encoder, self._skips = examples, encoder, skip_broken
@@ -35,7 +35,7 @@ class Shelf(Dataset[Features]):
 
 
 class Stream(IterableDataset[Features]):
-    """Examples one after the other; those that cannot be used are left out."""
+    """Examples in order. With ``skip_broken``, unusable ones are left out."""
 
     def __init__(self, examples: Iterable[Example], encoder: Encoder, *, skip_broken: bool) -> None:
         self._examples, self._encoder, self._skips = examples, encoder, skip_broken
@@ -54,15 +54,16 @@ class Stream(IterableDataset[Features]):
 
 
 def source_of(data: Any, encoder: Encoder, settings: Settings) -> Shelf | Stream:
-    """A shelf of what has a length and items, else a stream.
+    """A `Shelf` for data with a length and items, else a `Stream`.
 
     Raises:
         SettingsError: a stream without a number of steps.
+        DataError: there are no examples.
     """
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise DataError("data: no examples; allowed: one or more")
         return Shelf(data, encoder, skip_broken=settings.skip_broken)
     if settings.steps is None:
-        raise SettingsError("steps", None, "a number of steps, since these data have no length")
+        raise SettingsError("steps", None, "a number of steps, as the data have no length")
     return Stream(data, encoder, skip_broken=settings.skip_broken)

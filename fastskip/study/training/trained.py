@@ -1,4 +1,4 @@
-"""What a run leaves: the model, how it went, and how it is written down."""
+"""The result of a training run: the model, how the run went, and how to save it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastskip.study.training.settings import Settings
 
 @dataclass(slots=True)
 class Trained:
-    """A trained model and how it went.
+    """A trained model and how its training went.
 
     Attributes:
-        model: the model that was handed in, trained in place and in evaluation mode; of
-            `Parts.LORA` the ``peft.PeftModel`` around it.
-        policy: what it was trained under; of `Parts.ROUTERS` with the trained routers.
-        losses: of every optimiser step, those before a resumption included.
-        step_seconds: of the steps of this run: forward, backward and update, without the data.
+        model: the given model, trained in place; with `Parts.LORA`, the ``peft.PeftModel`` around
+            it.
+        policy: what it was trained under; with `Parts.ROUTERS`, with the trained routers.
+        losses: of every optimiser step, including those before a resume.
+        step_seconds: of this run's steps: forward, backward and update, without loading data.
         rows: real rows of all forwards of this run.
         examples: how many examples these forwards saw.
-        broken: what is wrong with the examples that were left out.
+        broken: what is wrong with each example that was left out.
     """
 
     model: Any
@@ -39,22 +39,22 @@ class Trained:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """The median; `None` where no step was left to do."""
+        """The median; `None` if no step was left to do."""
         return statistics.median(self.step_seconds) if self.step_seconds else None
 
     @property
     def rows_per_second(self) -> float | None:
-        """Real rows (tokens and image features) by the time of the steps; `None` without any."""
+        """Real rows (tokens and image features) per second of the steps; `None` without steps."""
         return self.rows / sum(self.step_seconds) if self.step_seconds else None
 
     def save(self, folder: str | Path, processor: Any = None, *, merge: bool = False) -> None:
-        """Writes an ordinary checkpoint with its policy; of LORA the adapters and the policy.
+        """Writes an ordinary checkpoint with its policy; with LORA, the adapters and the policy.
 
-        ``merge``: of LORA, add the adapters to the weights (for good) and write the whole model.
-        ``processor``: is written beside it.
+        ``merge``: with LORA, add the adapters to the weights (for good) and write the whole model.
+        ``processor``: written beside it, if given.
 
         Raises:
-            TrainingError: a model that is no ``peft.PeftModel`` holds adapters of an earlier run.
+            TrainingError: a model that is not a ``peft.PeftModel`` holds an earlier run's adapters.
         """
         folder = Path(folder)
         has_adapters = hasattr(self.model, "merge_and_unload")  # until they are merged
