@@ -166,7 +166,7 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
             "layers: '9:'; allowed",
         ),
         (("-o", "{new}", "--ratio", 0.5), "--samples: needed with --model"),
-        (("-o", "{new}", "--masks", "{new}"), "allowed: a file of masks as fastskip writes it"),
+        (("-o", "{new}", "--masks", "{new}"), "allowed: a mask file written by fastskip"),
         (("-o", "{new}", "--masks", "{masks}", "--ratio", 0.5), "--ratio 0.5: given with --masks"),
         (("-o", "{new}", "--masks", "{masks}", "--part", "ffn"), "--part ffn: given with --masks"),
         (

@@ -90,7 +90,7 @@ def test_what_cannot_be_combined() -> None:
     assert both.kept.keys() == ffn.kept.keys() | attention.kept.keys()
     assert both.kept_share() == 0.5
     other = find_masks(tiny_llama(depth=2), Recipe("magnitude", 0.5, part="ffn"))
-    with pytest.raises(PruningError, match="masks: of two models"):
+    with pytest.raises(PruningError, match="masks: made for different models"):
         _ = ffn | other
     with pytest.raises(PruningError, match="masks: none; allowed: one or more"):
         WeightMasks.shared([])
@@ -131,9 +131,9 @@ def broken(change: Callable[[dict[str, Any], dict[str, str]], object]) -> Callab
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda path: None, "allowed: a file of masks"),
-        (lambda path: path.write_bytes(b"no safetensors"), "allowed: a file of masks"),
-        (broken(lambda t, m: m.pop("format")), "not a file of masks"),
+        (lambda path: None, "allowed: a mask file"),
+        (lambda path: path.write_bytes(b"no safetensors"), "allowed: a mask file"),
+        (broken(lambda t, m: m.pop("format")), "not a mask file"),
         (broken(lambda t, m: m.update(schema_version="2")), "schema_version: '2'; allowed: 1"),
         (broken(lambda t, m: m.pop("columns")), "incomplete"),
         (broken(lambda t, m: m.update(columns="{}")), "incomplete"),

@@ -1,4 +1,4 @@
-"""Pruning: which weights a model can do without, as masks to apply, combine, store and hold."""
+"""Pruning: which weights a model can do without, as masks to apply, combine, hold and store."""
 
 from fastskip.study.pruning.kept_set import KeptSet
 from fastskip.study.pruning.masks import WeightMasks

@@ -1,9 +1,9 @@
-"""What the projections of each layer read on calibration samples, layer by layer.
+"""The inputs of each layer's projections on calibration samples, layer by layer.
 
-Samples become sequences of real rows, each run alone: a pad is in none of them, so it adds nothing
-to a norm and nobody attends to it. (The paper's code pads with rows that are attended to.) Each
-layer runs once to be seen and, after its weights were pruned, once more for the layer above, which
-thus sees pruned inputs. What runs is the plain dense model; a policy that skips is not in force.
+Samples are split into sequences of real rows, each run alone: without padding, nothing but real
+rows counts in a norm or is attended to. (The paper's code attends to its padding.) Each layer runs
+once to record its inputs and, once its weights are pruned, again to feed the layer above, which
+thus sees pruned inputs. This runs the plain dense model; a policy has no effect.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from fastskip.study.pruning.recipe import PruningError
 
 @dataclass(slots=True)
 class Walk:
-    """One sequence on its way through the layers: what enters the next one, and beside it what.
+    """One sequence on its way through the layers: the next layer's arguments.
 
-    ``hidden [1, T, D]``; ``beside``: the layer's other arguments, the same for all layers;
-    ``features``, ``[n, D]`` each, enter at columns ``where [1, T]`` behind the first layers.
+    ``hidden [1, T, D]``: its hidden states; ``beside``: its other arguments, the same for all
+    layers; ``features``, ``[n, D]`` each: added after each of the first layers at columns
+    ``where [1, T]``.
     """
 
     hidden: Tensor
@@ -36,13 +37,13 @@ class Walk:
     features: Sequence[Tensor] = ()
 
     def through(self, layer: nn.Module) -> Tensor:
-        """What the layer makes of it."""
+        """The output of the layer for this sequence."""
         result = layer(self.hidden, **self.beside)
         found: Tensor = result[0] if isinstance(result, tuple) else result
         return found
 
     def advance(self, layer: nn.Module, number: int) -> None:
-        """On to the layer behind ``layer``, which is the ``number``-th."""
+        """Moves past ``layer``, whose index is ``number``."""
         self.hidden = self.through(layer)
         if number < len(self.features):
             assert self.where is not None
@@ -51,7 +52,7 @@ class Walk:
 
 
 class _Called(Exception):
-    """A module was reached: ends the forward that led to it."""
+    """Ends a forward at the module that was just called."""
 
     def __init__(self, module: nn.Module, arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -59,32 +60,32 @@ class _Called(Exception):
 
 
 def walks(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[Walk]:
-    """The sequences of all samples, at the entry of the first layer.
+    """The sequences of all samples, at the input of the first layer.
 
     Args:
-        samples: inputs of the model, each as ``processor(...)`` gives them, padded or not.
+        samples: inputs of the model, each as ``processor(...)`` returns them, padded or not.
     Raises:
-        PruningError: a sample has no real row, or cannot be run.
+        PruningError: a sequence has no real row, or a sample cannot be run.
     """
     stack = stack_of(model)
     found = []
     for number, sample in enumerate(samples):
         given = {name: _placed(value, model) for name, value in sample.items() if name != "labels"}
-        text_model, arguments = _reached(
-            _above(model, stack), lambda given=given: model(**given, use_cache=False)
+        text_model, arguments = _arguments_of_first(
+            _text_models(model, stack), lambda given=given: model(**given, use_cache=False)
         )
         sequences = list(_sequences(arguments, f"samples[{number}]"))
         for sequence in sequences:
             with _stock(text_model):
                 run = partial(text_model, **sequence, use_cache=False)
-                _, entry = _reached([stack.layers[0]], run)
+                _, entry = _arguments_of_first([stack.layers[0]], run)
             where, features = (sequence.get(name) for name in DEEP_INPUTS)
             found.append(Walk(entry.pop("hidden_states"), entry, where, features or ()))
     return found
 
 
 class InputNorms:
-    """Sums of squares of what projections read, feature by feature, over real rows."""
+    """Sums of squares of the projections' inputs, feature by feature, over real rows."""
 
     def __init__(self, watched: Sequence[Matrix]) -> None:
         self._watched = watched
@@ -92,7 +93,7 @@ class InputNorms:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within this block whatever the projections read is counted."""
+        """Within this block all inputs of the projections are accumulated."""
         with ExitStack() as hooks:
             for matrix in self._watched:
                 hook = matrix.module.register_forward_pre_hook(self._counter(matrix.name))
@@ -103,13 +104,13 @@ class InputNorms:
         """The norm of each input feature of a projection, ``[E]`` in fp64.
 
         Raises:
-            PruningError: what it read was not finite, or it read nothing.
+            PruningError: its input was not finite, or it was never called.
         """
         squares = self._squares.get(matrix.name)
         if squares is None:
-            raise PruningError(matrix.name, "read nothing", "samples that reach every projection")
+            raise PruningError(matrix.name, "never called", "samples that reach every projection")
         if not bool(squares.isfinite().all()):
-            allowed = "finite activations: another dtype, or samples and weights without NaN"
+            allowed = "finite activations (try another dtype, or samples and weights without NaN)"
             raise PruningError(matrix.name, "its input is not finite", allowed)
         return squares.sqrt()
 
@@ -124,7 +125,7 @@ class InputNorms:
 
 
 def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
-    """The rows of each sequence that are no pads, as inputs of the text model."""
+    """The real rows of each sequence, as inputs of the text model."""
     key = "input_ids" if arguments.get("inputs_embeds") is None else "inputs_embeds"
     rows, mask = arguments[key], arguments.get("attention_mask")
     if mask is not None and mask.ndim != 2:
@@ -137,7 +138,7 @@ def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, A
         own: dict[str, Any] = {key: rows[index, real][None]}
         if not own[key].shape[1]:
             raise PruningError(where, f"sequence {index} is all padding", "real rows in each")
-        if positions is not None:  # [B, T], or [axes, B, T] in time, height and width
+        if positions is not None:  # [B, T], or [axes, B, T] for time, height and width
             number = index % positions.shape[-2]
             own["position_ids"] = positions[..., number : number + 1, real]
         if seen is not None:
@@ -147,8 +148,8 @@ def _sequences(arguments: Mapping[str, Any], where: str) -> Iterator[dict[str, A
         yield own
 
 
-def _reached(targets: Sequence[nn.Module], run: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Runs until the first of the targets is called: which, and its arguments by name."""
+def _arguments_of_first(targets: Sequence[nn.Module], run: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """Runs until one of the targets is called; returns it and its arguments by name."""
 
     def stop(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         named = dict(zip(("hidden_states",), arguments, strict=False))
@@ -162,11 +163,11 @@ def _reached(targets: Sequence[nn.Module], run: Any) -> tuple[nn.Module, dict[st
             run()
         except _Called as called:
             return called.module, called.arguments
-    raise PruningError("model", "its decoder was not reached", "a Hugging Face model")
+    raise PruningError("model", "its decoder was not called", "a Hugging Face model")
 
 
-def _above(model: Any, stack: nn.Module) -> list[nn.Module]:
-    """The modules that lead to the layers and know of text alone, from the outermost in."""
+def _text_models(model: Any, stack: nn.Module) -> list[nn.Module]:
+    """The modules that hold the layers and take no images, from the outermost in."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return [
         module
@@ -179,7 +180,7 @@ def _above(model: Any, stack: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _stock(module: nn.Module) -> Iterator[None]:
-    """Within this block a prepared model's modules do what Hugging Face's do."""
+    """Within this block a prepared model's modules behave as Hugging Face's own."""
     prepared = [each for each in module.modules() if vars(each).get("_fastskip") is not None]
     runtimes = [vars(each).pop("_fastskip") for each in prepared]
     try:
@@ -190,7 +191,7 @@ def _stock(module: nn.Module) -> Iterator[None]:
 
 
 def _placed(value: Any, model: Any) -> Any:
-    """An input where the model is; floating ones (pixels) in its dtype."""
+    """An input on the model's device; floating-point ones (pixels) in its dtype."""
     if not isinstance(value, Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)

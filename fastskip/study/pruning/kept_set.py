@@ -1,4 +1,4 @@
-"""Which weights of one matrix are kept."""
+"""The set of kept weights of one matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class KeptSet:
-    """The kept weights of one matrix ``[M, E]``: a bitmap as in ``ops.bitmaps``."""
+    """The kept weights of one matrix ``[M, E]``, as a bitmap of ``ops.bitmaps``."""
 
     bitmap: Tensor
     columns: int

@@ -1,7 +1,7 @@
-"""Masks as a safetensors file: one bitmap a matrix, and what they are in its metadata.
+"""Masks as a safetensors file: one bitmap per matrix, described by its metadata.
 
 Metadata: ``format`` (``fastskip masks``), ``schema_version``, ``fingerprint``, ``columns`` (JSON:
-the in features of each matrix, as a bitmap is filled up) and ``provenance`` (JSON).
+the ``in_features`` of each matrix, since bitmaps are padded) and ``provenance`` (JSON).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from fastskip.whole_files import whole_file
 
 FORMAT = "fastskip masks"
 SCHEMA_VERSION = "1"
-_ALLOWED = "a file of masks as fastskip writes it"
+_ALLOWED = "a mask file written by fastskip"
 
 
 @dataclass(frozen=True, slots=True)
 class MaskFile:
-    """What a file of masks holds: sets by the names of matrices, the fingerprint of the model's
-    shapes, and where they come from."""
+    """The contents of a mask file: kept sets by matrix name, the fingerprint of the model's shapes,
+    and the masks' provenance."""
 
     kept: Mapping[str, KeptSet]
     fingerprint: str
     provenance: Mapping[str, Any]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file; a device does not matter."""
+        """Writes the file, whatever device the masks are on."""
         metadata = {
             "format": FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -54,7 +54,7 @@ class MaskFile:
         """Reads a file.
 
         Raises:
-            PruningError: the file is missing, malformed, or something else.
+            PruningError: the file is missing, malformed, or not a mask file.
         """
         file = Path(path)
         try:
@@ -65,7 +65,7 @@ class MaskFile:
         except (OSError, SafetensorError) as error:
             raise PruningError(str(file), error, _ALLOWED) from error
         if about.get("format") != FORMAT:
-            raise PruningError(str(file), "not a file of masks", _ALLOWED)
+            raise PruningError(str(file), "not a mask file", _ALLOWED)
         if about.get("schema_version") != SCHEMA_VERSION:
             version = repr(about.get("schema_version"))
             raise PruningError(f"{file}: schema_version", version, SCHEMA_VERSION)
@@ -83,6 +83,6 @@ def _kept(file: Path, name: str, bitmap: torch.Tensor, columns: int) -> KeptSet:
         found = f"{bitmap.dtype} {list(bitmap.shape)}"
         raise PruningError(f"{file}: {name}", found, f"uint8 [rows, {width}]")
     if bool(unpack_bits(bitmap, 8 * width)[:, columns:].any()):
-        # They would count as kept in what is computed on whole bytes.
+        # Computations on whole bytes would count them as kept.
         raise PruningError(f"{file}: {name}", f"bits past column {columns}", _ALLOWED)
     return KeptSet(bitmap, columns)

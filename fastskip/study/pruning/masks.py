@@ -1,4 +1,4 @@
-"""Which weights of a model are kept: sets that can be applied, held, combined and stored."""
+"""The kept weights of a model, as masks that can be applied, combined, held and stored."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from fastskip.study.pruning.recipe import PruningError
 
 @dataclass(frozen=True, eq=False)
 class WeightMasks:
-    """The weights that a pruned model keeps, matrix by matrix; matrices without a set are whole.
+    """The weights that a pruned model keeps, matrix by matrix; all of it without a set.
 
-    ``kept``: by the names of ``sparse.matrices``, which are the same within a LLaVA, alone, or
-    under LoRA. ``fingerprint``: of the shapes of the model that they were made for. Sets of one
-    model and the same matrices combine: ``a & b`` (kept by both), ``a | b`` (by either), ``a - b``
-    (by the first alone), ``~a`` (what was removed), ``exclude``, ``shared``. Equal: the same sets.
+    ``kept``: sets by the names of ``sparse.matrices``, which are the same inside a LLaVA, alone, or
+    under LoRA. ``fingerprint``: of the shapes of the model that the masks were made for. Masks of
+    one model and the same matrices combine: ``a & b`` (kept by both), ``a | b`` (by either),
+    ``a - b`` (by the first only), ``~a`` (what was removed), ``exclude``, ``shared``. Masks are
+    equal if their fingerprints and sets are.
     """
 
     kept: Mapping[str, KeptSet]
@@ -37,23 +38,23 @@ class WeightMasks:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def apply_(self, model: Any) -> None:
-        """Sets every removed weight to zero, in place; meant to follow each optimizer step.
+        """Sets every removed weight to zero, in place; call it after each optimizer step.
 
-        Views of merged storages and weights under LoRA are written where they lie. What it costs
-        is one pass over the weights; ``to`` puts the sets beside them first.
+        Views of merged storages and weights under LoRA are written in place. It costs one pass over
+        the weights; move the masks to the weights' device first (``to``).
 
         Raises:
-            PruningError: the masks are of another model.
+            PruningError: the masks were made for another model.
         """
         weights = self._weights(model)
         with torch.no_grad():
             for name, weight in weights:
-                # Not a product: what is not finite must go too.
+                # Not a product, which would keep weights that are not finite.
                 weight.masked_fill_(~self.kept[name].mask.to(weight.device), 0)
 
     @contextmanager
     def held(self, model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Within this block removed weights are zero after every step of the optimizer."""
+        """Within this block removed weights are zero after every optimizer step."""
         self.apply_(model)
         handle = optimizer.register_step_post_hook(lambda *_: self.apply_(model))
         try:
@@ -63,37 +64,37 @@ class WeightMasks:
 
     @property
     def device(self) -> torch.device:
-        """Where the sets are."""
+        """The device of the masks."""
         found = next(iter(self.kept.values()), None)
         return torch.device("cpu") if found is None else found.bitmap.device
 
     def to(self, device: torch.device | str) -> WeightMasks:
-        """The same sets on another device."""
+        """The same masks on another device."""
         return self._with({k: replace(s, bitmap=s.bitmap.to(device)) for k, s in self.kept.items()})
 
     @property
     def digest(self) -> str:
-        """The same for the same sets, wherever they are from."""
+        """A hash of the kept sets, whatever their provenance or device."""
         found = hashlib.sha256()
         for name, own in sorted(self.kept.items()):
             found.update(f"{name} {own.shape} ".encode() + own.bitmap.cpu().numpy().tobytes())
         return found.hexdigest()
 
     def check(self, model: Any) -> None:
-        """Raises ``PruningError`` unless the masks are of this model."""
+        """Raises ``PruningError`` unless the masks fit this model."""
         self._weights(model)
 
     def kept_share(self, names: Sequence[str] | None = None) -> float:
-        """The share of weights that is kept, of all matrices with a set or of some of them."""
+        """The share of weights kept in the named matrices, by default in all that have a set."""
         chosen = [self.kept[name] for name in (self.kept if names is None else names)]
         total = sum(own.shape[0] * own.shape[1] for own in chosen)
         return sum(int(own.mask.sum()) for own in chosen) / total if total else 1.0
 
     def zeros(self, model: Any) -> dict[str, int]:
-        """How many weights of each matrix with a set are zero, for whatever reason.
+        """How many weights of each matrix with a set are zero, pruned or not.
 
         Raises:
-            PruningError: the masks are of another model.
+            PruningError: the masks were made for another model.
         """
         return {name: int((weight == 0).sum()) for name, weight in self._weights(model)}
 
@@ -122,10 +123,10 @@ class WeightMasks:
     __hash__ = None  # type: ignore[assignment]
 
     def exclude(self, other: WeightMasks, share: float, *, seed: int = 0) -> WeightMasks:
-        """Removes, matrix by matrix, a random ``share`` of what both keep.
+        """Removes, matrix by matrix, a random ``share`` of the weights that both keep.
 
-        Exactly that share, to the nearest whole number; at 1 it is ``self - other``. The paper's
-        code (arXiv 2410.09454) asks in this way what a shared sub-network is worth.
+        The share is exact, to the nearest whole number; at 1 the result is ``self - other``. The
+        paper's code (arXiv 2410.09454) measures in this way what a shared sub-network is worth.
         """
         if isinstance(share, bool) or not 0 <= share <= 1:
             raise PruningError("share", share, "a share in [0, 1]")
@@ -142,13 +143,13 @@ class WeightMasks:
 
     @classmethod
     def shared(cls, masks: Sequence[WeightMasks]) -> WeightMasks:
-        """The shared sub-network of several tasks (arXiv 2405.16700): what all of them keep."""
+        """The shared sub-network of several tasks (arXiv 2405.16700): what all masks keep."""
         if not masks:
             raise PruningError("masks", "none", "one or more")
         return reduce(operator.and_, masks)
 
     def covering(self, other: WeightMasks) -> WeightMasks:
-        """The same masks with a set for every matrix of ``other``: whole where there was none."""
+        """The same masks with a set for every matrix of ``other``: missing ones keep everything."""
         whole = {
             name: KeptSet.of(torch.ones(own.shape, dtype=torch.bool, device=own.bitmap.device))
             for name, own in other.kept.items()
@@ -157,7 +158,7 @@ class WeightMasks:
         return self._with({**self.kept, **whole})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: a bit a weight, and where they come from as metadata."""
+        """Writes a safetensors file: one bit per weight, with the provenance as metadata."""
         MaskFile(self.kept, self.fingerprint, self.provenance).write(path)
 
     @classmethod
@@ -171,15 +172,15 @@ class WeightMasks:
         return cls(found.kept, found.fingerprint, found.provenance)
 
     def _weights(self, model: Any) -> list[tuple[str, Tensor]]:
-        """The model's weights that there are sets for, once it is known to be the right model."""
+        """The model's weights that have a set, after checking that the masks fit the model."""
         known = {matrix.name: matrix for matrix in matrices(model)}
         for name, own in self.kept.items():
             matrix = known.get(name)
             if matrix is None:
-                raise PruningError(name, "the model has no such matrix", "masks of this very model")
+                raise PruningError(name, "the model has no such matrix", "masks of this model")
             if tuple(matrix.weight.shape) != own.shape:
                 found = f"the mask has shape {list(own.shape)}"
-                allowed = f"{list(matrix.weight.shape)}: masks of this very model"
+                allowed = f"{list(matrix.weight.shape)}, as in masks of this model"
                 raise PruningError(name, found, allowed)
         if self.fingerprint != fingerprint_of(known.values()):
             found = f"made for another model ({self.fingerprint[:16]})"
@@ -201,10 +202,10 @@ class WeightMasks:
 
     def _check_alike(self, other: WeightMasks) -> None:
         if self.fingerprint != other.fingerprint:
-            raise PruningError("masks", "of two models", "masks of one model")
+            raise PruningError("masks", "made for different models", "masks of one model")
         apart = sorted(self.kept.keys() ^ other.kept.keys())
         if apart:
-            allowed = "masks of the same matrices (`covering` adds those that the other has)"
+            allowed = "masks of the same matrices (`covering` adds the missing ones)"
             raise PruningError("masks", f"only one of the two has {apart[0]}", allowed)
 
     def _with(self, kept: Mapping[str, KeptSet], **provenance: Any) -> WeightMasks:
@@ -212,13 +213,13 @@ class WeightMasks:
 
 
 def fingerprint_of(found: Any) -> str:
-    """Of the names and shapes of all matrices of a model, whatever their values."""
+    """A hash of the names and shapes of a model's matrices, whatever their values."""
     shapes = sorted((matrix.name, list(_shape(matrix))) for matrix in found)
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
-    """Draws for one matrix, the same on every device and whatever else is drawn."""
+    """A generator for one matrix: same draws on every device, whatever other matrices draw."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 

@@ -1,4 +1,4 @@
-"""Masks found by a score, and a model pruned by them."""
+"""Finding masks by a score, and pruning a model with them."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def prune_(
     about: Mapping[str, Any] | None = None,
     on_layer: Callable[[], object] = lambda: None,
 ) -> WeightMasks:
-    """Sets a share of a model's weights to zero, in place; returns which are kept.
+    """Sets a share of a model's weights to zero, in place; returns the masks of those kept.
 
-    As ``find_masks``, whose arguments and errors these are, and ``WeightMasks.apply_``.
+    Equals ``find_masks``, with its arguments and errors, then ``WeightMasks.apply_``.
     """
     masks = find_masks(model, recipe, samples, about=about, on_layer=on_layer)
     masks.apply_(model)
@@ -46,19 +46,19 @@ def find_masks(
     about: Mapping[str, Any] | None = None,
     on_layer: Callable[[], object] = lambda: None,
 ) -> WeightMasks:
-    """Which weights a recipe keeps; the model is left as it was, also if this fails.
+    """The weights that a recipe keeps; the model is left unchanged, even on failure.
 
-    Wanda (Sun et al. 2023, arXiv 2306.11695) goes from layer to layer: every projection of a layer
-    is scored by |weight| times the norm of its input, the layer is pruned, and the next one sees
-    what a pruned layer gives. What it removes is kept aside meanwhile, in host memory.
+    Wanda (Sun et al. 2023, arXiv 2306.11695) works layer by layer: it scores the weights of every
+    projection by |weight| times the norm of its input, prunes the layer, and runs the next one on
+    the pruned layer's output. Removed weights are held in host memory until the end.
 
     Args:
         model: a Hugging Face model with a Llama, Mistral, Qwen2, Qwen3 or OPT decoder, inside a
             LLaVA or alone, plain or prepared. Wanda runs it dense, whatever its policy.
         recipe: what to prune.
-        samples: what Wanda calibrates on: inputs of the model, as ``processor(...)`` gives them.
-            Padding in them has no effect. Other methods need none.
-        about: what else the masks' provenance should say, such as where samples came from.
+        samples: calibration samples for Wanda: inputs of the model, as ``processor(...)`` returns
+            them. Their padding has no effect. Other methods need none.
+        about: added to the masks' provenance, such as the source of the samples.
         on_layer: called after each layer.
     Raises:
         PruningError: the recipe does not fit the model, Wanda has no samples, or activations are
@@ -69,7 +69,7 @@ def find_masks(
     chosen = recipe.choose(every)
     if recipe.method is Method.WANDA:
         if not samples:
-            raise PruningError("samples", "none", "one or more: Wanda is calibrated on them")
+            raise PruningError("samples", "none", "one or more, as Wanda calibrates on them")
         found = _by_activations(model, recipe, chosen, samples, on_layer)
     else:
         found = dict(_by_weights(recipe, chosen, on_layer))
@@ -130,7 +130,7 @@ def _by_activations(
 def _wanda(
     layer: nn.Module, recipe: Recipe, chosen: Sequence[Matrix], underway: Iterable[Walk]
 ) -> list[tuple[Matrix, Tensor]]:
-    """The masks of one layer: all of its projections are seen before any is pruned."""
+    """The masks of one layer: the inputs of all its projections are recorded before pruning any."""
     if not chosen:
         return []
     norms = InputNorms(chosen)
@@ -148,7 +148,7 @@ def _restore(weight: Tensor, kept: KeptSet, removed: Tensor) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this block nothing is dropped at random; afterwards every module is as it was."""
+    """Within this block the model is in evaluation mode; every module's mode is restored after."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

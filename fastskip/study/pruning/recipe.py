@@ -1,4 +1,4 @@
-"""What to prune, by which score, and how much: the words of pruning, checked once."""
+"""What to prune, by which score, and how much: pruning's vocabulary, validated once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ E = TypeVar("E", bound=StrEnum)
 
 
 class PruningError(ValueError):
-    """What cannot be pruned as asked; names the field, its value and what is allowed."""
+    """A pruning request that cannot be met; names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
@@ -27,7 +27,7 @@ class PruningError(ValueError):
 
 
 class Method(StrEnum):
-    """By what score weights are kept.
+    """The score that decides which weights are kept.
 
     WANDA: |weight| times the norm of its input over calibration samples (Sun et al. 2023, arXiv
     2306.11695). MAGNITUDE: |weight|. RANDOM: a seeded draw.
@@ -39,7 +39,7 @@ class Method(StrEnum):
 
 
 class Part(StrEnum):
-    """Which projections of a layer: all, those of attention, or those of the FFN."""
+    """Which projections of a layer are pruned: all, attention's or the FFN's."""
 
     BLOCK = "block"
     ATTENTION = "attention"
@@ -51,7 +51,7 @@ class Part(StrEnum):
 
 
 class Per(StrEnum):
-    """Within what weights compete: each output row by itself, or the whole matrix."""
+    """The group in which weights compete: each output row, or the whole matrix."""
 
     ROW = "row"
     MATRIX = "matrix"
@@ -59,7 +59,7 @@ class Per(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """N:M: of every ``group`` neighbours in a row, ``kept`` are kept. Written ``2:4``."""
+    """N:M sparsity: of every ``group`` neighbours in a row, ``kept`` are kept. Written ``2:4``."""
 
     kept: int
     group: int
@@ -77,19 +77,20 @@ class Pattern:
 
     @property
     def ratio(self) -> float:
-        """The share that it removes."""
+        """The share of weights that it removes."""
         return 1 - self.kept / self.group
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Recipe:
-    """How to prune. Takes strings at its edge and holds typed values.
+    """How to prune. Accepts strings and holds typed values.
 
     Attributes:
         method: the score.
         ratio: the share of weights to remove, in (0, 1); with a pattern, the pattern's.
-        pattern: ``None``: unstructured.
-        per: what competes; by default a row under Wanda, as its authors do, else the matrix.
+        pattern: N:M sparsity; ``None`` for unstructured pruning.
+        per: the group in which weights compete; by default a row for Wanda, as in its paper, else
+            the matrix. Not to be given with a pattern, whose own groups compete.
         part, layers: which projections; layers as in a policy (``"4:20"``, ``[1, 2]``).
         seed: of random draws.
     """
@@ -116,7 +117,7 @@ class Recipe:
         chosen = _member(Method, method, "method")
         pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         if pattern is not None and per is not None:
-            raise PruningError("per", repr(per), "none with a pattern: its groups compete")
+            raise PruningError("per", repr(per), "none with a pattern, whose groups compete")
         usual = Per.ROW if chosen is Method.WANDA or pattern is not None else Per.MATRIX
         values = {
             "method": chosen,
@@ -143,21 +144,21 @@ class Recipe:
         }
 
     def competing(self, rows: int, columns: int) -> int:
-        """How many weights of such a matrix compete with each other."""
+        """How many weights compete with each other in a matrix of this shape."""
         if self.pattern is not None:
             return self.pattern.group
         return columns if self.per is Per.ROW else rows * columns
 
     def removed(self, competing: int) -> int:
-        """How many of so many weights go, to the nearest whole number."""
+        """How many of ``competing`` weights are removed, to the nearest whole number."""
         return round(self.ratio * competing)
 
     def choose(self, found: Iterable[Matrix]) -> list[Matrix]:
-        """The matrices among those of a model that this recipe prunes.
+        """The matrices of a model, out of ``found``, that this recipe prunes.
 
         Raises:
-            PruningError: the model has no such layers, a pattern does not divide a matrix, or the
-                ratio is so small that no weight would go.
+            PruningError: the model has no such layers, the pattern does not divide a matrix, or the
+                ratio is too small to remove a single weight.
         """
         every = list(found)
         depth = 1 + max((matrix.layer for matrix in every), default=-1)
@@ -173,7 +174,7 @@ class Recipe:
                 raise PruningError("pattern", self.pattern, allowed)
         most = max((self.competing(*matrix.weight.shape) for matrix in chosen), default=0)
         if chosen and not self.removed(most):
-            allowed = f"more than {0.5 / most:.3g}, as {most} weights compete and none would go"
+            allowed = f"more than {0.5 / most:.3g}: of {most} competing weights, none would go"
             raise PruningError("ratio", self.ratio, allowed)
         return chosen
 

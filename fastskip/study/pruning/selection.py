@@ -1,4 +1,4 @@
-"""Which weights of a matrix are kept, given their scores: exact counts, ties by place."""
+"""Which weights of a matrix are kept, given their scores: exact counts, ties by position."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fastskip.study.pruning.recipe import Recipe
 
 
 def kept_by(scores: Tensor, recipe: Recipe) -> Tensor:
-    """The mask of a matrix by its scores ``[M, E]``: True where a weight is kept.
+    """The mask of a matrix with scores ``[M, E]``: True where a weight is kept.
 
-    Of each group that competes, the lowest scores go: exactly as many as the ratio says, to the
-    nearest whole number; of equal ones those that come first.
+    In each competing group, the weights of lowest score are removed: exactly as many as the ratio
+    says, to the nearest whole number; among equal scores, the first ones.
     """
     competing = recipe.competing(*scores.shape)
     groups = scores.view(-1, competing)
