@@ -327,7 +327,7 @@ def test_answers_are_judged_where_they_stand(kind: Kind) -> None:
     (batch,) = Calibrator(fastskip.apply_(copy.deepcopy(stock)), exam)._batches
     given = exam.inputs(0)
     told = stock.generate(**given, max_new_tokens=3, do_sample=False)[:, -3:]
-    assert torch.equal(batch.told, told)
+    assert torch.equal(batch.answers, told)
     plain, truth = (_logs(model, given, told[:, :-1]) for model in (stock, truth_copy(stock)))
     assert_within_budget("log probabilities", batch.logs, plain, truth)
 

@@ -1,4 +1,4 @@
-"""What policies do to a model's answers and what they take, each measured once."""
+"""How far policies move a model's answers and how long they take, each measured once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastskip.study.search.settings import SearchSettings, Watcher
 
 
 class Bench:
-    """Measures policies of one model; what is kept in the folder is not measured again."""
+    """Measures policies of one model; measurements stored in the folder are reused."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class Bench:
 
         Args:
             model: a prepared one.
-            calibration: items whose answers are looked at.
-            typical: the inputs of one prompt, of which costs and times are.
+            calibration: the items on which policies are compared with the dense model.
+            typical: the inputs of one prompt, for which costs and times are taken.
             ceilings: of the machine.
             settings: how much is done.
-            folder: where what is measured is kept.
-            watcher: who is told.
+            folder: where measurements are stored.
+            watcher: receives progress.
         """
         self.model, self.calibration = model, calibration
         self.shape = plan_of(model).shape
@@ -76,15 +76,15 @@ class Bench:
         return Moved(**self._kept.value(key_of(self._base, "moved", policy), measure))
 
     def divergence(self, policy: SkipPolicy) -> float:
-        """The same in nats an answer token, from the dense model's."""
+        """The KL divergence from the dense model, in nats per answer token."""
         return self.moved(policy).kl
 
     def loss(self, policy: SkipPolicy) -> float:
-        """How surprised the model is by the dense answers, nats an answer token."""
+        """Negative log likelihood of the dense model's answers, in nats per answer token."""
         return self.moved(policy).loss
 
     def timed(self, what: str, policies: Sequence[SkipPolicy]) -> list[Timed]:
-        """The dense model and these policies in turn, on this machine."""
+        """Times the dense model and these policies, interleaved, on this machine."""
         rounds, new = self._settings.rounds, self._settings.new_tokens
 
         def measure() -> Any:
@@ -100,7 +100,7 @@ class Bench:
         return [Timed.from_dict(each) for each in self._kept.value(key, measure)]
 
     def pricing(self, quantity: Quantity, more: Sequence[Sequence[Timed]] = ()) -> Pricing:
-        """Prices in a budget's quantity; of times, fitted to some probes and to `more`."""
+        """Prices in a budget's quantity; times are fitted to the probes and to `more`."""
         if quantity is Quantity.FLOPS:
             return Pricing(self.costing, quantity)
         groups = [self.timed("probes", probes(self.shape)), *more]

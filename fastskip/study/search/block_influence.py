@@ -1,7 +1,7 @@
-"""ShortGPT's rule: blocks that turn the hidden states least are left out, for all tokens.
+"""ShortGPT's rule: the blocks that change the hidden states least are skipped, for all tokens.
 
 Source: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
-arXiv 2403.03853: the influence of a block is 1 minus the mean cosine of what enters and leaves it.
+arXiv 2403.03853: a block's influence is 1 minus the mean cosine between its input and its output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fastskip.study.similarity import LayerSimilarity
 
 
 def block_influence(similarity: Sequence[LayerSimilarity]) -> dict[int, float]:
-    """1 minus the mean cosine of each block's input and output, over all rows of all classes."""
+    """1 minus the mean cosine between each block's input and output, over rows of all classes."""
     sums: dict[int, float] = {}
     rows: dict[int, int] = {}
     for each in similarity:
@@ -22,5 +22,5 @@ def block_influence(similarity: Sequence[LayerSimilarity]) -> dict[int, float]:
 
 
 def least_influence_first(influence: dict[int, float]) -> list[int]:
-    """Layers in the order in which they are left out; of equal ones the lower first."""
+    """Layers in the order in which they are skipped; ties go to the lower layer."""
     return sorted(influence, key=lambda layer: (influence[layer], layer))

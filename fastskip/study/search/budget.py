@@ -10,14 +10,14 @@ from typing import Any
 
 
 class BudgetError(ValueError):
-    """A budget that cannot be read, or that nothing can keep; says what can."""
+    """A budget that cannot be parsed, or that no policy can meet; says what is possible."""
 
 
 class Quantity(StrEnum):
-    """What is limited.
+    """The limited quantity.
 
-    FLOPS: of decoder and lm_head, one `generate` call. TTFT: time to the first token, the vision
-    tower in it. TPOT: time of each further token.
+    FLOPS: of decoder and lm_head in one `generate` call. TTFT: time to the first token, including
+    the vision tower. TPOT: time per further token.
     """
 
     FLOPS = "flops"
@@ -26,20 +26,20 @@ class Quantity(StrEnum):
 
 
 ALLOWED = (
-    'a quantity and how much: "tpot 1.5x" or "ttft 1.3x" (times faster than dense), "ttft 80ms" or '
-    '"tpot 0.02s" (at the most), "flops 0.7", "flops 70%" or "flops 1.4x" (of the dense FLOPs, '
-    "times fewer)"
+    'a quantity and a limit: "tpot 1.5x" or "ttft 1.3x" (times faster than dense), "ttft 80ms" or '
+    '"tpot 0.02s" (at most), "flops 0.7" or "flops 70%" (of the dense FLOPs), "flops 1.4x" (times '
+    "fewer)"
 )
 _FORM = re.compile(r"\s*(\w+)\s+([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*(x|ms|s|%)?\s*")
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The most that a policy may cost; one of `share` and `most_s` is set.
+    """The most that a policy may cost; either `share` or `most_s` is set.
 
     Attributes:
         quantity: what is limited.
-        share: of what dense takes, in (0, 1].
+        share: of the dense model's cost, in (0, 1].
         most_s: seconds.
     """
 
@@ -54,22 +54,22 @@ class Budget:
             raise BudgetError(f"budget: {self.share:g} of dense; allowed: a share in (0, 1]")
         if self.most_s is not None:
             if self.quantity is Quantity.FLOPS:
-                raise BudgetError(f"budget: seconds of FLOPs; allowed: {ALLOWED}")
+                raise BudgetError(f"budget: FLOPs in seconds; allowed: {ALLOWED}")
             if not (math.isfinite(self.most_s) and self.most_s > 0):
                 raise BudgetError(f"budget: {self.most_s} s; allowed: a time above 0")
 
     @property
     def least(self) -> float | None:
-        """How many times better than dense it must be; `None` of a time."""
+        """How many times cheaper than dense a policy must be; `None` for a limit in seconds."""
         return None if self.share is None else 1 / self.share
 
     def limit(self, dense_s: float | None) -> float:
-        """The most as a share of what dense takes; `dense_s`: its time, if times are limited."""
+        """The limit as a share of dense; `dense_s`: the dense model's time, if time is limited."""
         if self.share is not None:
             return self.share
         assert self.most_s is not None
         if dense_s is None:
-            raise BudgetError("budget: a time; allowed: with the dense model's own measured")
+            raise BudgetError("budget: a time; allowed: only once the dense model is measured")
         return min(1.0, self.most_s / dense_s)
 
     @property
@@ -97,7 +97,7 @@ def parse_budget(text: str) -> Budget:
     """A budget as a user writes it.
 
     Raises:
-        BudgetError: it says what is allowed.
+        BudgetError: it cannot be parsed; the message says what is allowed.
     """
     found = _FORM.fullmatch(text.lower())
     if found is None or found[1] not in tuple(Quantity):
@@ -105,10 +105,10 @@ def parse_budget(text: str) -> Budget:
     quantity, number, unit = Quantity(found[1]), float(found[2]), found[3]
     is_flops = quantity is Quantity.FLOPS
     if unit is None and not is_flops:
-        raise BudgetError(f"budget: {text!r} has no unit; allowed: x, ms or s behind the number")
+        raise BudgetError(f"budget: {text!r} has no unit; allowed: x, ms or s after the number")
     if unit in ("ms", "s"):
         if is_flops:
-            raise BudgetError(f"budget: {text!r}; allowed: FLOPs as a share, in % or in x")
+            raise BudgetError(f"budget: {text!r}; allowed: FLOPs as a share, in % or with x")
         return Budget(quantity, most_s=number / 1e3 if unit == "ms" else number)
     if unit == "x":
         if number < 1:
@@ -116,13 +116,13 @@ def parse_budget(text: str) -> Budget:
         return Budget(quantity, share=1 / number)
     share = number / 100 if unit == "%" else number
     if not is_flops or not 0 < share <= 1:
-        allowed = "a share in (0, 1]" if is_flops else "x, ms or s behind the number"
+        allowed = "a share in (0, 1]" if is_flops else "x, ms or s after the number"
         raise BudgetError(f"budget: {text!r}; allowed: {allowed}")
     return Budget(quantity, share=share)
 
 
 def impossible(budget: Budget, least_share: float, dense_s: float | None) -> BudgetError:
-    """The error of a budget below all that skipping can reach, which is `least_share` of dense."""
+    """The error for a budget below the least that skipping can reach, `least_share` of dense."""
     if budget.quantity is Quantity.FLOPS:
         reach = f"{least_share:.3g} of the dense FLOPs"
     else:
@@ -130,5 +130,5 @@ def impossible(budget: Budget, least_share: float, dense_s: float | None) -> Bud
         if dense_s is not None:
             reach += f" ({1e3 * least_share * dense_s:.3g} ms; dense takes {1e3 * dense_s:.3g} ms)"
     return BudgetError(
-        f"budget: {budget.text} cannot be reached; at most, with everything skipped: {reach}"
+        f"budget: {budget.text} cannot be reached; the limit, with everything skipped: {reach}"
     )

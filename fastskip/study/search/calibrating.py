@@ -1,8 +1,8 @@
-"""How far a policy moves a model's answers: told the dense model's own, token by token.
+"""How far a policy moves a model's answers, by teacher forcing on the dense model's answers.
 
-The dense model answers each item once. Then its answers are put behind their prompts, and a policy
-is judged by the distributions that it gives for each of their tokens in one forward: the rows of an
-answer are GENERATED, as they would be in `generate`, so that nothing needs to be generated again.
+The dense model answers each item once. Its answers are then appended to their prompts, and a policy
+is judged by the distributions that it gives for their tokens in one forward. Rows of an answer are
+GENERATED, as they would be in `generate`, so that nothing needs to be generated again.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from fastskip.tokens import CODES
 
 
 class MovedError(ValueError):
-    """A policy under which a model gives no numbers."""
+    """A policy under which the model's log probabilities are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What a policy does to the answers, means over answer tokens.
+    """How far a policy moves the answers, as means over answer tokens.
 
-    `kl`: divergence of its distributions from the dense model's, nats. `loss`: how surprised it is
-    by the dense model's answers (negative log likelihood), nats.
+    `kl`: divergence of its distributions from the dense model's, nats. `loss`: negative log
+    likelihood of the dense model's answers, nats.
     """
 
     kl: float
@@ -43,31 +43,31 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """Prompts and dense answers `[B, T]`, embedded; what is asked are the last `n` columns.
+    """Prompts and dense answers `[B, T]`, embedded; logits are taken at the last `n` columns.
 
-    `inputs`: what the text model takes; `logs [B, n, V]`: the dense model's log probabilities;
-    `told [B, n]`: its tokens; `asked [B, n]`: which of them are part of an answer.
+    `inputs`: of the text model; `logs [B, n, V]`: the dense model's log probabilities;
+    `answers [B, n]`: its tokens; `is_answer [B, n]`: which of them belong to an answer.
     """
 
     inputs: dict[str, Any]
     logs: Tensor
-    told: Tensor
-    asked: Tensor
+    answers: Tensor
+    is_answer: Tensor
 
 
 class Calibrator:
-    """A prepared model, and items answered by its dense form."""
+    """A prepared model, and items answered by it when dense."""
 
     def __init__(
         self, model: Any, exam: Exam, on_batch: Callable[[], object] = lambda: None
     ) -> None:
-        """Lets the dense model answer; leaves the model's policy as it was.
+        """Generates the dense model's answers; restores the model's policy.
 
-        Keeps `V` numbers an answer token, where the model is.
+        Keeps `V` numbers per answer token, on the model's device.
 
         Args:
             model: a prepared one.
-            exam: the items; its batches are what runs at once.
+            exam: the items, run in the exam's batches.
             on_batch: called after each batch.
         """
         self.model, self.exam = model, exam
@@ -83,11 +83,11 @@ class Calibrator:
 
     def __len__(self) -> int:
         """The number of answer tokens."""
-        return sum(int(batch.asked.sum()) for batch in self._batches)
+        return sum(int(batch.is_answer.sum()) for batch in self._batches)
 
     @torch.inference_mode()
     def moved(self, policy: SkipPolicy) -> Moved:
-        """How far a policy moves the answers; leaves the model under it.
+        """How far a policy moves the answers; the model keeps this policy.
 
         Raises:
             MovedError: the model overflows under it.
@@ -97,11 +97,11 @@ class Calibrator:
         for batch in self._batches:
             logs = _logs(self.model, batch)
             kl = F.kl_div(logs, batch.logs, reduction="none", log_target=True).sum(-1)
-            told = -logs.gather(-1, batch.told[..., None]).squeeze(-1)
-            divergence += float(kl[batch.asked].double().sum())
-            loss += float(told[batch.asked].double().sum())
+            nll = -logs.gather(-1, batch.answers[..., None]).squeeze(-1)
+            divergence += float(kl[batch.is_answer].double().sum())
+            loss += float(nll[batch.is_answer].double().sum())
         if not math.isfinite(divergence + loss):
-            problem = f"policy {policy.name!r}: log probabilities that are not finite"
+            problem = f"policy {policy.name!r}: log probabilities are not finite"
             allowed = "a dtype in which the model does not overflow, such as float32"
             raise MovedError(f"{problem} in {self.model.dtype}; allowed: {allowed}")
         count = len(self)
@@ -113,28 +113,28 @@ def _answered(model: Any, inputs: dict[str, Any], exam: Exam) -> _Batch:
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=exam.new_tokens)
-    told = out[:, ids.shape[1] :]
-    asked = _lives(told, model)
-    # The last token is asked for and never fed: what it would lead to is no part of the answer.
-    whole = torch.cat([mask, asked[:, 1:].to(mask.dtype)], 1)
-    codes = _codes(model, ids, inputs, told.shape[1] - 1)
-    given = _continued(_embedded(model, inputs), model.get_input_embeddings()(told[:, :-1]))
-    # A forward counts pads as positions, which `generate` does not; draws go by positions.
+    answers = out[:, ids.shape[1] :]
+    is_answer = _until_end(answers, model)
+    # The last token is predicted but never fed: what follows it is not part of the answer.
+    whole = torch.cat([mask, is_answer[:, 1:].to(mask.dtype)], 1)
+    codes = _codes(model, ids, inputs, answers.shape[1] - 1)
+    given = _continued(_embedded(model, inputs), model.get_input_embeddings()(answers[:, :-1]))
+    # Unlike `generate`, a forward counts pads as positions, and random routers draw by position.
     positions, axes = (whole.cumsum(1) - 1).clamp(min=0), given.get("position_ids")
     given["position_ids"] = positions if axes is None else torch.cat([positions[None], axes])
     given |= {"attention_mask": whole, "token_classes": codes, "use_cache": False}
-    # Of the columns of the answers alone the logits are asked for.
-    asking = torch.arange(ids.shape[1] - 1, whole.shape[1])
-    given["kept_columns"] = asking.expand(len(ids), -1)
-    empty = told.new_zeros(0, dtype=torch.float32)
-    batch = _Batch(given, empty, told, asked)
+    # Only the columns that predict answer tokens need logits.
+    predicting = torch.arange(ids.shape[1] - 1, whole.shape[1])
+    given["kept_columns"] = predicting.expand(len(ids), -1)
+    empty = answers.new_zeros(0, dtype=torch.float32)
+    batch = _Batch(given, empty, answers, is_answer)
     return replace(batch, logs=_logs(model, batch))
 
 
 def _embedded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Prompts as the text model reads them: `inputs_embeds [B, P, D]` with image features in their
-    places; where they stand in time, height and width, and what enters behind the first layers, if
-    the model has such."""
+    """Prompts as the text model reads them: `inputs_embeds [B, P, D]` with image features merged
+    in, and, if the model has them, positions in time, height and width and the features that are
+    added after the first layers."""
     seen: dict[str, Any] = {}
     hook = text_model_of(model).register_forward_pre_hook(
         lambda _, args, given: seen.update(given), with_kwargs=True
@@ -145,7 +145,7 @@ def _embedded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         hook.remove()
     found = {name: seen[name] for name in DEEP_INPUTS if seen.get(name) is not None}
     found["inputs_embeds"] = seen.get("inputs_embeds")
-    if found["inputs_embeds"] is None:  # a text-only model's decoder embeds by itself
+    if found["inputs_embeds"] is None:  # a text-only model's decoder embeds its own inputs
         found["inputs_embeds"] = model.get_input_embeddings()(inputs["input_ids"])
     positions: Tensor | None = seen.get("position_ids")
     if positions is not None and positions.ndim == 3:
@@ -154,7 +154,7 @@ def _embedded(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _continued(prompts: dict[str, Any], answers: Tensor) -> dict[str, Any]:
-    """The same with answers `[B, n, D]` behind the prompts, which are padded on the left."""
+    """The prompts, which are padded on the left, with answers `[B, n, D]` appended."""
     found = {**prompts, "inputs_embeds": torch.cat([prompts["inputs_embeds"], answers], 1)}
     axes, new = prompts.get("position_ids"), answers.shape[1]
     if axes is not None:
@@ -167,20 +167,20 @@ def _continued(prompts: dict[str, Any], answers: Tensor) -> dict[str, Any]:
 
 
 def _logs(model: Any, batch: _Batch) -> Tensor:
-    """Log probabilities `[B, n, V]` (fp32) of every token of the answers."""
+    """Log probabilities `[B, n, V]` (fp32) at every answer token."""
     rows = text_model_of(model)(**batch.inputs).last_hidden_state
     return F.log_softmax(model.get_output_embeddings()(rows).float(), dim=-1)
 
 
 def _codes(model: Any, ids: Tensor, inputs: dict[str, Any], more: int) -> Tensor:
-    """Class codes `[B, T + more]` of prompts and of the answers behind them."""
+    """Class codes `[B, T + more]` of prompts and the answers appended to them."""
     is_image = placeholders(model.config, ids) & any("pixel_values" in name for name in inputs)
     codes = torch.where(is_image, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
     return F.pad(codes, (0, more), value=CODES[TokenClass.GENERATED])
 
 
-def _lives(told: Tensor, model: Any) -> Tensor:
-    """Which answer tokens `[B, n]` come before the end of the answer, or are it."""
-    ends = torch.tensor(sorted(end_tokens(model)), device=told.device, dtype=told.dtype)
-    ended = torch.isin(told, ends)
+def _until_end(answers: Tensor, model: Any) -> Tensor:
+    """Which tokens `[B, n]` belong to the answer: those up to its end token, which is included."""
+    ends = torch.tensor(sorted(end_tokens(model)), device=answers.device, dtype=answers.dtype)
+    ended = torch.isin(answers, ends)
     return ended.cumsum(1) - ended.long() == 0

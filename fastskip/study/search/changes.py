@@ -1,4 +1,4 @@
-"""What can be done to a layer: sublayers skipped by a class, a wiring; and all of it together."""
+"""The changes that can be made to a layer (skips by class, wirings) and their combinations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BLOCK = ATTENTION | FFN
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Rows of `tokens` skip `skip` in a layer; or the layer (with the next one) is rewired."""
+    """Rows of `tokens` skip `skip` in a layer; or the layer (or a pair of layers) is rewired."""
 
     tokens: frozenset[TokenClass]
     skip: frozenset[Sublayer] = frozenset()
@@ -33,12 +33,12 @@ class Change:
 
     @property
     def span(self) -> int:
-        """How many layers it takes: two, if it makes a pair."""
+        """How many layers it covers: two for a pair."""
         return 2 if self.arrangement is Arrangement.PAIR else 1
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What changes are ordered by, the same in every process."""
+        """The sort key of changes, the same in every process."""
         return (
             sorted(list(TokenClass).index(c) for c in self.tokens),
             sorted(self.skip),
@@ -47,7 +47,7 @@ class Change:
         )
 
     def rule(self, layers: Sequence[int]) -> SkipRule | ArrangementRule:
-        """The same as a statement of a policy, for these layers (the first ones of pairs)."""
+        """The change as a policy's rule for these layers (for pairs, their first layers)."""
         if self.arrangement is Arrangement.PAIR:
             return ArrangementRule([(n, n + 1) for n in layers], Arrangement.PAIR)
         if self.arrangement is not None:
@@ -55,7 +55,7 @@ class Change:
         return SkipRule(tuple(layers), self.tokens, self.skip, self.kv)
 
     def label(self) -> str:
-        """In a few words."""
+        """A short description."""
         if self.arrangement is not None:
             return self.arrangement.value
         names = "block" if self.skip == BLOCK else next(iter(self.skip)).value
@@ -64,11 +64,11 @@ class Change:
 
 
 Choice = tuple[Change, ...]
-"""What is done to one layer: changes of classes that do not meet; none for a dense layer."""
+"""The changes made to one layer, of disjoint classes; empty for a dense layer."""
 
 
 def span_of(choice: Choice) -> int:
-    """How many layers a choice takes."""
+    """How many layers a choice covers."""
     return max((change.span for change in choice), default=1)
 
 
@@ -80,12 +80,12 @@ def changes_of(
     wirings: bool = True,
     keeps_answers: bool = False,
 ) -> tuple[Change, ...]:
-    """All that is measured of one layer: by class, for the answer with the text, and for all.
+    """All changes measured in one layer: per class, for text and answer together, and for all.
 
-    A row of the lowest layer has no entry below to reuse. Where all classes skip attention nobody
-    is left to read what K and V they leave, so that there is one form of it. What GENERATED rows
-    leave where they skip attention only later turns on a kept cache read: reusing an entry is then
-    no better than having none, and `keeps_answers` has them leave their own in any case.
+    Rows of the lowest layer have no entry below to reuse. Where all classes skip attention, no row
+    reads the K and V that they leave, so only one form is measured. Where GENERATED rows skip
+    attention, only later turns on a kept cache read what they leave: REUSE is then no better than
+    OMIT, and with `keeps_answers` they always leave their own.
     """
     every, generated = frozenset(classes), TokenClass.GENERATED
     answer = frozenset({TokenClass.TEXT, generated})
@@ -108,10 +108,10 @@ def changes_of(
 
 
 def choices_of(changes: Sequence[Change], classes: Sequence[TokenClass]) -> tuple[Choice, ...]:
-    """All choices that a layer's changes allow: one change a class at the most, or a wiring.
+    """All choices that a layer's changes allow: at most one change per class, or a wiring.
 
-    Changes of several classes stand for the same said of each of them (`merged` finds them again).
-    Choices that mean the same come once.
+    A change of several classes is expressed by one change of each class (`merged` restores it).
+    Equivalent choices come once.
     """
     single = {c: [x for x in changes if x.tokens == {c} and x.skip] for c in classes}
     columns = [[(), *((x,) for x in single[c])] for c in classes]
@@ -123,7 +123,7 @@ def choices_of(changes: Sequence[Change], classes: Sequence[TokenClass]) -> tupl
 
 
 def merged(choice: Choice, changes: Iterable[Change]) -> Choice:
-    """A choice said in the fewest of `changes`: the same of several classes is one."""
+    """A choice in the fewest of `changes`: the same change of several classes becomes one."""
     rest, found = list(choice), []
     for joint in sorted(changes, key=lambda x: -len(x.tokens)):
         if len(joint.tokens) < 2 or joint.arrangement is not None:
@@ -136,7 +136,7 @@ def merged(choice: Choice, changes: Iterable[Change]) -> Choice:
 
 
 def policy_of(places: Iterable[tuple[int, Choice]], name: str = "") -> SkipPolicy:
-    """The policy that makes these choices, by layer: one rule for layers that are changed alike."""
+    """The policy that makes these choices, by layer: one rule for all layers changed alike."""
     layers: dict[Change, list[int]] = {}
     for layer, choice in places:
         for change in choice:
@@ -154,7 +154,7 @@ def _alike(one: Change, other: Change) -> bool:
 
 
 def _meaning(choice: Choice, classes: Sequence[TokenClass]) -> Choice:
-    """The choice as it is told from others: nobody reads what is left where nobody attends."""
+    """A canonical form of the choice: if no class attends, what rows leave in the cache is moot."""
     skipping = {c for x in choice if Sublayer.ATTENTION in x.skip for c in x.tokens}
     if skipping != set(classes):
         return choice

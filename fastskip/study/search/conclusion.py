@@ -1,10 +1,10 @@
-"""What a search comes to: which policy to take, and whether searching was worth it.
+"""The conclusion of a search: which policy to take, and whether searching was worth it.
 
-The rule. Of the candidates that keep the budget, those stay whose score on held-out items is not
-told to be below the dense model's (95 % interval of the differences, item by item); of them the one
-is recommended that moves the answers of the calibration set least; a router only where nothing
-static is left, since its decisions take time that no budget of FLOPs sees. The held-out items only
-rule out; they do not choose, so that the winner's score is not flattered.
+The rule: of the candidates within the budget, keep those whose score on held-out items is not
+significantly below the dense model's (95 % interval of the differences, item by item), and take the
+one that moves the calibration set's answers least; a router only if nothing static remains, since
+its decisions take time that a FLOPs budget does not count. Held-out items only rule candidates out;
+they do not choose among them, so that the winner's score is not biased upwards.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from fastskip.wording import FEW_ITEMS, counted
 FOUND = "search"
 """The name of the search's best policy at the budget."""
 WIDE = 0.05
-"""A loss of the score from which on it matters that it is not ruled out."""
+"""A loss of this much score is worth a caution unless the interval rules it out."""
 RULE = (
     "of the candidates within the budget that held-out items do not show to be worse than dense, "
-    "the one that moves the calibration set's answers least (a router only where it is alone)"
+    "the one that moves the calibration set's answers least (a router only if no other remains)"
 )
 
 
 def recommended(candidates: Sequence[Found]) -> Found | None:
-    """The one to take, by the rule; `None` if nothing is worth it."""
+    """The candidate to take, by the rule; `None` if nothing is worth it."""
     fit = [
         each
         for each in candidates
@@ -47,16 +47,16 @@ def told(
     cheaper: str | None = None,
     comparisons_of_cheaper: Sequence[Comparison] = (),
 ) -> str:
-    """The conclusion in words; `cheaper`: the search's policy at what the cheapest rival takes."""
+    """The conclusion in words; `cheaper`: the search's policy at the cheapest rival's cost."""
     parts = [_advice(candidates, best, items, budget), _standing(candidates, comparisons)]
     rivals = _rivals(comparisons_of_cheaper)
     if cheaper is not None and rivals:
         beaten = [each for each in rivals if each.is_beaten]
         rest = [each.name for each in rivals if not each.is_beaten]
         parts.append(
-            f"Rivals come in steps and may cost less: {cheaper!r}, which takes no more than any of "
-            f"them, beats {len(beaten)} of {len(rivals)}"
-            + (f"; not {', '.join(rest)}." if rest else ".")
+            "Rivals' costs come in steps and may be below the budget: "
+            f"{cheaper!r}, which costs no more than any of them, beats {len(beaten)} of "
+            f"{len(rivals)}" + (f"; not {', '.join(rest)}." if rest else ".")
         )
     return " ".join(parts)
 
@@ -69,7 +69,7 @@ def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget:
         )
     within = [each for each in candidates if each.source != "dense" and each.keeps_budget]
     if not within:
-        return f"Nothing keeps the budget ({budget}) as measured here, so nothing is recommended."
+        return f"Nothing meets the budget ({budget}) as measured here, so nothing is recommended."
     least = max(within, key=lambda each: each.score.mean)
     return (
         f"Nothing is worth it here: every candidate within the budget ({budget}) scores worse than "
@@ -80,19 +80,19 @@ def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget:
 
 
 def _caution(best: Found, items: int) -> str:
-    """What speaks against relying on it: few items, or an interval with a great loss in it."""
+    """Reasons not to rely on it: few items, or an interval that includes a large loss."""
     reasons = []
     if items < FEW_ITEMS:
-        reasons.append(f"{counted(items, 'item')} can show large differences only")
+        reasons.append(f"{counted(items, 'item')} can only show large differences")
     if best.change.low < -WIDE:
         reasons.append(f"a loss of {-100 * best.change.low:.1f} points is not ruled out")
     if not reasons:
         return ""
-    return f" Do not rely on it yet: {' and '.join(reasons)}; judge it by more items."
+    return f" Do not rely on it yet: {' and '.join(reasons)}; judge it on more items."
 
 
 def _milder(candidates: Sequence[Found]) -> str:
-    """What was searched for under milder budgets and is not worse, the cheapest of it."""
+    """The cheapest policy that the search found under milder budgets and that is not worse."""
     fit = [
         each
         for each in candidates
@@ -106,10 +106,10 @@ def _milder(candidates: Sequence[Found]) -> str:
 
 def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) -> str:
     if not any(each.name == FOUND for each in candidates):
-        return "The search found no policy of its own within the budget."
+        return "The search itself found no policy within the budget."
     rivals = _rivals(comparisons)
     if not rivals:
-        return "No uniform interval and no peer keeps the budget."
+        return "No uniform interval and no peer meets the budget."
     better = [each for each in rivals if each.difference.is_below_zero]
     level = [each for each in rivals if not each.is_beaten and not each.difference.is_below_zero]
     beaten = len(rivals) - len(better) - len(level)
@@ -123,9 +123,9 @@ def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) ->
         f"by more than the noise: {beaten} of {len(rivals)} are beaten"
     )
     if level:
-        text += f"; not told apart: {', '.join(each.name for each in level)}"
+        text += f"; no clear difference: {', '.join(each.name for each in level)}"
     if better:
-        text += f"; better than it: {', '.join(each.name for each in better)}"
+        text += f"; better: {', '.join(each.name for each in better)}"
     return text + "."
 
 

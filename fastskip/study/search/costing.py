@@ -1,9 +1,9 @@
-"""What a plan takes, as numbers that add up over layers, and what a budget makes of them.
+"""The cost of a plan, as numbers that add up over layers.
 
-Counted from the plan's own operations: FLOPs, and for prefill and decode apart the least time of
-attention and FFN (a floor: memory or arithmetic, whichever is slower, operation by operation), how
-many of them run at all, and how many are arranged in parallel or in pairs. Layers do not disturb
-each other's numbers, but for entries that are reused, and those of the last step.
+Counted from the plan's own operations: FLOPs and, for prefill and decode separately, the least time
+of attention and FFN (a roofline floor: memory or arithmetic, whichever is slower, operation by
+operation), how many of them run at all, and how many are arranged in parallel or in pairs. Layers'
+numbers are independent of each other, except for reused entries and those of the last step.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Numbers = NDArray[np.float64]
 
 PHASES = ("prefill", "decode")
 PARTS = ("attention", "ffn", "attentions", "ffns", "parallel", "pairs")
-"""Of a phase: floors in seconds; how many run; how many layers are so arranged."""
+"""Of a phase: floors in seconds; how many sublayers run; how many layers or pairs are rewired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One `generate` call: rows of one sequence, batch 1; `text_before` come before the image."""
+    """One `generate` call, batch 1, in rows; `text_before` of the text rows precede the image."""
 
     n_image: int
     n_text: int
@@ -49,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Costing:
-    """What plans of one model take for one workload on one machine."""
+    """The costs of one model's plans for one workload on one machine."""
 
     shape: ModelShape
     workload: Workload
@@ -72,11 +72,11 @@ class Costing:
         return _dense(self)
 
     def saved(self, layer: int, choice: Choice) -> Numbers:
-        """What a choice in one layer saves; entries that it reuses are there."""
+        """What a choice in one layer saves, all other layers dense (so entries to reuse exist)."""
         return _saved(self, self._alike(layer, choice), choice)
 
     def _alike(self, layer: int, choice: Choice) -> int:
-        """A layer that stands for this one: layers differ only at both ends."""
+        """A layer with the same numbers: layers differ only at both ends of the stack."""
         depth = self.shape.depth
         return layer if layer == 0 or layer + span_of(choice) >= depth or depth < 4 else 1
 

@@ -1,9 +1,9 @@
-"""SLEB's rule: block after block, that one is left out whose absence costs the least.
+"""SLEB's rule: remove blocks one by one, each time the one whose absence costs least.
 
 Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of
-Transformer Blocks", arXiv 2402.09025: in every round each block that is left is left out in turn
-beside those that are gone already, and the one goes without which a calibration set is predicted
-best. Here what is predicted is the dense model's answers.
+Transformer Blocks", arXiv 2402.09025: each round tries every remaining block in addition to those
+removed already, and removes the one without which the calibration set is predicted best. Here, the
+dense model's answers are predicted.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ def greedy_removal(
     loss: Callable[[Sequence[int]], float],
     is_enough: Callable[[Sequence[int]], bool],
 ) -> list[int] | None:
-    """The layers left out, in the order in which they go; `None` if all of them are not enough.
+    """The removed layers, in order of removal; `None` if removing all is not enough.
 
     Args:
         depth: layers.
         loss: of the model without these blocks.
-        is_enough: whether these blocks are as many as should go.
+        is_enough: whether removing these blocks is enough.
     """
-    gone: list[int] = []
-    while not is_enough(gone):
-        left = [layer for layer in range(depth) if layer not in gone]
+    removed: list[int] = []
+    while not is_enough(removed):
+        left = [layer for layer in range(depth) if layer not in removed]
         if not left:
             return None
-        losses = {layer: loss([*gone, layer]) for layer in left}
-        gone.append(min(left, key=lambda layer: (losses[layer], layer)))
-    return gone
+        losses = {layer: loss([*removed, layer]) for layer in left}
+        removed.append(min(left, key=lambda layer: (losses[layer], layer)))
+    return removed

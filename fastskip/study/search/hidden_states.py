@@ -1,4 +1,4 @@
-"""How alike hidden states are from layer to layer, on the items that a search calibrates on."""
+"""Similarity of hidden states from layer to layer, on the items that a search calibrates on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def compared(
     """Similarities by layer and class, over prompts and the model's own answers.
 
     Args:
-        model: as Hugging Face gives it, not prepared.
+        model: a Hugging Face model, not prepared.
         exam: the items.
-        folder: where a search keeps what it measures; what is there is not measured again.
-        watcher: who is told.
+        folder: where a search stores its measurements; stored ones are reused.
+        watcher: receives progress.
     """
     watch = watcher or Watcher()
 

@@ -1,4 +1,4 @@
-"""Candidates on items that the search did not see: scores, times, who is on the front."""
+"""Candidates on items that the search did not see: scores, times, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastskip.study.search.result import Comparison, Found, front
 from fastskip.study.search.seeking import Sought
 
 _SAME = 0.005
-"""Shares of dense that are so near are the same cost."""
+"""Costs that differ by no more than this share of dense count as equal."""
 DENSE = Entrant("dense", "dense", SkipPolicy())
 
 
 def entrants_of(sought: Sought) -> list[Entrant]:
-    """What the search found, and what its solver alone would have taken at the budget."""
+    """What the search found, and what its solver alone would have picked at the budget."""
     found = [
         Entrant(name, "search", replace(each.policy, name=name))
         for name, each in sought.refined.items()
@@ -34,8 +34,8 @@ def entrants_of(sought: Sought) -> list[Entrant]:
 
 
 def cheapest(sought: Sought, entrants: Sequence[Entrant]) -> float | None:
-    """What the cheapest uniform interval or peer takes, as a share of dense; `None` if there is
-    none, or if that is the budget, or so."""
+    """The cost of the cheapest uniform interval or peer, as a share of dense; `None` if there is
+    none, or if it costs about as much as the budget allows."""
     rivals = [each.policy for each in entrants if each.source in ("uniform", "peer")]
     least = min(map(sought.pricing.share, rivals), default=sought.limit)
     return None if least > sought.limit - _SAME else least
@@ -48,7 +48,7 @@ def candidates_of(
     entrants: Sequence[Entrant],
     judged: Sequence[Judgement],
 ) -> list[Found]:
-    """Everything known of each; `judged`: dense first, then the entrants in their order."""
+    """Dense and the entrants with all their numbers; `judged`: of each, in the same order."""
     dense, found = judged[0], []
     for entrant, own in zip([DENSE, *entrants], judged, strict=True):
         rates = dict(enumerate(entrant.rates)) or None
@@ -77,7 +77,7 @@ def candidates_of(
 def comparisons_of(
     candidates: Sequence[Found], judged: Sequence[Judgement], own: str | None = FOUND
 ) -> tuple[Comparison, ...]:
-    """A policy of the search, by name, against all others at the budget; none without it."""
+    """The search's policy named `own` against all rivals at the budget; empty without it."""
     by_name = {each.label: each.evaluation for each in judged}
     if own is None or own not in by_name:
         return ()
@@ -97,7 +97,7 @@ def _keeps(budget: Budget, own: Judgement, dense: Judgement, cost: float, limit:
 
 
 def _with_front(found: Sequence[Found], quantity: Quantity) -> list[Found]:
-    """Marks what no other one beats in both cost and score; times as measured."""
+    """Marks the Pareto front in cost and score; times count as measured."""
 
     def cost(each: Found) -> float:
         measured = {Quantity.TTFT: each.ttft_s, Quantity.TPOT: each.tpot_s}.get(quantity)

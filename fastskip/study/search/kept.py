@@ -1,4 +1,4 @@
-"""What was measured, kept line by line, so that a search that was cut off goes on where it was."""
+"""Measurements, stored line by line, so that an interrupted search resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FILE = "measured.jsonl"
 
 
 class Kept:
-    """Values by what they are of, in a file of one JSON object a line; half a line is none."""
+    """Values by key, in a file of one JSON object per line; an incomplete line is ignored."""
 
     def __init__(self, path: Path | None) -> None:
-        """Reads what is there; without a path values are kept in memory alone."""
+        """Reads what is there; without a path, values are only held in memory."""
         self._path, self._values = path, {}
         if path is not None and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -27,7 +27,7 @@ class Kept:
                     self._values[document["of"]] = document["value"]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     continue
-            if text and not text.endswith("\n"):  # what comes next must not join half a line
+            if text and not text.endswith("\n"):  # the next line must not join an incomplete one
                 with path.open("a", encoding="utf-8") as file:
                     file.write("\n")
 
@@ -37,9 +37,9 @@ class Kept:
         return key in self._values
 
     def value(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What is kept under a key, or else what `measure` gives: plain data."""
+        """The value stored under a key, or else what `measure` returns: plain data."""
         if key not in self._values:
-            # As it will be read: a run that goes on must not differ from one that did not stop.
+            # As it will be read back, so that a resumed run equals one that never stopped.
             self._values[key] = json.loads(json.dumps(measure(), allow_nan=False))
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,6 +49,6 @@ class Kept:
 
 
 def key_of(base: str, what: str, policy: SkipPolicy | None = None) -> str:
-    """What a value is of: `base` stands for model, items and settings; names do not count."""
+    """A value's key; `base` stands for model, items and settings; policies' names do not count."""
     own = None if policy is None else policy_fingerprint(policy)
     return combined(base, what, own)

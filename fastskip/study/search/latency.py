@@ -1,9 +1,9 @@
-"""From what a plan leaves out to the time that this machine takes: fitted to measured policies.
+"""Predicts the time that a plan saves on this machine, by a fit to measured policies.
 
-A plan's floor says what must take time; launches, caches and a machine's habits add to it. So a few
-policies are timed in turn with the dense model, and what each of them saves is laid out by least
-squares, without negative terms, over the floors of attention and FFN that it saves, over how many
-of them it leaves out altogether, and over its parallel blocks and pairs (Lawson and Hanson,
+A plan's roofline floor is a lower bound; kernel launches, caches and the machine's quirks add to
+it. So a few policies are timed, interleaved with the dense model, and the time that each saves is
+regressed, by non-negative least squares, on the floors of attention and FFN that it saves, on how
+many of them it leaves out entirely, and on its parallel blocks and pairs (Lawson and Hanson,
 "Solving Least Squares Problems", 1974, chapter 23).
 """
 
@@ -24,20 +24,20 @@ from fastskip.study.search.costing import Costing, Numbers, phase_of
 from fastskip.timing import endless, time_once
 
 _SIGNS = np.array([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
-"""Parallel blocks and pairs save by being there."""
+"""Parallel blocks and pairs save time by their presence, the other parts by their absence."""
 TIMES = {"prefill": "ttft", "decode": "tpot"}
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """A policy, timed in turn with the dense model: seconds, one of each round."""
+    """A policy timed interleaved with the dense model: seconds, one value per round."""
 
     policy: SkipPolicy
     ttft: tuple[float, ...]
     tpot: tuple[float, ...]
 
     def saved(self, dense: Timed, phase: str) -> float:
-        """The median of what it takes less than dense, round by round."""
+        """The median of the seconds saved against dense, round by round."""
         own, base = (getattr(each, TIMES[phase]) for each in (self, dense))
         return float(median(b - a for a, b in zip(own, base, strict=True)))
 
@@ -52,23 +52,23 @@ class Timed:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Timed:
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         policy = SkipPolicy.from_dict(document["policy"])
         return cls(policy, tuple(document["ttft"]), tuple(document["tpot"]))
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of the dense model, and of what plans save, by phase."""
+    """Seconds of the dense model, and the fit of the seconds that plans save, by phase."""
 
     dense_s: Mapping[str, float]
     coefficients: Mapping[str, tuple[float, ...]]
     errors: Mapping[str, float]
-    """Root mean square of what the fit misses of the measured savings, as a share of dense."""
+    """Root mean square error of the fit to the measured savings, as a share of dense."""
     probes: int
 
     def saved(self, saved: Numbers, phase: str) -> float:
-        """The seconds that a plan saves, by the numbers that it saves."""
+        """The predicted seconds that a plan saves, from the numbers that it saves."""
         return float(phase_of(saved, phase) * _SIGNS @ np.array(self.coefficients[phase]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,10 +82,10 @@ class Latency:
 
 
 def fit(costing: Costing, groups: Sequence[Sequence[Timed]]) -> Latency:
-    """The latencies that explain what was timed.
+    """Fits a latency model to measured times.
 
-    `groups`: what was timed in turn; the first of each is dense, and that of the first group says
-    how long dense takes.
+    `groups`: policies timed together, each group beginning with dense; the first group's dense
+    times count as the dense model's.
     """
     from scipy.optimize import nnls
 
@@ -93,7 +93,7 @@ def fit(costing: Costing, groups: Sequence[Sequence[Timed]]) -> Latency:
     for phase, name in TIMES.items():
         rows, savings = [], []
         for dense, *others in groups:
-            # rounds of another hour: what is saved is taken as a share of dense
+            # groups timed at different moments: savings are rescaled to the first group's dense
             base = median(getattr(dense, name))
             scale = median(getattr(groups[0][0], name)) / base
             for each in others:
@@ -112,7 +112,7 @@ def fit(costing: Costing, groups: Sequence[Sequence[Timed]]) -> Latency:
 
 
 def probes(shape: ModelShape) -> list[SkipPolicy]:
-    """Policies that part what attention, FFN, classes and wirings take."""
+    """Policies that separate the times of attention, FFN, classes and wirings."""
     classes, depth = frozenset(shape.classes), shape.depth
     every, half = range(depth), range(1, depth, 2)
     prompt = classes - {TokenClass.GENERATED}
@@ -147,9 +147,9 @@ def time_in_turn(
     rounds: int,
     on_round: Callable[[], object] = lambda: None,
 ) -> list[Timed]:
-    """The dense model and each policy, one after the other, `rounds` times.
+    """Times the dense model and each policy, interleaved, for `rounds` rounds.
 
-    `inputs`: of one prompt, where the model is. The model is left with the policy it came with.
+    `inputs`: of one prompt, on the model's device. The model's policy is restored.
     """
     every = [SkipPolicy(), *policies]
     times: list[list[Any]] = [[] for _ in every]

@@ -1,4 +1,4 @@
-"""Of a family of policies the member that costs as much as a budget allows."""
+"""Picks from a family of policies the member that makes the most of a budget."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.study.search.refine import SLACK
 
 NEAR = 0.03
-"""Members that cost less than the nearest one by no more than this share are as near."""
+"""Members that cost at most this share of dense less than the nearest one count as as near."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """A policy that the find is held to. `source`: "uniform", "random", "peer" or "router"."""
+    """A policy to judge; rivals have the `source` "uniform", "random", "peer" or "router"."""
 
     name: str
     source: str
     policy: SkipPolicy
     rates: tuple[float, ...] = ()
-    """Of routers, by number: the shares that skip."""
+    """The shares that its routers skip, by router number."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What cannot be held to the budget, and why."""
+    """A rival that cannot be compared at the budget, and why."""
 
     name: str
     reason: str
@@ -34,8 +34,8 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Match:
-    """How a family is matched to a budget: `share` of dense that a policy takes, `limit` for it,
-    and `divergence`, by which members that cost alike are told apart (nats)."""
+    """How families are matched to a budget: a policy's `share` of the dense cost, the `limit` on
+    it, and the `divergence` (nats) that decides between members of similar cost."""
 
     shape: ModelShape
     share: Callable[[SkipPolicy], float]
@@ -47,9 +47,8 @@ class Match:
         return self.share(policy) <= self.limit + SLACK
 
     def nearest(self, name: str, source: str, family: Iterable[SkipPolicy]) -> Entrant | LeftOut:
-        """The member nearest to the budget from below; of several the one that moves answers
-        least. Members that the model cannot run, and those that leave nothing out, are passed
-        over."""
+        """The member nearest to the budget from below; of several, the one that moves answers
+        least. Members that the model cannot run, or that skip nothing, are ignored."""
         shares = {}
         least = 1.0
         for policy in family:
@@ -64,13 +63,16 @@ class Match:
             if share <= self.limit + SLACK:
                 shares[policy] = share
         if not shares:
-            return LeftOut(
-                name, f"takes {least:.3g} of dense at the least, {self.limit:.3g} wanted"
-            )
+            return over_budget(name, least, self.limit)
         highest = max(shares.values())
         near = [policy for policy, share in shares.items() if share >= highest - NEAR]
         best = near[0] if len(near) == 1 else min(near, key=self.divergence)
         return Entrant(name, source, best)
+
+
+def over_budget(name: str, least: float, limit: float) -> LeftOut:
+    """A rival whose cheapest form, `least` of dense, exceeds the limit."""
+    return LeftOut(name, f"costs at least {least:.3g} of dense; the budget allows {limit:.3g}")
 
 
 def parted(found: Sequence[Entrant | LeftOut]) -> tuple[list[Entrant], list[LeftOut]]:

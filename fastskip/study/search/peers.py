@@ -1,7 +1,7 @@
-"""What others do, as families of policies: each is taken at the budget that the find has.
+"""Published methods as families of policies, each compared at the search's own budget.
 
-A family is a published way of skipping with its own parameter left open: from which layer on, how
-many layers, what share of the rows. Presets that this version does not know are left out.
+A family is a published way of skipping with its parameter left open: the first layer, the number of
+layers, the share of rows kept. Presets that this version does not have are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fastskip.presets import PRESETS
 from fastskip.study.search.block_influence import least_influence_first
 from fastskip.study.search.changes import ATTENTION, BLOCK, Change, policy_of
 from fastskip.study.search.greedy_removal import greedy_removal
-from fastskip.study.search.matching import Entrant, LeftOut, Match
+from fastskip.study.search.matching import Entrant, LeftOut, Match, over_budget
 from fastskip.study.search.visual_contribution import frozen_in, least_contribution_first
 
 _RATIOS = tuple(round(0.05 * n, 2) for n in range(1, 20))
@@ -24,12 +24,13 @@ _RATIOS = tuple(round(0.05 * n, 2) for n in range(1, 20))
 
 @dataclass(frozen=True)
 class Known:
-    """What peers' rules go by.
+    """The measurements that peers' rules need.
 
     Attributes:
         influence: of each block (`block_influence`); empty if it was not measured.
-        contribution: of each layer to image rows; empty of text-only models.
-        loss: of a policy on the calibration set, nats an answer token.
+        contribution: of each layer to the answers through its image rows
+            (`visual_contribution`); empty for text-only models.
+        loss: of a policy on the calibration set, nats per answer token.
     """
 
     influence: Mapping[int, float]
@@ -38,7 +39,7 @@ class Known:
 
 
 def peers(match: Match, known: Known) -> Iterator[Entrant | LeftOut]:
-    """Every peer at the budget, or why it is not there."""
+    """Every peer at the budget, or why it is left out."""
     depth, has_images = match.shape.depth, match.shape.has_images
     if has_images:
         for name, family in _families(depth).items():
@@ -59,18 +60,18 @@ def peers(match: Match, known: Known) -> Iterator[Entrant | LeftOut]:
         lambda layers: match.fits(without_blocks(sorted(layers))),
     )
     if gone is None:
-        yield LeftOut("sleb", "all blocks left out are not enough")
+        yield LeftOut("sleb", "skipping all blocks does not meet the budget")
     elif gone:
         yield Entrant("sleb", "peer", without_blocks(sorted(gone), "sleb"))
 
 
 def without_blocks(layers: Sequence[int], name: str = "shortgpt") -> SkipPolicy:
-    """These blocks left out for all tokens."""
+    """The policy that skips these blocks for all tokens."""
     every = Change(frozenset(TokenClass), BLOCK)
     if not layers:
         return SkipPolicy(name=name)
     rules = policy_of((layer, (every,)) for layer in layers).rules
-    # "all" means the classes that a model has, images or not
+    # "all" means the model's own classes, whether or not it has images
     return SkipPolicy.from_dict(
         {
             "schema_version": 1,
@@ -102,7 +103,7 @@ def _families(depth: int) -> dict[str, list[SkipPolicy]]:
 
 
 def _removals(depth: int) -> dict[str, list[dict[str, Any]]]:
-    """Options of the presets that take rows out, from the mildest to the harshest."""
+    """Options of the presets that remove rows."""
     after = range(min(depth - 1, max(2, depth // 2 + 1)))
     single = [{"after": n, "ratio": ratio} for n in after for ratio in _RATIOS]
     # PyramidDrop's rows leave before the first layer of each later quarter
@@ -141,12 +142,11 @@ def _arranged(name: str, depth: int) -> list[SkipPolicy]:
 def _by_order(
     match: Match, name: str, order: Sequence[int], make: Callable[[Sequence[int]], SkipPolicy]
 ) -> Entrant | LeftOut:
-    """The first layers of an order, as few as keep the budget."""
+    """The fewest first layers of an order that meet the budget."""
     if not order:
-        return LeftOut(name, "nothing to go by")
+        return LeftOut(name, "no measurements to order layers by")
     every = [make(sorted(order[: count + 1])) for count in range(len(order))]
     found = next((policy for policy in every if match.fits(policy)), None)
     if found is not None:
         return Entrant(name, "peer", found)
-    least = min(match.share(policy) for policy in every)
-    return LeftOut(name, f"takes {least:.3g} of dense at the least, {match.limit:.3g} wanted")
+    return over_budget(name, min(match.share(policy) for policy in every), match.limit)

@@ -1,6 +1,6 @@
-"""A search in two pictures: score against cost, and what every change of every layer costs.
+"""A search in two figures: score against cost, and the cost of every change in every layer.
 
-matplotlib is asked for only here.
+Only this module of the search imports matplotlib.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _TIMES = {Quantity.TTFT.value: "ttft_s", Quantity.TPOT.value: "tpot_s"}
 
 
 def is_available() -> bool:
-    """Whether there is a matplotlib to draw with."""
+    """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def write(result: SearchResult, folder: Path) -> list[Path]:
-    """Write both pictures; returns their paths."""
+    """Write both figures; returns their paths."""
     paths = []
     for name, figure in {"front": front(result), "sensitivity": sensitivity(result)}.items():
         paths.append(folder / f"{name}.png")
@@ -87,14 +87,14 @@ def front(result: SearchResult) -> Any:
     kind = "FLOPs" if name is None else result.budget["quantity"].upper()
     axis.set_xlabel(f"{kind}, % of dense" + ("" if name is None else " (measured)"))
     axis.set_ylabel(f"held-out items: {result.scale.axis} (95 % intervals)")
-    axis.set_title(f"{result.budget['text']}: dotted, what nothing beats in both", fontsize=10)
+    axis.set_title(f"{result.budget['text']} (dotted: Pareto front)", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
     _plain(axis)
     return figure
 
 
 def sensitivity(result: SearchResult) -> Any:
-    """A map of layers and changes: how far the answers move, darker for further."""
+    """A heat map of layers and changes: how far the answers move, darker for further."""
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
@@ -111,13 +111,13 @@ def sensitivity(result: SearchResult) -> Any:
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_xticks(range(0, depth, max(1, depth // 16)))
     axis.set_xlabel("layer (of a pair, the first one)")
-    axis.set_title("how far leaving it out moves answers", fontsize=10)
-    figure.colorbar(image, ax=axis, label="KL, nats an answer token", shrink=0.8)
+    axis.set_title("how far each change moves answers", fontsize=10)
+    figure.colorbar(image, ax=axis, label="KL, nats per answer token", shrink=0.8)
     return figure
 
 
 def _named(candidates: Sequence[Found]) -> list[Found]:
-    """Which ones have their names beside them: the best of what lies together."""
+    """The candidates labelled with their names: the search's and peers that are not far off."""
     shown = [each for each in candidates if each.source in ("search", "peer")]
     return [each for each in shown if each.score.mean > 0.25]
 

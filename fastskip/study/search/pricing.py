@@ -1,4 +1,4 @@
-"""What policies cost in the quantity of a budget, as a share of what the dense model takes."""
+"""The cost of policies in a budget's quantity, as a share of the dense model's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PHASES = {Quantity.TTFT: "prefill", Quantity.TPOT: "decode"}
 
 @dataclass(frozen=True)
 class Pricing:
-    """Prices in one budget's quantity; `latency` is needed where times are limited."""
+    """Prices in one budget's quantity; `latency` is needed if that is a time."""
 
     costing: Costing
     quantity: Quantity
@@ -26,7 +26,7 @@ class Pricing:
 
     @property
     def dense_s(self) -> float | None:
-        """The dense model's measured time; `None` of FLOPs."""
+        """The dense model's measured time; `None` for FLOPs."""
         if self.quantity is Quantity.FLOPS or self.latency is None:
             return None
         return self.latency.dense_s[_PHASES[self.quantity]]
@@ -36,11 +36,11 @@ class Pricing:
         return self._share(self.costing.saved(layer, choice))
 
     def share(self, policy: SkipPolicy, rates: Mapping[int, float] | None = None) -> float:
-        """What a whole policy takes; `rates`: shares that skip, by a router's number."""
+        """The share of dense that a whole policy costs; `rates`: of skipping, by router number."""
         return 1 - self._share(self.costing.dense - self._numbers(policy, rates))
 
     def flops(self, policy: SkipPolicy, rates: Mapping[int, float] | None = None) -> float:
-        """The share of the dense FLOPs that a whole policy takes."""
+        """The share of the dense FLOPs that a whole policy needs."""
         return flops_of(self._numbers(policy, rates)) / flops_of(self.costing.dense)
 
     def _numbers(self, policy: SkipPolicy, rates: Mapping[int, float] | None) -> Numbers:

@@ -1,9 +1,10 @@
-"""Solutions bettered by measuring whole policies, since changes do not simply add up.
+"""Improves solutions by measuring whole policies, since the losses of changes do not simply add up.
 
-A search in large neighbourhoods (Shaw, "Using constraint programming and local search methods to
-solve vehicle routing problems", 1998): of a good solution a few layers are set free, their losses
-are shaken, and the solver fills them anew under the same budget; what comes out is measured. Offers
-that turn out worse than the solution they came into are dearer from then on, better ones cheaper.
+Large neighbourhood search (Shaw, "Using constraint programming and local search methods to solve
+vehicle routing problems", 1998): a few layers of a good solution are freed, the losses of their
+offers are perturbed, and the solver fills them again under the same budget; the resulting policy is
+measured. Offers new to a solution that turns out worse than its parent get a higher price from then
+on, those of better ones a lower price.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from fastskip.study.search.changes import policy_of
 from fastskip.study.search.solver import Offer, Solution, solve
 
 _SHAKEN = 0.7
-"""Standard deviation of the logarithm of what losses are multiplied by."""
+"""Standard deviation of the logarithm of the factor that perturbs losses."""
 _ELITE = 4
+"""Parents are drawn from this many best solutions."""
 _TRIES = 8
-"""How often in a row a solution that is known already may come out."""
+"""After this many failures in a row one more layer is freed; after four times as many, it ends."""
 _TIGHTENED = 6
+"""How often the solver is run for one solution, under tighter and tighter limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """The best solution found; `first`: the solver's own; `tried`: solutions measured."""
+    """The best solution found; `first`: the solver's; `tried`: how many were measured."""
 
     solution: Solution
     kl: float
@@ -44,12 +47,12 @@ class Refined:
 
 @dataclass(frozen=True)
 class Refinery:
-    """How solutions are measured.
+    """Finds solutions and measures them.
 
     Attributes:
         depth: layers.
         divergence: how far a policy moves the answers (nats).
-        share: what a whole policy takes, as a share of dense.
+        share: the share of dense that a whole policy costs.
         is_over: whether time is up.
         on_try: called after each solution measured.
     """
@@ -61,10 +64,10 @@ class Refinery:
     on_try: Callable[[], object] = lambda: None
 
     def within(self, offers: Sequence[Offer], limit: float) -> Solution | None:
-        """The solver's solution whose policy as a whole keeps `limit`; `None` if none does.
+        """The solver's solution whose policy as a whole keeps to `limit`; `None` if none does.
 
-        Entries that are reused may be wanting in the whole policy, so that what is saved does not
-        quite add up: then more is asked for.
+        In the whole policy, entries to reuse may be missing, so that savings do not quite add up:
+        the solver is then told to save more.
         """
         least = 1 - limit
         for _ in range(_TIGHTENED):
@@ -80,9 +83,9 @@ class Refinery:
     def refine(
         self, offers: Sequence[Offer], limit: float, tries: int, seed: int
     ) -> Refined | None:
-        """The best solution that keeps `limit`, of `tries` measured ones; `None` if none keeps it.
+        """The best of up to `tries` measured solutions within `limit`; `None` if there is none.
 
-        The same seed gives the same result, unless time is up.
+        The same seed gives the same result, unless time runs out.
         """
         rng = np.random.default_rng(seed)
         first = self.within(offers, limit)
@@ -139,7 +142,7 @@ class Refinery:
 
 
 SLACK = 1e-6
-"""By how much of dense a share may miss its limit: the solver's own tolerance."""
+"""By how much a share of dense may exceed its limit: the solver's own tolerance."""
 
 
 def policy_for(solution: Solution, name: str = "") -> SkipPolicy:

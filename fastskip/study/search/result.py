@@ -1,4 +1,4 @@
-"""What a search found: every candidate with its numbers, what is recommended, and the files."""
+"""The result of a search: every candidate with its numbers, the recommendation, and the files."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ class Found:
     """One candidate, judged on items that the search did not see.
 
     Attributes:
-        name: unlike all others.
+        name: unique among the candidates.
         source: "dense", "search", "uniform", "random", "peer" or "router".
         policy: what it skips.
         cost: estimated, as a share of dense, in the budget's quantity.
         flops: share of the dense FLOPs.
-        ttft_s, tpot_s: measured medians; `None` where times were not taken.
+        ttft_s, tpot_s: measured medians; `None` if times were not taken.
         calibration_kl: how far it moves the answers of the calibration set, nats.
-        score: of held-out items; `change`: from the dense model's, item by item.
+        score: on held-out items; `change`: from the dense model's, item by item.
         tokens, kl: agreement with the dense answers to held-out items.
-        keeps_budget: measured, where times are limited; by the plan, where FLOPs are.
+        keeps_budget: as measured for a budget of time, by the plan for a budget of FLOPs.
+        is_on_front: whether no candidate beats it in both cost and score.
+        file: its policy's file, relative to the search's folder.
     """
 
     name: str
@@ -78,7 +80,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How much better the find scores than another candidate, item by item."""
+    """How much better the search's policy scores than another candidate, item by item."""
 
     name: str
     source: str
@@ -86,7 +88,7 @@ class Comparison:
 
     @property
     def is_beaten(self) -> bool:
-        """By more than the noise."""
+        """Whether the candidate is beaten by more than the noise."""
         return self.difference.is_above_zero
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,12 +98,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All of it.
+    """Everything that a search found.
 
     `comparisons`: of the search's best with every uniform interval, random policy, peer and router
-    at the same budget. `cheaper`: the name of the search's policy at what the cheapest of them
-    takes, and `comparisons_of_cheaper` the same of it. `settings`, `latency`, `workload`: how it
-    was made, as plain data. `scale`: what scores are counted in.
+    at the same budget. `cheaper`: the name of the search's policy at the cost of the cheapest
+    uniform interval or peer, and `comparisons_of_cheaper` its comparisons. `settings`, `latency`,
+    `workload`: the conditions of the search, as plain data. `scale`: the unit of scores.
     """
 
     budget: Mapping[str, Any]
@@ -145,10 +147,11 @@ class SearchResult:
         }
 
     def write(self, folder: Path) -> SearchResult:
-        """Write `search.json` and a policy file of every candidate; returns what names the files.
+        """Write `search.json` and a policy file for every candidate; returns the result with the
+        files' names.
 
-        Each file appears whole or not at all. Policies of an older search there, as of another
-        budget, go, so that none is taken for one of this; other files stay.
+        Each file is written whole or not at all. Policy files of an older search in the folder (for
+        another budget, say) are deleted, lest they be taken for this search's; other files stay.
         """
         older = _policy_files(folder)
         named = replace(self, candidates=tuple(self._filed(each) for each in self.candidates))
@@ -192,7 +195,7 @@ def _file_of(name: str) -> str:
 
 
 def _policy_files(folder: Path) -> set[str]:
-    """What `search.json` there says that its search wrote, if it says so."""
+    """The policy files that the folder's `search.json` lists; none if it cannot be read."""
     try:
         candidates = json.loads((folder / FILE).read_text(encoding="utf-8"))["candidates"]
         return {_file_of(each["name"]) for each in candidates if each["file"] is not None}
@@ -201,12 +204,12 @@ def _policy_files(folder: Path) -> set[str]:
 
 
 def slug(name: str) -> str:
-    """A candidate's name as a file's."""
+    """A candidate's name as a file name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which of (cost, score) no other one beats: cheaper and no worse, or better and no dearer."""
+    """Which (cost, score) points no other one beats: cheaper and no worse, or better at no more."""
     return [
         not any(
             (cost <= own_cost and score >= own_score) and (cost < own_cost or score > own_score)

@@ -1,4 +1,4 @@
-"""Calibrated routers at a budget: which rate they need, and what they then let skip."""
+"""Calibrated routers at a budget: the rate that they need, and the shares that they then skip."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, Sublayer, TokenClass
 from fastskip.study.calibration import Calibration, CalibrationError, calibrate
-from fastskip.study.search.matching import Entrant, LeftOut
+from fastskip.study.search.matching import Entrant, LeftOut, over_budget
 from fastskip.study.search.refine import SLACK
 from fastskip.study.shares import pooled
 
@@ -19,7 +19,7 @@ _ATTEMPTS = 5
 
 
 def families(depth: int, has_images: bool) -> dict[str, SkipPolicy]:
-    """Routers in all layers but the first and the last, before they are calibrated."""
+    """Uncalibrated routers in all layers but the first and the last (in shallow models, all)."""
     layers = f"1:{depth - 1}" if depth > 2 else ":"
     scopes: dict[str, Any] = {"all": "all"}
     if has_images:
@@ -35,7 +35,7 @@ def families(depth: int, has_images: bool) -> dict[str, SkipPolicy]:
 
 
 def rate_for(share: Callable[[float], float], limit: float) -> float | None:
-    """The least rate of skipping at which the expected share keeps `limit`; `None` if none does."""
+    """The lowest skip rate at which the expected share keeps to `limit`; `None` if none does."""
     low, high = 0.0, 1.0
     if share(high) > limit + SLACK:
         return None
@@ -57,13 +57,13 @@ def routed(
     has_images: bool,
     new_tokens: int,
 ) -> Iterator[Entrant | LeftOut]:
-    """Every family, calibrated so that what it is expected to take keeps the budget.
+    """Every family, calibrated so that its expected cost meets the budget.
 
     Args:
         model: a prepared one on plain torch.
-        samples: inputs of `generate`; rows that decide by the batch do so by these.
-        share: of dense that a policy takes at rates of its routers.
-        limit: for that share.
+        samples: inputs of `generate`, to calibrate on.
+        share: of the dense cost, for a policy and its routers' skip rates.
+        limit: on that share.
         depth: layers.
         has_images: whether the model has image rows.
         new_tokens: how many tokens each sample generates.
@@ -89,8 +89,7 @@ def _one(
         if rate is None and wanted < limit:
             break
         if rate is None:
-            least = share(policy, {0: 1.0})
-            return LeftOut(name, f"takes {least:.3g} of dense at the least, {limit:.3g} wanted")
+            return over_budget(name, share(policy, {0: 1.0}), limit)
         try:
             set_policy(model, policy)
             found = calibrate(model, samples, rate, new_tokens=new_tokens, sweeps=3)
@@ -102,7 +101,7 @@ def _one(
             named = replace(found.policy, name=name)
             return Entrant(name, "router", named, tuple(rates[n] for n in sorted(rates)))
         wanted -= max(1.5 * missing, 0.002)
-    return LeftOut(name, f"skips less than it should: {missing:.3g} of dense over the budget")
+    return LeftOut(name, f"skips too little: {missing:.3g} of dense over the budget")
 
 
 def _achieved(found: Calibration) -> dict[int, float]:

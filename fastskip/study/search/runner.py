@@ -1,4 +1,4 @@
-"""The whole search: measure, solve, better, hold to others, judge, recommend."""
+"""The whole search: measure, solve, refine, match rivals, judge, recommend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JUDGEMENTS = "judgements.jsonl"
 
 
 class Search:
-    """One model, one budget, items to calibrate on and items to judge by."""
+    """One model, one budget, items to calibrate on and items to judge on."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class Search:
         """Measures nothing yet.
 
         Args:
-            model: a prepared one; it is left with the policy that it came with.
+            model: a prepared one; its policy is restored after the search.
             budget: what a policy may cost.
             calibration: items that the search sees.
-            held_out: items that it does not; the first one is what costs and times are of.
+            held_out: items that it does not see; costs and times are those of the first one.
             ceilings: of the machine.
             similarity: of the model's hidden states (`fastskip.study.similarity`), if measured.
             settings: how much is done.
-            folder: where what is measured is kept, so that a search that was cut off goes on.
-            watcher: who is told how far it is.
+            folder: where measurements are stored, so that an interrupted search resumes.
+            watcher: receives progress.
         Raises:
             SolverError: scipy is missing.
             ItemError: the first item cannot be used.
@@ -88,10 +88,10 @@ class Search:
         )
 
     def run(self) -> SearchResult:
-        """Search, and write what was found if there is a folder.
+        """Search, and write the result if there is a folder.
 
         Raises:
-            BudgetError: the budget cannot be kept; says what can.
+            BudgetError: the budget cannot be met; the message says what can.
             ItemError: an item cannot be used.
         """
         before = plan_of(self.model).policy
@@ -136,7 +136,7 @@ class Search:
     def _rivals(
         self, sought: Sought, sensitivities: Sensitivities
     ) -> tuple[list[Entrant], list[LeftOut]]:
-        """Whom the find is held to at its budget."""
+        """The policies that the search's own is compared with at the budget."""
         self._watcher.on_stage("uniform intervals, random policies, peers, routers", None)
         bench, seed = self._bench, self.settings.seed
         match = Match(bench.shape, sought.pricing.share, sought.limit, bench.divergence)

@@ -1,4 +1,4 @@
-"""From sensitivities to policies: at the budget, and at milder ones along the way from dense."""
+"""From sensitivities to policies: at the budget, and at milder ones between dense and it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fastskip.study.search.settings import SearchSettings, Watcher
 from fastskip.study.search.solver import Offer
 
 _CORRECTIONS = 3
-"""How often a policy that misses a time budget as measured is sought anew."""
+"""How often the search is repeated for a policy that misses a time budget when measured."""
 _FIRST, _MILDER, _CHEAPER = 0.6, 0.3, 0.1
-"""Shares of the minutes: at the budget, at milder ones, at what the cheapest rival takes."""
+"""Shares of the time: at the budget, at milder ones, at the cheapest rival's cost."""
 
 
 @dataclass(frozen=True)
 class Sought:
-    """What was found by name, and the prices that it was found by.
+    """The refined solutions by name, and the prices and the limit used to find them.
 
-    `cheaper`: the name of what costs no more than the cheapest rival, if it was sought.
+    `cheaper`: the name of the solution that costs no more than the cheapest rival, if any.
     """
 
     pricing: Pricing
@@ -40,7 +40,7 @@ class Sought:
 
 @dataclass(frozen=True)
 class Seeker:
-    """Seeks policies of the model on the bench."""
+    """Searches for policies of the model on the bench."""
 
     bench: Bench
     budget: Budget
@@ -50,8 +50,8 @@ class Seeker:
     def seek(self, sensitivities: Sensitivities) -> Sought:
         """The best at the budget and at milder ones.
 
-        A find that misses a time budget as measured becomes one more probe of the fit, and the
-        search goes on from there.
+        A policy that misses a time budget when measured becomes a further probe for the latency
+        fit, and the search is repeated with the new fit.
         """
         tries, points = self.settings.tries, self.settings.points
         probes: list[list[Timed]] = []
@@ -75,8 +75,8 @@ class Seeker:
         return Sought(pricing, limit, {**found, **more})
 
     def cheaper(self, sensitivities: Sensitivities, sought: Sought, limit: float) -> Sought:
-        """The same with the best at a harsher limit beside it: at what the cheapest rival takes,
-        since rivals come in steps and may cost less than the budget."""
+        """Adds the best at a harsher limit, the cost of the cheapest rival: rivals' costs come in
+        steps and may be below the budget."""
         tries = max(1, self.settings.tries // 2)
         more = self._refined(sensitivities, sought.pricing, {_at(limit): limit}, tries, _CHEAPER)
         found = next(iter(more), None)
@@ -121,7 +121,7 @@ def _at(share: float) -> str:
 
 
 def offers_of(shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities) -> list[Offer]:
-    """Every choice of every layer, with what it costs and saves."""
+    """Every choice of every layer, with its loss and its savings."""
     return [
         Offer(layer, choice, sensitivities.kl(layer, choice), pricing.saved(layer, choice))
         for layer in range(shape.depth)
@@ -130,7 +130,7 @@ def offers_of(shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities)
 
 
 def check_possible(shape: ModelShape, pricing: Pricing, budget: Budget) -> None:
-    """Before the long part: raise `BudgetError` if skipping everything does not keep the budget."""
+    """Raise `BudgetError` early, if even skipping everything does not meet the budget."""
     every = frozenset(shape.classes)
     harshest = [
         (layer, change)

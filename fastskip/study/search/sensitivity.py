@@ -1,4 +1,4 @@
-"""What every single change costs: layer by layer, class by class, measured on the answers."""
+"""The cost of every single change, layer by layer and class by class, measured on the answers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Sensitivity:
     """One change of one layer, everything else dense.
 
     Attributes:
-        layer: the layer, of a pair the first one.
+        layer: the layer; the first one of a pair.
         change: what is done.
-        kl: how far the answers move, nats an answer token.
-        similarity: mean cosine of what enters and leaves the part that is left out, in rows of
-            these classes; `None` of wirings, and where it was not measured.
-        saved: share of what dense takes, in the quantity of the budget.
+        kl: how far the answers move, nats per answer token.
+        similarity: mean cosine between input and output of the skipped part, over rows of these
+            classes; `None` for wirings, and if it was not measured.
+        saved: share of the dense cost, in the budget's quantity.
     """
 
     layer: int
@@ -57,7 +57,7 @@ class Sensitivity:
 
 
 class Sensitivities:
-    """All of them, and what is expected of several changes together."""
+    """All sensitivities, and the expected cost of several changes together."""
 
     def __init__(self, found: Sequence[Sensitivity]) -> None:
         self.found = tuple(found)
@@ -67,16 +67,17 @@ class Sensitivities:
             self._changes.setdefault(each.layer, []).append(each.change)
 
     def changes(self, layer: int) -> Sequence[Change]:
-        """What was measured of a layer."""
+        """The changes measured in a layer."""
         return self._changes[layer]
 
     def kl(self, layer: int, choice: Choice) -> float:
-        """What a choice is expected to cost: the sum, but for unions that were measured whole."""
+        """The expected cost of a choice: the sum over its changes, where changes of several classes
+        that were measured jointly count as one."""
         parts = merged(choice, self._changes[layer])
         return sum(self._kl[layer, change] for change in parts)
 
     def of(self, change: Change) -> list[tuple[int, float]]:
-        """The layers in which a change was measured, and what it costs there."""
+        """The layers in which a change was measured, with its cost there."""
         return [(each.layer, each.kl) for each in self.found if each.change == change]
 
 
@@ -97,7 +98,7 @@ def measure(
         divergence: how far a policy moves the answers (nats).
         saved: what a change of a layer saves, as a share of dense.
         similarity: of hidden states, by layer and class.
-        wirings: whether parallel blocks and pairs are measured too.
+        wirings: whether to measure parallel blocks and pairs too.
         keeps_answers: as in `changes_of`.
         on_cell: called after each change.
     """

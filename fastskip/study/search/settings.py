@@ -1,4 +1,4 @@
-"""How much a search does, and who is told how far it is."""
+"""How much a search does, and its progress callbacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LEAST = {"seed": 0, "tries": 1, "points": 0, "new_tokens": 2, "rounds": 1, "ran
 
 
 class SettingsError(ValueError):
-    """A setting that a search cannot have; says what is allowed."""
+    """An invalid setting of a search; says what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +19,16 @@ class SearchSettings:
 
     Attributes:
         seed: of the refinement and the random policies.
-        tries: policies measured to better the solver's, at the budget; half as many elsewhere.
-        points: budgets between dense and the one asked for that are solved too.
-        minutes: of the refinement at the most; it then ends early, and the result says so.
-        new_tokens: of the workload that costs and times are of.
+        tries: policies measured to improve on the solver's at the budget; half as many elsewhere.
+        points: further budgets to solve for, between dense and the given one.
+        minutes: the most that the refinement may take; it then ends early, and the result says so.
+        new_tokens: of the workload for which costs and times are taken.
         rounds: timed runs of each policy.
         randoms: random policies.
-        wirings: whether parallel blocks and pairs are measured too.
-        keeps_answers: whether GENERATED rows that skip attention leave K and V all the same, for
-            later turns on a kept cache; no single answer shows what that is worth.
-        routers: whether calibrated routers are held to the find.
+        wirings: whether to measure parallel blocks and pairs too.
+        keeps_answers: whether GENERATED rows that skip attention still leave K and V, for later
+            turns on a kept cache; single answers cannot show what that is worth.
+        routers: whether to compare with calibrated routers.
     """
 
     seed: int = 0
@@ -52,9 +52,10 @@ class SearchSettings:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told how far a search is.
+    """Progress callbacks of a search.
 
-    `on_stage`: of a stage and how many steps it has, if that is known; `on_step`: of each step.
+    `on_stage`: called with a stage's name and its number of steps, if known; `on_step`: called
+    after each step.
     """
 
     on_stage: Callable[[str, int | None], object] = lambda stage, steps: None

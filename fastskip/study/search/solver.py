@@ -1,11 +1,11 @@
-"""Which choices to take: the least loss that keeps a budget, as a mixed-integer program.
+"""Which choices to take: the least loss within a budget, as a mixed-integer program.
 
-minimise   sum of kl[i] x[i]
-such that  each layer is covered once, and the sum of saved[i] x[i] is at least what must be saved;
-           x[i] is 0 or 1.
+minimise    sum of kl[i] x[i]
+subject to  each layer is covered once; the sum of saved[i] x[i] is at least what must be saved;
+            x[i] is 0 or 1.
 
-Solved by HiGHS (Huangfu and Hall, "Parallelizing the dual revised simplex method", Mathematical
-Programming Computation 10, 2018) through scipy, to the optimum.
+Solved to optimality by HiGHS (Huangfu and Hall, "Parallelizing the dual revised simplex method",
+Mathematical Programming Computation 10, 2018) through scipy.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fastskip.study.search.changes import Choice, span_of
 
 
 class SolverError(ImportError):
-    """A search was asked for without the solver that it needs."""
+    """The solver that a search needs is not installed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A choice for one layer (of a pair, for it and the next one): its loss, and what it saves."""
+    """A choice for one layer (for a pair, this and the next one), with its loss and savings."""
 
     layer: int
     choice: Choice
@@ -42,7 +42,7 @@ Solution = tuple[Offer, ...]
 
 
 def require() -> None:
-    """Raise `SolverError` without scipy: better before the measurements than after."""
+    """Raise `SolverError` without scipy, so that a search fails before it measures anything."""
     try:
         import scipy.optimize  # noqa: F401
     except ImportError as error:
@@ -52,9 +52,9 @@ def require() -> None:
 
 
 def solve(offers: Sequence[Offer], depth: int, least: float) -> Solution | None:
-    """The solution of least loss that saves at least `least`; `None` if no solution saves so much.
+    """The solution of least loss that saves at least `least`; `None` if no solution saves that.
 
-    Of solutions of equal loss one is taken, the same every time.
+    Ties are broken deterministically.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -91,8 +91,8 @@ def most_saved(offers: Sequence[Offer], depth: int) -> float:
 
 
 def worthwhile(offers: Sequence[Offer], depth: int, fronts: int = 2) -> list[Offer]:
-    """Offers that something speaks for: in each layer those that no other one beats in both loss
-    and savings, and, of the rest, again, `fronts` times."""
+    """Offers worth considering: for each layer and span, the first `fronts` Pareto fronts of loss
+    and savings."""
     found = []
     for layer in range(depth):
         for span in (1, 2):

@@ -1,4 +1,4 @@
-"""What needs no search: every n-th layer at every offset, and layers drawn at random."""
+"""Baselines that need no search: every n-th layer at every offset, and layers drawn at random."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _PRESETS = {
     "every_nth_ffn": False,
     "every_nth_attention": True,
 }
-"""Whether a preset says what a row leaves that skips."""
+"""Presets, and whether each takes a KV rule for the rows that skip."""
 
 
 def uniform(match: Match) -> Iterator[Entrant | LeftOut]:
-    """Of every sublayer and scope the interval that the budget allows, at its best offset."""
+    """For every sublayer and scope, the interval that the budget allows, at its best offset."""
     shape = match.shape
     for preset, has_kv in _PRESETS.items():
         for scope in ("all", *(c.value for c in shape.classes)):
@@ -36,14 +36,14 @@ def uniform(match: Match) -> Iterator[Entrant | LeftOut]:
                 for kv in kvs
                 for interval in range(1, shape.depth + 1)
                 for start in range(shape.depth)
-                # further on there is one layer, as at every interval
+                # a later start would select one layer only, whatever the interval
                 if start + interval < shape.depth or interval == 1
             ]
             yield match.nearest(f"{preset} {scope}", "uniform", family)
 
 
 def at_random(match: Match, seed: int) -> Entrant | LeftOut:
-    """Changes drawn at random until the budget is kept; no wirings."""
+    """Changes drawn at random until they meet the budget; no wirings."""
     name, shape = f"random {seed}", match.shape
     rng = np.random.default_rng(seed)
     places = [
@@ -58,12 +58,12 @@ def at_random(match: Match, seed: int) -> Entrant | LeftOut:
         if match.fits(policy):
             break
         layer, change = places[int(number)]
-        # What was drawn before gives way, if more is saved so.
+        # It replaces what was drawn before for these rows, if that saves more.
         others = [x for x in taken.get(layer, ()) if not x.tokens & change.tokens]
         tried = {**taken, layer: (*others, change)}
         following = policy_of(sorted(tried.items()), name)
         if match.share(following) < match.share(policy) - 1e-9:
             taken, policy = tried, following
     if not match.fits(policy):
-        return LeftOut(name, "what was drawn saves too little")
+        return LeftOut(name, "all changes drawn save too little")
     return Entrant(name, "random", policy)

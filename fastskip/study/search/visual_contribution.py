@@ -1,9 +1,9 @@
-"""ShortV's rule: image rows are frozen in the layers that contribute least to what is answered.
+"""ShortV's rule: image rows are frozen in the layers where they contribute least to the answers.
 
 Source: Yuan et al., "ShortV: Efficient Multimodal Large Language Models by Freezing Visual Tokens
 in Ineffective Layers", arXiv 2504.00502: the contribution of a layer is how far the model's output
-moves (Kullback-Leibler divergence) when image rows pass that layer unchanged. A frozen row still
-gives K and V.
+moves (Kullback-Leibler divergence) when image rows pass that layer unchanged. Frozen rows still
+leave K and V.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from fastskip.policy import SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.search.changes import BLOCK, Change, policy_of
 
 FROZEN = Change(frozenset({TokenClass.IMAGE}), BLOCK, SkippedKV.PROJECT)
-"""What is done to a layer."""
+"""The change that freezes image rows in a layer."""
 
 
 def least_contribution_first(contribution: Mapping[int, float]) -> list[int]:
-    """Layers in the order in which they freeze; of equal ones the lower first."""
+    """Layers in the order in which they are frozen; ties go to the lower layer."""
     return sorted(contribution, key=lambda layer: (contribution[layer], layer))
 
 
 def frozen_in(layers: Sequence[int]) -> SkipPolicy:
-    """Image rows frozen in these layers."""
+    """The policy that freezes image rows in these layers."""
     return policy_of(((layer, (FROZEN,)) for layer in layers), "shortv")

@@ -281,7 +281,7 @@ def test_a_text_only_model() -> None:
 
 
 def test_impossible_budgets(model: Any) -> None:
-    with pytest.raises(BudgetError, match="cannot be reached; at most, with everything skipped"):
+    with pytest.raises(BudgetError, match="cannot be reached; the limit, with everything skipped"):
         search(model, None, "flops 0.001").run()
 
 
