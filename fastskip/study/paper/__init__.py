@@ -1,7 +1,7 @@
 """The findings of "Skipping Computations in Multimodal LLMs" (arXiv 2410.09454), in miniature.
 
 The paper's experiments on the demo's models and scenes: what is measured (`experiments`), how
-(`measuring`, `tuning`, `runner`), what came out (`results`), and what that says (`findings`,
-`report`, `figures`). Another model and another task than the paper's: what agrees is encouraging,
-what does not is no refutation.
+(`measuring`, `tuning`, `runner`), the results (`results`), and what they say (`findings`, `report`,
+`figures`). Model and task differ from the paper's: agreement is encouraging, disagreement is no
+refutation.
 """

@@ -1,4 +1,4 @@
-"""What is measured, as data: every cell is one model under one policy, trained or not."""
+"""The experiments as data: each experiment cell is one model under one policy, trained or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEPTH = Size.LARGE.value.layers
 
 
 class Part(StrEnum):
-    """What is left out of a layer."""
+    """What is skipped in a layer."""
 
     BLOCK = "block"
     FFN = "ffn"
@@ -20,17 +20,17 @@ class Part(StrEnum):
 
     @property
     def label(self) -> str:
-        """As the report names it."""
+        """Its name in the report."""
         return "FFN" if self is Part.FFN else self.value
 
     @property
     def sublayers(self) -> frozenset[Sublayer]:
-        """The sublayers that are left out."""
+        """The sublayers that are skipped."""
         return frozenset(Sublayer) if self is Part.BLOCK else frozenset({Sublayer(self.value)})
 
 
 class Scope(StrEnum):
-    """For which tokens: the paper's three, and the image alone."""
+    """The tokens that skip: the paper's three scopes, and the image alone."""
 
     ALL = "all"
     PROMPT = "prompt"
@@ -39,7 +39,7 @@ class Scope(StrEnum):
 
     @property
     def classes(self) -> frozenset[TokenClass]:
-        """The classes of these tokens."""
+        """The token classes in this scope."""
         if self is Scope.ALL:
             return frozenset(TokenClass)
         if self is Scope.PROMPT:
@@ -48,13 +48,13 @@ class Scope(StrEnum):
 
 
 class Learned(StrEnum):
-    """What is trained on under the policy before the cell is judged."""
+    """What is trained further, under the policy, before the cell is judged."""
 
     NOTHING = "nothing"
     PROJECTOR = "projector"
-    """the mapping from the image encoder alone; the language model stays frozen, as in the paper"""
+    """The projector alone; the language model stays frozen, as in the paper."""
     LANGUAGE = "language"
-    """projector and language model"""
+    """Projector and language model."""
 
 
 class Section(StrEnum):
@@ -69,7 +69,7 @@ class Section(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The layers n that the code of the paper selects: start < n < depth - 1, n % interval == 0."""
+    """The layers n that the paper's code selects: start < n < depth - 1, n % interval == 0."""
 
     part: Part
     scope: Scope
@@ -77,22 +77,22 @@ class Schedule:
     start: int
 
     def layers(self, depth: int = DEPTH) -> tuple[int, ...]:
-        """The layers of a model of `depth` that lose their part."""
+        """The layers that skip the part, in a model of `depth` layers."""
         return tuple(n for n in range(self.start + 1, depth - 1) if n % self.interval == 0)
 
     @property
     def policy(self) -> SkipPolicy:
-        """The same as a policy."""
+        """The schedule as a policy."""
         options = {"scope": self.scope.value, "interval": self.interval, "start": self.start}
         return SkipPolicy.preset(f"paper/skip-{self.part}", **options)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing to measure; `name` is unique, and the name of its files.
+    """One thing to measure, under a unique `name`.
 
-    `removed`: the share of the decoder's weights that are set to zero first. `patience`: how many
-    times as long as others it is trained.
+    `removed`: the share of the decoder's weights that is set to zero first. `patience`: the factor
+    by which it is trained longer than others.
     """
 
     name: str
@@ -108,21 +108,21 @@ class Cell:
 
 DENSE = Cell("dense", "dense", Section.DENSE)
 INTERVALS = ((2, 0), (1, 3))
-"""Interval and start of the schedules; an interval of 1 leaves out every layer of the range."""
+"""Interval and start of the schedules; with an interval of 1, every layer of the range skips."""
 MORE = {
     Part.BLOCK: ((3, 0), (4, 0), (2, 3), (1, 0)),
     Part.FFN: ((1, 0),),
     Part.ATTENTION: ((1, 0),),
 }
-"""Further ones where all tokens skip."""
+"""Further intervals and starts, for the scope of all tokens."""
 HALF = Schedule(Part.BLOCK, Scope.ALL, interval=2, start=0)
-"""What the paper's code does for "half of the blocks": 15 of 32, here 3 of 8."""
+"""What the paper's code skips for "half of the blocks": 15 of 32, here 3 of 8."""
 MOST = Schedule(Part.BLOCK, Scope.ALL, interval=1, start=0)
-"""As little is left of the large model as the medium one has."""
+"""Leaves about as much compute of the large model as the medium one has."""
 
 
 def cells(is_quick: bool = False) -> tuple[Cell, ...]:
-    """All cells in the order in which they are measured; what others are compared with is first."""
+    """All cells in the order of measurement; the dense baseline comes first."""
     return (
         DENSE,
         Cell("medium", "medium model", Section.SMALLER, size=Size.MEDIUM),

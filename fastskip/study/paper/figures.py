@@ -1,4 +1,4 @@
-"""The report's figures; matplotlib is asked for only here."""
+"""The report's figures; only this module of the study imports matplotlib."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ KEPT_LINE = 97
 
 
 class FiguresError(ImportError):
-    """Figures were asked for and cannot be made."""
+    """The figures cannot be drawn."""
 
 
 def require() -> None:
-    """Raise `FiguresError` without matplotlib: better before the measurements than after."""
+    """Raise `FiguresError` without matplotlib, so that a study fails before it measures."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -40,7 +40,7 @@ def require() -> None:
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write every figure that there are results for; returns their paths."""
+    """Write every figure for which there are results; returns their paths."""
     figures = {
         "skipping": skipping(results) if results.of(Section.SKIPPING) else None,
         "parallel": parallel(results) if results.of(Section.PARALLEL) else None,
@@ -57,7 +57,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def skipping(results: Results) -> Any:
-    """Share of the dense score against compute left out; a column a part, a row a sort of items."""
+    """Share of the dense score against skipped compute; columns: parts, rows: kinds of items."""
     figure, axes = _subplots(2, len(Part), (11, 6.4), sharey="row")
     for column, part in enumerate(Part):
         for line in (0, 1):
@@ -103,7 +103,7 @@ def training(results: Results) -> Any:
 
 
 def smaller(results: Results) -> Any:
-    """Scores against compute: models of three sizes, and the large one with blocks left out."""
+    """Scores against compute: models of three sizes, and the large one with blocks skipped."""
     figure, axes = _subplots(1, 2, (11, 4.2), sharey=True)
     groups: dict[str, tuple[list[Row], str]] = {
         "models of three sizes": (
@@ -133,7 +133,7 @@ def smaller(results: Results) -> Any:
             low = [100 * _judged(row, line).score.low for row in rows]
             high = [100 * _judged(row, line).score.high for row in rows]
             axis.vlines(x, low, high, color=colour, lw=1, alpha=0.5)
-            # only the three sizes are a curve: policies of equal compute differ in what they skip
+            # only the three sizes form a curve: policies of equal compute may skip different parts
             form = "o-" if colour == "#000000" else "o"
             if rows:
                 axis.plot(x, y, form, color=colour, label=label, markersize=5, lw=1)
@@ -147,7 +147,7 @@ def smaller(results: Results) -> Any:
 
 
 def similarity(results: Results) -> Any:
-    """Cosines of what enters and leaves blocks, attention and FFNs, by class."""
+    """Cosines between input and output of blocks, attention and FFNs, by class."""
     figure, axes = _subplots(1, 3, (11, 3.6), sharey=True)
     for axis, part in zip(axes.flat, Part, strict=True):
         for token_class, colour in CLASS_COLOURS.items():
@@ -206,7 +206,7 @@ def _plain(axis: Any) -> None:
 
 
 def _subplots(lines: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
-    """Figure and axes, apart from pyplot: nothing is kept that would have to be closed."""
+    """Figure and axes, created without pyplot, which would keep figures open."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")

@@ -1,7 +1,7 @@
-"""What the results say about the papers' claims, by rules that are written down here.
+"""What the results say about the papers' claims, by the rules in this module.
 
-Only what the papers' abstracts say in public is compared with: arXiv 2410.09454, and 2405.16700 for
-what image tokens do. No figure of their tables is quoted.
+Claims are taken from the papers' public abstracts only: arXiv 2410.09454 and, for image tokens,
+2405.16700. No number from their tables is quoted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fastskip.study.paper.experiments import Learned, Part, Schedule, Scope, Sec
 from fastskip.study.paper.results import Results, Row
 
 KEPT = 0.97
-"""The share of the dense score that the paper keeps with training."""
+"""The share of the dense score that the paper retains with training."""
 TAUGHT = {
     Learned.PROJECTOR: "projector trained as in the paper",
     Learned.LANGUAGE: "language model trained too",
 }
 MUCH = 0.2
-"""A share of the compute that counts as much, where a claim says no number."""
+"""The share of compute that counts as "much", where a claim gives no number."""
 
 
 class Verdict(StrEnum):
@@ -36,7 +36,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A claim, the verdict on it, and the numbers that it rests on."""
+    """A claim, the verdict on it, and the numbers behind the verdict."""
 
     claim: str
     verdict: Verdict
@@ -64,21 +64,21 @@ def findings(results: Results) -> tuple[Finding, ...]:
 
 
 def _much(results: Results) -> Finding:
-    claim = "Much computation can be left out at inference, without training"
+    claim = "Much computation can be skipped at inference, without training"
     rows = results.of(Section.SKIPPING)
     good = [row for row in rows if row.questions.kept >= KEPT and row.captions.kept >= KEPT]
     if not rows:
         return _untested(claim)
     if not good:
-        return Finding(claim, Verdict.DISAGREES, f"no policy keeps {KEPT:.0%} of both scores")
+        return Finding(claim, Verdict.DISAGREES, f"no policy retains {KEPT:.0%} of both scores")
     best = max(good, key=lambda row: row.skipped)
     verdict = Verdict.AGREES if best.skipped >= MUCH else Verdict.DISAGREES
     return Finding(
         claim,
         verdict,
-        f"most left out among policies that keep {KEPT:.0%} of both scores: {best.skipped:.0%} of "
-        f"a question's compute ({best.label}; questions keep {best.questions.kept:.1%}, captions "
-        f"{best.captions.kept:.1%})",
+        f"the most that a policy skips while retaining {KEPT:.0%} of both scores: "
+        f"{best.skipped:.0%} of a question's compute ({best.label}; questions retain "
+        f"{best.questions.kept:.1%}, captions {best.captions.kept:.1%})",
     )
 
 
@@ -88,14 +88,14 @@ def _captions(results: Results) -> Finding:
     found = _majority(
         claim,
         [(row.questions.kept, row.whole_captions.kept) for row in rows],
-        "policies that cost either 1 % or more, questions keep more than captions, both by exact "
-        "match",
+        "policies that cost questions or captions at least 1 %, questions retain more than "
+        "captions, both by exact match",
         "questions {0:.1%}, captions {1:.1%}",
     )
     if not rows:
         return found
     graded = fmean(row.captions.kept for row in rows)
-    evidence = f"{found.evidence}; of the figures that captions name, {graded:.1%} are kept"
+    evidence = f"{found.evidence}; by F1, captions retain {graded:.1%}"
     return replace(found, evidence=evidence)
 
 
@@ -105,13 +105,13 @@ def _generated(results: Results) -> Finding:
     return _majority(
         claim,
         [(_both(other), _both(row)) for row, other in pairs],
-        "schedules, generated tokens alone keep more",
+        "schedules, skipping for generated tokens alone retains more",
         "generated {0:.1%}, all {1:.1%} (mean of questions and captions)",
     )
 
 
 def _late(results: Results) -> Finding:
-    """Three layers against three others, so that the compute is the same."""
+    """Compares three late layers with three spread ones, at equal compute."""
     claim = "Skipping that starts later costs less"
     rows = {row.schedule: row for row in results.of(Section.SKIPPING)}
     pairs = []
@@ -123,7 +123,7 @@ def _late(results: Results) -> Finding:
     return _majority(
         claim,
         pairs,
-        "pairs of equal compute, leaving out layers 4, 5, 6 keeps more than 2, 4, 6",
+        "pairs of equal compute, skipping layers 4, 5, 6 retains more than skipping 2, 4, 6",
         "late {0:.1%}, early {1:.1%} (mean of questions and captions)",
     )
 
@@ -139,18 +139,18 @@ def _parallel(results: Results) -> Finding:
     return Finding(
         claim,
         Verdict.AGREES if len(good) == len(rows) else verdict,
-        f"{len(good)} of {len(rows)} arrangements keep {KEPT:.0%} without training (mean of "
+        f"{len(good)} of {len(rows)} arrangements retain {KEPT:.0%} without training (mean of "
         f"questions and captions); the best is {best.label} with {_both(best):.1%}",
     )
 
 
 def _half(results: Results) -> Finding:
-    claim = "With half of the blocks left out, training keeps 97 %"
+    claim = "With half of the blocks skipped, training retains 97 %"
     return _trained(results, claim, "half")
 
 
 def _sparse(results: Results) -> Finding:
-    claim = "With 70 % of the weights removed, training keeps 97 %"
+    claim = "With 70 % of the weights removed, training retains 97 %"
     return _trained(results, claim, "sparse")
 
 
@@ -172,11 +172,11 @@ def _trained(results: Results, claim: str, name: str) -> Finding:
         verdict = Verdict.AGREES
     elif reached[Learned.LANGUAGE]:
         verdict = Verdict.PARTLY
-    told = [f"untrained: {_kept(before)}"]
+    shares = [f"untrained: {_kept(before)}"]
     for learned, rows in taught.items():
-        told += [f"{TAUGHT[learned]}, {results.steps(row)} steps: {_kept(row)}" for row in rows]
-    means = "questions and captions keep (the mean of both is held to 97 %): "
-    return Finding(claim, verdict, means + "; ".join(told))
+        shares += [f"{TAUGHT[learned]}, {results.steps(row)} steps: {_kept(row)}" for row in rows]
+    means = "questions and captions retain (the verdict requires 97 % of their mean): "
+    return Finding(claim, verdict, means + "; ".join(shares))
 
 
 def _kept(row: Row) -> str:
@@ -184,7 +184,7 @@ def _kept(row: Row) -> str:
 
 
 def _smaller(results: Results) -> Finding:
-    claim = "A well trained smaller language model matches one that is 2 to 3 times larger"
+    claim = "A well-trained smaller language model matches one that is 2 to 3 times larger"
     large, medium = results.row("dense"), results.row("medium")
     if large is None or medium is None:
         return _untested(claim)
@@ -193,18 +193,18 @@ def _smaller(results: Results) -> Finding:
         claim,
         Verdict.AGREES if _both(medium) >= KEPT else Verdict.DISAGREES,
         f"the medium model, {times:.1f} times smaller (2 to 3 is not measured) and trained for as "
-        f"many steps, keeps {medium.questions.kept:.1%} of the questions' score and "
+        f"many steps, retains {medium.questions.kept:.1%} of the questions' score and "
         f"{medium.captions.kept:.1%} of the captions'",
     )
 
 
 def _equal_compute(results: Results) -> Finding:
-    claim = "At equal compute a smaller model does better than a larger one with blocks left out"
+    claim = "At equal compute, a smaller model does better than a larger one that skips blocks"
     medium = results.row("medium")
     skipped = [results.row(f"most-{learned}") for learned in ("nothing", "language")]
     if medium is None or None in skipped:
         return _untested(claim)
-    told = [
+    scores = [
         f"{row.label} ({row.learned} trained; {row.question_compute:.0%} of the compute): "
         f"{row.questions.score.mean:.1%} and {row.captions.score.mean:.1%}"
         for row in skipped
@@ -216,7 +216,7 @@ def _equal_compute(results: Results) -> Finding:
         Verdict.AGREES if _score(medium) > best else Verdict.DISAGREES,
         f"questions and captions: medium ({medium.question_compute:.0%}): "
         f"{medium.questions.score.mean:.1%} and {medium.captions.score.mean:.1%}; "
-        + "; ".join(told),
+        + "; ".join(scores),
     )
 
 
@@ -229,12 +229,12 @@ def _slow_images(results: Results) -> Finding:
         claim,
         pairs,
         "layers, image rows keep their direction better",
-        "mean cosine of a block's input and output: image {0:.3f}, text {1:.3f}",
+        "cosine between a block's input and output: image {0:.3f}, text {1:.3f}",
     )
 
 
 def _image_ffn(results: Results) -> Finding:
-    claim = "FFNs can be left out for image tokens (2405.16700)"
+    claim = "FFNs can be skipped for image tokens (2405.16700)"
     rows = [
         row
         for row in results.of(Section.SKIPPING)
@@ -249,16 +249,17 @@ def _image_ffn(results: Results) -> Finding:
     return Finding(
         claim,
         Verdict.AGREES if len(good) == len(rows) else verdict,
-        f"{len(good)} of {len(rows)} schedules keep {KEPT:.0%}; the worst keeps {_both(worst):.1%} "
-        f"({worst.label}). The large model was trained with image rows' sublayers left out at "
-        "times, so this is no surprise",
+        f"{len(good)} of {len(rows)} schedules retain {KEPT:.0%}; the worst retains "
+        f"{_both(worst):.1%} ({worst.label}). The large model's training skipped image rows' "
+        "sublayers at random, so this is no surprise",
     )
 
 
 def _majority(
     claim: str, pairs: Iterable[tuple[float, float]], of_what: str, means: str
 ) -> Finding:
-    """Whether the first of each pair is the greater one: 70 % agree, 30 % do not, else in part."""
+    """Whether the first of each pair is greater: in 70 % of pairs or more, it agrees; in 30 % or
+    fewer, it does not; otherwise in part."""
     pairs = list(pairs)
     if not pairs:
         return _untested(claim)
@@ -269,12 +270,12 @@ def _majority(
         verdict = Verdict.AGREES
     elif share <= 0.3:
         verdict = Verdict.DISAGREES
-    told = means.format(fmean(a for a, _ in pairs), fmean(b for _, b in pairs))
-    return Finding(claim, verdict, f"in {wins} of {len(pairs)} {of_what}; means: {told}")
+    both = means.format(fmean(a for a, _ in pairs), fmean(b for _, b in pairs))
+    return Finding(claim, verdict, f"in {wins} of {len(pairs)} {of_what}; means: {both}")
 
 
 def _pairs(results: Results, change: Callable[[Schedule], Schedule]) -> list[tuple[Row, Row]]:
-    """Rows of scope "all", each with the one of the changed schedule."""
+    """Rows of scope "all", each paired with the row of its changed schedule."""
     rows = {row.schedule: row for row in results.of(Section.SKIPPING)}
     return [
         (row, rows[change(schedule)])
@@ -288,7 +289,7 @@ def _does_harm(row: Row) -> bool:
 
 
 def _both(row: Row) -> float:
-    """Share of the dense scores kept, questions and captions alike."""
+    """The share of the dense scores retained, averaged over questions and captions."""
     return fmean((row.questions.kept, row.captions.kept))
 
 

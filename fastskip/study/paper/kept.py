@@ -1,4 +1,4 @@
-"""Measurements in files: made once under the same settings, so that a run can be cut off."""
+"""Measurements in files, reused under the same settings, so that a run can be interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Document = dict[str, Any]
 
 
 def kept(path: Path, settings: Mapping[str, Any], make: Callable[[], Document]) -> Document:
-    """What a file holds if it was made under these settings, else what `make` gives."""
+    """The file's contents if it was made under these settings; else what `make` returns, stored."""
     found = read(path, settings)
     if found is None:
         found = {"settings": settings, **make()}
@@ -23,7 +23,7 @@ def kept(path: Path, settings: Mapping[str, Any], make: Callable[[], Document]) 
 
 
 def read(path: Path, settings: Mapping[str, Any]) -> Document | None:
-    """What a file holds; None without the file, or if it is of other settings or broken."""
+    """The file's contents; None if it is missing, broken or made under other settings."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -33,5 +33,5 @@ def read(path: Path, settings: Mapping[str, Any]) -> Document | None:
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
-    """A file's name by what was measured: two cells may be the same thing."""
+    """A file name by what was measured: cells that measure the same thing share a file."""
     return fingerprint(json.dumps(settings).encode())

@@ -1,4 +1,4 @@
-"""What every cell is measured on: held-out items, and the compute that a typical one takes."""
+"""What every cell is measured on: held-out items, and the workload of a typical one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ QUESTION_KINDS = tuple(kind.value for kind in QUESTIONS)
 TEXT_BEFORE = 2
 """The begin token and "USER:"."""
 FIRST_SEED = 1000
-"""Held-out scenes of seed 0 are drawn by this seed; other parts of the package use low ones."""
+"""The scenes of seed 0 are drawn with this seed; other parts of the package use low ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured, for each seed: items asked, and steps and rows of each training."""
+    """How much is measured per seed: items, and steps and sequences per step of each training."""
 
     questions: int = 100
     captions: int = 36
@@ -41,7 +41,7 @@ QUICK = Effort(questions=60, captions=24, steps=20, similarity_samples=16, timin
 
 
 def asked(seed: int, effort: Effort) -> list[Asked]:
-    """The held-out questions and captions of one seed; no arrangement was seen in training."""
+    """The held-out questions and captions of one seed; training saw none of their scenes."""
     return [
         *held_out(effort.questions, FIRST_SEED + seed, QUESTIONS),
         *held_out(effort.captions, FIRST_SEED + seed, (QuestionKind.CAPTION,)),
@@ -49,7 +49,7 @@ def asked(seed: int, effort: Effort) -> list[Asked]:
 
 
 def items_of(found: Sequence[Asked]) -> list[Item]:
-    """Scenes and questions as items with pictures: questions by exact match, captions by F1."""
+    """Scenes and questions as items: questions scored by exact match, captions by F1."""
     return [
         Item(
             question.text,
@@ -63,13 +63,13 @@ def items_of(found: Sequence[Asked]) -> list[Item]:
 
 
 def exam_of(seed: int, effort: Effort, processor: Any, config: Any) -> Exam:
-    """What models answer under one seed."""
+    """The items of one seed, ready to be answered by models."""
     items = items_of(asked(seed, effort))
     return Exam(items, processor, config=config, batch_size=64, new_tokens=32)
 
 
 def workload(found: Sequence[Asked], tokenizer: Any) -> Workload:
-    """The rows of a typical one of these items: mean counts, rounded, the end token included."""
+    """The rows of a typical item: mean counts, rounded, including the end token."""
 
     def length(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,4 +1,4 @@
-"""What a cell computes, told from its plan and sizes; no weights are read."""
+"""What a cell computes, from its plan and sizes; no weights are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def plan_of_cell(cell: Cell) -> SkipPlan:
 
 
 def deeds(plan: SkipPlan) -> list[Any]:
-    """What a plan does, layer by layer, however its policy was written."""
+    """What a plan does, layer by layer, regardless of how its policy was written."""
     return [
         [
             *(layer.arrangement, layer.norm, layer.combine, layer.partner),
@@ -29,12 +29,12 @@ def deeds(plan: SkipPlan) -> list[Any]:
 
 
 def flops(plan: SkipPlan, load: Workload) -> int:
-    """FLOPs of one item, batch 1: decoder and lm_head; the vision tower is not in it."""
+    """FLOPs of one item, batch 1: decoder and lm_head, without the vision tower."""
     return plan.flops(load.n_image, load.n_text, load.n_new, text_before=load.text_before)
 
 
 def parameters(size: Size) -> int:
-    """Weights of the language model, embeddings and head included."""
+    """The number of weights of the language model, including embeddings and head."""
     decoder = size.value
     vocabulary: int = build_config(build_processor().tokenizer, size).text_config.vocab_size
     attention = 4 * decoder.width * decoder.heads * HEAD

@@ -1,4 +1,4 @@
-"""What came out, as data: report, figures, tables and findings all read it, and it is JSON."""
+"""The results as data, stored as JSON; report, figures, tables and findings all read them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ SCHEMA_VERSION = 1
 
 
 class ResultsError(ValueError):
-    """Results that cannot be read; says which, and what is allowed."""
+    """Results that cannot be read; names the file and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The mean score of one cell on one sort of items, all seeds together.
+    """The mean score of one cell on one kind of items, over all seeds.
 
     `by_seed`: the means of the seeds. `kept`: the share of the dense model's score on the same
-    items, and `kept_by_seed`. `change`: the difference from it, with its interval (paired
-    bootstrap).
+    items; `kept_by_seed`: likewise by seed. `change`: the difference from the dense score, with
+    its interval (paired bootstrap).
     """
 
     items: int
@@ -43,18 +43,17 @@ class Score:
 
     @property
     def spread(self) -> float | None:
-        """The standard deviation of `kept` between seeds; none of a single seed."""
+        """The standard deviation of `kept` between seeds; `None` for a single seed."""
         return stdev(self.kept_by_seed) if len(self.kept_by_seed) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One cell: what it is, how it scores, and what share of the dense compute it takes.
+    """One cell: what it is, its scores, and its compute as a share of dense.
 
-    `captions`: by the F1 of the figures named; `whole_captions`: of those that name all figures
-    and no others, which is as strict as questions are judged. `patience`: how many times as long
-    as others it was trained.
-    `seconds`: of processor time that it took, all seeds together.
+    `captions`: by the F1 of the figures named; `whole_captions`: the share that name all figures
+    and no others, as strict as the scoring of questions. `patience`: the factor by which it was
+    trained longer than others. `seconds`: its CPU time, over all seeds.
     """
 
     name: str
@@ -75,13 +74,13 @@ class Row:
 
     @property
     def skipped(self) -> float:
-        """The share of a question's compute that is left out."""
+        """The share of a question's compute that is skipped."""
         return 1 - self.question_compute
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """What one model takes for one caption, batch 1: measured times, and the bytes of its cache."""
+    """One model's measured times, cache bytes and FLOPs for one caption, batch 1."""
 
     name: str
     label: str
@@ -93,9 +92,9 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Everything that a run found out.
+    """All results of a run.
 
-    `is_whole`: whether no cell is missing. `seconds`: of processor time, all cells together.
+    `is_whole`: whether no cell is missing. `seconds`: CPU time of all cells together.
     """
 
     environment: Mapping[str, Any]
@@ -116,7 +115,7 @@ class Results:
         return tuple(row for row in self.rows if row.section is section)
 
     def steps(self, row: Row) -> int:
-        """How many training steps a row had."""
+        """How many steps a row was trained for."""
         return 0 if row.learned is Learned.NOTHING else self.effort["steps"] * row.patience
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +131,7 @@ class Results:
         """Read what `save` wrote.
 
         Raises:
-            ResultsError: the file is missing, or is none of this version.
+            ResultsError: the file is missing, malformed or of another version.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -145,7 +144,7 @@ class Results:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Results:
-        """What `to_dict` gave, after JSON."""
+        """The inverse of `to_dict`, after a round trip through JSON."""
         return cls(
             environment=document["environment"],
             effort=document["effort"],
@@ -168,11 +167,11 @@ def judge(
     *,
     is_strict: bool = False,
 ) -> Score:
-    """One cell against the dense model, an evaluation a seed of each, in the same order.
+    """The score of one cell against the dense model; one evaluation per seed, in the same order.
 
-    `is_strict`: only a full score counts, and counts as 1.
+    `is_strict`: only a full score counts, as 1.
     """
-    # a seed of few items need not have one of every kind
+    # with few items, a seed may lack some kinds
     ours, theirs = (
         [each.scores(*(kind for kind in each.kinds if kind in kinds)) for each in evaluations]
         for evaluations in (found, dense)
@@ -199,7 +198,7 @@ def row_of(
     parameters: int,
     seconds: float,
 ) -> Row:
-    """A cell with what was measured.
+    """A cell with its measurements.
 
     `scores`: of questions, captions and whole captions; `compute`: of a question and a caption.
     """
@@ -258,7 +257,7 @@ def _score(document: Mapping[str, Any]) -> Score:
 
 
 def _rounded(value: Any) -> Any:
-    """Six decimals: more would be noise, and the files are bundled."""
+    """Rounds to six decimals: more would be noise, and the files are bundled."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Runs the experiments: cell by cell and seed by seed, each kept in a file of its own.
+"""Runs the experiments cell by cell and seed by seed, each stored in its own file.
 
-A run that was cut off goes on with the first cell that has no file; a file of other settings or
-weights than the present ones is measured anew.
+An interrupted run resumes at the first cell without a file; a cell whose file was made under other
+settings or weights is measured again.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from fastskip.study.paper.tuning import remove_weights_, tune_
 from fastskip.study.similarity import LayerSimilarity, similarities
 
 FORMAT = 2
-"""Of the cells' files; a higher one makes older files be measured anew."""
+"""Version of the cells' files; raising it makes all cells be measured again."""
 Tick = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One cell under one seed. `seconds`: of the processor, all its cores together; `losses`: of
-    the training's steps, if there was any."""
+    """One cell under one seed. `seconds`: CPU time, summed over cores; `losses`: of the training
+    steps, if any."""
 
     evaluation: Evaluation
     seconds: float
@@ -70,8 +70,8 @@ class Study:
         """Measures nothing yet.
 
         Args:
-            folder: where cells are kept and results are written.
-            seeds: how many seeds; each has items of its own, and training data of its own.
+            folder: where cells are stored and results are written.
+            seeds: how many seeds; each has its own items and training data.
             effort: how much is measured.
             chosen: the cells, the dense one first.
             device: where models run.
@@ -86,11 +86,11 @@ class Study:
 
     @property
     def steps(self) -> int:
-        """How many measurements there are, kept ones included."""
+        """How many measurements there are, including stored ones."""
         return len(self.cells) * len(self.seeds) + 2
 
     def run(self, on_step: Tick = lambda name: None) -> Results:
-        """Measure what is missing, and give everything; `on_step` is called before each one."""
+        """Measure what is missing; returns all results. `on_step`: called before each step."""
         for seed in self.seeds:
             for cell in self.cells:
                 on_step(f"{cell.name}, seed {seed}")
@@ -102,7 +102,7 @@ class Study:
         return self.results()
 
     def outcome(self, cell: Cell, seed: int) -> Outcome:
-        """One cell under one seed: from its file if that is there, else measured."""
+        """One cell under one seed: read from its file, or else measured."""
 
         def measured() -> dict[str, Any]:
             began = time.process_time()
@@ -117,25 +117,25 @@ class Study:
         return Outcome(Evaluation.from_dict(found), found["seconds"], tuple(found["losses"]))
 
     def has(self, cell: Cell, seed: int) -> bool:
-        """Whether the outcome is there already."""
+        """Whether the outcome is stored already."""
         settings = self._settings(cell, seed)
         return read(self._path(settings), settings) is not None
 
     def _prepared(self, cell: Cell) -> tuple[Any, Any]:
-        """The cell's model, not trained yet, and the masks of its weights, if it has any."""
+        """The cell's model before training, and its pruning masks, if any."""
         model = load(cell.size).to(self.device)
         masks = remove_weights_(model, cell.removed, self.processor) if cell.removed else None
         return fastskip.apply_(model, cell.policy, impl="reference"), masks
 
     def exam(self, seed: int) -> Exam:
-        """What all cells answer under a seed."""
+        """The items that all cells answer under a seed."""
         if seed not in self._exams:
             config = load(DENSE.size).config
             self._exams[seed] = exam_of(seed, self.effort, self.processor, config)
         return self._exams[seed]
 
     def similarity(self) -> tuple[LayerSimilarity, ...]:
-        """Of the dense model's layers, over prompts and answers of seed 0."""
+        """Similarities in the dense model's layers, over prompts and answers of seed 0."""
         count = self.effort.similarity_samples
 
         def measured() -> dict[str, Any]:
@@ -149,8 +149,7 @@ class Study:
         return _similarity(found["similarity"])
 
     def speeds(self) -> tuple[Speed, ...]:
-        """Times of one caption, batch 1, as measured here: the models, and the large one
-        skipped."""
+        """Times of one caption, batch 1, on this machine, for the `contenders`."""
         chosen = contenders()
         settings = self._common | {
             "rounds": self.effort.timing_rounds,
@@ -169,7 +168,7 @@ class Study:
         return tuple(Speed(**each) for each in found["speeds"])
 
     def results(self) -> Results:
-        """What is there so far; seeds of which a cell is missing are left out of that cell."""
+        """The results so far; a cell's row covers the seeds that are stored for it."""
         rows, missing, total = [], 0, 0.0
         dense = {seed: self.outcome(DENSE, seed).evaluation for seed in self.seeds}
         for cell in self.cells:
@@ -208,7 +207,7 @@ class Study:
 
     @cached_property
     def loads(self) -> tuple[Workload, Workload]:
-        """A typical question and a typical caption of seed 0."""
+        """The workloads of a typical question and a typical caption of seed 0."""
         found = asked(0, self.effort)
         captions = [each for each in found if each[1].kind is QuestionKind.CAPTION]
         questions = [each for each in found if each[1].kind is not QuestionKind.CAPTION]
@@ -232,7 +231,7 @@ class Study:
 
     @property
     def _common(self) -> dict[str, Any]:
-        """What every file depends on."""
+        """The settings that every file depends on."""
         return {
             "format": FORMAT,
             "weights": _digest(Size.LARGE),
@@ -242,14 +241,14 @@ class Study:
 
     @property
     def _environment(self) -> dict[str, Any]:
-        """Where this runs: what times depend on."""
+        """The machine and versions that times depend on."""
         return environment(torch.float32) | {"device": str(self.device)}
 
     def _path(self, settings: Mapping[str, Any]) -> Path:
         return self.folder / "cells" / f"{name_of(settings)}.json"
 
     def _settings(self, cell: Cell, seed: int) -> dict[str, Any]:
-        """All that the outcome of a cell depends on."""
+        """Everything that the outcome of a cell depends on."""
         found = self._common | {
             "seed": seed,
             "size": cell.size.label,
@@ -272,5 +271,5 @@ def _similarity(found: Sequence[Mapping[str, Any]]) -> tuple[LayerSimilarity, ..
 
 
 def _digest(size: Size) -> str:
-    """What tells one set of bundled weights from another."""
+    """A fingerprint of the bundled weights of one size."""
     return fingerprint(weights_path(size).read_bytes())

@@ -20,7 +20,7 @@ BUDGET_S = 60.0
 
 
 def contenders() -> tuple[Cell, ...]:
-    """Who is timed: the dense model, two that leave blocks out, and the smaller ones."""
+    """The cells to time: the dense model, two that skip blocks, and the smaller models."""
     by_name = {cell.name: cell for cell in cells()}
     return tuple(
         by_name[name] for name in ("dense", "half-nothing", "most-nothing", "medium", "small")
@@ -34,10 +34,10 @@ def timed(
     rounds: int,
     device: torch.device,
 ) -> tuple[Speed, ...]:
-    """Medians over rounds in which all models run in turn, untrained.
+    """Median times over rounds in which all models run in turn, without further training.
 
-    `inputs`: one prompt on the device; it has about the rows of `workload`, of which FLOPs and
-    cache are told, and as many new tokens are timed.
+    `inputs`: one prompt on the device, with about the rows of `workload`. FLOPs and cache bytes
+    are counted for `workload`, and as many new tokens are timed.
     """
     models = {
         cell.name: fastskip.apply_(load(cell.size).to(device), cell.policy) for cell in chosen

@@ -1,4 +1,4 @@
-"""The numbers as CSV files, one line a cell, a layer or a model."""
+"""The numbers as CSV files, with one line per cell, layer and class, or model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def cell_line(row: Row) -> dict[str, Any]:
-    """One cell as a line: what it is, its compute, and scores as shares."""
+    """One cell as a CSV line: what it is, its compute, and scores as shares."""
     schedule = row.schedule
     return {
         "name": row.name,

@@ -1,7 +1,7 @@
-"""Training under a policy, and weights removed: what happens to a cell's model before it is judged.
+"""What happens to a cell's model before it is judged: training under a policy, weight removal.
 
-The paper trains the mapping from the image encoder with the language model frozen and skipped; its
-sparse models are trained under a mask. Here likewise, and with the language model learning too.
+The paper trains the projector, with the language model frozen and under the skip policy; it trains
+its sparse models under a mask. The same is done here, and also with the language model trained.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from fastskip.study.paper.experiments import Cell, Learned
 from fastskip.study.paper.measuring import FIRST_SEED, Effort
 
 TURNS = 8
-"""Questions and answers in one conversation about one picture."""
+"""Questions with answers in one conversation about one picture."""
 RATES = {Learned.PROJECTOR: 4e-3, Learned.LANGUAGE: 1e-3}
-"""Peak learning rates of AdamW, for weights drawn at 1/sqrt(inputs)."""
+"""Peak learning rates of AdamW, for weights initialised at scale 1/sqrt(inputs)."""
 CALIBRATION_SAMPLES = 64
 
 
 def tune_(
     model: Any, cell: Cell, seed: int, effort: Effort, processor: Any, masks: Any = None
 ) -> list[float]:
-    """Train a prepared model in place as the cell says; the losses of the steps.
+    """Train a prepared model in place as the cell says; returns the losses of the steps.
 
-    `masks`: of removed weights, which stay zero.
+    `masks`: of the removed weights, which stay zero.
     """
     if cell.learned is Learned.NOTHING:
         return []
@@ -47,7 +47,7 @@ def tune_(
 
 
 def conversations(count: int, seed: int) -> list[Any]:
-    """Training examples: some questions about each of `count` pictures of the train split."""
+    """Training examples: `TURNS` questions about each of `count` pictures of the train split."""
     from fastskip.study.training import Example, Turn
 
     rng = np.random.default_rng([FIRST_SEED, seed])
@@ -59,7 +59,7 @@ def conversations(count: int, seed: int) -> list[Any]:
 
 
 def _asked(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions about one scene with their answers, each kind as likely as the others."""
+    """Questions about one scene with their answers, all kinds drawn with equal probability."""
     kinds = list(QuestionKind)
     found: list[tuple[str, str]] = []
     while len(found) < TURNS:
@@ -70,7 +70,7 @@ def _asked(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def remove_weights_(model: Any, share: float, processor: Any) -> Any:
-    """Set a share of each row of the decoder's matrices to zero by Wanda; the masks of the rest."""
+    """Zero a share of each row of the decoder's matrices by Wanda; returns the masks."""
     from fastskip.study.pruning import Recipe, prune_
 
     samples = [
