@@ -74,7 +74,7 @@ class Budget:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The budget in words."""
         name = "FLOPs" if self.quantity is Quantity.FLOPS else self.quantity.value.upper()
         if self.most_s is not None:
             return f"{name} under {1e3 * self.most_s:g} ms"

@@ -10,7 +10,7 @@ from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.study.search.refine import SLACK
 
 NEAR = 0.03
-"""Members that cost at most this share of dense less than the nearest one count as as near."""
+"""Members within this share of dense of the nearest one count as equally near."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Match:
     divergence: Callable[[SkipPolicy], float]
 
     def fits(self, policy: SkipPolicy) -> bool:
-        """Whether a policy keeps the budget."""
+        """Whether a policy meets the budget."""
         return self.share(policy) <= self.limit + SLACK
 
     def nearest(self, name: str, source: str, family: Iterable[SkipPolicy]) -> Entrant | LeftOut:
@@ -76,6 +76,6 @@ def over_budget(name: str, least: float, limit: float) -> LeftOut:
 
 
 def parted(found: Sequence[Entrant | LeftOut]) -> tuple[list[Entrant], list[LeftOut]]:
-    """Those that entered, and those that did not."""
+    """Splits into entrants and rivals left out."""
     entered = [each for each in found if isinstance(each, Entrant)]
     return entered, [each for each in found if isinstance(each, LeftOut)]

@@ -1,6 +1,6 @@
 """A search in two figures: score against cost, and the cost of every change in every layer.
 
-Only this module of the search imports matplotlib.
+Only this module of the search needs matplotlib.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def sensitivity(result: SearchResult) -> Any:
 
 
 def _named(candidates: Sequence[Found]) -> list[Found]:
-    """The candidates labelled with their names: the search's and peers that are not far off."""
+    """The candidates to label: the search's own and peers, unless they score very low."""
     shown = [each for each in candidates if each.source in ("search", "peer")]
     return [each for each in shown if each.score.mean > 0.25]
 

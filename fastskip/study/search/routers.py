@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fastskip.loading import set_policy
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, Sublayer, TokenClass
 from fastskip.study.calibration import Calibration, CalibrationError, calibrate
 from fastskip.study.search.matching import Entrant, LeftOut, over_budget
@@ -81,8 +82,6 @@ def _one(
     policy: SkipPolicy,
     new_tokens: int,
 ) -> Entrant | LeftOut:
-    from fastskip.loading import set_policy
-
     wanted, missing = limit, 0.0
     for _ in range(_ATTEMPTS):
         rate = rate_for(lambda r: share(policy, {0: r}), wanted)

@@ -79,7 +79,7 @@ def learning(model: Any, names: frozenset[str], precision: Precision) -> Iterato
         yield
     finally:
         for name, parameter in model.named_parameters():
-            if name in before:  # adapters are not
+            if name in before:  # adapters were not
                 required, dtype = before[name]
                 parameter.requires_grad_(required)
                 parameter.data = parameter.data.to(dtype)
