@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastskip.sparse import compress_
 from fastskip.sparse.matrices import SparseError, matrices
-from fastskip.study.pruning import PruningError, Recipe, find_masks, prune_
+from fastskip.study.pruning import Pattern, PruningError, Recipe, find_masks, prune_
 from fastskip.study.pruning.selection import kept_by
 from tests.models import tiny_llama, tiny_llava, tiny_opt
 
@@ -105,6 +105,7 @@ def test_parts_and_layers(build: Any) -> None:
         ({"ratio": 0.3, "pattern": "2:4"}, r"ratio: 0.3; allowed: 0.5, or none, with 2:4"),
         ({"pattern": "4:2"}, r"pattern: '4:2'; allowed: N:M with 0 < N < M"),
         ({"pattern": "two"}, r"pattern: 'two'"),
+        ({"pattern": "0:4"}, r"pattern: '0:4'; allowed: N:M with 0 < N < M"),
         ({"pattern": "2:4", "per": "row"}, r"per: 'row'; allowed: none with a pattern"),
         ({"ratio": 0.5, "method": "sparsegpt"}, r"method: 'sparsegpt'; allowed: wanda, magnitude"),
         ({"ratio": 0.5, "per": "layer"}, r"per: 'layer'; allowed: row, matrix"),
@@ -119,6 +120,12 @@ def test_errors_say_what_is_allowed(arguments: dict[str, Any], message: str) -> 
         find_masks(tiny_llama(), Recipe(**{"method": "magnitude", **arguments}))
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value)
+
+
+@pytest.mark.parametrize(("kept", "group"), [(4, 2), (4, 4), (0, 4), (-1, 4)])
+def test_patterns_are_checked_however_they_are_made(kept: int, group: int) -> None:
+    with pytest.raises(PruningError, match=f"pattern: '{kept}:{group}'; allowed: N:M"):
+        Pattern(kept, group)
 
 
 def test_sparse_weights_must_be_expanded_first() -> None:

@@ -13,6 +13,7 @@ from fastskip.policy_fields import Layers, layer_selection
 from fastskip.sparse.matrices import Matrix
 
 E = TypeVar("E", bound=StrEnum)
+_PATTERNS = 'N:M with 0 < N < M, such as "2:4" or "4:8"'
 
 
 class PruningError(ValueError):
@@ -64,13 +65,16 @@ class Pattern:
     kept: int
     group: int
 
+    def __post_init__(self) -> None:
+        if not 0 < self.kept < self.group:
+            raise PruningError("pattern", repr(str(self)), _PATTERNS)
+
     @classmethod
     def parse(cls, text: str) -> Pattern:
         found = re.fullmatch(r"(\d+):(\d+)", text)
-        kept, group = (int(part) for part in found.groups()) if found else (0, 0)
-        if not 0 < kept < group:
-            raise PruningError("pattern", repr(text), 'N:M with 0 < N < M, such as "2:4" or "4:8"')
-        return cls(kept, group)
+        if found is None:
+            raise PruningError("pattern", repr(text), _PATTERNS)
+        return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
         return f"{self.kept}:{self.group}"
