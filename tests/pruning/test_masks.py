@@ -137,6 +137,7 @@ def broken(change: Callable[[dict[str, Any], dict[str, str]], object]) -> Callab
         (broken(lambda t, m: m.update(schema_version="2")), "schema_version: '2'; allowed: 1"),
         (broken(lambda t, m: m.pop("columns")), "incomplete"),
         (broken(lambda t, m: m.update(columns="{}")), "incomplete"),
+        (broken(lambda t, m: m.update(provenance="3")), "provenance: 3; allowed: a JSON object"),
         (
             broken(lambda t, m: m.update(columns='{"layers.0.a": 50}')),
             r"allowed: uint8 \[rows, 8\]",

@@ -71,6 +71,8 @@ class MaskFile:
             raise PruningError(f"{file}: schema_version", version, SCHEMA_VERSION)
         try:
             columns, provenance = json.loads(about["columns"]), json.loads(about["provenance"])
+            if not isinstance(provenance, dict):
+                raise PruningError(f"{file}: provenance", provenance, "a JSON object")
             kept = {name: _kept(file, name, own, columns[name]) for name, own in tensors.items()}
             return cls(kept, about["fingerprint"], provenance)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
