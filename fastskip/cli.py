@@ -1,4 +1,4 @@
-"""The `fastskip` command. Each subcommand is a thin call of the public API, imported on use."""
+"""The `fastskip` command. Each subcommand is a thin wrapper of the public API, imported on use."""
 
 import errno
 import inspect
@@ -29,11 +29,11 @@ from fastskip.commands.verify import verify
 
 EXIT_ERROR = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What is said of a disk, also one behind stdout, that takes no more."""
+"""Errors of a full disk, including one that stdout is redirected to."""
 
 
 class _Commands(TyperGroup):
-    """Errors that the package itself raises are the user's to mend: one line, no traceback."""
+    """Errors that the package raises itself are for the user to fix: one line, no traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,13 +47,13 @@ class _Commands(TyperGroup):
             raise typer.Exit(EXIT_ERROR) from error
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        """As typer's, which ends in silence where nobody reads on; a full disk is told."""
+        """As typer's, which exits silently on a closed pipe, but reports a full disk."""
         try:
             return super().main(*arguments, **options)
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            with suppress(OSError):  # it may lie behind stderr too
+            with suppress(OSError):  # stderr may be redirected to it too
                 where = "" if error.filename is None else f" to {error.filename}"
                 _tell(f"cannot write{where}: {error.strerror}")
             _drop_output()
@@ -61,21 +61,21 @@ class _Commands(TyperGroup):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """By names, since torch is not imported before a command needs it."""
+    """Checks names, because torch is not imported before a command needs it."""
     has_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return has_type or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _tell(message: str) -> None:
-    """One line for the user."""
-    # names of files may hold bytes that are no text, which no terminal can print
+    """Prints one line for the user."""
+    # file names may contain bytes that are not valid text and cannot be printed
     printable = message.encode(errors="backslashreplace").decode()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(" ".join(printable.split()), style="red", markup=False, emoji=False)
 
 
 def _drop_output() -> None:
-    """What stdout could not take, or Python fails on it once more when it ends."""
+    """Discards what stdout could not take; otherwise Python fails on it again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -87,14 +87,14 @@ app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    # what nobody expected keeps Python's own traceback
+    # unexpected errors keep Python's own traceback
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def _help(function: Callable[..., None]) -> str:
-    """The docstring with its paragraphs unwrapped, as typer leaves line ends within them."""
+    """The docstring with its paragraphs unwrapped: typer would keep their line breaks."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -118,20 +118,20 @@ def main(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and leave."
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
-    """Leave computation out of LLaVA-style multimodal LLMs, and be really faster for it.
+    """Skip computation in LLaVA-style multimodal LLMs, and run measurably faster.
 
     Start with [bold]fastskip demo[/], which needs no download and no GPU. [bold]policies[/] lists
-    presets and makes policy files of them, [bold]plan[/] says what a policy saves before a single
-    weight is loaded, [bold]verify[/] whether it computes what it promises, [bold]generate[/]
-    answers a question about an image, [bold]calibrate[/] sets routers so that a wanted share of
-    rows skips, [bold]search[/] finds a policy for a budget, [bold]train[/] mends by training what
-    skipping costs, [bold]prune[/] sets weights to zero, [bold]bench[/] measures how fast policies
-    are here, [bold]eval[/] how well they answer, [bold]study[/] shows what all that costs,
-    [bold]report[/] makes one page of what was found.
+    presets and turns them into policy files, [bold]plan[/] predicts what a policy saves without
+    loading any weights, [bold]verify[/] checks that a model computes what its policy says,
+    [bold]generate[/] answers a question about an image, [bold]calibrate[/] sets routers so that a
+    target share of rows skips, [bold]search[/] finds a policy for a budget, [bold]train[/] recovers
+    quality by training under a policy, [bold]prune[/] sets weights to zero, [bold]bench[/] measures
+    how fast policies are on this machine, [bold]eval[/] how well they answer, [bold]study[/] what
+    skipping costs in quality, and [bold]report[/] puts the results on one page.
     """
 
 

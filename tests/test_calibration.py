@@ -381,7 +381,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("calibrate", "-m", checkpoint, "-p", policy, *given)
     result = succeed(*arguments)
     assert re.search(r"0 +similarity +1 +all +ffn +threshold .* \d\d\.\d%", result.stdout)
-    assert "(wanted 50.0%)" in result.stdout
+    assert "(target 50.0%)" in result.stdout
     assert re.search(r"Overall \d\d\.\d% of rows skip after \d+ sweeps?", result.stdout)
     assert result.stderr.endswith(f"wrote {out}\n")
     found = SkipPolicy.from_file(out)
@@ -413,7 +413,7 @@ def test_the_command_says_what_is_not_reached(checkpoint: Path, tmp_path: Path) 
     text = CliRunner().invoke(app, asked, env=narrow).stdout
     assert "similarity" in text and "threshold" in text and "…" not in text
     assert "Not reached within 2.0%." in text
-    assert "In layer 0 no threshold comes nearer" in " ".join(text.split())
+    assert "In layer 0 no threshold comes closer" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_the_command_says_what_is_not_reached(checkpoint: Path, tmp_path: Path) 
     [
         ("-p {policy} -o {folder}/x.txt", "--out .*x.txt: allowed: a file"),
         ("-p {policy} -o {folder}/absent/x.json", "--out .*: allowed: .* existing folder"),
-        ("-p {policy} -o {folder}/dir.json", "--out .*dir.json: a folder; allowed: a file"),
+        ("-p {policy} -o {folder}/dir.json", "--out .*dir.json: is a folder; allowed: a file"),
         ("-p {policy} -o {folder}/x.json -m {model}", "--samples: needed with --model"),
         ("-p dense -o {folder}/x.json -m {model} --samples {samples}", "routers: nothing to"),
         ("-p {policy} -o {folder}/x.json -m {model} --samples {broken}", "line 1: not JSON"),

@@ -224,7 +224,7 @@ def test_plan_of_a_quantised_checkpoint_says_what_it_counts(
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ("plan", "-m", tmp_path, "-p", "dense", "--dtype", "float32", *MACHINE)
     text = " ".join(succeed(*arguments).stdout.split())
-    assert "quantised and counted as float32" in text
+    assert "quantised but counted as float32" in text
     assert json.loads(succeed(*arguments, "--json").stdout)["is_quantised"] is True
 
 
@@ -268,18 +268,18 @@ def test_plan_of_routers_shows_what_to_expect(checkpoint: Path, tmp_path: Path) 
     text = succeed(*arguments).stdout
     assert "attention + ffn?" in text and "attention? + ffn" in text
     assert re.search(r"dense +all run +all skip +dense / all skip", text)
-    assert "Say --rate SHARE" in text
+    assert "Pass --rate SHARE" in text
     text = succeed(*arguments, "--rate", 0.5, "--batch", 4).stdout
     assert re.search(r"dense +all run +expected +all skip +dense / expected", text)
     assert re.search(r"ideal gain in decode +- +1\.00x +1\.\d\dx +1\.\d\dx", text)
-    assert "where 50% of rows skip. A decode step of batch 4 then reads 94% of" in " ".join(
+    assert "if 50% of rows skip. A decode step of batch 4 then reads 94% of" in " ".join(
         text.split()
     )
 
 
 def test_plan_of_routers_that_state_their_rate(checkpoint: Path, tmp_path: Path) -> None:
     text = succeed("plan", "-m", checkpoint, "-p", routed(tmp_path, ROUTERS[1]), *MACHINE).stdout
-    assert "where 30% of rows skip" in text
+    assert "if 30% of rows skip" in text
 
 
 def test_plan_of_routers_as_json(checkpoint: Path, tmp_path: Path) -> None:
@@ -390,19 +390,22 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("plan -m {bert}", "model_type: 'bert' is not supported; supported: llava"),
         ("plan -m {folder}/absent", "--model .*absent: no such folder"),
         ("plan -m {folder}", "--model .*; allowed: a folder or hub checkpoint"),
-        ("plan -m {model} -p {folder}", "--policy .*: a folder; allowed: .* `fastskip policies`"),
+        (
+            "plan -m {model} -p {folder}",
+            "--policy .*: is a folder; allowed: .* `fastskip policies`",
+        ),
         ("plan -m {model} -p visual_withdrawal", "layers.*allowed: slice bounds"),
         ("plan -m {text} --image-tokens 3 " + " ".join(MACHINE), "--image-tokens 3: allowed: 0"),
         ("plan -m {model} --new-tokens 999 " + " ".join(MACHINE), "allowed: at most 256"),
-        ("plan -m {model} --tflops 1", "--tflops 1.0: allowed: both, as positive"),
-        ("plan -m {model} --tflops 1 --bandwidth -2", "allowed: both, as positive"),
+        ("plan -m {model} --tflops 1", "--tflops 1.0: allowed: both, as numbers"),
+        ("plan -m {model} --tflops 1 --bandwidth -2", "allowed: both, as numbers"),
         (
             "plan -m {model} -p image_ffn --rate 0.5 " + " ".join(MACHINE),
             "--rate 0.5: allowed: none, the policy has no routers",
         ),
-        ("policies -s interval=3", "--set interval=3: of no preset; allowed: behind a preset"),
-        ("policies --layers 3", "--layers 3: of no preset"),
-        ("policies -o {folder}/x.json", "--output .*x.json: of no preset"),
+        ("policies -s interval=3", "--set interval=3: no preset is named; allowed: with a"),
+        ("policies --layers 3", "--layers 3: no preset is named"),
+        ("policies -o {folder}/x.json", "--output .*x.json: no preset is named"),
         ("policies nothing", "preset: got 'nothing'; allowed: dense"),
         ("policies image_ffn -s size=3", "image_ffn.size: unknown option; allowed: start, end"),
         ("policies image_ffn -s start=a", "image_ffn.start: got 'a'; allowed: an integer"),
@@ -513,7 +516,7 @@ def test_verify_gives_the_demo_a_scene_and_needs_rows_to_prove_anything(checkpoi
     arguments = ("verify", "-p", "image_ffn", "--max-new-tokens", 2)
     text = succeed(*arguments).stdout
     assert text.startswith("policy image_ffn holds (float32")
-    assert "image: a scene that the demo draws" in text
+    assert "image: a generated scene" in text
     result = run(*arguments, "-m", checkpoint)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "image_ffn: not checked, as it only affects image rows" in result.stderr
@@ -524,7 +527,7 @@ def test_plan_says_what_steps_read_where_generated_rows_are_routed(tmp_path: Pat
     one = apart | {"layers": [2], "group": "batch"}
     prompt = apart | {"layers": [3], "tokens": ["text", "image"], "rate": 0.25}
     for routers, said in (
-        ((prompt,), "where 25% of rows skip. Decode steps are not routed"),
+        ((prompt,), "if 25% of rows skip. Decode steps are not routed"),
         ((apart, prompt), "50%, 25% of rows skip. A decode step of batch 4 then reads 94% of"),
         ((apart, one), "then reads 50% (50% by batch), 94% (50% by row) of"),
         ((one, apart), "then reads 50% (50% by batch), 94% (50% by row) of"),
@@ -548,7 +551,7 @@ def test_the_demos_number_format_is_the_same_everywhere_and_told() -> None:
         ("generate -q hi --device meta", "--device meta: holds no data; allowed here: cpu"),
         ("generate -q hi -p " + "long" * 2000, "long: no such file or preset"),
         ("plan --bandwidth inf --tflops inf", "--bandwidth inf --tflops inf: allowed: both"),
-        ("plan --bandwidth 1 --tflops 1 --device foo", "--device foo: allowed: not beside"),
+        ("plan --bandwidth 1 --tflops 1 --device foo", "--device foo: allowed: only without"),
         ("plan -p \udcff.json", r"--policy \\udcff.json: no such file"),
     ],
 )

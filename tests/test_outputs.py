@@ -51,5 +51,5 @@ def test_trying_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     check_folder("--out", tmp_path / "there" / "new")
     assert [each.name for each in tmp_path.iterdir()] == ["there"]
-    with pytest.raises(CommandError, match="--json .*there: a folder; allowed: a file in"):
+    with pytest.raises(CommandError, match="--json .*there: is a folder; allowed: a file in"):
         check_file("--json", tmp_path / "there")

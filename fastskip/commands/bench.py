@@ -1,4 +1,4 @@
-"""`fastskip bench`: how fast policies are here, beside Hugging Face and the floors."""
+"""`fastskip bench`: how fast policies are here, against Hugging Face and the floors."""
 
 import shlex
 import sys
@@ -34,7 +34,7 @@ from fastskip.commands.outputs import check_folder
 from fastskip.study.json_file import json_text
 
 FILE = "bench.json"
-"""What `--out` keeps."""
+"""What `--out` writes."""
 
 
 def bench(
@@ -47,7 +47,7 @@ def bench(
             "--prompt",
             "-q",
             metavar="TEXT",
-            help="Time this prompt, about the images given. Default: a made-up one.",
+            help="Time this prompt, about the images given. Default: a synthetic one.",
             show_default=False,
         ),
     ] = None,
@@ -56,8 +56,8 @@ def bench(
         typer.Option(
             min=1,
             metavar="N",
-            help="Tokens of text in the made-up prompt, the template's included. Repeat the option "
-            "for a batch of unlike prompts, padded on the left.  [default: 64]",
+            help="Text tokens in the synthetic prompt, including the template's. Repeat the option "
+            "for a batch of prompts of different lengths, padded on the left.  [default: 64]",
             show_default=False,
         ),
     ] = None,
@@ -66,21 +66,19 @@ def bench(
         typer.Option(
             min=1,
             metavar="N",
-            help="So many equal prompts at once; of unlike ones, so many of each.",
+            help="Copies of the prompt in a batch; with several prompts, copies of each.",
         ),
     ] = 1,
-    new_tokens: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens of each answer.")
-    ] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens per answer.")] = 32,
     rounds: Annotated[
-        int, typer.Option(min=3, metavar="N", help="Rounds in which everybody is timed once.")
+        int, typer.Option(min=3, metavar="N", help="Rounds; each times every contender once.")
     ] = 9,
     budget_seconds: Annotated[
         float | None,
         typer.Option(
             min=0,
             metavar="S",
-            help="No more rounds than fit into this time, but three at the least.",
+            help="Run only as many rounds as fit into this time, but at least three.",
             show_default=False,
         ),
     ] = None,
@@ -88,12 +86,12 @@ def bench(
         bool | None,
         typer.Option(
             "--compiled/--no-compiled",
-            help="Hugging Face with a static cache and torch.compile, too. Default: on CUDA.",
+            help="Also time Hugging Face with a static cache and torch.compile. Default: on CUDA.",
             show_default=False,
         ),
     ] = None,
     no_hf: Annotated[
-        bool, typer.Option("--no-hf", help="Leave Hugging Face out: policies and dense alone.")
+        bool, typer.Option("--no-hf", help="Leave Hugging Face out: time only policies and dense.")
     ] = False,
     bandwidth: BandwidthOption = None,
     tflops: TflopsOption = None,
@@ -112,20 +110,21 @@ def bench(
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how fast policies are on your model, machine, batch and lengths.
+    """Measure how fast policies are for your model, machine, batch size and lengths.
 
     Hugging Face's model, fastskip's dense model and all policies take turns in one process, on one
-    set of weights; every round starts with another one. First the dense model must give Hugging
-    Face's greedy tokens: in float32 every one, in half precision they are counted, as rounding
-    decides near-ties. No token ends an answer. ([bold]fastskip verify[/] proves a policy right.)
+    set of weights; each round starts with a different one. First, the dense model's greedy tokens
+    are compared with Hugging Face's: in float32 all must match, in half precision the matches are
+    counted, because rounding decides near-ties. No token ends an answer early. ([bold]fastskip
+    verify[/] checks that a policy computes what it says.)
 
     TTFT: from the call to the first token, vision tower included. Prefill: the decoder's part of
-    it. TPOT: the mean of the further tokens, as a streamer sees them come. Floors are the least
-    times that this machine's memory and arithmetic allow; [italic]of ideal[/] is the gain over
-    dense, divided by what the floors promise.
+    it. TPOT: the mean time of each further token, as a streamer sees it. Floors are the shortest
+    times that this machine's memory bandwidth and arithmetic throughput allow; [italic]of ideal[/]
+    is the measured gain over dense as a share of the gain in floor time.
 
-    Gains over dense are taken round by round, with 95 % intervals. One that holds 1 is "not told
-    apart"; one below it is "slower here". More rounds tell more apart.
+    Gains over dense are computed per round, with 95 % intervals. An interval that contains 1 is
+    "not told apart"; one below 1 is "slower here". More rounds narrow the intervals.
 
     [bold]Examples[/]
 
@@ -134,8 +133,8 @@ def bench(
     [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json --batch 4 --text-tokens 128
     --dtype bfloat16 --out runs/bench[/]
 
-    [cyan]fastskip bench -p image_ffn --text-tokens 16 --text-tokens 128[/] (unlike prompts: Hugging
-    Face computes their pads)
+    [cyan]fastskip bench -p image_ffn --text-tokens 16 --text-tokens 128[/] (prompts of different
+    lengths: Hugging Face computes the padding too)
 
     [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json -i photo.jpg -q "what is this?"
     --budget-seconds 300[/]
@@ -193,9 +192,9 @@ def _check(
     prompt: str | None, text_tokens: list[int] | None, no_hf: bool, compiled: bool | None
 ) -> None:
     if prompt is not None and text_tokens:
-        raise CommandError(f"--text-tokens {text_tokens}: allowed: none beside --prompt")
+        raise CommandError(f"--text-tokens {text_tokens}: allowed: only without --prompt")
     if no_hf and compiled:
-        raise CommandError("--compiled: allowed: not beside --no-hf, it is Hugging Face that does")
+        raise CommandError("--compiled: times Hugging Face's model; allowed: only without --no-hf")
 
 
 def _inputs(
@@ -207,7 +206,7 @@ def _inputs(
     *,
     is_demo: bool,
 ) -> Any:
-    """A prompt, as asked for or made up; what is wrong with it is found before weights load."""
+    """The prompt given or a synthetic one; built before the weights load, so errors come early."""
     from fastskip.families import shape_of
     from fastskip.prompts import processor_for
     from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded

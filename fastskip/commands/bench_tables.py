@@ -1,4 +1,4 @@
-"""What `fastskip bench` prints: the prompt, the steps, and what is said of each policy."""
+"""What `fastskip bench` prints: prompt and decode tables, and a verdict on each policy."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,14 +12,14 @@ from fastskip.wording import counted
 
 
 def show(found: BenchResult) -> None:
-    """Two tables, the verdicts, and where the numbers come from."""
+    """Print two tables, the verdicts, and where the numbers come from."""
     console = Console(highlight=False)
     load = found.workload
     console.print(
         f"[bold]prompt[/]: batch {load.batch}, {load.n_image} image and {load.text} text tokens"
     )
     show_table(console, _table(found, "ttft", "prefill"))
-    console.print(f"[bold]steps[/]: {load.new_tokens} new tokens")
+    console.print(f"[bold]decode[/]: {load.new_tokens} new tokens")
     show_table(console, _table(found, "tpot", "decode"))
     for each in found.contenders:
         text = verdict(each)
@@ -29,7 +29,7 @@ def show(found: BenchResult) -> None:
 
 
 def _table(found: BenchResult, seen: str, inner: str) -> Table:
-    """`seen`: the quantity that users see; `inner`: the phase that floors are of."""
+    """`seen`: the quantity that users see; `inner`: the phase that the floors are for."""
     is_prompt = seen == "ttft"
     has_peak = not is_prompt and any(each.peak_bytes is not None for each in found.contenders)
     titles = ["", f"{seen.upper()}, ms\nquartiles", "vs HF", "vs dense\n95 %"]
@@ -84,14 +84,14 @@ WORDS = {
 
 
 def verdict(each: Contest) -> str:
-    """One line on a policy, or on what was left out; nothing on the others."""
+    """One line for a policy or a contender that was left out; empty for the others."""
     if each.left_out is not None:
         return f"{escape(each.label)}: left out: {escape(each.left_out)}"
     if each.speedup is None or each.policy is None:
         return ""
     found = each.speedup.verdicts
     parts = [f"{name.upper()} {WORDS[found[name]]}" for name in ("ttft", "tpot")]
-    return f"{escape(each.label)} against dense: " + ", ".join(parts)
+    return f"{escape(each.label)} vs dense: " + ", ".join(parts)
 
 
 def footer(found: BenchResult) -> str:
@@ -103,10 +103,10 @@ def footer(found: BenchResult) -> str:
     lines = [
         f"{about['device']}{threads}, {about['dtype']}; {versions}; {found.rounds} rounds, medians",
         f"floors at {ceilings.bandwidth_bytes_per_s / 1e9:.3g} GB/s and "
-        f"{ceilings.flops_per_s / 1e12:.3g} TFLOP/s; KV of the plan, when the last token is made",
+        f"{ceilings.flops_per_s / 1e12:.3g} TFLOP/s; KV: size in the plan at the last token",
     ]
     lines += [
-        f"{each.label}: {each.as_hf.equal} of {each.as_hf.of} greedy tokens are Hugging Face's"
+        f"{each.label}: {each.as_hf.equal} of {each.as_hf.of} greedy tokens match Hugging Face's"
         for each in found.contenders
         if each.as_hf is not None and each.label != HF
     ]

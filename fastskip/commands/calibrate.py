@@ -1,4 +1,4 @@
-"""`fastskip calibrate`: thresholds at which a wanted share of rows skips."""
+"""`fastskip calibrate`: thresholds at which a target share of rows skips."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Per(StrEnum):
-    """What gets a threshold of its own."""
+    """What gets its own threshold."""
 
     LAYER = "layer"
     OVERALL = "overall"
@@ -40,51 +40,50 @@ class Per(StrEnum):
 def calibrate(
     rate: Annotated[
         float,
-        typer.Option(min=0, max=1, metavar="SHARE", help="The share of rows that should skip."),
+        typer.Option(min=0, max=1, metavar="SHARE", help="Target share of rows that skip."),
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help="The policy file (.json, .yaml) to write."
-        ),
+        typer.Option("--out", "-o", metavar="FILE", help="Policy file to write (.json, .yaml)."),
     ],
     model: ModelOption = None,
     policy: PolicyOption = None,
     per: Annotated[
         Per,
         typer.Option(
-            help="layer: every layer lets this share skip, by a threshold of its own. overall: one "
-            "threshold a router, so layers share the work as their scores fall."
+            help="layer: every layer skips this share, by its own threshold. overall: one "
+            "threshold per router, so that shares differ between layers, as their scores do."
         ),
     ] = Per.LAYER,
     samples: SamplesOption = None,
     count: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Use the first N samples at the most.")
+        int, typer.Option(min=1, metavar="N", help="Use at most the first N samples.")
     ] = 32,
     new_tokens: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Tokens to generate a sample, so that their rows count too."
+            min=1, metavar="N", help="Tokens to generate per sample: their rows count too."
         ),
     ] = 16,
     sweeps: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Runs over all samples at the most.")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of passes over the samples.")
     ] = 8,
     tolerance: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="How far off counts as reached.")
+        float,
+        typer.Option(min=0, max=1, metavar="SHARE", help="Largest miss that counts as reached."),
     ] = 0.02,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Set a policy's routers so that a wanted share of rows skips, from a few samples.
+    """Set a policy's routers so that a target share of rows skips, from a few samples.
 
-    Runs the samples, sees what each router's rows score, and puts its threshold where the wanted
-    share reaches it; then again, since layers change what later ones see. A linear router with a
-    capacity gets 1 - rate, a random one the rate itself. The thresholds found, and how near they
-    came on these samples, are written into the policy. Rows of equal scores skip together, so
-    exact rates are rare. Other inputs than the samples may skip more or less.
+    Runs the samples, records the scores of each router's rows, and sets its threshold so that the
+    target share skips; then repeats, because skipping in one layer changes the scores in later
+    ones. A linear router with a capacity gets 1 - rate, a random one the rate itself. The policy
+    file records the thresholds and how close they came on these samples. Rows with equal scores
+    skip together, so exact rates are rare. Inputs other than the samples may skip more or less.
 
     [bold]Examples[/]
 
@@ -104,7 +103,7 @@ def calibrate(
 
     from fastskip.study.calibration import calibrate as find
 
-    # Only plain torch asks routers in the open; what it finds holds for the kernels too.
+    # Only plain torch exposes what routers decide; the thresholds hold for the kernels too.
     loaded = load(path, chosen, dtype_for(model, dtype), device, impl="reference")
 
     with tqdm(total=sweeps * len(inputs), desc="samples, all sweeps", disable=None) as bar:
@@ -131,7 +130,7 @@ def calibrate(
 
 
 def _check_output(out: Path) -> None:
-    """Before the work: a name that cannot be written is found at once."""
+    """Rejects an output that cannot be written before the work starts."""
     from fastskip.policy_file import SUFFIXES
 
     if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
@@ -169,17 +168,17 @@ def _show(found: "Calibration") -> None:
     console.print(table)
     console.print(
         f"Overall [bold]{found.achieved:.1%}[/] of rows skip after "
-        f"{counted(found.sweeps, 'sweep')} (wanted {found.wanted:.1%}); the worst threshold is off "
+        f"{counted(found.sweeps, 'sweep')} (target {found.wanted:.1%}); the worst threshold is off "
         f"by {found.gap:.1%}."
     )
     for line in _reasons(found):
         console.print(line)
     if any(share.rule.kind == "random" for share in found.shares):
-        console.print("Random routers draw by position: few positions may be far from their rate.")
+        console.print("Random routers draw per position: few positions may be far from the rate.")
 
 
 def _reasons(found: "Calibration") -> list[str]:
-    """Why the wanted share was not reached, if it was not."""
+    """Why the target share was not reached, if it was not."""
     if found.is_reached:
         return []
     lines = [f"[yellow]Not reached within {found.tolerance:.1%}.[/]"]
@@ -191,11 +190,11 @@ def _reasons(found: "Calibration") -> list[str]:
         }
     )
     if bound:
-        layers = ", ".join(map(str, bound))
+        layers = f"layer{'s' if len(bound) > 1 else ''} {', '.join(map(str, bound))}"
         lines.append(
-            f"In layer {layers} no threshold comes nearer: rows of equal scores skip together, and "
+            f"In {layers} no threshold comes closer: rows with equal scores skip together, and "
             "similarity has no score before the first layer that ran."
         )
     else:
-        lines.append("More --sweeps or --samples may come nearer.")
+        lines.append("More --sweeps or --samples may come closer.")
     return lines

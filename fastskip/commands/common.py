@@ -1,4 +1,4 @@
-"""What several subcommands share: their options, and checkpoints by name."""
+"""What the subcommands share: options, checkpoints, devices and policies by name."""
 
 import os
 import re
@@ -12,11 +12,11 @@ import typer
 
 
 class CommandError(ValueError):
-    """Arguments that a command cannot use; names the option, its value and what is allowed."""
+    """An argument that a command cannot use; names the option, its value and what is allowed."""
 
 
 class Dtype(StrEnum):
-    """What weights are held in; AUTO is what the checkpoint says."""
+    """Number format of the weights; AUTO is the checkpoint's."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -30,7 +30,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="PATH",
-        help="Checkpoint: a folder or a name on the hub. Default: the demo's own small one.",
+        help="Checkpoint: a folder or a hub name. Default: the demo's small bundled one.",
         show_default=False,
     ),
 ]
@@ -40,9 +40,9 @@ PolicyOption = Annotated[
         "--policy",
         "-p",
         metavar="POLICY",
-        help="What to skip: a policy file (.json, .yaml) or a preset, such as image_ffn or "
-        "every_nth_block:interval=3, see [bold]fastskip policies[/]. Default: the policy saved "
-        "with the checkpoint, else nothing.",
+        help="What to skip: a policy file (.json, .yaml) or a preset such as image_ffn or "
+        "every_nth_block:interval=3 (see [bold]fastskip policies[/]). Default: the policy saved "
+        "with the checkpoint, else skip nothing.",
         show_default=False,
     ),
 ]
@@ -53,7 +53,7 @@ PoliciesOption = Annotated[
         "-p",
         metavar="POLICY",
         help="A policy file or a preset (PRESET:KEY=VALUE:KEY=VALUE with options); repeat the "
-        "option for several. Each is held to fastskip's dense model, which is always there.",
+        "option for several. Each is compared with fastskip's dense model, which always runs.",
         show_default=False,
     ),
 ]
@@ -63,7 +63,7 @@ ImageOption = Annotated[
         "--image",
         "-i",
         metavar="FILE",
-        help="A JPEG, PNG or WEBP file; repeat the option for several images.",
+        help="A JPEG, PNG or WebP file; repeat the option for several images.",
         show_default=False,
     ),
 ]
@@ -71,7 +71,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights."
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        metavar="DEVICE", help='Such as "cpu" or "cuda:0". Default: a GPU if there is one.'
+        metavar="DEVICE", help='Device, such as "cpu" or "cuda:0". Default: a GPU if there is one.'
     ),
 ]
 ThreadsOption = Annotated[
@@ -81,29 +81,33 @@ BandwidthOption = Annotated[
     float | None,
     typer.Option(
         metavar="GB/S",
-        help="Memory bandwidth of floors, with --tflops. Default: this machine, measured.",
+        help="Memory bandwidth for the floors, with --tflops. Default: measured on this machine.",
         show_default=False,
     ),
 ]
 TflopsOption = Annotated[
     float | None,
-    typer.Option(metavar="TFLOP/S", help="Matrix product rate of floors.", show_default=False),
+    typer.Option(
+        metavar="TFLOP/S",
+        help="Matrix-multiply throughput for the floors, with --bandwidth.",
+        show_default=False,
+    ),
 ]
 
 
 DENSE = "dense"
-"""The preset that skips nothing, and the name of the model that policies are held to."""
+"""The preset that skips nothing, and the name of the baseline that policies are compared with."""
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SLOWEST, FASTEST = 1e-6, 1e9
-"""Of ceilings, in GB/s and TFLOP/s: beyond them floors come to nothing, or to no number."""
+"""Bounds of ceilings, in GB/s and TFLOP/s: beyond them floors underflow or are not finite."""
 _UNFIT = re.compile(
     "the checkpoint has no|size mismatch|mismatched_sizes|conversion of the weights"
 )
-"""How fastskip and transformers say, by errors of no type of their own, that weights do not fit."""
+"""How fastskip and transformers word weights that do not fit: no exception type says it."""
 
 
 def checkpoint(model: str | None) -> str:
-    """The checkpoint asked for, or the demo's."""
+    """The checkpoint given, or the demo's."""
     if model is None:
         from fastskip.demo import checkpoint_path
 
@@ -115,12 +119,12 @@ def checkpoint(model: str | None) -> str:
 
 
 def dtype_for(model: str | None, dtype: Dtype) -> Dtype:
-    """The one asked for; for the demo's model the one of all that is said of it."""
+    """The dtype given; for the demo's model float32 by default, as in all its published results."""
     return Dtype.FLOAT32 if model is None and dtype is Dtype.AUTO else dtype
 
 
 def prepare(threads: int | None = None) -> None:
-    """Keep loading bars out of the output, though not warnings; set threads only if asked."""
+    """Turn off loading bars, but not warnings; set the number of threads if given."""
     from transformers import logging
 
     logging.disable_progress_bar()
@@ -129,14 +133,14 @@ def prepare(threads: int | None = None) -> None:
 
         cores = os.cpu_count() or 1
         if threads > cores:
-            raise CommandError(f"--threads {threads}: allowed: 1 to {cores}, the processors here")
+            raise CommandError(f"--threads {threads}: allowed: 1 to {cores}, the CPUs here")
 
         torch.set_num_threads(threads)
 
 
 @contextmanager
 def reading(model: str) -> Iterator[None]:
-    """Missing, broken or unfit checkpoint files become one clear line."""
+    """Report checkpoint files that are missing, broken or do not fit as a `CommandError`."""
     from safetensors import SafetensorError
 
     allowed = "a folder or hub checkpoint with config and weights"
@@ -154,7 +158,7 @@ def reading(model: str) -> Iterator[None]:
 
 
 def config_of(model: str) -> Any:
-    """The config of a checkpoint that can be prepared; no weights are read."""
+    """The config of a checkpoint that fastskip supports; no weights are read."""
     from transformers import AutoConfig
 
     from fastskip.families import check_config
@@ -163,21 +167,21 @@ def config_of(model: str) -> Any:
         try:
             config = AutoConfig.from_pretrained(model)
         except ValueError as error:
-            # how transformers says that config.json has no model type, or one it does not know
+            # raised if config.json has no model type, or one that transformers does not know
             raise OSError(error) from error
     check_config(config)
     return config
 
 
 def pictures_of(images: list[Path] | None) -> list[Any]:
-    """The images of these files."""
+    """The images in these files."""
     from fastskip.images import load_image
 
     return [load_image(path) for path in images or ()]
 
 
 def inputs_for(model: str, prompt: str, pictures: list[Any], max_new_tokens: int) -> Any:
-    """Processor and model inputs; whatever is wrong with them is found before weights load."""
+    """Processor and model inputs; built before the weights load, so that errors come early."""
     from fastskip.prompts import build_inputs, processor_for
 
     config = config_of(model)
@@ -188,8 +192,10 @@ def inputs_for(model: str, prompt: str, pictures: list[Any], max_new_tokens: int
 
 
 def device_of(name: str | None) -> Any:
-    """The device asked for, else a GPU if there is one; a GPU becomes the current one, whose stream
-    is the one that is timed."""
+    """The device given, else a GPU if there is one.
+
+    A GPU becomes the current device, since its current stream is the one that is timed.
+    """
     import torch
 
     if name is None:
@@ -201,8 +207,8 @@ def device_of(name: str | None) -> Any:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         return device
-    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
-        # what follows is about how torch was built
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch build without CUDA
+        # the rest of the message is about how torch was built
         reason = re.split(r"\n|\. ", str(error), maxsplit=1)[0]
         count = torch.cuda.device_count()
         allowed = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
@@ -212,7 +218,7 @@ def device_of(name: str | None) -> Any:
 def ceilings_of(
     bandwidth: float | None, tflops: float | None, dtype: Any, device: str | None
 ) -> Any:
-    """Those asked for, else those of this machine."""
+    """Those given, else those measured on this machine."""
     from fastskip.costs import Ceilings
     from fastskip.machine import ceilings
 
@@ -221,21 +227,21 @@ def ceilings_of(
     asked = bandwidth or 0, tflops or 0
     if not all(SLOWEST <= each <= FASTEST for each in asked):
         raise CommandError(
-            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as positive numbers from "
-            f"{SLOWEST:g} to {FASTEST:g}, or none (then this machine is measured)"
+            f"--bandwidth {bandwidth} --tflops {tflops}: allowed: both, as numbers from "
+            f"{SLOWEST:g} to {FASTEST:g}, or neither (then this machine is measured)"
         )
     return Ceilings(asked[0] * 1e9, asked[1] * 1e12)
 
 
 def policy_of(policy: str | None) -> Any:
-    """The policy asked for; None leaves the choice to the checkpoint."""
+    """The policy given; None leaves the choice to the checkpoint."""
     from fastskip.policy import SkipPolicy
     from fastskip.presets import split_preset
 
     if policy is None:
         return None
     if split_preset(policy) is None and not os.path.isfile(policy):
-        what = "a folder" if os.path.isdir(policy) else "no such file or preset"
+        what = "is a folder" if os.path.isdir(policy) else "no such file or preset"
         allowed = "a policy file (.json, .yaml), or a preset that `fastskip policies` lists"
         raise CommandError(f"--policy {policy}: {what}; allowed: {allowed}")
     try:
@@ -246,15 +252,15 @@ def policy_of(policy: str | None) -> Any:
 
 
 def named_policies(policies: list[str] | None) -> list[tuple[str, Any]]:
-    """Those asked for, by name; the dense model, which is always there, is not there once more."""
+    """The policies given, by name, without the dense model, which always runs."""
     named = [(name, policy_of(name)) for name in policies or ()]
     if len({name for name, _ in named}) < len(named):
-        raise CommandError(f"--policy {policies}: one is there twice; allowed: each once")
+        raise CommandError(f"--policy {policies}: one is given twice; allowed: each once")
     return [(name, policy) for name, policy in named if name != DENSE]
 
 
 def resolve_policy(policy: str | None, model: str, config: Any) -> Any:
-    """The policy asked for, else the one that `load_model` would find with the checkpoint."""
+    """The policy given, else the one that `load_model` would find with the checkpoint."""
     from fastskip.loading import _choose_policy
 
     return _choose_policy(policy_of(policy), model, config, {})
@@ -272,14 +278,14 @@ def load(
 
 
 def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any:
-    """Hugging Face's own model."""
+    """Hugging Face's own model, unprepared."""
     from fastskip.loading import model_class_of
     from fastskip.sparse.checkpoint import LAYOUT_FILE
 
     place = device_of(device)
     if os.path.isfile(os.path.join(model, LAYOUT_FILE)):
-        problem = "sparse weights, which Hugging Face's own model cannot read"
-        raise CommandError(f"--model {model}: {problem}; allowed: as prune --stored dense writes")
+        problem = "has sparse weights, which Hugging Face's own model cannot read"
+        raise CommandError(f"--model {model}: {problem}; allowed: what prune --stored dense writes")
     with reading(model):
         plain = model_class_of(config).from_pretrained(
             model, dtype=dtype.value, use_safetensors=True

@@ -1,4 +1,4 @@
-"""`fastskip demo`: what skipping does, on the bundled model."""
+"""`fastskip demo`: what skipping does to the bundled model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from fastskip.commands.outputs import check_file, check_folder
 def demo(
     plots: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also write plots into this folder.", show_default=False),
+        typer.Option(metavar="DIR", help="Also write plots to this folder.", show_default=False),
     ] = None,
     json: Annotated[
         Path | None,
@@ -20,9 +20,9 @@ def demo(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer scenes and policies.")] = False,
 ) -> None:
-    """See skipping at work: the bundled model under several policies, in quality and time.
+    """See skipping at work: quality and speed of the bundled model under several policies.
 
-    Needs no download and no GPU, and a minute and a half on two cores.
+    Needs no download and no GPU. Takes a minute and a half on two cores.
 
     [bold]Example[/]
 

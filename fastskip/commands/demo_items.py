@@ -1,13 +1,13 @@
-"""The demo's held-out items, for commands that judge its models."""
+"""The demo's held-out items, for commands that evaluate its models."""
 
 from typing import Any
 
 MULTI_TURN, DETAIL = "multi-turn", "detail"
-"""Kinds beside those of the questions themselves."""
+"""Kinds in addition to those of the questions."""
 
 
 def demo_items(count: int) -> list[Any]:
-    """So many items: three questions to one caption."""
+    """`count` items: three questions to one caption."""
     from fastskip.study.paper.measuring import Effort, asked, items_of
 
     captions = count // 4
@@ -15,7 +15,7 @@ def demo_items(count: int) -> list[Any]:
 
 
 def demo_tasks(count: int, seed: int = 0) -> list[Any]:
-    """So many items: a quarter of them captions, one late in a conversation, one about details."""
+    """`count` items: a quarter captions, a quarter second turns, a quarter about details."""
     from dataclasses import replace
 
     from fastskip.conversations import Turn

@@ -1,4 +1,4 @@
-"""`fastskip eval`: what policies cost in answers and gain in time, on items of one's own."""
+"""`fastskip eval`: what policies cost in answer quality and gain in time, on your own items."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +24,11 @@ from fastskip.commands.demo_items import demo_tasks
 from fastskip.commands.eval_tables import show
 from fastskip.commands.exams import (
     AnswerTokensOption,
+    CountOption,
     ImageFolderOption,
     ItemsOption,
     PromptsOption,
+    TimedTokensOption,
     check_sources,
     exam_of,
     first_of,
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from fastskip.study.evaluation import Exam
 
 FILE = "judgements.jsonl"
-"""What `--out` keeps."""
+"""Where `--out` keeps the answers."""
 
 
 def evaluate(
@@ -49,14 +51,14 @@ def evaluate(
     items: ItemsOption = None,
     images: ImageFolderOption = None,
     metric: Annotated[
-        Metric, typer.Option(help="How answers are judged whose item does not say it.")
+        Metric, typer.Option(help="How to score answers to items that name no metric.")
     ] = Metric.EXACT,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
+    count: CountOption = 200,
     batch: PromptsOption = 16,
     answer_tokens: AnswerTokensOption = 32,
-    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to time.")] = 16,
+    new_tokens: TimedTokensOption = 16,
     rounds: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Timed runs of each policy; 0: none.")
+        int, typer.Option(min=0, metavar="N", help="Timed runs per policy; 0: no timing.")
     ] = 5,
     smaller_images: Annotated[
         list[int] | None,
@@ -64,7 +66,7 @@ def evaluate(
             "--smaller-images",
             min=2,
             metavar="N",
-            help="Judge the dense model on images with sides N times smaller, too: the cheapest "
+            help="Also judge the dense model on images with sides N times smaller: the cheapest "
             "way to fewer image rows (LLaVA-1.5 only). Repeat for several.",
             show_default=False,
         ),
@@ -74,7 +76,7 @@ def evaluate(
         typer.Option(
             "--skip-broken",
             help="Leave out rows that cannot be read and items that cannot be asked (image, "
-            "prompt), say which and count them.",
+            "prompt); name and count them.",
         ),
     ] = False,
     out: Annotated[
@@ -83,13 +85,14 @@ def evaluate(
             "--out",
             "-o",
             metavar="DIR",
-            help=f"Keep every answer in DIR/{FILE}; a run that was cut off goes on from there. "
-            "What reports read is DIR/eval.json, with small pictures.",
+            help=f"Keep every answer in DIR/{FILE}, from which an interrupted run resumes; write "
+            "DIR/eval.json, with small images, for [bold]fastskip report[/].",
             show_default=False,
         ),
     ] = None,
     by_kind: Annotated[
-        bool, typer.Option("--by-kind", help="Scores and differences of each kind of item, too.")
+        bool,
+        typer.Option("--by-kind", help="Also show scores and differences by kind of item."),
     ] = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
@@ -98,15 +101,15 @@ def evaluate(
 ) -> None:
     """Judge policies: scores, agreement with the dense model, compute, TTFT and TPOT.
 
-    Differences from the dense model are taken item by item, with 95 % intervals: "not told apart"
-    means that these items show no loss, not that there is none. Agreement needs no right answers:
-    the share of the dense answer's tokens before the first that differs, and how far the
-    distribution of the first answer token has moved (nats).
+    Differences from the dense model are paired by item, with 95 % intervals: "not told apart" means
+    that these items show no difference, not that there is none. Agreement needs no reference
+    answers: the share of the dense answer's tokens before the first that differs, and the KL
+    divergence of the first answer token's distribution (nats).
 
     [bold]Examples[/]
 
     [cyan]fastskip eval -p image_ffn -p frozen_visual --by-kind[/] (the demo's model on its own
-    items: a quarter captions, a quarter about details, a quarter late in a conversation)
+    items: a quarter captions, a quarter about details, a quarter second turns of a conversation)
 
     [cyan]fastskip eval -m llava-hf/llava-1.5-7b-hf -p mine.json --items vqa.jsonl --out runs/eval
     --dtype bfloat16[/]
@@ -117,7 +120,9 @@ def evaluate(
     check_folder("--out", out)
     check_sources(model, items, images)
     if items is None and metric is not Metric.EXACT:
-        raise CommandError(f"--metric {metric}: the demo's items say theirs; allowed: with --items")
+        raise CommandError(
+            f"--metric {metric}: the demo's items name theirs; allowed: with --items"
+        )
     named = named_policies(policies)
     broken: list[str] = []
     on_broken = broken.append if skip_broken else None
@@ -146,7 +151,7 @@ def evaluate(
             on_policy=bar.set_description,
             on_batch=bar.update,
         )
-    if out is not None:  # first, since who reads the table may stop reading
+    if out is not None:  # first: printing the table may fail, for example on a closed pipe
         write_result(out, prepared, exam, found, new_tokens)
     if as_json:
         typer.echo(json_text([each.to_dict() for each in found], indent=2))
@@ -167,7 +172,7 @@ def _read(
 
 
 def _checked(exam: "Exam", broken: list[str], skip_broken: bool) -> "Exam":
-    """The exam, if all can be asked; what cannot stops here, or is left out, told and counted."""
+    """The exam without broken items, which are named and counted; an error if not `skip_broken`."""
     from tqdm import tqdm
 
     total = len(exam.items) + len(broken)

@@ -1,4 +1,4 @@
-"""What `fastskip eval` prints of judgements."""
+"""What `fastskip eval` prints."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def show(
     found: Sequence["Judgement"], items: Sequence["Item"], new_tokens: int, *, by_kind: bool
 ) -> None:
-    """The table of all items, of each kind where that is wanted, and what holds of some metrics.
+    """Print the tables of all items and, `by_kind`, of each kind, then metrics over all answers.
 
-    Scores that are counted in different things are never put together: each sort has its table.
+    Scores on different scales are never mixed: each scale has its own table.
     """
     console = Console(highlight=False)
     first, *others = found[0].evaluation.parts
@@ -36,14 +36,14 @@ def show(
     is_timed = found[0].speed is not None
     timed = f", times with {new_tokens} new tokens, batch 1" if is_timed else ""
     console.print(
-        f"{counted(len(items), 'item')}, 95 % intervals, differences item by item; agrees: tokens "
-        f"as dense, up to the first that differs; FLOPs of the first item{timed}. Not told apart: "
-        "these items show no difference."
+        f"{counted(len(items), 'item')}, 95 % intervals, differences paired by item; agrees: share "
+        f"of dense's tokens before the first that differs; FLOPs of the first item{timed}. Not "
+        "told apart: these items show no difference."
     )
 
 
 def _whole(found: Sequence["Judgement"], scale: "Scale") -> Table:
-    """What all items say, with the scores that are counted in `scale`."""
+    """Scores on `scale`, and what covers all items: agreement, FLOPs, times."""
     dense = found[0]
     titles = [*_titles(found, scale), "agrees\nKL, nats", "FLOPs"]
     titles += ["TTFT\nms", "TPOT\nms"] if dense.speed is not None else []
@@ -66,7 +66,7 @@ def _whole(found: Sequence["Judgement"], scale: "Scale") -> Table:
 
 
 def _scores(found: Sequence["Judgement"], scale: "Scale") -> Table:
-    """The scores that are counted in `scale` alone."""
+    """Scores on `scale` only."""
     table = number_table(_titles(found, scale), 16)
     for each in found:
         table.add_row(*_scored(each, found[0], scale))
@@ -80,7 +80,7 @@ def _titles(found: Sequence["Judgement"], scale: "Scale") -> list[str]:
 
 
 def _scored(each: "Judgement", dense: "Judgement", scale: "Scale") -> list[str]:
-    """A policy's name, its score, and the difference from dense with what it says."""
+    """A policy's name, its score, and its difference from dense with the verdict."""
     from fastskip.study.judging import Verdict
 
     base = dense.evaluation.parts[scale]

@@ -1,4 +1,4 @@
-"""What `eval` and `search` share: which items, asked how, and what becomes of broken ones."""
+"""What `eval` and `search` share: items, how to ask them, and errors about broken ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +17,9 @@ ItemsOption = Annotated[
     typer.Option(
         metavar="FILE",
         help='JSON lines: {"question": "...", "answer": "..." or ["...", ...], "image": '
-        '"a.jpg" or ["a.jpg", ...]}, and "kind", "metric" and "history" where wanted; or '
-        "LLaVA's conversations (lines or one array), of which each answer is an item, with the "
-        "turns before it as given. Default, for the demo's model alone: its own.",
+        '"a.jpg" or ["a.jpg", ...]}, optionally with "kind", "metric" and "history"; or '
+        "LLaVA conversations (JSON lines or one array), where each answer becomes an item with the "
+        "turns before it as history. Default, for the demo's model only: its own items.",
         show_default=False,
     ),
 ]
@@ -27,27 +27,31 @@ ImageFolderOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Where image paths start. Default: the folder of the items.",
+        help="Folder that image paths are relative to. Default: that of the items.",
         show_default=False,
     ),
 ]
-PromptsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")]
+PromptsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts per batch.")]
 AnswerTokensOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")
+    int, typer.Option(min=1, metavar="N", help="Maximum tokens per answer.")
 ]
+TimedTokensOption = Annotated[
+    int, typer.Option(min=2, metavar="N", help="Tokens to generate in a timed run.")
+]
+CountOption = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of items.")]
 
 
 def check_sources(model: str | None, items: Path | None, images: Path | None) -> None:
-    """Only the demo's model has items of its own."""
+    """Requires items, unless the demo's model answers its own."""
     if items is None and (model is not None or images is not None):
         option = "--images" if model is None else "--model"
-        raise CommandError(f"--items: needed with {option}; a file of JSON lines, see --help")
+        raise CommandError(f"--items: needed with {option}; allowed: a JSON lines file, see --help")
 
 
 def exam_of(
     items: "Sequence[Item]", path: str, batch: int, answer_tokens: int, smaller: int = 1
 ) -> "Exam":
-    """The items as inputs of a checkpoint; ``smaller``: what sides of images are divided by."""
+    """The items as inputs of a checkpoint; ``smaller`` divides the sides of images."""
     from fastskip.prompts import processor_for
     from fastskip.study.evaluation import Exam
     from fastskip.study.smaller_images import shrunk_processor
@@ -63,7 +67,7 @@ def exam_of(
 
 
 def first_of(broken: Sequence[str], advice: str = "") -> "ItemError":
-    """The error about items that cannot be asked."""
+    """The error that names the first of the items that cannot be asked."""
     from fastskip.study.items import ItemError
 
     more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""

@@ -1,4 +1,4 @@
-"""What `fastskip plan` prints: the costs of a policy beside those of the dense model."""
+"""What `fastskip plan` prints: the costs of a policy next to those of the dense model."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from fastskip.policy import PolicyError, SkipPolicy
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One `generate` call: positions and new tokens are those of each prompt."""
+    """One `generate` call; positions and new tokens are per prompt."""
 
     image_tokens: int
     text_tokens: int
@@ -35,9 +35,9 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Costs of a workload under one plan; decode is one step, the mean over all steps.
+    """Costs of a workload under one plan; decode values are means per step.
 
-    `kv_bytes` is the cache when the last token has been made.
+    `kv_bytes` is the size of the cache when the last token has been generated.
     """
 
     prefill_flops: int
@@ -51,7 +51,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """What the kernels of one plan take on a GPU: launches, and the programs in them."""
+    """Kernel launches of one plan on a GPU, and the programs in them."""
 
     prefill: Account
     decode: Account
@@ -73,9 +73,9 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """What routers can save: where all rows skip, and at `rates` by the router's number.
+    """What routers can save: if all rows skip, and at `rates`, by router number.
 
-    Both `rates` and `expected` are missing where a router states no rate and none was asked for.
+    `rates` and `expected` are `None` if a router states no rate and none was given.
     """
 
     all_skip: Outlook
@@ -92,10 +92,10 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A plan, its totals beside those of the dense model, and the ideal gain.
+    """A plan, its totals next to those of the dense model, and the ideal gain.
 
-    What routers decide counts as running, but in `routed`. Weights count in `dtype`, those of a
-    checkpoint that `is_quantised` too.
+    Routed cells count as running, except in `routed`. Weights count in `dtype`, even those of a
+    checkpoint that `is_quantised`.
     """
 
     plan: SkipPlan
@@ -147,18 +147,18 @@ def forecast(
 ) -> Forecast:
     """Plan `policy` for the model of `config` and count what `load` costs.
 
-    `rate`: the share of their candidates that routers let skip; `None`: what they state themselves.
+    `rate`: the share of their candidates that routers skip; `None`: the rates that they state.
     """
     shape = shape_of(config, dtype)
     if load.image_tokens and not shape.has_images:
         raise CommandError(
-            f"--image-tokens {load.image_tokens}: allowed: 0, this model reads text only"
+            f"--image-tokens {load.image_tokens}: allowed: 0, the model reads text only"
         )
     positions = load.image_tokens + load.text_tokens + load.new_tokens
     if positions > shape.max_positions:
         raise CommandError(
-            f"--image-tokens, --text-tokens and --new-tokens make {positions} positions; allowed: "
-            f"at most {shape.max_positions} (--image-tokens counts what a prompt of yours has)"
+            f"--image-tokens, --text-tokens and --new-tokens: {positions} positions; allowed: at "
+            f"most {shape.max_positions} (set --image-tokens to what your prompts have)"
         )
     if rate is not None and not policy.routers:
         raise CommandError(f"--rate {rate}: allowed: none, the policy has no routers")
@@ -197,7 +197,7 @@ def forecast(
 
 
 def _rates(policy: SkipPolicy, rate: float | None) -> dict[int, float] | None:
-    """By router; `None` where one states no rate and none is asked for."""
+    """By router; `None` if one states no rate and none is given."""
     try:
         return rates_of(policy.routers, rate)
     except PolicyError:
@@ -223,19 +223,19 @@ def _totals(plan: Planned, load: Workload, ceilings: Ceilings) -> Totals:
 
 
 def launches(plan: SkipPlan, load: Workload, table: str) -> Launches:
-    """Launches on the GPU of this tuning table; decode is one step in the middle of the answer."""
+    """Launches on the GPU of this tuning table; decode is one step halfway through the answer."""
     prompt = load.image_tokens + load.text_tokens
     try:
         return Launches(
             prefill_launches(plan, load.image_tokens, load.text_tokens, load.batch, table),
             decode_launches(plan, load.batch, prompt + load.new_tokens // 2, table),
         )
-    except ValueError as error:  # a policy that devices do not run
+    except ValueError as error:  # a policy that the kernels do not run
         raise CommandError(f"--{error}; allowed: no --launches for this policy") from error
 
 
 def dtype_of(config: Any, name: str) -> torch.dtype:
-    """The dtype asked for; "auto" is that of the checkpoint."""
+    """The dtype of this name; "auto" is the checkpoint's."""
     saved = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     chosen = saved if name == "auto" else getattr(torch, name)
     return chosen if isinstance(chosen, torch.dtype) else getattr(torch, chosen)

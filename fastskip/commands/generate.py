@@ -22,7 +22,7 @@ from fastskip.commands.common import (
 )
 
 MAX_SEED = (1 << 64) - 1
-"""The largest that torch takes."""
+"""The largest that torch accepts."""
 
 
 def generate(
@@ -32,34 +32,35 @@ def generate(
             "--prompt",
             "-q",
             metavar="TEXT",
-            help="The question. Write <image> where an image belongs; else images come first.",
+            help="The question. <image> marks where an image goes; by default images come first.",
         ),
     ],
     model: ModelOption = None,
     image: ImageOption = None,
     policy: PolicyOption = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")
+        int, typer.Option(min=1, metavar="N", help="Maximum tokens of the answer.")
     ] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0, metavar="T", help="0 takes the likeliest token, > 0 samples.")
+        float, typer.Option(min=0, metavar="T", help="0: greedy decoding; above 0: sampling.")
     ] = 0.0,
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=MAX_SEED, metavar="N", help="Makes samples repeatable.", show_default=False
+            min=0, max=MAX_SEED, metavar="N", help="Makes sampling repeatable.", show_default=False
         ),
     ] = None,
     warmup: Annotated[
-        bool, typer.Option("--warmup", help="Run once untimed: kernels compile on first use.")
+        bool, typer.Option("--warmup", help="Run once untimed first: kernels compile on first use.")
     ] = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Answer a question about images, streamed; the times go to stderr.
+    """Answer a question about images, streamed to stdout; the times go to stderr.
 
-    TTFT is the time to the first token (vision tower and prompt), TPOT the time of each later one.
+    TTFT is the time to the first token (vision tower and prefill), TPOT the mean time per further
+    token.
 
     [bold]Example[/]
 

@@ -1,4 +1,4 @@
-"""Where commands write: tried before the work, so that no result is lost for want of a place."""
+"""Where commands write: tried before the work, so that no result is lost at the end."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -8,25 +8,25 @@ from fastskip.commands.common import CommandError
 
 
 def check_folder(option: str, folder: Path | None) -> None:
-    """Makes the folder and writes in it, and takes back what it made; nothing to do for ``None``.
+    """Creates the folder, writes in it, and removes what it created; does nothing for ``None``.
 
     Raises:
-        CommandError: the folder cannot be made or written.
+        CommandError: the folder cannot be created or written.
     """
     if folder is not None:
-        _try(option, folder, folder, "a folder that can be made and written")
+        _try(option, folder, folder, "a folder that can be created and written")
 
 
 def check_file(option: str, file: Path | None) -> None:
-    """The same of a file's folder.
+    """The same for a file's folder.
 
     Raises:
-        CommandError: the folder cannot be made or written, or a folder is where the file would be.
+        CommandError: the folder cannot be created or written, or the path is a folder.
     """
     if file is not None:
-        allowed = "a file in a folder that can be made and written"
+        allowed = "a file in a folder that can be created and written"
         if file.is_dir():
-            raise CommandError(f"{option} {file}: a folder; allowed: {allowed}")
+            raise CommandError(f"{option} {file}: is a folder; allowed: {allowed}")
         _try(option, file, file.parent, allowed)
 
 

@@ -1,4 +1,4 @@
-"""`fastskip plan`: what a policy skips in a model, and what that can save at best."""
+"""`fastskip plan`: what a policy skips in a model, and the most that can save."""
 
 import json
 import math
@@ -39,20 +39,20 @@ def plan(
         typer.Option(
             min=0,
             metavar="N",
-            help="Image positions a prompt. Default: one image, of a single crop where the model "
-            "cuts images.",
+            help="Image positions per prompt. Default: one image, as a single crop where the "
+            "model splits images.",
         ),
     ] = None,
     text_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Other positions.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Generated tokens.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts per batch.")] = 1,
     rate: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
             metavar="SHARE",
-            help="Share of rows that routers let skip, to expect costs for. Default: what the "
+            help="Share of rows that routers skip, for the expected costs. Default: what the "
             "routers state, if they do.",
             show_default=False,
         ),
@@ -64,7 +64,7 @@ def plan(
         typer.Option(
             metavar="TABLE",
             help="Also count kernel launches and their programs on the GPU of this tuning table, "
-            'e.g. nvidia-h200 or default (needs the extra "gpu", no GPU).',
+            'e.g. nvidia-h200 or default (needs the extra "gpu", but no GPU).',
             show_default=False,
         ),
     ] = None,
@@ -73,15 +73,15 @@ def plan(
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a policy skips, what that saves, and how much faster it can make a model at best.
+    """Show what a policy skips, what that saves, and the largest speed-up it can give.
 
-    Reads the checkpoint's config only. Floors are the least times that memory and arithmetic allow;
-    decoder and lm_head are counted, the vision tower is not.
+    Reads only the checkpoint's config. Floors are the shortest times that memory bandwidth and
+    arithmetic throughput allow; they cover the decoder and lm_head, not the vision tower.
 
-    With routers, whose decisions fall at run time, three plans are shown: all rows run, all skip,
-    and the mean to expect at [cyan]--rate[/]. Arithmetic falls with the rate p; the weights of a
-    guarded sublayer are read unless a whole batch of B skips, so a routed decode step still reads
-    1 - p^B of them, and a prompt nearly all.
+    Routers decide at run time, so three columns are shown for them: all rows run, all skip, and the
+    mean to expect at [cyan]--rate[/]. FLOPs fall in proportion to the rate p, but the weights of a
+    guarded sublayer are read unless the whole batch of B skips: a routed decode step still reads
+    1 - p^B of them, a prefill nearly all.
 
     [bold]Examples[/]
 
@@ -109,7 +109,7 @@ def plan(
     )
     number = forecast.dtype_of(config, dtype_for(model, dtype).value)
     if device is not None and (bandwidth is not None or tflops is not None):
-        raise CommandError(f"--device {device}: allowed: not beside --bandwidth and --tflops")
+        raise CommandError(f"--device {device}: allowed: only without --bandwidth and --tflops")
     machine = ceilings_of(bandwidth, tflops, number, device)
     result = forecast.forecast(config, chosen, load, number, machine, rate)
     counted = _launches(result, launches)
@@ -134,7 +134,7 @@ def _launches(
     if table is None:
         return None
     if find_spec("triton") is None:
-        raise CommandError("--launches: needs the package triton: pip install 'fastskip[gpu]'")
+        raise CommandError("--launches: needs triton; install it with: pip install 'fastskip[gpu]'")
     from fastskip.commands import forecast
     from fastskip.launches import tables
     from fastskip.plan import make_plan
@@ -163,10 +163,10 @@ def _show_launches(
         column.justify = "right"
     for label, before, after in (
         ("prefill", dense.prefill, skipping.prefill),
-        ("a decode step", dense.decode, skipping.decode),
+        ("decode step", dense.decode, skipping.decode),
     ):
-        table.add_row(f"launches in {label}", str(before.launches), str(after.launches))
-        table.add_row(f"  programs in {label}", str(before.programs), str(after.programs))
+        table.add_row(f"{label} launches", str(before.launches), str(after.launches))
+        table.add_row(f"  {label} programs", str(before.programs), str(after.programs))
         for kernel in sorted(before.by_kernel.keys() | after.by_kernel.keys()):
             counts = [str(each.by_kernel.get(kernel, (0, 0))[0]) for each in (before, after)]
             table.add_row(f"  {kernel}", *counts)
@@ -186,8 +186,8 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
     console.print(f"[bold]{name}[/] on {escape(model)}: {about}", soft_wrap=True)
     if result.is_quantised:
         console.print(
-            f"This checkpoint's weights are quantised and counted as {result.dtype_name} here: "
-            "they take fewer bytes, so the floors of steps are too high."
+            f"This checkpoint's weights are quantised but counted as {result.dtype_name} here; "
+            "they take fewer bytes, so the decode floors are too high."
         )
     if result.plan.is_dense:
         console.print("Nothing is skipped.")
@@ -201,7 +201,7 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
         f"{load.new_tokens} new tokens):"
     )
     if assumed is not None:
-        console.print(f"Assumed: {assumed}. --image-tokens N says how many rows there are.")
+        console.print(f"Assumed: {assumed}. Set --image-tokens N to the actual number of rows.")
     columns = [("dense", result.dense, None), *_columns(result, name)]
     compared = next((c for c in columns if c[0] == "expected"), columns[-1])
     ratio = "dense / policy" if result.routed is None else f"dense / {compared[0]}"
@@ -222,7 +222,7 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
     ceilings, ideal = result.ceilings, compared[2] or result.ideal
     console.print(
         f"Ideal gain: prefill [bold]{ideal.prefill:.2f}x[/], decode [bold]{ideal.decode:.2f}x[/], "
-        f"where memory gives {_si(ceilings.bandwidth_bytes_per_s, 'B/s')} and arithmetic "
+        f"at {_si(ceilings.bandwidth_bytes_per_s, 'B/s')} and "
         f"{_si(ceilings.flops_per_s, 'FLOP/s')}"
         f"{'' if result.routed is None else f' ({compared[0]})'}."
     )
@@ -233,7 +233,7 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
 def _columns(
     result: "Forecast", name: str
 ) -> list[tuple[str, "forecast.Totals", "Speedup | None"]]:
-    """Title, totals and ideal gain of the plan; with routers, of what it can come to."""
+    """Title, totals and ideal gain of the plan; with routers, of each of its outcomes."""
     routed = result.routed
     if routed is None:
         return [(name, result.skipping, result.ideal)]
@@ -247,11 +247,11 @@ def _about_routers(result: "Forecast", routed: "forecast.Routed") -> str:
     from fastskip.chances import weights_read
     from fastskip.policy import Group, TokenClass
 
-    about = "Cells with ? are decided by routers at run time. "
+    about = "Routers decide the cells with ? at run time. "
     if routed.rates is None:
-        return about + "Say --rate SHARE to see what to expect where that share of rows skips."
+        return about + "Pass --rate SHARE for the expected costs if that share of rows skips."
     skipping = ", ".join(f"{rate:.0%}" for rate in dict.fromkeys(routed.rates.values()))
-    about += f"Expected: the mean where {skipping} of rows skip. "
+    about += f"Expected: the mean if {skipping} of rows skip. "
     batch = result.workload.batch
     in_steps = {
         (routed.rates[cell.number], cell.rule.group or Group.ROW)
@@ -259,7 +259,7 @@ def _about_routers(result: "Forecast", routed: "forecast.Routed") -> str:
         if cell.token_class is TokenClass.GENERATED
     }
     if not in_steps:
-        return about + "Decode steps are not routed: they read all weights that no rule leaves out."
+        return about + "Decode steps are not routed: they read all weights that no rule skips."
     shares = [
         f"{weights_read(rate, batch, group):.0%}"
         + (f" ({rate:.0%} by {group})" if len(in_steps) > 1 else "")
@@ -267,7 +267,7 @@ def _about_routers(result: "Forecast", routed: "forecast.Routed") -> str:
     ]
     return (
         f"{about}A decode step of batch {batch} then reads {', '.join(shares)} of a guarded "
-        "sublayer's weights, as one row that runs is enough to read all."
+        "sublayer's weights: a single running row reads them all."
     )
 
 
@@ -279,10 +279,10 @@ _LINES = (
     ("prefill FLOPs", "prefill_flops", "FLOP"),
     ("prefill bytes", "prefill_bytes", "B"),
     ("prefill floor", "prefill_floor_s", "s"),
-    ("FLOPs a decode step", "decode_flops", "FLOP"),
-    ("bytes a decode step", "decode_bytes", "B"),
-    ("floor of a decode step", "decode_floor_s", "s"),
-    ("K and V at the end", "kv_bytes", "B"),
+    ("decode step FLOPs", "decode_flops", "FLOP"),
+    ("decode step bytes", "decode_bytes", "B"),
+    ("decode step floor", "decode_floor_s", "s"),
+    ("KV cache at the end", "kv_bytes", "B"),
 )
 
 

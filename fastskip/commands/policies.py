@@ -1,4 +1,4 @@
-"""`fastskip policies`: the presets, and policy files made of them."""
+"""`fastskip policies`: the presets, and policy files made from them."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,10 @@ from fastskip.policy_fields import MAX_DEPTH
 
 def policies(
     name: Annotated[
-        str | None, typer.Argument(help="A preset; leave it out to list them.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="PRESET", help="The preset; omit it to list them all.", show_default=False
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -20,7 +23,7 @@ def policies(
             "--set",
             "-s",
             metavar="KEY=VALUE",
-            help="Set an option of the preset; repeat it for several.",
+            help="Set an option of the preset; repeat for several.",
             show_default=False,
         ),
     ] = None,
@@ -30,13 +33,16 @@ def policies(
             min=1,
             max=MAX_DEPTH,
             metavar="N",
-            help="Also show what it skips in a model of N layers.",
+            help="Also show what the policy skips in a model of N layers.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write to a .json or .yaml file instead."
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write to this file instead (.json, .yaml).",
         ),
     ] = None,
 ) -> None:
@@ -46,15 +52,13 @@ def policies(
 
     [cyan]fastskip policies every_nth_ffn -s interval=3 -s scope=image --layers 32 -o mine.json[/]
 
-    Other commands take the same as [cyan]-p every_nth_ffn:interval=3:scope=image[/].
+    Other commands take the same policy as [cyan]-p every_nth_ffn:interval=3:scope=image[/].
     """
     if name is None:
         for key, value in (("set", option), ("layers", layers), ("output", output)):
             if value is not None:
                 shown = value[0] if isinstance(value, list) else value
-                raise CommandError(
-                    f"--{key} {shown}: of no preset; allowed: behind a preset's name"
-                )
+                raise CommandError(f"--{key} {shown}: no preset is named; allowed: with a preset")
         _list()
         return
     from fastskip.policy import PolicyError, SkipPolicy
@@ -74,7 +78,7 @@ def policies(
             raise CommandError(f"--output {output}: {error}; allowed: a writable file") from error
         typer.echo(f"wrote {output}", err=True)
     if table is not None:
-        # beside the JSON, which may go into a pipe
+        # to stderr: the JSON on stdout may go into a pipe
         typer.echo(table, err=True)
 
 
@@ -94,7 +98,7 @@ def _list() -> None:
 
 
 def _shown(default: object) -> str:
-    """As `--set` takes it."""
+    """As `--set` accepts it."""
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return "-" if default is None else str(default)
@@ -103,5 +107,5 @@ def _shown(default: object) -> str:
 def _table(policy: Any, layers: int) -> str:
     from fastskip.plan import make_plan, shape_of_depth
 
-    # what is skipped depends on the depth alone
+    # what is skipped depends only on the depth
     return make_plan(policy, shape_of_depth(layers)).table()

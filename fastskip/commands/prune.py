@@ -1,4 +1,4 @@
-"""`fastskip prune`: weights that a model can do without, set to zero and stored as less."""
+"""`fastskip prune`: set weights that matter little to zero, and store them compactly."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Method(StrEnum):
-    """By what score weights are kept."""
+    """The score by which weights are kept."""
 
     WANDA = "wanda"
     MAGNITUDE = "magnitude"
@@ -41,7 +41,7 @@ class Method(StrEnum):
 
 
 class Part(StrEnum):
-    """Which projections of a layer."""
+    """Which projections of a layer are pruned."""
 
     BLOCK = "block"
     ATTENTION = "attention"
@@ -49,14 +49,14 @@ class Part(StrEnum):
 
 
 class Per(StrEnum):
-    """Within what weights compete."""
+    """The group within which weights compete."""
 
     ROW = "row"
     MATRIX = "matrix"
 
 
 class Combine(StrEnum):
-    """What becomes of several files of masks."""
+    """How several mask files are combined."""
 
     INTERSECTION = "intersection"
     UNION = "union"
@@ -76,13 +76,13 @@ def prune(
         Method | None,
         typer.Option(
             help="wanda: |weight| times the norm of its input on samples, layer by layer. "
-            "magnitude: |weight|. random: a draw. Default: wanda.",
+            "magnitude: |weight|. random: random scores. Default: wanda.",
             show_default=False,
         ),
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="The share of weights to remove, such as 0.5."),
+        typer.Option(metavar="SHARE", help="Share of weights to remove, such as 0.5."),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -90,20 +90,20 @@ def prune(
     ] = None,
     per: Annotated[
         Per | None,
-        typer.Option(help="What competes. Default: row under wanda, else matrix."),
+        typer.Option(help="Where weights compete. Default: row with wanda, else matrix."),
     ] = None,
     part: Annotated[
         Part | None,
-        typer.Option(help="Which projections of a layer. Default: block.", show_default=False),
+        typer.Option(help="Projections to prune. Default: block.", show_default=False),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="SLICE", help='Which layers: a slice such as "4:-1". Default: all.'),
+        typer.Option(metavar="SLICE", help='Layers to prune, such as "4:-1". Default: all.'),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of random draws.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of random draws.")] = 0,
     samples: SamplesOption = None,
     count: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Use the first N samples at the most.")
+        int, typer.Option(min=1, metavar="N", help="Use at most the first N samples.")
     ] = 128,
     masks: Annotated[
         list[Path] | None,
@@ -116,15 +116,15 @@ def prune(
     combine: Annotated[
         Combine,
         typer.Option(
-            help="What several files of masks become. intersection: weights that all keep, the "
-            "sub-network that tasks share. union: that any keeps. exclusion: those of the first "
-            "without a random --share of what both keep."
+            help="How several mask files are combined. intersection: keep what all keep, the "
+            "sub-network that tasks share. union: keep what any keeps. exclusion: keep what the "
+            "first keeps, except a random --share of what both keep."
         ),
     ] = Combine.INTERSECTION,
     share: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, metavar="SHARE", help="For --combine exclusion; by default all of it."
+            min=0, max=1, metavar="SHARE", help="For --combine exclusion. Default: all of it."
         ),
     ] = None,
     out: Annotated[
@@ -133,22 +133,22 @@ def prune(
             "--out",
             "-o",
             metavar="FOLDER",
-            help="Write the pruned model there: a new or empty folder.",
+            help="Write the pruned model to this new or empty folder.",
             show_default=False,
         ),
     ] = None,
     stored: Annotated[
         Stored,
         typer.Option(
-            help="sparse: pruned weights as bitmap and values, read by fastskip alone. dense: with "
-            "their zeros, as any checkpoint."
+            help="sparse: pruned weights as bitmap and values, readable only by fastskip. dense: "
+            "zeros included, an ordinary checkpoint."
         ),
     ] = Stored.SPARSE,
     save_masks: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write which weights are kept, a bit each (.safetensors).",
+            help="Write which weights are kept, one bit each (.safetensors).",
             show_default=False,
         ),
     ] = None,
@@ -157,13 +157,13 @@ def prune(
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Set weights of the decoder's blocks to zero: those that matter least on a few samples.
+    """Set the least important weights of the decoder's blocks to zero, judged on a few samples.
 
-    Wanda runs the samples layer by layer, and every layer sees what the pruned ones below give it;
-    padding has no effect. Exactly the share asked for goes, in every row or matrix. Masks say which
-    weights are kept; those of several tasks combine, and training can be held to them. A sparse
-    checkpoint is smaller on disk; [bold]load_model(..., weights="bitmap")[/] or "csr" keeps it
-    small in memory.
+    Wanda runs the samples layer by layer; each layer sees the output of the pruned layers below.
+    Padding has no effect. Exactly the given share of every row or matrix is removed. Masks record
+    which weights are kept; those of several tasks can be combined, and [bold]fastskip train
+    --mask[/] keeps the rest at zero. A sparse checkpoint is smaller on disk;
+    [bold]load_model(..., weights="bitmap")[/] or "csr" keeps it small in memory.
 
     [bold]Examples[/]
 
@@ -196,7 +196,7 @@ def prune(
         if recipe.method.value == Method.WANDA:
             inputs, source = calibration_inputs(model, path, config, samples, count, 1)
         elif samples is not None:
-            problem = f"not looked at by --method {recipe.method}"
+            problem = f"not used by --method {recipe.method}"
             raise CommandError(f"--samples {samples}: {problem}; allowed: with --method wanda")
     loaded = load(path, None, dtype_for(model, dtype), device, impl="reference")
     if out is not None and stored is Stored.SPARSE:
@@ -221,13 +221,11 @@ def prune(
 
 
 def _check_outputs(out: Path | None, save_masks: Path | None, stored: Stored) -> None:
-    """Before the work: what cannot be written is found at once."""
+    """Rejects outputs that cannot be written before the work starts."""
     if out is None and save_masks is None:
-        raise CommandError("--out: none; allowed: a folder, or --save-masks FILE, or both")
+        raise CommandError("--out: missing; allowed: a folder, or --save-masks FILE, or both")
     if out is None and stored is Stored.DENSE:
-        raise CommandError(
-            f"--stored {stored}: masks alone are written; allowed: with --out FOLDER"
-        )
+        raise CommandError(f"--stored {stored}: only masks are written; allowed: with --out FOLDER")
     if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise CommandError(f"--out {out}: allowed: a new or empty folder")
     if save_masks is not None and (save_masks.is_dir() or not save_masks.parent.is_dir()):
@@ -247,10 +245,10 @@ def _check_combination(combine: Combine, share: float | None, masks: list[Path] 
         raise CommandError(f"--share {share}: allowed: with --combine exclusion")
     count = len(masks or ())
     if combine is Combine.EXCLUSION and count != 2:
-        files = counted(count, "file")
-        raise CommandError(f"--combine exclusion: {files} of masks; allowed: two --masks")
+        files = counted(count, "mask file")
+        raise CommandError(f"--combine exclusion: {files}; allowed: two --masks")
     if combine is Combine.UNION and not count:
-        raise CommandError(f"--combine {combine}: no file of masks; allowed: with --masks")
+        raise CommandError(f"--combine {combine}: no mask files; allowed: with --masks")
 
 
 def _combined(
@@ -264,7 +262,7 @@ def _combined(
 
 
 def _check_pays(loaded: Any, asked: "WeightMasks | Recipe") -> None:
-    """Before the work: bitmaps for hardly any zeros would take more room than they save."""
+    """Rejects so few zeros that bitmaps would take more space than they save."""
     from fastskip.sparse.convert import least_zeros
     from fastskip.sparse.matrices import matrices
     from fastskip.study.pruning import WeightMasks
@@ -287,7 +285,7 @@ def _check_pays(loaded: Any, asked: "WeightMasks | Recipe") -> None:
             return
         least = min(least, needed / weight.numel())
     allowed = f"a share of about {math.ceil(1000 * least) / 1000:g} or more, or --stored dense"
-    raise CommandError(f"{option}: too little to store it sparse; allowed: {allowed}")
+    raise CommandError(f"{option}: too few zeros for sparse storage; allowed: {allowed}")
 
 
 def _write(
@@ -298,7 +296,7 @@ def _write(
     stored: Stored,
     save_masks: Path | None,
 ) -> dict[str, int]:
-    """Writes what was asked for; the bytes of it."""
+    """Writes masks and model as given; returns their sizes in bytes."""
     sizes = {}
     try:
         if save_masks is not None:
@@ -321,14 +319,14 @@ def _write(
 
 @dataclass(frozen=True)
 class _Zeros:
-    """Weights that are zero, by matrix: masks also name such as were zero before."""
+    """Zero weights by matrix, before and now: masks also remove weights that were zero before."""
 
     before: Mapping[str, int]
     now: Mapping[str, int]
     weights: Mapping[str, int]
 
     def shares(self, names: Collection[str]) -> dict[str, float]:
-        """Of some matrices: what became zero, and what is zero now."""
+        """For these matrices: the share that became zero, and the share that is zero now."""
         before, now, weights = (
             sum(own[name] for name in names) for own in (self.before, self.now, self.weights)
         )
@@ -358,17 +356,17 @@ def _show(zeros: _Zeros, recipe: "Recipe | None", sizes: dict[str, int]) -> None
     from rich.table import Table
 
     console = Console(highlight=False)
-    titles = ("layer", "matrices", "weights", "asked", "removed", "zero now")
+    titles = ("layer", "matrices", "weights", "target", "removed", "zero now")
     table = Table(*titles, box=box.SIMPLE_HEAD)
     for column in table.columns:
         column.justify = "right"
-    asked = "by masks" if recipe is None else f"{recipe.ratio:.2%}"
+    target = "by masks" if recipe is None else f"{recipe.ratio:.2%}"
     for own in zeros.by_layer():
         numbers = (str(own["layer"]), str(own["matrices"]), f"{own['weights']:,}")
-        table.add_row(*numbers, asked, f"{own['removed']:.2%}", f"{own['zero']:.2%}")
+        table.add_row(*numbers, target, f"{own['removed']:.2%}", f"{own['zero']:.2%}")
     console.print(table)
     total = zeros.shares(zeros.weights)
-    before = f" ({total['zero'] - total['removed']:.2%} were before)"
+    before = f" ({total['zero'] - total['removed']:.2%} were zero before)"
     console.print(
         f"[bold]{total['zero']:.2%}[/] of these weights are zero now"
         f"{before if total['zero'] > total['removed'] else ''}."

@@ -1,4 +1,4 @@
-"""`fastskip report`: one page of what eval, bench and search found."""
+"""`fastskip report`: the results of eval, bench and search on one page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,13 +18,13 @@ def report(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...",
-            help="What eval, bench and search wrote with --out: folders with eval.json, bench.json "
-            "or search.json.",
+            metavar="DIR",
+            help="Folders that eval, bench and search wrote with --out, containing eval.json, "
+            "bench.json or search.json.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The page.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Page to write.")] = Path(
         "report.html"
     ),
     png: Annotated[
@@ -32,13 +32,13 @@ def report(
         typer.Option(
             "--png",
             metavar="DIR",
-            help="Where the charts go as PNG files. Default: beside the page, in a folder of its "
-            "name and _files.",
+            help="Folder for the charts as PNG files. Default: next to the page, its name plus "
+            "_files.",
             show_default=False,
         ),
     ] = None,
     examples: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Items with both answers, at the most.")
+        int, typer.Option(min=0, metavar="N", help="Maximum number of items with both answers.")
     ] = 12,
     model: Annotated[
         str | None,
@@ -46,7 +46,7 @@ def report(
             "--model",
             "-m",
             metavar="PATH",
-            help="Checkpoint whose config the maps go by. Default: the results' own, if at hand.",
+            help="Checkpoint whose config the maps use. Default: the results' own, if it is local.",
             show_default=False,
         ),
     ] = None,
@@ -55,19 +55,19 @@ def report(
         typer.Option(
             min=1,
             metavar="N",
-            help="The model's layers, where neither the results' own model nor --model is at hand.",
+            help="Number of the model's layers, if neither its config nor --model is available.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Make one page of the results of eval, bench and search.
+    """Put the results of eval, bench and search on one page.
 
-    Score against TTFT and TPOT with intervals, what each policy runs layer by layer, sensitivity,
-    measured times against the floor, tables with verdicts ("slower here" included), items that
-    dense and skipped answer differently, and under what circumstances all that was measured. The
-    page is one file that loads nothing, in light and dark, for phones, screens and paper; the
-    charts also go into PNG files. No model runs: maps of policies need the model's config, which
-    is taken from where the results' own model lies, or from --model; --layers is enough too.
+    Shows score against TTFT and TPOT with intervals, what each policy runs layer by layer,
+    sensitivity, measured times against the floors, tables with verdicts ("slower here" included),
+    items that dense and policies answer differently, and how everything was measured. The page is
+    one self-contained file with light and dark themes, for phones, desktops and print; the charts
+    are also written as PNG files. No model runs. Policy maps need the model's config, found where
+    the results' own model is, or given by --model; --layers is enough too.
 
     [bold]Examples[/]
 
@@ -76,7 +76,7 @@ def report(
     [cyan]fastskip report runs/eval runs/bench runs/search --out runs/report.html[/]
     """
     if model is not None and layers is not None:
-        raise CommandError(f"--layers {layers}: --model says it already; allowed: one of the two")
+        raise CommandError(f"--layers {layers}: --model already gives it; allowed: one of the two")
     if out.suffix.lower() not in (".html", ".htm"):
         raise CommandError(f"--out {out}: allowed: a file that ends in .html")
     from tqdm import tqdm
@@ -100,7 +100,7 @@ def report(
 
 
 def _shapes(model: str | None) -> "ShapeOf":
-    """What the maps go by: what was named, else the config of a result's own model, if at hand."""
+    """The shapes for the maps: of the model named, else of a result's own model, if it is local."""
     known: dict[str, ModelShape | None] = {}
     if model is not None:
         from fastskip.families import shape_of
@@ -117,7 +117,7 @@ def _shapes(model: str | None) -> "ShapeOf":
 
 
 def _local_shape(model: str) -> "ModelShape | None":
-    """The shape of a checkpoint that lies on this machine; nothing is downloaded."""
+    """The shape of a checkpoint on this machine; nothing is downloaded."""
     from transformers import AutoConfig
 
     from fastskip.families import shape_of
@@ -125,4 +125,4 @@ def _local_shape(model: str) -> "ModelShape | None":
     try:
         return shape_of(AutoConfig.from_pretrained(model, local_files_only=True))
     except (OSError, ValueError):
-        return None  # the page says that there is no map, and why
+        return None  # the page explains why there is no map

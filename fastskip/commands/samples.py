@@ -1,4 +1,4 @@
-"""What a command calibrates on: a user's file of samples, or the demo's own training pictures."""
+"""What a command calibrates on: a user's sample file, or the demo's own training images."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +11,9 @@ SamplesOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}; the image may be '
-        "left out, its path is seen from the file. Default, with the demo's model: its own "
-        "training pictures.",
+        help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}; the image is '
+        "optional, its path relative to this file. Default, for the demo's model only: its own "
+        "training images.",
         show_default=False,
     ),
 ]
@@ -22,7 +22,7 @@ SamplesOption = Annotated[
 def calibration_inputs(
     model: str | None, path: str, config: Any, samples: Path | None, count: int, new_tokens: int
 ) -> tuple[list[Any], str]:
-    """What to run, and where it is from."""
+    """The inputs to run, and where they come from."""
     from fastskip.prompts import processor_for
     from fastskip.study.samples import inputs_of, read_samples
 

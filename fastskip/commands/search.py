@@ -1,4 +1,4 @@
-"""`fastskip search`: the best policy for a model, this machine and a budget."""
+"""`fastskip search`: the best policy for a model on this machine under a budget."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ from fastskip.commands.exams import (
     ImageFolderOption,
     ItemsOption,
     PromptsOption,
+    TimedTokensOption,
     check_sources,
     exam_of,
     first_of,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from fastskip.study.search import Watcher
 
 CALIBRATION_SEED = 5
-"""The demo's calibration questions are drawn by seeds from here on, its held-out ones by 0."""
+"""First seed of the demo's calibration questions; its held-out ones use 0."""
 
 
 def search(
@@ -48,8 +49,8 @@ def search(
             "--budget",
             "-b",
             metavar="BUDGET",
-            help='"tpot 1.5x" or "ttft 1.3x": so many times faster than dense here; "ttft 80ms": '
-            'at the most; "flops 0.7": this share of the dense FLOPs.',
+            help='"tpot 1.5x" or "ttft 1.3x": that many times as fast as dense here; "ttft 80ms": '
+            'at most that long; "flops 0.7": at most this share of the dense FLOPs.',
         ),
     ],
     out: Annotated[
@@ -58,44 +59,44 @@ def search(
             "--out",
             "-o",
             metavar="DIR",
-            help="Where search.json, policies/*.json (in place of an older search's) and plots go, "
-            "and what was measured, so that a run that was cut off goes on from there.",
+            help="Folder for search.json, policies/*.json (replacing an older search's), plots and "
+            "all measurements, from which an interrupted run resumes.",
         ),
     ],
     model: ModelOption = None,
     items: ItemsOption = None,
     images: ImageFolderOption = None,
     calibration: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Items that the search sees.")
+        int, typer.Option(min=1, metavar="N", help="Calibration items: the search sees these only.")
     ] = 32,
     count: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Held-out items that judge, at the most.")
+        int, typer.Option(min=1, metavar="N", help="Maximum number of held-out items, which judge.")
     ] = 200,
-    seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Of all that is drawn; the same gives the same.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of all random draws.")] = 0,
     tries: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Policies measured to better what the solver found."),
+        typer.Option(min=1, metavar="N", help="Policies measured to refine the solver's solution."),
     ] = 80,
     minutes: Annotated[
         float | None,
         typer.Option(
             metavar="MIN",
-            help="End the bettering after so long; the result then depends on the machine's speed.",
+            help="Stop refining after this long; the result then depends on the machine's speed.",
             show_default=False,
         ),
     ] = None,
     points: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Milder budgets to search for too.")
+        int, typer.Option(min=0, metavar="N", help="Milder budgets to solve as well.")
     ] = 2,
-    randoms: Annotated[int, typer.Option(min=0, metavar="N", help="Random policies.")] = 3,
+    randoms: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Random policies to compare with.")
+    ] = 3,
     multi_turn: Annotated[
         bool,
         typer.Option(
             "--multi-turn",
-            help="Answers stay visible to later turns on a kept cache: where their rows skip "
-            "attention they leave K and V all the same, which costs time.",
+            help="Keep answers visible to later turns on a kept cache: generated rows store K and "
+            "V even where they skip attention, which costs time.",
         ),
     ] = False,
     no_routers: Annotated[
@@ -103,27 +104,28 @@ def search(
     ] = False,
     batch: PromptsOption = 16,
     answer_tokens: AnswerTokensOption = 32,
-    new_tokens: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens of the call that is timed.")
-    ] = 16,
-    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each.")] = 5,
+    new_tokens: TimedTokensOption = 16,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs per policy.")] = 5,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print search.json instead.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print search.json instead of the table.")
+    ] = False,
 ) -> None:
-    """Find the best policy for a model on this machine under a budget, and say if it is worth it.
+    """Find the best policy for a model on this machine under a budget, and tell if it is worth it.
 
-    Leaves out every part of every layer once, class by class, and sees how far the dense model's
-    answers move; takes by mixed-integer programming what costs least under the budget; betters
-    that by measuring whole policies. Costs come from the plan, times from a fit to policies timed
-    here. Uniform intervals, random policies, published methods and calibrated routers are held to
-    the same budget, and all answer items that the search did not see. What is recommended keeps the
-    budget as measured and is not told to be worse than dense; if nothing is, it says so.
+    Skips each part of each layer in turn, one token class at a time, and measures how far the dense
+    model's answers move; chooses by mixed-integer programming what moves them least within the
+    budget; refines the solution by measuring whole policies. Costs come from the plan, times from a
+    fit to policies timed here. Uniform intervals, random policies, published methods and calibrated
+    routers get the same budget, and all candidates answer items that the search did not see. The
+    recommended policy keeps the budget as measured and is not shown to be worse than dense; if
+    there is none, the command says so.
 
     [bold]Examples[/]
 
-    [cyan]fastskip search --budget "flops 0.6" --out runs/search[/] (the demo's model, some minutes)
+    [cyan]fastskip search --budget "flops 0.6" --out runs/search[/] (the demo's model, minutes)
 
     [cyan]fastskip search -m llava-hf/llava-1.5-7b-hf --items vqa.jsonl --budget "ttft 1.5x"
     --out runs/search --dtype bfloat16[/]
@@ -157,7 +159,7 @@ def search(
     import fastskip
     from fastskip.machine import ceilings
 
-    # Hidden states are compared before it is prepared.
+    # Hidden states are compared on the unprepared model.
     plain = load_plain(path, config_of(path), dtype_for(model, dtype), device)
     watcher, close = _bars()
     alike = compared(plain, exam, out, watcher)
@@ -188,7 +190,7 @@ def search(
 def _parted(
     file: Path | None, images: Path | None, calibration: int, count: int, seed: int
 ) -> tuple[list["Item"], list["Item"]]:
-    """Items to calibrate on, and others to judge by."""
+    """Items to calibrate on, and held-out ones to judge by."""
     import random
 
     from fastskip.study.fingerprints import items_fingerprint
@@ -203,7 +205,7 @@ def _parted(
     if len(every) <= calibration:
         raise ItemError(
             f"--items {file}: {counted(len(every), 'item')}; allowed: more than the {calibration} "
-            "that --calibration takes, since others judge"
+            "that --calibration takes, as the rest is held out"
         )
     order = list(range(len(every)))
     random.Random(seed).shuffle(order)
@@ -212,7 +214,7 @@ def _parted(
 
 
 def _exam(items: list["Item"], path: str, batch: int, answer_tokens: int) -> "Exam":
-    """The items as inputs; a broken one is found before anything is measured."""
+    """The items as inputs; raises on a broken one before anything is measured."""
     exam = exam_of(items, path, batch, answer_tokens)
     broken = list(exam.problems().values())
     if broken:
@@ -221,7 +223,7 @@ def _exam(items: list["Item"], path: str, batch: int, answer_tokens: int) -> "Ex
 
 
 def _bars() -> tuple["Watcher", Any]:
-    """A bar for each stage, with the time that it has left; and what ends the last one."""
+    """A watcher with a progress bar for each stage, and what closes the last bar."""
     from tqdm import tqdm
 
     from fastskip.study.search import Watcher

@@ -39,9 +39,9 @@ def show(result: "SearchResult") -> None:
     workload, settings = result.workload, result.settings
     console.print(
         f"* nothing beats it in both score and {_NAMES[quantity]}; dim: over the budget "
-        f"({result.budget['text']}). KL: nats an answer token on {settings['calibration_items']} "
-        f"calibration items; scores on {settings['held_out_items']} others, 95 % intervals, item "
-        f"by item. Dense: TTFT {_ms(dense.ttft_s)}, TPOT {_ms(dense.tpot_s)}, batch 1, "
+        f"({result.budget['text']}). KL: nats per answer token on {settings['calibration_items']} "
+        f"calibration items; scores: {settings['held_out_items']} held-out items, paired 95 % "
+        f"intervals. Dense: TTFT {_ms(dense.ttft_s)}, TPOT {_ms(dense.tpot_s)}, batch 1, "
         f"{workload['n_image']} image and {workload['n_text']} text rows, {workload['n_new']} new "
         "tokens."
     )
@@ -51,9 +51,9 @@ def show(result: "SearchResult") -> None:
     if result.latency is not None:
         errors = result.latency["errors"]
         console.print(
-            f"Times are foretold by a least-squares fit of what {result.latency['probes']} "
-            f"policies saved here; it misses them by {errors['prefill']:.1%} of TTFT and "
-            f"{errors['decode']:.1%} of TPOT (root mean square)."
+            f"Times are predicted by a least-squares fit to what {result.latency['probes']} "
+            f"policies saved here; its RMS error is {errors['prefill']:.1%} of TTFT and "
+            f"{errors['decode']:.1%} of TPOT."
         )
     if result.settings["is_cut_short"]:
         console.print("[yellow]--minutes ended the search early.[/]")

@@ -1,4 +1,4 @@
-"""Printing an answer while it grows, and the times of its tokens."""
+"""Streaming an answer to the terminal, with the time of each token."""
 
 import time
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TokenTimes:
 
     @property
     def tpot(self) -> float | None:
-        """Time of each further token; None if there was only one."""
+        """Mean time per further token; None if there was only one token."""
         further = len(self.seconds) - 1
         return (self.seconds[-1] - self.seconds[0]) / further if further else None
 
@@ -37,7 +37,7 @@ class TokenTimes:
 
 
 class TimedStreamer(TextStreamer):
-    """Prints text as soon as it is settled and notes when each token came."""
+    """Prints text as soon as it is final, and records when each token arrived."""
 
     def __init__(self, tokenizer: Any, silent: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""`fastskip study`: what skipping costs in quality, on the demo's models and on any checkpoints."""
+"""`fastskip study`: what skipping costs in quality, on the demo's models or any checkpoints."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ from fastskip.commands.common import (
     prepare,
 )
 from fastskip.commands.demo_items import demo_items
-from fastskip.commands.exams import ItemsOption
+from fastskip.commands.exams import CountOption, ItemsOption, PromptsOption, TimedTokensOption
 from fastskip.commands.outputs import check_folder
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fastskip.study.comparison import Compared, Contender
 
 DEMO = "demo:"
-"""What names of the bundled models begin with."""
+"""Prefix of the names of bundled models."""
 DEFAULT = ("demo:large", "demo:large@paper/skip-block", "demo:medium", "demo:small")
 
 study = typer.Typer(
@@ -49,35 +49,35 @@ def paper(
             "--out",
             "-o",
             metavar="DIR",
-            help="Run the experiments in this folder, or go on with them. Without it, the bundled "
-            "results are shown.",
+            help="Run the experiments in this folder, or resume them. Default: show the bundled "
+            "results.",
             show_default=False,
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Items and training data of so many seeds.")
+        int, typer.Option(min=1, metavar="N", help="Seeds for items and training data.")
     ] = 3,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cells, items and training steps.")
     ] = False,
     look: Annotated[
         bool,
-        typer.Option("--look", help="Measure nothing: show what is there, in DIR or bundled."),
+        typer.Option("--look", help="Measure nothing: show the results in DIR, or bundled."),
     ] = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """The experiments of "Skipping Computations in Multimodal LLMs" on the bundled small models.
+    """Rerun the experiments of "Skipping Computations in Multimodal LLMs" on small bundled models.
 
-    Score against skipped compute, parallel sublayers and block pairs, training with half of the
-    blocks left out or 70 % of the weights removed, smaller models at equal compute, similarity
-    from layer to layer; and what of it agrees with the paper. Writes a report (report.md), its
-    figures (PNG) and numbers (CSV, JSON). A run that was cut off goes on where it was. On a CPU,
+    Covers score against skipped compute, parallel sublayers and block pairs, training with half of
+    the blocks skipped or 70 % of the weights removed, smaller models at equal compute, similarity
+    from layer to layer, and which findings agree with the paper. Writes a report (report.md), its
+    figures (PNG) and numbers (CSV, JSON). An interrupted run resumes where it stopped. On a CPU,
     three seeds took an hour of processor time, --quick --seeds 1 four minutes.
 
     [bold]Examples[/]
 
-    [cyan]fastskip study paper[/] (look at the bundled results)
+    [cyan]fastskip study paper[/] (show the bundled results)
 
     [cyan]fastskip study paper --out runs/paper --quick --seeds 1[/]
     """
@@ -86,7 +86,7 @@ def paper(
 
     if out is None or look:
         if out is None and (quick or seeds != 3 or device is not None):
-            raise CommandError("--quick, --seeds, --device: they need --out DIR, where to run")
+            raise CommandError("--quick, --seeds, --device: nothing runs; allowed: with --out DIR")
         _show(out or report.bundled_folder())
         return
     from tqdm import tqdm
@@ -116,26 +116,25 @@ def compare(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CHECKPOINT[@POLICY]...",
-            help="Folders or hub names, or demo:large, demo:medium, demo:small; behind an @ a "
-            "policy file or a preset. The first one is what the others are held to. "
-            f"Default: {' '.join(DEFAULT)}.",
+            metavar="CHECKPOINT[@POLICY]",
+            help="Folders or hub names, or demo:large, demo:medium, demo:small; after an @, a "
+            f"policy file or a preset. The first is the baseline. Default: {' '.join(DEFAULT)}.",
             show_default=False,
         ),
     ] = None,
     items: ItemsOption = None,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Items at the most.")] = 200,
-    new_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens to time.")] = 16,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts at once.")] = 16,
+    count: CountOption = 200,
+    new_tokens: TimedTokensOption = 16,
+    batch: PromptsOption = 16,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Models side by side: score, compute, TTFT, TPOT and cache on the same items.
+    """Compare models side by side: score, compute, TTFT, TPOT and cache on the same items.
 
-    Is a large model with computation left out better than a smaller one that takes as much? One
-    model is in memory at a time. Differences are taken item by item, with 95 % intervals.
+    Is a large model that skips computation better than a smaller one of equal compute? One model is
+    in memory at a time. Differences are paired by item, with 95 % intervals.
 
     [bold]Examples[/]
 
@@ -148,7 +147,7 @@ def compare(
     named = models or list(DEFAULT)
     contenders = [_contender(each, dtype, device) for each in named]
     if items is None and not all(each.startswith(DEMO) for each in named):
-        raise CommandError("--items: needed where not all models are the demo's; a JSON lines file")
+        raise CommandError("--items: needed with models that are not the demo's; a JSON lines file")
     from tqdm import tqdm
 
     from fastskip.study.comparison import compare as measure
@@ -171,7 +170,7 @@ def compare(
 
 
 def _show(folder: Path) -> None:
-    """The findings in the terminal, and where the rest is."""
+    """Print the findings, and the path of the report."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -189,15 +188,15 @@ def _show(folder: Path) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{len(results.rows)} cells, {counted(len(results.seeds), 'seed')}; a small synthetic "
-        "task, so what agrees is encouraging and what does not is no refutation. All of it: "
+        f"{len(results.rows)} cells, {counted(len(results.seeds), 'seed')}. The task is small "
+        "and synthetic: agreement is encouraging, disagreement no refutation. Full report: "
         f"{folder / REPORT}",
         soft_wrap=True,
     )
 
 
 def _contender(named: str, dtype: Dtype, device: str | None) -> "Contender":
-    """What a name stands for; wrong names and policies are found before anything is loaded."""
+    """The model and policy of a name; raises on wrong ones before anything is loaded."""
     from fastskip.study.comparison import Contender
 
     path, _, policy = named.partition("@")
@@ -209,7 +208,7 @@ def _contender(named: str, dtype: Dtype, device: str | None) -> "Contender":
     by_label = {DEMO + size.label: size for size in Size}
     if path not in by_label:
         allowed = ", ".join(by_label)
-        raise CommandError(f"{named}: no such model; allowed: {allowed}, a folder, a hub name")
+        raise CommandError(f"{named}: no such model; allowed: {allowed}, a folder or a hub name")
     return Contender(named, partial(_load_demo, by_label[path], chosen, dtype, device))
 
 
@@ -240,7 +239,7 @@ def _table(found: Sequence["Compared"], count: int) -> None:
 
     titles = (
         "model",
-        f"{found[0].scale.heading}, from the first",
+        f"{found[0].scale.heading}, vs the first",
         "compute",
         "TTFT\nms",
         "TPOT\nms",
@@ -268,5 +267,5 @@ def _table(found: Sequence["Compared"], count: int) -> None:
     console.print(table)
     console.print(
         f"{counted(count, 'item')}, 95 % intervals; compute (GFLOP), times and cache of the first "
-        f"item with {found[0].new_tokens} new tokens, batch 1. Weights are the language model's."
+        f"item with {found[0].new_tokens} new tokens, batch 1. Weights: language model only."
     )

@@ -1,4 +1,4 @@
-"""Tables of names and numbers: a line a row where the terminal has room, else a line a cell."""
+"""Tables of names and numbers: a line per row if the terminal is wide enough, else per cell."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 def number_table(titles: Sequence[str], least: int) -> Table:
-    """An empty table: names to the left, which fold within `least` characters, numbers beside."""
+    """An empty table: names, which may fold to `least` characters, then right-aligned numbers."""
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.columns[0].overflow, table.columns[0].min_width = "fold", least
     for column in table.columns[1:]:
@@ -18,9 +18,9 @@ def number_table(titles: Sequence[str], least: int) -> Table:
 
 
 def show_table(console: Console, table: Table) -> None:
-    """Print a table; where its numbers leave no room for names, its rows one below the other."""
+    """Print a table; if it is too wide for the console, a line per cell instead."""
     first, *rest = table.columns
-    # two between columns, one at the edge
+    # two spaces between columns, one at the edge
     needed = (first.min_width or 0) + sum(2 + _width(column) for column in rest) + 1
     if needed <= console.width:
         console.print(table)
@@ -42,5 +42,5 @@ def _width(column: Column) -> int:
 
 
 def _line(text: str) -> str:
-    """The lines of a cell as one."""
+    """The lines of a cell joined into one."""
     return ", ".join(filter(None, text.replace("\n/", "/").split("\n")))

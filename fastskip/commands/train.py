@@ -1,4 +1,4 @@
-"""`fastskip train`: training under a policy, which skips its work in forward and backward."""
+"""`fastskip train`: training under a policy, which skips work in the forward and the backward."""
 
 from enum import StrEnum
 from functools import partial
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 MODEL, ADAPTERS, REPORT = "model", "adapters", "report.json"
-"""What a run leaves in its folder."""
+"""What a run writes to its folder."""
 ROUNDS = 5
-"""In which a step is timed against dense, where nothing else is asked for."""
+"""Default number of rounds in which a step is timed against dense."""
 
 
 class Parts(StrEnum):
-    """What learns."""
+    """What is trained."""
 
     PROJECTOR = "projector"
     LANGUAGE = "language"
@@ -47,14 +47,14 @@ class Parts(StrEnum):
 
 
 class Precision(StrEnum):
-    """What products are computed in."""
+    """Number format of matrix multiplies."""
 
     WEIGHTS = "weights"
     BFLOAT16 = "bfloat16"
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes down."""
+    """How the learning rate decays."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -62,7 +62,7 @@ class Schedule(StrEnum):
 
 
 class Padding(StrEnum):
-    """Where shorter sequences are filled up."""
+    """On which side shorter sequences are padded."""
 
     LEFT = "left"
     RIGHT = "right"
@@ -75,7 +75,7 @@ def train(
             "--out",
             "-o",
             metavar="DIR",
-            help="Folder of the run: the trained model in model/ (or adapters/), checkpoints/, "
+            help="Folder of the run: model/ (or adapters/) for the trained model, checkpoints/, "
             "loss.png, report.json.",
         ),
     ],
@@ -84,26 +84,26 @@ def train(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="JSON lines of LLaVA's conversations; see above.",
+            help="LLaVA conversations as JSON lines; see above.",
             show_default=False,
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where image paths start. Default: the data's folder."),
+        typer.Option(
+            metavar="DIR", help="Folder that image paths are relative to. Default: the data's."
+        ),
     ] = None,
     demo: Annotated[
         bool,
-        typer.Option(
-            "--demo", help="Train the demo's model on generated pictures, no data needed."
-        ),
+        typer.Option("--demo", help="Train the demo's model on generated images; needs no data."),
     ] = False,
     held_out: Annotated[
         Path | None,
         typer.Option(
             "--held-out",
             metavar="FILE",
-            help="Rows to measure on, before and after.",
+            help="Data to measure the loss on, before and after; as --data.",
             show_default=False,
         ),
     ] = None,
@@ -121,11 +121,11 @@ def train(
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(metavar="N", help="Passes over the data, instead. Default: 1."),
+        typer.Option(metavar="N", help="Passes over the data, instead of --steps. Default: 1."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Examples of a forward.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Examples per forward.")] = 8,
     accumulate: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Forwards of an optimiser step.")
+        int, typer.Option(min=1, metavar="N", help="Forwards per optimiser step.")
     ] = 1,
     learning_rate: Annotated[
         float | None,
@@ -137,47 +137,55 @@ def train(
             "(routers).",
         ),
     ] = None,
-    schedule: Annotated[Schedule, typer.Option(help="Down to zero, or not.")] = Schedule.COSINE,
-    warmup: Annotated[float, typer.Option(metavar="SHARE", help="Of the steps.")] = 0.03,
-    weight_decay: Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of order, adapters, dropout.")] = 0,
+    schedule: Annotated[Schedule, typer.Option(help="Learning rate decay.")] = Schedule.COSINE,
+    warmup: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the steps for warm-up.")
+    ] = 0.03,
+    weight_decay: Annotated[
+        float, typer.Option(metavar="RATE", help="Weight decay of AdamW.")
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Seed of data order, adapters and dropout.")
+    ] = 0,
     precision: Annotated[
         Precision,
-        typer.Option(help="bfloat16: products in bfloat16, what learns in fp32 (for GPUs)."),
+        typer.Option(help="bfloat16: multiplies in bfloat16, trained weights in fp32 (for GPUs)."),
     ] = Precision.WEIGHTS,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Less memory: compute activations twice.")
+        bool, typer.Option("--checkpointing", help="Recompute activations, to save memory.")
     ] = False,
-    padding: Annotated[Padding, typer.Option(help="Side of pads.")] = Padding.RIGHT,
+    padding: Annotated[Padding, typer.Option(help="Side that is padded.")] = Padding.RIGHT,
     save_every: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Steps between checkpoints. Default: none."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")
+        bool, typer.Option("--resume", help="Resume from the last checkpoint, if there is one.")
     ] = False,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave out rows that cannot be used; count them.")
+        bool, typer.Option("--skip-broken", help="Leave out unusable rows, and count them.")
     ] = False,
     lora_rank: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Of the adapters. Default: 16.", show_default=False),
+        typer.Option(min=1, metavar="N", help="Adapter rank. Default: 16.", show_default=False),
     ] = None,
     lora_alpha: Annotated[
         float | None,
-        typer.Option(metavar="A", help="Their scale, by rank. Default: 32.", show_default=False),
+        typer.Option(
+            metavar="A", help="Adapters are scaled by A / rank. Default: 32.", show_default=False
+        ),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Add the adapters to the weights at the end.")
+        bool, typer.Option("--merge", help="Merge the adapters into the weights at the end.")
     ] = False,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Of routers: the share of rows that should skip."),
+        typer.Option(metavar="SHARE", help="For --parts routers: target share of rows to skip."),
     ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Masks of pruned weights, which stay zero.", show_default=False
+            metavar="FILE", help="Masks from prune: pruned weights stay zero.", show_default=False
         ),
     ] = None,
     compare_dense: Annotated[
@@ -185,8 +193,8 @@ def train(
         typer.Option(
             min=0,
             metavar="N",
-            help="Rounds that time a step against dense at the end; 0: none. Default: 5, and none "
-            "where routers learn.",
+            help="Rounds that time a step against dense at the end. Default: 5; 0 with --parts "
+            "routers.",
             show_default=False,
         ),
     ] = None,
@@ -195,12 +203,12 @@ def train(
     threads: ThreadsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Train under a policy: what it skips is skipped in the forward and the backward pass.
+    """Train under a policy, which skips work in both the forward and the backward pass.
 
-    Teacher forcing on the answers alone. Each line of the data is an object such as {"image":
-    "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from":
-    "gpt", "value": "A cat."}]}; several turns, a list of images, or no image are fine. At the end
-    the time of a step is compared with that of dense training on the same batches.
+    Teacher forcing, with the loss on answers only. Each line of the data is an object such as
+    {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
+    {"from": "gpt", "value": "A cat."}]}; several turns, a list of images, or no image are allowed.
+    At the end, the step time is compared with dense training on the same batches.
 
     [bold]Examples[/]
 
@@ -274,7 +282,7 @@ def train(
 
     require_plots()
     processor = processor_for(path)
-    # Only plain torch computes gradients and lets routers be replaced while they learn.
+    # Only plain torch computes gradients and lets routers be replaced while they train.
     impl = "reference" if parts is Parts.ROUTERS else None
     loaded = load(path, chosen, dtype_for(model, dtype), device, impl=impl)
     plan = fastskip.plan_of(loaded)
@@ -283,7 +291,7 @@ def train(
     timed = batches(learned, processor, settings, 2)
     report: dict[str, Any] = {"model": path, "policy": plan.policy.name, "parts": parts.value}
     if masks is not None:
-        masks.apply_(loaded)  # as training begins with it, so that losses before and after compare
+        masks.apply_(loaded)  # as in training, so that both losses compare
     if test:
         report["held_out_loss"] = {"before": measuring.held_out_loss(loaded, test)}
     from tqdm import tqdm
@@ -311,7 +319,7 @@ def train(
     if trained.losses:
         write_curve(trained.losses, out / "loss.png", f"{parts.value}, {path}")
         written.append(out / "loss.png")
-    # a run that had nothing to do has no times, and what made the steps has told them
+    # a resumed run with no steps left has no times; the run that did the steps wrote them
     if trained.step_seconds or not (out / REPORT).is_file():
         written.append(write_json(out / REPORT, report | {"losses": trained.losses}, indent=2))
     if as_json:
@@ -340,36 +348,36 @@ def _check(
     parts: Parts,
     adapters: dict[str, Any],
 ) -> None:
-    """Options that do not go together, before anything is read."""
+    """Rejects options that do not go together before anything is read."""
     if demo == (data is not None):
-        given = "both are given" if demo else "neither is given"
-        raise CommandError(f"--data or --demo: {given}; allowed: one of them")
+        given = "both given" if demo else "neither given"
+        raise CommandError(f"--data or --demo: {given}; allowed: one of the two")
     if demo and model is not None:
-        raise CommandError(f"--model {model}: allowed: none beside --demo, which has its own")
+        raise CommandError(f"--model {model}: allowed: only without --demo, which has its own")
     if demo and images is not None and held_out is None:
-        problem = "the demo draws its own pictures"
+        problem = "the demo draws its own images"
         raise CommandError(f"--images {images}: {problem}; allowed: with --data or --held-out")
     if compare_dense and parts is Parts.ROUTERS:
-        problem = "routers that learn compute all that they may skip"
-        raise CommandError(f"--compare-dense {compare_dense}: {problem}; allowed: 0, or none")
+        problem = "training routers computes all that they may skip"
+        raise CommandError(f"--compare-dense {compare_dense}: {problem}; allowed: 0")
     if merge and parts is not Parts.LORA:
-        raise CommandError(f"--merge: parts are {parts.value}; allowed: with --parts lora")
+        raise CommandError(f"--merge: --parts is {parts.value}; allowed: with --parts lora")
     for name, value in adapters.items() if parts is not Parts.LORA else ():
-        allowed = "with --parts lora"
-        raise CommandError(f"--lora-{name} {value}: parts are {parts.value}; allowed: {allowed}")
+        problem = f"--parts is {parts.value}"
+        raise CommandError(f"--lora-{name} {value}: {problem}; allowed: with --parts lora")
     if merge and mask is not None:
-        raise CommandError("--merge: would fill pruned weights again; allowed: without --mask")
+        raise CommandError("--merge: would overwrite pruned zeros; allowed: without --mask")
 
 
 def _check_out(out: Path, resume: bool) -> None:
-    """Before the work: a place that can be written, and no result of another run there."""
+    """Rejects a folder that cannot be written or holds another run, before the work starts."""
     from fastskip.study.training.loop import last_checkpoint
 
     check_folder("--out", out)
     has_checkpoints = last_checkpoint(out) is not None
     for name in (MODEL, ADAPTERS, REPORT):
         if (out / name).exists() and not (resume and has_checkpoints):
-            allowed = "a folder of its own for this run"
+            allowed = "another folder"
             if has_checkpoints:
-                allowed += ", or --resume to go on with the one there"
-            raise CommandError(f"--out {out}: holds {name} of a run; allowed: {allowed}")
+                allowed += ", or --resume to continue it"
+            raise CommandError(f"--out {out}: holds {name} of an earlier run; allowed: {allowed}")

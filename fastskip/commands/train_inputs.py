@@ -23,7 +23,7 @@ def policy_for(
     out: Path,
     seed: int,
 ) -> Any:
-    """What to train under; linear routers without weights get untrained ones."""
+    """The policy to train under; linear routers without a weight file get untrained weights."""
     if demo and policy is None:
         if not learns_routers:
             return resolve_policy(DEMO_POLICY, path, config)
@@ -55,7 +55,7 @@ def examples_of(
     held_out: Path | None,
     settings: "Settings",
 ) -> tuple[Sequence[Any], Sequence[Any] | None]:
-    """What to learn from, and what to measure on."""
+    """What to train on, and what to measure on."""
     from fastskip.study.training import JsonLines
 
     skip = settings.skip_broken
@@ -70,7 +70,7 @@ def examples_of(
 
 
 class _Scenes(Sequence[Any]):
-    """Questions about generated pictures, which are drawn when they are asked for."""
+    """Questions about generated images, which are drawn on access."""
 
     def __init__(self, count: int, split: Any, seed: int) -> None:
         from fastskip.demo.evaluation import held_out

@@ -1,4 +1,4 @@
-"""What `fastskip train` says at the end."""
+"""What `fastskip train` reports at the end."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | N
 
     console = Console(highlight=False)
     if comparison is not None:
-        table = Table("a batch, ms", "forward", "backward", "both", box=box.SIMPLE_HEAD)
+        table = Table("ms per batch", "forward", "backward", "both", box=box.SIMPLE_HEAD)
         for column in table.columns[1:]:
             column.justify = "right"
         for name, times in (("dense", comparison.dense), ("under the policy", comparison.policy)):
@@ -50,7 +50,7 @@ def show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | N
         f"{trained.rows_per_second:.0f} rows/s; loss {report['first_loss']:.4f} -> "
         f"{report['last_loss']:.4f}."
         if trained.step_seconds
-        else "No step was left to do."
+        else "No steps were left to do."
     )
     if "held_out_loss" in report:
         before, after = report["held_out_loss"].values()

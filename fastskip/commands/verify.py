@@ -33,19 +33,19 @@ def verify(
     image: ImageOption = None,
     policy: PolicyOption = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="New tokens to check.")
+        int, typer.Option(min=1, metavar="N", help="Tokens to generate and check.")
     ] = 16,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Check that a model under a policy computes what the policy means, on your own input.
+    """Check that a model under a policy computes what the policy says, on your own input.
 
-    The runtime is compared with Hugging Face's model whose sublayer outputs are masked, row by row
-    and token by token; rounding of the same size as Hugging Face's own is allowed. Takes the memory
+    Compares the runtime, row by row and token by token, with Hugging Face's model under masked
+    sublayer outputs; errors as large as Hugging Face's own rounding are allowed. Needs the memory
     of a few copies of the model. Exit code 0: it holds, 1: it does not, 2: it could not be checked,
-    as where the input has no rows that the policy is about. Without [cyan]-i[/] the demo's model
-    gets a scene of its own.
+    for example because the input has no rows that the policy affects. Without [cyan]-i[/], the
+    demo's model gets a generated scene.
 
     [bold]Example[/]
 
@@ -69,6 +69,6 @@ def verify(
     report = check(plain, chosen, inputs, max_new_tokens=max_new_tokens)
     typer.secho(str(report), fg=None if report.holds else "red")
     if is_drawn:
-        typer.echo("  image: a scene that the demo draws; -i FILE takes one of yours")
+        typer.echo("  image: a generated scene; pass your own with -i FILE")
     if not report.holds:
         raise typer.Exit(EXIT_FAILED)

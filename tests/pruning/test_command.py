@@ -103,7 +103,7 @@ def test_zeros_that_were_there_are_counted_once(checkpoint: Path, tmp_path: Path
     succeed("prune", "-m", checkpoint, "--ratio", 0.5, *by_size, "-o", tmp_path / "half")
     more = ("prune", "-m", tmp_path / "half", *by_size)
     result = succeed(*more, "--ratio", 0.25, "-o", tmp_path / "same")
-    assert "50.00% of these weights are zero now (50.00% were before)" in result.stdout
+    assert "50.00% of these weights are zero now (50.00% were zero before)" in result.stdout
     rows = [line.split() for line in result.stdout.splitlines()]
     shares = [row[-3:] for row in rows if row[:1] == ["2"]]
     assert shares == [["25.00%", "0.00%", "50.00%"]]  # asked, removed, zero now
@@ -127,37 +127,37 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--out: none; allowed: a folder, or --save-masks FILE"),
+        ((), "--out: missing; allowed: a folder, or --save-masks FILE"),
         (("-o", "{full}"), "allowed: a new or empty folder"),
-        (("-o", "{full}/file/x"), "allowed: a folder that can be made and written"),
+        (("-o", "{full}/file/x"), "allowed: a folder that can be created and written"),
         (("--save-masks", "{new}/no/m.safetensors"), "allowed: a file in an existing folder"),
         (("-o", "{new}", "--ratio", 2), "ratio: 2.0; allowed: a share in (0, 1)"),
         (("-o", "{new}"), "ratio: None; allowed: a share in (0, 1), such as 0.5, or a pattern"),
         (
             ("-o", "{new}", "--ratio", 0.001, "--method", "magnitude"),
-            "--ratio 0.001: too little to store it sparse; allowed: a share of about 0.064 or "
+            "--ratio 0.001: too few zeros for sparse storage; allowed: a share of about 0.064 or "
             "more, or --stored dense",
         ),
         (
             ("-o", "{new}", "--pattern", "15:16", "--method", "random"),
-            "--pattern 15:16: too little to store it sparse",
+            "--pattern 15:16: too few zeros for sparse storage",
         ),
-        (("-o", "{new}", "--masks", "{few}"), "--masks: too little to store it sparse"),
+        (("-o", "{new}", "--masks", "{few}"), "--masks: too few zeros for sparse storage"),
         (
             ("-o", "{new}", "--ratio", 0.0001, "--method", "magnitude", "--stored", "dense"),
             "ratio: 0.0001; allowed: more than 0.0003",
         ),
         (
             ("--save-masks", "{new}", "--ratio", 0.5, "--stored", "dense"),
-            "--stored dense: masks alone are written; allowed: with --out FOLDER",
+            "--stored dense: only masks are written; allowed: with --out FOLDER",
         ),
         (
             ("-o", "{new}", "--ratio", 0.5, "--method", "magnitude", "--samples", "{masks}"),
-            "not looked at by --method magnitude; allowed: with --method wanda",
+            "not used by --method magnitude; allowed: with --method wanda",
         ),
         (
             ("-o", "{new}", "--ratio", 0.5, "--combine", "union"),
-            "--combine union: no file of masks; allowed: with --masks",
+            "--combine union: no mask files; allowed: with --masks",
         ),
         (("-o", "{new}", "--ratio", 0.5, "--share", 0.5), "--share 0.5: allowed: with --combine"),
         (("-o", "{new}", "--pattern", "4:2"), "pattern: '4:2'; allowed: N:M"),
@@ -175,7 +175,7 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
         ),
         (
             ("-o", "{new}", "--masks", "{masks}", "--combine", "exclusion"),
-            "--combine exclusion: 1 file of masks; allowed: two --masks",
+            "--combine exclusion: 1 mask file; allowed: two --masks",
         ),
         (("-o", "{new}", "--masks", "{masks}"), "the mask has shape [32, 48]; allowed: [32, 64]"),
     ],

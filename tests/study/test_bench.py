@@ -306,8 +306,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     found = command("-m", checkpoint, "-p", "image_ffn", "--batch", 2, "-o", tmp_path, *image)
     assert found.exit_code == 0, (found.output, found.exception)
     assert "4 image and 64 text tokens" in found.stdout and "batch 2" in found.stdout
-    assert "image_ffn against dense: TTFT " in found.stdout
-    assert "dense: 6 of 6 greedy tokens are Hugging Face's" in found.stdout
+    assert "image_ffn vs dense: TTFT " in found.stdout
+    assert "dense: 6 of 6 greedy tokens match Hugging Face's" in found.stdout
     kept = BenchResult.from_dict(json.loads((tmp_path / "bench.json").read_text()))
     assert kept.of("image_ffn").speedup is not None and "command" in kept.circumstances
 
@@ -342,11 +342,11 @@ def test_no_contender_is_lost_in_a_narrow_terminal(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-q", "what?", "--text-tokens", "9"], "none beside --prompt"),
-        (["--no-hf", "--compiled"], "not beside --no-hf"),
+        (["-q", "what?", "--text-tokens", "9"], "only without --prompt"),
+        (["--no-hf", "--compiled"], "only without --no-hf"),
         (["--text-tokens", "2"], "text_tokens: 2"),
         (["-p", "nonsense"], "nonsense"),
-        (["-p", "image_ffn", "-p", "image_ffn"], "one is there twice"),
+        (["-p", "image_ffn", "-p", "image_ffn"], "one is given twice"),
         (["-i", "gone.png"], "gone.png"),
         (["-m", "no/such/model"], "no such folder"),
         (["--device", "cuda:77"], "cuda:77"),

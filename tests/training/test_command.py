@@ -107,17 +107,17 @@ def test_adapters_and_routers(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ([], "--data or --demo: neither is given"),
-        (["--data", "x", "--demo"], "--data or --demo: both are given"),
+        ([], "--data or --demo: neither given"),
+        (["--data", "x", "--demo"], "--data or --demo: both given"),
         (["--data", "no.jsonl"], r"no\.jsonl"),
-        (["--data", "x", "--merge"], "--merge: parts are projector"),
-        (["--data", "x", "--lora-rank", 64], "--lora-rank 64: parts are projector; allowed: with"),
-        (["--data", "x", "--lora-alpha", 3], "--lora-alpha 3.0: parts are projector"),
+        (["--data", "x", "--merge"], "--merge: --parts is projector"),
+        (["--data", "x", "--lora-rank", 64], "--lora-rank 64: --parts is projector; allowed: with"),
+        (["--data", "x", "--lora-alpha", 3], "--lora-alpha 3.0: --parts is projector"),
         (["--data", "x", "--steps", 1, "--epochs", 2], "epochs: 2.0; allowed: steps or epochs"),
-        (["--demo"], "allowed: none beside --demo"),
+        (["--demo"], "allowed: only without --demo"),
         (
             ["--data", "x", "--parts", "routers"],
-            "--compare-dense 1: routers that learn compute all that they may skip; allowed: 0",
+            "--compare-dense 1: training routers computes all that they may skip; allowed: 0",
         ),
         (["--data", "x", "--warmup", 2], "warmup: 2.0"),
         (["--data", "x", "--rate", 0.5], "rate: 0.5; allowed: none, unless parts is routers"),
@@ -132,7 +132,7 @@ def test_errors_are_one_line(folder: Path, tmp_path: Path, more: list[Any], mess
 def test_the_demo_has_pictures_of_its_own(tmp_path: Path) -> None:
     result = run("train", "--demo", "--images", tmp_path, "-o", tmp_path / "run")
     assert result.exit_code == 2 and not (tmp_path / "run").exists()
-    assert f"--images {tmp_path}: the demo draws its own pictures; allowed: with" in result.stderr
+    assert f"--images {tmp_path}: the demo draws its own images; allowed: with" in result.stderr
 
 
 def test_broken_rows_stop_a_run(folder: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_going_on(folder: Path, tmp_path: Path) -> None:
     assert again["steps"] == 2
     assert again["seconds_per_step"] is None and again["rows_per_second"] is None
     assert report.read_text() == first and strict(first)["seconds_per_step"] > 0
-    assert "No step was left to do" in succeed(*fresh, "--resume").stdout
+    assert "No steps were left to do" in succeed(*fresh, "--resume").stdout
     result = run(*fresh, "--resume", "-p", "every_nth_block")
     assert result.exit_code == 2 and '"2:-1:2"' in result.stderr  # and no emoji in its place
     assert re.search(r"policy.rules: \[.*\], in the checkpoints \[\{", result.stderr)
@@ -171,7 +171,7 @@ def test_going_on(folder: Path, tmp_path: Path) -> None:
     result = run(*fresh, *moved)
     assert result.exit_code == 2 and "data.fingerprint: " in result.stderr
     (tmp_path / "other.jsonl").write_text((folder / "good.jsonl").read_text())
-    assert "No step was left to do" in succeed(*fresh, *moved).stdout
+    assert "No steps were left to do" in succeed(*fresh, *moved).stdout
 
 
 def test_a_finished_run_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
@@ -181,7 +181,10 @@ def test_a_finished_run_is_not_overwritten(folder: Path, tmp_path: Path) -> None
     before = (tmp_path / "report.json").read_bytes()
     for more in ((), ("--resume",)):
         result = run(*options(folder, tmp_path, *data, *more))
-        assert result.exit_code == 2 and "holds model of a run; allowed: a folder" in result.stderr
+        assert (
+            result.exit_code == 2
+            and "holds model of an earlier run; allowed: another folder" in result.stderr
+        )
     assert (tmp_path / "report.json").read_bytes() == before
 
 

@@ -286,7 +286,7 @@ def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "holds none of them; allowed: a folder that holds eval.json" in refused(str(tmp_path))
     assert "allowed: a file that ends in .html" in refused(str(tmp_path), "--out", "r.pdf")
     told = refused(str(tmp_path), "--layers", "8", "--model", "x")
-    assert "--layers 8: --model says it already" in told
+    assert "--layers 8: --model already gives it" in told
 
     def missing() -> None:
         raise DrawingError("report: matplotlib is missing; install it with: pip install ...")
