@@ -1,8 +1,8 @@
-"""The demo: scenes of coloured shapes, how to train a small LLaVA on them, and one so trained."""
+"""The demo: scenes of coloured shapes, a recipe for a small LLaVA, and a trained checkpoint."""
 
 from pathlib import Path
 
 
 def checkpoint_path() -> Path:
-    """The folder of the bundled checkpoint, in the layout that the hub's LLaVA checkpoints have."""
+    """The folder of the bundled checkpoint, in the layout of the hub's LLaVA checkpoints."""
     return Path(__file__).parent / "checkpoint"

@@ -1,8 +1,8 @@
-"""Leaving sublayers out for the image's rows while training, so that skip policies cost little.
+"""Skipping sublayers for the image rows during training, so that skip policies cost little.
 
-A decoder that always had every sublayer for every row may rely on any of them. In the last stage,
-some image rows' sublayers are therefore left out at random; the decoder learns to put what it needs
-of the image into the early layers, which are never left out.
+A decoder trained with every sublayer for every row may rely on any of them. The last stage
+therefore skips some sublayers of the image rows at random; the decoder learns to extract what it
+needs from the image in the early layers, which are never skipped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 FIRST = 3
-"""Layers below this one are never left out."""
+"""Layers below this one are never skipped."""
 
 Cell = tuple[int, str]
 """A layer and the name of its sublayer, "self_attn" or "mlp"."""
 
 
 def draw_cells(rng: np.random.Generator, depth: int) -> list[Cell]:
-    """Nothing for half of the batches; else late layers altogether, or scattered sublayers."""
+    """Nothing for half of the batches; else all late blocks or FFNs, or scattered sublayers."""
     form = rng.random()
     if form < 0.5:
         return []
@@ -42,7 +42,7 @@ def draw_cells(rng: np.random.Generator, depth: int) -> list[Cell]:
 def dropped(
     model: LlavaForConditionalGeneration, cells: Sequence[Cell], image: slice
 ) -> Iterator[None]:
-    """Inside the block, the cells add nothing to the columns `image`; keys and values stay."""
+    """Inside the block, the cells add nothing to the columns `image`; K and V stay visible."""
 
     def silence(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> object:
         added = output[0] if isinstance(output, tuple) else output

@@ -1,7 +1,7 @@
 """Exact match of a model's greedy answers, by kind of question.
 
-The model is used through `generate` alone, so a dense model and one that skips computation are
-judged by the same yardstick. `python -m fastskip.demo.evaluation` judges a checkpoint as it is.
+The model is used only through `generate`, so dense models and those that skip computation are
+evaluated alike. `python -m fastskip.demo.evaluation` evaluates a checkpoint, dense, in float32.
 """
 
 import argparse
@@ -36,18 +36,18 @@ Item = tuple[Scene, Question]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many questions of each kind were asked and answered exactly right."""
+    """How many questions of each kind were asked, and how many answered exactly right."""
 
     asked: dict[QuestionKind, int]
     right: dict[QuestionKind, int]
 
     def of(self, *kinds: QuestionKind) -> float:
-        """Share that is right among these kinds."""
+        """Share of right answers over these kinds."""
         return sum(self.right[kind] for kind in kinds) / sum(self.asked[kind] for kind in kinds)
 
     @property
     def overall(self) -> float:
-        """Over all questions; captions are no questions and are left out."""
+        """Over all questions, without captions."""
         return self.of(*(kind for kind in self.asked if kind is not QuestionKind.CAPTION))
 
     def table(self) -> str:
@@ -66,7 +66,7 @@ def held_out(
     kinds: Sequence[QuestionKind] = tuple(QuestionKind),
     split: Split = Split.TEST,
 ) -> list[Item]:
-    """About `count` items: one question of each kind for as many scenes as that takes."""
+    """At most `count` items: one question of each kind per scene, for as many scenes as needed."""
     found: list[Item] = []
     for scene in scenes(split, count, seed):
         found.extend((scene, question) for question in questions(scene, seed, kinds))
@@ -76,7 +76,7 @@ def held_out(
 
 
 def held_out_details(count: int, seed: int = 0, split: Split = Split.TEST) -> list[Item]:
-    """So many questions about small figures, and about how many, in full scenes; kinds in turn."""
+    """`count` questions about small figures or about counts in full scenes, cycling over kinds."""
     rng = np.random.default_rng([seed, list(Split).index(split), MAX_FIGURES])
     found: list[Item] = []
     while len(found) < count:
@@ -91,11 +91,11 @@ def held_out_details(count: int, seed: int = 0, split: Split = Split.TEST) -> li
 def held_out_conversations(
     count: int, seed: int = 0, split: Split = Split.TEST
 ) -> list[tuple[Scene, tuple[Question, Question]]]:
-    """So many pairs of questions of different kinds, each on one scene; captions are left out."""
+    """`count` pairs of questions of different kinds, each pair on one scene; no captions."""
     kinds = [kind for kind in QuestionKind if kind is not QuestionKind.CAPTION]
     found = []
     for scene in scenes(split, count, seed):
-        first, second = converse(scene, seed, kinds)  # every scene can be counted and located
+        first, second = converse(scene, seed, kinds)  # every scene allows COUNT and LOCATION
         found.append((scene, (first, second)))
     return found
 
@@ -112,9 +112,9 @@ def prompt(processor: LlavaProcessor, text: str) -> str:
 def answers(
     model: Any, processor: LlavaProcessor, items: Sequence[Item], batch_size: int = 32
 ) -> list[str]:
-    """The greedy answer to each item, one question and one image a prompt."""
+    """The greedy answer to each item, one question and one image per prompt."""
     found: list[str] = []
-    # like lengths together: captions run on for five times as long as other answers
+    # batch similar lengths: captions are five times as long as other answers
     order = sorted(range(len(items)), key=lambda index: len(items[index][1].answer))
     for chunk in _chunks(order, batch_size):
         inputs = processor(
@@ -154,10 +154,10 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m fastskip.demo.evaluation",
         description="Exact match of greedy answers to held-out questions, in float32.",
     )
-    parser.add_argument("checkpoint", nargs="?", default=checkpoint_path(), help="a folder")
+    parser.add_argument("checkpoint", nargs="?", default=checkpoint_path(), help="its folder")
     parser.add_argument("--count", type=int, default=1000, help="questions (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
-    parser.add_argument("--batch", type=int, default=32, help="prompts at once (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="which questions (default: 0)")
+    parser.add_argument("--batch", type=int, default=32, help="prompts per batch (default: 32)")
     options = parser.parse_args(arguments)
     model = LlavaForConditionalGeneration.from_pretrained(options.checkpoint, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(options.checkpoint)

@@ -1,4 +1,4 @@
-"""Write a trained model as a Hugging Face folder in the layout that the hub's LLaVAs have."""
+"""Write a trained model as a Hugging Face folder, in the layout of the hub's LLaVAs."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ HUB_NAMES = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
-"""In-memory prefix -> prefix on the hub; transformers maps them back when it loads."""
+"""In-memory prefix -> prefix on the hub; transformers maps them back on loading."""
 
 
 def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -23,7 +23,7 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
         hub_name(name): value.detach().to(torch.bfloat16).contiguous()
         for name, value in model.state_dict().items()
     }
-    # not `save_file`, which lets nobody but the owner read the file
+    # not `save_file`, which makes the file readable only by its owner
     (folder / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
     model.config.architectures = [type(model).__name__]
     config = model.config.to_dict() | {"dtype": "bfloat16"}
@@ -35,6 +35,6 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, fold
 def hub_name(name: str) -> str:
     for ours, theirs in HUB_NAMES.items():
         if name.startswith(ours):
-            # some versions of transformers keep the tower's inner name, some do not
+            # only some versions of transformers keep the tower's inner name
             return theirs + name.removeprefix(ours).removeprefix("vision_model.")
     raise ValueError(f"no hub name for {name!r}")

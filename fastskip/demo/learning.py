@@ -1,4 +1,4 @@
-"""One training step of each kind, and what it is judged by: losses, accuracies, optimisers."""
+"""What training steps consist of: losses, accuracies, optimisers."""
 
 import math
 from collections import Counter
@@ -15,11 +15,12 @@ from fastskip.demo.scenes import COLOURS, GRID, IMAGE_SIZE, SHAPES, QuestionKind
 from fastskip.demo.text import PATCH
 
 ANSWERS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "row": GRID, "column": GRID}
-"""What the vision encoder must tell of each patch, and among how many (0 = the cell is empty)."""
+"""What the vision encoder must predict per patch, with the number of classes (colour and shape: 0
+means an empty cell)."""
 
 
 class PatchHeads(nn.ModuleDict):
-    """One linear reader for each of `ANSWERS`; only the first stage has them."""
+    """One linear head for each of `ANSWERS`; used only in the first stage."""
 
     def __init__(self, width: int) -> None:
         super().__init__({name: nn.Linear(width, count) for name, count in ANSWERS.items()})
@@ -52,7 +53,7 @@ def patch_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tens
 def patch_loss(
     model: LlavaForConditionalGeneration, heads: PatchHeads, pixels: Tensor, scenes: Sequence[Scene]
 ) -> tuple[Tensor, float]:
-    """The loss, and the share of the patches of which everything is told rightly."""
+    """The loss, and the share of patches with all predictions right."""
     features = patch_features(model, pixels)
     loss, right = features.new_zeros(()), torch.ones(features.shape[:2], dtype=torch.bool)
     for name, answers in patch_answers(scenes).items():
@@ -65,7 +66,7 @@ def patch_loss(
 def answer_loss(
     model: LlavaForConditionalGeneration, batch: Batch, train_vision: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss over the answers' tokens, and [answer tokens] whether each is the likeliest one."""
+    """The loss over answer tokens, and [answer tokens] whether each is the most likely one."""
     inner = model.model
     with torch.set_grad_enabled(train_vision and torch.is_grad_enabled()):
         features = patch_features(model, batch.pixels)
@@ -87,9 +88,9 @@ def answer_loss(
 
 @torch.no_grad()
 def exact_match(model: LlavaForConditionalGeneration, batch: Batch) -> dict[QuestionKind, float]:
-    """Share of the questions of which every answer token is the likeliest one.
+    """Share of the questions whose every answer token is the most likely one, by kind.
 
-    Given the tokens before it; if all are right, greedy decoding gives the same answer.
+    Each is judged given the true tokens before it; if all are right, so is greedy decoding.
     """
     _, right = answer_loss(model, batch, train_vision=False)
     rows = (batch.labels != IGNORED).nonzero()[:, 0].tolist()
@@ -109,10 +110,10 @@ def exact_match(model: LlavaForConditionalGeneration, batch: Batch) -> dict[Ques
 
 
 class Optimiser:
-    """Muon for the decoder's matrices, AdamW for all else; both under one learning rate.
+    """Muon for the decoder's matrices, AdamW for all else, both under one learning rate.
 
-    On this task Muon needs far fewer steps than AdamW alone. `share` scales the vision tower's
-    rate, whose weights were learned before.
+    On this task Muon needs far fewer steps than AdamW alone. `share` scales the rate of the vision
+    tower, which the last stage finds already trained.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Optimiser:
         self._rate = rate
 
     def step(self, factor: float) -> None:
-        """One update at `factor` times the peak rate; the gradients are cleared."""
+        """One update at `factor` times the peak rate; clears the gradients."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
@@ -158,7 +159,7 @@ class Optimiser:
 
 
 def rate_factor(step: int, steps: int, warmup: int, decay: float) -> float:
-    """Linear warm-up, a plateau, and a cosine over the last `decay` share of the steps."""
+    """Linear warm-up, a plateau, and a cosine to 2 % over the last `decay` share of the steps."""
     rising = min(1.0, (step + 1) / max(1, warmup))
     start = steps * (1 - decay)
     falling = max(0.0, (step - start) / max(1.0, steps - start))

@@ -25,11 +25,11 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured: so many rounds and chunks at most, as far as the seconds reach.
+    """How much is measured: at most so many rounds and chunks, as time allows.
 
-    `total_s` is for everything: the chunks get what is left when the speed is known. Each has
-    `questions` questions and `captions` captions. `new_tokens` are timed a run: the length of a
-    caption of five figures.
+    `total_s` covers everything: the chunks get what the speed measurement leaves. Each chunk has
+    `questions` questions and `captions` captions. A timed run generates `new_tokens`, the length of
+    a caption of five figures.
     """
 
     examples: int = 6
@@ -47,7 +47,7 @@ QUICK = Effort(examples=3, rounds=9, chunks=8, speed_s=8.0, total_s=28.0)
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The checkpoint twice, under Hugging Face's decoder and under ours, and its processor."""
+    """The checkpoint under Hugging Face's decoder and under ours, and its processor."""
 
     hf: Any
     ours: Any
@@ -77,7 +77,7 @@ class Bench:
 
     @contextmanager
     def endless(self) -> Iterator[None]:
-        """Inside the block no token ends an answer: all candidates make the same number."""
+        """Inside the block no token ends an answer, so all candidates generate the same number."""
         configs = [model.generation_config for model in (self.hf, self.ours)]
         ends = [config.eos_token_id for config in configs]
         try:
@@ -90,7 +90,7 @@ class Bench:
 
 
 def examples(bench: Bench, candidates: Sequence[Candidate], count: int) -> tuple[Example, ...]:
-    """Questions of different kinds about pictures of their own, answered by each candidate."""
+    """Questions of different kinds, each about its own picture, answered by each candidate."""
     kinds = [*QuestionKind][::-1]  # the long answers first
     items = []
     for number, scene in enumerate(scenes(Split.TEST, count, SEED)):
@@ -110,7 +110,7 @@ def speeds(
     effort: Effort,
     on_round: Tick,
 ) -> tuple[Workload, Runs]:
-    """Times of one caption, batch 1, and what rows that prompt has."""
+    """Times of generating one caption at batch 1, and the rows of its prompt."""
     scene = scenes(Split.TEST, 1, SEED)[0]
     text = prompt(bench.processor, CAPTION_PROMPT)
     inputs = bench.processor(images=[draw(scene)], text=[text], return_tensors="pt")
@@ -140,10 +140,10 @@ def qualities(
     budget_s: float,
     on_chunk: Tick,
 ) -> dict[str, tuple[Quality, list[str]]]:
-    """How each candidate does, and its answers; as many chunks of items as the time allows.
+    """Each candidate's quality and its answers, over as many chunks of items as time allows.
 
     All candidates answer a chunk before the next one begins, so they answer the same items. A
-    chunk runs on the number of threads that was last the faster one.
+    chunk runs on the number of threads that was faster last time.
     """
     asked = held_out(effort.chunks * effort.questions, SEED, QUESTIONS)
     described = held_out(effort.chunks * effort.captions, SEED + 1, (QuestionKind.CAPTION,))

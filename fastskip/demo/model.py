@@ -1,4 +1,4 @@
-"""The demo's models: LLaVAs that are small enough to ship with the package, in three sizes."""
+"""The demo's models: LLaVAs small enough to ship with the package, in three sizes."""
 
 import math
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ HEAD = 64
 
 
 class Size(Enum):
-    """What the package ships: one model that policies are tried on, and smaller ones beside it.
+    """What the package ships: one model to try policies on, and smaller ones to compare with.
 
-    All see through the same vision tower. The matrices of a medium decoder are 27 % of the large
-    one's, those of a small one 2.4 %.
+    All share one vision tower. The medium decoder's matrices have 27 % of the large one's weights,
+    the small one's 2.4 %.
     """
 
     LARGE = Decoder(layers=8, width=192, ffn=512, heads=4)
@@ -88,7 +88,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, size: Size = Size.LARGE) ->
 def build_model(
     tokenizer: PreTrainedTokenizerFast, seed: int, size: Size = Size.LARGE
 ) -> LlavaForConditionalGeneration:
-    """A model with fresh weights, drawn by `seed` alone."""
+    """A model with fresh weights, determined by `seed`."""
     model = LlavaForConditionalGeneration(build_config(tokenizer, size)).float()
     initialise_(model, torch.Generator().manual_seed(seed))
     model.generation_config = GenerationConfig(
@@ -101,10 +101,10 @@ def build_model(
 
 
 def initialise_(model: LlavaForConditionalGeneration, generator: torch.Generator) -> None:
-    """Draw every matrix at 1/sqrt(its inputs).
+    """Draw every matrix with standard deviation 1/sqrt(fan-in).
 
-    The usual 0.02 was made for widths of thousands: at a width of 192 attention is then almost
-    uniform and stays so for so long that nothing about the image is learned.
+    The usual 0.02 suits widths of thousands. At a width of 192 it makes attention almost uniform,
+    for so long that nothing about the image is learned.
     """
     depth = {
         "language_model": model.config.text_config.num_hidden_layers,
@@ -116,7 +116,7 @@ def initialise_(model: LlavaForConditionalGeneration, generator: torch.Generator
         elif isinstance(module, nn.Linear | nn.Conv2d):
             std = 1 / math.sqrt(module.weight[0].numel())
             if name.endswith(("o_proj", "down_proj", "out_proj", "fc2")):
-                # what enters the residual stream, once per sublayer
+                # writes to the residual stream, once per sublayer
                 std /= math.sqrt(2 * next(n for part, n in depth.items() if part in name))
             nn.init.normal_(module.weight, std=std, generator=generator)
             if module.bias is not None:

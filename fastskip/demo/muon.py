@@ -1,7 +1,7 @@
-"""Muon in float32: an update is the momentum of a matrix with its singular values made alike.
+"""Muon in float32: the update is a matrix's momentum with its singular values made equal.
 
-`torch.optim.Muon` multiplies in bfloat16, whatever the processor is fast at. This one is the same
-but for that, and takes matrices of one shape together.
+`torch.optim.Muon` always multiplies in bfloat16, even where the processor is slow at it. Otherwise
+this one is the same, and it batches matrices of equal shape.
 
 Source: K. Jordan and others, "Muon: an optimizer for hidden layers in neural networks", 2024,
 https://kellerjordan.github.io/posts/muon.
@@ -19,7 +19,7 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates of matrices `[out, in]`, scaled to the size that AdamW's have."""
+    """Updates of matrices `[out, in]`, scaled to the size of AdamW's."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                     matrix.add_(update, alpha=-scale)
 
     def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's: the gradient, moved on by the mean of those before."""
+        """Nesterov momentum: the gradient, interpolated towards its running mean."""
         assert matrix.grad is not None
         state = self.state[matrix]
         if "momentum" not in state:
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """`[n, out, in]` with singular values near 1 each, by Newton and Schulz' iteration."""
+    """`[n, out, in]` with all singular values near 1, by Newton-Schulz iteration."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

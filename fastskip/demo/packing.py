@@ -1,9 +1,9 @@
 """Scenes and questions as training batches.
 
-Many questions share the image of one sequence: the image is computed once, each question sees it
-and itself, and none sees another. Positions start anew behind the image for each question, so that
-training sees exactly what a prompt with one question looks like. A share of the sequences is packed
-as one conversation instead (plain causal), so that later turns are learned as well.
+Many questions share the image of one sequence: the image is computed once, and each question sees
+the image and itself, but no other question. Each question's positions start right after the image,
+so training sees exactly what a prompt with one question looks like. A share of the sequences is
+packed as one conversation instead (plain causal mask), so that later turns are learned too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ from fastskip.demo.scenes import Question, QuestionKind, Scene, ask, render
 from fastskip.demo.text import ASSISTANT, IMAGE_MEAN, IMAGE_STD, IMAGE_TOKENS, USER
 
 IMAGE_COLUMNS = slice(2, 2 + IMAGE_TOKENS)
-"""Where the image lies in every sequence: behind the bos token and "USER:"."""
+"""Columns of the image in every sequence: after the bos token and "USER:"."""
 IGNORED = -100
-"""The label of a token that is not learned."""
+"""The label of a token that adds no loss."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Batch:
     ids: Tensor
     """[B, T]"""
     labels: Tensor
-    """[B, T], already shifted: what follows the token; `IGNORED` but in answers."""
+    """[B, T], already shifted: the next token in answers, else `IGNORED`."""
     positions: Tensor
     """[B, T]"""
     visible: Tensor
     """[B, 1, T, T]: whether the query (row) sees the key (column)."""
     questions: Tensor
-    """[B, T]: number of the question that the token belongs to; 0 for the image, -1 for pads."""
+    """[B, T]: number of the token's question; 0 for the image, -1 for padding."""
     kinds: tuple[tuple[QuestionKind, ...], ...]
     """Of each sequence, the kinds of its questions 1, 2, ..."""
 
@@ -47,13 +47,13 @@ class Mixture:
 
     weights: Mapping[QuestionKind, float]
     length: int = 256
-    """Tokens of a sequence, the image's included."""
+    """Tokens per sequence, image included."""
     conversations: float = 0.15
     """Share of the sequences that are one conversation."""
 
 
 class Packer:
-    """Turns scenes into batches; holds the tokenizer and the tokens of the texts seen so far."""
+    """Turns scenes into batches; caches the tokens of texts seen so far."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, mixture: Mixture) -> None:
         self.mixture = mixture
@@ -75,7 +75,7 @@ class Packer:
             kinds.append(
                 self._fill(scene, rng, talk, ids[row], labels[row], positions[row], numbers[row])
             )
-        # in a conversation all belongs to the common part
+        # in a conversation, every token belongs to the shared group 0
         groups = np.where(talks[:, None], np.minimum(numbers, 0), numbers)
         return Batch(
             normalise(torch.from_numpy(render(scenes))),
@@ -97,7 +97,7 @@ class Packer:
         positions: np.ndarray,
         numbers: np.ndarray,
     ) -> tuple[QuestionKind, ...]:
-        """Write one sequence; returns the kinds of its questions."""
+        """Write one sequence and return the kinds of its questions."""
         start = self._tokens(USER) + self._tokens("<image>") * IMAGE_TOKENS
         end = 1 + len(start)
         ids[0], ids[1:end] = self._tokenizer.bos_token_id, start
@@ -141,7 +141,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def visibility(groups: Tensor) -> Tensor:
-    """[B, T] -> [B, 1, T, T]: earlier tokens of group 0 and of one's own group; pads see pads."""
+    """[B, T] -> [B, 1, T, T]: a token sees group 0 and its own, causally; pads see only pads."""
     queries, keys = groups[:, :, None], groups[:, None, :]
     causal = torch.ones(groups.shape[1], groups.shape[1], dtype=torch.bool).tril()
     return (causal & ((keys == queries) | ((keys == 0) & (queries >= 0))))[:, None]

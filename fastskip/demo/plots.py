@@ -1,4 +1,4 @@
-"""The demo's plots: what each policy leaves out, accuracy against speed, pictures with answers."""
+"""The demo's plots: what each policy skips, accuracy against speed, pictures with answers."""
 
 import math
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ CELLS = (
     ("K and V only", "#d9d9d9"),
     ("nothing", "#ffffff"),
 )
-"""What rows of a class do in a layer, darker for more; FFN only may store K and V too."""
+"""What rows of a class compute in a layer, darker for more; "FFN only" may store K and V too."""
 
 
 class PlotsError(ImportError):
-    """Plots were asked for and cannot be made."""
+    """Plots were requested but cannot be drawn."""
 
 
 def require() -> None:
-    """Raise `PlotsError` without matplotlib: better before the measurements than after."""
+    """Raise `PlotsError` if matplotlib is missing; called before the measurements."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -39,7 +39,7 @@ def require() -> None:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """Write all plots; returns their paths."""
+    """Write all plots and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "policies": policies(report.rows),
@@ -79,7 +79,7 @@ def policies(rows: Sequence[Row]) -> Any:
         axis.tick_params(length=0)
         for layer in plan.layers:
             _mark(axis, layer, len(plan.classes))
-    axes[-1, 0].set_xlabel("layer", fontsize=9)  # the only one that is surely there
+    axes[-1, 0].set_xlabel("layer", fontsize=9)  # the only axis that always exists
     used = {
         _code(cell) for row in rows for layer in row.plan.layers for cell in layer.cells.values()
     }
@@ -109,7 +109,7 @@ def _code(cell: Cell) -> int:
 
 
 def _mark(axis: Any, layer: LayerPlan, height: int) -> None:
-    """Parallel sublayers and pairs are no matter of token classes: marks over the whole layer."""
+    """Mark parallel sublayers and pairs across all token classes, which share them."""
     from matplotlib.patches import Rectangle
 
     if layer.arrangement is Arrangement.PARALLEL:
@@ -123,7 +123,7 @@ def _mark(axis: Any, layer: LayerPlan, height: int) -> None:
 
 
 def accuracy_against_speed(report: Report) -> Any:
-    """A point for each candidate: right answers against times as fast as Hugging Face."""
+    """A point per candidate: right answers against speed relative to Hugging Face."""
     figure, axes = _subplots(2, 1, (10, 10.5))
     for axis, phase in zip(axes.flat, PHASES, strict=True):
         _scatter(axis, report.rows, phase)
@@ -135,7 +135,7 @@ def accuracy_against_speed(report: Report) -> Any:
         fontsize=11,
     )
     figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975), h_pad=0.12)
-    figure.draw_without_rendering()  # settles where points are, which labels must know
+    figure.draw_without_rendering()  # fixes the positions of points, which the labels need
     for axis, phase in zip(axes.flat, PHASES, strict=True):
         _label(axis, report.rows, phase)
     return figure
@@ -162,7 +162,7 @@ def _scatter(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
 
 
 def _label(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
-    """Each name at the nearest place around its point where it covers nothing else."""
+    """Put each name at the nearest place around its point where it covers nothing."""
     from matplotlib.transforms import Bbox
 
     points = [axis.transData.transform(_point(row, phase)) for row in rows]
@@ -195,7 +195,7 @@ OFFSETS = sorted(
     ((x, y) for x in range(-280, 281, 10) for y in range(-140, 141, 7) if abs(y) >= 12),
     key=lambda offset: math.hypot(offset[0], 2.5 * offset[1]),
 )
-"""Where a name may stand beside its point, the nearest first."""
+"""Where a name may stand relative to its point, nearest first."""
 
 
 def _point(row: Row, phase: Phase) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def _point(row: Row, phase: Phase) -> tuple[float, float]:
 
 
 def _colours(count: int) -> list[Any]:
-    """Black for Hugging Face, then dark ones that can be told apart."""
+    """Black for Hugging Face, then dark colours that are easy to distinguish."""
     from matplotlib import colormaps
 
     dark = [colormaps["tab20"](2 * number) for number in range(10)]
@@ -242,7 +242,7 @@ def pictures(examples: Sequence[Example]) -> Any:
 
 
 def _subplots(lines: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
-    """Figure and axes, apart from pyplot: nothing is kept that would have to be closed."""
+    """Figure and axes without pyplot, which would keep the figure until it is closed."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")

@@ -1,4 +1,4 @@
-"""What the demo compares: ways to run a small model, gentle ones and harsh ones."""
+"""What the demo compares: mild and harsh ways to run a small model."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,9 @@ from fastskip.policy import SkipPolicy
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to run the model; without a policy it is Hugging Face's own.
+    """A way to run the model; without a policy, it is Hugging Face's own.
 
-    `is_quick`: compared by `--quick` too. `is_shown`: its answers are printed under the pictures.
+    `is_quick`: `--quick` includes it. `is_shown`: its answers are printed under the pictures.
     """
 
     label: str
@@ -19,7 +19,7 @@ class Candidate:
 
     @property
     def is_arrangement(self) -> bool:
-        """Whether it saves launches rather than work: then no floor says what it can gain."""
+        """Whether it saves launches rather than work, so that floors cannot say what it gains."""
         return self.policy is not None and bool(self.policy.arrangements)
 
 
@@ -28,7 +28,7 @@ DENSE = Candidate("dense", SkipPolicy.preset("dense"), is_quick=True, is_shown=T
 
 
 def candidates(depth: int, quick: bool = False) -> tuple[Candidate, ...]:
-    """Hugging Face, dense, and policies for a model of `depth` layers, kin together."""
+    """Hugging Face, dense, and policies for a model of `depth` layers, similar ones together."""
     late, half, paired = 3 * depth // 8, depth // 2, depth // 2 * 2 - 2
 
     def preset(label: str, name: str, /, **options: object) -> Candidate:

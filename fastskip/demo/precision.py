@@ -1,7 +1,7 @@
-"""In which number format training multiplies: bfloat16 where the processor is fast at it.
+"""The number format that training multiplies in: bfloat16 where the processor is fast at it.
 
-Processors without instructions for bfloat16 widen every number first and take several times as
-long as in float32.
+Processors without bfloat16 instructions widen every number first and take several times as long as
+in float32.
 """
 
 import time
@@ -19,7 +19,7 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
     def is_bfloat16(self) -> bool:
-        """Whether products are to be taken in bfloat16 on this machine."""
+        """Whether to multiply in bfloat16 on this machine."""
         return _is_bfloat16_faster() if self is Precision.AUTO else self is Precision.BFLOAT16
 
 
@@ -29,7 +29,7 @@ def _is_bfloat16_faster() -> bool:
 
 
 def _seconds(dtype: torch.dtype, size: int = 384, rounds: int = 5) -> float:
-    """The shortest of some products of two square matrices."""
+    """The shortest time of several products of two square matrices."""
     a = torch.ones(size, size, dtype=dtype)
     taken = []
     for _ in range(rounds):

@@ -1,8 +1,8 @@
-"""The staged recipe: vision encoder, then projector and language model, then all together.
+"""The staged recipe: vision encoder, then projector and language model, then everything.
 
-A run is a folder. `state.pt` in it holds everything that the next step depends on, and the data of
-a step depend on the seed, the stage, the number of the step and of the process only; so a run that
-was cut off goes on as if it had not been.
+A run is a folder. Its `state.pt` holds everything that the next step depends on, and a step's data
+depend only on seed, stage, step and process rank. An interrupted run therefore resumes as if it had
+never stopped.
 """
 
 import time
@@ -39,7 +39,7 @@ MIXTURE: Mapping[QuestionKind, float] = {
     QuestionKind.SHAPE: 1.5,
     QuestionKind.COUNT: 1.5,
     QuestionKind.EXISTENCE: 1.5,
-    # two figures to find and compare: learned last, and only once places can be told
+    # two figures to find and compare: learned last, once locations are known
     QuestionKind.RELATION: 4.0,
     QuestionKind.LOCATION: 1.5,
     QuestionKind.CAPTION: 0.7,
@@ -47,19 +47,19 @@ MIXTURE: Mapping[QuestionKind, float] = {
 
 
 class Lesson(StrEnum):
-    """What a stage learns."""
+    """What a stage trains."""
 
     VISION = "vision"
-    """the vision tower alone, what each patch shows"""
+    """the vision tower alone, to tell what each patch shows"""
     LANGUAGE = "language"
-    """projector and language model; the tower stays as it is"""
+    """projector and language model; the tower is frozen"""
     ALL = "all"
-    """everything, with some sublayers left out for the image's rows"""
+    """everything, with some sublayers skipped for the image rows"""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is learned, for how long and how fast."""
+    """What is trained, for how long and at what learning rate."""
 
     lesson: Lesson
     steps: int
@@ -67,7 +67,7 @@ class Stage:
     rate: float
     warmup: int
     decay: float
-    """Share of the steps over which the rate falls to nothing, at the end."""
+    """Share of the steps, at the end, over which the rate decays to 2 %."""
 
 
 STAGES = (
@@ -77,10 +77,10 @@ STAGES = (
 )
 SMALLER_STAGES = (
     STAGES[1],
-    # as many more steps as the large model gets; the shared tower must stay as it is
+    # as many more steps as the large model gets; the shared tower stays frozen
     Stage(Lesson.LANGUAGE, steps=130, batch=32, rate=2e-3, warmup=10, decay=1.0),
 )
-"""For a model that sees through the bundled tower."""
+"""For a model that uses the bundled vision tower."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Run:
     seed: int = 0
     size: Size = Size.LARGE
     has_bundled_tower: bool = False
-    """See through the bundled checkpoint's vision tower, not one with fresh weights."""
+    """Use the bundled checkpoint's vision tower, not one with fresh weights."""
     precision: Precision = Precision.FLOAT32
     stages: tuple[Stage, ...] = STAGES
     minutes: float | None = None
@@ -106,7 +106,7 @@ class Run:
 
 
 class Trainer:
-    """The model of one run, and how far it has come."""
+    """The model of one run, and its progress."""
 
     def __init__(
         self, run: Run, tokenizer: PreTrainedTokenizerFast, team: Team | None = None
@@ -123,7 +123,7 @@ class Trainer:
         self._optimiser: Optimiser | None = None
 
     def train(self) -> bool:
-        """Run the stages that are left; False if the time was up before the last was done."""
+        """Run the remaining stages; False if time ran out before the last one finished."""
         self._load()
         while self.stage < len(self.run.stages):
             if not self._train_stage(self.run.stages[self.stage]):
@@ -162,7 +162,7 @@ class Trainer:
         return True
 
     def _loss(self, stage: Stage, step: int) -> tuple[Tensor, float]:
-        """The loss of one fresh batch, and the share of what is told rightly."""
+        """The loss and the accuracy of one fresh batch."""
         rng = np.random.default_rng([self.run.seed, self.stage, step, self.team.rank])
         share = max(1, stage.batch // self.team.size)
         batch = scenes(Split.TRAIN, share, int(rng.integers(2**31)))
@@ -177,7 +177,7 @@ class Trainer:
         return loss, right.float().mean().item()
 
     def _report(self) -> str:
-        """Exact match by kind, on scenes of the validation split."""
+        """Exact match by kind, on the validation split."""
         rng = np.random.default_rng(1)
         self.model.eval()
         found = exact_match(self.model, self.packer.pack(scenes(Split.VALIDATION, 64, 1), rng))
@@ -190,7 +190,7 @@ class Trainer:
         return Optimiser(named, stage.rate, share=1.0 if stage.lesson is Lesson.VISION else 0.2)
 
     def _save(self) -> None:
-        """Replace `state.pt` in one go: a run that is cut off while saving keeps the old one."""
+        """Replace `state.pt` atomically: a run interrupted while saving keeps the old one."""
         if not self.team.is_first:
             return
         state = {
@@ -222,12 +222,12 @@ class Trainer:
 def _learned(
     stage: Stage, model: LlavaForConditionalGeneration, heads: PatchHeads
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that a stage changes."""
+    """The parameters that a stage trains."""
     if stage.lesson is Lesson.VISION:
         yield from heads.named_parameters("heads")
     for name, parameter in model.named_parameters():
         is_vision = "vision_tower" in name
         is_learned = stage.lesson is Lesson.ALL or (stage.lesson is Lesson.VISION) == is_vision
-        # the tower's last norm feeds the pooled output only, which LLaVA does not read
+        # the tower's last norm feeds only the pooled output, which LLaVA does not read
         if is_learned and "post_layernorm" not in name:
             yield name, parameter

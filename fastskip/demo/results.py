@@ -1,4 +1,4 @@
-"""What the demo found out, as data: for the tables, the plots and the JSON file."""
+"""The demo's results as data: for the tables, the plots and the JSON file."""
 
 import platform
 from dataclasses import asdict, dataclass
@@ -34,7 +34,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the share, after Wilson."""
+        """The 95 % Wilson interval of the share."""
         found = wilson(self.right, self.asked)
         return found.low, found.high
 
@@ -44,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Answers to questions, and captions."""
+    """Scores of questions and of captions."""
 
     questions: Score = Score()
     captions: Score = Score()
@@ -55,7 +55,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """One phase of one candidate; `ideal` is None where the floors do not say what it can gain."""
+    """One phase of one candidate; `ideal` is None where floors cannot say what it gains."""
 
     timing: Timing
     vs_hf: float
@@ -82,7 +82,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All about one candidate. Hugging Face's plan is the dense one."""
+    """All results of one candidate. Hugging Face's plan is the dense one."""
 
     candidate: Candidate
     plan: SkipPlan
@@ -104,7 +104,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is timed: one prompt, batch 1, `text_before` of its text rows before the image's."""
+    """What is timed: one prompt, batch 1, with `text_before` text rows before the image."""
 
     n_image: int
     n_text: int
@@ -131,7 +131,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that one run of the demo found out."""
+    """All results of one run of the demo."""
 
     model: dict[str, Any]
     environment: dict[str, Any]
@@ -142,7 +142,7 @@ class Report:
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `agreement` counts prompts where dense answers as Hugging Face."""
+        """Plain data for JSON; `agreement` counts prompts that dense answers like Hugging Face."""
         return {
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
@@ -172,7 +172,7 @@ def speed(
     workload: Workload,
     ceilings: dict[int, Ceilings],
 ) -> Speed:
-    """What was measured, beside the floors on as many threads."""
+    """The measured time and gains, with floors at the same number of threads."""
     timing = best(runs, candidate.label, phase)
     hf, dense = (best(runs, each.label, phase).seconds for each in (HF, DENSE))
 
@@ -197,7 +197,7 @@ def _cost(plan: SkipPlan, phase: Phase, load: Workload) -> Cost:
 
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:
-    """Where this runs, and on top of what."""
+    """The machine and the versions that this runs on."""
     processor, *_ = machine.machine_key(dtype, torch.device("cpu")).split(", ")
     return {
         "processor": processor,

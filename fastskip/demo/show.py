@@ -30,7 +30,7 @@ DTYPE = torch.float32
 
 
 def run(plots: Path | None = None, quick: bool = False, json: Path | None = None) -> Report:
-    """Show it all, and write the plots into a folder and the numbers into a file if wanted."""
+    """Run the demo, print its results and, if paths are given, write plots and numbers."""
     if plots is not None:
         from fastskip.demo.plots import require
 
@@ -46,7 +46,7 @@ def run(plots: Path | None = None, quick: bool = False, json: Path | None = None
     console.print(terminal.notes(report))
     if busy > 0.5 * (os.cpu_count() or 1):
         console.print(
-            f"This machine was busy before (load {busy:.1f}): the times are noisy, run it again.",
+            f"The machine was busy before the demo (load {busy:.1f}): times are noisy, rerun it.",
             style="yellow",
         )
     if json is not None:
@@ -74,8 +74,8 @@ def _measure(console: Console, effort: Effort, quick: bool) -> Report:
         "parameters": size,
     }
     console.print(
-        f"[bold]fastskip demo[/]: a LLaVA of {bench.depth} decoder layers, {size / 1e6:.1f} M "
-        "weights, on pictures that it was not trained on\n",
+        f"[bold]fastskip demo[/]: a LLaVA with {bench.depth} decoder layers and {size / 1e6:.1f} M "
+        "weights, on held-out pictures\n",
         soft_wrap=True,
     )
     with threads_set(1):  # a handful of prompts: threads would only wait for each other
@@ -114,13 +114,13 @@ def _measure(console: Console, effort: Effort, quick: bool) -> Report:
 
 
 def _load() -> float:
-    """Processes that wanted a core in the last minute, on average; 0 where that is not known."""
+    """Load average of the last minute; 0 where it is unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Tick]:
-    """A progress bar beside the output, which may go into a pipe; call what it gives to move it."""
+    """A progress bar on stderr, as stdout may go into a pipe; yields the call that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total)

@@ -1,6 +1,6 @@
-"""Smaller models beside the bundled checkpoint, to compare a skipped large one with.
+"""Smaller models to compare with the bundled checkpoint under a policy.
 
-Only their projectors and language models are stored: all see through the checkpoint's tower.
+Only their projectors and language models are stored: all share the checkpoint's vision tower.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ TOWER = "model.vision_tower."
 
 
 def weights_path(size: Size) -> Path:
-    """Where the weights of a bundled size are; the large one's hold the tower too."""
+    """The weight file of a bundled size; the large one's includes the tower."""
     if size is Size.LARGE:
         return checkpoint_path() / "model.safetensors"
     return Path(__file__).parent / "smaller" / f"{size.label}.safetensors"
@@ -41,13 +41,13 @@ def write_checkpoint(size: Size, folder: Path) -> None:
 
 
 def take_tower_(model: LlavaForConditionalGeneration) -> None:
-    """Replace a model's vision tower by that of the bundled checkpoint."""
+    """Load the bundled checkpoint's vision tower into a model."""
     names = [name for name in model.state_dict() if _is_tower(name)]
     _take_(model, weights_path(Size.LARGE), names)
 
 
 def save_without_tower(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a state dict in bfloat16, by the hub's names, without the tower."""
+    """Write a state dict in bfloat16, under hub names, without the tower."""
     kept = {
         hub_name(name): value.detach().to(torch.bfloat16).contiguous()
         for name, value in weights.items()

@@ -1,7 +1,7 @@
-"""Several processes that train one model: each takes its share of a batch, gradients are averaged.
+"""Data-parallel training on a CPU: each process takes its share of a batch, gradients are averaged.
 
-One thread a process, and one meeting a step: on a CPU with few cores, and all the more where other
-programs run as well, that is far faster than one process whose threads meet at every operation.
+One thread per process and one synchronisation per step: on a CPU with few cores, and all the more
+on a busy one, that is far faster than one process whose threads synchronise at every operation.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
 CAPACITY = 8_000_000
-"""Most parameters that a model may have."""
+"""Maximum number of trained parameters."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """One process' view of all of them; alone by default."""
+    """One process's view of the team; by default it is alone."""
 
     rank: int = 0
     size: int = 1
     gradients: Tensor | None = None
     """[size, CAPACITY] in shared memory."""
     flag: Tensor | None = None
-    """[1] in shared memory: what process 0 last decided."""
+    """[1] in shared memory: the last decision of process 0."""
     barrier: Barrier | None = None
 
     @property
@@ -48,7 +48,7 @@ class Team:
             parameter.grad = part.view_as(parameter)
 
     def agree(self, decision: bool) -> bool:
-        """What process 0 decided; the others' own `decision` does not matter."""
+        """The decision of process 0; that of the others is ignored."""
         if self.flag is None or self.barrier is None:
             return decision
         if self.is_first:

@@ -14,13 +14,13 @@ from fastskip.demo.results import Example, Report, Score, Speed
 from fastskip.demo.scenes import GRID, Scene, draw
 
 SIDE = 24
-"""Columns of a picture; a character is two pixels high."""
+"""Characters per line of a picture; each is two pixels high."""
 GAP = 3
 MARKS = {"circle": "●", "square": "■", "triangle": "▲", "cross": "✚"}
 
 
 def picture(scene: Scene) -> Text:
-    """The scene in upper half blocks: the foreground is one pixel, the background the next."""
+    """The scene in upper half blocks: the foreground is one pixel, the background that below."""
     small = draw(scene).resize((SIDE, SIDE), Image.Resampling.BOX)
     pixels = np.asarray(small).reshape(SIDE // 2, 2, SIDE, 3).tolist()
     text = Text(no_wrap=True)
@@ -32,7 +32,7 @@ def picture(scene: Scene) -> Text:
 
 
 def sketch(scene: Scene) -> Text:
-    """The scene without colours: a mark for each figure, with the first letters of its colour."""
+    """The scene for terminals without colours: figures as marks, colours as their first letters."""
     cells = [["  ·   "] * GRID for _ in range(GRID)]
     for figure in scene.figures:
         cells[figure.row][figure.column] = f"{figure.colour[:3]} {MARKS[figure.shape]} "[:6]
@@ -64,8 +64,8 @@ def _card(example: Example, coloured: bool) -> Group:
 
 
 def summary(report: Report) -> Table:
-    """What each candidate keeps, and how many times as fast as Hugging Face it is."""
-    table = _table("Right answers (95 % interval) and speed")
+    """Each candidate's accuracy, and its speed relative to Hugging Face."""
+    table = _table("Accuracy (95 % interval) and speed")
     for name in ("  questions, %", "  captions, %", "prefill\nvs HF", "decode\nvs HF"):
         table.add_column(name, justify="right")
     for row in report.rows:
@@ -81,8 +81,8 @@ def summary(report: Report) -> Table:
 
 
 def closeness(report: Report) -> Table:
-    """How near each policy comes to what it could gain over our own dense model."""
-    table = _table("Gain over our own dense model, and the ideal")
+    """How close each policy comes to its ideal gain over our own dense model."""
+    table = _table("Gain over fastskip's dense model, and ideal gain")
     for phase in ("prefill", "decode"):
         for name in (f"{phase}\nms", "vs\ndense", "ideal", "share"):
             table.add_column(name, justify="right")
@@ -97,24 +97,24 @@ def notes(report: Report) -> Text:
     asked, same = report.rows[0].quality, report.agreement
     rounds = len(report.rows[0].prefill.timing.samples)
     lines = (
-        f"Answers: {asked.questions.asked} questions and {asked.captions.asked} captions about "
-        "scenes that were not trained on, greedy, exact match. Dense gives Hugging Face's answer "
+        f"Accuracy: exact match of greedy answers to {asked.questions.asked} questions and "
+        f"{asked.captions.asked} captions about held-out scenes. Dense gives Hugging Face's answer "
         f"to {same.right} of {same.asked}.",
         f"Speed: batch 1, {load.n_image} image and {load.n_text} text rows, {load.n_new} new "
-        f"tokens; medians of {rounds} rounds, everyone in turn, on {_threads(report)}. "
+        f"tokens; medians of {rounds} interleaved rounds on {_threads(report)}. "
         "Prefill: decoder and lm_head over the prompt, without the vision tower; decode: one "
         "token. HF: Hugging Face's default.",
-        "Ideal: the gain in floor time, where each operation takes the bytes or FLOPs that the "
-        "plan says at this machine's measured ceilings. At this model's size much of the time is "
-        "not work but launches, so that shares stay below what a large model reaches. "
-        "Parallel blocks and pairs save launches, for which there is no floor: no ideal.",
+        "Ideal: the gain in floor time, which is what the plan's bytes or FLOPs take at this "
+        "machine's measured ceilings. In a model this small, launches rather than work take much "
+        "of the time, so shares of the ideal stay below a large model's. Parallel blocks and pairs "
+        "save launches, which floors do not count, and have no ideal.",
         report.footer,
     )
     return Text("\n".join(lines), style="dim")
 
 
 def _threads(report: Report) -> str:
-    """Numbers of threads that are hopeless on a busy machine were left out."""
+    """Thread counts that are hopeless on a busy machine have been left out."""
     one, *others = report.ceilings
     if others:
         return f"the better of {one} and {others[0]} threads"
@@ -122,7 +122,7 @@ def _threads(report: Report) -> str:
 
 
 def _table(title: str) -> Table:
-    """Narrow enough for 80 columns; names are never broken."""
+    """Narrow enough for 80 columns; names never wrap."""
     table = Table(box=box.SIMPLE_HEAD, title=title, padding=0)
     table.add_column("", no_wrap=True)
     return table

@@ -1,4 +1,4 @@
-"""The words of the demo: a word-level tokenizer, the chat template, the processor.
+"""The demo's text: a word-level tokenizer, the chat template, the processor.
 
 The prompt is that of LLaVA-1.5: "USER: <image>\\nis there a circle? ASSISTANT: yes</s>".
 """
@@ -31,7 +31,7 @@ WORDS = (
     *("image", "?", "."),
 )
 
-# without the bos token: the tokenizer puts it first
+# without the bos token, which the tokenizer adds
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}"
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; case does not matter, "color" is "colour", other words are `<unk>`."""
+    """One token per word; case does not matter, "color" is "colour", other words are `<unk>`."""
     words = dict.fromkeys((*SPECIAL, USER, ASSISTANT, *WORDS))
     tokenizer = Tokenizer(
         WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
@@ -58,7 +58,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
-    # the speakers are found before the normaliser, which would lower their case
+    # matched before the normaliser, which would lowercase the speakers
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in (USER, ASSISTANT)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -74,7 +74,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """Tokenizer and image processor; the latter is the one that needs no torchvision."""
+    """Tokenizer and image processor, the variant that needs no torchvision."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(

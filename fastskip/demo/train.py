@@ -14,25 +14,25 @@ from fastskip.demo.text import build_processor
 
 DESCRIPTION = """\
 Train the demo's LLaVA on generated scenes of coloured shapes, in three stages:
-  vision    the vision encoder tells colour, shape, row and column of each patch
-  language  projector and language model learn to answer, the encoder stays as it is
+  vision    the vision encoder predicts colour, shape, row and column of each patch
+  language  projector and language model learn to answer; the encoder is frozen
   all       everything together, at a lower rate
-Smaller language models take the bundled vision tower as it is, and the language stage twice, the
+Smaller language models use the bundled vision tower, frozen, and run the language stage twice, the
 second time at a lower rate and for as many steps as "all" has.
-Fresh scenes are drawn at every step; the seed decides them all.
+Every step draws fresh scenes, determined by the seed.
 """
 EPILOG = """\
 examples:
   python -m fastskip.demo.train --out runs/shapes                 the bundled checkpoint
-  python -m fastskip.demo.train --out runs/shapes --minutes 20    as far as 20 minutes reach;
-                                                                  the same command again goes on
+  python -m fastskip.demo.train --out runs/shapes --minutes 20    stop after 20 minutes;
+                                                                  run it again to resume
   python -m fastskip.demo.train --out runs/medium --size medium   a smaller language model
-  python -m fastskip.demo.train --out runs/smoke --steps 3        try the machinery out
+  python -m fastskip.demo.train --out runs/smoke --steps 3        a quick trial
 
-OUT/state.pt is written every 100 steps and after each stage, and is what a run goes on from.
-OUT/checkpoint is an ordinary Hugging Face folder, written when the last stage is done
-(or when the minutes are up: what has been learned so far). Of a smaller model there is also
-OUT/SIZE.safetensors, which is what the package bundles: projector and language model alone.
+OUT/state.pt is written every 100 steps and after each stage; a run resumes from it.
+OUT/checkpoint is an ordinary Hugging Face folder, written when the last stage is done or the
+minutes are up. For a smaller model, OUT/SIZE.safetensors holds projector and language model alone,
+as bundled with the package.
 """
 
 
@@ -55,13 +55,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=[precision.value for precision in Precision],
         default=Precision.AUTO.value,
-        help="of products (default: auto, bfloat16 where this processor is fast at it)",
+        help="of multiplies (default: auto, bfloat16 where this processor is fast at it)",
     )
-    parser.add_argument("--steps", type=int, help="at most so many steps in each stage")
-    parser.add_argument("--minutes", type=float, help="stop after so long; run again to go on")
-    parser.add_argument("--batch", type=int, help="scenes a step, in every stage")
+    parser.add_argument("--steps", type=int, help="at most this many steps in each stage")
+    parser.add_argument("--minutes", type=float, help="stop after this long; run again to resume")
+    parser.add_argument("--batch", type=int, help="scenes per step, in every stage")
     parser.add_argument(
-        "--processes", type=int, default=2, help="one a CPU core; shares each batch (default: 2)"
+        "--processes",
+        type=int,
+        default=2,
+        help="one per CPU core; they share each batch (default: 2)",
     )
     return parser.parse_args(arguments)
 
@@ -99,7 +102,7 @@ def train(team: Team, run: Run) -> None:
         if run.has_bundled_tower:
             path = run.folder / f"{run.size.label}.safetensors"
             save_without_tower(trainer.model.state_dict(), path)
-        outcome = "done" if is_done else "time is up, run again to go on"
+        outcome = "done" if is_done else "time is up, run again to resume"
         print(f"{outcome}: {run.folder / 'checkpoint'}")
 
 

@@ -92,8 +92,8 @@ def test_compare_command_on_items_of_a_file(tmp_path: Path) -> None:
         (("compare", "no/such/folder"), "no such folder"),
         (("compare", "demo:large@nothing"), "policy"),
         (("compare", "some/model"), "--items: needed"),
-        (("paper", "--quick"), "they need --out DIR"),
-        (("paper", "--device", "cpu"), "they need --out DIR"),
+        (("paper", "--quick"), "nothing runs; allowed: with --out DIR"),
+        (("paper", "--device", "cpu"), "nothing runs; allowed: with --out DIR"),
         (("paper", "--look", "--out", "no-such-folder"), "results.json"),
     ],
 )
@@ -113,7 +113,7 @@ def test_scales_are_not_mixed(tmp_path: Path) -> None:
 def test_help_teaches() -> None:
     for command, words in (
         ((), ("paper", "compare")),
-        (("paper",), ("--quick", "--look", "goes on", "Examples")),
+        (("paper",), ("--quick", "--look", "resumes", "Examples")),
         (("compare",), ("demo:medium", "--items", "conversations", "one model", "Examples")),
     ):
         done = run(*command, "--help")

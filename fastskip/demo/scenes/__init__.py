@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: what they hold, how they look, what can be asked about them."""
+"""Scenes of coloured shapes: their content, their pixels, and questions about them."""
 
 from fastskip.demo.scenes.drawing import IMAGE_SIZE, draw, render
 from fastskip.demo.scenes.harder import DETAIL_KINDS, ask_detail, converse, is_detailed

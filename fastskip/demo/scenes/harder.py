@@ -1,7 +1,6 @@
-"""What is hard to keep when computation is left out: details, and questions late in a conversation.
+"""What is hard to keep when computation is skipped: details, and later turns of a conversation.
 
-Both are made of the questions that the model was trained on, one by one (`questions.py`); it never
-saw two of them in one prompt.
+Both use the questions that the model was trained on (`questions.py`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from fastskip.demo.scenes.questions import NUMBERS, Question, QuestionKind, ask
 from fastskip.demo.scenes.world import MAX_FIGURES, Figure, Scene
 
 SMALL = 4.8
-"""Pixels: radii lie between 4.5 and 6.5, evenly."""
+"""Radius in pixels; radii are uniform between 4.5 and 6.5."""
 DETAIL_KINDS = (
     QuestionKind.COLOUR,
     QuestionKind.SHAPE,
@@ -21,23 +20,23 @@ DETAIL_KINDS = (
     QuestionKind.LOCATION,
 )
 TRIES = 32
-"""Questions that are drawn before a kind is given up for a scene."""
+"""Questions to draw before giving up on a kind for a scene."""
 
 
 def is_detailed(scene: Scene) -> bool:
-    """Whether it is full, and its smallest figure is small."""
+    """Whether the scene is full and its smallest figure is small."""
     return len(scene.figures) == MAX_FIGURES and smallest(scene).radius < SMALL
 
 
 def smallest(scene: Scene) -> Figure:
-    """The figure of the least radius."""
+    """The figure with the smallest radius."""
     return min(scene.figures, key=lambda figure: figure.radius)
 
 
 def ask_detail(scene: Scene, kind: QuestionKind, seed: int) -> Question | None:
-    """A question about the smallest figure, or how many there are where it is two or more.
+    """A question about the smallest figure, or about a count of two or more.
 
-    `None` where a scene has none of this kind; kinds are those of `DETAIL_KINDS`.
+    `kind` is one of `DETAIL_KINDS`; `None` if no such question was found for the scene.
     """
     rng = np.random.default_rng([seed, scene.noise_seed, DETAIL_KINDS.index(kind)])
     for _ in range(TRIES):
@@ -50,7 +49,7 @@ def ask_detail(scene: Scene, kind: QuestionKind, seed: int) -> Question | None:
 def converse(
     scene: Scene, seed: int, kinds: Sequence[QuestionKind], turns: int = 2
 ) -> tuple[Question, ...]:
-    """So many questions of different kinds on one scene (fewer, where it allows fewer)."""
+    """`turns` questions of different kinds on one scene (fewer if it allows fewer)."""
     rng = np.random.default_rng([seed, scene.noise_seed, turns])
     asked = (ask(scene, kinds[number], rng) for number in rng.permutation(len(kinds)))
     return tuple(question for question in asked if question is not None)[:turns]

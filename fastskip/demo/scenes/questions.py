@@ -1,6 +1,6 @@
 """What can be asked about a scene, and the right answers.
 
-Every question has one right answer that only the image can tell: yes and no are equally likely,
+Every question has one right answer, which only the image gives away: yes and no are equally likely,
 and the other answers are drawn as evenly as the scene allows.
 """
 
@@ -59,7 +59,7 @@ def questions(
 
 
 def ask(scene: Scene, kind: QuestionKind, rng: np.random.Generator) -> Question | None:
-    """A question of this kind, or None where the scene allows none (say, no shape is unique)."""
+    """A question of this kind, or None if the scene allows none (e.g. no shape is unique)."""
     found = _ASKERS[kind](scene, rng)
     return None if found is None else Question(kind, *found)
 
@@ -82,7 +82,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     for colour in COLOURS:
         counts[f"{colour} objects"] = sum(f.colour == colour for f in scene.figures)
     counts["objects"] = len(scene.figures)
-    # first the number, then who has it: else most answers would be zero or one
+    # draw the number, then what has it: otherwise most answers would be zero or one
     number = _pick(sorted(set(counts.values())), rng)
     subject = _pick([subject for subject, n in counts.items() if n == number], rng)
     assert number is not None
@@ -99,7 +99,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
     elif form < 0.5:
         subjects = [f"{colour} object" for colour in COLOURS if (colour in colours) == wanted]
     elif form < 0.75 and not wanted:
-        # the hard ones: colour and shape are both there, but not on one figure
+        # the hard ones: colour and shape both occur, but not on one figure
         subjects = [
             f"{c} {s}"
             for c in COLOURS

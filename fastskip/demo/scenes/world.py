@@ -1,8 +1,8 @@
 """A scene: one to five figures on a 4 x 4 grid, no two of the same colour and shape.
 
-That no two figures share both colour and shape is what makes every question about "the red
-circle" unambiguous. Which split a scene belongs to is a hash of its figures (not of how they are
-jittered or of the noise), so that no arrangement of the test split is ever seen in training.
+No two figures share both colour and shape, so that questions about "the red circle" are
+unambiguous. A hash of a scene's figures, without jitter and noise, decides its split, so that
+training never sees an arrangement of the test split.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Figures in reading order, and what the background looks like."""
+    """Figures in reading order, and the look of the background."""
 
     figures: tuple[Figure, ...]
     background: int = 24
@@ -53,7 +53,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """What the scene shows, without jitter and noise: equal keys are the same scene."""
+        """The arrangement, without jitter and noise: equal keys mean the same scene."""
         return "; ".join(f"{f.name} {f.row} {f.column}" for f in self.figures)
 
 
@@ -77,7 +77,7 @@ def scenes(split: Split, count: int, seed: int) -> list[Scene]:
 
 
 def sample(rng: np.random.Generator, figures: int | None = None) -> Scene:
-    """Any scene, of so many figures if that is said.
+    """A random scene, with this number of figures if given.
 
     Small palettes are as likely as large ones, so that counts above one occur.
     """
