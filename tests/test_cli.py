@@ -72,6 +72,10 @@ def test_help_teaches_by_example(command: str) -> None:
     assert f"fastskip {command}" in text
 
 
+def test_brackets_in_help_are_not_taken_for_markup() -> None:
+    assert "Default: 64" in " ".join(succeed("bench", "--help").stdout.replace("│", " ").split())
+
+
 def test_help_lists_all_commands() -> None:
     text = succeed("--help").stdout
     for command in COMMANDS:

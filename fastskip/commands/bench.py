@@ -57,7 +57,7 @@ def bench(
             min=1,
             metavar="N",
             help="Text tokens in the synthetic prompt, including the template's. Repeat the option "
-            "for a batch of prompts of different lengths, padded on the left.  [default: 64]",
+            "for a batch of prompts of different lengths, padded on the left. Default: 64.",
             show_default=False,
         ),
     ] = None,
