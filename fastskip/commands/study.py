@@ -233,6 +233,7 @@ def _load_named(path: str, policy: Any, dtype: Dtype, device: str | None) -> tup
 def _table(found: Sequence["Compared"], count: int) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from fastskip.study.comparison import ALL
@@ -256,7 +257,7 @@ def _table(found: Sequence["Compared"], count: int) -> None:
             interval = f"({100 * change.low:+.0f} to {100 * change.high:+.0f})"
             told += f"\n{100 * change.mean:+.1f} {interval}"
         table.add_row(
-            f"{each.label}\n{each.parameters / 1e6:.3g} M weights",
+            f"{escape(each.label)}\n{each.parameters / 1e6:.3g} M weights",
             told,
             f"{each.flops / found[0].flops:.0%}\n{each.flops / 1e9:.3g} GF",
             f"{1e3 * each.ttft_s:.1f}",

@@ -12,7 +12,7 @@ import fastskip
 from fastskip.cli import app
 from fastskip.demo.model import Size
 from fastskip.demo.scenes import draw
-from fastskip.demo.smaller import load
+from fastskip.demo.smaller import load, write_checkpoint
 from fastskip.demo.text import build_processor
 from fastskip.families import text_model_of
 from fastskip.study.comparison import ALL, Contender, compare
@@ -83,6 +83,10 @@ def test_compare_command_on_items_of_a_file(tmp_path: Path) -> None:
     assert found[0]["flops"] > found[1]["flops"]
     shown = run("compare", "demo:large", *items)
     assert shown.exit_code == 0 and "demo:large" in shown.stdout and "1 item, 95" in shown.stdout
+    (tmp_path / "small[b]").mkdir()
+    write_checkpoint(Size.SMALL, tmp_path / "small[b]")
+    shown = run("compare", str(tmp_path / "small[b]"), *items)
+    assert shown.exit_code == 0 and "small[b]" in "".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize(
