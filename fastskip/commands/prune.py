@@ -298,10 +298,12 @@ def _write(
 ) -> dict[str, int]:
     """Writes masks and model as given; returns their sizes in bytes."""
     sizes = {}
+    target = f"--save-masks {save_masks}"
     try:
         if save_masks is not None:
             found.save(save_masks)
             sizes["masks_bytes"] = save_masks.stat().st_size
+        target = f"--out {out}"
         if out is not None:
             from fastskip.prompts import processor_for
             from fastskip.sparse import save_sparse
@@ -313,7 +315,7 @@ def _write(
             processor_for(path).save_pretrained(out)
             sizes["weights_bytes"] = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     except OSError as error:
-        raise CommandError(f"--out {out}: {error}; allowed: a writable place") from error
+        raise CommandError(f"{target}: {error}; allowed: a writable place") from error
     return sizes
 
 

@@ -195,3 +195,15 @@ def test_errors_are_one_line(
     assert result.exit_code == 2, result.stdout
     assert message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_masks_that_cannot_be_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(masks: WeightMasks, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(WeightMasks, "save", full)
+    arguments = ("--method", "random", "--ratio", 0.5, "--save-masks", tmp_path / "masks")
+    result = run("prune", "-m", checkpoint, *arguments)
+    assert result.exit_code == 2 and f"--save-masks {tmp_path / 'masks'}: " in result.stderr
