@@ -99,10 +99,10 @@ def _help(function: Callable[..., None]) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-for command in (generate, plan, verify, calibrate, search, train, prune, demo, policies, report):
+for command in (demo, policies, plan, verify, generate, calibrate, search, train, prune, bench):
     app.command(help=_help(command))(command)
-app.command(help=_help(bench))(bench)
 app.command(name="eval", help=_help(evaluate))(evaluate)
+app.command(help=_help(report))(report)
 for part in (paper, compare):
     study.command(help=_help(part))(part)
 app.add_typer(study)
