@@ -96,7 +96,11 @@ def train(
     ] = None,
     demo: Annotated[
         bool,
-        typer.Option("--demo", help="Train the demo's model on generated images; needs no data."),
+        typer.Option(
+            "--demo",
+            help="Train the demo's model on generated images, without data. Default: 60 steps "
+            "under every_nth_block.",
+        ),
     ] = False,
     held_out: Annotated[
         Path | None,
