@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from fastskip.commands.tables import number_table, show_table
 
@@ -47,7 +48,7 @@ def show(result: "SearchResult") -> None:
     )
     if result.left_out:
         reasons = "; ".join(f"{each.name}: {each.reason}" for each in result.left_out)
-        console.print(f"[dim]Left out: {reasons}.[/]")
+        console.print(f"[dim]Left out: {escape(reasons)}.[/]")
     if result.latency is not None:
         errors = result.latency["errors"]
         console.print(
@@ -57,7 +58,7 @@ def show(result: "SearchResult") -> None:
         )
     if result.settings["is_cut_short"]:
         console.print("[yellow]--minutes ended the search early.[/]")
-    console.print(f"[bold]{result.text}[/]")
+    console.print(f"[bold]{escape(result.text)}[/]")
 
 
 def _ms(seconds: float | None) -> str:
