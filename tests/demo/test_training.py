@@ -267,7 +267,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         "--minutes",
         "--size",
         "--precision",
-        "goes on",
+        "resume",
         "examples",
     ):
         assert word in text
