@@ -145,7 +145,8 @@ def sanitizer(setting: Setting) -> Values:
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
         )
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
-        (setting.folder / f"sanitizer-{check}.log").write_text(done.stdout + done.stderr)
+        log = setting.folder / f"sanitizer-{check}.log"
+        log.write_text(without_places(done.stdout + done.stderr))
         if done.returncode:
             raise Wrong(f"{check}:\n{tail}")
         found[check] = tail.splitlines()[-1] if tail else ""

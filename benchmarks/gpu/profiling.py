@@ -23,7 +23,7 @@ from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import load, policies, shape
-from benchmarks.gpu.results import ROOT, Values
+from benchmarks.gpu.results import ROOT, Values, without_places
 from benchmarks.gpu.timing import synchronize
 from benchmarks.shapes import prompts
 from fastskip.kernels.launch import Account, recording
@@ -91,7 +91,7 @@ def nsight_compute(setting: Setting, widths: Widths, rows: int) -> Values:
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=os.environ
     )
-    (setting.folder / f"ncu-{widths.name}-b{rows}.csv").write_text(done.stdout)
+    (setting.folder / f"ncu-{widths.name}-b{rows}.csv").write_text(without_places(done.stdout))
     found = _ncu_rows(done.stdout)
     if not found:
         raise RuntimeError((done.stdout + done.stderr)[-2000:])

@@ -87,7 +87,7 @@ class TowerGraphs:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in options.items()
         }
-        if any(isinstance(x, Tensor) or not isinstance(x, Hashable) for x in plain.values()):
+        if any(isinstance(x, Tensor) or not _is_hashable(x) for x in plain.values()):
             return None
         return tuple(pixels.shape), pixels.dtype, pixels.device, tuple(sorted(plain.items()))
 
@@ -102,6 +102,14 @@ class TowerGraphs:
         are_known = all(type(module).__module__.startswith(_KNOWN) for module in modules)
         is_fixed = are_known and all(map(is_transformers_own, hooks))
         self._is_capturable = is_fixed and not tower.training
+
+
+def _is_hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:  # a list, perhaps inside a tuple
+        return False
+    return True
 
 
 class TowerGraph:

@@ -8,7 +8,8 @@ takes three times as long as products of large blocks of queries, so blocks it i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ def _fuses_fast(queries: Tensor) -> bool:
 
 @functools.cache
 def _has_amx() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_tile", False))
 
 

@@ -159,6 +159,8 @@ def verify(
         raise UnsupportedModelError("quantization_config", "a quantised model", allowed)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens}; allowed: at least 1")
+    if inputs.get("input_ids") is None:
+        raise ValueError("inputs: no input_ids; allowed: what the processor returns for a prompt")
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     inputs = _cast(inputs, model)
     real = inputs["attention_mask"].bool()
@@ -359,7 +361,8 @@ def _cast(inputs: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Any]:
             value = value.to(model.device)
             value = value.to(model.dtype) if value.is_floating_point() else value
         cast[name] = value
-    cast.setdefault("attention_mask", torch.ones_like(cast["input_ids"]))
+    if "attention_mask" not in cast:
+        cast["attention_mask"] = torch.ones_like(cast["input_ids"])
     return cast
 
 

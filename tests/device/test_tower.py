@@ -188,6 +188,12 @@ def test_gradients_and_many_images_are_not_captured() -> None:
         for _ in range(3):
             found = graphs.run(model.model.vision_tower, forward, {"pixel_values": pixels})
     assert found.last_hidden_state.requires_grad
+    for sizes in ([[8, 8]], torch.ones(1, 2)):  # what no key of a graph can hold
+        given = {"pixel_values": pixels, "sizes": sizes}
+        with torch.inference_mode():
+            for _ in range(3):
+                found = graphs.run(model.model.vision_tower, lambda _, **given: given, given)
+                assert found == given
     assert len(graphs) == 0
 
 

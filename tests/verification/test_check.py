@@ -158,6 +158,8 @@ def test_a_prepared_model_and_an_empty_answer_are_refused() -> None:
     inputs = random_batch(model, images=(0,)).inputs()
     with pytest.raises(ValueError, match="max_new_tokens: 0; allowed"):
         verify(model, None, inputs, max_new_tokens=0)
+    with pytest.raises(ValueError, match="inputs: no input_ids; allowed"):
+        verify(model, None, {"inputs_embeds": torch.zeros(1, 2, 32)})
     with pytest.raises(TypeError, match="already prepared"):
         verify(fastskip.apply_(model), None, inputs)
 
