@@ -1,4 +1,4 @@
-"""fastskip: leave computation out of LLaVA-style multimodal LLMs, and be really faster for it.
+"""fastskip: skip computation in LLaVA-style multimodal LLMs, with real speed-ups.
 
 model = fastskip.load_model("llava-hf/llava-1.5-7b-hf", policy="policy.json")
 out = model.generate(**inputs, max_new_tokens=64)
@@ -53,7 +53,7 @@ __all__ = [
     "set_policy",
 ]
 
-# torch and transformers take seconds to import; whoever only reads a policy need not wait.
+# torch and transformers take seconds to import; code that only reads policies need not wait.
 _LAZY = {
     "apply_": "fastskip.loading",
     "load_model": "fastskip.loading",

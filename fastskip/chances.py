@@ -1,8 +1,8 @@
-"""How likely rows of each class run what in a layer: 0 or 1, but where a router decides.
+"""The probability that rows of each class run each part of a layer: 0 or 1 unless a router decides.
 
-A router is known here by its *rate* alone, the share of its candidates that skip. Rows that decide
-apart, and decisions in different layers, are taken as independent. What leaves a layer empty-handed
-is counted as a plan says it: rows that exit are not foreseen, and a copied entry is always found.
+A router is known here only by its *rate*, the share of its candidates that skip. Separate decisions
+of one layer, and decisions in different layers, are treated as independent. Cache entries are
+counted as the plan states them: early exits are not modelled, and a copy always finds its source.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fastskip.plan_cells import RoutedCell
 from fastskip.policy import Group, PolicyError, RemovalRule, RouterRule, Sublayer, TokenClass
 
 Rate = float | Mapping[int, float]
-"""One share for all routers, or shares by the router's number in the policy."""
+"""One share for all routers, or a share per router number in the policy."""
 
 
 @dataclass(frozen=True, slots=True)
 class CellChance:
-    """How likely a row of one class attends, leaves K and V of its own, copies an entry, has an
-    entry at all, and runs the FFN, in one layer."""
+    """The probabilities that a row of one class, in one layer, attends, stores its own K and V,
+    copies an entry, has an entry at all, and runs the FFN."""
 
     attends: float
     projects: float
@@ -34,16 +34,16 @@ class CellChance:
 
 @dataclass(frozen=True, slots=True)
 class Ruled:
-    """Rows of `classes` that skip a sublayer with the chance `rate`, as one rule says."""
+    """Rows of `classes` that, under one rule, skip a sublayer with probability `rate`."""
 
     classes: frozenset[TokenClass]
     rate: float
     group: Group
     is_capped: bool
-    """Whether some candidate of every sequence runs in any case, unless all skip."""
+    """Whether at least one candidate of every sequence runs, unless the rate is 1."""
 
     def idle(self, rows: Mapping[TokenClass, int], batch: int) -> float:
-        """The chance that all of them skip, with these rows a class in each sequence."""
+        """The probability that all of them skip, given the rows per class of each sequence."""
         own = sum(rows.get(c, 0) for c in self.classes)
         if not own:
             return 1
@@ -55,9 +55,11 @@ class Ruled:
 
 @dataclass(frozen=True)
 class LayerChance:
-    """The chances of one layer; `ruled`: who decides about a sublayer; `unimodal` and `stage`: as
-    in a plan; `is_split`: whether some rows of a pair run one block after the other. Chances are
-    those of rows that are left."""
+    """The probabilities of one layer, for the rows that removals leave.
+
+    `ruled`: the router rules of each sublayer; `unimodal` and `stage`: as in the plan; `is_split`:
+    whether some rows of a pair run its blocks one after the other.
+    """
 
     index: int
     cells: Mapping[TokenClass, CellChance]
@@ -68,25 +70,26 @@ class LayerChance:
 
     @property
     def key(self) -> object:
-        """Equal for layers with equal chances."""
+        """Equal for layers with equal probabilities."""
         return tuple(self.cells.items()), tuple(self.ruled.items()), self.unimodal, self.stage
 
     def sees(self, query: TokenClass, other: TokenClass) -> bool:
-        """Whether rows of a class see entries of another, where there are some."""
+        """Whether rows of one class see the entries of another, if there are any."""
         image = TokenClass.IMAGE
         return not self.unimodal or (query is image) == (other is image)
 
     def running(self, sublayer: Sublayer, rows: Mapping[TokenClass, int], batch: int) -> float:
-        """The chance that a sublayer runs at all, with these rows a class in each sequence."""
+        """The probability that a sublayer runs at all, given the rows per class of a sequence."""
         free = [c for c, count in rows.items() if count and self.runs(c, sublayer) == 1]
         if free:
             return 1
         return 1 - prod(each.idle(rows, batch) for each in self.ruled.get(sublayer, ()))
 
     def holding_beside(self, attending: TokenClass) -> Mapping[TokenClass, float]:
-        """How likely rows of the same forward have entries, if one of class `attending` attends.
+        """The probability that rows of the same forward have entries, given that a row of class
+        `attending` attends.
 
-        Rows that decide together run together; beside a running row they have theirs.
+        Rows that decide together run together, so a running row implies entries of its group.
         """
         together = frozenset[TokenClass]().union(
             *(
@@ -101,14 +104,14 @@ class LayerChance:
         }
 
     def runs(self, token_class: TokenClass, sublayer: Sublayer) -> float:
-        """The chance that a row of a class runs a sublayer."""
+        """The probability that a row of a class runs a sublayer."""
         cell = self.cells[token_class]
         return cell.attends if sublayer is Sublayer.ATTENTION else cell.feeds
 
 
 @dataclass(frozen=True, slots=True)
 class ExpectedPlan:
-    """A plan whose routers let rows skip at some rates: what costs expect of it."""
+    """A plan whose routers skip rows at given rates; the cost functions accept it as a plan."""
 
     shape: ModelShape
     steps: tuple[tuple[int, ...], ...]
@@ -117,7 +120,7 @@ class ExpectedPlan:
 
 
 def certain(layer: LayerPlan) -> LayerChance:
-    """The chances of a layer in which nobody skips by a router's decision."""
+    """The probabilities of a layer in which no row skips by a router's decision."""
     cells = {
         c: CellChance(
             int(c in layer.attending),
@@ -135,7 +138,7 @@ def certain(layer: LayerPlan) -> LayerChance:
 def expected(
     running: LayerPlan, skipping: LayerPlan, routed: Sequence[RoutedCell], rates: Mapping[int, Any]
 ) -> LayerChance:
-    """The chances of a layer between its form where all run and the one where all skip."""
+    """The probabilities of a layer, interpolated between its all-run and its all-skip form."""
     if not routed:
         return certain(running)
     before, after = certain(running), certain(skipping)
@@ -171,15 +174,16 @@ def expected(
 
 
 def rates_of(routers: Sequence[RouterRule], rate: Rate | None) -> dict[int, float]:
-    """The rate of each router, by number: as given, else its own.
+    """The rate of each router, by number: the given one, else the one that its rule states.
 
     Raises:
-        PolicyError: a rate is no share, or a router has none of its own and none is given.
+        PolicyError: a rate is not in [0, 1], or a router has neither a given nor a stated rate.
     """
     if isinstance(rate, Mapping):
         for number in rate:
             if number not in range(len(routers)):
-                raise PolicyError("rate", dict(rate), f"numbers of the {len(routers)} routers")
+                allowed = f"router numbers in [0, {len(routers)})"
+                raise PolicyError("rate", dict(rate), allowed)
     found = {}
     for number, rule in enumerate(routers):
         given = rate.get(number) if isinstance(rate, Mapping) else rate
@@ -190,7 +194,7 @@ def rates_of(routers: Sequence[RouterRule], rate: Rate | None) -> dict[int, floa
 def weights_read(rate: float, batch: int, group: Group = Group.ROW) -> float:
     """The share of decode steps that read a guarded sublayer's weights: 1 - rate ** batch.
 
-    One sequence that runs is enough to read them. Where the batch decides as one, 1 - rate.
+    A single running sequence suffices to read them. If the whole batch decides together, 1 - rate.
     """
     return 1 - rate ** (1 if group is Group.BATCH else batch)
 
@@ -198,7 +202,7 @@ def weights_read(rate: float, batch: int, group: Group = Group.ROW) -> float:
 def weights_read_table(
     rates: Sequence[float] = (0.25, 0.5, 0.75, 0.9), batches: Sequence[int] = (1, 2, 4, 8, 16)
 ) -> str:
-    """`weights_read` as a table in Markdown, for rows and sequences that decide for themselves."""
+    """`weights_read` as a Markdown table: each row or sequence deciding alone, and the batch."""
     lines = [
         ["rows that skip", *(f"batch {batch}" for batch in batches), 'any, group "batch"'],
         ["---:"] * (len(batches) + 2),
@@ -210,7 +214,7 @@ def weights_read_table(
 
 
 def _mix(running: float, skipping: float, rate: float) -> float:
-    # Equal values stay what they are, to the last bit: whole numbers stay whole.
+    # Equal values are returned bit for bit, so whole numbers stay whole.
     return running if running == skipping else (1 - rate) * running + rate * skipping
 
 
@@ -222,7 +226,7 @@ def _own_rate(rule: RouterRule) -> float | None:
 
 def _share(rate: Any, number: int, rule: RouterRule) -> float:
     if rate is None:
-        problem = f"routers[{number}] of kind {rule.kind!r} does not say how many rows skip"
+        problem = f"routers[{number}] of kind {rule.kind!r} does not say what share of rows skips"
         raise PolicyError("rate", rate, "a share in [0, 1]", problem)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise PolicyError("rate", rate, "a share in [0, 1]")

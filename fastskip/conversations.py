@@ -1,8 +1,8 @@
-"""Conversations about images, as objects or as LLaVA's JSON lines: to learn from, or to judge by.
+"""Conversations about images, as objects or in LLaVA's JSON Lines format: for training or judging.
 
 A row is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value":
-"<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``: several turns, one image or a
-list of them, or none.
+"<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``: one or more turns, with one
+image, a list of images, or none.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fastskip.images import is_address
 
 _ALLOWED = (
     '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
-    '{"from": "gpt", "value": "A cat."}]}, of which image may be left out or be a list'
+    '{"from": "gpt", "value": "A cat."}]}, where image is optional and may be a list'
 )
 PLACEHOLDER = "<image>"
 
 
 class DataError(ValueError):
-    """An example that cannot be used; names file and line, what is wrong and what is allowed."""
+    """An unusable example; names file and line, what is wrong and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is asked, with one ``<image>`` where an image stands, and the answer given."""
+    """A question, with one ``<image>`` in place of each image, and its answer."""
 
     question: str
     answer: str
@@ -43,7 +43,7 @@ class Turn:
 class Example:
     """One conversation and its images (open ones, or files), in the order of their placeholders.
 
-    Without any placeholder images come first. `where`: how errors name it.
+    Without placeholders, images come first. `where`: how errors name the example.
     """
 
     turns: tuple[Turn, ...]
@@ -56,31 +56,31 @@ class Example:
         for number, turn in enumerate(self.turns, start=1):
             for name, text in (("question", turn.question), ("answer", turn.answer)):
                 if not isinstance(text, str) or not text.replace(PLACEHOLDER, "").strip():
-                    allowed = "a text that is not empty"
+                    allowed = "non-empty text"
                     raise DataError(
                         f"{self.where}: {name} {number} is {text!r}; allowed: {allowed}"
                     )
             if PLACEHOLDER in turn.answer:
                 raise DataError(
-                    f"{self.where}: answer {number} holds {PLACEHOLDER}; allowed: images in "
+                    f"{self.where}: answer {number} contains {PLACEHOLDER}; allowed: images in "
                     "questions only"
                 )
         placed = sum(turn.question.count(PLACEHOLDER) for turn in self.turns)
         if placed not in (0, len(self.images)):
             raise DataError(
                 f"{self.where}: {placed} {PLACEHOLDER} for {len(self.images)} images; allowed: one "
-                "for each image, or none (images then come first)"
+                "per image, or none (images then come first)"
             )
 
 
 class JsonLines(Sequence[Example]):
-    """The rows of a file of JSON lines, read when they are asked for.
+    """The rows of a JSON Lines file, read on access.
 
-    The file is read through once to check every row; what is kept in memory is where rows begin.
+    The file is scanned once to check every row; only the rows' offsets are kept in memory.
 
     Attributes:
         broken: what is wrong with the rows that were left out.
-        fingerprint: the same for the same rows in the same order, wherever file and images lie.
+        fingerprint: equal for equal rows in the same order, wherever file and images are stored.
     """
 
     def __init__(
@@ -90,26 +90,26 @@ class JsonLines(Sequence[Example]):
         *,
         skip_broken: bool = False,
     ) -> None:
-        """``images``: the folder that image paths start at; by default the file's own.
+        """``images``: the folder that image paths are relative to; by default the file's own.
 
         Raises:
-            DataError: the file cannot be read, or a row cannot be used and ``skip_broken`` is not
-                set; or none can.
+            DataError: the file cannot be read, a row is unusable and ``skip_broken`` is not set, or
+                no row is usable.
         """
         self._path = Path(path)
         self._images = self._path.parent if images is None else Path(images)
         self._offsets, self._numbers = array("q"), array("q")
         self.broken: list[str] = []
         if not self._images.is_dir():
-            raise DataError(f"images: {self._images} is no folder; allowed: an existing folder")
+            raise DataError(f"images: {self._images} is not a folder; allowed: an existing folder")
         try:
             with self._path.open("rb") as file:
                 self._scan(file, skip_broken)
         except OSError as error:
-            raise DataError(f"{self._path}: {error}; allowed: a file of JSON lines") from error
+            raise DataError(f"{self._path}: {error}; allowed: a JSON Lines file") from error
         if not self._offsets:
             reason = f"; the first one: {self.broken[0]}" if self.broken else ""
-            raise DataError(f"{self._path}: no row that can be used{reason}; allowed: {_ALLOWED}")
+            raise DataError(f"{self._path}: no usable row{reason}; allowed: {_ALLOWED}")
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -143,7 +143,7 @@ class JsonLines(Sequence[Example]):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            hint = " (a JSON array? one object a line is needed)" if line[:1] == b"[" else ""
+            hint = " (a JSON array? one object per line is needed)" if line[:1] == b"[" else ""
             raise DataError(f"{where}: not JSON ({error}){hint}; allowed: {_ALLOWED}") from error
         return example_of(row, self._images, where)
 
@@ -158,11 +158,11 @@ def example_of(row: Any, images: Path, where: str) -> Example:
     """The conversation of one row.
 
     Args:
-        row: as JSON gives it; other fields than those of a conversation are passed over.
-        images: the folder that image paths start at.
+        row: the parsed JSON; unknown fields are ignored.
+        images: the folder that image paths are relative to.
         where: how errors name the row.
     Raises:
-        DataError: the row cannot be used.
+        DataError: the row is unusable.
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: a {type(row).__name__}; allowed: {_ALLOWED}")
@@ -174,10 +174,10 @@ def example_of(row: Any, images: Path, where: str) -> Example:
 
 
 def image_names(row: dict[str, Any], where: str) -> list[str]:
-    """What a row's field "image" names: nothing, a path, or a list of them.
+    """The images that a row's "image" field names: none, one path, or a list of them.
 
     Raises:
-        DataError: it is something else, or an address.
+        DataError: the field is something else, or names a URL.
     """
     named = row.get("image")
     named = [] if named is None else [named] if isinstance(named, str) else named
@@ -185,7 +185,7 @@ def image_names(row: dict[str, Any], where: str) -> list[str]:
         raise DataError(f"{where}: image is {row['image']!r}; allowed: a path or a list of them")
     for name in filter(is_address, named):
         allowed = "local files (download it first)"
-        raise DataError(f"{where}: image {name!r} is an address; allowed: {allowed}")
+        raise DataError(f"{where}: image {name!r} is a URL; allowed: {allowed}")
     return named
 
 
@@ -193,7 +193,7 @@ def _turns(said: Any, where: str) -> tuple[Turn, ...]:
     if not isinstance(said, list) or not said or len(said) % 2:
         count = f"{len(said)} entries" if isinstance(said, list) else f"{said!r}"
         raise DataError(
-            f"{where}: conversations: {count}; allowed: human and gpt in turn, one or more times"
+            f"{where}: conversations: {count}; allowed: one or more pairs of human and gpt turns"
         )
     texts = []
     for number, entry in enumerate(said):

@@ -1,14 +1,14 @@
-"""FLOPs and bytes of a plan, operation by operation, and the time that they need at the least.
+"""FLOPs and bytes of a plan, operation by operation, and a lower bound on the time they take.
 
-Counted: the decoder's linears, attention and the lm_head, 2 FLOPs a multiply-add. Not counted:
+Counted: the decoder's linears, attention and the lm_head, at 2 FLOPs per multiply-add. Not counted:
 the vision tower, activations, norms and other elementwise work. Bytes are weights and biases (once
-for the whole batch), K and V read and K and V written. Attention counts visible pairs only. The
-last-layer rule holds: in the last step only rows whose logits are wanted go past K and V, but all
-of them in a pair that some run one block after the other. What a removal computes to choose its
-rows is not counted: one query, and K of image rows at the most.
+for the whole batch), K and V read, and K and V written. Attention counts visible pairs only. The
+last-layer rule applies: in the last step only rows whose logits are wanted go beyond K and V;
+the exception is a pair whose blocks some rows run one after the other, where all rows do. What a
+removal computes to rank its rows is not counted: at most one query, and K of the image rows.
 
-Where routers decide, counts are what is to be expected at their rates (`fastskip.chances`), rounded
-to whole numbers, operation by operation.
+Where routers decide, counts are expected values at their rates (`fastskip.chances`), rounded to
+whole numbers for each operation.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ KINDS = ("qkv", "scores", "output", "ffn", "lm_head")
 
 
 class CountError(ValueError):
-    """A number of rows, tokens, steps or sequences that is none; names it, its value and what is
+    """An invalid number of rows, tokens, steps or sequences; names it, its value and what is
     allowed."""
 
 
 class Planned(Protocol):
-    """What a cost count reads of a `SkipPlan`, or of what is expected of it."""
+    """What the cost functions read of a `SkipPlan` or an `ExpectedPlan`."""
 
     @property
     def shape(self) -> ModelShape: ...
@@ -47,7 +47,7 @@ class Planned(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What a machine reaches: bytes a second from memory, and FLOPs a second in matrix products."""
+    """What a machine reaches: memory bandwidth in bytes/s, matrix multiplication in FLOP/s."""
 
     bandwidth_bytes_per_s: float
     flops_per_s: float
@@ -57,7 +57,7 @@ class Ceilings:
 class Operation:
     """One linear, attention or copy of cache entries, run `times` times with the same counts.
 
-    FLOPs and bytes are of one run, over the whole batch. `kind` is one of `KINDS`, or "copy".
+    FLOPs and bytes are those of one run over the whole batch. `kind` is one of `KINDS` or "copy".
     """
 
     kind: str
@@ -113,7 +113,7 @@ class Cost:
 
     @property
     def operations(self) -> int:
-        """Operations in one step: linears on the same rows of one input are one."""
+        """Operations in one step; linears on the same rows of one input count as one."""
         return sum(op.times for op in self.ops) // max(self.steps, 1)
 
 
@@ -132,7 +132,7 @@ class GenerationCost:
 
 @dataclass(frozen=True, slots=True)
 class Speedup:
-    """floor(dense) / floor(plan), for prefill and decode apart."""
+    """floor(dense) / floor(plan), separately for prefill and decode."""
 
     prefill: float
     decode: float
@@ -152,11 +152,12 @@ def prefill_cost(
         plan: The plan that runs.
         classes: The class of each new row of one sequence.
         batch: Number of such sequences.
-        wanted: How many of the last rows need logits; only these pass K and V of the last step.
-        past: Rows a class that earlier forwards left in the cache.
+        wanted: How many of the last rows need logits; only these go beyond K and V in the last
+            step.
+        past: Rows per class that earlier forwards left in the cache.
     Raises:
-        CountError: a count is negative or no whole number, `batch` is less than 1, or the model has
-            no such rows.
+        CountError: a count is negative or not an integer, `batch` is less than 1, or the model has
+            no rows of a class.
     """
     _check_counts(1, batch=batch)
     _check_counts(0, wanted=wanted)
@@ -164,7 +165,7 @@ def prefill_cost(
     _checked(plan, dict.fromkeys(classes, 0))
     wanted = min(wanted, len(classes))
     ops: list[Operation] = []
-    known: dict[object, LayerWork] = {}  # most layers repeat another
+    known: dict[object, LayerWork] = {}  # most layers do the same work as another
     stages = [_stage(plan, classes, past, wanted, n) for n in range(len(plan.removals) + 1)]
     for layer in plan.chances:
         rows, kept, last = stages[layer.stage]
@@ -180,9 +181,9 @@ def prefill_cost(
 def decode_cost(
     plan: Planned, context: Mapping[TokenClass, int], batch: int = 1, *, steps: int = 1
 ) -> Cost:
-    """Cost of `steps` decode steps of one GENERATED row a sequence, the first one over `context`.
+    """Cost of `steps` decode steps of one GENERATED row per sequence, the first over `context`.
 
-    `context` counts the rows a class that one sequence has before the first step. Raises as
+    `context` counts the rows per class that one sequence has before the first step. Raises as
     `prefill_cost` does.
     """
     _check_counts(1, batch=batch)
@@ -205,15 +206,16 @@ def decode_cost(
 def generation_cost(
     plan: Planned, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0
 ) -> GenerationCost:
-    """Cost of a prompt of `n_image` + `n_text` rows a sequence and `n_new` new tokens.
+    """Cost of a prompt of `n_image` + `n_text` rows per sequence and `n_new` new tokens.
 
-    `text_before` of the text rows come before the image rows, the others after them. The prefill
-    gives the first new token, so there are `n_new - 1` decode steps. Raises as `prefill_cost` does.
+    `text_before` of the text rows precede the image rows, the others follow them. The prefill
+    yields the first new token, so there are `n_new - 1` decode steps. Raises as `prefill_cost`
+    does.
     """
     _check_counts(0, n_image=n_image, n_text=n_text, text_before=text_before)
     _check_counts(1, n_new=n_new, batch=batch)
     if text_before > n_text:
-        raise CountError(f"text_before: got {text_before}; allowed: n_text ({n_text}) at most")
+        raise CountError(f"text_before: got {text_before}; allowed: at most n_text ({n_text})")
     context = prompt_counts(n_image, n_text)
     prompt = [TokenClass.TEXT] * n_text
     prompt[text_before:text_before] = [TokenClass.IMAGE] * n_image
@@ -223,13 +225,13 @@ def generation_cost(
 
 
 def prompt_counts(n_image: int, n_text: int, n_generated: int = 0) -> dict[TokenClass, int]:
-    """Row counts by class; classes without rows are left out, so text-only models fit too."""
+    """Row counts by class; classes without rows are omitted, so text-only models fit too."""
     counts = zip(TokenClass, (n_image, n_text, n_generated), strict=True)
     return {token_class: count for token_class, count in counts if count}
 
 
 def cache_bytes(plan: Planned, context: Mapping[TokenClass, int], batch: int = 1) -> int:
-    """Bytes of live cache entries of `batch` sequences with these rows a class.
+    """Bytes of live cache entries of `batch` sequences with these rows per class.
 
     Raises as `prefill_cost` does.
     """
@@ -242,7 +244,7 @@ def cache_bytes(plan: Planned, context: Mapping[TokenClass, int], batch: int = 1
 
 
 def floor_seconds(cost: Cost, ceilings: Ceilings) -> float:
-    """The least time: each operation at the memory's or the arithmetic's ceiling, one by one."""
+    """A lower bound on the time: each operation, one by one, at the memory or compute ceiling."""
     return sum(
         op.times * max(op.bytes / ceilings.bandwidth_bytes_per_s, op.flops / ceilings.flops_per_s)
         for op in cost.ops
@@ -259,7 +261,7 @@ def ideal_speedup(
     n_new: int,
     batch: int = 1,
 ) -> Speedup:
-    """floor(dense) / floor(plan) for one `generate` call; decode is 1 where there is none."""
+    """floor(dense) / floor(plan) for one `generate` call; decode is 1 without decode steps."""
     a, b = (generation_cost(each, n_image, n_text, n_new, batch) for each in (dense, plan))
     decode = floor_seconds(b.decode, ceilings)
     return Speedup(
@@ -275,8 +277,8 @@ def _stage(
     wanted: int,
     stage: int,
 ) -> tuple[list[TokenClass], Mapping[TokenClass, int], int]:
-    """What a forward is after so many removals: its rows, those of the cache, and how many rows
-    come before those whose logits are wanted."""
+    """A forward after the first `stage` removals: its rows, those of the cache, and how many rows
+    precede those whose logits are wanted."""
     removals = plan.removals[:stage]
     rows = left(removals, classes)
     last = sum(row < len(classes) - wanted for row in rows)
@@ -328,11 +330,11 @@ def _lm_head(shape: ModelShape, rows: int) -> Operation:
 def _check_counts(least: int, **counts: object) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or count < least:
-            raise CountError(f"{name}: got {count!r}; allowed: a whole number from {least}")
+            raise CountError(f"{name}: got {count!r}; allowed: an integer >= {least}")
 
 
 def _checked(plan: Planned, rows: Mapping[TokenClass, int]) -> Mapping[TokenClass, int]:
-    """Row counts a class, of classes that the model has."""
+    """Row counts per class, checked against the classes that the model has."""
     for token_class, count in rows.items():
         if token_class not in plan.shape.classes or count < 0:
             known = ", ".join(plan.shape.classes)

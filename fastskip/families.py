@@ -1,4 +1,4 @@
-"""The model families that fastskip prepares, and what it must refuse in each.
+"""The model families that fastskip supports, and what it must refuse in each.
 
 Everything here reads Hugging Face configs; no weights are needed.
 """
@@ -52,28 +52,28 @@ ENCODERS = (
     "video_tower",
     "visual",
 )
-"""What families call the modules that see."""
+"""The names of vision encoder modules across families."""
 DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
-"""What a text model is told of features that enter behind its first layers: at which columns
-``[B, T]``, and which, ``[n, D]`` a layer."""
+"""The text model's arguments for DeepStack features, which are added after its first layers: their
+columns ``[B, T]``, and the features, ``[n, D]`` per layer."""
 _QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 _QWEN3 = ("qwen3", "qwen3_vl_text")
 DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "opt")
 CUTTING = (
     *("llava_next", "llava_next_video", "llava_onevision", "internvl", "idefics3", "smolvlm"),
 )
-"""Families that cut images into crops, more of them out of larger ones."""
+"""Families that cut images into crops; larger images yield more crops."""
 KEEPING_SIZES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3")
-"""Families in which larger images have more rows, uncut; so they have behind a Pixtral encoder."""
+"""Families that keep image sizes, so that larger images have more rows; Pixtral encoders do too."""
 UNCUT_SIDE = 448
-"""Pixels a side of what is taken for an image where images keep their sizes."""
-# Frequencies of this RoPE type depend on the length of the sequence, so they cannot be tabulated.
+"""Side in pixels of the image that is assumed where images keep their sizes."""
+# This RoPE type's frequencies depend on the sequence length, so they cannot be tabulated.
 LONG_ROPE = "longrope"
-# Families whose encoders copy from the host in every forward, which no CUDA graph can hold.
+# Families whose encoders copy from the host in every forward, which a CUDA graph cannot capture.
 _WAITING = ("got_ocr2",)
-# Encoders that transformers wraps, of a package that it does not ask for.
+# Encoders from a package that transformers wraps but does not require.
 _TIMM = "timm_wrapper"
-# What OPT's config can ask for and the runtime has one form of.
+# OPT config options of which the runtime supports one value.
 OPT_FORM = {
     "do_layer_norm_before": True,
     "_remove_final_layer_norm": False,
@@ -82,7 +82,7 @@ OPT_FORM = {
 
 
 class UnsupportedModelError(ValueError):
-    """A model, or an option of one, that fastskip cannot prepare; says what it can."""
+    """A model, or a model option, that fastskip cannot prepare; says what it can."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
@@ -100,7 +100,7 @@ def model_class_name(config: Any) -> str:
 
 
 def check_config(config: Any) -> None:
-    """Raises ``UnsupportedModelError`` for what would run wrongly or not at all."""
+    """Raises ``UnsupportedModelError`` for a config that would run incorrectly or not at all."""
     model_class_name(config)
     text = config.get_text_config(decoder=True)
     if text.model_type not in DECODERS:
@@ -108,7 +108,7 @@ def check_config(config: Any) -> None:
     if text.model_type == "opt":
         _check_opt(config, text)
     if getattr(text, "is_causal", True) is False:
-        raise UnsupportedModelError("is_causal", False, "True: rows see no later ones")
+        raise UnsupportedModelError("is_causal", False, "True: a causal decoder")
     if _deep_layers(config) >= text.num_hidden_layers:
         raise UnsupportedModelError(
             "vision_config.deepstack_visual_indexes",
@@ -121,12 +121,12 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError(
             "rope_parameters.rope_type",
             rope["rope_type"],
-            "frequencies that do not depend on length",
+            "types whose frequencies do not depend on the sequence length",
         )
 
 
 def is_quantised(config: Any) -> bool:
-    """Whether the checkpoint of a config has quantised weights."""
+    """Whether a config is that of a checkpoint with quantised weights."""
     return getattr(config, "quantization_config", None) is not None
 
 
@@ -140,30 +140,29 @@ def _check_opt(config: Any, text: Any) -> None:
         raise UnsupportedModelError("word_embed_proj_dim", text.word_embed_proj_dim, allowed)
     if config.model_type in MULTIMODAL:
         for field, part in (("", config), ("text_config.", text)):
-            # Hugging Face would tie the head to an embedding where OPT has none.
+            # Hugging Face would tie the head to an embedding at a path that OPT does not have.
             if getattr(part, "tie_word_embeddings", False):
                 allowed = "False, in the config and in its text_config"
                 raise UnsupportedModelError(f"{field}tie_word_embeddings", True, allowed)
 
 
 def check_installed(config: Any) -> None:
-    """Raises ``UnsupportedModelError`` where the vision encoder is of a package that is missing."""
+    """Raises ``UnsupportedModelError`` if the vision encoder needs a package that is missing."""
     vision = getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) == _TIMM and find_spec("timm") is None:
-        raise UnsupportedModelError(
-            "vision_config.model_type", _TIMM, "others, or: pip install timm (it is missing)"
-        )
+        allowed = "other encoders, or this one with timm installed (pip install timm)"
+        raise UnsupportedModelError("vision_config.model_type", _TIMM, allowed)
 
 
 def is_users_own(kind: type) -> bool:
-    """Whether a class has another ``forward`` than transformers gave it."""
+    """Whether a class's ``forward`` is not defined by transformers."""
     forward = inspect.getattr_static(kind, "forward")
     home = getattr(forward, "__globals__", {}).get("__name__", "")
     return not home.startswith("transformers.")
 
 
 def check_mode(text_model: Any) -> None:
-    """Raises ``UnsupportedModelError`` where training would leave out layers at random."""
+    """Raises ``UnsupportedModelError`` if training would drop layers at random (LayerDrop)."""
     layerdrop = getattr(text_model, "layerdrop", 0.0)
     if text_model.training and layerdrop > 0:
         raise UnsupportedModelError("layerdrop", layerdrop, "0 in training, or model.eval()")
@@ -173,11 +172,13 @@ def _check_layer_overrides(text: Any) -> None:
     overrides = text.to_dict().get("per_layer_config") or {}
     names = {name for layer in overrides.values() for name in layer} - {"skip"}
     if names:
-        raise UnsupportedModelError("per_layer_config", sorted(names), "skip, layers of one shape")
+        raise UnsupportedModelError(
+            "per_layer_config", sorted(names), "skip only: layers of one shape"
+        )
 
 
 def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
-    """The sizes that plans and costs depend on; ``dtype`` is that of weights and cache."""
+    """The sizes that plans and costs depend on; ``dtype`` is that of the weights and the cache."""
     text = config.get_text_config(decoder=True)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     is_opt = text.model_type == "opt"
@@ -207,7 +208,7 @@ def _deep_layers(config: Any) -> int:
 
 
 def _window_of(text: Any) -> int | None:
-    """How many columns every row of this decoder sees; ``None``: all of them.
+    """The sliding window of this decoder in columns; ``None``: full attention.
 
     Llama and OPT have no windows, whatever their configs say.
     """
@@ -221,7 +222,7 @@ def _window_of(text: Any) -> int | None:
 
 
 def _biases(text: Any) -> dict[str, bool]:
-    """Which products have biases."""
+    """Which linears have biases."""
     if text.model_type == "opt":
         names = "attention_bias", "attention_output_bias", "ffn_bias"
         return dict.fromkeys(names, bool(text.enable_bias))
@@ -236,13 +237,13 @@ def _biases(text: Any) -> dict[str, bool]:
 
 def text_model_of(model: Any) -> Any:
     """The decoder stack of a model: the module that has ``layers`` and ``embed_tokens``."""
-    # Of a LLaVA this is its language model, which in OPT holds the decoder.
+    # The outer call yields a LLaVA's language model; OPT wraps the decoder once more.
     return model.get_decoder().get_decoder()
 
 
 def tower_of(model: Any) -> Any | None:
-    """The vision encoder of a multimodal model, which a CUDA graph may hold; ``None`` if none can,
-    or if images and videos have one each."""
+    """The vision encoder of a multimodal model if a CUDA graph can capture it, else ``None``; also
+    ``None`` if images and videos have separate encoders."""
     if model.config.model_type in _WAITING:
         return None
     own = [module for name, module in model.model.named_children() if name in ENCODERS]
@@ -255,27 +256,27 @@ def final_norm_of(text_model: Any) -> Any:
 
 
 def image_token_ids(config: Any) -> tuple[int, ...]:
-    """Placeholder ids that features replace: the image's, and the video's where there is one."""
+    """Placeholder ids that features replace: the image's, and the video's if there is one."""
     ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
     return tuple(token for token in ids if token is not None)
 
 
 def placeholders(config: Any, ids: Tensor) -> Tensor:
-    """Which of ``ids`` features may stand in place of, as booleans where the ids are."""
+    """Which of ``ids`` are placeholders that features may replace: bool, on the device of ids."""
     reserved = torch.tensor(image_token_ids(config), dtype=ids.dtype, device=ids.device)
     return torch.isin(ids, reserved)
 
 
 def rows_of_crop(config: Any) -> int:
-    """Positions that one image of a single crop fills; 0 in a text-only model. Where images keep
-    their sizes, of one of ``UNCUT_SIDE`` pixels a side."""
+    """Positions that an image of a single crop fills; 0 in a text-only model. Where images keep
+    their sizes: those of a square image with a side of ``UNCUT_SIDE`` pixels."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0
     if config.model_type == "idefics2":
         return int(config.perceiver_config.resampler_n_latents)  # whatever the image's size
     if config.model_type == "fast_vlm":
-        return int(config.image_seq_length)  # its encoder, of timm, has no size in the config
+        return int(config.image_seq_length)  # its timm encoder has no size in the config
     if config.model_type == "perception_lm":
         patches = side_of(vision.model_args["ref_feat_shape"])
     else:
@@ -285,31 +286,31 @@ def rows_of_crop(config: Any) -> int:
 
 
 def assumed_of_images(config: Any) -> str | None:
-    """What `rows_of_crop` takes for an image where images have more rows or fewer, by size."""
+    """The image that `rows_of_crop` assumes, if the number of rows depends on the image size."""
     if config.model_type in CUTTING:
         return "one image of a single crop; this model cuts larger images into several"
     vision = getattr(config, "vision_config", None)
     if config.model_type in KEEPING_SIZES or getattr(vision, "model_type", None) == "pixtral":
         side = side_of(getattr(vision, "image_size", UNCUT_SIDE))
-        return f"one image of {side} x {side} pixels; this model keeps the sizes of images"
+        return f"one image of {side} x {side} pixels; this model keeps image sizes"
     return None
 
 
 def side_of(size: Any) -> int:
-    """Of a square, whose size a config says as one number or as two."""
+    """The side of a square, whose size a config gives as one number or two."""
     side: int = size if isinstance(size, int) else size[0]
     return side
 
 
 def _patches_of_row(config: Any) -> float:
-    """Patches of the vision encoder that become one row, along each side."""
+    """How many patches of the vision encoder are merged into one row, along each side."""
     match config.model_type:
         case "idefics3" | "smolvlm":
             return float(config.scale_factor)
         case "mistral3" | "lighton_ocr":
             return float(config.spatial_merge_size)
         case "got_ocr2":
-            return 4.0  # two convolutions, each of which halves the sides
+            return 4.0  # two convolutions of stride 2
         case "ovis2":
             return float(config.vision_config.hidden_stride)
         case "perception_lm":

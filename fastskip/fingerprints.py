@@ -1,4 +1,4 @@
-"""What tells one content from another in a few characters; of a model, its weights."""
+"""Short fingerprints of content, and of a model's weights."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import re
 import torch
 
 LENGTH = 16
-"""Hexadecimal digits: enough that two results of one person never meet."""
+"""Hexadecimal digits: enough that no two results of one user collide."""
 _LOOKED_AT = 64
-"""Numbers that are read of each weight."""
+"""Numbers read from each weight."""
 _LEAST = 2.0**-16
-"""Below this, float16 holds fewer digits than bfloat16; such numbers count as zeros."""
+"""Below this, float16 is less precise than bfloat16; such numbers count as zero."""
 
 
 def fingerprint(data: bytes) -> str:
-    """What tells one content from another."""
+    """A short hash of `data`."""
     return hashlib.sha256(data).hexdigest()[:LENGTH]
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """The same for the same weights, wherever they lie, in whatever dtype, under any policy.
+    """Equal for equal weights, on any device, in any dtype, under any policy.
 
-    Shapes and a few numbers of each weight, rounded to bfloat16: a model of 7B is not read whole,
-    and a change of other numbers alone is not seen. Of a weight's name its layer and its last two
-    parts count, as versions of transformers differ in the rest. A checkpoint of float32 that is
-    loaded in float16 is rounded twice, and looks like another model.
+    Hashes the shape and a few numbers of each weight, rounded to bfloat16: a 7B model is not read
+    in full, and changes to other numbers go unnoticed. Of a weight's name only its layer and last
+    two parts count, since versions of transformers differ in the rest. A float32 checkpoint loaded
+    in float16 is rounded twice and looks like another model.
     """
     names, shapes, few = [], [], []
     for name, weight in model.named_parameters():
@@ -36,9 +36,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         shapes.append(tuple(weight.shape))
         few.append(flat[::step][:_LOOKED_AT].to(torch.bfloat16))
     sizes = [len(each) for each in few]
-    # Together, since each way from a GPU takes its time.
+    # One copy for all, since every transfer from a GPU has latency.
     numbers = torch.cat(few).float().cpu()
-    # Zeros have one sign.
+    # Also gives zeros one sign.
     numbers = torch.where(numbers.abs() < _LEAST, torch.zeros(()), numbers)
     weights = sorted(
         f"{_place(name)} {shape} ".encode() + part.numpy().tobytes()
@@ -51,5 +51,5 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def _place(name: str) -> str:
-    """Such as "11 q_proj.weight"."""
+    """For example "11 q_proj.weight"."""
     return " ".join([*re.findall(r"\d+", name), ".".join(name.split(".")[-2:])])

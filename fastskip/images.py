@@ -1,7 +1,7 @@
-"""Image files from outside: checked before they are decoded, handed on as plain RGB.
+"""Untrusted image files: checked before they are decoded, returned as plain RGB.
 
-Formats, bytes, pixels and aspect are limited because the file may come from anybody: a few
-kilobytes of PNG can hold gigabytes of pixels. Addresses (http:, data:, ...) are never opened.
+Format, bytes, pixels and aspect ratio are limited because files may come from anyone: a few
+kilobytes of PNG can expand to gigabytes of pixels. URLs (http:, data:, ...) are never opened.
 """
 
 import stat
@@ -15,12 +15,12 @@ from PIL import Image, ImageOps
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 32 << 20
 MAX_PIXELS = 50_000_000
-# processors scale the short side to a fixed length, so a strip of pixels would grow without end
+# processors scale the short side to a fixed length, so a thin strip would become enormous
 MAX_ASPECT = 200
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; names the file, what it is and what is allowed."""
+    """An unusable image; names the file, what is wrong and what is allowed."""
 
 
 def load_image(
@@ -42,11 +42,11 @@ def load_image(
         with _open(data, max_pixels) as image:
             _check("size in pixels", image.width * image.height, max_pixels)
             _check("aspect ratio", max(image.size) / max(1, min(image.size)), max_aspect)
-            # a JPEG with several pictures is one photo and its previews, of which this is the first
+            # an MPO (a JPEG with several frames) is a photo with previews; the photo comes first
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ImageError(
                     f"an animation of {image.n_frames} frames; allowed: still images (save the "
-                    "frame you want as a file of its own)"
+                    "frame you want as a separate file)"
                 )
             return _decode(image)
     except ImageError as error:
@@ -54,13 +54,13 @@ def load_image(
 
 
 def is_address(name: str) -> bool:
-    """Whether a name is an address (http:, data:, ...) and not a path."""
+    """Whether a name is a URL (http:, data:, ...) and not a path."""
     return "://" in name or name.startswith("data:")
 
 
 def _read(path: str | PathLike[str], max_bytes: int) -> bytes:
     if is_address(fspath(path)):
-        raise ImageError("an address; allowed: local files (download it first)")
+        raise ImageError("a URL; allowed: local files (download it first)")
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
@@ -78,21 +78,21 @@ def _read(path: str | PathLike[str], max_bytes: int) -> bytes:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """Parse the header; no pixel is decoded yet."""
+    """Parse the header without decoding any pixels."""
     if not data:
         raise ImageError(f"empty (0 bytes); allowed: a {', '.join(FORMATS)} file")
     try:
         return Image.open(BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # Pillow's own limit is told only where it is the narrower one
+        # report Pillow's own limit only if it is the tighter one
         size = str(error).partition(" exceeds")[0]
         limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
         raise ImageError(f"too many: {size}; allowed: at most {limit} pixels") from error
-    # a parser of hostile input fails in many ways: OSError, SyntaxError, struct.error, ...
+    # on hostile input Pillow fails in many ways: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         start = data[:12].decode("ascii", "backslashreplace")
         raise ImageError(
-            f"not an image of a known format (starts with {start!r}); allowed: {', '.join(FORMATS)}"
+            f"not an image in a known format (starts with {start!r}); allowed: {', '.join(FORMATS)}"
         ) from error
 
 
@@ -119,7 +119,7 @@ def _decode(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Pillow would clip 16-bit grey at 255 instead of scaling it."""
+    """Scales 16-bit grey to 8 bits; Pillow would clip it at 255."""
     grey = np.asarray(image).astype(np.int64)
     if (transparent := image.info.get("transparency")) is not None:
         grey = np.where(grey == transparent, 0xFFFF, grey)

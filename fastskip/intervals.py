@@ -1,9 +1,8 @@
-"""How sure a number is: intervals of shares, of means, of differences between two models, and of
-how many times as fast one is.
+"""Confidence intervals of proportions, means, differences between two models, and speed-ups.
 
-Differences are taken item by item: two models that answer the same items share what makes an item
-hard, so that far fewer items tell them apart than two separate intervals would need. Where answers
-are right or wrong, by the shares of all four cases; else by a paired bootstrap (Efron and
+Differences are paired by item: item difficulty is common to two models that answer the same items,
+so far fewer items distinguish them than with two separate intervals. For right-or-wrong answers the
+interval follows from the counts of all four outcomes; otherwise it is a paired bootstrap (Efron and
 Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13).
 """
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 RESAMPLES = 10_000
 LEVEL = 0.95
 _CELLS = 4_000_000
-"""Numbers drawn at once: bounds the memory of a bootstrap to some tens of MB."""
+"""Numbers drawn at once: bounds the memory of a bootstrap to tens of MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +32,18 @@ class Estimate:
 
     @property
     def is_above_zero(self) -> bool:
-        """Whether the whole interval is."""
+        """Whether the whole interval is above zero."""
         return self.low > 0
 
     @property
     def is_below_zero(self) -> bool:
-        """Whether the whole interval is."""
+        """Whether the whole interval is below zero."""
         return self.high < 0
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median, and the ends of what it is told with: quartiles, or a confidence interval."""
+    """A median with its quartiles or the ends of its confidence interval."""
 
     median: float
     low: float
@@ -52,13 +51,13 @@ class Spread:
 
 
 def wilson(right: float, asked: int) -> Estimate:
-    """The share `right / asked` with Wilson's interval, which holds at few items and near 1 too.
+    """The proportion `right / asked` with Wilson's interval, valid for few items and near 0 or 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     Journal of the American Statistical Association 22 (1927).
 
     Raises:
-        ValueError: `asked` is not positive, or `right` not in [0, asked].
+        ValueError: `asked` is not positive, or `right` is not in [0, asked].
     """
     if asked < 1 or not 0 <= right <= asked:
         raise ValueError(f"right, asked: {right}, {asked}; allowed: 0 <= right <= asked, asked > 0")
@@ -66,7 +65,7 @@ def wilson(right: float, asked: int) -> Estimate:
     middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
     spread = math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
     half = z * spread / (1 + z * z / asked)
-    # the ends are 0 and 1 there; rounding would miss them
+    # exactly 0 and 1, despite rounding
     low = 0.0 if right == 0 else middle - half
     high = 1.0 if right == asked else middle + half
     return Estimate(share, low, high)
@@ -79,10 +78,10 @@ def bootstrap(
     level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of items' scores with its percentile interval over resampled items.
+    """The mean score of the items with its percentile interval over resampled items.
 
     Raises:
-        ValueError: there are no scores, or an option is out of its range.
+        ValueError: there are no scores, or an option is out of range.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 1 or not len(values):
@@ -105,17 +104,17 @@ def paired_shares(
     first: Sequence[float] | NDArray[np.float64],
     second: Sequence[float] | NDArray[np.float64],
 ) -> Estimate:
-    """How much larger the share of items is that `second` answers right, of the same items.
+    """The proportion that `second` answers right minus that of `first`, on the same items.
 
-    From Wilson's intervals of both shares and how they go together, which holds where few items
-    differ or none: resampled items that do not differ never will, so that a bootstrap takes a loss
-    that it has not seen for one that is not there.
+    Combines the Wilson intervals of both proportions and their correlation, which is valid even
+    where few items or none differ. A bootstrap is not: resampling items that agree never yields a
+    difference, so it treats a loss that was not observed as impossible.
 
     Source: R. G. Newcombe, "Improved confidence intervals for the difference between binomial
     proportions based on paired data", Statistics in Medicine 17 (1998), method 10.
 
     Raises:
-        ValueError: the two have not the same items, there are none, or a score is neither 0 nor 1.
+        ValueError: the items are not the same, there are none, or a score is neither 0 nor 1.
     """
     a, b = _paired(first, second)
     if not np.isin([a, b], (0.0, 1.0)).all():
@@ -148,7 +147,7 @@ def paired_bootstrap(
     """How much better `second` scores than `first` on the same items in the same order.
 
     Raises:
-        ValueError: the two have not the same items, or as in `bootstrap`.
+        ValueError: the items are not the same, or as in `bootstrap`.
     """
     a, b = _paired(first, second)
     return bootstrap(b - a, seed=seed)
@@ -171,23 +170,23 @@ _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def paired_speedup(base: Sequence[float], own: Sequence[float]) -> Spread:
-    """How many times as fast `own` is as `base`, from seconds in the same rounds: the median of the
-    rounds' ratios with its 95 % interval.
+    """The speed-up of `own` over `base`, from seconds of the same rounds: the median of the rounds'
+    ratios with its 95 % interval.
 
-    Of six rounds or more, the interval lies between two of the ratios, whatever their distribution
-    (the sign test, turned round: Conover, "Practical Nonparametric Statistics", 1999, section 3.2);
-    one round that something disturbed does not move it much. Fewer can give no such interval; there
-    it is Student's, of the ratios' logarithms.
+    From six rounds on, the interval is bounded by two of the ratios and makes no assumption about
+    their distribution (inverted sign test: Conover, "Practical Nonparametric Statistics", 1999,
+    section 3.2); one disturbed round barely moves it. Fewer rounds allow no such interval; they get
+    Student's, on the logarithms of the ratios.
 
     Raises:
-        ValueError: the two have not as many rounds, fewer than two, or times that are not positive.
+        ValueError: the numbers of rounds differ or are below two, or a time is not positive.
     """
     before, after = np.asarray(base, np.float64), np.asarray(own, np.float64)
     if before.shape != after.shape or before.ndim != 1 or len(before) < 2:
         shapes = f"{before.shape} and {after.shape}"
         raise ValueError(f"rounds: {shapes}; allowed: the same number of rounds, two or more")
     if not (np.isfinite(before) & np.isfinite(after) & (before > 0) & (after > 0)).all():
-        raise ValueError("seconds: allowed: positive numbers")
+        raise ValueError("seconds: some are not positive; allowed: positive numbers")
     ratios = np.sort(before / after)
     middle, count = float(np.median(ratios)), len(ratios)
     if count in _STUDENT:
@@ -200,7 +199,7 @@ def paired_speedup(base: Sequence[float], own: Sequence[float]) -> Spread:
 
 
 def _outside(count: int) -> int:
-    """How many values lie below the 95 % interval of a median, and as many above it."""
+    """How many values lie below the 95 % interval of a median; as many lie above it."""
     most, chance, found = (1 - LEVEL) / 2, 0.0, -1
     while (chance := chance + math.comb(count, found + 1) / 2**count) <= most:
         found += 1

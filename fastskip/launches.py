@@ -1,8 +1,8 @@
-"""How many launches a plan takes, counted by running the executor on tensors without data.
+"""Kernel launches of a plan, counted by running the executor on meta tensors.
 
-Nothing is predicted: the layers, rows and steps are the ones that run, only the kernels do not. So
-a sublayer that a policy leaves out shows as launches that are not there; one that a router lets
-rows skip shows as programs that may leave at once (``Account.guarded_programs``).
+Nothing is modelled: the real layers, rows and steps run, only the kernels do not. A sublayer that
+a policy skips therefore shows up as missing launches; one that a router lets rows skip shows up as
+programs that may exit early (``Account.guarded_programs``).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 def prefill_launches(
     plan: SkipPlan, n_image: int, n_text: int, batch: int, table: str | None = None
 ) -> Account:
-    """Launches of the decoder for ``batch`` prompts of this many positions, and of its head.
+    """Launches of the decoder and its head for ``batch`` prompts of ``n_image + n_text`` positions.
 
-    A captured prompt has the same launches on rows filled up to its shape, but for what routers
-    decide on, where it goes by SWITCH nodes (``decoder.counted_layer``): there a product of chosen
-    rows is one of the library, and an update of them one more launch. After a removal the rows
-    are taken as evenly spaced; what it computes to choose them is not counted.
+    A captured prompt has the same launches, on rows padded to its shape, except for routed parts
+    that use SWITCH nodes (``decoder.counted_layer``): there the GEMM of the chosen rows is a
+    library call, and their update takes one more launch. After a removal the remaining rows are
+    assumed evenly spaced; what the removal computes to choose them is not counted.
 
-    ``table``: the GPU's tuning table, since it decides how a launch is split.
+    ``table``: the GPU's tuning table, which decides how a launch is split.
     """
     ops, anchor = _triton(), _empty(plan.shape, 16)
     codes = torch.full((batch, n_image + n_text), CODES[TokenClass.TEXT])
@@ -73,7 +73,7 @@ def prefill_launches(
 
 
 def _gone(layout: TokenLayout, rule: RemovalRule) -> Tensor:
-    """``[N]``: rows that are not among the evenly spaced ones of their sequences."""
+    """``[N]`` bool: rows that are removed if each sequence keeps evenly spaced ones."""
     gone = member(layout.codes, rule.classes)
     for sequence in range(layout.batch):
         mine = (gone & (layout.sequences == sequence)).nonzero().squeeze(1)
@@ -83,7 +83,7 @@ def _gone(layout: TokenLayout, rule: RemovalRule) -> Tensor:
 
 
 def decode_launches(plan: SkipPlan, batch: int, context: int, table: str | None = None) -> Account:
-    """Launches of one greedy decode step: embedding, decoder, head, choice."""
+    """Launches of one greedy decode step: embedding, decoder, head, choice of the token."""
     ops, anchor, shape = _triton(), _empty(plan.shape, 16), plan.shape
     step = StepShape(batch, context, 1, 0)
     state = StepState(plan, anchor, _rotation(shape), step, _routers(plan))
@@ -96,7 +96,7 @@ def decode_launches(plan: SkipPlan, batch: int, context: int, table: str | None 
 
 
 def _routers(plan: SkipPlan) -> list[ScoreRouter]:
-    """The plan's routers; learned weights without data.
+    """The plan's routers, with learned weights on the meta device.
 
     Raises:
         ValueError: the device executor cannot run the plan's routers.

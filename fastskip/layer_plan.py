@@ -14,11 +14,11 @@ from fastskip.policy import Arrangement, Combine, Norm, SkippedKV, TokenClass
 class ModelShape:
     """The sizes of one decoder that plans and costs depend on.
 
-    `dtype_bytes`: width of weights and of K and V. `projection_bytes`: what a weight of the layers'
-    projections takes where they are held in another form (quantised, sparse). `has_images`: false
-    for text-only models. `head_norms`: whether queries and keys have norms, head by head.
-    `deep_layers`: how many of the first layers have features of their own added to image rows
-    behind them (DeepStack). `window`: how many columns every row sees; `None`: all of them.
+    `dtype_bytes`: width of weights and of K and V. `projection_bytes`: mean bytes per weight of the
+    layers' projections if they are quantised or sparse. `has_images`: false for text-only models.
+    `head_norms`: whether queries and keys are normalised per head. `deep_layers`: after how many of
+    the first layers visual features are added to image rows (DeepStack). `window`: the sliding
+    window in columns; `None`: full attention.
     """
 
     depth: int
@@ -64,7 +64,7 @@ class ModelShape:
 
 
 def shape_of_depth(depth: int) -> ModelShape:
-    """A shape of so many layers, for what depends on the depth alone: it has no sizes."""
+    """A dummy shape of `depth` layers, for uses that depend on the depth alone."""
     return ModelShape(
         depth=depth,
         hidden_size=1,
@@ -83,10 +83,10 @@ def shape_of_depth(depth: int) -> ModelShape:
 class Cell:
     """What rows of one class do in one layer.
 
-    `kv` is the effective rule of a row that skips attention (`None` if attention runs): OMIT where
-    the layer holds no entries or REUSE finds no source. `kv_source` is the layer that REUSE copies
-    from; its entry may be a copy too. Where a router may have left a row without an entry there,
-    `kv_fallbacks` are the layers below to look in next, in this order.
+    `kv` is the effective rule of a row that skips attention (`None` if attention runs): OMIT if the
+    layer holds no entries or REUSE finds no source. `kv_source` is the layer that REUSE copies
+    from; its entry may itself be a copy. If a router may have left a row without an entry there,
+    `kv_fallbacks` are the lower layers to try next, in this order.
     """
 
     attention: bool
@@ -97,48 +97,49 @@ class Cell:
 
 
 class Staged(NamedTuple):
-    """Rows of some classes that are left after the first `stage` removals."""
+    """Rows of `classes` that remain after the first `stage` removals."""
 
     classes: frozenset[TokenClass]
     stage: int
 
 
-# Layers of one table hold entries of the same rows: a set of classes, what removals leave of one,
-# or a layer of its own.
+# Layers of one table hold entries of the same rows: those of a set of classes, or what removals
+# leave of them. An int is the table of that one layer.
 Table = frozenset[TokenClass] | Staged | int
 
 
 class Hollow(NamedTuple):
-    """Layers with tables of their own, where rows of some classes may have entries."""
+    """Layers with separate tables, in which rows of `classes` may have entries."""
 
     classes: frozenset[TokenClass]
 
 
-# Layers of one pool need room for as many entries: those of a table, or all that are hollow alike.
+# Layers of one pool need room for the same number of entries: those of one table, or all hollow
+# layers with the same classes.
 Pool = frozenset[TokenClass] | Staged | Hollow
 
 
 def classes_of(table: Table) -> frozenset[TokenClass]:
-    """Whose rows have entries in the layers of a table that is no layer's own."""
+    """The classes whose rows have entries in the layers of a shared table."""
     assert not isinstance(table, int)
     return table.classes if isinstance(table, Staged) else table
 
 
 def stage_of(table: Table | Pool) -> int:
-    """How many removals come before the layers of a table or a pool."""
+    """How many removals precede the layers of a table or pool."""
     return table.stage if isinstance(table, Staged) else 0
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its cells, its wiring, and the class sets that the runtime makes rows of.
+    """One layer: its cells, its wiring, and the class sets from which the runtime builds rows.
 
-    `hollow`: classes of which a row may lack an entry in this layer's cache although the class
-    holds them, since a router let it skip. `arranged`: the classes that the arrangement is for;
-    others run one sublayer after the other. `replaced`: classes whose residual stream is what the
-    attention norm makes of it, and `merges_kv`: whether the two layers of a pair keep the mean of
-    their K and V (both of semantics "reference"). `unimodal`: image rows and all others do not see
-    each other. `stage`: how many removals come before the layer.
+    `hollow`: classes that hold entries in this layer's cache, but of which a row may lack one
+    because a router let it skip. `arranged`: the classes to which the arrangement applies; others
+    run the sublayers one after the other. Semantics "reference" only: `replaced`, classes whose
+    residual stream is replaced by its attention norm, and `merges_kv`, whether the two layers of a
+    pair store the mean of their K and V. `unimodal`: image rows and all others do not see each
+    other. `stage`: how many removals precede the layer.
     """
 
     index: int
@@ -166,13 +167,13 @@ class LayerPlan:
 
     @cached_property
     def beside(self) -> frozenset[TokenClass]:
-        """Classes whose FFN reads the layer's input, beside the attention."""
+        """Classes whose FFN reads the layer's input, in parallel with attention."""
         is_parallel = self.arrangement is Arrangement.PARALLEL
         return self.feeding & self.arranged if is_parallel else frozenset()
 
     @property
     def is_arranged_whole(self) -> bool:
-        """Whether all classes are wired alike."""
+        """Whether all classes are wired the same way."""
         return self.arrangement is Arrangement.SEQUENTIAL or self.arranged >= self.cells.keys()
 
     @property
@@ -188,7 +189,7 @@ class LayerPlan:
 
     @cached_property
     def leaving_hidden(self) -> frozenset[TokenClass]:
-        """Classes that leave what the attention would have read, as K and V."""
+        """Classes that store the attention's input as K and V (`HIDDEN`)."""
         return frozenset(c for c, cell in self.cells.items() if cell.kv is SkippedKV.HIDDEN)
 
     @cached_property
@@ -204,31 +205,31 @@ class LayerPlan:
 
     @cached_property
     def holding(self) -> frozenset[TokenClass]:
-        """Classes that have an entry in the layer's cache, or may have one."""
+        """Classes whose rows have, or may have, an entry in the layer's cache."""
         return self.projecting.union(self.leaving_hidden, *self.reusing.values())
 
     @property
     def table(self) -> Table:
-        """Where the layer's entries are counted: layers of a table hold those of the same rows."""
+        """Where the layer's entries are counted; layers of one table hold the same rows' entries."""
         if self.hollow:
             return self.index
         return Staged(self.holding, self.stage) if self.stage else self.holding
 
     @property
     def pool(self) -> Pool:
-        """Where the layer's entries lie."""
+        """Where the layer's entries are stored."""
         table = self.table
         return Hollow(self.holding) if isinstance(table, int) else table
 
     @cached_property
     def row_sets(self) -> tuple[object, ...]:
-        """All that decides which rows enter which part; layers alike in it share their rows."""
+        """All that decides which rows enter which part; layers with equal values share rows."""
         stored = self.projecting, self.leaving_hidden, tuple(self.reusing.items())
         wiring = self.beside, self.replaced, self.arrangement is Arrangement.PAIR and self.arranged
         return self.attending, stored, self.feeding, wiring, self.unimodal, self.stage
 
     def treats(self, token_class: TokenClass) -> tuple[object, ...]:
-        """All that the layer does with rows of a class; equal for classes treated alike."""
+        """All that the layer does with rows of a class; equal for classes treated the same."""
         wiring = token_class in self.arranged, token_class in self.replaced
         seen = self.unimodal and token_class is TokenClass.IMAGE
         return self.cells[token_class], wiring, seen

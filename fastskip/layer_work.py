@@ -1,4 +1,4 @@
-"""Rows, pairs and entries of one layer: what its operations are sized by."""
+"""Rows, query-key pairs and cache entries of one layer, which size its operations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastskip.policy import Sublayer, TokenClass
 
 @dataclass(frozen=True, slots=True)
 class LayerWork:
-    """Rows of one sequence in one layer; `visible` is how many entries its queries read.
+    """Expected rows of one sequence in one layer; `visible` is how many entries its queries read.
 
-    `reading_...`: the chance that weights are read at all: of Q and the output projection, of K
-    and V, of the FFN.
+    `reading_q`, `reading_kv`, `reading_ffn`: the probability that the weights of Q and the output
+    projection, of K and V, and of the FFN are read at all.
     """
 
     attending: float
@@ -37,15 +37,15 @@ def work_of(
     first: int,
     batch: int,
 ) -> LayerWork:
-    """The work on rows of these classes, in order; those before `first` only leave their entries.
+    """The work on rows of these classes, in order; those before `first` only store their entries.
 
-    `past`: rows a class that earlier forwards left in the cache.
+    `past`: rows per class that earlier forwards left in the cache.
     """
     cells = layer.cells
-    going_on = Counter(classes[first:])
+    continuing = Counter(classes[first:])
     pairs: float = 0
-    last: dict[bool, float] = {}  # what image rows see under a mask, nobody else reads
-    for query in (c for c in going_on if cells[c].attends):
+    last: dict[bool, float] = {}  # under a unimodal mask, only image rows read what they see
+    for query in (c for c in continuing if cells[c].attends):
         beside = layer.holding_beside(query)
         kept = held(layer, {c: count for c, count in past.items() if layer.sees(query, c)})
         before = list(accumulate((beside[c] for c in classes), initial=kept))
@@ -62,10 +62,10 @@ def work_of(
         copied=sum(cells[c].copies for c in classes),
         feeding=sum(cells[c].feeds for c in classes[first:]),
         pairs=pairs,
-        visible=layer.running(Sublayer.ATTENTION, going_on, 1) * sum(last.values()),
-        reading_q=layer.running(Sublayer.ATTENTION, going_on, batch),
+        visible=layer.running(Sublayer.ATTENTION, continuing, 1) * sum(last.values()),
+        reading_q=layer.running(Sublayer.ATTENTION, continuing, batch),
         reading_kv=1 if is_stored else reading,
-        reading_ffn=layer.running(Sublayer.FFN, going_on, batch),
+        reading_ffn=layer.running(Sublayer.FFN, continuing, batch),
     )
 
 

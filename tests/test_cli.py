@@ -194,8 +194,8 @@ def test_plan_shows_layers_costs_and_the_ideal(checkpoint: Path) -> None:
     ("kind", "assumed"),
     [
         ("llava_next_vicuna", "Assumed: one image of a single crop; this model cuts larger images"),
-        ("qwen2_vl", "Assumed: one image of 448 x 448 pixels; this model keeps the sizes"),
-        ("llava_pixtral", "Assumed: one image of 16 x 16 pixels; this model keeps the sizes"),
+        ("qwen2_vl", "Assumed: one image of 448 x 448 pixels; this model keeps image sizes"),
+        ("llava_pixtral", "Assumed: one image of 16 x 16 pixels; this model keeps image sizes"),
         ("llava", None),
     ],
 )
@@ -374,7 +374,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("generate -q hi -m {model} -i absent.png", "absent.png: no such file; allowed: the path"),
         ("generate -q hi -m {model} -i {model}", "a directory; allowed: a JPEG, PNG, WEBP file"),
         ("generate -q <image>hi -m {model}", "1 <image> for 0 images; allowed: one <image> per"),
-        ("generate --prompt= -m {model}", "prompt: got ''; allowed: a text that is not empty"),
+        ("generate --prompt= -m {model}", "prompt: got ''; allowed: non-empty text"),
         ("generate -q hi -m {model} --max-new-tokens 999", "allowed: at most 256 positions"),
         ("generate -q hi -m {model} -p nothing", "--policy nothing: no such file or preset; allo"),
         ("generate -q hi -m {model} -p {broken}", "broken.json: not JSON .*; allowed: a policy"),

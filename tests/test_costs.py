@@ -370,11 +370,11 @@ def test_operations_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ((-1, 4, 5), "n_image: got -1; allowed: a whole number from 0"),
-        ((3, 4, 0), "n_new: got 0; allowed: a whole number from 1"),
+        ((-1, 4, 5), "n_image: got -1; allowed: an integer >= 0"),
+        ((3, 4, 0), "n_new: got 0; allowed: an integer >= 1"),
         ((3, -1, 1), "n_text: got -1"),
         ((3, 4, 1.5), "n_new: got 1.5"),
-        ((3, 4, 1, 0), "batch: got 0; allowed: a whole number from 1"),
+        ((3, 4, 1, 0), "batch: got 0; allowed: an integer >= 1"),
         ((3, 4, 1, -1), "batch: got -1"),
     ],
 )
@@ -389,7 +389,7 @@ def test_impossible_counts_of_parts() -> None:
         plan.kv_bytes(3, 4, batch=-1)
     with pytest.raises(CountError, match="batch: got 0"):
         plan.decode_bytes({TEXT: 4}, 0)
-    with pytest.raises(CountError, match=r"text_before: got 5; allowed: n_text \(4\) at most"):
+    with pytest.raises(CountError, match=r"text_before: got 5; allowed: at most n_text \(4\)"):
         plan.cost(3, 4, 1, text_before=5)
 
 

@@ -217,8 +217,8 @@ def test_long_strips_are_refused() -> None:
         (lambda folder: "a\0b", "cannot be read"),
         (lambda folder: "", "a directory"),
         (lambda folder: "/dev/zero", "not a regular file"),
-        (lambda folder: "https://example.org/cat.png", "an address; allowed: local files"),
-        (lambda folder: "data:image/png;base64,AAAA", "an address"),
+        (lambda folder: "https://example.org/cat.png", "a URL; allowed: local files"),
+        (lambda folder: "data:image/png;base64,AAAA", "a URL"),
     ],
 )
 def test_paths_that_are_no_images(

@@ -77,8 +77,8 @@ def test_a_text_model_reads_no_images() -> None:
         (CHAT_TEMPLATE, (Turn("b", "c"),), "a?", "writes earlier turns anew"),
         (HUB_TEMPLATE, (Turn("b", "c</s>"),), "a?", "an answer holds '</s>'"),
         (HUB_TEMPLATE, (), "\ud800?", "allowed: Unicode text"),
-        (HUB_TEMPLATE, (), " <image>", "allowed: a text that is not empty"),
-        (HUB_TEMPLATE, (Turn("b", " "),), "a?", "answer ' '; allowed: a text that is not empty"),
+        (HUB_TEMPLATE, (), " <image>", "allowed: non-empty text"),
+        (HUB_TEMPLATE, (Turn("b", " "),), "a?", "answer ' '; allowed: non-empty text"),
     ],
 )
 def test_what_cannot_be_said(

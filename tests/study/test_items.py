@@ -91,7 +91,7 @@ def said(*speakers: str, question: str = "a?") -> str:
         ('{"question": "a?", "answer": "b", "image": ["a", 1]}', "image is .'a', 1."),
         (
             '{"question": "a?", "answer": "b", "image": ["a", "https://x.y/z.png"]}',
-            "image 'https://x.y/z.png' is an address; allowed: local files",
+            "image 'https://x.y/z.png' is a URL; allowed: local files",
         ),
         ('{"question": "a?", "answer": "b", "history": 1}', "history is 1"),
         ('{"question": "a?", "answer": "b", "history": [{"question": "c"}]}', r"history\[0\] is"),

@@ -39,7 +39,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "an address": (
         {"image": "https://x.y/z.png", "conversations": said("hi", "yes")},
-        "image 'https://x.y/z.png' is an address",
+        "image 'https://x.y/z.png' is a URL",
     ),
     "a number for an image": ({"image": 7, "conversations": said("hi", "yes")}, "image is 7"),
     "too many placeholders": (
@@ -52,7 +52,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "a placeholder in an answer": (
         {"image": "a.png", "conversations": said("hi", "<image> yes")},
-        "answer 1 holds <image>",
+        "answer 1 contains <image>",
     ),
 }
 
@@ -107,11 +107,11 @@ def test_broken_rows_are_left_out_and_counted(folder: Path) -> None:
 def test_files_that_cannot_be_read(folder: Path) -> None:
     with pytest.raises(DataError, match=r"nothing\.jsonl.*allowed"):
         JsonLines(folder / "nothing.jsonl")
-    with pytest.raises(DataError, match="no row that can be used"):
+    with pytest.raises(DataError, match="no usable row"):
         JsonLines(write(folder, ""))
     with pytest.raises(DataError, match=r"the first one: .*line 1: not JSON"):
         JsonLines(write(folder, "{"), skip_broken=True)
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         JsonLines(write(folder, GOOD[1]), folder / "elsewhere")
 
 
