@@ -172,9 +172,7 @@ def _check_layer_overrides(text: Any) -> None:
     overrides = text.to_dict().get("per_layer_config") or {}
     names = {name for layer in overrides.values() for name in layer} - {"skip"}
     if names:
-        raise UnsupportedModelError(
-            "per_layer_config", sorted(names), "skip only: layers of one shape"
-        )
+        raise UnsupportedModelError("per_layer_config", sorted(names), "skip: layers of one shape")
 
 
 def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:

@@ -210,7 +210,7 @@ class LayerPlan:
 
     @property
     def table(self) -> Table:
-        """Where the layer's entries are counted; layers of one table hold the same rows' entries."""
+        """Where the layer's entries are counted; layers of a table hold those of the same rows."""
         if self.hollow:
             return self.index
         return Staged(self.holding, self.stage) if self.stage else self.holding

@@ -1,4 +1,4 @@
-"""Loading and preparing models: the public verbs."""
+"""Loading and preparing models: the public functions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
-"""What ``device_map`` says for weights in several places."""
+"""Values of ``device_map`` that spread the weights over devices."""
 _REFUSED = {
     "torch_dtype": "dtype",
     "attn_implementation": "the runtime's own attention",
@@ -50,7 +50,7 @@ _REFUSED = {
     "distributed_config": "one device",
     "max_memory": "one device",
     "offload_folder": "weights in memory",
-    "output_loading_info": "False; what is missing is an error",
+    "output_loading_info": "False; missing weights raise an error",
 }
 
 
@@ -69,36 +69,36 @@ def load_model(
     """Loads a checkpoint and prepares it: same class, same ``generate``, faster.
 
     Args:
-        model_id_or_path: a folder or a hub id, safetensors only.
-        policy: a ``SkipPolicy``, a dict, a path to a policy file, or a preset's name. ``None``
-            takes the checkpoint's ``fastskip_policy.json``, else its ``per_layer_config``, else
-            dense; the log says which.
+        model_id_or_path: a folder or a hub id; safetensors only.
+        policy: a ``SkipPolicy``, a dict, the path of a policy file, or the name of a preset.
+            ``None`` uses the checkpoint's ``fastskip_policy.json``, else its ``per_layer_config``,
+            else dense; the log says which.
         dtype: ``"auto"`` (the checkpoint's), a name, or a ``torch.dtype``.
-        device: where the model goes; ``None`` leaves it on the CPU. Hugging Face's ``device_map``
-            is taken too where it names one device for all, or is ``"auto"`` with one GPU or none.
-        impl: who computes: ``"triton"`` (fused kernels and CUDA graphs; the choice of ``None`` on
-            CUDA), ``"reference"`` (plain torch, with gradients; the choice elsewhere) or
-            ``"torch"`` (the GPU's executor on torch operations, to find faults). An explicit
-            choice that cannot run raises.
-        attention: ``None``, fastskip's own kernels; ``"flash"``: prompts attend by the flash-attn
-            package, where it is installed and the policy allows.
+        device: the model's device; ``None`` means the CPU. Hugging Face's ``device_map`` is
+            accepted too if it names a single device, or is ``"auto"`` with at most one GPU.
+        impl: the implementation: ``"triton"`` (fused kernels and CUDA graphs; the default on CUDA),
+            ``"reference"`` (plain torch, with gradients; the default elsewhere) or ``"torch"`` (the
+            GPU executor on torch operations, for debugging). An explicit choice that cannot run
+            raises.
+        attention: ``None`` for fastskip's own kernels; ``"flash"``: prompts use the flash-attn
+            package, which must be installed and fit the policy.
         routers: the user's own routers, by the names that the policy gives them.
-        weights: how pruned projections are held, whichever way they are stored: ``"dense"``,
+        weights: how pruned projections are held in memory, however they are stored: ``"dense"``,
             ``"bitmap"``, ``"csr"`` or ``"2:4"`` (``fastskip.sparse.Weights``). Unless dense, the
             whole decoder calls its modules one by one, whatever ``impl``.
-        from_pretrained_kwargs: go to Hugging Face's ``from_pretrained``; with
-            ``quantization_config``, as for a checkpoint that is quantised already, the decoder
-            calls its quantised modules one by one.
+        from_pretrained_kwargs: passed on to Hugging Face's ``from_pretrained``. With
+            ``quantization_config``, or a checkpoint that is already quantised, the decoder calls
+            its quantised modules one by one.
     Returns:
         An instance of the checkpoint's own Hugging Face class, in evaluation mode.
     Raises:
-        UnsupportedModelError: the model, or an argument, is not supported yet.
+        UnsupportedModelError: the model or an argument is not supported yet.
         PolicyError: the policy is malformed or does not fit the model.
-        SparseError: the files of a sparse checkpoint do not fit together, or the weights cannot be
-            held as asked.
+        SparseError: the files of a sparse checkpoint are inconsistent, or the weights cannot be
+            held in the given form.
         ValueError: another argument is malformed, or weights are missing.
     Warns:
-        PolicyFitWarning: the policy's provenance says that it was made for another model.
+        PolicyFitWarning: the policy's provenance names a different model.
     """
     _check_arguments(from_pretrained_kwargs)
     if weights not in tuple(Weights):
@@ -117,8 +117,8 @@ def load_model(
         raise UnsupportedModelError(
             "model",
             path,
-            "whole checkpoints; adapters by peft.PeftModel.from_pretrained(load_model(BASE), "
-            "FOLDER), or added to the weights by fastskip train --merge",
+            "whole checkpoints (load an adapter with peft.PeftModel.from_pretrained("
+            "load_model(BASE), FOLDER), or merge it into the weights with fastskip train --merge)",
         )
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
@@ -132,7 +132,7 @@ def load_model(
     options = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
     options |= from_pretrained_kwargs
     if is_quantised(config) or from_pretrained_kwargs.get("quantization_config") is not None:
-        # Weights are quantised where they will lie; some quantisers cannot move them.
+        # Weights are quantised on their final device; some quantisers cannot move them.
         options["device_map"] = {"": target}
     layout = _sparse_layout(path, hub)
     if layout is None:
@@ -140,7 +140,7 @@ def load_model(
     else:
         model, found = read_sparse(model_class, path, layout, **options)
     missing = sorted(found["missing_keys"])
-    if missing:  # Hugging Face draws them at random and warns
+    if missing:  # Hugging Face initialises them at random and warns
         raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
     if "device_map" not in options:
         model = model.to(target)
@@ -150,10 +150,10 @@ def load_model(
 
 
 def model_class_of(config: Any) -> Any:
-    """Hugging Face's class of a config, for weights that are to be read.
+    """The Hugging Face class that reads the weights of a config's checkpoint.
 
     Raises:
-        UnsupportedModelError: an unknown family, or one whose vision encoder is of a package that
+        UnsupportedModelError: an unknown family, or one whose vision encoder needs a package that
             is missing.
     """
     check_installed(config)
@@ -170,7 +170,7 @@ def apply_(
 ) -> Any:
     """Prepares a model that is already in memory, in place, and returns it.
 
-    A model that is prepared already gets the new policy and keeps its ``impl`` and ``attention``.
+    An already prepared model gets the new policy and keeps its ``impl`` and ``attention``.
     """
     if attention not in (None, "flash"):
         raise ValueError(f"attention: {attention!r}; allowed: None, 'flash'")
@@ -179,13 +179,14 @@ def apply_(
         prepared = _runtime_of(model)
         kept = prepared.decoder.ops.implementation
         if impl is not None and ops.resolve(impl, prepared.device).implementation is not kept:
-            raise ValueError(f"impl: {impl!r}; allowed: None, or {kept.value!r}, which it keeps")
+            allowed = f"None or {kept.value!r}: a prepared model keeps its impl"
+            raise ValueError(f"impl: {impl!r}; allowed: {allowed}")
         return set_policy(model, chosen, routers=routers)
     _check_model(model)
     text_model = text_model_of(model)
     if is_users_own(type(text_model)):
         raise UnsupportedModelError(
-            "text model", type(text_model).__name__, "transformers' own class, whose forward we run"
+            "text model", type(text_model).__name__, "a class of transformers with its own forward"
         )
     if is_quantised(model.config) and impl not in (None, ops.Implementation.REFERENCE.value):
         raise UnsupportedModelError("impl", impl, "None or 'reference' with quantised weights")
@@ -196,7 +197,7 @@ def apply_(
     runtime = Runtime(text_model, plan, impl, own)
     if attention is not None:
         runtime.use_flash()
-    # Merging now, layer by layer, so that no more than one layer is held twice.
+    # Merge now, layer by layer, so that at most one layer is in memory twice.
     runtime.decoder.refresh(wants_gradient=False)
     check_decoder(runtime.decoder)
     prepare(model, runtime)
@@ -208,8 +209,8 @@ def set_policy(
 ) -> Any:
     """Swaps the policy of a prepared model without reloading; returns the model.
 
-    Caches that were filled under the old policy are refused afterwards. ``routers`` as in
-    ``load_model``. Warns as ``load_model`` does.
+    Afterwards, caches filled under the old policy are refused. ``routers`` and warnings as in
+    ``load_model``.
     """
     runtime, chosen = _runtime_of(model), SkipPolicy.coerce(policy)
     shape = _shape_of(model)
@@ -224,13 +225,13 @@ def set_policy(
 
 
 def save_policy(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes a prepared model's policy as its checkpoints have it, its routers' weights beside."""
+    """Writes a prepared model's policy and its router weights as in a checkpoint folder."""
     write_policy(_runtime_of(model).plan.policy, folder)
 
 
 @contextmanager
 def record_routing(model: Any) -> Iterator[RoutingRecord]:
-    """What routers decide in forwards of a prepared model within this block, read back.
+    """Records what the routers of a prepared model decide within this block.
 
     Costs a copy of each step's decisions to the host.
     """
@@ -241,9 +242,9 @@ def record_routing(model: Any) -> Iterator[RoutingRecord]:
 
 @contextmanager
 def watching_routers(model: Any, wrap: Callable[[int, Router], Router]) -> Iterator[None]:
-    """Within this block each router is what ``wrap`` makes of it and its number in the policy.
+    """Within this block, ``wrap(number, router)`` replaces each router; numbers as in the policy.
 
-    Only plain torch asks routers themselves; on the device their terms decide, unseen.
+    Reference only: the fused executors evaluate routers on the device and never call them.
     """
     runtime = _runtime_of(model)
     if runtime.decoder.ops.fused is not None:
@@ -258,10 +259,10 @@ def watching_routers(model: Any, wrap: Callable[[int, Router], Router]) -> Itera
 
 
 def plan_of(model: Any) -> SkipPlan:
-    """The plan that a prepared model runs; its table notes layers that miss the merged products."""
+    """The plan that a prepared model runs; its table notes layers whose GEMMs cannot be merged."""
     runtime = _runtime_of(model)
     plan, shape = runtime.plan, _shape_of(model)
-    if shape != plan.shape:  # resized since, of another dtype, or held in another form
+    if shape != plan.shape:  # resized, cast, or held in another form since
         plan = make_plan(plan.policy, shape)
     apart = {
         index: "projections one by one"
@@ -272,7 +273,7 @@ def plan_of(model: Any) -> SkipPlan:
 
 
 def _shape_of(model: Any) -> ModelShape:
-    """The sizes of a model in memory, with what its projections take if they are not plain."""
+    """The sizes of a model in memory, including bytes per weight of projections not held plain."""
     shape = shape_of(model.config, final_norm_of(text_model_of(model)).weight.dtype)
     return replace(shape, projection_bytes=bytes_of_weight(model, shape))
 
@@ -291,7 +292,7 @@ def _runtime_of(model: Any) -> Runtime:
 def _choose_policy(
     policy: PolicyLike | None, path: str, config: Any, hub: dict[str, Any]
 ) -> SkipPolicy:
-    """An explicit policy wins; then the checkpoint's own file, then its config, then dense."""
+    """The explicit policy, else the checkpoint's policy file, else its config's, else dense."""
     if policy is not None:
         return SkipPolicy.coerce(policy)
     found = _file_of(path, POLICY_FILE, hub)
@@ -306,18 +307,18 @@ def _choose_policy(
         logger.info("policy: per_layer_config of the checkpoint")
         return from_config
     if Path(path).is_dir() or _is_absent(path, POLICY_FILE, hub):
-        logger.info("policy: none given, none in the checkpoint; dense")
+        logger.info("policy: none given and none in the checkpoint; using dense")
     else:
         logger.warning(
-            "policy: none given, and the cache does not know whether %s has one (the hub was not "
-            "reached); dense",
+            "policy: none given, and the hub could not be reached to check whether %s has one; "
+            "using dense",
             path,
         )
     return SkipPolicy()
 
 
 def _sparse_layout(path: str, hub: dict[str, Any]) -> SparseLayout | None:
-    """What a sparse checkpoint says of itself; ``None`` for an ordinary one."""
+    """The layout of a sparse checkpoint; ``None`` for an ordinary one."""
     found = _file_of(path, LAYOUT_FILE, hub)
     if found is None:
         return None
@@ -326,7 +327,7 @@ def _sparse_layout(path: str, hub: dict[str, Any]) -> SparseLayout | None:
 
 
 def _file_of(path: str, name: str, hub: dict[str, Any]) -> Path | None:
-    """One of our own files of a checkpoint, if it has it."""
+    """The path of one of fastskip's own files in a checkpoint, if it exists."""
     if Path(path).is_dir():
         local = Path(path) / hub.get("subfolder", "") / name
         return local if local.is_file() else None
@@ -341,7 +342,7 @@ def _file_of(path: str, name: str, hub: dict[str, Any]) -> Path | None:
 
 
 def _is_absent(path: str, name: str, hub: dict[str, Any]) -> bool:
-    """Whether the cache knows from the hub that a checkpoint does not have a file."""
+    """Whether the hub cache records that a checkpoint has no such file."""
     inside = PurePosixPath(hub.get("subfolder", ""), name).as_posix()
     places = {key: hub[key] for key in ("revision", "cache_dir") if key in hub}
     found = transformers.utils.try_to_load_from_cache(path, inside, **places)
@@ -349,7 +350,7 @@ def _is_absent(path: str, name: str, hub: dict[str, Any]) -> bool:
 
 
 def _fetch_weights(policy: SkipPolicy, path: str, hub: dict[str, Any]) -> None:
-    """Weights of routers come into the cache beside the policy, as the hub has them beside it."""
+    """Downloads router weights into the hub cache, where they lie next to the policy."""
     for number, rule in enumerate(policy.routers):
         if rule.weights is None:
             continue
@@ -382,11 +383,12 @@ def _device_of(device: str | torch.device | None) -> torch.device:
 
 
 def _whole_device(device: str | torch.device | None, placement: Any) -> str | torch.device | None:
-    """Where the model goes; Hugging Face's ``device_map`` may say it too, for all of it."""
+    """The device of the whole model, given as ``device`` or by Hugging Face's ``device_map``."""
     if placement is None:
         return device
     if device is not None:
-        raise ValueError(f"device_map: {placement!r}; allowed: None beside device={device!r}")
+        allowed = f"None together with device={device!r}"
+        raise ValueError(f"device_map: {placement!r}; allowed: {allowed}")
     places = set(placement.values()) if isinstance(placement, Mapping) else {placement}
     place = places.pop() if len(places) == 1 else None
     if place == "auto" and torch.cuda.device_count() < 2:
@@ -394,7 +396,7 @@ def _whole_device(device: str | torch.device | None, placement: Any) -> str | to
     if isinstance(place, int):
         return f"cuda:{place}"
     if place is None or place in _SPREADING:
-        allowed = "one device for all of the model, as device='cuda'"
+        allowed = "one device for the whole model, such as device='cuda'"
         raise UnsupportedModelError("device_map", placement, allowed)
     named: str | torch.device = place
     return named
@@ -405,14 +407,14 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
         if given := arguments.pop(name, None):
             raise UnsupportedModelError(name, given, allowed)
     if arguments.get("use_safetensors") is False:
-        raise UnsupportedModelError("use_safetensors", False, "True: pickle is never read")
+        raise UnsupportedModelError("use_safetensors", False, "True: pickle files are never read")
     arguments.pop("use_safetensors", None)
 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, transformers.PreTrainedModel):
         kind = f"{type(model).__module__}.{type(model).__name__}"
-        allowed = "a model of transformers (of PEFT: get_base_model(); not compiled, not wrapped)"
+        allowed = "a transformers model, not compiled or wrapped (of PEFT: its get_base_model())"
         raise UnsupportedModelError("model", kind, allowed)
     check_config(model.config)
     own = model_class_name(model.config)

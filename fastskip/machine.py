@@ -1,6 +1,6 @@
-"""What this machine reaches, measured: the ceilings that floors and shares of the ideal refer to.
+"""The measured ceilings of this machine, on which floors and shares of the ideal are based.
 
-A measurement takes a second or two and is kept in the user's cache directory. Thread counts are
+A measurement takes a second or two and is cached in the user's cache directory. Thread counts are
 read, never changed.
 """
 
@@ -32,10 +32,10 @@ RUNS = 5
 def ceilings(
     dtype: torch.dtype, device: torch.device | str = "cpu", *, refresh: bool = False
 ) -> Ceilings:
-    """The kept ceilings of this machine for `dtype` on `device`, measured where there are none.
+    """The cached ceilings of this machine for `dtype` on `device`, measured if there are none.
 
-    They are kept by processor name, thread count, dtype and torch version in `ceilings.json` under
-    `$XDG_CACHE_HOME/fastskip` (default `~/.cache/fastskip`). `refresh` measures again.
+    They are cached by `machine_key` in `ceilings.json` under `$XDG_CACHE_HOME/fastskip` (default
+    `~/.cache/fastskip`). `refresh` measures again.
     """
     device = torch.device(device)
     path = cache_file()
@@ -49,11 +49,11 @@ def ceilings(
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device | str = "cpu") -> Ceilings:
-    """Measure read bandwidth (bytes/s) and matrix product rate (FLOP/s) now.
+    """Measure memory bandwidth (bytes/s) and the matrix multiplication rate (FLOP/s) now.
 
     Bandwidth is the best of a sum, a matrix-vector product and a copy (reads and writes counted)
-    over a buffer much larger than the caches; the rate is that of the best square matrix product.
-    Each is a median of several runs.
+    over a buffer much larger than the caches; the rate is that of the fastest square GEMM. Each is
+    the median of several runs.
     """
     device = torch.device(device)
     if device.type not in BUFFER_BYTES:
@@ -65,7 +65,7 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device | str = "cpu") -> 
 
 
 def machine_key(dtype: torch.dtype, device: torch.device) -> str:
-    """What a measurement holds for."""
+    """The processor, its threads or TF32 setting, dtype and torch version of a measurement."""
     name = device_name(device)
     if device.type == "cuda":
         tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
@@ -77,12 +77,12 @@ def machine_key(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
+    """The name of the GPU or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def cache_file() -> Path:
-    """Where ceilings are kept."""
+    """Where ceilings are cached."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "fastskip" / "ceilings.json"
 
@@ -100,7 +100,7 @@ def _bandwidth(dtype: torch.dtype, device: torch.device) -> float:
 
 def _flop_rate(dtype: torch.dtype, device: torch.device) -> float:
     best = 0.0
-    noise = torch.Generator(device).manual_seed(0)  # constant matrices draw less power: too fast
+    noise = torch.Generator(device).manual_seed(0)  # constants draw less power, so run too fast
     for size in MATRIX_SIZES[device.type]:
         a = torch.randn(size, size, dtype=dtype, device=device, generator=noise)
         out = torch.empty_like(a)
@@ -112,7 +112,7 @@ def _flop_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of one run; on a GPU several runs share one wait for its end."""
+    """Median seconds of one run; on a GPU several runs share one synchronisation."""
     repeats = 10 if device.type == "cuda" else 1
     times = []
     for _ in range(1 + RUNS):
@@ -140,13 +140,13 @@ def _read(path: Path) -> dict[str, object]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        _log.warning("%s cannot be read and is measured anew: %s", path, error)
+        _log.warning("%s cannot be read, so ceilings are measured again: %s", path, error)
         return {}
     return kept if isinstance(kept, dict) else {}
 
 
 def _entry(value: object) -> Ceilings | None:
-    """A kept measurement, or None if it is not a whole one."""
+    """A cached measurement, or None if it is incomplete or invalid."""
     if not isinstance(value, dict) or set(value) != {"bandwidth_bytes_per_s", "flops_per_s"}:
         return None
     numbers = [v for v in value.values() if isinstance(v, float) and 0 < v < float("inf")]
@@ -159,4 +159,4 @@ def _write(path: Path, kept: dict[str, object]) -> None:
         with whole_file(path) as part:
             part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
     except OSError as error:
-        _log.warning("ceilings are not kept: %s", error)
+        _log.warning("ceilings cannot be cached: %s", error)

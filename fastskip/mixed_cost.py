@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a batch whose sequences are not alike, from those of batches that are."""
+"""FLOPs and bytes of a heterogeneous batch, from those of homogeneous batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ Key = tuple[str, int | None, int]
 
 
 def mixed_cost(costs: Sequence[GenerationCost]) -> GenerationCost:
-    """The cost of a batch of sequences that are not alike, each of which is told by the cost of as
-    many sequences like it: weights are read once for all, or as often as so many let them be."""
+    """The cost of a batch of different sequences.
+
+    Each is given by the cost of a batch of equal size made of copies of it. Each weight counts as
+    read once for the whole batch; under routers, by the largest of the sequences' expected bytes.
+    """
     return GenerationCost(
         _together([each.prefill for each in costs]), _together([each.decode for each in costs])
     )
@@ -31,9 +34,9 @@ def _together(costs: Sequence[Cost]) -> Cost:
 
 
 def _by_key(cost: Cost) -> dict[Key, Operation]:
-    """The operations of sequences that are alike, so named that those of others find them.
+    """The operations of one homogeneous batch, under keys that match those of the other batches.
 
-    Whether q, k and v are one product depends on a sequence's classes: they count as one.
+    Whether Q, K and V form one GEMM depends on a sequence's classes, so they count as one.
     """
     found: dict[Key, Operation] = {}
     seen: dict[tuple[str, int | None], int] = defaultdict(int)
@@ -49,7 +52,7 @@ def _by_key(cost: Cost) -> dict[Key, Operation]:
 
 
 def _added(a: Operation, b: Operation, weight_bytes: int) -> Operation:
-    """Both, run as often as each."""
+    """Both operations as one, run as often as each."""
     return replace(
         a,
         flops=a.flops + b.flops,

@@ -1,12 +1,12 @@
-"""The modes of "Skipping Computations in Multimodal LLMs" (Shukor & Cord, arXiv 2410.09454) and of
-its sister paper (arXiv 2405.16700) as presets `paper/<mode>`.
+"""The modes of "Skipping Computations in Multimodal LLMs" (Shukor & Cord, arXiv 2410.09454) and its
+companion paper (arXiv 2405.16700) as presets `paper/<mode>`.
 
-A layer l is selected where start < l < end and l is a multiple of the interval, as in the papers'
-code: both bounds are exclusive, so that by default the first and the last layer stay dense.
-So `start=-1` lets layer 0 be selected too. A negative `end` counts from the end of the model, as do
-a negative `after` and the bounds of `drop`. `scope` says whose rows: all, prompt (image and text),
-image, text or generated. `semantics="reference"` gives what the papers' code computes where that
-differs.
+A layer l is selected if start < l < end and l is a multiple of the interval, as in the papers'
+code: both bounds are exclusive, so by default the first and the last layer stay dense, and
+`start=-1` makes layer 0 eligible too. A negative `end` counts from the end of the model, as do a
+negative `after` and the bounds of `drop`. `scope` selects rows: all, prompt (image and text),
+image, text or generated. `semantics="reference"` reproduces what the papers' code computes where
+that differs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Interval = int | str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a preset stands for."""
+    """What a preset expands to."""
 
     rules: tuple[AnyRule, ...]
     semantics: Semantics = Semantics.CLEAN
@@ -55,7 +55,7 @@ def skip_block(
     kv: str | None = None,
     semantics: str = "clean",
 ) -> Made:
-    """Skip whole blocks; half of them by default."""
+    """Skip whole blocks, by default every other one."""
     return _skip("block", scope, selected(interval, start, end, depth), kv, semantics)
 
 
@@ -93,7 +93,7 @@ def parallel_attention(
     norm: str | None = None,
     semantics: str = "clean",
 ) -> Made:
-    """Run attention and FFN of a block from the same input."""
+    """Run attention and FFN of each selected block from the same input."""
     layers = selected(interval, start, end, depth)
     rule = ArrangementRule(layers, Arrangement.PARALLEL, norm=norm, tokens=_tokens(scope))
     return Made((rule,), _semantics(semantics))
@@ -113,7 +113,7 @@ def parallel_block(
     pairs: Any
     if depth is None:
         if interval != 2:
-            raise PolicyError("interval", interval, "2, or any from 2 together with a depth")
+            raise PolicyError("interval", interval, "2, or any integer >= 2 together with a depth")
         pairs = f"{_first(2, start)}:{integer(end, 'end')}"
     else:
         chosen = _listed((interval,), start, end, depth)
@@ -121,7 +121,7 @@ def parallel_block(
         pairs = [[layer, layer + 1] for layer in chosen if layer + 1 < last]
         if not pairs:
             problem = f"no pair lies between start and end in a model of {depth} layers"
-            raise PolicyError("end", end, "bounds with room for a pair", problem)
+            raise PolicyError("end", end, "bounds that leave room for a pair", problem)
     tokens = _tokens(scope)
     rule = ArrangementRule(pairs, Arrangement.PAIR, combine=combine, tokens=tokens)
     return Made((rule,), _semantics(semantics))
@@ -134,7 +134,7 @@ def drop(start: int = -4, end: int = -1) -> Made:
 
 
 def exit_(after: int = -5) -> Made:
-    """Of a prompt only its last row goes on after layer `after`; generated rows all do."""
+    """After layer `after`, only the last row of a prompt continues; generated rows all continue."""
     first = _behind(after)
     layers = f"{first}:{first + 1 or ''}"
     rule = RouterRule(layers, "all", BLOCK, "paper.exit", kv=SkippedKV.OMIT)
@@ -142,7 +142,7 @@ def exit_(after: int = -5) -> Made:
 
 
 def visual_withdrawal(after: int = -5) -> Made:
-    """Image rows leave all layers after layer `after`, and their caches."""
+    """Drop image rows from all layers after layer `after`, and from their caches."""
     layers = f"{_behind(after)}:"
     return Made((SkipRule(layers, TokenClass.IMAGE, BLOCK, SkippedKV.OMIT),))
 
@@ -175,7 +175,7 @@ def token_ratio_ffn(
 
 
 def unimodal_mask(layers: int = 1) -> Made:
-    """In the first layers image rows and all others do not see each other."""
+    """In the first `layers` layers, image rows and all other rows do not see each other."""
     return Made((MaskRule(f":{integer(layers, 'layers', 1)}", Mask.UNIMODAL),))
 
 
@@ -188,8 +188,8 @@ def entropy(
     skip: str = "block",
     semantics: str = "clean",
 ) -> Made:
-    """Skip where the logit lens on a sequence's last row has an entropy (nats) below a threshold,
-    and in multiples of `interval`, if there is one."""
+    """Skip where the logit lens on a sequence's last row has an entropy (nats) below `threshold`,
+    and in layers that are multiples of `interval`, if given."""
     nats = finite(threshold)
     if nats is None:
         raise PolicyError("threshold", threshold, "a finite number, in nats")
@@ -210,13 +210,13 @@ def token_index(
     skip: str = "block",
     semantics: str = "clean",
 ) -> Made:
-    """Skip multiples of `interval`, which is one less (2 at least) where the logit lens on a
-    sequence's last row says the same token as one layer before."""
+    """Skip multiples of `interval`, which shrinks by one (to 2 at least) where the logit lens on a
+    sequence's last row predicts the same token as one layer before."""
     first = integer(start, "start", 0)
     options: dict[str, Any] = {"interval": integer(interval, "interval", 2), "start": first}
     if _semantics(semantics) is Semantics.REFERENCE:
         options["normed"] = False
-    # The layer at `start` is looked at, for the one after it, and never skipped.
+    # The router reads the layer at `start` for the sake of the next one, and never skips it.
     layers = f"{first}:{integer(end, 'end')}"
     return _route("paper.token-index", options, scope, layers, skip, semantics)
 
@@ -241,32 +241,32 @@ PAPER_PRESETS: Mapping[str, Callable[..., Made]] = {
 def selected(
     interval: Interval, start: int = 0, end: int = -1, depth: int | None = None
 ) -> str | list[int]:
-    """The layers that an interval selects: a slice string, or a list where that needs the depth.
+    """The layers that an interval selects: a slice string, or a list of indices if depth is given.
 
-    Several intervals, a list or "4,3,2,2", cut the depth into as many segments of depth // n
-    layers (the last takes the rest); each segment has its own. Multiples are of the layer's index
-    in the model.
+    Several intervals, a list or "4,3,2,2", split the depth into n segments of depth // n layers
+    (the last takes the remainder), one interval per segment. Multiples refer to the layer's index
+    in the model, not in the segment.
     """
     intervals = integers(interval, "interval", 1, "4,3,2,2")
     if len(intervals) > 1 and depth is None:
-        raise PolicyError("depth", None, "the model's number of layers, beside several intervals")
+        raise PolicyError("depth", None, "the model's number of layers, for several intervals")
     if depth is None:
         each = intervals[0]
         step = "" if each == 1 else f":{each}"
         return f"{_first(each, start)}:{integer(end, 'end')}{step}"
     found = _listed(intervals, start, end, depth)
     if not found:
-        problem = f"selects none of {depth} layers"
+        problem = f"selects none of the {depth} layers"
         raise PolicyError("interval", interval, "an interval with a multiple in range", problem)
     return found
 
 
 def _listed(intervals: Sequence[int], start: int, end: int, depth: int) -> list[int]:
     if integer(depth, "depth", 1) > MAX_DEPTH:
-        raise PolicyError("depth", depth, f"{MAX_DEPTH} layers at most")
+        raise PolicyError("depth", depth, f"at most {MAX_DEPTH} layers")
     size = depth // len(intervals)
     if not size:
-        raise PolicyError("interval", list(intervals), f"{depth} intervals at most")
+        raise PolicyError("interval", list(intervals), f"at most {depth} intervals")
     first, last = integer(start, "start", -1), _end(end, depth)
     segments = [min(layer // size, len(intervals) - 1) for layer in range(depth)]
     return [
@@ -277,15 +277,15 @@ def _listed(intervals: Sequence[int], start: int, end: int, depth: int) -> list[
 
 
 def _first(interval: int, start: int) -> int:
-    """The first multiple behind `start`."""
+    """The first multiple after `start`."""
     return (integer(start, "start", -1) // interval + 1) * interval
 
 
 def _behind(after: int) -> int:
-    """The first layer behind `after`."""
+    """The first layer after `after`."""
     if integer(after, "after") == -1:
-        allowed = "the index of a layer, from 0, or from the end, -2 at most"
-        raise PolicyError("after", after, allowed, "got -1, the last layer: none is behind it")
+        allowed = "a layer index >= 0, or <= -2 if counted from the end"
+        raise PolicyError("after", after, allowed, "got -1, the last layer; no layer follows it")
     return after + 1
 
 

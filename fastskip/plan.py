@@ -1,7 +1,7 @@
-"""What one model will do under one policy: the only place that says what is skipped.
+"""What one model does under one policy: the single source of truth for what is skipped.
 
 `make_plan` resolves a `SkipPolicy` against a `ModelShape`. The runtime, the cost counts, the report
-and the tables read the resulting `SkipPlan`, so none of them can disagree about what ran.
+and the tables all read the resulting `SkipPlan`, so they cannot disagree about what ran.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """Consecutive layers that do the same: their range, their wiring, one text a token class."""
+    """Consecutive layers that do the same: their range, wiring, and one text per token class."""
 
     layers: str
     arrangement: str
@@ -59,8 +59,8 @@ class TableRow:
 class SkipPlan:
     """A policy resolved for one model; immutable.
 
-    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair. `notes` says what a reader
-    of the table should know of a layer in the model at hand; it changes nothing that runs.
+    `steps` is the execution order: `(l,)`, or `(l, l + 1)` for a pair. `notes` holds remarks on
+    layers of the actual model for readers of the table; it does not affect execution.
     """
 
     policy: SkipPolicy
@@ -76,12 +76,12 @@ class SkipPlan:
 
     @property
     def removals(self) -> tuple[RemovalRule, ...]:
-        """What sends rows away, from the lowest layer up; the `n`-th one ends stage `n`."""
+        """The removals, from the lowest layer up; removal `n` ends stage `n`."""
         return self.policy.removals
 
     @cached_property
     def steps(self) -> tuple[tuple[int, ...], ...]:
-        """Layers in execution order, the two of a pair together."""
+        """Layers in execution order, both layers of a pair together."""
         steps: list[tuple[int, ...]] = []
         for plan in self.layers:
             if plan.partner is None:
@@ -92,7 +92,7 @@ class SkipPlan:
 
     @cached_property
     def stages(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The steps between removals: those before the first one, and so on."""
+        """The steps between removals: those before the first one, and so forth."""
 
         def stage(step: tuple[int, ...]) -> int:
             return self.layers[step[0]].stage
@@ -100,7 +100,7 @@ class SkipPlan:
         return tuple(tuple(steps) for _, steps in groupby(self.steps, stage))
 
     def looked_at(self, stage: int) -> int | None:
-        """The layer whose input the removal behind a stage looks at, if one comes behind it."""
+        """The layer whose input is read by the removal that ends a stage, if there is one."""
         return self.removals[stage].after_layer if stage < len(self.removals) else None
 
     @cached_property
@@ -110,23 +110,23 @@ class SkipPlan:
 
     @cached_property
     def hollow_tables(self) -> tuple[int, ...]:
-        """The tables of layers in which nobody knows on the host who has entries."""
+        """The tables of layers in which the host does not know which rows have entries."""
         return tuple(table for table in self.layers_by_table if isinstance(table, int))
 
     @cached_property
     def layers_by_pool(self) -> dict[Pool, tuple[int, ...]]:
-        """The layers whose entries lie together."""
+        """The layers whose entries are stored together."""
         return _grouped((layer.pool, layer.index) for layer in self.layers if layer.holding)
 
     @cached_property
     def tables_by_pool(self) -> dict[Pool, tuple[Table, ...]]:
-        """What is counted apart of what lies together."""
+        """The tables, counted separately, of each pool, stored together."""
         tables = self.layers_by_table.items()
         return _grouped((self.layers[layers[0]].pool, table) for table, layers in tables)
 
     @cached_property
     def groups(self) -> tuple[frozenset[TokenClass], ...]:
-        """Classes that every layer treats alike, merged; in the order of `TokenClass`."""
+        """Classes that every layer treats the same, merged; in the order of `TokenClass`."""
         merged: dict[object, set[TokenClass]] = {}
         for token_class in self.classes:
             routed = [(r.layer, r.rule) for r in self.routed if r.token_class is token_class]
@@ -136,7 +136,7 @@ class SkipPlan:
 
     @cached_property
     def is_dense(self) -> bool:
-        """Whether every cell runs, in sequence, without routers."""
+        """Whether every cell runs, in sequence, without masks, routers or removals."""
         plain = all(plan.arrangement is Arrangement.SEQUENTIAL for plan in self.layers)
         full = all(
             cell.attention and cell.ffn for plan in self.layers for cell in plan.cells.values()
@@ -146,12 +146,12 @@ class SkipPlan:
 
     @property
     def name(self) -> str:
-        """What the policy is called, also where it has no name of its own."""
+        """The policy's name, else "dense" or "unnamed"."""
         return self.policy.name or ("dense" if self.is_dense else "unnamed")
 
     @cached_property
     def treated(self) -> frozenset[TokenClass]:
-        """Classes that the policy says anything of: without rows of theirs it is not at work."""
+        """Classes that the policy affects; in a forward without their rows it has no effect."""
         dense = LayerPlan(0, dict.fromkeys(self.classes, Cell(True, True)))
         found = {routed.token_class for routed in self.routed}
         for plan in self.layers:
@@ -160,7 +160,7 @@ class SkipPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that affects execution, equal across processes; not of names."""
+        """A hash of everything that affects execution, names excluded; equal across processes."""
         layers = [asdict(plan) for plan in self.layers]
         routed = [(r.layer, r.token_class, r.rule.to_dict()) for r in self.routed]
         away = [rule.to_dict() for rule in self.removals]
@@ -170,7 +170,7 @@ class SkipPlan:
 
     @cached_property
     def routed_by_layer(self) -> Mapping[int, tuple[RoutedCell, ...]]:
-        """The routed cells of each layer that has some."""
+        """The routed cells of each layer that has any."""
         found: dict[int, tuple[RoutedCell, ...]] = {}
         for cell in self.routed:
             found[cell.layer] = (*found.get(cell.layer, ()), cell)
@@ -181,7 +181,7 @@ class SkipPlan:
         return kv_sources(self.layers[:layer], token_class)
 
     def layer_when(self, index: int, skipping: frozenset[int]) -> LayerPlan:
-        """A layer as it runs where routers of these numbers let all of their rows skip."""
+        """A layer as it runs if the routers with these numbers let all of their rows skip."""
         found = self._layers_when.get((index, skipping))
         if found is None:
             found = self.layers[index]
@@ -203,7 +203,7 @@ class SkipPlan:
 
     @cached_property
     def when_skipping(self) -> SkipPlan:
-        """The plan that runs where every router lets every row skip."""
+        """The plan that runs if every router lets every row skip."""
         everyone = frozenset(range(len(self.policy.routers)))
         layers = (self.layer_when(layer.index, everyone) for layer in self.layers)
         return SkipPlan(self.policy, self.shape, tuple(layers))
@@ -214,14 +214,15 @@ class SkipPlan:
         return tuple(certain(layer) for layer in self.layers)
 
     def expected(self, rate: Rate | None = None) -> ExpectedPlan:
-        """What to expect where each router lets this share of its candidates skip.
+        """The expected plan if each router lets this share of its candidates skip.
 
-        `rate`: one share for all routers, or shares by a router's number; `None`, and routers that
-        are not named, skip at the rate that they state themselves. Costs take the result as a plan.
-        At 0 they are those of this plan, at 1 those of `when_skipping`.
+        `rate`: one share for all routers, or shares by router number; with `None`, and for routers
+        that are not named, the rate that the rule states. The cost functions accept the result as a
+        plan; at 0 costs equal those of this plan, at 1 those of `when_skipping`.
 
         Raises:
-            PolicyError: a rate is no share, or is needed (similarity, linear with a threshold).
+            PolicyError: a rate is not in [0, 1], or is missing for a router that states none
+                (similarity, linear with a threshold).
         """
         rates, skipping = rates_of(self.policy.routers, rate), self.when_skipping
         layers = zip(self.layers, skipping.layers, strict=True)
@@ -238,14 +239,14 @@ class SkipPlan:
         rate: Rate | None = None,
         text_before: int = 0,
     ) -> costs.GenerationCost:
-        """`cost` as it is to be expected at a rate of skipping; `rate` as in `expected`."""
+        """The expected `cost` at a given skip rate; `rate` as in `expected`."""
         plan = self.expected(rate)
         return costs.generation_cost(plan, n_image, n_text, n_new, batch, text_before=text_before)
 
     def cost(
         self, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0
     ) -> costs.GenerationCost:
-        """FLOPs, bytes and operations of one `generate` call, prefill and decode apart.
+        """FLOPs, bytes and operations of one `generate` call, separately for prefill and decode.
 
         Counts are per sequence. `text_before` of the text rows precede the image rows.
         """
@@ -258,7 +259,7 @@ class SkipPlan:
         return self.cost(n_image, n_text, n_new, batch, text_before=text_before).flops
 
     def decode_bytes(self, context: Mapping[TokenClass, int], batch: int = 1) -> int:
-        """Bytes that one decode step reads and writes; `context`: rows a class per sequence."""
+        """Bytes that one decode step reads and writes; `context`: rows per class and sequence."""
         return costs.decode_cost(self, context, batch).bytes
 
     def kv_bytes(self, n_image: int, n_text: int, n_generated: int = 0, batch: int = 1) -> int:
@@ -327,7 +328,7 @@ def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
         name = (policy.name or "").partition(":")[0]
         options = list(defaults_of(name)) if name in PRESETS else []
         if options:
-            about = f"its options: {', '.join(options)}, written {name}:{options[0]}=VALUE"
+            about = f"its options: {', '.join(options)}; written as {name}:{options[0]}=VALUE"
             error.add_note(f"(preset {name}; {about})")
         raise
 
@@ -340,7 +341,7 @@ _LEFT = {
 
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, tuple[Value, ...]]:
-    """The values of each key, in their order."""
+    """The values of each key, in order."""
     found: dict[Key, list[Value]] = {}
     for key, value in pairs:
         found.setdefault(key, []).append(value)

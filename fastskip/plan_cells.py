@@ -1,4 +1,4 @@
-"""A policy spread over the cells of a model: who skips what where, with every conflict refused."""
+"""Resolves a policy into the cells of a model, refusing every conflict."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Place = tuple[int, TokenClass]
 
 @dataclass(frozen=True, slots=True)
 class RoutedCell:
-    """A cell for which a router decides, row by row, whether `skip` is left out.
+    """A cell in which a router decides for each row whether it skips `skip`.
 
-    `number`: the rule's place in the policy. `skipped`: the cell of a row that skips, as if a rule
-    said so.
+    `number`: the rule's index in the policy. `skipped`: the cell of a row that skips, as if by a
+    static rule.
     """
 
     layer: int
@@ -42,15 +42,15 @@ class RoutedCell:
 
     @property
     def skip(self) -> frozenset[Sublayer]:
-        """What the router may leave out."""
+        """The sublayers that the router may skip."""
         return self.rule.skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Skip:
-    """What the rules leave out of one cell; `kv` and the field that named it, with attention.
+    """What the rules skip in one cell; if attention is, also `kv` and the field that set it.
 
-    `kv=None`: no rule names one, and the reference semantics decides.
+    `kv=None`: no rule names one, so the reference semantics decide.
     """
 
     sublayers: frozenset[Sublayer] = frozenset()
@@ -62,17 +62,17 @@ class _Skip:
         """What a row that skips attention leaves."""
         if self.kv is not None:
             return self.kv
-        # The papers' code: a skipped block hands on the K and V of the layer before; skipped
-        # attention alone has what the attention would have read in their place.
+        # In the papers' code, a skipped block passes on the K and V of the layer before; if
+        # attention alone is skipped, its input takes their place.
         return SkippedKV.REUSE if Sublayer.FFN in self.sublayers else SkippedKV.HIDDEN
 
 
 def resolve_layers(
     policy: SkipPolicy, shape: ModelShape
 ) -> tuple[tuple[LayerPlan, ...], tuple[RoutedCell, ...]]:
-    """One `LayerPlan` a layer, in which routed cells count as running, and the routed cells.
+    """One `LayerPlan` per layer, in which routed cells count as running, and the routed cells.
 
-    Each sublayer of a cell has one rule or one router at most.
+    Each sublayer of a cell has at most one rule or router.
     """
     skips = _skips(policy, shape)
     layers: list[LayerPlan] = []
@@ -110,7 +110,7 @@ def resolve_layers(
                 possible.append(_cell(token_class, gone, plan.holds_kv, resolved))
             if plan.holds_kv and any(_may_lack(each, token_class, resolved) for each in possible):
                 hollow.add(token_class)
-        # A class that never holds an entry is not hollow: it is not looked for.
+        # A class that never holds an entry is not hollow: no reader looks for its entries.
         stage = sum(rule.after_layer < plan.index for rule in policy.removals)
         resolved.append(replace(plan, cells=cells, hollow=frozenset(hollow), stage=stage))
         for (layer, token_class), numbers in routers.items():
@@ -125,7 +125,7 @@ def resolve_layers(
 def _routers(
     policy: SkipPolicy, shape: ModelShape, layers: Sequence[LayerPlan]
 ) -> dict[Place, list[int]]:
-    """Which routers, by number, each cell has."""
+    """The numbers of the routers of each cell."""
     found: dict[Place, list[int]] = {}
     for number, rule in enumerate(policy.routers):
         name = f"routers[{number}]"
@@ -135,7 +135,7 @@ def _routers(
             if plan.partner is not None:
                 raise PolicyError(f"{name}.layers", rule.layers, _NO_PAIR, f"{where}: in a pair")
             if not plan.is_arranged_whole or plan.replaced:
-                problem = f"{where}: classes are wired differently there"
+                problem = f"{where}: classes are wired differently in this layer"
                 raise PolicyError(f"{name}.layers", rule.layers, _ONE_WIRING, problem)
             cell = plan.cells[token_class]
             running = {Sublayer.ATTENTION: cell.attention, Sublayer.FFN: cell.ffn}
@@ -150,12 +150,12 @@ def _routers(
 
 
 def _check_removals(policy: SkipPolicy, layers: Sequence[LayerPlan], shape: ModelShape) -> None:
-    """Removals lie between layers, and where they look at attention there is some."""
+    """Checks that removals lie between layers, and that the attention they rank by exists."""
     for number, rule in enumerate(policy.removals):
         name, last = f"removals[{number}]", shape.depth - 1
         _classes(rule.tokens, shape, name)
         if rule.after_layer >= last:
-            allowed = f"a layer in [0, {last}), below the last one"
+            allowed = f"a layer index in [0, {last}), before the last layer"
             raise PolicyError(f"{name}.after_layer", rule.after_layer, allowed)
         before, by = layers[rule.after_layer], rule.keep.by
         if before.partner == before.index + 1:
@@ -166,13 +166,13 @@ def _check_removals(policy: SkipPolicy, layers: Sequence[LayerPlan], shape: Mode
         seen = layers[rule.after_layer + (by is Ranking.NEXT_ATTENTION)]
         shown = TokenClass.TEXT in seen.attending and rule.classes <= seen.projecting
         if seen.partner is not None or seen.unimodal or not shown:
-            allowed = "a layer outside pairs in which text attends, and sees K and V of image rows"
-            problem = f'"{by}" looks at layer {seen.index}'
+            allowed = "a layer outside pairs in which text attends and sees K and V of image rows"
+            problem = f'"{by}" ranks rows by layer {seen.index}'
             raise PolicyError(f"{name}.keep.by", by.value, allowed, problem)
 
 
 def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -> bool:
-    """Whether a row that does this may be without an entry, in a layer that has some."""
+    """Whether a row of this cell may lack an entry, in a layer that holds entries."""
     if cell.kv is SkippedKV.REUSE:
         sources = (cell.kv_source, *cell.kv_fallbacks)
         last = below[sources[-1]]  # type: ignore[index]
@@ -182,7 +182,7 @@ def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -
 
 _NO_PAIR = "layers outside pairs"
 _ONE_WIRING = "layers in which all classes are sequential, or all are parallel"
-_ONE_DECISION = "one rule or router for a sublayer of a cell"
+_ONE_DECISION = "at most one rule or router per sublayer and cell"
 
 
 def _skips(policy: SkipPolicy, shape: ModelShape) -> dict[Place, _Skip]:
@@ -197,7 +197,7 @@ def _skips(policy: SkipPolicy, shape: ModelShape) -> dict[Place, _Skip]:
                 kv = rule.kv or (SkippedKV.PROJECT if is_clean else None)
                 if kv_field and kv is not skip.kv:
                     problem = f'got "{kv or "none"}" for layer {place[0]}, {place[1]} rows'
-                    allowed = f'"{skip.kv or "none"}" there, as {kv_field} says'
+                    allowed = f'"{skip.kv or "none"}" there, as in {kv_field}'
                     raise PolicyError(f"{name}.kv", rule.kv, allowed, problem)
                 kv_field = f"{name}.kv"
             skips[place] = _Skip(skip.sublayers | rule.skip, kv, kv_field)
@@ -219,7 +219,7 @@ def _cell(token_class: TokenClass, skip: _Skip, holds_kv: bool, below: Sequence[
 
 def kv_sources(below: Sequence[LayerPlan], token_class: TokenClass) -> tuple[int, ...]:
     """Where REUSE looks for a row's entry: from the highest of the layers `below` down to the first
-    that has one for every row of the class."""
+    that is certain to have one for every row of the class."""
     sources: list[int] = []
     for plan in reversed(below):
         if token_class in plan.holding:
@@ -232,8 +232,8 @@ def kv_sources(below: Sequence[LayerPlan], token_class: TokenClass) -> tuple[int
 def _as_referred(plan: LayerPlan, shape: ModelShape) -> LayerPlan:
     """A layer as the papers' code runs it.
 
-    Rows that skip attention alone: the FFN reads the attention's norm (Llama), or the stream itself
-    becomes that norm (OPT). Pairs keep the mean of their K and V.
+    For rows that skip attention alone, the FFN reads the attention's norm (Llama), or the residual
+    stream itself becomes that norm (OPT). Pairs store the mean of their K and V.
     """
     if plan.partner is not None:
         return replace(plan, merges_kv=True)
@@ -263,7 +263,7 @@ def _mask(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
 def _check_hidden(
     policy: SkipPolicy, layers: Sequence[LayerPlan], skips: dict[Place, _Skip], shape: ModelShape
 ) -> None:
-    """K and V that are hidden states cut into heads must have the size of K and V."""
+    """Checks that hidden states, split into heads, have the size of K and V."""
     if shape.num_kv_heads * shape.head_dim == shape.hidden_size:
         return
     size = f"{shape.num_kv_heads} K and V heads of {shape.head_dim}, hidden size"
@@ -285,7 +285,7 @@ def _arrange(policy: SkipPolicy, layers: list[LayerPlan], shape: ModelShape) -> 
     taken: dict[int, str] = {}
     norm, combine = Norm.OWN, Combine.SUM
     if policy.semantics is Semantics.REFERENCE:
-        # OPT's code feeds the FFN its own norm of the attention's.
+        # In OPT's code, the FFN applies its own norm to the output of the attention's norm.
         norm, combine = Norm.SHARED if shape.gated_ffn else Norm.STACKED, Combine.MEAN
     for number, rule in enumerate(policy.arrangements):
         name = f"arrangements[{number}].layers"
@@ -297,11 +297,11 @@ def _arrange(policy: SkipPolicy, layers: list[LayerPlan], shape: ModelShape) -> 
             partners = dict.fromkeys(select_layers(rule.layers, depth, name))  # type: ignore[arg-type]
         for layer, partner in partners.items():
             if layer in taken:
-                problem = f"layer {layer} is in {taken[layer]} too"
+                problem = f"layer {layer} is also in {taken[layer]}"
                 raise PolicyError(name, rule.layers, "each layer in one arrangement", problem)
             cells = layers[layer].cells.values()
             if partner is not None and not all(cell.attention and cell.ffn for cell in cells):
-                problem = f"layer {layer} is in a pair and has a skip"
+                problem = f"layer {layer} is in a pair but also has a skip"
                 raise PolicyError(name, rule.layers, "pairs of layers without skips", problem)
             taken[layer] = name
             layers[layer] = replace(

@@ -1,9 +1,9 @@
-"""What the user wants left out: typed, pure data that knows no model, and its file format.
+"""What the user wants to skip: typed, pure data that knows no model, and its file format.
 
 A `SkipPolicy` holds rules (layers x token classes x sublayers to skip), arrangements (how a layer's
-sublayers are wired), routers (cells decided from data at run time) and removals (rows of a prompt
-that leave all later layers). Strings are accepted at this
-edge and become enums here; everything that needs a model's depth is checked by `plan.make_plan`.
+sublayers are wired), routers (cells decided from data at run time), removals (rows of a prompt that
+leave all later layers) and masks. It accepts strings and turns them into enums; `plan.make_plan`
+checks everything that depends on a model's depth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from fastskip.policy_fields import (
     json_object,
     member,
     names,
-    plain,
     select_layers,
     select_pairs,
     sequence,
@@ -92,8 +91,8 @@ SCHEMA_VERSION = 1
 class SkipPolicy:
     """Rules, arrangements, routers, removals and masks; the empty policy is the dense model.
 
-    Equality compares what is skipped, as written; `name`, `provenance` and `folder` (where relative
-    paths of router weights start; the policy file's own) do not take part. Every malformed field
+    Equality compares what is skipped, as written; it ignores `name`, `provenance` and `folder` (the
+    base of relative paths of router weights: the policy file's folder). Every malformed field
     raises `PolicyError`.
     """
 
@@ -125,13 +124,13 @@ class SkipPolicy:
         last = -1
         for number, rule in enumerate(self.removals):
             if rule.after_layer <= last:
-                allowed = f"layers in rising order, so more than {last}"
+                allowed = f"layers in ascending order, so more than {last}"
                 raise PolicyError(f"removals[{number}].after_layer", rule.after_layer, allowed)
             last = rule.after_layer
         others = {"routers": self.routers, "semantics": self.semantics is Semantics.REFERENCE}
         for name, is_there in others.items() if self.removals else ():
             if is_there:
-                raise PolicyError("removals", plain(len(self.removals)), f"none beside {name}")
+                raise PolicyError("removals", len(self.removals), f"none together with {name}")
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> SkipPolicy:
@@ -172,14 +171,14 @@ class SkipPolicy:
         return replace(cls.from_dict(document), folder=str(Path(path).resolve().parent))
 
     def path_of(self, weights: str) -> Path:
-        """Where a router's weights lie: relative paths start at the policy file's folder."""
+        """The path of a router's weights; relative paths start at the policy file's folder."""
         return Path(self.folder or ".") / weights
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the policy as JSON or YAML, by the suffix of `path`, in one go: a file that was
-        there before stays whole until then. One that cannot be written raises `OSError`.
+        """Write the policy as JSON or YAML, by the suffix of `path`, replacing an existing file
+        atomically. Raises `OSError` if it cannot be written.
 
-        Router weights stay where they are; relative paths to them are written as seen from there.
+        Router weights stay where they are; relative paths are rewritten for the new folder.
         """
         document = self.to_dict()
         for router in document["routers"]:
@@ -203,8 +202,8 @@ class SkipPolicy:
     def coerce(cls, value: SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]) -> SkipPolicy:
         """What `load_model(policy=...)` accepts: a policy, its dict, a preset's name or a path.
 
-        Options may follow the name, as in `every_nth_ffn:interval=3:scope=image`. A string that
-        names a preset is that preset, also where a file has the same name.
+        Options may follow the name, as in `every_nth_ffn:interval=3:scope=image`. A preset's name
+        takes precedence over a file of the same name.
         """
         if isinstance(value, SkipPolicy):
             return value
@@ -220,7 +219,7 @@ class SkipPolicy:
 
 @contextmanager
 def _about(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What is wrong with a file is said of that file."""
+    """Turns a `ValueError` into a `PolicyError` that names the file."""
     try:
         yield
     except ValueError as error:

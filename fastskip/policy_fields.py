@@ -1,6 +1,6 @@
-"""How fields of a policy, and the objects that they make up, are checked and brought into one form.
+"""Validation and normalisation of a policy's fields, and of the objects that they make up.
 
-Every function takes what a user may write and the field's name, and raises `PolicyError`.
+Most functions take a user's value and the name of the field, and raise `PolicyError`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 SEEDS = 1 << 32
 MAX_DEPTH = 10_000
-"""More layers than any model has: to ask for more is a slip, and would take all memory."""
+"""More layers than any model has: a larger depth is a mistake and would exhaust memory."""
 
 _SLICE = re.compile(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?(?::([0-9]{1,9})?)?")
 _INTEGERS = re.compile(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
-# half of a pair, which is no character
+# an unpaired surrogate is not a character
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LAYERS_ALLOWED = 'a slice string such as "4:31:2" or ":" (step >= 1), or a list of layer indices'
 
 
 def member(enum: type[E], value: object, field: str, *, but: E | None = None) -> E:
-    """One value of an enum, written as itself or as its string; `but` is not available here."""
+    """A member of an enum, given as itself or as its string; `but` is not allowed."""
     valid = [option for option in enum if option is not but]
     if isinstance(value, str) and value in valid:
         return enum(value)
@@ -41,32 +41,32 @@ def member(enum: type[E], value: object, field: str, *, but: E | None = None) ->
 
 
 def sequence(value: object, field: str) -> tuple[Any, ...]:
-    """A list as a tuple; strings and mappings are no lists."""
+    """A list as a tuple; strings and mappings are not lists."""
     if isinstance(value, (list, tuple)):
         return tuple(value)
     raise PolicyError(field, value, "a list")
 
 
 def integer(value: object, field: str, least: int | None = None) -> int:
-    """An integer, from `least` on."""
+    """An integer, at least `least` if given."""
     if type(value) is not int or (least is not None and value < least):
         raise PolicyError(field, value, "an integer" + ("" if least is None else f" >= {least}"))
     return value
 
 
 def integers(value: object, field: str, least: int, example: str) -> tuple[int, ...]:
-    """Integers from `least` on: one, a list of them, or a text such as "4,3,2,2"."""
+    """Integers that are at least `least`: one, a list of them, or a string such as "4,3,2,2"."""
     items: Any = (value,) if type(value) is int else value
     if isinstance(value, str) and _INTEGERS.fullmatch(value):
         items = [int(part) for part in value.split(",")]
     is_list = isinstance(items, (list, tuple)) and bool(items)
     if not is_list or any(type(item) is not int or item < least for item in items):
-        raise PolicyError(field, value, f'an integer from {least}, or several such as "{example}"')
+        raise PolicyError(field, value, f'an integer >= {least}, or several such as "{example}"')
     return tuple(items)
 
 
 def finite(value: object) -> float | None:
-    """A number as a float; `None` for what is none, or more than a float can hold."""
+    """A number as a float; `None` if it is not a finite number that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -77,7 +77,7 @@ def finite(value: object) -> float | None:
 
 
 def text(value: object, field: str, allowed: str) -> str:
-    """A string that a file can hold."""
+    """A string that UTF-8 can encode."""
     if not isinstance(value, str) or _SURROGATE.search(value):
         raise PolicyError(field, value, allowed)
     return value
@@ -93,7 +93,7 @@ def instances(kind: type[T], value: object, field: str) -> tuple[T, ...]:
 
 
 class Statement(Protocol):
-    """A dataclass that an object of a policy file becomes, and which fields the object needs."""
+    """A dataclass built from an object of a policy file; `required` lists mandatory fields."""
 
     required: ClassVar[tuple[str, ...]]
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -115,7 +115,7 @@ def check_fields(
 
 
 def build(kind: type[S], item: object, path: str) -> S:
-    """What an object of a policy file says; `path` is what errors name."""
+    """Builds `kind` from an object of a policy file; errors name `path`."""
     known = [f.name for f in fields(kind)]
     if not isinstance(item, Mapping):
         raise PolicyError(path, item, f"an object with {names(known)}")
@@ -153,7 +153,7 @@ def _members(enum: type[E], value: object, field: str, others: str) -> tuple[E, 
 
 
 def layer_selection(value: object) -> Layers:
-    """`layers` as written, checked as far as that needs no depth."""
+    """`layers` as written, with the checks that need no depth."""
     if isinstance(value, str):
         slice_parts(value, "layers")
         return value
@@ -210,7 +210,7 @@ def select_layers(selection: Layers, depth: int, field: str) -> tuple[int, ...]:
             raise PolicyError(field, selection, f"slice bounds in [-{depth}, {depth}]")
     layers = tuple(range(depth)[start:stop:step])
     if not layers:
-        raise PolicyError(field, selection, f"a slice that selects one of {depth} layers or more")
+        raise PolicyError(field, selection, f"a slice that selects at least one of {depth} layers")
     return layers
 
 
@@ -222,9 +222,8 @@ def select_pairs(selection: str | Pairs, depth: int, field: str) -> Pairs:
         return selection
     layers = select_layers(selection, depth, field)
     if len(layers) % 2:
-        raise PolicyError(
-            field, selection, f"an even number of layers for pairs, not {len(layers)}"
-        )
+        allowed = f"an even number of layers for pairs, not {len(layers)}"
+        raise PolicyError(field, selection, allowed)
     return tuple(zip(layers[::2], layers[1::2], strict=True))
 
 
@@ -232,7 +231,7 @@ def json_object(value: object, field: str) -> dict[str, Any]:
     """A deep copy of a mapping that JSON can hold."""
     try:
         document = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        document.encode()  # or no file could hold it
+        document.encode()  # UTF-8 cannot encode unpaired surrogates
         copy = json.loads(document)
     except (TypeError, ValueError, RecursionError) as error:
         raise PolicyError(field, value, "an object that JSON can hold", str(error)) from error
@@ -258,12 +257,12 @@ def names(values: Iterable[str]) -> str:
 
 
 def check_seed(value: object) -> None:
-    """A seed, where there is one."""
+    """Checks a seed, if there is one."""
     if value is not None and (type(value) is not int or not 0 <= value < SEEDS):
         raise PolicyError("seed", value, f"an integer in [0, {SEEDS})")
 
 
 def set_fields(instance: object, **values: object) -> None:
-    """Give a frozen instance its fields, while it is being made."""
+    """Set the fields of a frozen instance during its construction."""
     for name, value in values.items():
         object.__setattr__(instance, name, value)

@@ -1,7 +1,7 @@
-"""Policy documents on disk: JSON or YAML text to plain data and back, bounded and strict.
+"""Policy documents on disk: JSON or YAML to plain data and back, strict and bounded in size.
 
-Knows nothing of policies. Reading runs no code: YAML goes through a safe loader that also refuses
-aliases (a few of them expand to gigabytes), and duplicate keys are errors in both formats.
+Knows nothing about policies. Reading executes no code: YAML goes through a safe loader that also
+refuses aliases (a few can expand to gigabytes). Duplicate keys are errors in both formats.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def read_document(path: Path) -> object:
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise ValueError(f"a policy file has at most {MAX_BYTES} bytes")
+        raise ValueError(f"a policy file may have at most {MAX_BYTES} bytes")
     try:
-        text = data.decode("utf-8-sig")  # some editors begin files with a mark
+        text = data.decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text ({error})") from error
     try:
@@ -37,9 +37,10 @@ def read_document(path: Path) -> object:
 
 
 def write_document(path: Path, document: dict[str, Any]) -> None:
-    """Write plain data in the format of the suffix; a reader sees the old file or the new one.
+    """Write plain data atomically, in the format of the suffix.
 
-    Raises `ValueError` for another suffix, or what UTF-8 cannot hold; `OSError` passes through.
+    Raises `ValueError` for another suffix or text that UTF-8 cannot encode; `OSError` passes
+    through.
     """
     _check_suffix(path)
     if path.suffix.lower() == ".json":
@@ -50,7 +51,7 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
         class Dumper(yaml.SafeDumper):
             pass
 
-        _take_exponents(Dumper)  # so that texts that look like such numbers are quoted
+        _take_exponents(Dumper)  # so that strings that look like such numbers are quoted
         text = yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     data = text.encode("utf-8")
     with whole_file(path) as part:
@@ -94,7 +95,7 @@ def _parse_yaml(text: str) -> object:
         return _unique([(k, loader.construct_object(v, deep=True)) for k, v in pairs])  # type: ignore[no-untyped-call]
 
     def construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> object:
-        # YAML 1.1 reads an unquoted 4:20:2 as a base-60 number; here it is a slice.
+        # YAML 1.1 reads an unquoted 4:20:2 as a base-60 number; policies mean a slice.
         if ":" in node.value:
             return node.value
         return loader.construct_yaml_int(node)  # type: ignore[no-untyped-call]
@@ -109,5 +110,5 @@ def _parse_yaml(text: str) -> object:
 
 
 def _take_exponents(kind: Any) -> None:
-    """Numbers are those of YAML 1.2: 1.1 takes one without a point, such as 1e-3, for a text."""
+    """Resolves numbers as in YAML 1.2; in 1.1, those without a point, such as 1e-3, are strings."""
     kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))

@@ -1,7 +1,7 @@
-"""What model a policy was made for: written into its provenance, compared when it is loaded.
+"""The model a policy was made for: recorded in its provenance and compared when it is loaded.
 
-Policies know no model, and one that was found on some model may be used on any. But what it costs
-was measured on that one; whoever loads it onto another is told.
+A policy that was found on one model may be used on any other. But its cost in quality was measured
+on that one, so loading it onto a different model warns.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _WORDS = {
     "depth": "depth",
     "hidden_size": "hidden size",
     "fingerprint": "weights' fingerprint",
-    "dtype": "dtype, which alone would not matter",
+    "dtype": "dtype (which alone would not matter)",
 }
 
 
 def made_for(model: Any) -> dict[str, Any]:
-    """What a policy that was found on this model says in `provenance["made_for"]`."""
+    """The `provenance["made_for"]` of a policy that was found on this model."""
     return {
         "model": _name(model),
         "fingerprint": model_fingerprint(model),
@@ -43,10 +43,10 @@ def made_for(model: Any) -> dict[str, Any]:
 
 
 def origin_of(policy: SkipPolicy) -> Mapping[str, Any]:
-    """What a policy says that it was made for; nothing if it does not say.
+    """The `made_for` record of a policy; empty if there is none. Unknown fields are allowed.
 
     Raises:
-        PolicyError: a field is malformed; fields that are not known here may be there.
+        PolicyError: a field is malformed.
     """
     field = f"provenance.{FIELD}"
     told = policy.provenance.get(FIELD, {})
@@ -54,23 +54,23 @@ def origin_of(policy: SkipPolicy) -> Mapping[str, Any]:
         raise PolicyError(field, told, f"an object with {', '.join(_KINDS)}, or none")
     for key, kind in _KINDS.items():
         if key in told and type(told[key]) is not kind:
-            allowed = "a string" if kind is str else "a whole number"
+            allowed = "a string" if kind is str else "an integer"
             raise PolicyError(f"{field}.{key}", told[key], allowed)
     return told
 
 
 def check_fit(model: Any, policy: SkipPolicy) -> None:
-    """Warn if the policy says that it was made for another model, and tell what differs.
+    """Warn if the policy was made for a different model, and list the differences.
 
-    Names and dtypes are told, but are no difference by themselves where weights can be compared:
-    those of a model that is sparse or quantised in memory cannot. A policy that says nothing costs
-    nothing, as then no weight is read.
+    The model's name and dtype are listed, but do not count as differences if weights can be
+    compared, which takes plain weights (neither sparse nor quantised in memory). No weight is read
+    if the policy records no model.
 
     Args:
         model: a Hugging Face model, prepared or not.
-        policy: what is loaded onto it.
+        policy: the policy that is loaded onto it.
     Raises:
-        PolicyError: what the policy says is malformed.
+        PolicyError: the policy's record is malformed.
     """
     told = origin_of(policy)
     if not told:
@@ -89,8 +89,8 @@ def check_fit(model: Any, policy: SkipPolicy) -> None:
     differs |= {"dtype"} if told.get("dtype", own["dtype"]) != own["dtype"] else set()
     parts = [f"{_WORDS[key]}: {told[key]}, here {own[key]}" for key in _WORDS if key in differs]
     warnings.warn(
-        f"policy {policy.name!r} was made for another model, and what it costs on this one is "
-        f"unknown; {'; '.join(parts)}",
+        f"policy {policy.name!r} was made for a different model, so its cost in quality on this "
+        f"one is unknown; {'; '.join(parts)}",
         PolicyFitWarning,
         stacklevel=3,
     )
@@ -106,7 +106,7 @@ def _name(model: Any) -> str:
 
 
 def _short(name: str) -> str:
-    """Without the folder or the owner: the same checkpoint lies elsewhere on another machine."""
+    """The name without folder or owner, since checkpoint paths differ between machines."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""Statements of a policy that send rows of a prompt away, out of all layers that are left."""
+"""Policy rules that remove rows of a prompt from all later layers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fastskip.vocabulary import PolicyError, Ranking, TokenClass
 
 @dataclass(frozen=True, slots=True, init=False)
 class Keep:
-    """Which rows stay: the share `ratio` of those at hand, the first ones by `by`.
+    """Which rows stay: the share `ratio` of the remaining candidates that ranks highest by `by`.
 
-    Of `n` rows of a sequence `floor(ratio * n)` stay, all of its images together.
+    Of a sequence's `n` image rows, counted over all its images, `floor(ratio * n)` stay.
     """
 
     by: Ranking
@@ -38,18 +38,18 @@ class Keep:
         set_fields(self, by=member(Ranking, by, "by"), ratio=share)
 
     def count(self, rows: int) -> int:
-        """How many of `rows` stay; a share that is a whole number but for rounding is that."""
+        """How many of `rows` stay; the tolerance absorbs rounding just below an integer."""
         return math.floor(self.ratio * rows + 1e-6)
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class RemovalRule:
-    """After layer `after_layer` rows of `tokens` that `keep` does not name leave: no later layer
-    computes them, none holds an entry of theirs.
+    """After layer `after_layer`, rows of `tokens` that `keep` does not select are removed: later
+    layers neither compute them nor hold entries of them.
 
-    The last row of a prompt always stays. `seed`: of RANDOM, where draws start (0). Sources: FastV
-    (arXiv 2403.06764) for ATTENTION, PyramidDrop (arXiv 2410.17247) for NEXT_ATTENTION, VTW (arXiv
-    2405.05803) for a ratio of 0.
+    The last row of a prompt always stays. `seed`: for RANDOM only, the seed of the draws (0 if
+    `None`). Sources: FastV (arXiv 2403.06764) for ATTENTION, PyramidDrop (arXiv 2410.17247) for
+    NEXT_ATTENTION, VTW (arXiv 2405.05803) for a ratio of 0.
     """
 
     after_layer: int
@@ -66,7 +66,7 @@ class RemovalRule:
         seed: int | None = None,
     ) -> None:
         if type(after_layer) is not int or after_layer < 0:
-            raise PolicyError("after_layer", after_layer, "the index of a layer, from 0")
+            raise PolicyError("after_layer", after_layer, "a layer index >= 0")
         classes = token_set(tokens)
         if classes != frozenset({TokenClass.IMAGE}):
             raise PolicyError("tokens", plain(classes), f'["{TokenClass.IMAGE}"]')
@@ -79,7 +79,7 @@ class RemovalRule:
 
     @property
     def classes(self) -> frozenset[TokenClass]:
-        """Whose rows may leave."""
+        """The classes whose rows may be removed."""
         assert self.tokens != "all"
         return self.tokens
 

@@ -1,8 +1,8 @@
-"""Statements of a policy that leave the decision to a router, row by row, at run time.
+"""Policy rules that leave the decision to a router, row by row, at run time.
 
-Which fields a router takes depends on its kind; what can be checked without a model is checked
-here. A kind with a dot in its name is a plug-in: found when a model is prepared, never imported by
-reading a policy.
+A router's fields depend on its kind; everything that needs no model is checked here. A kind with a
+dot in its name is a plug-in: it is resolved when a model is prepared, and reading a policy never
+imports it.
 """
 
 from __future__ import annotations
@@ -53,21 +53,20 @@ _OPTIONAL = ("threshold", "measure", "weights", "capacity", "rate", "seed", "gro
 class RouterRule:
     """Let a router decide, row by row, whether `tokens` skip `skip` in `layers`.
 
-    `None` stands for a field that is not written; what it then means is said in brackets.
+    `None` means that the field is not written; its default is then the one in parentheses.
 
     Attributes:
-        kind: "similarity" | "linear" | "random", or the name of a plug-in, which has a dot in it.
-        threshold: of similarity: the cosine in [-1, 1] at and above which a row skips, or the
-            relative change from 0 at and below which it does; of linear: the score at and below
-            which it does.
-        measure: of similarity: COSINE (if not written) or CHANGE.
-        weights: of linear: safetensors file, relative to the policy file.
-        capacity: of linear, instead of a threshold: the share in (0, 1] of a sequence's candidates
-            in one forward that runs, rounded up (of 50 rows 0.56 are 28); for prompt rows only.
-        rate, seed: of random: the share in [0, 1] that skips, and where draws start (0).
-        group, agree: who decides together (each row for itself), and how (by the mean).
+        kind: "similarity" | "linear" | "random", or the name of a plug-in, which contains a dot.
+        threshold: for similarity: a row skips if its cosine, in [-1, 1], is at least this, or its
+            relative change (>= 0) is at most this; for linear: if its score is at most this.
+        measure: for similarity: COSINE (default) or CHANGE.
+        weights: for linear: a safetensors file, relative to the policy file.
+        capacity: for linear, instead of a threshold: the share in (0, 1] of a sequence's candidates
+            in one forward that runs, rounded up (0.56 of 50 rows is 28); for prompt rows only.
+        rate, seed: for random: the share in [0, 1] that skips, and the seed of the draws (0).
+        group, agree: which rows decide together (each row alone), and how (by the mean).
         kv: what a row that skips attention leaves, as in a `SkipRule` (PROJECT).
-        options: of a plug-in: an object that it is made with.
+        options: for a plug-in: the options that it is built with.
     """
 
     layers: Layers
@@ -132,7 +131,7 @@ class RouterRule:
 
     @property
     def is_plug_in(self) -> bool:
-        """Whether the router is the user's own."""
+        """Whether the router is a plug-in rather than a built-in kind."""
         return self.kind not in ROUTER_KINDS
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,7 +149,7 @@ class RouterRule:
                 own = names((*known, "kv", *(("options",) if self.is_plug_in else ())))
                 raise PolicyError(name, plain(value), f'for kind "{self.kind}": {own}')
         if self.options is not None and not self.is_plug_in:
-            raise PolicyError("options", self.options, "options of a plug-in only")
+            raise PolicyError("options", self.options, "options for plug-ins only")
 
 
 def _kind(kind: object) -> str:
@@ -179,18 +178,18 @@ def _check_linear(rule: RouterRule) -> None:
         raise PolicyError("weights", rule.weights, _WEIGHTS_ALLOWED)
     if (rule.threshold is None) == (rule.capacity is None):
         both = {"threshold": rule.threshold, "capacity": rule.capacity}
-        raise PolicyError("threshold", both, "a threshold or a capacity, one of them")
+        raise PolicyError("threshold", both, "either a threshold or a capacity")
     if rule.threshold is not None:
         found = _number(rule.threshold, "threshold", -math.inf, math.inf)
         set_fields(rule, threshold=found)
         return
     set_fields(rule, capacity=_number(rule.capacity, "capacity", 0, 1, open_low=True))
     if rule.group not in (None, Group.ROW):
-        raise PolicyError("group", rule.group, f'no group beside capacity, or "{Group.ROW}"')
+        raise PolicyError("group", rule.group, f'"{Group.ROW}" or no group with a capacity')
     if rule.tokens == "all" or TokenClass.GENERATED in rule.tokens:
         prompt = names(c for c in TokenClass if c is not TokenClass.GENERATED)
-        problem = "a step has one row a sequence, so capacity would let every row run"
-        raise PolicyError("tokens", plain(rule.tokens), f"{prompt} beside capacity", problem)
+        problem = "a decode step has one row per sequence, so a capacity would let every row run"
+        raise PolicyError("tokens", plain(rule.tokens), f"{prompt} with a capacity", problem)
 
 
 def _check_random(rule: RouterRule) -> None:

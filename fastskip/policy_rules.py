@@ -1,6 +1,6 @@
-"""The statements of a policy: skips, arrangements and masks; routers and removals have own files.
+"""The rules of a policy: skips, arrangements and masks; routers and removals have separate files.
 
-Each takes strings, lists or enums, checks what needs no model, and holds one immutable form.
+Each accepts strings, lists or enums, checks what needs no model, and stores one immutable form.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from fastskip.vocabulary import (
 
 @dataclass(frozen=True, slots=True, init=False)
 class SkipRule:
-    """Leave `skip` out for rows of `tokens` in `layers`; `kv` says what skipped attention stores.
+    """Skip the sublayers `skip` for rows of `tokens` in `layers`; `kv` says what rows that skip
+    attention store.
 
-    `layers` stays as written; `kv=None` means that the rule names none, which reads as PROJECT.
+    `layers` stays as written; `kv=None` means that the rule names none, which defaults to PROJECT.
     """
 
     layers: Layers
@@ -74,8 +75,8 @@ class SkipRule:
 class ArrangementRule:
     """Run `layers` in parallel form, or two by two as pairs.
 
-    `kind` PAIR takes a list of [l, l + 1], or a slice of step 1 that is cut into such pairs. Rows
-    of classes that are not in `tokens` run the same layers one sublayer after the other.
+    `kind` PAIR takes a list of [l, l + 1], or a slice of step 1 that is split into such pairs. Rows
+    of classes not in `tokens` run the sublayers of these layers sequentially.
     """
 
     layers: Layers | Pairs

@@ -1,8 +1,8 @@
-"""Named sets of rules: the published ways of skipping, as functions of a few options.
+"""Named sets of rules: published skipping methods as functions of a few options.
 
 The modes of the paper that this project implements are in `paper_presets`.
 
-`SkipPolicy.preset` makes policies of them. Every preset that takes a range leaves the last layer
+`SkipPolicy.preset` turns them into policies. Every preset that takes a range leaves the last layer
 dense by default (`end=-1`).
 """
 
@@ -66,41 +66,41 @@ def every_nth_attention(
 
 
 def frozen_visual(start: int = 2, end: int = -1) -> tuple[Rule, ...]:
-    """Image rows only give K and V in a range of layers (ShortV, arXiv 2504.00502)."""
+    """Image rows only contribute K and V in a range of layers (ShortV, arXiv 2504.00502)."""
     rule = SkipRule(_range(start, end), TokenClass.IMAGE, BLOCK, SkippedKV.PROJECT)
     return (rule,)
 
 
 def visual_withdrawal(after: int = 15) -> tuple[Rule, ...]:
-    """Image rows leave all layers after layer `after` (VTW, arXiv 2405.05803)."""
+    """Drop image rows from all layers after layer `after` (VTW, arXiv 2405.05803)."""
     rule = SkipRule(f"{integer(after, 'after', 0) + 1}:", TokenClass.IMAGE, BLOCK, SkippedKV.OMIT)
     return (rule,)
 
 
 def fastv(after: int = 1, ratio: float = 0.5) -> tuple[Rule, ...]:
-    """After layer `after` the image rows that the prompt's last row attended to most stay, a share
-    `ratio` of them (FastV, arXiv 2403.06764, whose K is `after` + 1 and R is 1 - `ratio`)."""
+    """After layer `after`, keep the share `ratio` of image rows that the prompt's last row attended
+    to most (FastV, arXiv 2403.06764, whose K is `after` + 1 and R is 1 - `ratio`)."""
     return (_removal(after, Ranking.ATTENTION, ratio),)
 
 
 def pyramid_drop(
     stages: int | str | Sequence[int] = (7, 15, 23), ratio: float = 0.5
 ) -> tuple[Rule, ...]:
-    """After each layer of `stages` a share `ratio` of the image rows that are left stay, by the
-    attention of the layer to come (PyramidDrop, arXiv 2410.17247)."""
+    """After each layer of `stages`, keep a share `ratio` of the remaining image rows, ranked by the
+    attention of the next layer (PyramidDrop, arXiv 2410.17247)."""
     layers = integers(stages, "stages", 0, "7,15,23")
     if any(later <= layer for layer, later in pairwise(layers)):
-        raise PolicyError("stages", stages, 'layers in rising order, such as "7,15,23"')
+        raise PolicyError("stages", stages, 'layers in ascending order, such as "7,15,23"')
     return tuple(_removal(after, Ranking.NEXT_ATTENTION, ratio) for after in layers)
 
 
 def random_removal(after: int = 1, ratio: float = 0.5, seed: int = 0) -> tuple[Rule, ...]:
-    """After layer `after` a share `ratio` of the image rows stay, drawn at random."""
+    """After layer `after`, keep a share `ratio` of the image rows, drawn at random."""
     return (_removal(after, Ranking.RANDOM, ratio, seed=seed),)
 
 
 def even_removal(after: int = 1, ratio: float = 0.5) -> tuple[Rule, ...]:
-    """After layer `after` a share `ratio` of the image rows stay, evenly spaced."""
+    """After layer `after`, keep a share `ratio` of the image rows, evenly spaced."""
     return (_removal(after, Ranking.SPACING, ratio),)
 
 
@@ -111,13 +111,13 @@ def image_ffn(start: int = 2, end: int = -1) -> tuple[Rule, ...]:
 
 
 def parallel_blocks(start: int = 2, end: int = -1, norm: str = "own") -> tuple[Rule, ...]:
-    """Run attention and FFN of a range of layers from the same input."""
+    """Run attention and FFN of each layer in a range from the same input."""
     rule = ArrangementRule(_range(start, end), Arrangement.PARALLEL, norm=norm)
     return (rule,)
 
 
 def block_pairs(start: int = 2, end: int = -2, combine: str = "sum") -> tuple[Rule, ...]:
-    """Run the layers of a range two by two from the same input; the range has an even length."""
+    """Run the layers of a range in pairs from the same input; the range must have even length."""
     rule = ArrangementRule(_range(start, end), Arrangement.PAIR, combine=combine)
     return (rule,)
 
@@ -140,7 +140,7 @@ _OWN: tuple[Callable[..., tuple[Rule, ...]], ...] = (
 
 
 def _line(function: Callable[..., Any]) -> str:
-    """What a preset does, from its docstring."""
+    """The first paragraph of a preset's docstring as one line."""
     return " ".join((function.__doc__ or "").split("\n\n")[0].split())
 
 
@@ -148,7 +148,7 @@ PRESETS: Mapping[str, tuple[Callable[..., Any], str]] = {
     **{preset.__name__: (preset, _line(preset)) for preset in _OWN},
     **{name: (preset, _line(preset)) for name, preset in PAPER_PRESETS.items()},
 }
-"""Name -> (function, one line that says what it does)."""
+"""Name -> (function, one-line description)."""
 
 
 def split_preset(text: str) -> tuple[str, dict[str, Any]] | None:
@@ -160,13 +160,13 @@ def split_preset(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def defaults_of(name: str) -> dict[str, Any]:
-    """The options of preset `name`, and what they are where nothing is said."""
+    """The options of preset `name` and their defaults."""
     parameters = inspect.signature(PRESETS[name][0]).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters}
 
 
 def options_of(texts: Sequence[str], name: str) -> dict[str, Any]:
-    """Options of preset `name`, each written `KEY=VALUE`, numbers as such."""
+    """Options of preset `name`, each written `KEY=VALUE`; numeric values become numbers."""
     found = [_option(text, name) for text in texts]
     options = dict(found)
     if len(options) < len(found):
@@ -190,7 +190,7 @@ def _option(text: str, name: str) -> tuple[str, Any]:
 
 
 def build_preset(name: str, options: Mapping[str, Any]) -> Made:
-    """What the preset of that name is; `PolicyError` lists the names or options that exist."""
+    """Expands the preset `name`; for an unknown name or option, `PolicyError` lists those known."""
     if not isinstance(name, str) or name not in PRESETS:
         raise PolicyError("preset", name, ", ".join(PRESETS))
     function, known = PRESETS[name][0], defaults_of(name)

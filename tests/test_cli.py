@@ -624,4 +624,4 @@ def test_a_preset_that_does_not_fit_says_where_its_options_are() -> None:
     done = CliRunner().invoke(app, ["plan", "-p", "visual_withdrawal"])
     told = " ".join(done.output.split())
     assert done.exit_code == 2 and "slice bounds in [-8, 8]" in told
-    assert "its options: after, written visual_withdrawal:after=VALUE" in told
+    assert "its options: after; written as visual_withdrawal:after=VALUE" in told

@@ -172,7 +172,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device_map and device": (
         {"device_map": "cpu", "device": "cpu"},
         ValueError,
-        "device_map: 'cpu'; allowed: None beside device='cpu'",
+        "device_map: 'cpu'; allowed: None together with device='cpu'",
     ),
     "device_map of no device": ({"device_map": "abacus"}, ValueError, "'abacus'; allowed: cpu"),
     "tp_plan": ({"tp_plan": "auto"}, UnsupportedModelError, "tp_plan"),

@@ -173,7 +173,7 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"rules": [SkipRule(":", IMAGE, "block", "omit"), SkipRule([2], "all", "attention")]},
         "rules[1].kv",
-        '"omit" there, as rules[0].kv says',
+        '"omit" there, as in rules[0].kv',
     ),
     (
         {
@@ -192,7 +192,7 @@ CONFLICTS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"rules": [SkipRule([3], GENERATED, "ffn")], "arrangements": [PAIR]},
         "arrangements[0].layers",
-        "layer 3 is in a pair and has a skip",
+        "layer 3 is in a pair but also has a skip",
     ),
     ({"arrangements": [PAIR, PAIR]}, "arrangements[1].layers", "arrangements[0]"),
     (

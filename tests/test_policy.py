@@ -285,7 +285,7 @@ MALFORMED: list[tuple[str, object, str, str]] = [
         "integer",
     ),
     ("removals", [removal(), removal()], "removals[1].after_layer", "rising order"),
-    ("removals", [removal()], "removals", "none beside routers"),
+    ("removals", [removal()], "removals", "none together with routers"),
     ("masks", [{"layers": ":", "kind": "bimodal"}], "masks[0].kind", "unimodal"),
     ("masks", [{"kind": "unimodal"}], "masks[0].layers", "a value"),
     ("masks", "none", "masks", "list"),
@@ -575,7 +575,7 @@ def test_removals_round_trip() -> None:
 
 
 def test_removals_and_the_semantics_of_the_papers() -> None:
-    with pytest.raises(PolicyError, match="none beside semantics"):
+    with pytest.raises(PolicyError, match="none together with semantics"):
         SkipPolicy(
             removals=(RemovalRule(1, keep=keep("spacing")),),
             semantics=Semantics.REFERENCE,

@@ -84,10 +84,10 @@ def test_another_model_is_told_what_differs(checkpoint: Path, told: dict[str, An
         model = fastskip.load_model(checkpoint, policy(other), dtype="float32")
     (warning,) = seen
     text = str(warning.message)
-    assert text.startswith("policy 'mine' was made for another model")
+    assert text.startswith("policy 'mine' was made for a different model")
     assert f"model: llava-hf/other, here {checkpoint}" in text
     assert f"weights' fingerprint: {'0' * 16}, here {told['fingerprint']}" in text
-    assert "dtype, which alone would not matter: bfloat16, here float32" in text
+    assert "dtype (which alone would not matter): bfloat16, here float32" in text
     assert "depth" not in text and "hidden size" not in text
     assert fastskip.plan_of(model).policy == policy({})
     for verb in (fastskip.set_policy, fastskip.apply_):
