@@ -1,7 +1,7 @@
-"""What a profiler sees of a prepared model.
+"""Profiler ranges for prepared models.
 
 ``with ranges(): model.generate(...)`` puts a range around every phase, layer and sublayer, so that
-Nsight Systems, Nsight Compute (``--nvtx``) and ``torch.profiler`` show which of them time goes to.
+Nsight Systems, Nsight Compute (``--nvtx``) and ``torch.profiler`` show where the time goes.
 """
 
 from fastskip.ops.ranges import ranges

@@ -1,7 +1,7 @@
-"""A text and its images become model inputs, by the checkpoint's own template and processor.
+"""Turns text and images into model inputs with the checkpoint's own chat template and processor.
 
-What the processors of Hugging Face accept silently, or fail on deep inside the model, is checked
-here: placeholders that do not match the images, an empty prompt, more tokens than positions.
+Checks what Hugging Face's processors accept silently and fail on deep inside the model:
+placeholders that do not match the images, empty prompts, more tokens than positions.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ _IMAGES_ALONE = {
     "qwen2_5_vl": "Qwen2_5_VLProcessor",
     "qwen3_vl": "Qwen3VLProcessor",
 }
-"""By model type, for want of torchvision: a processor that makes of images what its own does."""
+"""By model type: a processor that handles images as the model's own does, without torchvision."""
 
 
 _BETWEEN_ENDS = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
-"""Processors of families whose images stand between two tokens."""
+"""Processors of families that enclose images in two tokens."""
 _OWN_PROMPTS = ("GotOcr2Processor",)
-"""Processors that write the whole prompt, out of what is to be read and how."""
+"""Processors that write the whole prompt themselves, from what to read and how."""
 
 
 class PromptError(ValueError):
-    """A prompt that the model cannot take; says what it is and what is allowed."""
+    """A prompt that the model cannot take; says what is wrong and what is allowed."""
 
 
 def processor_for(model: str | PathLike[str]) -> Any:
@@ -52,7 +52,7 @@ def processor_for(model: str | PathLike[str]) -> Any:
         allowed = "a folder or hub checkpoint with config, tokenizer and image processor"
         raise PromptError(f"processor of {name!r}: {reason}; allowed: {allowed}") from error
     if getattr(processor, "patch_size", 0) is None:
-        # saved before processors counted the image tokens; the model knows what they are made of
+        # saved before processors expanded image tokens; the model's config has what that takes
         processor.patch_size = config.vision_config.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         has_class_token = config.vision_config.model_type == "clip_vision_model"
@@ -70,10 +70,10 @@ def build_inputs(
 ) -> Any:
     """The inputs of one user turn: token ids, attention mask and pixels, as a `BatchFeature`.
 
-    Write one `<image>` per image into `text` to place them, or none: then they come first. Without
+    Put one `<image>` per image into `text` to place them, or none: images then come first. Without
     a chat template the turn is "USER: <image>\\n{text} ASSISTANT:", as LLaVA-1.5 was trained; a
-    text-only model gets the bare text. Given the model's `config`, the prompt and `max_new_tokens`
-    must fit into its positions.
+    text-only model gets the bare text. If the model's `config` is given, prompt and
+    `max_new_tokens` must fit into its positions.
     """
     return build_batch(processor, [text], [images], config=config, max_new_tokens=max_new_tokens)
 
@@ -88,8 +88,8 @@ def build_batch(
 ) -> Any:
     """The inputs of several prompts of one user turn each, as `build_inputs` makes one.
 
-    Shorter prompts are padded on the left, so that `generate` goes on from the last column. Either
-    all prompts have images, or none has.
+    Shorter prompts are padded on the left, so that `generate` continues from the last column.
+    Either all prompts have images or none does.
     """
     check_writable(processor)
     prompts = [_render(processor, *each) for each in zip(texts, map(len, images), strict=True)]
@@ -104,7 +104,7 @@ def encode_prompts(
     config: Any = None,
     max_new_tokens: int = 0,
 ) -> Any:
-    """The inputs of whole prompts, with a placeholder for each image, as `build_batch` has them."""
+    """As `build_batch`, from fully rendered prompts that hold a placeholder for each image."""
     if len({bool(own) for own in images}) > 1:
         raise PromptError("images: some prompts have none; allowed: images in all or in none")
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -113,7 +113,7 @@ def encode_prompts(
     begin = tokenizer.bos_token
     inputs = processor(
         text=prompts,
-        # nested: which images belong to a prompt decides how anyres models crop them
+        # nested: which images share a prompt decides how anyres models crop them
         **({"images": [list(own) for own in images]} if any(images) else {}),
         **({"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}),
         add_special_tokens=not (begin and prompts[0].startswith(begin)),
@@ -125,8 +125,8 @@ def encode_prompts(
 
 
 def image_only(model_type: str) -> Any:
-    """The processor class of a family that takes videos too, without them: its video processor
-    needs torchvision, and images do not."""
+    """An image-only processor class for a family that also takes videos: its video processor needs
+    torchvision, which images do not."""
     import transformers
 
     base: Any = getattr(transformers, _IMAGES_ALONE[model_type])
@@ -136,7 +136,7 @@ def image_only(model_type: str) -> Any:
         def get_attributes(cls) -> list[str]:
             return ["image_processor", "tokenizer"]
 
-    ImageOnly.__name__ = base.__name__  # saved with a processor, to load it by
+    ImageOnly.__name__ = base.__name__  # saved with the processor, which is loaded by this name
     return ImageOnly
 
 
@@ -145,11 +145,11 @@ def _render(processor: Any, text: str, images: int) -> str:
     check_text(text)
     if not hasattr(processor, "image_processor"):
         if images:
-            raise PromptError(f"images: got {images}; allowed: none, this model reads text only")
+            raise PromptError(f"images: got {images}; allowed: none, this is a text-only model")
         return _converse(processor, text) if processor.chat_template else text
     token = processor.image_token
     if not text.replace(PLACEHOLDER, "").replace(token, "").strip():
-        raise PromptError(f"prompt: got {text!r}; allowed: words beside the placeholders")
+        raise PromptError(f"prompt: got {text!r}; allowed: words besides the placeholders")
     text = text.replace(PLACEHOLDER, image_in_text(processor))
     placed = text.count(token)
     if placed not in (0, images):
@@ -158,7 +158,7 @@ def _render(processor: Any, text: str, images: int) -> str:
             "none (images then come first)"
         )
     if (video := getattr(processor, "video_token", None)) and video in text:
-        raise PromptError(f"prompt: contains {video}; allowed: text and images, no videos")
+        raise PromptError(f"prompt: contains {video}; allowed: text and images only")
     ahead = 0 if placed else images
     if not processor.chat_template:
         return "USER: " + f"{image_in_text(processor)}\n" * ahead + f"{text} ASSISTANT:"
@@ -172,8 +172,8 @@ def _render(processor: Any, text: str, images: int) -> str:
 
 
 def image_in_text(processor: Any) -> str:
-    """What stands for an image within a text: its placeholder, in some families between two tokens
-    that their chat templates write around it."""
+    """The placeholder of an image within a text, in some families with the two tokens that their
+    chat templates write around it."""
     token = str(processor.image_token)
     has_ends = type(processor).__name__ in _BETWEEN_ENDS
     return f"<|vision_start|>{token}<|vision_end|>" if has_ends else token
@@ -183,24 +183,24 @@ def _converse(processor: Any, content: Any) -> str:
     turn = [{"role": "user", "content": content}]
     try:
         return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-    # a template is a program of the checkpoint's author: it can fail in any way
+    # a template is code by the checkpoint's author: it can fail in any way
     except Exception as error:
-        allowed = "one that takes a user turn (set processor.chat_template = None for LLaVA-1.5's)"
+        allowed = "one that accepts a user turn (processor.chat_template = None for LLaVA-1.5's)"
         raise PromptError(f"chat template: {error}; allowed: {allowed}") from error
 
 
 def check_writable(processor: Any) -> None:
-    """Raises `PromptError` where prompts are the processor's own to write."""
+    """Raises `PromptError` if the processor writes whole prompts itself."""
     name = type(processor).__name__
     if name in _OWN_PROMPTS:
-        allowed = "to call it yourself, and model.generate with what it returns"
-        raise PromptError(f"processor: {name} writes prompts of its own; allowed: {allowed}")
+        allowed = "calling it yourself and passing its output to model.generate"
+        raise PromptError(f"processor: {name} writes its own prompts; allowed: {allowed}")
 
 
 def check_text(text: str) -> None:
-    """Raises `PromptError` for a text that is empty or is no Unicode."""
+    """Raises `PromptError` for a text that is empty or not valid Unicode."""
     if not text.strip():
-        raise PromptError(f"prompt: got {text!r}; allowed: a text that is not empty")
+        raise PromptError(f"prompt: got {text!r}; allowed: non-empty text")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -215,6 +215,6 @@ def _check_length(inputs: Any, config: Any, max_new_tokens: int) -> None:
         visual = int((ids == getattr(config, "image_token_id", -1)).sum(-1).max())
         raise PromptError(
             f"prompt: {ids.shape[-1]} tokens ({visual} of images) + {max_new_tokens} new = "
-            f"{wanted}; allowed: at most {limit} positions (shorten the text, or ask for fewer "
-            "images or new tokens)"
+            f"{wanted}; allowed: at most {limit} positions (shorten the text, or use fewer images "
+            "or new tokens)"
         )

@@ -1,8 +1,8 @@
-"""Conversations as text, by the checkpoint's own chat template.
+"""Conversations as text, written with the checkpoint's own chat template.
 
 The template is rendered turn by turn, so that an answer begins exactly where a prompt of
-``generate`` ends. It ends with the template's own end token; where a template writes none (that of
-LLaVA-1.5 on the hub), the tokenizer's end-of-sequence token is put there, as LLaVA was trained.
+``generate`` ends. An answer ends with the template's own end token; if the template writes none (as
+LLaVA-1.5's on the hub), the tokenizer's end-of-sequence token is added, as LLaVA was trained.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Span = tuple[int, int]
 
 @dataclass(slots=True)
 class _Written:
-    """A conversation so far: what the template was given, what it wrote, and what is made of it."""
+    """A conversation so far: the template's input, its raw output, and the final text."""
 
     unplaced: int
-    """Images that no turn places: they stand before the first one."""
+    """Images that no turn places; they come before the first turn."""
     where: str
     messages: list[dict[str, Any]] = field(default_factory=list)
     rendered: str = ""
@@ -30,7 +30,7 @@ class _Written:
 
 
 class Renderer:
-    """Writes conversations for one processor (of a text-only model: its tokenizer)."""
+    """Writes conversations for one processor (for a text-only model: its tokenizer)."""
 
     def __init__(self, processor: Any) -> None:
         check_writable(processor)
@@ -40,10 +40,10 @@ class Renderer:
         self._image = str(processor.image_token) if self._reads_images else None
 
     def render(self, example: Example) -> tuple[str, list[Span]]:
-        """The conversation as text, and where its answers lie in it, their end tokens included.
+        """The conversation as text, and the spans of its answers including their end tokens.
 
         Raises:
-            DataError: the template cannot say it.
+            DataError: the template cannot render it.
         """
         written, spans = self._begin(example.turns, len(example.images), example.where), []
         for turn in example.turns:
@@ -54,19 +54,20 @@ class Renderer:
     def prompt(
         self, history: Sequence[Turn], question: str, images: int, where: str, system: str = ""
     ) -> str:
-        """Earlier turns with the answers given, and a question, up to where its answer begins.
+        """Earlier turns with their answers and a question, up to where its answer begins.
 
         Args:
             history: earlier turns; may be empty.
-            question: what is asked now.
-            images: how many there are, all turns together.
-            where: how errors name it.
-            system: what stands before all turns; "": nothing.
+            question: the current question.
+            images: the number of images in all turns together.
+            where: how errors name the conversation.
+            system: the system message; "" for none.
         Raises:
-            DataError: the template cannot say it, or the model reads no images.
+            DataError: the template cannot render it, or the model is text-only and there are
+                images.
         """
         if images and not self._reads_images:
-            raise DataError(f"{where}: has images; allowed: none, this model reads text")
+            raise DataError(f"{where}: has images; allowed: none, this is a text-only model")
         written = self._begin((*history, Turn(question, "")), images, where)
         if system.strip():
             self._check_words(system, where)
@@ -82,10 +83,10 @@ class Renderer:
     def _check_placeholders(self, text: str, images: int, where: str) -> None:
         if self._image is not None and text.count(self._image) != images:
             found = f"writes {text.count(self._image)} {self._image} for {images} images"
-            raise DataError(f"{where}: chat template: {found}; allowed: one each")
+            raise DataError(f"{where}: chat template: {found}; allowed: one per image")
         video = getattr(self._processor, "video_token", None) if self._reads_images else None
         if video and video in text:
-            raise DataError(f"{where}: contains {video}; allowed: text and images, no videos")
+            raise DataError(f"{where}: contains {video}; allowed: text and images only")
 
     def _begin(self, turns: Sequence[Turn], images: int, where: str) -> _Written:
         is_placed = any(PLACEHOLDER in turn.question for turn in turns)
@@ -116,20 +117,21 @@ class Renderer:
             raise DataError(f"{where}: {error}") from error
 
     def _words(self, text: str) -> Any:
-        """A turn without images for the template."""
+        """The content of a turn without images, as the template takes it."""
         return [{"type": "text", "text": text}] if self._reads_images else text
 
     def _append(self, written: _Written, whole: str) -> None:
         if not whole.startswith(written.rendered):
             raise DataError(
-                f"{written.where}: chat template: writes earlier turns anew as a conversation goes "
-                "on; allowed: one that only appends"
+                f"{written.where}: chat template: rewrites earlier turns as the conversation "
+                "continues; allowed: one that only appends"
             )
         written.text += whole[len(written.rendered) :]
         written.rendered = whole
 
     def _content(self, question: str, unplaced: int) -> Any:
-        """A user's turn for the template; images at its begin or end stand first, as in prompts."""
+        """The content of a user turn, as the template takes it; images at either end of the
+        question go first, as in prompts."""
         if not self._reads_images:
             return question.strip()
         question, count = question.strip(), unplaced
@@ -147,17 +149,18 @@ class Renderer:
             text = self._processor.apply_chat_template(
                 written.messages, add_generation_prompt=is_prompt, tokenize=False
             )
-        # a template is a program of the checkpoint's author: it can fail in any way
+        # a template is code by the checkpoint's author: it can fail in any way
         except Exception as error:
             has_system = written.messages[0]["role"] == "system"
-            allowed = f"one that takes {'system, then ' * has_system}user and assistant in turn"
+            turns = f"{'system, then ' * has_system}alternating user and assistant turns"
+            allowed = f"one that accepts {turns}"
             raise DataError(
                 f"{written.where}: chat template: {error}; allowed: {allowed}"
             ) from error
         return str(text)
 
     def _without_template(self, messages: list[dict[str, Any]]) -> str:
-        """As LLaVA-1.5 was trained; of a text-only model, the bare texts."""
+        """The format that LLaVA-1.5 was trained on; for a text-only model, the bare texts."""
         text = ""
         for message in messages:
             content = message["content"]
@@ -173,7 +176,7 @@ class Renderer:
         return text
 
     def _ended(self, piece: str, where: str) -> tuple[str, int]:
-        """What a template wrote after a prompt, and where the answer in it ends."""
+        """The text that a template wrote after a prompt, and where the answer in it ends."""
         ends = [
             piece.rfind(token) + len(token)
             for token in self._tokenizer.all_special_tokens
@@ -183,14 +186,14 @@ class Renderer:
             return piece, max(ends)
         if not self._tokenizer.eos_token:
             raise DataError(
-                f"{where}: processor: no end-of-sequence token; allowed: a tokenizer with one"
+                f"{where}: tokenizer: no end-of-sequence token; allowed: a tokenizer with one"
             )
         piece = piece.rstrip() + self._tokenizer.eos_token
         return piece, len(piece)
 
     def _check_answer(self, answer: str, where: str) -> None:
         if not answer.strip():
-            raise DataError(f"{where}: answer {answer!r}; allowed: a text that is not empty")
+            raise DataError(f"{where}: answer {answer!r}; allowed: non-empty text")
         for token in self._tokenizer.all_special_tokens:
             if token in answer:
-                raise DataError(f"{where}: an answer holds {token!r}; allowed: plain text")
+                raise DataError(f"{where}: an answer contains {token!r}; allowed: plain text")

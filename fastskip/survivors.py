@@ -1,6 +1,6 @@
-"""How many rows removals leave: what costs are counted of.
+"""How many rows removals leave, for the cost functions.
 
-Which ones is decided at run time; costs take them as evenly spaced.
+Which rows stay is decided at run time; costs assume evenly spaced ones.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from fastskip.policy import RemovalRule, TokenClass
 
 
 def spaced(rows: int, kept: int) -> list[int]:
-    """`kept` of the numbers below `rows`, evenly spaced and in order."""
+    """`kept` evenly spaced numbers in `range(rows)`, in order."""
     return [(2 * number + 1) * rows // (2 * kept) for number in range(kept)]
 
 
 def left(removals: Sequence[RemovalRule], classes: Sequence[TokenClass]) -> list[int]:
-    """Which rows of a forward of these classes are left after some removals, in order."""
+    """The rows of a forward over `classes` that remain after the removals, in order."""
     found = list(range(len(classes)))
     for rule in removals:
         candidates = [row for row in found if classes[row] in rule.classes]
@@ -28,7 +28,7 @@ def left(removals: Sequence[RemovalRule], classes: Sequence[TokenClass]) -> list
 def counts_left(
     removals: Sequence[RemovalRule], rows: Mapping[TokenClass, int]
 ) -> dict[TokenClass, int]:
-    """How many rows a class are left of the rows of one forward."""
+    """How many rows per class remain of one forward's rows."""
     found = dict(rows)
     for rule in removals:
         together = sum(found.get(c, 0) for c in rule.classes)

@@ -1,4 +1,4 @@
-"""How long a prefill and a decode step take: all contenders in turn, medians over rounds."""
+"""Timing of prefills and decode steps: all contenders in turn, medians over rounds."""
 
 import gc
 import itertools
@@ -18,16 +18,16 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 WARM_TOKENS = 2
 LEAST_ROUNDS = 3
 HOPELESS = 1.5
-"""A number of threads that is so many times slower in both phases at first is not timed."""
+"""A thread count whose probe run is this many times slower in both phases is not timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
     """Seconds of one `generate` call.
 
-    `prefill`: from where the decoder is entered with the prompt's embeddings to the first token;
-    the vision tower is not in it. `decode`: the median step to a further token. `ttft`: from the
-    call to the first token, vision tower and all.
+    `prefill`: from entering the decoder with the prompt's embeddings to the first token, so without
+    the vision tower. `decode`: the median step to a further token. `ttft`: from the call to the
+    first token, vision tower included.
     """
 
     prefill: float
@@ -37,7 +37,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One phase of one contender: the better number of threads, its runs and their median."""
+    """One phase of one contender: its thread count, its runs and their median."""
 
     threads: int
     samples: tuple[float, ...]
@@ -48,7 +48,7 @@ class Timing:
 
 
 Runs = Mapping[tuple[str, int], Sequence[Times]]
-"""By name and number of threads."""
+"""Runs by name and thread count."""
 T = TypeVar("T")
 
 
@@ -61,9 +61,11 @@ def race(
     budget_s: float,
     on_round: Callable[[], object],
 ) -> Mapping[tuple[str, int], Sequence[T]]:
-    """Let all contenders run in turn, in up to `rounds` rounds or until `budget_s` is used.
+    """Run all contenders in turn, for up to `rounds` rounds.
 
-    Every round starts elsewhere, so that what disturbs the machine hits all of them alike.
+    After `LEAST_ROUNDS` rounds, stops before a round that would probably exceed `budget_s`.
+    The contender that starts a round shifts over the rounds, so that disturbances of the machine
+    hit all contenders equally.
     """
     contenders = [(name, count) for name in names for count in threads]
     runs: dict[tuple[str, int], list[T]] = {each: [] for each in contenders}
@@ -81,9 +83,9 @@ def race(
 
 
 def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:
-    """The numbers of threads that may turn out the better ones, by one run with each.
+    """The thread counts that may turn out fastest, judged by one probe run with each.
 
-    Where other programs use the cores, threads wait for each other and each run takes an age.
+    If other programs use the cores, threads wait for each other and a run takes very long.
     """
     probes = {}
     for count in threads:
@@ -98,7 +100,7 @@ def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:
 
 
 def best(runs: Runs, name: str, phase: Phase) -> Timing:
-    """The better number of threads."""
+    """The timing of a contender's phase with the thread count that is fastest for it."""
     timings = [
         Timing(threads, tuple(getattr(times, phase) for times in made))
         for (other, threads), made in runs.items()
@@ -109,7 +111,7 @@ def best(runs: Runs, name: str, phase: Phase) -> Timing:
 
 @contextmanager
 def endless(model: Any) -> Iterator[None]:
-    """Within this block the model knows no token that ends an answer."""
+    """Within this block, the model has no end-of-sequence token."""
     config = model.generation_config
     ends, config.eos_token_id = config.eos_token_id, None
     try:
@@ -124,23 +126,23 @@ def time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Time
 
 
 def with_stack_room(work: Callable[[], T]) -> T:
-    """What `work` returns, called from a frame that has taken stack for all frames above it.
+    """Calls `work` from a frame that has reserved stack space for all frames above it.
 
-    CPython takes its stack in pieces. Where one happens to end between a caller and what it calls
-    again and again, each call takes a piece from the system and gives it back: depending on how
-    many frames lay below, Hugging Face's prompt or ours of 16 ms took up to 21.
+    CPython allocates its stack in chunks. If a chunk happens to end between a caller and a function
+    that it calls repeatedly, each call allocates a chunk and frees it again: depending on the
+    number of frames below, a prefill of 16 ms (Hugging Face's or ours) took up to 21 ms.
     """
     return work()
 
 
-# A frame that may need so many slots gets a piece of a megabyte, half of which is left then.
+# A frame that declares this many slots gets a chunk of a megabyte, half of which remains free.
 with_stack_room.__code__ = with_stack_room.__code__.replace(co_stacksize=1 << 16)
 
 
 @torch.inference_mode()
 def _time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Times:
     def generate(count: int) -> tuple[float, list[float]]:
-        """When the decoder was entered, and when each token came."""
+        """When the decoder was entered, and when each token arrived."""
         entered, arrivals = [0.0], Arrivals()
         hook = on_entry(model, lambda: entered.append(time.perf_counter()))
         try:
@@ -149,22 +151,22 @@ def _time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Tim
             hook.remove()
         return entered[-1], arrivals.tokens
 
-    # what is computed on first use is not timed: a policy is set once and used often
+    # warm-up: first-use costs are not timed, since a policy is set once and used often
     for count in warm_counts(model.device, new_tokens, WARM_TOKENS):
         generate(count)
     with no_collection():
         began = time.perf_counter()
         entered, tokens = generate(new_tokens)
     if len(tokens) != new_tokens:
-        raise RuntimeError(f"{len(tokens)} tokens were made, {new_tokens} wanted")
+        raise RuntimeError(f"{len(tokens)} tokens were generated, {new_tokens} requested")
     steps = [b - a for a, b in itertools.pairwise(tokens)]
     return Times(tokens[0] - entered, statistics.median(steps), tokens[0] - began)
 
 
 def on_entry(model: Any, note: Callable[[], object]) -> RemovableHandle:
-    """Calls ``note`` when the model's decoder is entered next, unless the handle is removed.
+    """Calls ``note`` when the model's decoder is next entered, unless the handle is removed.
 
-    Only once, since steps of a decoder that is hooked are whole forwards.
+    Only once, since a hooked decoder runs its decode steps as whole forwards.
     """
 
     def enter(*_: Any) -> None:
@@ -176,19 +178,20 @@ def on_entry(model: Any, note: Callable[[], object]) -> RemovableHandle:
 
 
 def warm_counts(device: torch.device, new_tokens: int, least: int) -> tuple[int, ...]:
-    """The new tokens of calls to make before a timed one, after a policy was set.
+    """The numbers of new tokens of the warm-up calls before a timed one, after setting a policy.
 
-    On a GPU a policy that was just set captures its steps anew, and a prompt when its shape comes
-    again; and a capture gives what memory is free back to the driver, which one more call asks for.
+    On a GPU, setting a policy makes the steps be captured anew, and a prompt is captured the second
+    time its shape occurs. A capture also returns free memory to the driver, which one more call
+    allocates again.
     """
     return (new_tokens, 1, new_tokens) if device.type == "cuda" else (least,)
 
 
 class Arrivals:
-    """A streamer: when each token of an answer reached the host.
+    """A streamer that records when each token of an answer reaches the host.
 
-    It changes nothing in how tokens are made, unlike a stopping criterion: our loop on a GPU
-    launches ahead of it, and compiled code stays compiled.
+    Unlike a stopping criterion it does not change how tokens are generated: our loop on a GPU still
+    launches ahead of the host, and compiled code stays compiled.
     """
 
     def __init__(self) -> None:
@@ -196,7 +199,7 @@ class Arrivals:
 
     @property
     def tokens(self) -> list[float]:
-        """Times of `time.perf_counter`; the prompt, which comes first, is not among them."""
+        """Times of `time.perf_counter`, without the prompt, which comes first."""
         return self._stamps[1:]
 
     def put(self, tokens: Tensor) -> None:
@@ -208,7 +211,7 @@ class Arrivals:
 
 @contextmanager
 def threads_set(count: int) -> Iterator[None]:
-    """So many threads within the block."""
+    """Within this block, torch uses `count` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -219,7 +222,7 @@ def threads_set(count: int) -> Iterator[None]:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """No garbage is collected within the block."""
+    """Within this block, the garbage collector is off."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

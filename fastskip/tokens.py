@@ -1,8 +1,8 @@
-"""Which row of a forward is what: class, sequence, column and position; pads are no rows.
+"""The rows of a forward: their class, sequence, column and position; padding is not a row.
 
-A forward sees ``[B, T]`` columns, some of them pads. The layout packs the real ones into ``N`` rows
-and orders them by the plan's groups of token classes, so that the rows of every class set the plan
-names are one slice: "FFN for text only" is then a matrix product on a view, and nothing is copied.
+A forward sees ``[B, T]`` columns, some of them padding. The layout packs the real ones into ``N``
+rows and orders them by the plan's groups of token classes, so that the rows of a class set are
+contiguous: "FFN for text only" is then a GEMM on a view, without a copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CODES = {token_class: code for code, token_class in enumerate(TokenClass)}
 
 
 def member(codes: Tensor, classes: frozenset[TokenClass]) -> Tensor:
-    """Which of ``codes`` are of ``classes``; pads never are."""
+    """Which of ``codes`` are in ``classes``; pads never are."""
     return _membership(classes)[codes]  # PAD indexes the last entry
 
 
@@ -37,7 +37,7 @@ def _membership(classes: frozenset[TokenClass]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a packed ``[N, ...]`` tensor: a slice where they are contiguous, else an index."""
+    """Rows of a packed ``[N, ...]`` tensor: a slice if they are contiguous, else an index."""
 
     index: slice | Tensor
     count: int
@@ -55,7 +55,7 @@ class Rows:
         return self.index
 
     def through(self, outer: Rows | None) -> Rows:
-        """Of rows that index ``outer``, if there is one: the same, indexing what that indexes."""
+        """These rows, which index ``outer`` (if given), as an index into what ``outer`` indexes."""
         return self if outer is None else Rows(self.take(outer.ids()), self.count)
 
 
@@ -68,9 +68,9 @@ def add_(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
 
 
 def add(packed: Tensor, rows: Rows, change: Tensor) -> Tensor:
-    """``packed[rows] + change`` as a new tensor: the form that autograd can follow.
+    """``packed[rows] + change`` as a new tensor, for autograd.
 
-    Under autocast changes come in another dtype than the stream; it keeps its own.
+    Under autocast, changes may differ in dtype from the residual stream, which keeps its own.
     """
     change = change.to(packed.dtype)
     if rows.count == packed.shape[0] and isinstance(rows.index, slice):
@@ -87,18 +87,18 @@ class TokenLayout:
     """The rows of one forward.
 
     Attributes:
-        source, source_positions: ``[B, T]`` int64, host: what was packed, pads included.
-        batch, width: ``B`` and ``T`` of the columns that the forward was given.
-        first_column: the column of ``T``'s first entry; columns before it lie in the cache.
+        source, source_positions: ``[B, T]`` int64, host: what was packed, padding included.
+        batch, width: ``B`` and ``T`` of the forward's input.
+        first_column: the column of the first entry along ``T``; earlier columns are in the cache.
         columns, positions, sequences, codes: ``[N]`` int64, on the host, in packed order.
-        axes, source_axes: ``[3, N]``, ``[3, B, T]``: where the rows of a model stand that tells
-            time, height and width apart, by which they turn; ``None``: at their positions.
+        axes, source_axes: ``[3, N]``, ``[3, B, T]``: time, height and width positions for M-RoPE;
+            ``None``: rotary embeddings use ``positions``.
         flat: ``[N]`` where each row lies in the flattened ``[B * T]`` input, -1 for idle rows;
             ``None`` if the rows are all of it, in order.
         bounds: where each group's rows begin, and the end of the last one.
 
-    Idle rows fill a group up to a size that other layouts share. They have no class (``PAD``) and
-    stand for no column: what they hold is never read.
+    Idle rows pad a group to a size that layouts share. They have no class (``PAD``) and no column;
+    their contents are never read.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class TokenLayout:
         *,
         axes: Tensor | None = None,
     ) -> None:
-        """Packs ``source [B, T]`` (``CODES`` of each column, or ``PAD``) with their positions.
+        """Packs ``source [B, T]`` (``CODES`` of each column, or ``PAD``) with its positions.
 
-        ``rounded``: from the rows of a group to how many it gets with idle ones; ``axes``: as
+        ``rounded``: maps a group's number of rows to that with idle rows; ``axes``: as
         ``source_axes``.
         """
         self.source, self.source_positions = source, positions.expand_as(source)
@@ -126,7 +126,7 @@ class TokenLayout:
             for token_class in group:
                 group_of[CODES[token_class]] = number
         flat_codes = source.reshape(-1)
-        numbers = group_of[flat_codes]  # pads index the last entry and sort behind every row
+        numbers = group_of[flat_codes]  # pads index the last entry and sort after every row
         order = torch.argsort(numbers, stable=True)
         counts = torch.bincount(numbers, minlength=len(self._groups) + 1).tolist()[
             : len(self._groups)
@@ -153,7 +153,7 @@ class TokenLayout:
         self._counts: dict[frozenset[TokenClass], list[int]] = {}
 
     def advanced(self) -> TokenLayout:
-        """The same rows one column and position further: the next step of a decode."""
+        """The same rows one column and position further: the next decode step."""
         step = copy(self)
         step.first_column = self.first_column + self.width
         step.columns = self.columns + self.width
@@ -164,12 +164,12 @@ class TokenLayout:
         return step
 
     def filled(self, rounded: Callable[[int], int]) -> TokenLayout:
-        """The same columns, each group filled up with idle rows to ``rounded`` of its rows."""
+        """The same columns, with each group padded by idle rows to ``rounded`` of its rows."""
         given = self.source, self.source_positions, self.first_column, self._groups
         return TokenLayout(*given, rounded, axes=self.source_axes)
 
     def without(self, gone: Tensor) -> TokenLayout:
-        """The same columns without some rows, ``gone [N]`` bool, whose columns become pads."""
+        """The same columns without the rows ``gone [N]`` bool, whose columns become padding."""
         source = self.source.clone()
         source[self.sequences[gone], self.columns[gone] - self.first_column] = PAD
         given = source, self.source_positions, self.first_column, self._groups
@@ -188,15 +188,15 @@ class TokenLayout:
 
     @property
     def positions_needed(self) -> int:
-        """Positions from 0 to the largest of a row, at least one."""
+        """How many positions rotary tables must cover: the largest one plus 1, and at least 1."""
         largest = self.positions if self.axes is None else self.axes
         return int(largest.max()) + 1 if len(self) else 1
 
     @property
     def is_step(self) -> bool:
-        """One row a sequence, in the order of the sequences: what a decode step is.
+        """Whether there is one row per sequence, in sequence order, as in a decode step.
 
-        A single column of several classes is not in that order: packing sorts it by class.
+        A single column of several classes is not in that order, since packing sorts by class.
         """
         return self.width == 1 and self.flat is None
 
@@ -213,7 +213,7 @@ class TokenLayout:
         return found
 
     def locate(self, flat: Tensor) -> Rows:
-        """The packed rows that lie at ``flat [n]`` (host) of the flattened ``[B * T]`` input."""
+        """The packed rows at ``flat [n]`` (host) of the flattened ``[B * T]`` input."""
         if self.flat is None:
             return Rows(flat, len(flat))
         where = torch.full((self.batch * self.width,), -1, dtype=torch.int64)
@@ -241,13 +241,12 @@ class TokenLayout:
         return columns.index_copy(0, spots, self.real(rows)).view(shape)
 
     def real(self, rows: Tensor) -> Tensor:
-        """``[N, ...]`` without the idle rows, as the layout without these orders them; where there
-        are none, the very tensor."""
+        """``[N, ...]`` without idle rows, in packed order; ``rows`` itself if there are none."""
         return rows if self._real is None else rows[to_device(self._real, rows.device)]
 
 
 def _filled_up(order: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """``order`` of groups that have ``counts`` rows, each with -1 up to its size."""
+    """``order`` of groups with ``counts`` rows, each padded with -1 to its size."""
     parts = [
         F.pad(part, (0, size - count), value=-1)
         for part, count, size in zip(order.split(list(counts)), counts, sizes, strict=True)
@@ -256,7 +255,7 @@ def _filled_up(order: Tensor, counts: Sequence[int], sizes: Sequence[int]) -> Te
 
 
 def _join(spans: Sequence[tuple[int, int]]) -> Rows:
-    """Neighbouring spans as one slice; spans apart as an index."""
+    """Adjacent spans as one slice, separate spans as an index."""
     merged: list[tuple[int, int]] = []
     for start, stop in spans:
         if merged and merged[-1][1] == start:

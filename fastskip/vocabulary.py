@@ -1,4 +1,4 @@
-"""The closed vocabulary of fastskip: the enums of policies and plans, and their error."""
+"""The closed vocabulary of fastskip: the enums of policies and plans, and their error type."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Sublayer(StrEnum):
 class SkippedKV(StrEnum):
     """What a row that skips attention leaves in that layer's cache.
 
-    PROJECT: its own K and V. REUSE: a copy of its entry of the nearest lower layer that holds one.
-    OMIT: nothing, so later queries of the layer do not see the row. HIDDEN: what the attention
-    would have read, N1 h cut into heads, as K (rotated) and as V; for multi-head models only.
+    PROJECT: its own K and V. REUSE: a copy of its entry in the nearest lower layer that holds one.
+    OMIT: nothing, so later queries of the layer do not see the row. HIDDEN: the attention's input,
+    N1 h, split into heads, as K (rotated) and as V; for multi-head attention only.
     """
 
     PROJECT = "project"
@@ -36,7 +36,8 @@ class SkippedKV(StrEnum):
 
 
 class Arrangement(StrEnum):
-    """How a layer's sublayers are wired: one after the other, from one input, or with the next."""
+    """How a layer is wired: sublayers in sequence, sublayers in parallel from the same input, or
+    two consecutive layers as a pair from the same input."""
 
     SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
@@ -44,8 +45,8 @@ class Arrangement(StrEnum):
 
 
 class Norm(StrEnum):
-    """What the FFN of a parallel layer reads: its own norm of the block's input, the attention's,
-    or its own norm of the attention's."""
+    """What the FFN of a parallel layer reads: its own norm of the block's input (OWN), the
+    attention's norm of it (SHARED), or its own norm of the attention's norm (STACKED)."""
 
     OWN = "own"
     SHARED = "shared"
@@ -53,36 +54,36 @@ class Norm(StrEnum):
 
 
 class Combine(StrEnum):
-    """How the two blocks of a pair change the residual stream."""
+    """How the changes of a pair's two blocks enter the residual stream."""
 
     SUM = "sum"
     MEAN = "mean"
 
 
 class Mask(StrEnum):
-    """What attention does not see: UNIMODAL, rows of the other modality, both ways."""
+    """What attention masks. UNIMODAL: image rows and all other rows do not see each other."""
 
     UNIMODAL = "unimodal"
 
 
 class Semantics(StrEnum):
-    """What a policy means where it does not say: this project's definitions, or what the paper's
-    reference code does."""
+    """How a policy's unspecified details are read: by this project's definitions (CLEAN), or as
+    the papers' code computes them (REFERENCE)."""
 
     CLEAN = "clean"
     REFERENCE = "reference"
 
 
 class Measure(StrEnum):
-    """What a similarity router looks at: how alike a layer's input and output were, or how far the
-    output had moved, ||out - in|| / ||in||."""
+    """What a similarity router measures: the cosine similarity of a layer's input and output, or
+    their relative change, ||out - in|| / ||in||."""
 
     COSINE = "cosine"
     CHANGE = "change"
 
 
 class Group(StrEnum):
-    """Which rows of a forward decide together: none, those of a sequence, or all of the batch."""
+    """Which rows of a forward decide together: none, those of a sequence, or the whole batch."""
 
     ROW = "row"
     SEQUENCE = "sequence"
@@ -90,7 +91,7 @@ class Group(StrEnum):
 
 
 class Agreement(StrEnum):
-    """How a group decides: by the mean of its scores, or it runs if any of its rows would."""
+    """How a group decides: by the mean of its scores, or running if any of its rows would run."""
 
     MEAN = "mean"
     ANY = "any"
@@ -98,7 +99,7 @@ class Agreement(StrEnum):
 
 class Ranking(StrEnum):
     """Which rows a removal keeps: those that the last row of the prompt attended to most
-    (ATTENTION) or would attend to most in the layer to come (NEXT_ATTENTION), RANDOM ones, or
+    (ATTENTION) or would attend to most in the next layer (NEXT_ATTENTION), random ones (RANDOM), or
     evenly spaced ones (SPACING)."""
 
     ATTENTION = "attention"
@@ -108,13 +109,13 @@ class Ranking(StrEnum):
 
 
 class PolicyError(ValueError):
-    """A policy that cannot be used; names the field, its value and what is allowed."""
+    """An invalid policy; names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str, problem: str | None = None) -> None:
         self.field, self.value, self.allowed, self.problem = field, value, allowed, problem
         try:
             shown = repr(value)
-        except (ValueError, RecursionError):  # thousands of digits, or of lists in lists
+        except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
             shown = "a value too long to show"
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
         super().__init__(f"{field}: {problem or f'got {shown}'}; allowed: {allowed}")
@@ -123,9 +124,9 @@ class PolicyError(ValueError):
         return type(self), (self.field, self.value, self.allowed, self.problem)
 
     def under(self, path: str) -> PolicyError:
-        """The same error, its field seen from one level further out."""
+        """The same error with its field prefixed by `path`."""
         return PolicyError(f"{path}.{self.field}", self.value, self.allowed, self.problem)
 
 
 class PolicyFitWarning(UserWarning):
-    """A policy is loaded onto another model than its provenance says that it was made for."""
+    """A policy is loaded onto a different model than the one recorded in its provenance."""

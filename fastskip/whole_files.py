@@ -1,4 +1,4 @@
-"""Files that are written in one go: a reader sees the old one or the new one."""
+"""Atomic file writes: a reader sees either the old file or the new one."""
 
 import os
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from stat import S_IMODE
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes ``path`` behind the block; a link stays one.
+    """Yields a temporary path to write to, which replaces ``path`` after the block.
 
-    Whatever the block raises, what ``path`` was before is still there, and no half beside it. Who
-    may read it is as if ``path`` had been opened and written, whoever else makes the file within
-    the block (safetensors lets nobody but its owner read one). A device or a pipe is no file that
-    could be replaced, and is written as it is.
+    If the block raises, ``path`` is unchanged and no partial file remains. A symbolic link stays
+    one. Permissions are those of a plain write to ``path``, even if a library creates the file in
+    the block with others (safetensors makes it readable by the owner only). A device or pipe cannot
+    be replaced and is written directly.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():

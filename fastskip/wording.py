@@ -1,44 +1,44 @@
-"""How numbers are told: counts of things, and scores on their scale."""
+"""How numbers are worded: counts of things, and scores on their scale."""
 
 from enum import StrEnum
 
 FEW_ITEMS = 100
-"""Fewer items than these show large differences only."""
+"""Fewer items than this reveal only large differences."""
 
 
 def counted(number: int, noun: str) -> str:
-    """Such as "1 item" and "2 items"."""
+    """For example "1 item" and "2 items"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 class Scale(StrEnum):
-    """What scores are counted in; a mean over both would say nothing."""
+    """The unit of scores; a mean over different scales is meaningless."""
 
     SHARE = "share"
-    """From 0 to 1, told in percent."""
+    """From 0 to 1, shown in percent."""
     CIDER = "cider"
-    """From 0 to 10, told times 100, as papers do."""
+    """From 0 to 10, shown times 100, as in papers."""
 
     @classmethod
     def of(cls, metric: str) -> "Scale":
-        """That of a metric's scores."""
+        """The scale of a metric's scores."""
         return cls.CIDER if metric == cls.CIDER else cls.SHARE
 
     @property
     def heading(self) -> str:
-        """What a column of such scores is called."""
+        """The heading of a column of such scores."""
         return "score" if self is Scale.SHARE else "CIDEr"
 
     @property
     def points(self) -> str:
-        """What differences of such scores, times 100, are called."""
+        """The unit of differences of such scores, times 100."""
         return "points" if self is Scale.SHARE else "CIDEr"
 
     @property
     def axis(self) -> str:
-        """What an axis of such scores is called."""
+        """The label of an axis of such scores."""
         return "score, %" if self is Scale.SHARE else "CIDEr, times 100"
 
     def text(self, score: float) -> str:
-        """Such as "98.5%", and "112.3" of CIDEr."""
+        """For example "98.5%", or "112.3" for CIDEr."""
         return f"{score:.1%}" if self is Scale.SHARE else f"{100 * score:.1f}"

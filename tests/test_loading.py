@@ -330,7 +330,7 @@ def test_a_policy_that_could_not_be_asked_for_is_told(
 
     with caplog.at_level("WARNING", "fastskip"):
         (told,) = load()
-        assert "does not know whether someone/model has one" in told
+        assert "could not be reached to check whether someone/model has one" in told
         absent = repository / ".no_exist" / commit / subfolder
         absent.mkdir(parents=True)
         (absent / "fastskip_policy.json").touch()  # as the hub's client notes it

@@ -114,7 +114,7 @@ def test_no_second_begin_token() -> None:
     [
         ("", 0, "prompt: got ''; allowed: a text"),
         (" \n", 1, "prompt: got ' \\\\n'; allowed: a text"),
-        ("<image>", 1, "allowed: words beside"),
+        ("<image>", 1, "allowed: words besides"),
         ("a <image>?", 0, "1 <image> for 0 images; allowed: one <image> per image"),
         ("a <image>?", 2, "1 <image> for 2 images"),
         ("a <image> <image>?", 1, "2 <image> for 1 images"),
@@ -142,7 +142,7 @@ def test_template_that_loses_images() -> None:
 
 @pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ messages + 1 }}"])
 def test_template_that_fails(template: str) -> None:
-    with pytest.raises(PromptError, match="chat template: .*allowed: one that takes a user turn"):
+    with pytest.raises(PromptError, match="chat template: .*allowed: one that accepts a user turn"):
         build_inputs(build_processor(chat_template=template), "who?")
 
 

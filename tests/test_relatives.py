@@ -129,7 +129,7 @@ def test_prompts(kind: Kind, tmp_path: Path) -> None:
 def test_prompts_that_are_not_ours_to_write(kind: Kind, tmp_path: Path) -> None:
     processor = processor_for(save_checkpoint(tmp_path, kind))
     for write in (Renderer, lambda processor: build_inputs(processor, "what?", [image()])):
-        with pytest.raises(PromptError, match="of its own; allowed: to call it yourself"):
+        with pytest.raises(PromptError, match="its own prompts; allowed: calling it yourself"):
             write(processor)
     inputs = processor(image(), return_tensors="pt", num_image_tokens=4)
     ours, stock = fastskip.load_model(tmp_path), type(tiny_llava(kind)).from_pretrained(tmp_path)

@@ -74,8 +74,8 @@ def test_a_text_model_reads_no_images() -> None:
     [
         ("{{ raise_exception('no') }}", (), "a?", "chat template: no"),
         ("hello", (), "a?", "writes 0 <image> for 1 images"),
-        (CHAT_TEMPLATE, (Turn("b", "c"),), "a?", "writes earlier turns anew"),
-        (HUB_TEMPLATE, (Turn("b", "c</s>"),), "a?", "an answer holds '</s>'"),
+        (CHAT_TEMPLATE, (Turn("b", "c"),), "a?", "rewrites earlier turns"),
+        (HUB_TEMPLATE, (Turn("b", "c</s>"),), "a?", "an answer contains '</s>'"),
         (HUB_TEMPLATE, (), "\ud800?", "allowed: Unicode text"),
         (HUB_TEMPLATE, (), " <image>", "allowed: non-empty text"),
         (HUB_TEMPLATE, (Turn("b", " "),), "a?", "answer ' '; allowed: non-empty text"),
@@ -96,7 +96,7 @@ def test_a_template_that_knows_no_system() -> None:
     )
     renderer = Renderer(build_processor(chat_template=template))
     assert renderer.prompt((), "a?", 0, "it") == "a?"
-    with pytest.raises(DataError, match="it: chat template: no; allowed: one that takes system"):
+    with pytest.raises(DataError, match="it: chat template: no; allowed: one that accepts system"):
         renderer.prompt((), "a?", 0, "it", system="be brief")
     with pytest.raises(DataError, match="it: .*allowed: Unicode text"):
         renderer.prompt((), "a?", 0, "it", system="\ud800")

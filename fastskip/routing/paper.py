@@ -1,9 +1,9 @@
 """The routers of the papers' code: entropy, token index, random intervals, and exit.
 
 Shukor & Cord, arXiv 2410.09454 and 2405.16700. There the first sequence of a batch decides for all;
-here each sequence decides for itself, by its last candidate. Random intervals are drawn for a whole
-forward. Candidates of one forward decide together, so that a kept cache and a recomputed history
-may differ; all but `Exit` do.
+here each sequence decides for itself, by its last candidate. Random intervals are drawn once per
+layer and forward. Except with `Exit`, the candidates of one forward decide together, so a kept
+cache and a recomputed history may differ.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ _GENERATED = list(TokenClass).index(TokenClass.GENERATED)
 
 
 class Entropy:
-    """A sequence skips where the logit lens on its last candidate is sure.
+    """A sequence skips a layer if the logit lens on its last candidate is confident.
 
-    That is: the entropy of the softmax over the vocabulary, in nats, is below ``threshold``; and in
-    layers that are multiples of ``interval``, if there is one. Costs a head a layer and sequence.
+    That is, if the entropy of the softmax over the vocabulary, in nats, is below ``threshold``. It
+    also skips layers that are multiples of ``interval``, if given. Costs one lm_head evaluation per
+    layer and sequence.
     """
 
     needs_trace = False
 
     def __init__(self, threshold: float, interval: int | None = None, normed: bool = True) -> None:
-        """``normed``: whether rows pass the final norm before the head."""
+        """``normed``: whether the final norm is applied before the head."""
         self.threshold, self.interval, self.normed = threshold, interval, normed
 
     def decide(self, context: RoutingContext) -> Decision:
@@ -46,16 +47,16 @@ class Entropy:
 
 
 class TokenIndex:
-    """A sequence skips multiples of an interval, which is shorter where the lens stands still.
+    """A sequence skips multiples of an interval, which is shorter where the logit lens is stable.
 
-    The interval is ``interval``, or one less (2 at least) in a layer where the likeliest token of
-    the logit lens on the sequence's last candidate is the one of the layer before.
+    The interval is ``interval``, or one less (at least 2) in a layer where the logit lens on the
+    sequence's last candidate predicts the same token as in the layer before.
     """
 
     needs_trace = False
 
     def __init__(self, interval: int, start: int = 0, normed: bool = True) -> None:
-        """Layers up to ``start`` are looked at and never skipped."""
+        """Layers up to ``start`` are read by the lens but never skipped."""
         self.interval, self.start, self.normed = interval, start, normed
 
     def decide(self, context: RoutingContext) -> Decision:
@@ -74,10 +75,10 @@ class TokenIndex:
 
 
 class RandomInterval:
-    """All candidates skip multiples of an interval that each layer of each forward draws.
+    """All candidates skip a layer if it is a multiple of an interval drawn per layer and forward.
 
-    Uniform from 2 to ``interval``. Draws follow one another from ``seed`` on, forward by forward,
-    and start anew when a policy is set.
+    Draws are uniform from 2 to ``interval`` and depend on ``seed``, the layer and the number of
+    forwards since the policy was set.
     """
 
     needs_trace = False
@@ -100,8 +101,8 @@ class RandomInterval:
 
 
 class Exit:
-    """Rows of a prompt leave all later layers, but for each sequence's last one; generated rows
-    stay."""
+    """Rows of a prompt exit from all later layers, except each sequence's last prompt row;
+    generated rows stay."""
 
     needs_trace = False
 
@@ -116,7 +117,7 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """One option of a router: its type, its least value, and whether it must be there."""
+    """One option of a router: its type, its minimum, and whether it is required."""
 
     kind: type
     least: int | None = None
@@ -153,7 +154,7 @@ def build_paper_router(kind: str, options: Mapping[str, Any], field: str) -> Rou
     """The router of one of ``PAPER_KINDS``.
 
     Raises:
-        PolicyError: an option is unknown, missing, or no value of its type.
+        PolicyError: an option is unknown, missing, of the wrong type or too small.
     """
     factory, known = _KINDS[kind]
     for name, value in options.items():
@@ -173,7 +174,7 @@ def build_paper_router(kind: str, options: Mapping[str, Any], field: str) -> Rou
 
 
 def _last_of_each(context: RoutingContext) -> tuple[Tensor, Tensor]:
-    """The last candidate of each sequence that has some, and each candidate's place among these."""
+    """The last candidate of each sequence that has any, and each candidate's index into these."""
     sequences, owner = context.sequences.unique(return_inverse=True)
     last = [
         mine[context.columns[mine].argmax()]

@@ -1,8 +1,8 @@
-"""What a router is asked and what it answers.
+"""The router protocol: what a router receives and what it returns.
 
-A router is called once a forward for every layer that a policy gives it, as soon as its candidates
-stand before the first sublayer that it guards. It sees the candidates only: the rows of the
-classes that its rule names and that no earlier router has sent past the layer.
+A router is called once per forward for every layer that its rule names, when its candidates reach
+the first sublayer that it guards. It sees only the candidates: rows of the classes that its rule
+names, without those that an earlier router made exit.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from fastskip.policy import Sublayer
 
 
 class RouterError(ValueError):
-    """A router that cannot be used, or an answer that cannot; names router, layer and what is."""
+    """An unusable router or decision; names the router, the layer and what is allowed."""
 
 
 class Scope(Enum):
     """How far a decision reaches."""
 
     SUBLAYER = "sublayer"
-    """What the rule names, in this layer."""
+    """The sublayers that the rule names, in this layer."""
     REST = "rest"
-    """What the rule names in this layer, and everything in all later ones: the row exits."""
+    """The sublayers that the rule names in this layer, and all later layers: the row exits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Which candidates skip: ``skip [n]`` bool, on any device; and how far that reaches.
+    """Which candidates skip, ``skip [n]`` bool on any device, and how far the decision reaches.
 
-    ``factor [n]``: while a router is trained, what the changes of its candidates are multiplied by,
-    with its gradient.
+    ``factor [n]``: in router training, a differentiable factor on the candidates' sublayer outputs.
     """
 
     skip: Tensor
@@ -56,19 +55,19 @@ class AttentionWeights:
 
 
 class RoutingContext(Protocol):
-    """The candidates of one decision: ``n`` rows, sorted by nothing in particular.
+    """The candidates of one decision: ``n`` rows in no particular order.
 
-    Tensors other than ``hidden`` and what is made of it lie on the host. Nothing may be written to
-    but the two states.
+    All tensors except ``hidden`` and those computed from it are on the host. Everything except the
+    two states is read-only.
     """
 
     @property
     def layer(self) -> int:
-        """The layer that is about to run."""
+        """The index of the layer that is about to run."""
 
     @property
     def skip(self) -> frozenset[Sublayer]:
-        """What a row that skips leaves out."""
+        """The sublayers that a skipping row skips."""
 
     @property
     def hidden(self) -> Tensor:
@@ -84,45 +83,47 @@ class RoutingContext(Protocol):
 
     @property
     def columns(self) -> Tensor:
-        """``[n]``: the column of each row, those in the cache counted."""
+        """``[n]``: the column of each row, counted from the start of the cache."""
 
     @property
     def positions(self) -> Tensor:
-        """``[n]``: RoPE positions; unlike columns they do not count pads."""
+        """``[n]``: RoPE positions; unlike columns, they do not count padding."""
 
     @property
     def last_layer(self) -> Tensor:
-        """``[n, 2]``: cosine of input and output of the last layer that each row ran whole, and its
-        relative change ``||out - in|| / ||in||``; ``-inf`` and ``+inf`` before the first."""
+        """``[n, 2]``: for the last layer that each row ran in full, the cosine of input and output
+        and the relative change ``||out - in|| / ||in||``; ``-inf`` and ``+inf`` if there is none.
+        """
 
     @property
     def forward_state(self) -> MutableMapping[str, Any]:
-        """What this router kept earlier in this forward."""
+        """State that this router keeps within this forward."""
 
     @property
     def generation_state(self) -> MutableMapping[str, Any]:
-        """What this router kept in any forward on this cache; without a cache, in this forward.
+        """State that this router keeps across forwards on this cache; without a cache, within this
+        forward.
 
-        Where a caller crops or reorders the cache (beams), its tensors stay as they are.
+        Its tensors are not changed when a caller crops or reorders the cache (beam search).
         """
 
     def logits(self, rows: Tensor | None = None, *, normed: bool = True) -> Tensor:
-        """Logit lens: final norm (unless not ``normed``) and head on candidates ``rows [m]`` (all):
-        ``[m, V]``."""
+        """Logit lens ``[m, V]``: the final norm (if ``normed``) and the head, applied to candidates
+        ``rows [m]``, by default all."""
 
     def attention_of(self, row: int) -> AttentionWeights:
-        """How a candidate attended in the nearest layer below; computed again for this call.
+        """A candidate's attention weights in the nearest lower layer, recomputed on each call.
 
         Raises:
-            RouterError: it has attended in no layer of this forward yet.
+            RouterError: it has not attended in any layer of this forward yet.
         """
 
 
 class Router(Protocol):
-    """Decides rows from data; one instance serves all layers of its rule."""
+    """Decides from data which rows skip; one instance serves all layers of its rule."""
 
     def decide(self, context: RoutingContext) -> Decision:
-        """Which candidates skip; called where there is at least one.
+        """Which candidates skip; called only with at least one candidate.
 
-        Under gradients it is called on detached rows; a decision has none.
+        With gradients enabled, candidates are detached, since a decision has no gradient.
         """

@@ -1,4 +1,4 @@
-"""What routers decided, read back: for proofs, plots and calibration."""
+"""Router decisions, read back for verification, plots and calibration."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Decisions:
     Attributes:
         first_column: the column of the first entry of the masks.
         codes: ``[B, T]`` token class of each column, -1 for pads.
-        skipped: by layer and sublayer, ``[B, T]`` bool: rows that a router let skip it. Only rows
-            that would have run it otherwise count; layers and sublayers without routers are
-            absent, unless rows exited before them.
-        candidates: of the same keys, ``[B, T]`` bool: rows that a router decided on.
+        skipped: by layer and sublayer, ``[B, T]`` bool: rows that a router let skip it and that
+            would have run it otherwise. Layers and sublayers without routers are absent, unless
+            rows exited before them.
+        candidates: with the same keys, ``[B, T]`` bool: rows that a router decided on.
     """
 
     first_column: int
@@ -32,12 +32,12 @@ class Decisions:
 
 @dataclass(slots=True)
 class RoutingRecord:
-    """The decisions of all forwards while it was open, in order."""
+    """The decisions of all forwards while recording, in order."""
 
     forwards: list[Decisions] = field(default_factory=list)
 
     def skipped(self, layer: int, sublayer: Sublayer) -> Tensor:
-        """``[B, C]``: the masks of one cell over the columns of all forwards, one after another.
+        """``[B, C]``: the masks of one layer and sublayer, concatenated over all forwards' columns.
 
         The forwards must belong to one generation.
         """
@@ -50,7 +50,7 @@ class RoutingRecord:
         )
 
     def all_skipped(self) -> dict[tuple[int, str], Tensor]:
-        """``skipped`` of every cell in which a row may have, by layer and the sublayer's name."""
+        """``skipped`` wherever rows may have skipped, by layer and the sublayer's name."""
         keys = {key for each in self.forwards for key in each.skipped}
         return {(layer, part.value): self.skipped(layer, part) for layer, part in sorted(keys)}
 
@@ -61,7 +61,7 @@ class RoutingRecord:
 
     @property
     def rate(self) -> float:
-        """The share of all candidates that skipped; 0 without any."""
+        """The share of all candidates that skipped; 0 without candidates."""
         skipped, asked = map(sum, zip((0, 0), *self._counts().values(), strict=True))
         return skipped / asked if asked else 0.0
 

@@ -1,8 +1,8 @@
-"""From the routers that a policy names to objects that decide.
+"""Builds the router objects that a policy names.
 
-A plug-in is named in a policy by a name with a dot in it. It is an object that was handed in under
-this name, or a factory that an installed package registers as an entry point: called with the
-rule's ``options``, it returns a ``Router``.
+In a policy, a plug-in's name contains a dot. It is an object passed in under this name, or a
+factory that an installed package registers as an entry point: called with the rule's ``options``,
+it returns a ``Router``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastskip.routing.routers import ScoreRouter
 from fastskip.routing.weights import read_weights
 
 ENTRY_POINTS = "fastskip.routers"
-"""The group of entry points that plug-ins register in."""
+"""The entry point group of plug-ins."""
 
 
 def build_routers(
@@ -27,11 +27,11 @@ def build_routers(
     """One router for each of the policy's router rules, in their order.
 
     Args:
-        policy: what names them; relative paths of weights start at its folder.
-        depth, hidden_size: of the model, which learned weights must fit.
-        given: plug-ins by name: routers, taken before installed ones.
+        policy: names the routers; relative paths of weights start at its folder.
+        depth, hidden_size: those of the model, which learned weights must fit.
+        given: plug-in routers by name; they take precedence over installed ones.
     Raises:
-        PolicyError: a plug-in is unknown or no router, or weights do not fit.
+        PolicyError: a plug-in is unknown or not a router, or weights do not fit.
     """
     plug_ins = dict(given or {})
     names = {rule.kind for rule in policy.routers if rule.is_plug_in}
@@ -64,7 +64,7 @@ def _build(
 def _plug_in(rule: RouterRule, field: str, given: Mapping[str, Any]) -> Router:
     if rule.kind in given:
         if rule.options is not None:
-            problem = "a router that is handed in takes no options"
+            problem = "a router passed in by the caller takes no options"
             raise PolicyError(f"{field}.options", dict(rule.options), "none", problem)
         return _checked(given[rule.kind], rule, field)
     if rule.kind in PAPER_KINDS:

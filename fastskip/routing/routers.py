@@ -1,8 +1,8 @@
-"""The built-in routers: each row has a score and skips where it reaches a bar.
+"""The built-in routers: each row has a score and skips if it reaches a bar.
 
-What scores are and how groups decide is said, and computed, in one place for all implementations:
-``ops.routes`` and ``ops.fused_routes``. Within the rounding of a score at its bar implementations
-may differ; what each decided is what it did.
+Scores and group decisions are defined and computed in one place for all implementations:
+``ops.routes`` and ``ops.fused_routes``. If a score is within rounding of its bar, implementations
+may decide differently; each executes what it decided.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fastskip.routing.protocol import Decision, RouterError, RoutingContext
 from fastskip.routing.weights import LayerScore
 
 MARGIN = 2.0**-51
-"""As a share of a number: more than rounding adds to it, and less than any decimal means."""
+"""Relative tolerance: more than rounding adds to a decimal, less than any written digit matters."""
 
 
 def as_decimal(capacity: float) -> float:
-    """A share of which ``ceil(share * m)`` is that of the decimal that was written.
+    """A share for which ``ceil(share * m)`` equals that of the written decimal.
 
-    0.56 of 50 rows are 28, but the float nearest to 0.56 is a little more, and so is its product.
+    0.56 of 50 rows is 28, but the float nearest to 0.56 is slightly larger, and so is the product.
     """
     return capacity * (1 - MARGIN)
 
@@ -36,31 +36,31 @@ class ScoreRouter:
     """A router of kind similarity, linear or random."""
 
     def __init__(self, rule: RouterRule, scores: Mapping[int, LayerScore] | None = None) -> None:
-        """``scores``: of linear, by layer."""
+        """``scores``: for kind linear, by layer."""
         self.rule, self._scores = rule, scores or {}
         self._terms: dict[int, Terms] = {}
 
     @property
     def needs_trace(self) -> bool:
-        """Whether it looks at what the last layer did to a row."""
+        """Whether it needs what the last layer did to each row."""
         return self.rule.kind == "similarity"
 
     def terms(self, layer: int) -> Terms:
-        """What the decision in ``layer`` goes by; tensors on the host."""
+        """The terms of the decision in ``layer``; tensors on the host."""
         found = self._terms.get(layer)
         if found is None:
             found = self._terms[layer] = self._make_terms(layer)
         return found
 
     def terms_on(self, layer: int, device: torch.device) -> Terms:
-        """``terms``, their tensors on a device."""
+        """``terms`` with tensors on a device."""
         terms = self.terms(layer)
         if terms.weight is None or terms.weight.device == device:
             return terms
         return replace(terms, weight=terms.weight.to(device))
 
     def decide(self, context: RoutingContext) -> Decision:
-        """As ``Router``: skips where the score, or that of the row's group, reaches the bar."""
+        """As in ``Router``: a row skips if its score, or its group's, reaches the bar."""
         scores = self.scores(context)
         sequences, positions = (
             rows.to(scores.device) for rows in (context.sequences, context.positions)
@@ -70,9 +70,10 @@ class ScoreRouter:
     def decide_few(
         self, layer: int, positions: Sequence[int], found: Sequence[Sequence[float]] | None
     ) -> list[bool] | None:
-        """``decide`` on a few rows that decide for themselves, in plain numbers: who skips.
+        """``decide`` for a few rows that decide individually, in plain Python numbers.
 
-        ``found``: cosine and change of each row's last layer. ``None``: ask ``decide``.
+        ``found``: cosine and change of each row's last layer. Returns ``None`` if ``decide`` must
+        be used instead.
         """
         terms = self.terms(layer)
         if terms.group is not routes.Group.ROW or terms.score is Score.LINEAR:
@@ -84,14 +85,14 @@ class ScoreRouter:
         is_cosine = terms.score is Score.COSINE
         scores = [row[0] if is_cosine else -row[1] for row in found]
         if any(score != score for score in scores):
-            return None  # which says so
+            return None  # ``decide`` raises the error
         return [score >= bar for score in scores]
 
     def scores(self, context: RoutingContext) -> Tensor:
-        """``[n]``, at least fp32: how much each candidate wishes to skip.
+        """``[n]``, at least fp32: the score of each candidate; higher means more likely to skip.
 
         Raises:
-            RouterError: a score is not a number, so the hidden states are not finite.
+            RouterError: a score is NaN, because the hidden states are not finite.
         """
         is_linear = self.rule.kind == "linear"
         hidden = context.hidden if is_linear else torch.empty(0)
@@ -100,8 +101,8 @@ class ScoreRouter:
         scores = score(terms, hidden, context.positions.to(hidden.device), found)
         if terms.score is not Score.RANDOM and bool(scores.isnan().any()):
             raise RouterError(
-                f"{self.rule.kind} router in layer {context.layer}: a score is not a number, so "
-                "the hidden states are not finite; allowed: finite ones"
+                f"{self.rule.kind} router in layer {context.layer}: a score is NaN because the "
+                "hidden states are not finite; allowed: finite hidden states"
             )
         return scores
 
@@ -112,7 +113,7 @@ class ScoreRouter:
         agreement = mean if rule.agree is None else routes.Agreement(rule.agree.value)
         if rule.kind == "random":
             assert rule.rate is not None
-            # Routers of one seed and layer draw apart if they guard other sublayers.
+            # Routers of one seed and layer draw independently if they guard different sublayers.
             guarded = (Sublayer.ATTENTION in rule.skip) + 2 * (Sublayer.FFN in rule.skip)
             salt = mixed(mixed(rule.seed or 0) ^ mixed(4 * layer + guarded + 1))
             return Terms(

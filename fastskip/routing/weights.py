@@ -1,7 +1,7 @@
-"""Learned weights of linear routers: a safetensors file with one vector a layer.
+"""Learned weights of linear routers: a safetensors file with one vector per layer.
 
-``layers.<l>.weight [D]`` fp32 and, optionally, ``layers.<l>.bias [1]``, for every layer that a
-rule names; layers beyond those are allowed. A row's score is ``weight . h / rms(h) + bias``.
+``layers.<l>.weight [D]`` fp32 and optionally ``layers.<l>.bias [1]`` for every layer that a rule
+names; additional layers are allowed. A row's score is ``weight . h / rms(h) + bias``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class LayerScore:
 def read_weights(
     path: Path, layers: tuple[int, ...], hidden_size: int, field: str
 ) -> Mapping[int, LayerScore]:
-    """The scores of ``layers``; ``field`` is what errors name.
+    """The weights of ``layers``; errors name ``field``.
 
     Raises:
-        PolicyError: the file is missing or malformed, is of another model, or holds numbers that
-            are not finite.
+        PolicyError: the file is missing or malformed, belongs to another model, or contains
+            non-finite numbers.
     """
     try:
         tensors = load_file(path)
@@ -47,10 +47,10 @@ def read_weights(
         if weight is None:
             known = sorted(name for name in tensors if name.endswith(".weight"))
             problem = f"{path} has no layers.{layer}.weight"
-            raise PolicyError(field, str(path), f"one of its own layers: {known}", problem)
+            raise PolicyError(field, str(path), f"layers in the file: {known}", problem)
         if tuple(weight.shape) != (hidden_size,):
             problem = (
-                f"layers.{layer}.weight has shape {list(weight.shape)}: these are weights of "
+                f"layers.{layer}.weight has shape {list(weight.shape)}: the weights belong to "
                 "another model"
             )
             raise PolicyError(field, str(path), f"shape [{hidden_size}]", problem)
@@ -59,7 +59,7 @@ def read_weights(
             raise PolicyError(field, str(path), "shape [1]", problem)
         score = LayerScore(weight.float(), 0.0 if bias is None else float(bias))
         if not bool(weight.isfinite().all()) or score.bias - score.bias != 0:
-            problem = f"layers.{layer} holds numbers that are not finite"
+            problem = f"layers.{layer} contains non-finite numbers"
             raise PolicyError(field, str(path), "finite numbers", problem)
         found[layer] = score
     return found
@@ -68,7 +68,7 @@ def read_weights(
 def write_weights(
     path: Path, scores: Mapping[int, LayerScore], about: Mapping[str, object] | None = None
 ) -> None:
-    """Writes the scores; ``about`` goes to the file's metadata as JSON."""
+    """Writes the weights; ``about`` is stored in the file's metadata as JSON."""
     tensors: dict[str, Tensor] = {}
     for layer, score in sorted(scores.items()):
         tensors[f"layers.{layer}.weight"] = score.weight.float().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Pruned weights held without their zeros: in memory, on disk, and in a product of few rows."""
+"""Pruned weights stored without their zeros: in memory, on disk, and in GEMMs of few rows."""
 
 from fastskip.sparse.checkpoint import save_sparse
 from fastskip.sparse.convert import Compression, compress_, expand_

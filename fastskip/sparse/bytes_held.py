@@ -1,4 +1,4 @@
-"""What projections take in memory where they are not held as plain weights."""
+"""The memory of projections that are not held as plain weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastskip.sparse.matrices import matrices
 
 
 def bytes_of_weight(model: Any, shape: ModelShape) -> float | None:
-    """Bytes in memory of one weight of the decoder's projections, their mean, scales and zeros'
-    places included; ``None`` where all of them are plain, so that their dtype says it.
+    """Mean bytes in memory per weight of the decoder's projections, including scales and sparsity
+    metadata; ``None`` if all are plain, so that the dtype determines it.
 
     Args:
-        model: a Hugging Face model, quantised or sparse or neither.
-        shape: its sizes.
+        model: a Hugging Face model: quantised, sparse or plain.
+        shape: the sizes of the model.
     """
     found = list(matrices(model))
     if all(matrix.is_plain for matrix in found):
@@ -25,17 +25,17 @@ def bytes_of_weight(model: Any, shape: ModelShape) -> float | None:
 
 
 def _bytes_of(module: nn.Module) -> int:
-    # No state dict: a bitsandbytes module on a CPU packs its weight anew to make one.
+    # Not from a state dict: for one, a bitsandbytes module on a CPU repacks its weight.
     return sum(_stored(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _stored(tensor: Any) -> int:
-    """Bytes of a tensor with its scales, or of those that a wrapper of tensors holds."""
+    """Bytes of a tensor and its scales, or of the tensors that a wrapper subclass holds."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         names, _ = flatten()
         return sum(_stored(getattr(tensor, name)) for name in names)
-    # Where bitsandbytes keeps them: of int8; of 4 bits, which may have scales of their own.
+    # bitsandbytes keeps scales in SCB (int8) or quant_state (4 bits, perhaps quantised themselves).
     state = getattr(tensor, "quant_state", None)
     inner = getattr(state, "state2", None)
     scales = (

@@ -1,9 +1,9 @@
-"""Checkpoints that hold pruned matrices as bitmap and values: smaller files, the same numbers.
+"""Checkpoints that store pruned matrices as bitmap and values: smaller files, the same numbers.
 
 An ordinary Hugging Face checkpoint of the variant ``sparse`` (``model.sparse.safetensors``), in
-which ``<projection>.bitmap`` and ``<projection>.values`` stand for ``<projection>.weight``, and
-``fastskip_sparse.json``, which says for which projections, and how many values each has. Stock
-transformers finds no weights in such a folder and says so, rather than load half of them.
+which ``<projection>.bitmap`` and ``<projection>.values`` replace ``<projection>.weight``, and a
+``fastskip_sparse.json`` that lists these projections with their numbers of values. Stock
+transformers finds no weights in such a folder and raises, rather than loading half of them.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ LAYOUT_FILE = "fastskip_sparse.json"
 VARIANT = "sparse"
 SCHEMA_VERSION = 1
 _DENSE_FILES = ("model.safetensors", "model.safetensors.index.json")
-_READABLE = f"a {LAYOUT_FILE} as fastskip writes it"
+_READABLE = f"a {LAYOUT_FILE} written by fastskip"
 
 
 @dataclass(frozen=True, slots=True)
 class SparseLayout:
-    """How many entries of which projections a sparse checkpoint keeps, by their names."""
+    """How many entries a sparse checkpoint keeps of each sparse projection, by name."""
 
     kept: Mapping[str, int]
 
     @classmethod
     def of(cls, model: Any) -> SparseLayout:
-        """That of a model which is sparse in memory."""
+        """The layout of a model that is sparse in memory."""
         return cls({m.name: m.module.kept for m in sparse_matrices(model)})
 
     @classmethod
     def read(cls, file: Path) -> SparseLayout:
-        """From ``fastskip_sparse.json``.
+        """Reads ``fastskip_sparse.json``.
 
         Raises:
-            SparseError: the file cannot be used.
+            SparseError: the file is unreadable or malformed.
         """
         try:
             document = json.loads(file.read_text(encoding="utf-8"))
@@ -65,20 +65,20 @@ class SparseLayout:
 
 
 def save_sparse(model: Any, folder: str | os.PathLike[str], **options: Any) -> None:
-    """Writes a sparse checkpoint of a pruned model, which may be plain, prepared, or sparse itself.
+    """Writes a sparse checkpoint of a pruned model, which may be plain, prepared or already sparse.
 
-    ``fastskip.load_model`` reads it; what it then computes is bit by bit the same. ``options`` go
-    to the model's ``save_pretrained``.
+    ``fastskip.load_model`` reads it with bitwise the same weights. ``options`` are passed to the
+    model's ``save_pretrained``.
 
     Raises:
-        SparseError: the model has too few zeros, or the folder holds a dense checkpoint.
+        SparseError: the model has too few zeros, or the folder contains a dense checkpoint.
     """
     with compressed(model):
         write_sparse(model, folder, lambda **more: model.save_pretrained(folder, **options, **more))
 
 
 def write_sparse(model: Any, folder: str | os.PathLike[str], write: Callable[..., Any]) -> Any:
-    """Writes a model that is sparse in memory by ``write(variant=...)``, and its layout beside."""
+    """Writes a model that is sparse in memory with ``write(variant=...)``, then its layout file."""
     check_unmixed(Path(folder), wants_sparse=True)
     result = write(variant=VARIANT)
     SparseLayout.of(model).write(Path(folder) / LAYOUT_FILE)
@@ -86,27 +86,28 @@ def write_sparse(model: Any, folder: str | os.PathLike[str], write: Callable[...
 
 
 def check_unmixed(folder: Path, *, wants_sparse: bool = False) -> None:
-    """Raises ``SparseError`` for a folder with a sparse and a dense checkpoint: which is meant?"""
+    """Raises ``SparseError`` for a folder with both a sparse and a dense checkpoint: ambiguous."""
     dense = [name for name in _DENSE_FILES if (folder / name).is_file()]
     if dense and (wants_sparse or (folder / LAYOUT_FILE).is_file()):
-        allowed = f"one of {dense[0]} and {LAYOUT_FILE}"
+        allowed = f"either {dense[0]} or {LAYOUT_FILE}"
         raise SparseError(str(folder), "a dense and a sparse checkpoint in one folder", allowed)
 
 
 def read_sparse(model_class: Any, path: str, layout: SparseLayout, **options: Any) -> Any:
     """``model_class.from_pretrained`` for a sparse checkpoint; its projections stay sparse.
 
-    Returns what that returns; the model is of ``model_class`` itself.
+    Returns the model, an instance of ``model_class`` itself, and the loading info.
 
     Raises:
-        SparseError: the layout is not of this model, or a bitmap does not have its values.
+        SparseError: the layout does not fit the model, or a bitmap does not match its values.
     """
 
     def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:
         model_class.__init__(self, *arguments, **keywords)
         _make_room_(self, layout)
 
-    # Hugging Face makes the module tree itself and then fills it; this is where ours gets its form.
+    # Hugging Face builds the module tree and then fills it; a subclass makes projections sparse in
+    # between.
     members = {"__init__": __init__, "__module__": model_class.__module__}
     reader: Any = type(model_class.__name__, (model_class,), members)
     model, found = reader.from_pretrained(
@@ -114,12 +115,10 @@ def read_sparse(model_class: Any, path: str, layout: SparseLayout, **options: An
     )
     model.__class__ = model_class
     for matrix in sparse_matrices(model):
-        # A kernel reads as many values as the bitmap says.
+        # Kernels read as many values as the bitmap has bits set.
         bits = int(matrix.module.packed.starts[-1])
         if bits != matrix.module.kept:
-            allowed = (
-                f"a bitmap of {matrix.module.kept} entries, which is how many values there are"
-            )
+            allowed = f"a bitmap of {matrix.module.kept} entries, the number of values"
             raise SparseError(f"{path}: {matrix.name}", f"a bitmap of {bits} entries", allowed)
     return model, found
 

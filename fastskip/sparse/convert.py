@@ -1,4 +1,4 @@
-"""A model's pruned linears made sparse in memory, and dense again."""
+"""Converts a model's pruned linears to sparse forms in memory, and back to dense."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastskip.sparse.structured import semi_structured_
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """What became sparse, and the bytes that its weights took before and take now."""
+    """Which projections became sparse, and the bytes of their weights before and after."""
 
     names: tuple[str, ...]
     dense_bytes: int
@@ -26,19 +26,19 @@ class Compression:
 
 
 def compress_(model: Any, form: Weights | str = Weights.BITMAP) -> Compression:
-    """Holds every pruned projection without its zeros, in place, one at a time.
+    """Converts every pruned projection to a sparse form, in place, one at a time.
 
-    Pruned: bitmap and values take fewer bytes than the dense weight. A prepared model then calls
-    its modules one by one, without the fused operations of a GPU, and keeps the storages that its
-    projections were merged in; ``fastskip.load_model(..., weights=form)`` compresses before it
-    prepares. Training these weights is over. ``expand_`` undoes it. A model that is sparse already
-    gets the form asked for.
+    A projection counts as pruned if bitmap and values take fewer bytes than the dense weight. A
+    prepared model then calls its modules one by one, without the fused GPU operations, and keeps
+    the storage that its projections were merged into; ``fastskip.load_model(..., weights=form)``
+    compresses before it prepares. Sparse weights cannot be trained. ``expand_`` undoes the
+    conversion. A model that is already sparse is converted to the given form.
 
     Args:
         form: ``"bitmap"`` or ``"csr"``, see ``Weights``.
     Raises:
-        SparseError: no projection has enough zeros, one is not a plain linear, or the form is not
-            for this device or dtype.
+        SparseError: no projection has enough zeros, one is not a plain linear, or the form does not
+            support this device or dtype.
     """
     form = _checked_form(form, model)
     _check_plain(model)
@@ -55,13 +55,14 @@ def compress_(model: Any, form: Weights | str = Weights.BITMAP) -> Compression:
 
 
 def expand_(model: Any) -> None:
-    """Makes every sparse projection a plain linear again, one at a time, in place."""
+    """Converts every sparse projection back to a plain linear, in place, one at a time."""
     for matrix in sparse_matrices(model):
         matrix.replace(matrix.module.to_linear())
 
 
 def hold_(model: Any, weights: Weights | str) -> None:
-    """Holds pruned projections as asked; errors as ``compress_`` and ``semi_structured_``."""
+    """Converts pruned projections to the form ``weights``; raises as ``compress_`` and
+    ``semi_structured_`` do."""
     if weights == Weights.DENSE:
         expand_(model)
     elif weights == Weights.SEMI_STRUCTURED:
@@ -73,9 +74,9 @@ def hold_(model: Any, weights: Weights | str) -> None:
 
 @contextmanager
 def compressed(model: Any) -> Iterator[None]:
-    """Within this block ``model`` is sparse; afterwards it has its own modules back.
+    """Within this block ``model`` is sparse; afterwards its own modules are restored.
 
-    Both forms are in memory meanwhile. A model that is sparse already stays as it is.
+    Both forms are in memory meanwhile. A model that is already sparse stays as it is.
     """
     if any(True for _ in sparse_matrices(model)):
         yield
@@ -101,7 +102,7 @@ def sparse_matrices(model: Any) -> list[Matrix]:
 
 
 def least_zeros(weight: Tensor) -> int:
-    """From how many zeros on bitmap and values of a weight take fewer bytes than it does dense."""
+    """The smallest number of zeros for which a weight takes fewer bytes as bitmap and values."""
     rows, columns = weight.shape
     return (bitmap_bytes(rows, columns) + 4 * (rows + 1)) // weight.element_size() + 1
 
@@ -118,7 +119,7 @@ def _held_as(form: Weights, matrix: Matrix) -> SparseLinear | None:
 
 
 def _check_plain(model: Any) -> None:
-    """Before anything is replaced."""
+    """Raises ``SparseError`` for a module that cannot be converted, before any is replaced."""
     for matrix in matrices(model):
         kind = type(matrix.module)
         if not issubclass(kind, SparseLinear) and kind is not nn.Linear:
@@ -128,7 +129,7 @@ def _check_plain(model: Any) -> None:
 
 def _check_some(found: Sequence[object]) -> None:
     if not found:
-        allowed = "a pruned model (fastskip prune): a bitmap needs zeros to pay for itself"
+        allowed = "a pruned model (fastskip prune): a bitmap pays off only with enough zeros"
         raise SparseError("model", "no projection has enough zeros", allowed)
 
 

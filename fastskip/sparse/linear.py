@@ -1,4 +1,4 @@
-"""Linear layers whose weight is held without its zeros, in one of two forms."""
+"""Linear layers whose weight is stored without its zeros, in one of two forms."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastskip.ops import bitmaps
 from fastskip.ops.bitmaps import Packed
 
 FEW = 8
-"""Rows up to which the kernel streams a bitmap's weights; more of them expand it and multiply."""
+"""Rows up to which the kernel streams a bitmap's weights; with more, the weight is expanded."""
 
 
 class Weights(StrEnum):
     """How pruned projections are held in memory.
 
-    DENSE: with their zeros, as any others; what every executor runs. BITMAP: a bit an entry and the
-    values, the fewest bytes; read as they are by a kernel for few rows on CUDA, expanded for every
-    product elsewhere, which is slow. CSR: torch's compressed rows, fp32 on a CPU; with a column
-    number beside each value half of the weights take as many bytes as all of them dense, but few
-    rows are multiplied faster where enough is zero (``benchmarks/sparse.py`` measures both).
-    SEMI_STRUCTURED: 2:4 as tensor cores read it, on CUDA (``sparse/structured.py``).
+    DENSE: with their zeros, like any others; every executor runs them. BITMAP: one bit per entry
+    plus the values, the fewest bytes; on CUDA, a kernel reads it directly for few rows; otherwise
+    it is expanded for every GEMM, which is slow. CSR: torch's compressed rows, fp32 on a CPU; with
+    a column index per value, half of the weights take as many bytes as all of them dense, but
+    few rows are multiplied faster if enough weights are zero (``benchmarks/sparse.py`` measures
+    both). SEMI_STRUCTURED: 2:4 as tensor cores read it, on CUDA (``sparse/structured.py``).
     """
 
     DENSE = "dense"
@@ -34,9 +34,9 @@ class Weights(StrEnum):
 
 
 class SparseLinear(nn.Module):
-    """``x @ weight.T + bias`` with a weight ``[M, E]`` that is held without its zeros.
+    """``x @ weight.T + bias`` with a weight ``[M, E]`` that is stored without its zeros.
 
-    A gradient reaches the input, never the weight. State dicts hold ``bitmap``, ``values``
+    Gradients reach the input, never the weight. State dicts contain ``bitmap``, ``values``
     (``ops.bitmaps``) and ``bias``, whatever the form.
     """
 
@@ -59,11 +59,11 @@ class SparseLinear(nn.Module):
 
     @property
     def kept(self) -> int:
-        """How many entries of the weight are held."""
+        """How many entries of the weight are stored."""
         return len(self.get_buffer("values"))
 
     def to_linear(self) -> nn.Linear:
-        """The same product as a plain linear, bit by bit the weight that was packed."""
+        """The equivalent plain linear, whose weight is bitwise the one that was packed."""
         made = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         made.weight = nn.Parameter(bitmaps.expand(self.packed), False)
         made.register_parameter("bias", self.bias)
@@ -77,8 +77,8 @@ class SparseLinear(nn.Module):
 class BitmapLinear(SparseLinear):
     """The weight as bitmap and values, uint8 ``[M, 4 * ceil(E / 32)]`` and ``[k]``.
 
-    On CUDA few rows go through a kernel that reads nothing else. All others expand the weight for
-    the moment of one product, which saves memory and costs time.
+    On CUDA, a kernel multiplies few rows directly from these. Otherwise the weight is expanded
+    temporarily for each GEMM, which saves memory and costs time.
     """
 
     bitmap: Tensor
@@ -100,8 +100,8 @@ class BitmapLinear(SparseLinear):
 
     @classmethod
     def of(cls, other: nn.Linear | SparseLinear) -> BitmapLinear:
-        """The same product: itself where it is in this form; else what is shared is the bias, and
-        the values where zeros are left out already."""
+        """The equivalent bitmap linear: `other` itself if it is one; otherwise it shares the bias,
+        and also the values if `other` is sparse."""
         if isinstance(other, BitmapLinear):
             return other
         if isinstance(other, SparseLinear):
@@ -135,9 +135,8 @@ class BitmapLinear(SparseLinear):
 class CsrLinear(SparseLinear):
     """The weight as compressed rows: int32 ``starts [M + 1]`` and ``places [k]``, ``values [k]``.
 
-    Multiplied by torch's sparse product (MKL), whatever the number of rows. In another dtype (by
-    autocast too) or on another device, which it does not take, the weight is expanded like a
-    bitmap's.
+    Multiplied by torch's sparse matmul (MKL), whatever the number of rows. For inputs of another
+    dtype or device, under autocast and under gradients, the weight is expanded like a bitmap's.
     """
 
     starts: Tensor
@@ -189,7 +188,7 @@ class CsrLinear(SparseLinear):
             (self.out_features, self.in_features),
             check_invariants=False,
         )
-        # A vector takes a product of its own, which is the faster one.
+        # A matrix-vector product is faster for a single row.
         y = torch.mv(weight, rows[0])[None] if len(rows) == 1 else (weight @ rows.t()).t()
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)

@@ -1,7 +1,7 @@
-"""The weight matrices of a decoder's blocks: what can be pruned, and where it hangs.
+"""The prunable weight matrices of a decoder's blocks, and where they are in the module tree.
 
-Matrices go by names that no wrapper changes, ``layers.3.self_attn.q_proj``: within a LLaVA, alone,
-prepared or under LoRA they are the same.
+Matrices have names that no wrapper changes, such as ``layers.3.self_attn.q_proj``: the same within
+a LLaVA, in a bare decoder, prepared or under LoRA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastskip.policy import Sublayer
 
-# Others say o_proj, gate_proj, up_proj, down_proj; OPT says out_proj, fc1, fc2.
+# OPT's names are out_proj, fc1, fc2; all others' are o_proj, gate_proj, up_proj, down_proj.
 PROJECTIONS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "out_proj"), Sublayer.ATTENTION),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "fc1", "fc2"), Sublayer.FFN),
@@ -22,7 +22,7 @@ PROJECTIONS = {
 
 
 class SparseError(ValueError):
-    """Weights that cannot be held or pruned as asked; names what, and what is allowed."""
+    """Weights that cannot be stored or pruned as requested; names them and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
@@ -36,7 +36,8 @@ class SparseError(ValueError):
 class Matrix:
     """One projection of one layer.
 
-    ``parent`` holds ``module`` by the last word of the name. An adapter (LoRA) may wrap the linear.
+    ``module`` is the attribute of ``parent`` with the last part of the name. An adapter (LoRA) may
+    wrap the linear.
     """
 
     layer: int
@@ -47,7 +48,7 @@ class Matrix:
 
     @property
     def attribute(self) -> str:
-        """What ``parent`` calls the module."""
+        """The name of the module in ``parent``."""
         return self.name.rpartition(".")[2]
 
     @property
@@ -60,21 +61,21 @@ class Matrix:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a linear on an ordinary weight: neither sparse nor quantised."""
+        """Whether it is a linear with an ordinary weight: neither sparse nor quantised."""
         return type(self.linear) is nn.Linear and type(self.linear.weight) is nn.Parameter
 
     @property
     def weight(self) -> Tensor:
-        """``[M, E]``, the very parameter.
+        """``[M, E]``, the parameter itself.
 
         Raises:
-            SparseError: it is held in another form than a plain parameter.
+            SparseError: the weight is not held as a plain parameter in memory.
         """
         weight: Any = getattr(self.linear, "weight", None)
         if not self.is_plain or weight.device.type == "meta":
             kind = type(self.linear).__name__ if weight is None else type(weight).__name__
-            allowed = "plain weights in memory (fastskip.sparse.expand_ makes sparse ones plain, "
-            allowed += "model.dequantize() quantised ones)"
+            allowed = "plain weights in memory (use fastskip.sparse.expand_ on sparse ones, "
+            allowed += "model.dequantize() on quantised ones)"
             raise SparseError(self.name, f"held as {kind}", allowed)
         plain: Tensor = weight
         return plain
@@ -92,7 +93,7 @@ def stack_of(model: Any) -> Any:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = base.get_decoder() if hasattr(base, "get_decoder") else base
-    found = getattr(found, "decoder", found)  # OPT has one more floor
+    found = getattr(found, "decoder", found)  # OPT has one more level
     if not isinstance(getattr(found, "layers", None), nn.ModuleList):
         kinds = "a Hugging Face model with a Llama, Mistral, Qwen2, Qwen3 or OPT decoder"
         raise SparseError("model", type(model).__name__, kinds)
@@ -100,7 +101,7 @@ def stack_of(model: Any) -> Any:
 
 
 def matrices(model: Any) -> Iterator[Matrix]:
-    """All projections of the decoder, layer after layer."""
+    """All projections of the decoder, layer by layer."""
     for number, layer in enumerate(stack_of(model).layers):
         parents = dict(layer.named_modules())
         for path, module in parents.items():

@@ -267,7 +267,7 @@ def pictures(document: dict[str, str]) -> list[Any]:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"batch_size": "auto"}, "batch_size: 'auto'; allowed: a number, 1 or more"),
+        ({"batch_size": "auto"}, "batch_size: 'auto'; allowed: an integer >= 1"),
         ({"max_new_tokens": 0}, "max_new_tokens: 0; allowed"),
         ({"policy": "no_such"}, "no_such"),
     ],

@@ -154,13 +154,13 @@ def test_messages_become_a_conversation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "messages, message",
     [
-        ([], "roles: none; allowed: user and assistant in turn"),
+        ([], "roles: none; allowed: user and assistant alternating"),
         ([SYSTEM], "roles: none; allowed"),
         ([user("a"), assistant("b")], "roles: user, assistant; allowed: .* a user at the end"),
         ([user("a"), user("b")], "roles: user, user; allowed"),
         ([user("a"), SYSTEM], "roles: user, system; allowed"),
         ([{"role": "tool", "content": "x"}], "roles: tool; allowed"),
-        ([{**user(PICTURE), "role": "system"}], "system: 1 images; allowed: images of the user"),
+        ([{**user(PICTURE), "role": "system"}], "system: 1 images; allowed: images from the user"),
         ([user(PICTURE, PICTURE, "a <image>?")], "user: 1 <image> in the text for 2 images"),
         ([{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}], "content: 'video'"),
     ],
@@ -272,5 +272,5 @@ def test_wrong_continuations(model: Any, processor: Any) -> None:
     with pytest.raises(RequestError, match="2 arguments; allowed: 6"):
         list(continuations([Request(("", "red"))], documents))
     empty = [Request(("who?", "", None, 0, "a", "test"))]
-    with pytest.raises(RequestError, match="doc 0: continuation ''; allowed: one token or more"):
+    with pytest.raises(RequestError, match="doc 0: continuation ''; allowed: at least one token"):
         list(score_all(model, processor, continuations(empty, documents), 2))

@@ -165,9 +165,9 @@ def test_text_only_models() -> None:
 
 
 def test_what_cannot_be_said() -> None:
-    with pytest.raises(DataError, match="chat template: writes earlier turns anew"):
+    with pytest.raises(DataError, match="chat template: rewrites earlier turns"):
         Encoder(build_processor(chat_template=CHAT_TEMPLATE))(TWO_TURNS)
-    with pytest.raises(DataError, match="an answer holds '</s>'"):
+    with pytest.raises(DataError, match="an answer contains '</s>'"):
         Encoder(processor())(Example((Turn("hi", "yes</s>no"),)))
     with pytest.raises(DataError, match="37 tokens; allowed: at most 36 positions"):
         Encoder(processor(), max_tokens=36)(Example((Turn("a" * 16, "b"),)))

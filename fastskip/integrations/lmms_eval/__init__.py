@@ -1,4 +1,4 @@
-"""The model `fastskip` of lmms-eval; found by lmms-eval through the package's entry point.
+"""The model `fastskip` for lmms-eval, which finds it through the package's entry point.
 
 lmms-eval --model fastskip --model_args pretrained=llava-hf/llava-1.5-7b-hf,policy=image_ffn ...
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What lmms-eval asks for when it lists models: a name, and where the class is."""
+    """The model's name and class path, for lmms-eval's model registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(

@@ -1,4 +1,4 @@
-"""Questions become what the model takes, and one that cannot be used is named."""
+"""Turns questions into model inputs; errors name the question that cannot be used."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastskip.rendering import Renderer
 
 
 def prompt_of(processor: Any, question: Question) -> str:
-    """A question's whole prompt, as the checkpoint's template writes it.
+    """A question's whole prompt, rendered with the checkpoint's chat template.
 
     Raises:
-        RequestError: the template cannot say it.
+        RequestError: the template cannot render it.
     """
     said = question.said
     try:
@@ -32,7 +32,7 @@ def prompt_of(processor: Any, question: Question) -> str:
 def model_inputs(
     model: Any, processor: Any, questions: Sequence[Question], prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """Prompts with their questions' images, padded on the left, where the model is.
+    """Prompts with their questions' images, padded on the left, on the model's device.
 
     Raises:
         RequestError: a prompt has too many tokens, or its images do not fit.
@@ -52,7 +52,7 @@ def _blamed(
     prompts: Sequence[str],
     error: PromptError,
 ) -> RequestError:
-    """The error of the one question that cannot be used; of all, if each could alone."""
+    """The error for the first question that fails on its own, else for the whole batch."""
     for each, prompt in zip(questions, prompts, strict=True):
         try:
             encode_prompts(processor, [prompt], [each.images], config=model.config)
@@ -62,7 +62,7 @@ def _blamed(
 
 
 def _placed(value: Any, model: Any) -> Any:
-    """A tensor where the model is; pixels in its dtype."""
+    """A tensor on the model's device; pixels in its dtype."""
     if not isinstance(value, Tensor):
         return value
     return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)

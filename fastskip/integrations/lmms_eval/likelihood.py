@@ -1,4 +1,4 @@
-"""How likely a model finds continuations: one forward over contexts and continuations together."""
+"""Log-likelihoods of continuations, from one forward over contexts with their continuations."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from fastskip.tokens import CODES
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A question, and a text that may follow on it."""
+    """A question and a candidate continuation."""
 
     question: Question
     text: str
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """Its question's."""
+        """The images of its question."""
         return self.question.images
 
 
 def continuations(requests: Sequence[Any], documents: Mapping[str, Any]) -> Iterator[Continuation]:
-    """Requests of `loglikelihood`, long contexts first.
+    """The requests of `loglikelihood` as continuations, longest contexts first.
 
     Args:
-        requests: with `args` of context, continuation (or a function of the document),
-            `doc_to_visual`, document, task, split.
-        documents: of each task, by split.
+        requests: with `args` context, continuation (or a function of the document),
+            `doc_to_visual`, document index, task, split.
+        documents: the documents of each task, by split.
     Raises:
         RequestError: a request cannot be used.
     """
@@ -55,7 +55,7 @@ def continuations(requests: Sequence[Any], documents: Mapping[str, Any]) -> Iter
             pictures = (visual(document) if visual else None) or ()
             content = [{"type": "image", "url": each} for each in pictures]
             said = conversation_of([{"role": "user", "content": [*content, context]}])
-        # tasks are programs of their authors: what goes wrong in one is told with its document
+        # a task is its author's code and can fail in any way; name the document
         except Exception as error:
             raise RequestError(f"task {task!r}, doc {number}: {error}") from error
         yield Continuation(Question(place, task, number, said), text)
@@ -64,10 +64,11 @@ def continuations(requests: Sequence[Any], documents: Mapping[str, Any]) -> Iter
 def score_all(
     model: Any, processor: Any, asked: Iterator[Continuation], size: int
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Places, and of each the sum of log-probabilities and whether the text is the greedy one.
+    """Each request's index, with the sum of log-probabilities and whether the text is the greedy
+    continuation.
 
     Raises:
-        RequestError: one cannot be answered.
+        RequestError: a request cannot be answered.
     """
     for batch in filled(asked, size):
         scores = score(model, processor, batch)
@@ -77,12 +78,12 @@ def score_all(
 
 @torch.inference_mode()
 def score(model: Any, processor: Any, batch: Sequence[Continuation]) -> list[tuple[float, bool]]:
-    """Of each text the sum of log-probabilities and whether it is the greedy one.
+    """For each text, the sum of log-probabilities and whether it is the greedy continuation.
 
-    To the policy the texts' rows are generated ones, as they are when a model writes them.
+    The policy treats the texts' rows as GENERATED, as if the model had written them.
 
     Raises:
-        RequestError: one cannot be answered.
+        RequestError: a request cannot be answered.
     """
     questions = [each.question for each in batch]
     lengths, whole = [], []
@@ -92,7 +93,7 @@ def score(model: Any, processor: Any, batch: Sequence[Continuation]) -> list[tup
         lengths.append(_tokens(processor, whole[-1]) - _tokens(processor, prompt))
         if lengths[-1] < 1:
             where = named([each.question])
-            raise RequestError(f"{where}: continuation {each.text!r}; allowed: one token or more")
+            raise RequestError(f"{where}: continuation {each.text!r}; allowed: at least one token")
     inputs = model_inputs(model, processor, questions, whole)
     ids, longest = inputs["input_ids"], max(lengths)
     try:
@@ -115,13 +116,13 @@ def score(model: Any, processor: Any, batch: Sequence[Continuation]) -> list[tup
 
 
 def _tokens(processor: Any, text: str) -> int:
-    """Tokens of a text, every image's placeholder as one."""
+    """The number of tokens of a text, counting each image placeholder as one."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return len(tokenizer(text)["input_ids"])
 
 
 def _classes(ids: Tensor, lengths: Sequence[int], config: Any) -> Tensor:
-    """The class of every column, `[B, T]`; of pads any."""
+    """The class of every column, `[B, T]`; arbitrary for padding."""
     codes = torch.full_like(ids, CODES[TokenClass.TEXT])
     codes[placeholders(config, ids)] = CODES[TokenClass.IMAGE]
     for row, length in zip(codes, lengths, strict=True):

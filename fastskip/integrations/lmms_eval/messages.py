@@ -1,4 +1,4 @@
-"""lmms-eval's messages as a conversation that `fastskip.rendering` writes."""
+"""Converts lmms-eval's messages into a conversation that `fastskip.rendering` can render."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastskip.images import load_image
 
 
 class RequestError(ValueError):
-    """A request that cannot be answered; names the task, the document, and what is allowed."""
+    """A request that cannot be answered; names the task, the document and what is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Earlier turns and a question, with one ``<image>`` where each of the images stands.
+    """Earlier turns and a question, with one ``<image>`` in place of each image.
 
-    `system`: what stands before all turns; may be empty.
+    `system`: the system message; may be empty.
     """
 
     question: str
@@ -30,13 +30,15 @@ class Conversation:
 
 
 def conversation_of(messages: Iterable[Mapping[str, Any]]) -> Conversation:
-    """A conversation of dicts of a role and a text, or a list of dicts of type and text or url.
+    """A conversation from dicts with `role` and `content`: a text, or a list of texts and of dicts
+    with `type` and `text` or `url`.
 
-    A system's message may come first, then user and assistant in turn; images are the user's.
+    A system message may come first, then user and assistant alternate, ending with the user; only
+    the user may send images.
 
     Raises:
-        RequestError: messages are in another order, or a kind of content is not known.
-        ImageError: the file of an image cannot be used.
+        RequestError: the messages are in another order, or a content type is unknown.
+        ImageError: an image file cannot be used.
     """
     said = [(message.get("role"), *_read(message)) for message in messages]
     system = ""
@@ -45,8 +47,8 @@ def conversation_of(messages: Iterable[Mapping[str, Any]]) -> Conversation:
     roles = [role for role, _, _ in said]
     if not roles or roles != [("user", "assistant")[n % 2] for n in range(len(roles) // 2 * 2 + 1)]:
         raise RequestError(
-            f"roles: {', '.join(map(str, roles)) or 'none'}; allowed: user and assistant in turn, "
-            "a user at the end, and one system before them"
+            f"roles: {', '.join(map(str, roles)) or 'none'}; allowed: user and assistant "
+            "alternating, a user last, and optionally one system message first"
         )
     texts = [text for _, text, _ in said]
     turns = zip(texts[:-1:2], texts[1::2], strict=True)
@@ -55,7 +57,7 @@ def conversation_of(messages: Iterable[Mapping[str, Any]]) -> Conversation:
 
 
 def _read(message: Mapping[str, Any]) -> tuple[str, list[Image]]:
-    """A message's text, with a placeholder for each of its images, and these."""
+    """A message's text, with a placeholder for each of its images, and the images."""
     role, content = message.get("role"), message.get("content")
     parts = [_part(each) for each in ([content] if isinstance(content, str) else content or ())]
     images = [part for part in parts if not isinstance(part, str)]
@@ -63,12 +65,12 @@ def _read(message: Mapping[str, Any]) -> tuple[str, list[Image]]:
     if not images:
         return text, images
     if role != "user":
-        raise RequestError(f"{role}: {len(images)} images; allowed: images of the user only")
+        raise RequestError(f"{role}: {len(images)} images; allowed: images from the user only")
     placed = text.count(PLACEHOLDER)
     if placed not in (0, len(images)):
         raise RequestError(
             f"{role}: {placed} {PLACEHOLDER} in the text for {len(images)} images; allowed: one "
-            "for each image, or none (images then stand where the message has them)"
+            "per image, or none (images then keep their places in the message)"
         )
     if not placed:
         text = _joined([part if isinstance(part, str) else PLACEHOLDER for part in parts])
@@ -87,7 +89,7 @@ def _part(part: Any) -> str | Image:
 
 
 def _joined(parts: Sequence[str]) -> str:
-    """Parts of a message as one text, in which no two words become one."""
+    """Joins the parts of a message, inserting spaces so that no two words merge."""
     text = ""
     for part in parts:
         is_apart = not text or not part or text[-1].isspace() or part[0].isspace()
@@ -96,7 +98,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 
 def picture(source: Any) -> Image:
-    """An image in memory, or a file of one, in RGB.
+    """An in-memory image or an image file, as RGB.
 
     Raises:
         ImageError: the file cannot be used.

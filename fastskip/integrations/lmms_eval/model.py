@@ -1,7 +1,7 @@
-"""A prepared model as lmms-eval's harness wants one: batches, left padding, times of every task.
+"""A prepared model behind lmms-eval's model interface: batches, left padding, times per task.
 
-A request that cannot be answered ends the run with the task, the document and the reason: an empty
-answer would be scored, and nobody would learn that it is none.
+A request that cannot be answered ends the run with the task, the document and the reason; an empty
+answer would silently be scored as if the model had given it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastskip.study.agreement import end_tokens
 from fastskip.timing import Arrivals
 
 NEW_TOKENS = 1024
-"""Where neither the task nor the user says; what lmms-eval's own wrappers take."""
+"""If neither the task nor the user sets it; the default of lmms-eval's own wrappers."""
 
 
 class FastSkip(lmms):
@@ -52,12 +52,12 @@ class FastSkip(lmms):
         Args:
             pretrained: a folder or a hub id.
             policy: a policy file or a preset; `None`: the checkpoint's own, else dense.
-            dtype: such as "bfloat16"; "auto" is the checkpoint's.
-            device: `None`: a GPU if there is one, of several processes each its own.
-            impl: who computes, as in `fastskip.load_model`.
-            batch_size: prompts at once.
-            max_new_tokens: most tokens of an answer where the task does not say.
-            threads: CPU threads; `None` leaves torch's choice.
+            dtype: for example "bfloat16"; "auto" is the checkpoint's.
+            device: `None`: a GPU if there is one, a different one for each local process.
+            impl: the implementation, as in `fastskip.load_model`.
+            batch_size: prompts per batch.
+            max_new_tokens: the maximum length of an answer if the task does not set it.
+            threads: CPU threads; `None` keeps torch's setting.
         Raises:
             ValueError: an argument, the policy or the checkpoint cannot be used.
         """
@@ -68,7 +68,7 @@ class FastSkip(lmms):
             torch.set_num_threads(_positive("threads", threads))
         self._rank = int(os.environ.get("RANK", 0))
         self._world_size = int(os.environ.get("WORLD_SIZE", 1))
-        # the processor first: what is wrong with it is found before weights are read
+        # the processor first, to fail before reading weights
         self._processor = processor_for(pretrained)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         self._model = fastskip.load_model(
@@ -87,14 +87,14 @@ class FastSkip(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return torch.device(self._model.device)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The answers, in the order of the requests; the times of every task go to the log.
+        """The answers, in the order of the requests; the times of every task are logged.
 
         Raises:
-            RequestError: one cannot be answered; names the task and the document.
+            RequestError: a request cannot be answered; names the task and the document.
         """
         answers: dict[int, GenerationResult] = {}
         times: dict[str, TaskTimes] = {}
@@ -109,19 +109,19 @@ class FastSkip(lmms):
         return [answers[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation the sum of its tokens' log-probabilities, and if it is the greedy.
+        """For each continuation, the sum of its tokens' log-probabilities and whether it is greedy.
 
         lmms-eval 0.7 makes no such requests from the YAML tasks of chat models. Its own scoring of
-        `multiple_choice` takes the *smallest* number for the best, as of losses; that is told in
-        the log.
+        `multiple_choice` treats the *smallest* number as the best, as for losses; a warning in the
+        log says so.
 
         Raises:
-            RequestError: one cannot be answered; names the task and the document.
+            RequestError: a request cannot be answered; names the task and the document.
         """
         if any(request.idx for request in requests):
             logger.warning(
-                "several continuations of a document: these are log-probabilities, of which the "
-                "largest is the best; lmms-eval's own multiple_choice takes the smallest"
+                "several continuations per document: these are log-probabilities, so the largest "
+                "is the best; lmms-eval's own multiple_choice takes the smallest"
             )
         found: dict[int, tuple[float, bool]] = {}
         asked = continuations(requests, self.task_dict)
@@ -133,14 +133,14 @@ class FastSkip(lmms):
         return [found[place] for place in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not supported: tasks whose next question depends on the last answer."""
+        """Not supported: tasks in which the next question depends on the last answer."""
         raise NotImplementedError(
-            "generate_until_multi_round: the next question depends on the last answer; supported: "
-            "generate_until, whose messages may hold earlier turns"
+            "generate_until_multi_round: not supported, since the next question depends on the "
+            "last answer; supported: generate_until, whose messages may include earlier turns"
         )
 
     def _answer(self, batch: Batch, times: TaskTimes) -> list[GenerationResult]:
-        """Answers to one batch; its time goes to the task's."""
+        """Answers to one batch, whose time is added to the task's."""
         prompts = [prompt_of(self._processor, each) for each in batch.questions]
         inputs = model_inputs(self._model, self._processor, batch.questions, prompts)
         width = inputs["input_ids"].shape[1]
@@ -168,10 +168,10 @@ class FastSkip(lmms):
         ]
 
     def _room(self, batch: Batch, width: int) -> int:
-        """Most new tokens: what is asked for, as far as the model has positions.
+        """The maximum number of new tokens: as requested, but within the model's positions.
 
         Raises:
-            RequestError: there is none left.
+            RequestError: the prompts leave no position for a new token.
         """
         positions: int = self._model.config.get_text_config().max_position_embeddings
         wanted, left = batch.options.new_tokens or self._new_tokens, positions - width
@@ -181,15 +181,15 @@ class FastSkip(lmms):
         return min(wanted, left)
 
     def _ended(self, tokens: list[int]) -> list[int]:
-        """An answer without the filling after its end token."""
+        """An answer without the padding after its end token."""
         ends = (place for place, token in enumerate(tokens) if token in self._ends)
         return tokens[: next(ends, len(tokens)) + 1]
 
     def _log(self, task: str, times: TaskTimes) -> None:
-        """A task's times, as the harness logs and keeps them.
+        """Logs a task's times through the harness.
 
-        It keeps means over all that is logged, so that each task's numbers also have names of
-        their own.
+        The harness keeps means over everything logged under a name, so each task's numbers are also
+        logged under names that include the task.
         """
         latencies = times.latencies()
         own = {f"{name}/{task}": seconds for name, seconds in latencies.items()}
@@ -211,12 +211,12 @@ def _positive(name: str, value: int | str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise ValueError(f"{name}: {value!r}; allowed: a number, 1 or more")
+        raise ValueError(f"{name}: {value!r}; allowed: an integer >= 1")
     return number
 
 
 def _device(name: str | None) -> str:
-    """The device asked for, else a GPU if there is one: each process on a machine its own."""
+    """The given device, else a GPU if there is one: a different one for each local process."""
     if name is not None:
         return name
     local = int(os.environ.get("LOCAL_RANK", 0))

@@ -1,6 +1,6 @@
-"""What lmms-eval asks, as a model needs it: options of `generate`, conversations, batches.
+"""Converts lmms-eval's requests into `generate` options, conversations and batches.
 
-Nothing here imports lmms-eval: a request is anything with `args` as lmms-eval's `Instance` has.
+Nothing here imports lmms-eval: a request is any object with the `args` of lmms-eval's `Instance`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ PASSED = frozenset(
 SAMPLING = frozenset({"temperature", "top_k", "top_p"})
 STOPS = ("until", "stop_sequences")
 UNUSED = frozenset({"image_aspect_ratio"})
-"""Meant for LLaVA's own code; how a checkpoint's images are cut is its processor's business."""
+"""Options for LLaVA's own code; here the checkpoint's processor decides how to crop images."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a request's answer is made.
+    """How a request's answer is generated.
 
     Attributes:
-        generate: for `generate`, but for the number of new tokens.
-        new_tokens: most tokens of an answer; `None`: the task does not say.
-        until: texts that end an answer and are not part of it.
+        generate: arguments of `generate`, except the number of new tokens.
+        new_tokens: the maximum length of an answer; `None` if the task does not set it.
+        until: stop strings, which are not part of the answer.
     """
 
     generate: Mapping[str, Any]
@@ -47,10 +47,11 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
-        """From a task's `generation_kwargs`: greedy, unless a temperature or `do_sample` asks.
+        """From a task's `generation_kwargs`: greedy unless a temperature or `do_sample` says
+        otherwise.
 
         Raises:
-            RequestError: an option is not known.
+            RequestError: an option is unknown.
         """
         known = PASSED | SAMPLING | UNUSED | {"do_sample", *STOPS}
         unknown = sorted(given.keys() - known)
@@ -67,24 +68,24 @@ class Options:
         for name in STOPS:
             stops = given.get(name) or ()
             until += [stops] if isinstance(stops, str) else stops
-        # stated, since a checkpoint's own generation config may say otherwise
+        # explicit, since a checkpoint's own generation config may differ
         generate = {"do_sample": bool(samples), "num_beams": 1} | generate
         return cls(generate, new_tokens, tuple(stop for stop in until if stop))
 
     @property
     def is_timed(self) -> bool:
-        """Whether tokens can be watched one by one."""
+        """Whether tokens can be timed one by one, which beam search does not allow."""
         return bool(self.generate["num_beams"] == 1)
 
     def cut(self, answer: str) -> str:
-        """An answer up to the first text that ends it."""
+        """An answer up to the first stop string."""
         ends = [place for stop in self.until if (place := answer.find(stop)) >= 0]
         return answer[: min(ends, default=len(answer))]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request, ready to be asked. `place`: where its answer belongs."""
+    """One request, ready to run. `place`: the index of its answer."""
 
     place: int
     task: str
@@ -98,14 +99,14 @@ class Question:
 
 
 def named(questions: Sequence[Question]) -> str:
-    """Which ones they are, for messages."""
+    """The tasks and documents of the questions, for messages."""
     task = ", ".join(repr(name) for name in dict.fromkeys(each.task for each in questions))
     documents = ", ".join(str(each.document) for each in questions)
     return f"task {task}, doc{'s' * (len(questions) > 1)} {documents}"
 
 
 class Pictured(Protocol):
-    """What may come with images."""
+    """Something that may come with images."""
 
     @property
     def images(self) -> tuple[Image, ...]: ...
@@ -123,20 +124,21 @@ class Batch:
 
     @property
     def task(self) -> str:
-        """The task that all are of."""
+        """The task of all its questions."""
         return self.questions[0].task
 
 
 def batches(requests: Sequence[Any], documents: Mapping[str, Any], size: int) -> Iterator[Batch]:
-    """Requests of `generate_until` in batches of one task and one set of options.
+    """Requests of `generate_until` in batches of one task, split and set of options.
 
-    Within a task long ones come first, so that like pads like and too large a batch fails at once.
-    Images are loaded when their batch is due: of no more than two batches at once.
+    Within a group the longest contexts come first, which limits padding and makes a batch that is
+    too large fail at once. Images are loaded when their batch is due: those of at most two batches
+    are in memory.
 
     Args:
-        requests: with `args` of context, `doc_to_messages`, options, document, task, split.
-        documents: of each task, by split.
-        size: prompts at once.
+        requests: with `args` context, `doc_to_messages`, options, document index, task, split.
+        documents: the documents of each task, by split.
+        size: prompts per batch.
     Raises:
         RequestError: a request cannot be used.
     """
@@ -159,7 +161,7 @@ def batches(requests: Sequence[Any], documents: Mapping[str, Any], size: int) ->
 
 
 def filled(questions: Iterable[Asked], size: int) -> Iterator[tuple[Asked, ...]]:
-    """Full batches, those with images apart from those without; what is left comes last."""
+    """Full batches, with and without images kept separate; incomplete batches come last."""
     waiting: dict[bool, list[Asked]] = {True: [], False: []}
     for each in questions:
         own = waiting[bool(each.images)]
@@ -171,7 +173,7 @@ def filled(questions: Iterable[Asked], size: int) -> Iterator[tuple[Asked, ...]]
 
 
 def question(place: int, args: Sequence[Any], documents: Any) -> Question:
-    """A request of `generate_until` with its messages.
+    """A request of `generate_until` with its conversation.
 
     Raises:
         RequestError: its messages cannot be used.
@@ -180,7 +182,7 @@ def question(place: int, args: Sequence[Any], documents: Any) -> Question:
     with_messages: Callable[[Any], Any] = messages_of
     try:
         said = conversation_of(with_messages(documents[document]))
-    # tasks are programs of their authors: what goes wrong in one is told with its document
+    # a task is its author's code and can fail in any way; name the document
     except Exception as error:
         raise RequestError(f"task {task!r}, doc {document}: {error}") from error
     return Question(place, task, document, said)

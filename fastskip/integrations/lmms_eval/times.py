@@ -1,4 +1,4 @@
-"""What a task's answers took together."""
+"""The generation times of a task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from statistics import median
 
 @dataclass
 class TaskTimes:
-    """What one task's batches took.
+    """The times of one task's batches.
 
     Attributes:
-        seconds: in `generate`, all batches together.
-        tokens: that were made, end tokens included, fillings after them not.
-        ttft: of each batch that was timed token by token.
-        steps: of each further step of those.
+        seconds: total time in `generate`.
+        tokens: generated tokens, including end tokens but not the padding after them.
+        ttft: seconds to the first token of each batch that was timed token by token.
+        steps: seconds of each further step of these batches.
     """
 
     seconds: float = 0.0
@@ -25,7 +25,7 @@ class TaskTimes:
     steps: list[float] = field(default_factory=list)
 
     def add(self, began: float, ended: float, tokens: int, arrivals: Sequence[float]) -> None:
-        """A batch, by the clock; `arrivals`: of its steps (beams know no streamer, so none)."""
+        """Adds a batch; `arrivals`: when its tokens came (beam search cannot stream, so none)."""
         self.seconds += ended - began
         self.tokens += tokens
         self.ttft += [first - began for first in arrivals[:1]]
@@ -33,10 +33,10 @@ class TaskTimes:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all batches together."""
+        """Over all batches together."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def latencies(self) -> dict[str, float]:
-        """Medians in seconds of what there is: `ttft` over batches, `tpot` over steps."""
+        """Medians in seconds, where there are any: `ttft` over batches, `tpot` over steps."""
         found = {"ttft": self.ttft, "tpot": self.steps}
         return {name: median(values) for name, values in found.items() if values}
