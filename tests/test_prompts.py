@@ -112,8 +112,8 @@ def test_no_second_begin_token() -> None:
 @pytest.mark.parametrize(
     "text, images, message",
     [
-        ("", 0, "prompt: got ''; allowed: a text"),
-        (" \n", 1, "prompt: got ' \\\\n'; allowed: a text"),
+        ("", 0, "prompt: got ''; allowed: non-empty text"),
+        (" \n", 1, "prompt: got ' \\\\n'; allowed: non-empty text"),
         ("<image>", 1, "allowed: words besides"),
         ("a <image>?", 0, "1 <image> for 0 images; allowed: one <image> per image"),
         ("a <image>?", 2, "1 <image> for 2 images"),

@@ -156,7 +156,7 @@ def test_messages_become_a_conversation(tmp_path: Path) -> None:
     [
         ([], "roles: none; allowed: user and assistant alternating"),
         ([SYSTEM], "roles: none; allowed"),
-        ([user("a"), assistant("b")], "roles: user, assistant; allowed: .* a user at the end"),
+        ([user("a"), assistant("b")], "roles: user, assistant; allowed: .* a user last"),
         ([user("a"), user("b")], "roles: user, user; allowed"),
         ([user("a"), SYSTEM], "roles: user, system; allowed"),
         ([{"role": "tool", "content": "x"}], "roles: tool; allowed"),
