@@ -181,6 +181,9 @@ def apply_(
         if impl is not None and ops.resolve(impl, prepared.device).implementation is not kept:
             allowed = f"None or {kept.value!r}: a prepared model keeps its impl"
             raise ValueError(f"impl: {impl!r}; allowed: {allowed}")
+        if attention is not None and not prepared.uses_flash:
+            allowed = "None: a prepared model keeps its attention"
+            raise ValueError(f"attention: {attention!r}; allowed: {allowed}")
         return set_policy(model, chosen, routers=routers)
     _check_model(model)
     text_model = text_model_of(model)

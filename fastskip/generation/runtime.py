@@ -132,6 +132,11 @@ class Runtime:
         _require_causal(self.plan)
         decoder.flash = load_flash(decoder.like.dtype, decoder.like.device)
 
+    @property
+    def uses_flash(self) -> bool:
+        """Whether prompts use flash-attn."""
+        return isinstance(self.decoder, FusedDecoder) and self.decoder.flash is not None
+
     def refresh(self, *, wants_gradient: bool) -> None:
         """Refreshes the decoder before a forward, unless that was just done."""
         session = self.session
@@ -142,7 +147,7 @@ class Runtime:
 
     def set_plan(self, plan: SkipPlan, routers: Sequence[Router] = ()) -> None:
         """Swaps the plan; weights stay where they are."""
-        if isinstance(self.decoder, FusedDecoder) and self.decoder.flash is not None:
+        if self.uses_flash:
             _require_causal(plan)
         with self.lock:
             if self.session is not None:

@@ -109,6 +109,16 @@ def test_policies_that_it_cannot_compute(stand_in: None) -> None:
     assert fastskip.plan_of(model).is_dense
 
 
+def test_a_prepared_model_keeps_its_attention(stand_in: None) -> None:
+    model = fastskip.apply_(tiny_llava(), impl="torch")
+    with pytest.raises(ValueError, match="attention: 'flash'; allowed: None: a prepared model"):
+        fastskip.apply_(model, "image_ffn", attention="flash")
+    assert fastskip.plan_of(model).is_dense
+    model = fastskip.apply_(tiny_llava(), impl="torch", attention="flash")
+    fastskip.apply_(model, "image_ffn", attention="flash")
+    assert not fastskip.plan_of(model).is_dense
+
+
 def test_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="attention: 'eager'; allowed: None, 'flash'"):
         fastskip.apply_(tiny_llava(), attention="eager")
