@@ -134,8 +134,8 @@ def test_weights_that_do_not_fit(trio: Trio, weights: Path, tmp_path: Path) -> N
     wide = torch.zeros(HIDDEN + 1)
     refused(changed(weights, tmp_path, layers__2__weight=wide), r"another model.*\[32\]")
     nan = torch.full((HIDDEN,), math.nan)
-    refused(changed(weights, tmp_path, layers__2__weight=nan), "not finite")
-    refused(changed(weights, tmp_path, layers__2__bias=torch.tensor([math.inf])), "not finite")
+    refused(changed(weights, tmp_path, layers__2__weight=nan), "non-finite")
+    refused(changed(weights, tmp_path, layers__2__bias=torch.tensor([math.inf])), "non-finite")
     refused(changed(weights, tmp_path, layers__2__bias=torch.zeros(2)), "shape")
 
 

@@ -106,7 +106,10 @@ def said(*speakers: str, question: str = "a?") -> str:
             '[{"question": "<image> c", "answer": "d"}]}',
             "1 <image> for 2 images",
         ),
-        ('{"conversations": [{"from": "human", "value": "a?"}]}', "1 entries; allowed: one or more"),
+        (
+            '{"conversations": [{"from": "human", "value": "a?"}]}',
+            "1 entries; allowed: one or",
+        ),
         (said("human", "human"), r"conversations\[1\] is"),
         (said("gpt", "human"), r"conversations\[0\] is"),
         (
