@@ -43,7 +43,7 @@ class _Commands(TyperGroup):
             if not is_own and not _is_out_of_memory(error):
                 raise
             what = str(error) if is_own else f"out of memory: {error}"
-            _tell(" ".join([what, *getattr(error, "__notes__", ())]))
+            _print_error(" ".join([what, *getattr(error, "__notes__", ())]))
             raise typer.Exit(EXIT_ERROR) from error
 
     def main(self, *arguments: Any, **options: Any) -> Any:
@@ -55,7 +55,7 @@ class _Commands(TyperGroup):
                 raise
             with suppress(OSError):  # stderr may be redirected to it too
                 where = "" if error.filename is None else f" to {error.filename}"
-                _tell(f"cannot write{where}: {error.strerror}")
+                _print_error(f"cannot write{where}: {error.strerror}")
             _drop_output()
             sys.exit(EXIT_ERROR)
 
@@ -66,7 +66,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return has_type or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     """Prints one line for the user."""
     # file names may contain bytes that are not valid text and cannot be printed
     printable = message.encode(errors="backslashreplace").decode()

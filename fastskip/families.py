@@ -70,7 +70,7 @@ UNCUT_SIDE = 448
 # This RoPE type's frequencies depend on the sequence length, so they cannot be tabulated.
 LONG_ROPE = "longrope"
 # Families whose encoders copy from the host in every forward, which a CUDA graph cannot capture.
-_WAITING = ("got_ocr2",)
+_UNCAPTURABLE = ("got_ocr2",)
 # Encoders from a package that transformers wraps but does not require.
 _TIMM = "timm_wrapper"
 # OPT config options of which the runtime supports one value.
@@ -242,7 +242,7 @@ def text_model_of(model: Any) -> Any:
 def tower_of(model: Any) -> Any | None:
     """The vision encoder of a multimodal model if a CUDA graph can capture it, else ``None``; also
     ``None`` if images and videos have separate encoders."""
-    if model.config.model_type in _WAITING:
+    if model.config.model_type in _UNCAPTURABLE:
         return None
     own = [module for name, module in model.model.named_children() if name in ENCODERS]
     return own[0] if len(own) == 1 else None

@@ -9,9 +9,9 @@ import torch
 
 LENGTH = 16
 """Hexadecimal digits: enough that no two results of one user collide."""
-_LOOKED_AT = 64
+_SAMPLES = 64
 """Numbers read from each weight."""
-_LEAST = 2.0**-16
+_SMALLEST = 2.0**-16
 """Below this, float16 is less precise than bfloat16; such numbers count as zero."""
 
 
@@ -28,20 +28,20 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     two parts count, since versions of transformers differ in the rest. A float32 checkpoint loaded
     in float16 is rounded twice and looks like another model.
     """
-    names, shapes, few = [], [], []
+    names, shapes, samples = [], [], []
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
-        step = max(1, len(flat) // _LOOKED_AT)
+        step = max(1, len(flat) // _SAMPLES)
         names.append(name)
         shapes.append(tuple(weight.shape))
-        few.append(flat[::step][:_LOOKED_AT].to(torch.bfloat16))
-    sizes = [len(each) for each in few]
+        samples.append(flat[::step][:_SAMPLES].to(torch.bfloat16))
+    sizes = [len(each) for each in samples]
     # One copy for all, since every transfer from a GPU has latency.
-    numbers = torch.cat(few).float().cpu()
+    numbers = torch.cat(samples).float().cpu()
     # Also gives zeros one sign.
-    numbers = torch.where(numbers.abs() < _LEAST, torch.zeros(()), numbers)
+    numbers = torch.where(numbers.abs() < _SMALLEST, torch.zeros(()), numbers)
     weights = sorted(
-        f"{_place(name)} {shape} ".encode() + part.numpy().tobytes()
+        f"{_key(name)} {shape} ".encode() + part.numpy().tobytes()
         for name, shape, part in zip(names, shapes, numbers.split(sizes), strict=True)
     )
     found = hashlib.sha256()
@@ -50,6 +50,6 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return found.hexdigest()[:LENGTH]
 
 
-def _place(name: str) -> str:
+def _key(name: str) -> str:
     """For example "11 q_proj.weight"."""
     return " ".join([*re.findall(r"\d+", name), ".".join(name.split(".")[-2:])])

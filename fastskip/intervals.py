@@ -120,15 +120,15 @@ def paired_shares(
     if not np.isin([a, b], (0.0, 1.0)).all():
         raise ValueError("scores: some are neither 0 nor 1; allowed: right or wrong")
     before, after = (wilson(float(each.sum()), len(each)) for each in (a, b))
-    together = float(np.sum((1 - a) * (1 - b)) * np.sum(a * b))
-    crossed = together - float(np.sum(a * (1 - b)) * np.sum((1 - a) * b))
-    if crossed > 0:
-        crossed = max(crossed - len(a) / 2, 0.0)
+    concordant = float(np.sum((1 - a) * (1 - b)) * np.sum(a * b))
+    covariance = concordant - float(np.sum(a * (1 - b)) * np.sum((1 - a) * b))
+    if covariance > 0:
+        covariance = max(covariance - len(a) / 2, 0.0)
     sums = [float(each) for own in (a, b) for each in (own.sum(), (1 - own).sum())]
-    alike = crossed / math.sqrt(math.prod(sums)) if all(sums) else 0.0
+    phi = covariance / math.sqrt(math.prod(sums)) if all(sums) else 0.0
 
     def reach(one: float, other: float) -> float:
-        return math.sqrt(max(0.0, one * one - 2 * alike * one * other + other * other))
+        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
 
     mean = after.mean - before.mean
     return Estimate(

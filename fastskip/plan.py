@@ -306,7 +306,7 @@ class SkipPlan:
         if cell.attention:
             parts.append("attention" + ("?" if "attention" in routed else ""))
         elif cell.kv is not SkippedKV.OMIT:
-            parts.append(_LEFT[cell.kv or SkippedKV.PROJECT])
+            parts.append(_STORED[cell.kv or SkippedKV.PROJECT])
         if cell.ffn:
             parts.append("ffn" + ("?" if "ffn" in routed else ""))
         text = " + ".join(parts) or "-"
@@ -333,7 +333,7 @@ def make_plan(policy: SkipPolicy, shape: ModelShape) -> SkipPlan:
         raise
 
 
-_LEFT = {
+_STORED = {
     SkippedKV.PROJECT: "own K, V",
     SkippedKV.REUSE: "copied K, V",
     SkippedKV.HIDDEN: "hidden K, V",

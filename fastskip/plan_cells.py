@@ -81,10 +81,10 @@ def resolve_layers(
         holds_kv = any(Sublayer.ATTENTION not in skip.sublayers for skip in column.values())
         cells = {c: _cell(c, skip, holds_kv, []) for c, skip in column.items()}
         layers.append(LayerPlan(index, cells))
-    layers = _arrange(policy, layers, shape)
+    layers = _apply_arrangements(policy, layers, shape)
     if policy.semantics is Semantics.REFERENCE:
-        layers = [_as_referred(plan, shape) for plan in layers]
-    layers = _mask(policy, layers)
+        layers = [_as_reference(plan, shape) for plan in layers]
+    layers = _apply_masks(policy, layers)
     _check_hidden(policy, layers, skips, shape)
     routers = _routers(policy, shape, layers)
     resolved: list[LayerPlan] = []
@@ -229,7 +229,7 @@ def kv_sources(below: Sequence[LayerPlan], token_class: TokenClass) -> tuple[int
     return tuple(sources)
 
 
-def _as_referred(plan: LayerPlan, shape: ModelShape) -> LayerPlan:
+def _as_reference(plan: LayerPlan, shape: ModelShape) -> LayerPlan:
     """A layer as the papers' code runs it.
 
     For rows that skip attention alone, the FFN reads the attention's norm (Llama), or the residual
@@ -253,7 +253,7 @@ def _as_referred(plan: LayerPlan, shape: ModelShape) -> LayerPlan:
     )
 
 
-def _mask(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
+def _apply_masks(policy: SkipPolicy, layers: list[LayerPlan]) -> list[LayerPlan]:
     for number, rule in enumerate(policy.masks):
         for layer in select_layers(rule.layers, len(layers), f"masks[{number}].layers"):
             layers[layer] = replace(layers[layer], unimodal=True)
@@ -280,7 +280,9 @@ def _check_hidden(
             raise PolicyError(f"routers[{number}].kv", rule.kv.value, others, problem)
 
 
-def _arrange(policy: SkipPolicy, layers: list[LayerPlan], shape: ModelShape) -> list[LayerPlan]:
+def _apply_arrangements(
+    policy: SkipPolicy, layers: list[LayerPlan], shape: ModelShape
+) -> list[LayerPlan]:
     depth = len(layers)
     taken: dict[int, str] = {}
     norm, combine = Norm.OWN, Combine.SUM

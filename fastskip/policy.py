@@ -164,7 +164,7 @@ class SkipPolicy:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SkipPolicy:
         """Read a JSON or YAML policy file. A missing or unreadable file raises `OSError`."""
-        with _about(path):
+        with _naming(path):
             document = read_document(Path(path))
         if not isinstance(document, dict):
             raise PolicyError(os.fspath(path), document, "an object with schema_version and rules")
@@ -185,7 +185,7 @@ class SkipPolicy:
             if "weights" in router and not os.path.isabs(router["weights"]):
                 here = self.path_of(router["weights"]).resolve()
                 router["weights"] = os.path.relpath(here, Path(path).resolve().parent)
-        with _about(path):
+        with _naming(path):
             write_document(Path(path), document)
 
     @classmethod
@@ -218,7 +218,7 @@ class SkipPolicy:
 
 
 @contextmanager
-def _about(path: str | os.PathLike[str]) -> Iterator[None]:
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns a `ValueError` into a `PolicyError` that names the file."""
     try:
         yield

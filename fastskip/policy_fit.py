@@ -23,7 +23,7 @@ _KINDS: Mapping[str, type] = {
     "hidden_size": int,
     "dtype": str,
 }
-_WORDS = {
+_LABELS = {
     "model": "model",
     "depth": "depth",
     "hidden_size": "hidden size",
@@ -49,14 +49,14 @@ def origin_of(policy: SkipPolicy) -> Mapping[str, Any]:
         PolicyError: a field is malformed.
     """
     field = f"provenance.{FIELD}"
-    told = policy.provenance.get(FIELD, {})
-    if not isinstance(told, dict):
-        raise PolicyError(field, told, f"an object with {', '.join(_KINDS)}, or none")
+    recorded = policy.provenance.get(FIELD, {})
+    if not isinstance(recorded, dict):
+        raise PolicyError(field, recorded, f"an object with {', '.join(_KINDS)}, or none")
     for key, kind in _KINDS.items():
-        if key in told and type(told[key]) is not kind:
+        if key in recorded and type(recorded[key]) is not kind:
             allowed = "a string" if kind is str else "an integer"
-            raise PolicyError(f"{field}.{key}", told[key], allowed)
-    return told
+            raise PolicyError(f"{field}.{key}", recorded[key], allowed)
+    return recorded
 
 
 def check_fit(model: Any, policy: SkipPolicy) -> None:
@@ -72,22 +72,24 @@ def check_fit(model: Any, policy: SkipPolicy) -> None:
     Raises:
         PolicyError: the policy's record is malformed.
     """
-    told = origin_of(policy)
-    if not told:
+    recorded = origin_of(policy)
+    if not recorded:
         return
     own: dict[str, Any] = _sizes(model) | {"dtype": _dtype(model)}
-    differs = {key for key in ("depth", "hidden_size") if told.get(key, own[key]) != own[key]}
-    can_compare = "fingerprint" in told and all(matrix.is_plain for matrix in matrices(model))
+    differs = {key for key in ("depth", "hidden_size") if recorded.get(key, own[key]) != own[key]}
+    can_compare = "fingerprint" in recorded and all(matrix.is_plain for matrix in matrices(model))
     if can_compare and not differs:
         own["fingerprint"] = model_fingerprint(model)
-        differs |= {"fingerprint"} if own["fingerprint"] != told["fingerprint"] else set()
+        differs |= {"fingerprint"} if own["fingerprint"] != recorded["fingerprint"] else set()
     own["model"] = _name(model)
-    is_renamed = _short(told.get("model", own["model"])) != _short(own["model"])
+    is_renamed = _short(recorded.get("model", own["model"])) != _short(own["model"])
     if not differs and (can_compare or not is_renamed):
         return
     differs |= {"model"} if is_renamed else set()
-    differs |= {"dtype"} if told.get("dtype", own["dtype"]) != own["dtype"] else set()
-    parts = [f"{_WORDS[key]}: {told[key]}, here {own[key]}" for key in _WORDS if key in differs]
+    differs |= {"dtype"} if recorded.get("dtype", own["dtype"]) != own["dtype"] else set()
+    parts = [
+        f"{_LABELS[key]}: {recorded[key]}, here {own[key]}" for key in _LABELS if key in differs
+    ]
     warnings.warn(
         f"policy {policy.name!r} was made for a different model, so its cost in quality on this "
         f"one is unknown; {'; '.join(parts)}",

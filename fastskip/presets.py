@@ -122,7 +122,7 @@ def block_pairs(start: int = 2, end: int = -2, combine: str = "sum") -> tuple[Ru
     return (rule,)
 
 
-_OWN: tuple[Callable[..., tuple[Rule, ...]], ...] = (
+_BUILT_IN: tuple[Callable[..., tuple[Rule, ...]], ...] = (
     dense,
     every_nth_block,
     every_nth_ffn,
@@ -145,7 +145,7 @@ def _line(function: Callable[..., Any]) -> str:
 
 
 PRESETS: Mapping[str, tuple[Callable[..., Any], str]] = {
-    **{preset.__name__: (preset, _line(preset)) for preset in _OWN},
+    **{preset.__name__: (preset, _line(preset)) for preset in _BUILT_IN},
     **{name: (preset, _line(preset)) for name, preset in PAPER_PRESETS.items()},
 }
 """Name -> (function, one-line description)."""

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from fastskip.conversations import PLACEHOLDER
 
-_IMAGES_ALONE = {
+_IMAGE_ONLY = {
     "llava_next_video": "LlavaNextProcessor",
     "llava_onevision": "LlavaOnevisionProcessor",
     "internvl": "InternVLProcessor",
@@ -43,7 +43,7 @@ def processor_for(model: str | PathLike[str]) -> Any:
     name = fspath(model)
     try:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type in _IMAGES_ALONE and find_spec("torchvision") is None:
+        if config.model_type in _IMAGE_ONLY and find_spec("torchvision") is None:
             processor = image_only(config.model_type).from_pretrained(name)
         else:
             processor = AutoProcessor.from_pretrained(name)
@@ -129,7 +129,7 @@ def image_only(model_type: str) -> Any:
     torchvision, which images do not."""
     import transformers
 
-    base: Any = getattr(transformers, _IMAGES_ALONE[model_type])
+    base: Any = getattr(transformers, _IMAGE_ONLY[model_type])
 
     class ImageOnly(base):  # type: ignore[misc]
         @classmethod
@@ -146,7 +146,7 @@ def _render(processor: Any, text: str, images: int) -> str:
     if not hasattr(processor, "image_processor"):
         if images:
             raise PromptError(f"images: got {images}; allowed: none, this is a text-only model")
-        return _converse(processor, text) if processor.chat_template else text
+        return _apply_template(processor, text) if processor.chat_template else text
     token = processor.image_token
     if not text.replace(PLACEHOLDER, "").replace(token, "").strip():
         raise PromptError(f"prompt: got {text!r}; allowed: words besides the placeholders")
@@ -162,7 +162,9 @@ def _render(processor: Any, text: str, images: int) -> str:
     ahead = 0 if placed else images
     if not processor.chat_template:
         return "USER: " + f"{image_in_text(processor)}\n" * ahead + f"{text} ASSISTANT:"
-    prompt = _converse(processor, [{"type": "image"}] * ahead + [{"type": "text", "text": text}])
+    prompt = _apply_template(
+        processor, [{"type": "image"}] * ahead + [{"type": "text", "text": text}]
+    )
     if prompt.count(token) != images:
         raise PromptError(
             f"chat template: writes {prompt.count(token)} {token} for {images} images; allowed: "
@@ -179,7 +181,7 @@ def image_in_text(processor: Any) -> str:
     return f"<|vision_start|>{token}<|vision_end|>" if has_ends else token
 
 
-def _converse(processor: Any, content: Any) -> str:
+def _apply_template(processor: Any, content: Any) -> str:
     turn = [{"role": "user", "content": content}]
     try:
         return str(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))

@@ -97,14 +97,14 @@ class Renderer:
         content = self._content(question, written.unplaced)
         written.messages.append({"role": "user", "content": content})
         written.unplaced = 0
-        self._append(written, self._converse(written, is_prompt=True))
+        self._append(written, self._apply_template(written, is_prompt=True))
 
     def _answer(self, written: _Written, answer: str) -> Span:
         self._check_answer(answer, written.where)
         answer = answer.strip()
         written.messages.append({"role": "assistant", "content": self._words(answer)})
         begin, prompt = len(written.text), len(written.rendered)
-        whole = self._converse(written, is_prompt=False)
+        whole = self._apply_template(written, is_prompt=False)
         piece, end = self._ended(whole[prompt:], written.where)
         self._append(written, whole)
         written.text = written.text[:begin] + piece
@@ -142,7 +142,7 @@ class Renderer:
         question = question.replace(PLACEHOLDER, image_in_text(self._processor))
         return [{"type": "image"}] * count + [{"type": "text", "text": question}]
 
-    def _converse(self, written: _Written, *, is_prompt: bool) -> str:
+    def _apply_template(self, written: _Written, *, is_prompt: bool) -> str:
         if not self._processor.chat_template:
             return self._without_template(written.messages)
         try:

@@ -44,7 +44,7 @@ def compress_(model: Any, form: Weights | str = Weights.BITMAP) -> Compression:
     _check_plain(model)
     names, dense_bytes, sparse_bytes = [], 0, 0
     for matrix in matrices(model):
-        made = _held_as(form, matrix)
+        made = _to_form(form, matrix)
         if made is not None:
             names.append(matrix.name)
             dense_bytes += made.in_features * made.out_features * made.get_buffer("values").itemsize
@@ -85,7 +85,7 @@ def compressed(model: Any) -> Iterator[None]:
     replaced = []
     try:
         for matrix in matrices(model):
-            made = _held_as(Weights.BITMAP, matrix)
+            made = _to_form(Weights.BITMAP, matrix)
             if made is not None:
                 matrix.replace(made)
                 replaced.append(matrix)
@@ -107,7 +107,7 @@ def least_zeros(weight: Tensor) -> int:
     return (bitmap_bytes(rows, columns) + 4 * (rows + 1)) // weight.element_size() + 1
 
 
-def _held_as(form: Weights, matrix: Matrix) -> SparseLinear | None:
+def _to_form(form: Weights, matrix: Matrix) -> SparseLinear | None:
     """A projection in a sparse form; ``None`` if it is not pruned."""
     module = matrix.module
     if not isinstance(module, SparseLinear) and not _pays(matrix.weight):

@@ -41,11 +41,11 @@ def model_inputs(
     try:
         inputs = encode_prompts(processor, prompts, images, config=model.config)
     except PromptError as error:
-        raise _blamed(model, processor, questions, prompts, error) from error
-    return {name: _placed(value, model) for name, value in inputs.items()}
+        raise _attributed(model, processor, questions, prompts, error) from error
+    return {name: _moved(value, model) for name, value in inputs.items()}
 
 
-def _blamed(
+def _attributed(
     model: Any,
     processor: Any,
     questions: Sequence[Question],
@@ -61,7 +61,7 @@ def _blamed(
     return RequestError(f"{named(questions)}: {error}")
 
 
-def _placed(value: Any, model: Any) -> Any:
+def _moved(value: Any, model: Any) -> Any:
     """A tensor on the model's device; pixels in its dtype."""
     if not isinstance(value, Tensor):
         return value

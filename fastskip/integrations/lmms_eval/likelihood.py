@@ -90,7 +90,7 @@ def score(model: Any, processor: Any, batch: Sequence[Continuation]) -> list[tup
     for each in batch:
         prompt = prompt_of(processor, each.question)
         whole.append(prompt + each.text)
-        lengths.append(_tokens(processor, whole[-1]) - _tokens(processor, prompt))
+        lengths.append(_token_count(processor, whole[-1]) - _token_count(processor, prompt))
         if lengths[-1] < 1:
             where = named([each.question])
             raise RequestError(f"{where}: continuation {each.text!r}; allowed: at least one token")
@@ -105,17 +105,17 @@ def score(model: Any, processor: Any, batch: Sequence[Continuation]) -> list[tup
         ).logits
     except Exception as error:
         raise RequestError(f"{named(questions)}: {error}") from error
-    logs = F.log_softmax(logits[:, :-1].float(), dim=-1)
+    log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1)
     targets = ids[:, -longest:]
-    told = logs.gather(-1, targets[..., None])[..., 0].cpu()
-    best = (logs.argmax(-1) == targets).cpu()
+    chosen = log_probs.gather(-1, targets[..., None])[..., 0].cpu()
+    best = (log_probs.argmax(-1) == targets).cpu()
     return [
         (float(row[-n:].double().sum()), bool(greedy[-n:].all()))
-        for row, greedy, n in zip(told, best, lengths, strict=True)
+        for row, greedy, n in zip(chosen, best, lengths, strict=True)
     ]
 
 
-def _tokens(processor: Any, text: str) -> int:
+def _token_count(processor: Any, text: str) -> int:
     """The number of tokens of a text, counting each image placeholder as one."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return len(tokenizer(text)["input_ids"])

@@ -58,9 +58,9 @@ class Options:
         if unknown:
             allowed = ", ".join(sorted(known))
             raise RequestError(f"generation_kwargs: {', '.join(unknown)}; allowed: {allowed}")
-        warmth = given.get("temperature")
+        temperature = given.get("temperature")
         samples = given.get("do_sample")
-        samples = bool(warmth) if samples is None else samples and warmth != 0
+        samples = bool(temperature) if samples is None else samples and temperature != 0
         names = PASSED | SAMPLING if samples else PASSED
         generate = {n: given[n] for n in sorted(names) if given.get(n) is not None}
         new_tokens = generate.pop("max_new_tokens", None)
