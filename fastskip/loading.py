@@ -301,7 +301,8 @@ def _choose_policy(
     found = _file_of(path, POLICY_FILE, hub)
     if found is not None:
         logger.info("policy: %s", found)
-        chosen = SkipPolicy.from_file(found)
+        # Router weights lie beside the policy, which the hub's cache links to a blob elsewhere.
+        chosen = replace(SkipPolicy.from_file(found), folder=str(found.parent.resolve()))
         if not Path(path).is_dir():
             _fetch_weights(chosen, path, hub)
         return chosen

@@ -221,6 +221,20 @@ def test_router_weights_that_are_gone_stop_saving(stock: Any, model: Any, tmp_pa
     assert not (tmp_path / "saved").exists()
 
 
+def test_router_weights_are_found_among_the_links_of_the_hub_cache(
+    stock: Any, model: Any, batch: Batch, tmp_path: Path
+) -> None:
+    """The hub's cache links each file of a checkpoint to a blob that is named by its hash."""
+    fastskip.set_policy(model, routed(tmp_path / "home", "a.st", hidden=hidden_of(stock)))
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots"
+    snapshot.mkdir()
+    for number, file in enumerate(sorted((tmp_path / "blobs").iterdir())):
+        (snapshot / file.name).symlink_to(file.rename(file.with_name(f"{number:040x}")))
+    assert torch.equal(logits(fastskip.load_model(snapshot), batch), expected)
+
+
 def test_router_weights_from_the_hub_come_with_the_policy(
     stock: Any, model: Any, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
