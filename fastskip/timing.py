@@ -18,7 +18,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 WARM_TOKENS = 2
 LEAST_ROUNDS = 3
 HOPELESS = 1.5
-"""A thread count whose probe run is this many times slower in both phases is not timed."""
+"""A thread count that, in a probe run, is this many times slower in both phases is not timed."""
 
 
 @dataclass(frozen=True, slots=True)

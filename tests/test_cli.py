@@ -420,7 +420,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             "policies image_ffn -s start=2 -s start=3",
             r"image_ffn.start: got \[2, 3\]; allowed: each option once",
         ),
-        ("policies pyramid_drop -s stages=7,3", "pyramid_drop.stages: got '7,3'; .* rising order"),
+        ("policies pyramid_drop -s stages=7,3", "stages: got '7,3'; .* ascending order"),
         ("plan -p image_ffn:", "image_ffn: '' is not KEY=VALUE; .* is one of start, end"),
         ("plan -p image_ffn:start=2:start=3", r"image_ffn.start: got \[2, 3\]; allowed: each"),
         ("plan -p image_ffn:start=a", "image_ffn.start: got 'a'; allowed: an integer"),
