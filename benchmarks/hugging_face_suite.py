@@ -30,7 +30,7 @@ REFUSALS = (
     "; needed: [",  # four-dimensional masks
     "position_ids: several sequences packed",
     "with right-padded prompts",
-    "is never called here; allowed: hooks on",
+    "is never called; allowed: hooks on",
 )
 """Parts of the messages with which fastskip refuses what it does not support."""
 LOOKS_INSIDE = {

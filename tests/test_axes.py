@@ -301,7 +301,7 @@ def test_prompts_that_end_in_an_image(kind: Kind) -> None:
     )
     expected = trio.plain.generate(**ending.inputs(), max_new_tokens=NEW, do_sample=False)
     assert torch.equal(generate(trio.prepared, ending, NEW), expected[:, end:])
-    with pytest.raises(ValueError, match="ends in an image; allowed: text behind.*reference"):
+    with pytest.raises(ValueError, match="ends in an image; allowed: prompts with text.*reference"):
         generate(device.prepared, ending, NEW)
 
 

@@ -145,7 +145,7 @@ def test_routers_that_the_device_executor_lacks() -> None:
     given: dict[str, Any] = {"acme.own": Own()}
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"routers": [own]}, {"routers": given}, "acme.own.*supported: similarity"),
-        ({"routers": [holes], "rules": [copies]}, {}, "kv reuse in layer 2 over layer 1"),
+        ({"routers": [holes], "rules": [copies]}, {}, "kv reuse in layer 2 from layer 1"),
     ]
     for policy, options, message in cases:
         policy["schema_version"] = 1

@@ -1,4 +1,4 @@
-"""What Hugging Face's decoder layers are made of: what modules are called, and which are known."""
+"""The parts of Hugging Face's decoder layers: module names, and which modules are recognised."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastskip.ops.contracts import Activation, Norm
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """The modules of one decoder layer as they are at the moment; users may replace any of them.
+    """The current modules of one decoder layer; users may replace any of them.
 
     Attributes:
-        attention: the module around ``queries``, ``keys``, ``values`` and ``output``.
-        feed: the first product of the FFN: gate and up, or one linear. Not all of them are linears
-            (``None``: not even there) where the FFN is of another kind.
-        ffn: the module that is the whole FFN; ``None`` where a layer calls its parts.
-        head_norms: of each query head and of each key head; none in most families.
-        attention_dropout, dropout: probabilities at present, 0 out of training: on attention
-            weights, and on what each sublayer adds.
+        attention: the module that holds ``queries``, ``keys``, ``values`` and ``output``.
+        feed: the FFN's first projection: gate and up, or one linear. In another kind of FFN some
+            may not be linears, or may be missing (``None``).
+        ffn: the module of the whole FFN; ``None`` where the layer calls the FFN's parts itself.
+        head_norms: the norms of query heads and of key heads; empty in most families.
+        attention_dropout, dropout: current probabilities, 0 outside training: for attention
+            weights, and for the output of each sublayer.
     """
 
     attention: Any
@@ -42,7 +42,7 @@ class LayerParts:
 
     @property
     def linears(self) -> tuple[Any, ...]:
-        """All products."""
+        """All projections."""
         return self.queries, self.keys, self.values, self.output, *self.feed, self.down
 
     @property
@@ -52,20 +52,20 @@ class LayerParts:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """All that a whole layer calls, one inside another included."""
+        """Every module that a whole layer calls, nested ones included."""
         others = *self.norms, self.activation, self.ffn
         return tuple(each for each in (*self.linears, *others) if isinstance(each, nn.Module))
 
     @property
     def known_activation(self) -> Activation | None:
-        """The activation as the operations name it; ``None`` if they have no name for it."""
+        """The activation as the operations know it; ``None`` if they do not."""
         kind = type(self.activation).__name__
         if len(self.feed) == 2:
             return Activation.GATED_SILU if kind in ("SiLU", "SiLUActivation") else None
         return Activation.RELU if kind == "ReLU" else None
 
     def activate(self, fed: Tensor) -> Tensor:
-        """Between the products, by the layer's own activation: ``[N, F]`` of what ``feed`` says."""
+        """The layer's own activation on the output of the ``feed`` projection: ``-> [N, F]``."""
         if len(self.feed) == 1:
             activated: Tensor = self.activation(fed)
             return activated
@@ -74,11 +74,11 @@ class LayerParts:
         return gated
 
     def attend_out(self, mixed: Tensor) -> Tensor:
-        """The output projection as the attention adds it: ``[N, H * K] -> [N, D]``."""
+        """The output projection with the layer's dropout: ``[N, H * K] -> [N, D]``."""
         return self._drop(self.output(mixed))
 
     def run_ffn(self, x: Tensor) -> Tensor:
-        """The FFN as the layer adds it, without norm: ``[N, D] -> [N, D]``."""
+        """The FFN with the layer's dropout, without its norm: ``[N, D] -> [N, D]``."""
         if self.ffn is not None:
             return self._drop(self.ffn(x))
         return self._drop(self.down(self.activation(self.feed[0](x))))
@@ -88,7 +88,7 @@ class LayerParts:
 
 
 def parts_of(layer: Any) -> LayerParts:
-    """The parts of a Llama-like layer, or of an OPT layer that normalises first."""
+    """The parts of a Llama-like layer or of a pre-norm OPT layer."""
     attention = layer.self_attn
     projections = {
         "attention": attention,
@@ -115,7 +115,7 @@ def parts_of(layer: Any) -> LayerParts:
         attention_norm=layer.input_layernorm,
         output=attention.o_proj,
         ffn_norm=layer.post_attention_layernorm,
-        # Looked up by name: another kind of FFN, or a wrapped one, has no such attributes.
+        # With a default: other kinds of FFN, and wrapped ones, lack these attributes.
         feed=(getattr(mlp, "gate_proj", None), getattr(mlp, "up_proj", None)),
         activation=getattr(mlp, "act_fn", None),
         down=getattr(mlp, "down_proj", None),
@@ -127,11 +127,11 @@ def parts_of(layer: Any) -> LayerParts:
 
 
 NORM_NUMBERS = ("variance_epsilon", "eps")
-"""What modules call the number under a norm's root."""
+"""Attribute names under which modules keep a norm's epsilon."""
 
 
 def norm_of(module: Any) -> Norm | None:
-    """A norm as the operations read it; ``None`` if they do not compute it."""
+    """A norm in the form that the operations take; ``None`` if they do not support it."""
     if type(module) is nn.LayerNorm:
         if module.weight is None:
             return None
@@ -141,30 +141,30 @@ def norm_of(module: Any) -> Norm | None:
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
-    """Whether calling the module is ``kind``'s own forward on an ordinary weight, and no more."""
+    """Whether calling the module runs only ``kind``'s own forward, on an ordinary weight."""
     # Quantised and distributed weights are subclasses of Parameter inside a plain nn.Linear.
     return type(module) is kind and type(module.weight) is nn.Parameter and not has_hooks(module)
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether calling the module does more than its own forward."""
+    """Whether calling the module runs anything but its class's own forward."""
     own = vars(module)
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or "forward" in own  # as accelerate hooks a module
+        or "forward" in own  # how accelerate hooks a module
     )
 
 
 def is_transformers_own(hook: object) -> bool:
-    """Whether a hook only notes the outputs that a call asked for."""
+    """Whether a hook is transformers' own, which only records the outputs that a call requests."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def hooks_of(module: Any) -> list[Any]:
-    """What calling the module does besides its own forward, or instead of it."""
+    """Everything that runs when the module is called, besides or instead of its own forward."""
     own = vars(module)
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found = [hook for name in names for hook in own[name].values()]

@@ -1,4 +1,4 @@
-"""Which query rows of a forward see which entries, and the attention over them."""
+"""Which entries each query row of a forward sees, and the attention over them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fastskip.policy import TokenClass
 from fastskip.tokens import CODES, Rows, TokenLayout
 
 IMAGE = CODES[TokenClass.IMAGE]
-# Runs shorter than this on average are gathered.
+# Queries whose runs are shorter than this on average are gathered.
 _SHORT_RUN = 64
 
-# Numbers of rows and columns, on the host: in NumPy a step on so few takes a fifth of the time.
+# Row and column indices on the host: on so few, NumPy takes a fifth of torch's time.
 Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """Queries of one sequence, or of all sequences at once if they are alike.
+    """Queries of one sequence, or of all sequences at once if these match.
 
-    ``rows``: the queries, ``b * n`` of the packed query tensor; ``count``: entries they may see;
-    ``visible``: ``[n, count]`` or ``None`` for all; ``is_causal``: the queries' own entries are the
-    last ``n``, and each sees what is not after its own.
+    ``rows``: the ``b * n`` queries in the packed query tensor; ``count``: entries they may see;
+    ``visible``: ``[n, count]``, or ``None`` for all; ``is_causal``: the last ``n`` entries are the
+    queries' own, and each query sees the entries up to its own.
     """
 
     rows: slice | Tensor
@@ -42,18 +42,18 @@ class _View:
 
     @property
     def batch(self) -> range:
-        """The numbers of the sequences."""
+        """The indices of the sequences."""
         return range(self.sequences.start, self.sequences.stop)
 
 
 class AttentionPattern:
-    """The views of one set of query rows over the layers of one entry table, or, in a step, over
-    any layer."""
+    """The views of one set of query rows: for all layers of one entry table or, in a decode step,
+    for any layer."""
 
     def __init__(self, views: list[_View] | None, order: Tensor | None, batch: int = 0) -> None:
-        """``order`` brings the views' outputs, one after the other, back into packed order.
+        """``order`` restores the packed order of the views' concatenated outputs.
 
-        ``views=None``: row ``b`` of ``batch`` is the last of sequence ``b`` and sees all its
+        ``views=None``: row ``b`` of ``batch`` is the newest of sequence ``b`` and sees all of its
         entries, however many a layer has."""
         self._views, self._order, self._batch = views, order, batch
 
@@ -68,21 +68,21 @@ class AttentionPattern:
             for b in range(batch)
             for view in _views(b, own, at, entries.columns(layer, b).numpy())
         ]
-        # In the order of their rows the outputs need no sorting afterwards.
+        # Sorted by row, so that the outputs need no reordering.
         views.sort(key=lambda view: view.rows.start if isinstance(view.rows, slice) else -1)
         merged = _merge(views, batch, len(columns))
         return cls(merged, _inverse(merged, len(columns)))
 
     @classmethod
     def newest(cls, batch: int) -> AttentionPattern:
-        """For a decode step: row ``b`` is the last of sequence ``b`` and sees all its entries."""
+        """For a decode step: row ``b`` is the newest of sequence ``b``, sees all its entries."""
         return cls(None, None, batch)
 
     @classmethod
     def unimodal(
         cls, sequences: Tensor, columns: Tensor, codes: Tensor, layer: int, entries: Entries
     ) -> AttentionPattern:
-        """For query rows ``[n]`` (host) that see entries of their own modality: images, or not."""
+        """For query rows ``[n]`` (host) that see only their own modality: image, or not image."""
         views = []
         for b in sorted(set(sequences.tolist())):
             mine = (sequences == b).nonzero().squeeze(1)
@@ -101,9 +101,9 @@ class AttentionPattern:
         scale: float,
         dropout: float,
     ) -> Tensor:
-        """``[n, H, K]`` queries, rotated -> ``[n, H * K]``."""
+        """``[n, H, K]`` rotated queries -> ``[n, H * K]``."""
         outputs = []
-        for view, q in self._asking(queries, layer, entries):
+        for view, q in self._by_view(queries, layer, entries):
             keys, values = entries.read(layer, view.sequences, view.count)
             visible = None if view.visible is None else view.visible.to(q.device)
             out = ops.attend(
@@ -116,9 +116,9 @@ class AttentionPattern:
     def weights(
         self, queries: Tensor, layer: int, entries: Entries, scale: float
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of the same queries: a sequence, up to which of its entries each of its queries sees them
-        ``[n]`` (host), and how much of each entry it takes, ``[H, n, s]``."""
-        for view, q in self._asking(queries, layer, entries):
+        """Yields, for the same queries, by sequence: its number, the index past the last entry
+        that each query sees ``[n]`` (host), and the attention weights ``[H, n, s]``."""
+        for view, q in self._by_view(queries, layer, entries):
             key = torch.cat(entries.read(layer, view.sequences, view.count)[0], dim=2)
             rows, slots = q.shape[2], key.shape[2]
             visible = view.visible
@@ -133,10 +133,10 @@ class AttentionPattern:
             for sequence, own in zip(view.batch, found, strict=True):
                 yield sequence, reach, own
 
-    def _asking(
+    def _by_view(
         self, queries: Tensor, layer: int, entries: Entries
     ) -> Iterator[tuple[_View, Tensor]]:
-        """The views, and the queries of each: ``[b, H, n, K]``."""
+        """Each view with its queries: ``[b, H, n, K]``."""
         views = self._newest(entries.counts(layer)) if self._views is None else self._views
         for view in views:
             q = queries if len(views) == 1 and self._order is None else queries[view.rows]
@@ -151,14 +151,14 @@ class AttentionPattern:
 
 
 def sees_all(layer: LayerPlan, layout: TokenLayout, count: int) -> bool:
-    """Whether so many query rows are one a sequence, in a step, that sees all of its entries."""
+    """Whether ``count`` query rows are a decode step's: one per sequence, which sees all of it."""
     return layout.is_step and count == layout.batch and not layer.unimodal
 
 
 def pattern_of(
     layer: LayerPlan, layout: TokenLayout, queries: Rows, entries: Entries
 ) -> AttentionPattern:
-    """What ``queries``, packed rows that attend in a layer, see there."""
+    """What ``queries``, the packed rows that attend in a layer, see there."""
     if sees_all(layer, layout, queries.count):
         return AttentionPattern.newest(layout.batch)
     sequences, columns = queries.take(layout.sequences), queries.take(layout.columns)
@@ -173,14 +173,14 @@ def _views(
 ) -> list[_View]:
     """The views of one sequence's queries.
 
-    Queries that are neighbours in memory and in the cache make one causal view, which needs no
-    mask and no copy. Where such runs are short or many they are gathered into one view: there the
-    calls would cost more than the copy.
+    Queries that are contiguous both in memory and in the cache form one causal view, which needs
+    neither mask nor copy. If such runs are short, all queries are gathered into one view instead:
+    a call per run would cost more than the copy.
     """
     mine = (sequences == sequence).nonzero()[0]
     if not len(mine):
         return []
-    # How many entries each query sees; it is itself the last of them.
+    # How many entries each query sees; its own is the last of them.
     seen = entry_columns.searchsorted(columns[mine], side="right")
     breaks = (mine[1:] - mine[:-1] != 1) | (seen[1:] - seen[:-1] != 1)
     starts = [0, *(breaks.nonzero()[0] + 1).tolist(), len(mine)]
@@ -205,10 +205,10 @@ def _views(
 
 
 def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
-    """One view for all sequences where they are alike: as many rows, which see the same slots.
+    """One view for all sequences if they match: equally many rows, which see the same slots.
 
-    Rows that lie in order need no copy then, and those that are gathered anyway no more of one;
-    whole runs that do not lie in order stay views of their own.
+    Rows in order then need no copy, and rows that are gathered anyway need no further one;
+    contiguous runs that are out of order stay separate views.
     """
     if len(views) < 2 or len(views) != batch or total % batch:
         return views
@@ -230,7 +230,7 @@ def _merge(views: list[_View], batch: int, total: int) -> list[_View]:
 
 
 def _see_alike(first: _View, view: _View, sequence: int) -> bool:
-    """Whether the rows of a view, which should be of a sequence, see what those of the first do."""
+    """Whether a view is that of ``sequence`` and its rows see what those of ``first`` see."""
     one, other = first.visible, view.visible
     is_same = one is other if one is None or other is None else torch.equal(one, other)
     form = view.sequences.start, view.count, view.is_causal

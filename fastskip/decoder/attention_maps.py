@@ -1,4 +1,4 @@
-"""Attention weights of a forward, for those who ask (Hugging Face's ``output_attentions``)."""
+"""Attention weights of a forward, on request (Hugging Face's ``output_attentions``)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fastskip.tokens import TokenLayout
 
 
 class AttentionMaps:
-    """Who sees whom, layer by layer; worked out beside the attention itself, without gradients.
+    """Attention weights, layer by layer; computed apart from the attention, without gradients.
 
-    A layer's map is ``[B, H, T, C]`` in the queries' dtype, ``C`` all columns so far: zero for rows
-    that do not attend there, for pads, and for columns that have no entry.
+    A layer's map is ``[B, H, T, C]`` in the queries' dtype, over all ``C`` columns so far: zero for
+    rows that do not attend there, for pads, and for columns that have no entry.
     """
 
     def __init__(self, layout: TokenLayout, depth: int, heads: int) -> None:
@@ -31,7 +31,7 @@ class AttentionMaps:
         entries: Entries,
         scale: float,
     ) -> None:
-        """A layer's, of ``queries [n, H, K]``, rotated."""
+        """Records a layer's map, from rotated ``queries [n, H, K]``."""
         found = self._found[layer] = queries.new_zeros(self._shape)
         for sequence, reach, weights in pattern.weights(queries, layer, entries, scale):
             columns = entries.columns(layer, sequence)
@@ -40,6 +40,6 @@ class AttentionMaps:
             found[sequence][:, rows[:, None], columns[: weights.shape[2]]] = weights
 
     def all(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Those of all layers; ``like``: dtype and device of layers that nobody attends in."""
+        """The maps of all layers; ``like``: dtype and device for layers in which no row attends."""
         blank = like.new_zeros(self._shape)
         return tuple(self._found.get(layer, blank) for layer in range(self._depth))

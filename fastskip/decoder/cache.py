@@ -1,12 +1,12 @@
-"""The key/value cache: compact per layer, a Hugging Face ``Cache`` to the outside.
+"""The key/value cache: compact per layer, a Hugging Face ``Cache`` from the outside.
 
 The life of an entry: a forward lays out its columns; a row whose class holds an entry in a layer
-gets the next free slot of its sequence there; its K (already rotated) and V are written to that
-slot once and stay; attention reads slots ``0 .. count`` as a view. What a policy leaves out is not
-stored, so layers differ in length, and a layer that nobody attends in holds nothing at all.
+gets its sequence's next free slot there; its K (already rotated) and V are written to that slot
+once and never move; attention reads slots ``0 .. count`` as a view. What a policy omits is not
+stored, so layers differ in length, and a layer in which no class attends holds nothing at all.
 
-To Hugging Face the cache speaks in *columns*: ``get_seq_length`` is the number of columns seen,
-whatever a layer holds; ``crop`` and ``reorder_cache`` act on columns and sequences.
+Hugging Face sees *columns*: ``get_seq_length`` is the number of columns seen, whatever a layer
+holds; ``crop`` and ``reorder_cache`` act on columns and sequences.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STAYS = torch.iinfo(torch.int64).max
 
 
 class LayerEntries:
-    """K and V of one layer: one ``[B, G, slots, K]`` buffer each a segment."""
+    """K and V of one layer: a ``[B, G, slots, K]`` buffer of each per segment."""
 
     def __init__(self) -> None:
         self.keys: list[Tensor] = []
@@ -39,7 +39,7 @@ class LayerEntries:
     def extend(
         self, segments: Sequence[Segment], shape: tuple[int, int, int], like: Tensor
     ) -> None:
-        """Adds the buffers of segments that are new; what exists is not touched."""
+        """Adds buffers for new segments; existing ones are not touched."""
         batch, groups, width = shape
         for segment in segments[len(self.keys) :]:
             size = (batch, groups, segment.count, width)
@@ -52,7 +52,7 @@ class LayerEntries:
 
 
 def _selected(buffer: Tensor, sequences: Tensor) -> Tensor:
-    with outliving():  # as ``empty``: more entries will be written to it
+    with outliving():  # like ``empty``: more entries will be written to it
         return buffer.index_select(0, sequences.to(buffer.device))
 
 
@@ -61,17 +61,17 @@ class SkipCache(Cache):
 
     Attributes:
         codes: ``[B, C]`` class of every column seen (``tokens.CODES``; ``PAD`` for pads), host.
-        gone: ``[B, C]`` from which stage of the plan's removals on a column is no row any more,
-            host; ``STAYS`` where it stays.
+        gone: ``[B, C]`` the stage of the plan's removals from which a column is no longer a row,
+            host; ``STAYS`` if it is never removed.
         positions: ``[B, C]`` RoPE position of every column, host.
-        axes: ``[3, B, C]`` where every column stands in time, height and width, host; ``None``:
-            columns have but one position.
+        axes: ``[3, B, C]`` position of every column in time, height and width, host; ``None``
+            where columns have a single position.
         prompt_columns: inside ``generate``, where the prompt ends; ``None`` outside.
-        ends_gradients: a forward with gradients filled it, whose entries are kept without.
+        ends_gradients: whether a forward with gradients filled it; its entries are kept detached.
     """
 
     def __init__(self, plan: SkipPlan, *, reserve: int = 0) -> None:
-        """``reserve``: columns that are expected in all, so that growth needs no second segment."""
+        """``reserve``: columns expected in total, so that growth needs no second segment."""
         super().__init__(layers=[])
         self.plan = plan
         self.reserve = reserve
@@ -80,24 +80,24 @@ class SkipCache(Cache):
         self._begin(0)
         self.tables: dict[Table, EntryTable] = {}
         self.entries: dict[int, LayerEntries] = {}
-        # What routers keep from forward to forward, by the number of their rule.
+        # Router state kept across forwards, by rule number.
         self.routing: dict[int, dict[str, Any]] = {}
         self._layers_by_table = plan.layers_by_table
 
     def _begin(self, batch: int) -> None:
-        """No columns of so many sequences."""
+        """Starts with no columns of ``batch`` sequences."""
         self.codes, self.positions, self.gone = torch.empty(3, batch, 0, dtype=torch.int64).unbind()
         self.axes: Tensor | None = None
 
     def _append(self, codes: Tensor, positions: Tensor, gone: Tensor, axes: Tensor | None) -> None:
-        """Columns that are new, each part as the attribute of its name."""
+        """Appends new columns; each argument extends the attribute of its name."""
         self.codes = torch.cat((self.codes, codes), dim=1)
         self.positions = torch.cat((self.positions, positions), dim=1)
         self.gone = torch.cat((self.gone, gone), dim=1)
         if axes is not None:
             self.axes = axes if self.axes is None else torch.cat((self.axes, axes), dim=2)
 
-    # What the decoder uses.
+    # The decoder's interface.
 
     @property
     def columns(self) -> int:
@@ -105,23 +105,23 @@ class SkipCache(Cache):
         return self.codes.shape[1]
 
     def check_batch(self, batch: int) -> None:
-        """Raises ``ValueError`` if new columns of ``batch`` sequences cannot follow on."""
+        """Raises ``ValueError`` if columns of ``batch`` sequences cannot be appended."""
         if self.columns and self.codes.shape[0] != batch:
             raise ValueError(
                 f"past_key_values: holds {self.codes.shape[0]} sequences, the input has {batch}"
             )
 
     def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
-        """Makes room for a forward's rows in every layer; nothing that is stored moves.
+        """Makes room for a forward's rows in every layer; stored entries never move.
 
-        ``like`` gives dtype and device of the buffers; ``None`` makes none (nothing is kept). The
-        columns count as seen only after ``commit``, so a forward that fails leaves the cache as it
-        was.
+        ``like`` gives dtype and device of the buffers; with ``None`` none are allocated (nothing
+        is kept). The columns count as seen only after ``commit``, so a forward that fails leaves
+        the cache unchanged.
         """
         batch = layout.batch
         self.check_batch(batch)
         if self.codes.shape[0] != batch:
-            self.reset()  # what a cropped cache still allocates has another batch size
+            self.reset()  # the buffers of a cropped cache are of another batch size
             self._begin(batch)
         for table in self._layers_by_table:
             if table not in self.tables:
@@ -129,7 +129,7 @@ class SkipCache(Cache):
         self.enter(0, layout, like)
 
     def enter(self, stage: int, layout: TokenLayout, like: Tensor | None) -> None:
-        """As ``grow``, in the layers after so many removals, whose rows ``layout`` has."""
+        """Like ``grow``, for the layers after ``stage`` removals, whose rows ``layout`` has."""
         for table, layers in self._layers_by_table.items():
             is_here = not isinstance(table, int) and self.plan.layers[layers[0]].stage == stage
             if like is not None and is_here:
@@ -140,8 +140,8 @@ class SkipCache(Cache):
     def make_room(
         self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
-        """Room for ``needed[b]`` entries of each sequence in the layers of one table; in a hollow
-        layer once that is known."""
+        """Makes room for ``needed[b]`` entries of each sequence in the layers of one table; for a
+        hollow layer, once that number is known."""
         table, slots = self.tables[key], max(needed, default=0)
         if slots <= table.capacity:
             return
@@ -152,10 +152,10 @@ class SkipCache(Cache):
             entries.extend(table.segments, shape, like)
 
     def _later_slots(self, layout: TokenLayout, key: Table, dtype: torch.dtype) -> int:
-        """Slots that a first segment gets for the columns expected later.
+        """Extra slots that a segment gets for the columns expected later.
 
-        Batched bf16 products copy operands that are not dense in memory, so there the prompt's
-        segment is exactly full and only the short last segment is ever copied.
+        Batched bf16 GEMMs copy operands that are not dense in memory, so in such dtypes the
+        prompt's segment is exactly full and only the short last segment is ever copied.
         """
         is_dense = dtype in (torch.float32, torch.float64)
         holding = self.plan.layers[self._layers_by_table[key][0]].holding
@@ -163,7 +163,7 @@ class SkipCache(Cache):
         return max(0, expected) if is_dense and TokenClass.GENERATED in holding else 0
 
     def codes_at(self, stage: int) -> Tensor:
-        """``codes`` as layers after so many removals know them: who left before is a pad."""
+        """``codes`` as the layers after ``stage`` removals see them: removed rows are pads."""
         return self.codes.masked_fill(self.gone <= stage, PAD) if stage else self.codes
 
     def held(self, key: Table) -> Tensor:
@@ -182,8 +182,8 @@ class SkipCache(Cache):
     ) -> None:
         """Counts the columns of the forward that just wrote its entries.
 
-        ``held [B, T]``: which of them have entries in each hollow layer; ``left``: the rows that
-        each of the plan's removals has left.
+        ``held [B, T]``: which of them have entries in each hollow layer; ``left``: the layouts of
+        the rows that remain after each of the plan's removals.
         """
         stages = (layout, *left)
         gone = torch.full_like(layout.source, STAYS)
@@ -203,8 +203,8 @@ class SkipCache(Cache):
     def _count_held(
         self, layout: TokenLayout, held: Mapping[Table, Tensor]
     ) -> dict[Table, list[int]]:
-        """New entries of each sequence in hollow layers, or what may be at most."""
-        # Layers whose rows all did the same have one tensor.
+        """New entries of each sequence in hollow layers, or an upper bound."""
+        # Layers whose rows all did the same share one tensor.
         each = {id(columns): columns for columns in held.values()}
         counts = {number: columns.sum(1).tolist() for number, columns in each.items()}
         return {key: counts[id(columns)] for key, columns in held.items()}
@@ -216,7 +216,7 @@ class SkipCache(Cache):
         return self.positions.masked_fill(self.codes == PAD, -1).max(dim=1).values
 
     def last_axes(self) -> Tensor:
-        """``[3, B]`` where each sequence's last real column stands; -1 for one without any."""
+        """``[3, B]`` axes of each sequence's last real column; -1 for a sequence without one."""
         last = self.last_positions()
         if self.axes is None or not self.columns:
             return last.expand(3, -1)
@@ -225,30 +225,30 @@ class SkipCache(Cache):
         return found.masked_fill(last < 0, -1)
 
     def following(self, steps: Tensor | int) -> tuple[Tensor, Tensor | None]:
-        """Where text stands so many ``steps [B, T]`` behind each sequence's last real column:
-        positions ``[B, T]``, and, if columns have them, ``axes [3, B, T]``."""
+        """The places of text ``steps [B, T]`` after each sequence's last real column: positions
+        ``[B, T]`` and, if columns have them, ``axes [3, B, T]``."""
         axes = None if self.axes is None else self.last_axes()[:, :, None] + steps
         return self.last_positions()[:, None] + steps, axes
 
     def rope_deltas(self) -> Tensor | None:
-        """``[B, 1]`` how many positions behind the number of its rows each sequence's next one
-        stands, images being shorter in places than in rows; ``None``: columns have but one."""
+        """``[B, 1]`` each sequence's next position minus its number of rows (images span fewer
+        positions than rows); ``None`` where columns have a single position."""
         if self.axes is None:
             return None
         rows = (self.codes != PAD).sum(1)
         return (self.last_axes().amax(0) + 1 - rows)[:, None]
 
     def next_places(self) -> Tensor:
-        """``[B]`` by which position each sequence's next row turns.
+        """``[B]`` the RoPE position of each sequence's next row.
 
         Raises:
-            ValueError: it would turn by different ones in time, height and width.
+            ValueError: it would differ between time, height and width.
         """
         last = self.last_axes()
         if not bool((last == last[0]).all()):
             raise ValueError(
-                "input_ids: a prompt that ends in an image; allowed: text behind images, as chat "
-                "templates write it, or a model with impl='reference'"
+                "input_ids: a prompt that ends in an image; allowed: prompts with text after the "
+                "last image, as chat templates write them, or a model with impl='reference'"
             )
         return last[0] + 1
 
@@ -265,15 +265,15 @@ class SkipCache(Cache):
         return total
 
     def allocated_bytes(self) -> int:
-        """Bytes of all buffers: the live ones, the columns reserved for ``generate``, pads of
-        ragged batches, and less than ``SEGMENT_SLOTS`` slots a sequence and layer for growth."""
+        """Bytes of all buffers: live entries, columns reserved for ``generate``, the padding of
+        ragged batches, and under ``SEGMENT_SLOTS`` slots for growth per sequence and layer."""
         return sum(
             buffer.numel() * buffer.element_size()
             for entries in self.entries.values()
             for buffer in (*entries.keys, *entries.values)
         )
 
-    # What Hugging Face uses.
+    # Hugging Face's interface.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, the same for every layer, whatever a layer holds."""
@@ -290,8 +290,8 @@ class SkipCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError(
-            "past_key_values: a fastskip cache is filled by the prepared model that made it; "
-            "a stock model needs a cache of its own"
+            "past_key_values: a fastskip cache can only be filled by the prepared model that "
+            "created it; use a Hugging Face cache with a stock model"
         )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -325,7 +325,7 @@ class SkipCache(Cache):
         self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Forgets every column; buffers are given back."""
+        """Drops all columns and frees the buffers."""
         self._begin(0)
         self.tables.clear()
         self.entries.clear()
@@ -349,7 +349,7 @@ class SkipCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Not those of linear attention, whose ids are fed but once (asked from 5.24 on)."""
+        """No layer has linear attention, whose ids may be fed only once (read since 5.24)."""
         return [False] * self.plan.shape.depth
 
     @property
@@ -361,7 +361,7 @@ class SkipCache(Cache):
         return self.batch_size
 
     def activate_past_recording(self) -> None:
-        """Every column stays until it is cropped, so there is nothing to switch on."""
+        """Nothing to enable: every column stays until it is cropped."""
 
     def __len__(self) -> int:
         return self.plan.shape.depth

@@ -21,12 +21,13 @@ from fastskip.routing import AttentionWeights, RouterError
 from fastskip.tokens import Rows, TokenLayout
 
 Lens = Callable[[Tensor, bool], Tensor]
-"""Rows of the residual stream to logits, ``[m, D] -> [m, V]``; and whether by the final norm."""
+"""From rows of the residual stream to logits, ``[m, D] -> [m, V]``; the flag: by the final norm."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Where rows of a forward have attended so far: by layer, its input, and who (``[N]`` bool)."""
+    """Where rows of a forward have attended so far: each layer's input, and which rows (``[N]``
+    bool)."""
 
     blocks: Mapping[int, Block]
     inputs: dict[int, tuple[Tensor, Tensor]]
@@ -38,7 +39,7 @@ class Candidates:
     """The ``RoutingContext`` of one decision.
 
     ``rows``: the candidates among the ``N`` packed rows; ``within``: the candidates among the rows
-    of ``h``, which are fewer after a narrowing.
+    of ``h``, of which there are fewer after narrowing.
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class Candidates:
         hidden = self.hidden if rows is None else self.hidden[rows.to(self._h.device)]
         if self._lens is None:
             raise RouterError(
-                f"layer {self.layer}: logits are asked for and the model has no head; allowed: "
-                "models prepared with their head"
+                f"layer {self.layer}: a router needs logits, but the model has no lm_head; "
+                "allowed: models prepared with their lm_head"
             )
         return self._lens(hidden, normed)
 
@@ -98,14 +99,14 @@ class Candidates:
     def attention_of(self, row: int) -> AttentionWeights:
         if self._attended is None:
             raise RouterError(
-                f"layer {self.layer}: attention_of needs a router that says uses_attention = True"
+                f"layer {self.layer}: attention_of needs a router with uses_attention = True"
             )
         packed = int(self._rows[row])
-        for layer, (inputs, who) in reversed(self._attended.inputs.items()):
-            if bool(who[packed]):
+        for layer, (inputs, attending) in reversed(self._attended.inputs.items()):
+            if bool(attending[packed]):
                 return self._weights(layer, inputs[packed : packed + 1], packed)
         raise RouterError(
-            f"layer {self.layer}: candidate {row} has attended in no layer of this forward yet"
+            f"layer {self.layer}: candidate {row} has not attended in any layer of this forward yet"
         )
 
     def _weights(self, layer: int, h: Tensor, packed: int) -> AttentionWeights:

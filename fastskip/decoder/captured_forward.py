@@ -1,9 +1,9 @@
-"""Prompts as CUDA graphs: one launch for all layers, whatever the host has to do meanwhile.
+"""Prompts as CUDA graphs: one launch for all layers, however busy the host is.
 
-A prompt of a 7B model is some three hundred launches of tens of microseconds each, which is about
-what the host needs to make them. A graph is made for a shape of forward: how many rows each class
+A 7B model's prompt takes some three hundred launches of tens of microseconds each, about as long as
+the host needs to issue them. A graph is captured for a shape of forward: how many rows each class
 has, rounded up with idle rows. Where the rows lie, what they see and which pages hold their entries
-is read from the device, so it serves every forward of that shape.
+is read from device memory, so a graph serves every forward of its shape.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from fastskip.plan import SkipPlan
 from fastskip.routing import Router
 
 MOST_ROWS = 8192
-"""Of a captured forward: with more, the host is done before the device anyway."""
+"""Of a captured forward: with more, the host keeps ahead of the device anyway."""
 KEPT = 16
-"""Graphs kept; they share their activations' memory."""
+"""Graphs kept; they share the memory of their activations."""
 PAGES = 16
-"""Least columns of a page table: calls of up to 1024 columns do not differ in them."""
+"""Minimum columns of a page table, so that all calls of up to 1024 tokens have the same."""
 SEEN = 256
-"""Shapes remembered that have no graph."""
+"""Shapes without a graph that are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,12 @@ class ForwardShape:
     Attributes:
         batch: sequences.
         bounds: of the layout's groups, in rows.
-        narrow: codes of the rows that go on after the last layer's entries.
-        read: how many rows are read, where all go on.
+        narrow: codes of the rows that continue after the last layer's entries; ``None``: all.
+        read: how many rows are read, where all continue; ``None``: all.
         pages: columns of the page tables.
         positions: rows of the RoPE tables.
         stage: which of the plan's stages it runs.
-        featured: how many rows get features behind the first layers, rounded up.
+        featured: how many rows get features after the first layers, rounded up.
     """
 
     batch: int
@@ -98,7 +98,7 @@ class Layers:
 
 
 class CapturedForward:
-    """One forward through the layers of a stage, which are all without removals, at fixed
+    """One forward through the layers of a stage (all layers, without removals), at fixed
     addresses."""
 
     def __init__(
@@ -110,7 +110,7 @@ class CapturedForward:
         cache: PagedCache,
         pool: Any,
     ) -> None:
-        """``h``, ``numbers``, ``cache``: those of a first ``run``, which is still to come.
+        """``h``, ``numbers``, ``cache``: those of the first ``run``, which comes next.
         ``pool``: the memory of graphs that never run at the same time."""
         self._layers, plan, anchor = layers, layers.plan, cache.anchor
         device = anchor.device
@@ -123,7 +123,7 @@ class CapturedForward:
             len(keys), shape.batch, shape.pages, dtype=torch.int64, device=device
         )
         self._tables = dict(zip(keys, self._all_tables, strict=True))
-        # Of hollow tables: where a run begins, and what it brings up to date.
+        # Counts of hollow tables: as a run finds them, and as it updates them.
         hollow = len(cache.device_counts)
         self._begun, self._reached = (aligned_counts(hollow, shape.batch, device) for _ in range(2))
         self._counts = {
@@ -135,13 +135,13 @@ class CapturedForward:
         self._read = None if numbers.read is None else parcel.send(RowNumbers.reading)
         self._positions = parcel.send(lambda n: n.positions(n.every()))
         self._rows = ForwardRows(plan, numbers, parcel.send, self._counts, layers.routers, anchor)
-        # All of them now: nothing may be sent in a capture.
+        # All up front: nothing may be sent during a capture.
         self._rows_of = {
             index: self._rows.of(plan.layers[index], step is plan.steps[-1])
             for step in self._steps
             for index in step
         }
-        # Kernels read the table alone, so that no slab is kept alive.
+        # Without slabs, which kernels do not read: none is kept alive.
         pages = {
             layer.index: replace(
                 cache.pages_of(layer.index), table=self._tables[layer.pool], slabs=()
@@ -160,23 +160,23 @@ class CapturedForward:
 
     @property
     def routes(self) -> DeviceRoutes | None:
-        """What was decided in the last run."""
+        """The decisions of the last run."""
         return self._rows.routes
 
     @property
     def held(self) -> dict[int, Tensor]:
-        """Who left an entry in each hollow layer in the last run, ``[N]``."""
+        """Which rows left an entry in each hollow layer in the last run, ``[N]``."""
         return self._rows.held
 
     @property
     def entered(self) -> Tensor | None:
-        """What entered the last layer of the stage in the last run, if a removal asks for it:
-        ``[N, D]``, idle rows included; the next run writes to it."""
+        """The input of the stage's last layer in the last run, if a removal needs it: ``[N, D]``,
+        idle rows included; the next run overwrites it."""
         return self._entered
 
     def run(self, h: Tensor, numbers: RowNumbers, cache: PagedCache) -> Tensor:
-        """The layers on ``h [B, T, D]``, in later stages on packed rows ``[n, D]``, which is not
-        written; rows that are read, ``[n, D]``."""
+        """Runs the layers on ``h [B, T, D]``, in later stages on packed rows ``[n, D]``, which is
+        not written; returns the rows that are read, ``[n, D]``."""
         self._parcel.load(numbers)
         self._load(h, numbers, cache)
         self._replay()
@@ -192,7 +192,7 @@ class CapturedForward:
         return self._layers.positions.rotation(self._needed, self._h, self._axes)
 
     def _room_for(self, features: PlacedFeatures | None, count: int) -> PlacedFeatures | None:
-        """Where features of the stage's layers lie in all runs."""
+        """Buffers for the features of the stage's layers, the same in all runs."""
         if features is None:
             return None
         rows = self._parcel.send(lambda numbers: numbers.featured(count))
@@ -227,7 +227,7 @@ class CapturedForward:
             self._begun.copy_(cache.hollow_counts)
 
     def _work(self) -> None:
-        # A capture runs this several times, each of them from the same beginning.
+        # A capture runs this several times, each time from the same state.
         self._reached.copy_(self._begun)
         if self._rows.routes is not None:
             self._rows.routes.reset()
@@ -249,18 +249,18 @@ class CapturedForward:
 
 
 def _pools(cache: PagedCache, stage: int) -> list[Pool]:
-    """Where the layers of a stage have their entries."""
+    """The pools that hold the entries of a stage's layers."""
     return [key for key in cache.pools if stage_of(key) == stage]
 
 
 class CapturedForwards(Graphs[ForwardShape, CapturedForward]):
     """The captured forwards of one decoder.
 
-    A shape gets a graph when it comes for the second time, or later where another one goes for it:
-    most prompts of a kind share a few shapes, and a capture takes as long as several prompts.
+    A shape gets a graph the second time it occurs, or later if the graph evicts another: similar
+    prompts share a few shapes, and a capture takes as long as several prompts.
 
-    ``switches`` may be set at any time: whether what routers decide on are bodies of SWITCH nodes
-    (``CountedBlock``); ``None``: where the device and the bindings have them.
+    ``switches`` may be set at any time: whether sublayers that routers decide on become bodies of
+    SWITCH nodes (``CountedBlock``); ``None``: if the device and the bindings support them.
     """
 
     def __init__(self, switches: bool | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A guarded decoder layer whose sublayers are left out whole where no row of a step runs them."""
+"""A guarded decoder layer whose sublayers are skipped entirely if no row of a step runs them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastskip.policy import Arrangement
 
 @dataclass(frozen=True)
 class ConditionalBlock(BodiedBlock):
-    """A ``GuardedBlock`` of decode steps that goes by ``bodies``.
+    """A ``GuardedBlock`` for decode steps whose sublayers are conditional ``bodies``.
 
     Its launches are those of a ``GuardedBlock``, since some rows may run and others not. What
-    rows that skip need is never in a body: the entries that they leave, and decisions, which
+    skipping rows need is never in a body: the entries that they leave, and decisions, which
     therefore take launches of their own where they would ride in an update. One flag for the whole
-    block makes one body; the two sublayers of a parallel block share launches, so they have one
-    only if they share the flag too and leave nothing.
+    block makes one body; the two sublayers of a parallel block share launches, so they get a body
+    only if they share the flag too and skipping rows leave no entries.
     """
 
     def run(
@@ -67,7 +67,7 @@ class ConditionalBlock(BodiedBlock):
         return Stream(h)
 
     def _attention(self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store) -> Body:
-        """The attention's body; what its rows leave is stored here, if those that skip leave it."""
+        """The attention's body; entries are stored outside it, here, if skipping rows leave any."""
         made = self._project_guarded(h, rows, own, store) if leaves_entries(own) else None
 
         def body() -> None:

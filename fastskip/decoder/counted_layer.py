@@ -1,4 +1,4 @@
-"""A guarded decoder layer of captured prompts, with a body for each number of rows that may run."""
+"""A guarded decoder layer for captured prompts, with bodies for different numbers of rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastskip.policy import Arrangement
 
 @dataclass(frozen=True)
 class CountedBlock(BodiedBlock):
-    """A ``GuardedBlock`` whose products of chosen rows have a size that the host knows.
+    """A ``GuardedBlock`` whose GEMMs over chosen rows have sizes that the host knows.
 
-    On an H200 a library does such a product of a 7B model's prompt at 1.3 to 2 times the rate of
-    kernels that read on the device how many rows there are; a SWITCH node costs 8 us. What rows
-    that skip need is never in a body: the entries that they leave, and decisions. One flag for the
-    whole block makes one node, else each sublayer is one.
+    On an H200, for a 7B model's prompt, library GEMMs of known size run at 1.3 to 2 times the rate
+    of kernels that read the number of rows on the device; a SWITCH node costs 8 us. What skipping
+    rows need is never in a body: the entries that they leave, and decisions. One flag for the whole
+    block makes one node; otherwise each sublayer is one.
     """
 
     def run(
@@ -79,7 +79,7 @@ class CountedBlock(BodiedBlock):
     def _project_entries(
         self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store
     ) -> tuple[Projection, Reach | StepReach]:
-        """Stores the entries that do not wait for a decision; what is left to project, and what
+        """Stores the entries that depend on no decision; returns what is left to project, and what
         rows see."""
         targets, reach = self._placed(own, rows)
         projection = self.projection(targets, store)
@@ -107,7 +107,7 @@ class CountedBlock(BodiedBlock):
     def _mixed(
         self, queries: Tensor, chosen: Chosen, reach: Reach | StepReach, store: Store
     ) -> Term:
-        """What attention adds."""
+        """The attention's term of the residual update."""
         mixed = self._attend_guarded(Queries(queries, chosen, reach), store)
         if chosen.bound is not None and chosen.index is not None:
             mixed = mixed.index_select(0, chosen.index)

@@ -1,7 +1,7 @@
-"""Features that are added to image rows behind the first layers, besides those that stand in place
-of their placeholders (DeepStack, arXiv 2406.04334; Qwen3-VL has them).
+"""Features that are added to image rows after the first layers, besides those that replace their
+placeholders (DeepStack, arXiv 2406.04334; Qwen3-VL has them).
 
-They are added to what leaves a layer, whatever was skipped in it.
+They are added to a layer's output, whatever was skipped in it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fastskip.tokens import Rows, TokenLayout
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeepFeatures:
-    """Those of one forward.
+    """The features of one forward.
 
     Attributes:
         of_layers: ``[n, D]`` for each of the first layers.
-        flat: ``[n]`` (host) where their rows lie in the flattened ``[B * T]`` columns.
+        flat: ``[n]`` (host) indices of their rows in the flattened ``[B * T]`` columns.
     """
 
     of_layers: Sequence[Tensor]
@@ -36,11 +36,11 @@ class DeepFeatures:
         *,
         placeholders: Tensor | None,
     ) -> DeepFeatures | None:
-        """What Hugging Face hands to a decoder, if it does: whose they are, ``mask [B, T]``,
-        and features.
+        """From what Hugging Face passes to a decoder: which columns get features, ``mask [B, T]``,
+        and the features; ``None`` without them.
 
-        ``placeholders [B, T]`` (host): where features may go; if these are as many, nobody waits
-        for the mask.
+        ``placeholders [B, T]`` (host): where features may go; if there are as many as features,
+        the mask is not read, which saves a host sync.
         """
         if not of_layers or mask is None:
             return None
@@ -49,7 +49,7 @@ class DeepFeatures:
         return cls(of_layers, placeholders.flatten().nonzero().squeeze(1))
 
     def among(self, layout: TokenLayout) -> PlacedFeatures:
-        """Those of rows that a layout has."""
+        """The features of the rows that a layout has."""
         rows = layout.locate(self.flat).ids(self.flat.device)
         left = (rows >= 0).nonzero().squeeze(1)
         if len(left) == len(rows):
@@ -60,18 +60,18 @@ class DeepFeatures:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedFeatures:
-    """Those of packed rows.
+    """The features of packed rows.
 
     Attributes:
         of_layers: ``[n, D]`` by layer.
-        rows: ``[n]`` whose they are; on any device.
+        rows: ``[n]`` the rows that get them; on any device.
     """
 
     of_layers: Mapping[int, Tensor]
     rows: Tensor
 
     def enter(self, step: Sequence[int], h: Tensor, add: Add) -> Tensor:
-        """``h [N, D]`` behind the layers of a step, with their features."""
+        """``h [N, D]``, the output of a step's layers, with their features added."""
         for layer in step:
             own = self.of_layers.get(layer)
             if own is not None:

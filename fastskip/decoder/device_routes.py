@@ -1,4 +1,4 @@
-"""Decisions of a forward, or of a decode step, on the device: their flags, and when they fall."""
+"""Decisions on the device, of a forward or a decode step: their flags, and when they are made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastskip.tokens import TokenLayout
 
 @dataclass(frozen=True, slots=True)
 class Homes:
-    """Flags ``[any, n]``, and the row of each layer whose flags lie there."""
+    """Flags ``[any, n]``, and by layer the row of those whose flags lie there."""
 
     flags: Tensor
     rows: Mapping[int, int]
@@ -29,7 +29,7 @@ class Homes:
 class DeviceRoutes:
     """The flags ``[G, n]`` of ``n`` rows, and the routes that write them.
 
-    Flags of rows that nobody decides on say what the plan does with their class.
+    Rows that no router decides on have the flag that the plan gives their class.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class DeviceRoutes:
     ) -> None:
         """``present``: classes that the rows may have; ``flags_of``: ``[n]`` int32, 1 for rows of
         some classes; ``positions``, ``sequences [n]``; ``like``: gives dtype and device of rows;
-        ``homes``: where the flags of some layers' attention are to lie, if not here."""
+        ``homes``: memory elsewhere for the attention flags of some layers."""
         self._plan, self._routers, self._present = plan, routers, present
         self._flags_of, self._positions, self._sequences = flags_of, positions, sequences
         device, count = like.device, len(positions)
@@ -82,7 +82,7 @@ class DeviceRoutes:
         self.reset()
 
     def reset(self) -> None:
-        """Every flag as the plan has it."""
+        """Sets every flag to what the plan says."""
         rows = [self._flags_of(guard.running) for guard in self._rows()]
         if rows:
             torch.stack(rows, out=self.flags)
@@ -91,14 +91,14 @@ class DeviceRoutes:
             self._homes.flags.index_copy_(0, self._apart_rows, apart)
 
     def runs(self, layer: int, sublayer: Sublayer) -> Tensor | None:
-        """``[n]``: who runs a sublayer; ``None`` where nobody decides."""
+        """``[n]``: which rows run a sublayer; ``None`` if no router decides on it."""
         for guard in self.guards:
             if guard.layer == layer and sublayer in guard.sublayers:
                 return self._row(guard)
         return None
 
     def answers(self) -> dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]:
-        """By layer and sublayer: who skips by a decision, and who was decided on, ``[n]`` bool."""
+        """By layer and sublayer: rows that skip by a decision, rows decided on, ``[n]`` bool."""
         found: dict[tuple[int, Sublayer], tuple[Tensor, Tensor]] = {}
         for guard in self.guards:
             asked = self._flags_of(
@@ -109,7 +109,7 @@ class DeviceRoutes:
         return found
 
     def route(self, step: tuple[int, ...], point: Point) -> Route | None:
-        """What is decided before a step of the plan, or in its middle; ``None`` for nothing."""
+        """What is decided before a step of the plan, or in its middle; ``None`` if nothing is."""
         move, ran = Move.NONE, list[Tensor]()
         if point is Point.START:
             move, ran = self._move(step)
@@ -127,8 +127,8 @@ class DeviceRoutes:
         )
 
     def decision_on(self, layer: int) -> tuple[Terms, Tensor] | None:
-        """What decides on a whole block before it begins, and its flags ``[n]``; ``None`` where
-        that is not all."""
+        """The terms of the only decision on a layer, if that is one on the whole block before it
+        begins, and its flags ``[n]``; else ``None``."""
         own = [guard for guard in self._rows() if guard.layer == layer]
         if len(own) != 1 or own[0].sublayers != frozenset(Sublayer) or len(own[0].rulings) != 1:
             return None
@@ -145,7 +145,7 @@ class DeviceRoutes:
             return Move.START, []
         before = self._plan.layers[self._plan.steps[number - 1][0]]
         changed = doing(before) & self._present
-        if not changed:  # nobody was moved, so nothing was found
+        if not changed:  # it changed no row, so there is nothing to measure
             return Move.NONE, []
         ran = [self._row(guard) for guard in self._ran.get(before.index, ())]
         ran += [
@@ -156,8 +156,8 @@ class DeviceRoutes:
         return Move.NEXT, ran
 
     def _ran_guards(self) -> dict[int, list[Guard]]:
-        """Flags that say who ran a layer whole, where those of its guards do not: rows that the
-        plan leaves out of a guarded sublayer have 0 there and may have run all that they had."""
+        """Flags for the rows that ran a layer whole, where its guards' flags do not tell: rows
+        whose class skips a guarded sublayer have 0 there, yet may have run all that is theirs."""
         found: dict[int, list[Guard]] = {}
         for layer in self._plan.layers:
             changed = doing(layer) & self._present
@@ -197,7 +197,7 @@ class DeviceRoutes:
 
 
 def merged(routes: Sequence[Route | None]) -> Route | None:
-    """Routes that fall at the same moment as one."""
+    """Merges routes that are due at the same moment."""
     some = [route for route in routes if route is not None]
     if not some:
         return None
@@ -207,7 +207,7 @@ def merged(routes: Sequence[Route | None]) -> Route | None:
 
 
 def decisions_of(routes: DeviceRoutes, layout: TokenLayout) -> Decisions:
-    """What was decided in a forward over the columns of a layout; waits for the device."""
+    """The decisions of a forward over the columns of a layout; waits for the device."""
     skipped, asked = {}, {}
     for key, (skips, rows) in sorted(routes.answers().items()):
         skipped[key], asked[key] = layout.unpack(skips.cpu()), layout.unpack(rows.cpu())

@@ -1,4 +1,4 @@
-"""What of a plan the device executor cannot run: the plain runtime runs all of it."""
+"""What the device executor cannot run of a plan; the plain runtime runs everything."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from fastskip.policy import ROUTER_KINDS, Arrangement, Norm, SkippedKV, TokenCla
 
 
 def unsupported_plan(plan: SkipPlan) -> str | None:
-    """What the device executor cannot run of a plan; ``None`` if it can all of it."""
+    """What the device executor cannot run of a plan; ``None`` if it can run all of it."""
     for layer in plan.layers:
         reason = _unsupported_layer(layer)
         if reason is not None:
             return f"{reason} in layer {layer.index}"
         for source in layer.reusing:
             if plan.layers[source].stage != layer.stage:
-                return (
-                    f"kv reuse in layer {layer.index} over layer {source}, with a removal between"
-                )
+                return f"kv reuse in layer {layer.index} from layer {source}, across a removal"
     return _unsupported_routing(plan)
 
 
@@ -25,30 +23,31 @@ def _unsupported_layer(layer: LayerPlan) -> str | None:
     is_stacked = layer.arrangement is Arrangement.PARALLEL and layer.norm is Norm.STACKED
     reasons = {
         "kv hidden": layer.leaving_hidden,
-        "an arrangement for some of the token classes": not layer.is_arranged_whole,
+        "an arrangement of only some token classes": not layer.is_arranged_whole,
         "a parallel FFN that reads stacked norms": is_stacked,
-        "a residual stream that becomes its norm (semantics reference)": layer.replaced,
-        "a pair that keeps the mean of K and V (semantics reference)": layer.merges_kv,
+        "a residual stream replaced by its norm (semantics reference)": layer.replaced,
+        "a pair that stores the mean of its K and V (semantics reference)": layer.merges_kv,
         "a unimodal mask": layer.unimodal,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _unsupported_routing(plan: SkipPlan) -> str | None:
-    """What of a plan's routers the device executor cannot run; ``None`` if it can all of it."""
+    """What the device executor cannot run of a plan's routers; ``None`` if it can run them all."""
     plug_ins = sorted({cell.rule.kind for cell in plan.routed if cell.rule.is_plug_in})
     if plug_ins:
-        return f"routers {', '.join(plug_ins)} of its own; supported: {', '.join(ROUTER_KINDS)}"
+        return f"plug-in routers ({', '.join(plug_ins)}); supported: {', '.join(ROUTER_KINDS)}"
     for cell in plan.routed:
-        # Decided as soon as the layer before has ended, of what it leaves.
+        # Decided right after the layer before, on its output without the features.
         if cell.token_class is not TokenClass.IMAGE or cell.rule.kind == "random":
             continue
         looks_back = cell.rule.kind == "similarity"
         first = certain_below(plan, cell.layer, cell.token_class) if looks_back else cell.layer - 1
         if 0 <= first < plan.shape.deep_layers:
             return (
-                f"a router of image rows in layer {cell.layer}, which looks at what layer {first} "
-                f"leaves, where features enter; supported: from layer {plan.shape.deep_layers} on"
+                f"a router of image rows in layer {cell.layer}, which reads the output of layer "
+                f"{first}, to which features are added; supported: routers that read the output of "
+                f"layer {plan.shape.deep_layers} or later ones"
             )
     for layer in plan.layers:
         kinds = {c: {cell.kv} for c, cell in layer.cells.items()}
@@ -58,7 +57,7 @@ def _unsupported_routing(plan: SkipPlan) -> str | None:
             sources = plan.kv_sources(layer.index, token_class)
             if SkippedKV.REUSE in own and plan.layers[sources[0]].hollow:
                 return (
-                    f"kv reuse in layer {layer.index} over layer {sources[0]}, where a router may "
+                    f"kv reuse in layer {layer.index} from layer {sources[0]}, where a router may "
                     "leave rows without an entry; supported: kv project or omit there"
                 )
     return None

@@ -1,6 +1,6 @@
 """Keys and values during one forward: rows in packed order in, slots in column order out.
 
-Two forms with one interface. ``CachedEntries`` writes into a cache and reads views of it.
+Two implementations of one interface. ``CachedEntries`` writes into a cache and reads views of it.
 ``GradientEntries`` keeps the new rows as tensors that autograd can follow (a cache, if there is
 one, gets detached copies).
 """
@@ -22,26 +22,26 @@ from fastskip.tokens import Rows, TokenLayout, member
 
 
 class Maps(Protocol):
-    """Who takes down what rows see of the entries."""
+    """Records how rows attend to the entries."""
 
     def note(
         self, layer: int, pattern: Any, queries: Tensor, entries: Entries, scale: float
     ) -> None:
-        """How ``queries [n, H, K]``, rotated, attend in a layer, once its entries are stored."""
+        """Notes how rotated ``queries [n, H, K]`` attend in a layer whose entries are stored."""
 
 
 class Entries(Protocol):
-    """The store of one forward.
+    """The key/value store of one forward.
 
     Attributes:
-        maps: who wants to know what rows see, if anyone.
+        maps: the recorder of attention maps, if any.
     """
 
     maps: Maps | None
 
     def hold(self, layer: int, held: Tensor) -> None:
-        """Says which packed rows ``[N]`` bool (host) will have entries in ``layer``, before any is
-        stored: for a layer with a table of its own, where the plan cannot know."""
+        """Announces which packed rows ``[N]`` bool (host) will have entries in ``layer``, before
+        any is stored: for a hollow layer, where the plan cannot know."""
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
         """Stores K and V ``[n, G, K]`` of packed rows in ``layer``."""
@@ -65,24 +65,25 @@ class Entries(Protocol):
         """``[G, count, K]``: the keys of a sequence's first entries."""
 
     def past(self, layer: int, sequence: int) -> Tensor | None:
-        """``[G, n, K]``: the keys that earlier forwards left of a sequence, if any."""
+        """``[G, n, K]``: a sequence's keys from earlier forwards, if any."""
 
     def enter(self, layout: TokenLayout) -> None:
-        """Says which rows are left for the layers after the next removal."""
+        """Announces which rows remain for the layers after the next removal."""
 
     def average(self, first: int, second: int, rows: Rows) -> None:
-        """Makes the rows' new entries in both layers the mean of the two."""
+        """Replaces the rows' new entries in both layers by their mean."""
 
     def adopt(self, layer: int, source: int) -> None:
-        """Makes the entries of earlier forwards those of ``source``, a layer of the same table."""
+        """Replaces a layer's entries of earlier forwards by those of ``source``, a layer of the
+        same table."""
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
-        """What ``hold`` was told, for the cache: ``[B, T]`` by table."""
+        """What ``hold`` announced, for the cache: ``[B, T]`` by table."""
 
     @property
     def left(self) -> Sequence[TokenLayout]:
-        """What ``enter`` was told, for the cache."""
+        """What ``enter`` announced, for the cache."""
 
 
 class SlotMap:
@@ -93,16 +94,16 @@ class SlotMap:
         # The rows of each stage; layers of a stage index those.
         self.stages = [layout]
         self.held: dict[Table, Tensor] = {}
-        # By what ``hold`` was told: that, its columns, and how many each sequence has.
+        # By the id of a tensor given to ``hold``: the tensor, its columns, counts by sequence.
         self._known: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
         self._counts: dict[Table, list[int]] = {}
         self._placements: dict[tuple[Table, int], tuple[Rows, Placement]] = {}
         self._columns: dict[tuple[Table, int], Tensor] = {}
 
     def hold(self, layer: int, held: Tensor) -> list[int]:
-        """Notes whose entries a hollow layer will hold; entries of each sequence by then.
+        """Notes which rows a hollow layer will hold; returns each sequence's entries with them.
 
-        ``held [N]`` may be the same tensor for many layers, for which it is looked at once.
+        Many layers may share one tensor ``held [N]``, which is then unpacked once.
         """
         known = self._known.get(id(held))
         if known is None:
@@ -121,10 +122,10 @@ class SlotMap:
         return found
 
     def placement(self, layer: int, rows: Rows, stage: int | None = None) -> Placement:
-        """Where packed ``rows``, of the layer's own stage or another one, lie in ``layer``."""
+        """Where packed ``rows``, of the layer's own stage or of ``stage``, lie in ``layer``."""
         own = self._plan.layers[layer]
         table = own.table
-        # The rows are kept beside their placement, so an id is not reused while it is a key.
+        # The rows are kept with their placement, so an id is not reused while it is a key.
         found = self._placements.get((table, id(rows)))
         if found is None:
             layout = self.stages[own.stage if stage is None else stage]
@@ -168,7 +169,7 @@ class SlotMap:
 
 
 class CachedEntries:
-    """Entries written to a cache in place, and read as views of it."""
+    """Entries written to a cache in place and read as views of it."""
 
     def __init__(
         self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
@@ -183,7 +184,7 @@ class CachedEntries:
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
-        """``[B, T]``: new columns that have entries in each layer that was told of by ``hold``."""
+        """``[B, T]``: new columns that have entries, for each layer announced by ``hold``."""
         return self._map.held
 
     def hold(self, layer: int, held: Tensor) -> None:
@@ -229,7 +230,7 @@ class CachedEntries:
                 own.copy_(other)
 
     def _read(self, layer: int, rows: Rows, stage: int | None = None) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, G, K]`` of new entries of rows of a stage."""
+        """K and V ``[n, G, K]`` of the new entries of a stage's rows."""
         segments = self._cache.tables[self._plan.layers[layer].table].segments
         origin, entries = self._map.placement(layer, rows, stage), self._cache.entries[layer]
         return origin.read(segments, entries.keys), origin.read(segments, entries.values)
@@ -257,7 +258,7 @@ class CachedEntries:
 
 
 class GradientEntries:
-    """Entries as tensors with history; what the cache already held comes before them."""
+    """Entries as tensors with autograd history, after those that the cache already held."""
 
     def __init__(
         self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
@@ -268,7 +269,7 @@ class GradientEntries:
         self.is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout
         self._new: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        # A layer may run once more after the cache has taken in this forward.
+        # With checkpointing a layer may run again after the cache has counted this forward.
         self._past = {name: list(table.counts) for name, table in cache.tables.items()}
         self.counts, self.columns = self._stored.counts, self._stored.columns
         self.codes, self.hold = self._stored.codes, self._stored.hold
@@ -288,7 +289,7 @@ class GradientEntries:
         self._stages.append(layout)
 
     def forget(self, layer: int) -> None:
-        """Before a layer runs once more, for its activations: it stores its entries anew."""
+        """Called before a layer reruns to recompute its activations: it stores its entries anew."""
         self._new.pop(layer, None)
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
@@ -300,7 +301,7 @@ class GradientEntries:
         self.append(layer, rows, *self._of(source, rows, self._rows_of(layer)))
 
     def average(self, first: int, second: int, rows: Rows) -> None:
-        # What this forward still reads in these layers are copies of the mean, by layers above.
+        # From here on, only layers above read these entries in this forward: they copy the mean.
         both = zip(
             *(self._of(layer, rows, self._rows_of(layer)) for layer in (first, second)), strict=True
         )
@@ -319,7 +320,7 @@ class GradientEntries:
         return self._stages[self._plan.layers[layer].stage]
 
     def _of(self, layer: int, rows: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, G, K]`` of new entries of rows of ``layout``."""
+        """K and V ``[n, G, K]`` of the new entries of ``rows``, which index ``layout``."""
         ids, keys, values = self._merged(layer)
         where = torch.full((self._layout.batch * self._layout.width,), -1, dtype=torch.int64)
         where[self._rows_of(layer).places(ids)] = torch.arange(len(ids))

@@ -1,6 +1,6 @@
-"""One decoder layer on the fused operations: in place, a few launches a layer, none for a skip.
+"""One decoder layer on the fused operations: in place, in few launches, none for what is skipped.
 
-The same cells as ``layer.Block``; the same code runs a prompt and a decode step.
+It implements the same cells as ``layer.Block``; the same code runs prompts and decode steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastskip.policy import Norm as NormKind
 
 class Readers(NamedTuple):
     """The norms that read all rows next, after a layer's attention and after its FFN: where there
-    is one, updates leave half of it."""
+    is one, the update before it also computes half of it."""
 
     between: Norm | None
     behind: Norm | None
@@ -59,8 +59,8 @@ class FusedBlock:
             return self.run_ffn(stream, rows, readers.behind)
 
     def readers(self, rows: FusedRows, behind: Norm | None) -> tuple[Norm | None, Readers]:
-        """The norm that reads all rows first, from the layer's beginning on, and the others;
-        ``behind``: from its end on."""
+        """The norm that reads all rows next from the layer's start on, and the layer's readers;
+        ``behind``: the one from its end on."""
         is_decided = rows.attention is not None or rows.ffn is not None
         if is_decided or self.plan.arrangement is Arrangement.PARALLEL:
             return None, Readers(None, behind)
@@ -71,7 +71,7 @@ class FusedBlock:
     def run_attention(
         self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None
     ) -> Stream:
-        """Entries, narrowing, and the attention's update of the rows that go on."""
+        """Stores entries, narrows, and applies the attention's update to the rows that continue."""
         queries = self._project(stream, rows, store)
         if rows.narrow is not None:
             stream = Stream(rows.narrow.take(stream.h))
@@ -82,14 +82,14 @@ class FusedBlock:
         return self._update(stream, rows, rows.attending, terms, rows.then_attention, reader)
 
     def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None) -> Stream:
-        """The FFN's update."""
+        """Applies the FFN's update."""
         if not rows.feeding.count:
             return stream
         terms = [Term(self._feed(stream, rows), self.weights.down)]
         return self._update(stream, rows, rows.feeding, terms, rows.then_ffn, reader)
 
     def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
-        """Both sublayers read ``h``; where they have the same rows, each half is one launch."""
+        """Both sublayers read ``h``; where they run the same rows, each half is one launch."""
         is_shared = rows.joint.count > 0 and rows.joint.is_same(rows.feeding)
         if is_shared:
             projection = self.projection(rows.joint_targets, store)
@@ -118,7 +118,7 @@ class FusedBlock:
         return h
 
     def _project(self, stream: Stream, rows: FusedRows, store: Store) -> Tensor | None:
-        """Stores the layer's new entries; the queries of rows that were projected jointly."""
+        """Stores the layer's new entries; returns the queries of jointly projected rows."""
         queries, own = None, rows.joint
         if own.count:
             projection = self.projection(rows.joint_targets, store)
@@ -149,7 +149,7 @@ class FusedBlock:
             self.copy(copies, store)
 
     def copy(self, copies: Copies, store: Store) -> None:
-        """Takes entries over from a lower layer."""
+        """Copies entries from a lower layer."""
         self.ops.copy_entries(
             store.pages(copies.source),
             store.pages(self.plan.index),
@@ -160,7 +160,7 @@ class FusedBlock:
         )
 
     def attend(self, h: Tensor, queries: Tensor | None, rows: FusedRows, store: Store) -> Tensor:
-        """``[n, H * K]`` of the attending rows of ``h``, which is what goes on."""
+        """``[n, H * K]`` of the attending rows of ``h``, which is already narrowed."""
         if queries is None:
             alone = self.projection(
                 rows.query_targets, store, linear=self.weights.queries, leaves=False
@@ -195,7 +195,7 @@ class FusedBlock:
         then: Route | None,
         reader: Norm | None,
     ) -> Stream:
-        """``_add``, and the half of the norm that reads all of it next, if that is wanted."""
+        """``_add``, and half of the norm that reads all of it next, if there is a ``reader``."""
         h = stream.h
         if reader is None or then is not None or not own.is_all_of(h):
             self._add(h, rows, own, terms, then)
@@ -205,7 +205,7 @@ class FusedBlock:
     def _add(
         self, h: Tensor, rows: FusedRows, own: Selection, terms: list[Term], then: Route | None
     ) -> None:
-        """``own``: which of the rows the terms are of."""
+        """``own``: the rows that the terms belong to."""
         self.ops.add_terms_(own.view(h), terms, index=own.index, then=then, arrivals=rows.arrivals)
 
     def part(self) -> Feed:
@@ -219,7 +219,7 @@ class FusedBlock:
     def projection(
         self, targets: Targets, store: Store, *, linear: Linear | None = None, leaves: bool = True
     ) -> Projection:
-        """From rows to queries and entries; ``linear``: only that part of the product."""
+        """From rows to queries and entries; ``linear``: only that part of the projection."""
         return Projection(
             self.weights.attention_norm,
             self.weights.qkv if linear is None else linear,
@@ -232,5 +232,5 @@ class FusedBlock:
 
 
 def narrowed(h: Tensor, rows: FusedRows) -> Tensor:
-    """The rows that go on after the entries."""
+    """The rows that continue once entries are stored."""
     return h if rows.narrow is None else rows.narrow.take(h)

@@ -22,7 +22,7 @@ from fastskip.ops.routes import Route
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rows of ``[N, D]``: a span, or, where ``index`` is given, any rows of the whole."""
+    """Rows of ``[N, D]``: a span or, where ``index`` is given, any rows."""
 
     span: slice
     count: int
@@ -32,7 +32,7 @@ class Selection:
         return h if self.index is not None or self.is_all_of(h) else h[self.span]
 
     def take(self, h: Tensor) -> Tensor:
-        """The rows, in memory of their own."""
+        """The rows, as a copy."""
         return h[self.span].clone() if self.index is None else h[self.index.long()]
 
     def put(self, h: Tensor, rows: Tensor) -> None:
@@ -54,22 +54,22 @@ class Selection:
 @dataclass(frozen=True, slots=True)
 class Stream:
     """The residual stream ``h [N, D]``, and ``half`` of the norm that reads all of it next, where
-    the update before left that."""
+    the last update computed that."""
 
     h: Tensor
     half: HalfNorm | None = None
 
     def half_of(self, norm: Norm | None, rows: Selection | None = None) -> HalfNorm | None:
-        """What is there of a ``norm`` of some rows, or of all."""
+        """The half of ``norm`` for some rows, or for all; ``None`` if it is not available."""
         half, is_of_all = self.half, rows is None or rows.is_all_of(self.h)
         return half if half is not None and half.norm is norm and is_of_all else None
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Entries that a layer takes over from a lower one: ``[n]`` sequences and slots.
+    """Entries that a layer copies from a lower one: ``[n]`` sequences and slots.
 
-    ``runs [n]``: rows with 1, as decided on the device, have entries of their own instead.
+    ``runs [n]``: rows with 1, as decided on the device, compute their own entries instead.
     """
 
     source: int
@@ -83,8 +83,8 @@ class Copies:
 class Placing:
     """How a hollow layer finds the slots of a prompt's rows.
 
-    ``stored [N]``: rows that leave an entry without attending, ``None`` for nobody; the others as
-    in ``ops.fused_routes.place_entries``. ``note`` is told who holds an entry, ``[N]``.
+    ``stored [N]``: rows that leave an entry without attending, ``None`` if there are none; the
+    others as in ``ops.fused_routes.place_entries``. ``note`` gets the rows that hold one, ``[N]``.
     """
 
     stored: Tensor | None
@@ -99,13 +99,13 @@ class GuardedAttention:
     """What enters an attention whose rows are chosen on the device.
 
     Attributes:
-        runs: ``[N]`` flags of who attends.
-        targets: positions and slots of all ``N`` rows, -1 where none is left; with ``placing``,
-            slots are found only when the flags are known.
-        leaves_all: whether rows that do not attend may leave entries that are projected.
-        reach: what the rows see; of those that go on, where rows are narrowed.
-        copies: entries of rows that do not attend, taken over from lower layers.
-        placing: of a hollow layer, in a prompt.
+        runs: ``[N]`` flags of the rows that attend.
+        targets: positions and slots of all ``N`` rows, -1 for no entry; with ``placing``, slots
+            are determined only once the flags are known.
+        leaves_all: whether rows that do not attend may leave projected entries.
+        reach: what the rows see; where rows are narrowed, of those that continue.
+        copies: entries of rows that do not attend, copied from lower layers.
+        placing: for a hollow layer, in a prompt.
     """
 
     runs: Tensor
@@ -118,8 +118,8 @@ class GuardedAttention:
 
 @dataclass(frozen=True, slots=True)
 class GuardedFeed:
-    """What enters an FFN whose rows are chosen on the device: ``runs [N]`` flags, and what is
-    decided right before it."""
+    """What enters an FFN whose rows are chosen on the device: ``runs [N]`` flags, and the
+    decisions right before it."""
 
     runs: Tensor
     between: Route | None = None
@@ -133,10 +133,10 @@ class FusedRows:
     that are projected alone (the last layer's). ``reach``: what the attending rows see; ``None``
     without any.
 
-    Decisions: ``before`` falls before the layer, ``then_attention`` and ``then_ffn`` ride in its
-    updates. A sublayer that is guarded goes by ``attention`` or ``ffn``, not by the fields above.
+    Decisions: ``before`` is made before the layer, ``then_attention`` and ``then_ffn`` ride in its
+    updates. A guarded sublayer uses ``attention`` or ``ffn`` instead of the fields above.
 
-    ``arrivals``: scratch of products, as of ``ops.fused.feed``.
+    ``arrivals``: scratch of GEMMs, as in ``ops.fused.feed``.
     """
 
     joint: Selection

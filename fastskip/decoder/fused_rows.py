@@ -29,23 +29,23 @@ from fastskip.routing import Router
 from fastskip.tokens import Rows
 
 Recipe = Callable[[RowNumbers], Tensor]
-"""Numbers of a forward. One that is made for a forward holds for every other whose rows are as
-many, class by class: it says which numbers are meant, never which they are."""
+"""Computes numbers of a forward. A recipe made for one forward is valid for every other that has as
+many rows of each class: it says which numbers are meant, never what they are."""
 RowsRecipe = Callable[[RowNumbers], Rows]
 Send = Callable[[Recipe], Tensor]
-"""Works a recipe out and returns its numbers on the device, int32."""
+"""Evaluates a recipe and returns its numbers on the device, int32."""
 
 
 def sender(numbers: RowNumbers, device: torch.device) -> Send:
-    """Sends each recipe's numbers of one forward at once."""
+    """Evaluates recipes for one forward and sends each one's numbers immediately."""
     return lambda recipe: to_device(recipe(numbers).to(torch.int32), device)
 
 
 class ForwardRows:
     """Makes the ``FusedRows`` of a forward; layers that do the same share them.
 
-    Everything is worked out on the host and sent to the device once. ``routes`` are the decisions
-    on the device, if any; ``held``, filled by a run: who has entries in each hollow layer, ``[N]``.
+    Everything is computed on the host and sent to the device once. ``routes``: the decisions on the
+    device, if any; ``held``: the rows with entries in each hollow layer, ``[N]``, filled by a run.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class ForwardRows:
         routers: Sequence[Router],
         like: Tensor,
     ) -> None:
-        """``counts``: of each hollow table on the device, ``[B]``, which a run brings up to date;
-        ``like``: gives dtype and device of rows."""
+        """``counts``: of each hollow table on the device, ``[B]``, which a run updates; ``like``:
+        gives dtype and device of rows."""
         self._plan, self._numbers, self._send = plan, numbers, send
         self._layout, self._counts = numbers.layout, counts
         self._made: dict[tuple[object, ...], FusedRows] = {}
@@ -96,7 +96,7 @@ class ForwardRows:
         return self._guarded(layer, is_narrow, self.routes)
 
     def _guarded(self, layer: LayerPlan, is_narrow: bool, routes: DeviceRoutes) -> FusedRows:
-        """The rows with what is decided on the way."""
+        """The rows with the decisions that the layer involves."""
         step = next(step for step in self._plan.steps if layer.index in step)
         before = routes.route(step, Point.START) if layer.index == step[0] else None
         attends = routes.runs(layer.index, Sublayer.ATTENTION)
@@ -138,7 +138,7 @@ class ForwardRows:
         )
 
     def _guarded_reach(self, layer: LayerPlan, *, is_narrow: bool) -> Reach:
-        """What rows that may attend see; queries lie in the order of the rows that go on."""
+        """What rows that may attend see; queries are in the order of the rows that continue."""
         key = layer.holding, layer.attending, is_narrow
         found = self._reaches.get(key)
         if found is None:
@@ -180,24 +180,23 @@ class ForwardRows:
         return found
 
     def _idle(self, is_narrow: bool) -> FusedRows:
-        """Of a layer that goes by flags alone: who goes on."""
-        nobody = Selection(slice(0, 0), 0)
+        """For a layer whose sublayers are both guarded: only the narrowing matters."""
+        none = Selection(slice(0, 0), 0)
         return FusedRows(
-            joint=nobody,
+            joint=none,
             joint_targets=self._nothing,
-            stored=nobody,
+            stored=none,
             stored_targets=self._nothing,
             copies=(),
             narrow=self._narrow if is_narrow else None,
-            attending=nobody,
+            attending=none,
             query_targets=self._nothing,
-            feeding=nobody,
+            feeding=none,
             reach=None,
         )
 
     def _make(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
-        nobody: Classes = frozenset()
-        joint = nobody if is_narrow else layer.attending
+        joint = frozenset() if is_narrow else layer.attending
         stored = layer.projecting - joint
         attending = self._select(layer.attending, is_narrow)
         asking = RowNumbers.asking if is_narrow else RowNumbers.of
@@ -224,7 +223,7 @@ class ForwardRows:
         )
 
     def _select(self, classes: Classes, is_narrow: bool = False) -> Selection:
-        """The rows of some classes; ``is_narrow``: among those that go on, indexing those."""
+        """The rows of some classes; ``is_narrow``: among those that continue, indexing these."""
         if is_narrow:
             return self._select_rows(partial(RowNumbers.narrowed, classes=classes))
         found = self._selections.get(classes)
@@ -252,7 +251,7 @@ class ForwardRows:
         return found
 
     def _query_targets(self, queries: RowsRecipe) -> Targets:
-        """Of queries that leave no entry: only their positions matter."""
+        """For queries that leave no entry: only their positions matter."""
         return Targets(
             self._send(lambda n: n.positions(queries(n))),
             self._send(lambda n: n.sequences(queries(n))),
@@ -269,14 +268,14 @@ class ForwardRows:
         )
 
     def _reach(self, holding: Classes, attending: Classes, queries: RowsRecipe) -> Reach:
-        """What those of some rows see that are of classes ``attending``."""
+        """What those of ``queries`` see that are of classes ``attending``."""
         order, bounds = self._sort(attending, queries)
         limits = self._send(lambda n: n.limits(holding, queries(n)))
         is_whole = self._numbers.is_whole(holding, torch.tensor(bounds.host))
         return Reach(limits, order, bounds, is_whole)
 
     def _sort(self, classes: Classes, rows: RowsRecipe) -> tuple[Tensor, Bounds]:
-        """The order of those of some rows that are of some classes, and where sequences begin."""
+        """The order of those of ``rows`` that are of ``classes``, and where sequences begin."""
 
         def bounds(numbers: RowNumbers) -> Tensor:
             return numbers.bounds(rows(numbers), classes)
@@ -291,7 +290,7 @@ def _index_of(rows: Rows) -> Tensor:
 
 
 def _kv_by_class(plan: SkipPlan, layer: LayerPlan) -> dict[TokenClass, SkippedKV]:
-    """What a row of each class leaves if it skips a layer's attention, where it may."""
+    """What a row of each class leaves if it skips a layer's attention, for classes that may."""
     found = {c: cell.kv for c, cell in layer.cells.items() if cell.kv is not None}
     for cell in plan.routed_by_layer.get(layer.index, ()):
         if Sublayer.ATTENTION in cell.skip and cell.skipped.kv is not None:
@@ -302,7 +301,7 @@ def _kv_by_class(plan: SkipPlan, layer: LayerPlan) -> dict[TokenClass, SkippedKV
 def _sources(
     plan: SkipPlan, layer: LayerPlan, classes: Classes
 ) -> dict[int, frozenset[TokenClass]]:
-    """Which lower layer each of some classes copies its entries from."""
+    """By lower layer: which of ``classes`` copy their entries from it."""
     found: dict[int, frozenset[TokenClass]] = {}
     for token_class in sorted(classes):
         source = plan.kv_sources(layer.index, token_class)[0]

@@ -1,7 +1,7 @@
 """The decoder on the fused operations: what runs on CUDA.
 
-It runs the same plan as ``stack.Decoder``. It hands over to that one where the fused operations are
-not defined: when gradients are wanted, and while a layer's projections cannot be merged.
+It runs the same plan as ``stack.Decoder`` and falls back to it where the fused operations are not
+defined: when gradients are wanted, and while a layer's projections cannot be merged.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class FusedDecoder(Decoder):
     """Runs one model's decoder layers under one plan, in place and in few launches.
 
-    ``version`` counts the times that the weights' addresses or the plan changed: a captured graph
-    is valid for one version. ``flash``: flash-attn's function for prompts, where it was asked for.
+    ``version`` counts changes of the plan or the weights' addresses: a captured graph is valid for
+    one version. ``flash``: flash-attn's function for prompts, if requested.
     """
 
     def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
@@ -70,7 +70,7 @@ class FusedDecoder(Decoder):
         self._anchor: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Blocks and the graphs made of them hold addresses; a copy starts without.
+        # Blocks, and the graphs made of them, hold addresses; a copy starts without any.
         own: dict[str, Any] = {"_fused_blocks": [], "_made_of": [], "_anchor": None}
         own["_settled"] = ()
         own["captured"] = CapturedForwards(self.captured.switches)
@@ -83,7 +83,7 @@ class FusedDecoder(Decoder):
 
     @property
     def anchor(self) -> Tensor:
-        """What page addresses are counted from; lives as long as dtype and device stay."""
+        """The tensor that page addresses are relative to; replaced if dtype or device change."""
         like = self.like
         held = self._anchor
         if held is None or (held.dtype, held.device) != (like.dtype, like.device):
@@ -93,7 +93,7 @@ class FusedDecoder(Decoder):
     def unsupported(self) -> str | None:
         """Why the kernels cannot run this model at all; ``None`` if they can.
 
-        What changes from call to call (gradients, hooks, adapters) is not meant.
+        Conditions that vary from call to call (gradients, hooks, adapters) do not count.
         """
         dtype, shape = self.like.dtype, self.plan.shape
         if self.ops.implementation is Implementation.TRITON:
@@ -109,23 +109,23 @@ class FusedDecoder(Decoder):
             return routing
         merged = [weights.merged for weights in self.weights]
         if any(own is not None and not own.is_fusable for own in merged):
-            allowed = "SiLU, gated, or ReLU, not gated; RMS norms of heads"
+            allowed = "gated SiLU or plain ReLU; RMS norms of heads"
             return f"activation of the FFN, or a norm of heads; supported: {allowed}"
         return None
 
     @property
     def is_fused(self) -> bool:
-        """Whether forwards without gradients run on the fused operations at present."""
+        """Whether forwards without gradients currently run on the fused operations."""
         return bool(self._fused_blocks)
 
     @property
     def blocks(self) -> Sequence[FusedBlock]:
-        """The layers as the fused operations run them; of no use after the next ``refresh``."""
+        """The layers as the fused operations run them; invalid after the next ``refresh``."""
         return self._fused_blocks
 
     def addresses(self) -> tuple[int, ...]:
-        """Where the weights lay that graphs read, at the last ``refresh``: parameters may get
-        other data."""
+        """Addresses, at the last ``refresh``, of the weights that graphs read: a parameter's data
+        may be replaced."""
         table = self.positions.table
         return self._addresses if table is None else (*self._addresses, table.data_ptr())
 
@@ -155,7 +155,7 @@ class FusedDecoder(Decoder):
         self.version += 1
         self._made_of, self._scales = made_of, scales
         self._fused_blocks = []
-        if drops or self.unsupported() is not None:  # say, moved to another dtype
+        if drops or self.unsupported() is not None:  # for instance, moved to another dtype
             return
         tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
         head_dim = self.plan.shape.head_dim
@@ -219,7 +219,7 @@ class FusedDecoder(Decoder):
         watch: Watch | None,
         stage: int,
     ) -> Ran:
-        """As ``staged_forward.RunStage``."""
+        """See ``staged_forward.RunStage``."""
         captured = self._captured(h, layout, cache, wanted, watch, stage, features)
         if captured is not None:
             forward, numbers = captured
@@ -280,12 +280,12 @@ class FusedDecoder(Decoder):
         stage: int,
         features: DeepFeatures | None,
     ) -> tuple[CapturedForward, RowNumbers] | None:
-        """A graph for this forward, and what to run it with; ``None``: launch by launch."""
+        """A graph for this forward and the numbers to run it with; ``None``: run without one."""
         is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
         is_plain = is_plain and watch is None and not are_on()
         if not is_plain or not 0 < len(layout) <= MOST_ROWS:
             return None
-        # The last-layer rule is of the last stage.
+        # The last-layer rule applies to the last stage only.
         wanted = wanted if stage == len(self.plan.removals) else None
         layout = layout.filled(rounded_rows)
         numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
@@ -305,19 +305,19 @@ class FusedDecoder(Decoder):
     def _check(self, cache: PagedCache, wants_gradient: bool) -> None:
         if wants_gradient:
             raise ValueError(
-                "past_key_values: this cache was filled without gradients; allowed where gradients "
-                "are wanted: none (use_cache=False), or torch.no_grad() around the forward"
+                "past_key_values: this cache was filled without gradients; allowed: no cache "
+                "(use_cache=False) if gradients are wanted, else torch.no_grad() around the forward"
             )
         if not self.is_fused:
             raise RuntimeError(
                 "past_key_values: this cache was filled while the layers' projections were merged, "
-                "which they no longer can be (hooks, adapters or other weights); start from the "
-                "whole prompt"
+                "which is no longer possible (hooks, adapters or replaced weights); start again "
+                "from the whole prompt"
             )
         if cache.anchor is not self.anchor:
             raise ValueError(
                 "past_key_values: this cache was filled by another model, or before this one was "
-                "moved to another device or dtype; start from the whole prompt"
+                "moved to another device or dtype; start again from the whole prompt"
             )
 
 
@@ -332,7 +332,7 @@ def _addresses_of(blocks: Sequence[FusedBlock]) -> tuple[int, ...]:
 
 
 def _columns_of(held: Mapping[int, Tensor], layout: TokenLayout) -> dict[Table, Tensor]:
-    """Flags of rows ``[N]``, by layer, as those of columns ``[B, T]``: all in a few launches."""
+    """From flags of rows ``[N]``, by layer, to flags of columns ``[B, T]``, in few launches."""
     if not held:
         return {}
     columns = layout.unpack(torch.stack(list(held.values()), dim=1).bool())
@@ -340,7 +340,7 @@ def _columns_of(held: Mapping[int, Tensor], layout: TokenLayout) -> dict[Table, 
 
 
 def _is_cast(like: Tensor) -> bool:
-    """Whether autocast computes in another dtype than the weights'."""
+    """Whether autocast computes in a dtype other than the weights'."""
     kind = like.device.type
     is_on = torch.is_autocast_enabled(kind)
     return is_on and torch.get_autocast_dtype(kind) != like.dtype

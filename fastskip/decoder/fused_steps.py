@@ -1,4 +1,4 @@
-"""The steps of a plan on the fused operations: layer after layer, or two at once."""
+"""The steps of a plan on the fused operations: one layer at a time, or two at once."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def run_steps(
     features: PlacedFeatures | None = None,
     note: Watch | None = None,
 ) -> Stream:
-    """Every step of the plan, or those of ``steps``, on ``h [N, D]``, which is written.
+    """Runs every step of the plan, or only ``steps``, on ``h [N, D]``, which is written.
 
-    ``reader``: the norm that reads all rows after them; given, updates leave the half of the norm
-    behind them wherever that reads all rows too. ``features`` enter behind the first layers,
-    without a ``reader``. ``watch`` sees what comes to each layer before they do, ``note`` what the
-    layer reads.
+    ``reader``: the norm that reads all rows after them; if given, every update also computes half
+    of the norm that follows it, wherever that reads all rows too. ``features`` are added after the
+    first layers, only without a ``reader``. ``watch`` gets the input of each layer before features
+    are added, ``note`` what the last layer of each step reads.
     """
     assert features is None or reader is None
     steps = plan.steps if steps is None else steps
@@ -74,7 +74,7 @@ def _readers(
     steps: Sequence[tuple[int, ...]],
     reader: Norm | None,
 ) -> list[Readers]:
-    """Of each step; nobody where no half is wanted."""
+    """The readers of each step; ``NOBODY`` where no half is wanted."""
     found = [NOBODY] * len(steps)
     if reader is None:
         return found
@@ -94,9 +94,10 @@ def run_pair(
     rows: tuple[FusedRows, FusedRows],
     store: Store,
 ) -> Tensor:
-    """Two blocks from the same input, each half of both in one launch.
+    """Runs two blocks on the same input, each half of both in one launch.
 
-    ``out = h + d_l + d_{l+1}``, or their mean, where ``d`` is all that a dense block adds.
+    ``out = h + d_l + d_{l+1}``, or with the mean of the two, where ``d`` is the whole change that a
+    dense block makes.
     """
     ops, (first, second) = blocks[0].ops, rows
     if first.before is not None:
@@ -113,7 +114,7 @@ def run_pair(
         for block, own in zip(blocks, rows, strict=True):
             block.leave_entries(Stream(h), own, store)
     h = narrowed(h, first)
-    if first.reach is None:  # every row that goes on is a pad
+    if first.reach is None:  # every row that continues is a pad
         return h
     if isinstance(first.reach, StepReach) and isinstance(second.reach, StepReach):
         assert queries is not None

@@ -1,7 +1,7 @@
 """A decoder layer whose rows are chosen on the device: the fused operations, guarded by flags.
 
-The host knows how many rows there may be and where each lies, never how many run. Tensors of rows
-are therefore in the order of ``h``, and what they hold for rows that do not run is unspecified.
+The host knows how many rows there may be and where each lies, but never how many run. Tensors of
+rows are therefore in the order of ``h``; their values for rows that do not run are unspecified.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastskip.ops.routes import Chosen, Route
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Rotated queries ``[N, H, K]``, who has one, and what they see."""
+    """Rotated queries ``[N, H, K]``, the rows that have one, and what they see."""
 
     rows: Tensor
     chosen: Chosen
@@ -36,7 +36,7 @@ class Queries:
 
 
 class GuardedBlock(FusedBlock):
-    """A ``FusedBlock`` that goes by the guarded parts of its rows where there are some."""
+    """A ``FusedBlock`` that uses the guarded parts of its rows where there are any."""
 
     def run_attention(
         self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
@@ -60,7 +60,7 @@ class GuardedBlock(FusedBlock):
         return Stream(stream.h)
 
     def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
-        """Both sublayers read ``h``, so neither updates it before the other has read."""
+        """Both sublayers read ``h``, so neither updates it before the other has read it."""
         attention, ffn = rows.attention, rows.ffn
         if attention is None and ffn is None:
             return super().run_parallel(h, rows, store)
@@ -101,7 +101,7 @@ class GuardedBlock(FusedBlock):
         ffn: GuardedFeed,
         store: Store,
     ) -> Tensor:
-        """Both halves guarded: each takes one launch, as in a layer without guards."""
+        """Both sublayers guarded: each half takes one launch, as in a layer without guards."""
         targets, reach = self._placed(attention, rows)
         attends = self.ops.choose_rows(attention.runs)
         feeds = attends if ffn.runs is attention.runs else self.ops.choose_rows(ffn.runs)
@@ -115,7 +115,7 @@ class GuardedBlock(FusedBlock):
     def _project_guarded(
         self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store
     ) -> Queries:
-        """Stores the layer's entries; the queries of the rows that go on and attend."""
+        """Stores the layer's entries; returns the queries of the rows that continue and attend."""
         targets, reach = self._placed(own, rows)
         narrow = rows.narrow
         if narrow is None:
@@ -134,12 +134,12 @@ class GuardedBlock(FusedBlock):
         return Queries(queries, chosen, replace(reach, runs=runs))
 
     def _leave_all(self, h: Tensor, targets: Targets, store: Store) -> None:
-        """Entries of every row that has a slot."""
+        """Projects and stores the entries of every row that has a slot."""
         keys_values = self.projection(targets, store, linear=self.weights.keys_values)
         self.ops.project_append(h, [keys_values])
 
     def _placed(self, own: GuardedAttention, rows: FusedRows) -> tuple[Targets, Reach | StepReach]:
-        """Where entries go and what rows see; of a hollow layer's prompt as the flags say."""
+        """Where entries go and what rows see; for a hollow layer's prompt, by the flags."""
         targets, reach, placing = own.targets, replace(own.reach, runs=own.runs), own.placing
         if placing is None:
             return targets, reach
@@ -165,7 +165,7 @@ class GuardedBlock(FusedBlock):
         return self.ops.attend_rows(queries.rows, queries.reach, pages, self.scale)
 
     def _feed_guarded(self, h: Tensor, rows: FusedRows, own: GuardedFeed) -> tuple[Tensor, Chosen]:
-        """``[N, F]`` of the rows of ``h``, which is what goes on, that run the FFN."""
+        """``[N, F]`` of the rows of ``h``, which is already narrowed, that run the FFN."""
         runs = own.runs if rows.narrow is None else rows.narrow.take(own.runs)
         if own.between is not None:
             between = own.between
@@ -190,7 +190,7 @@ class BodiedBlock(GuardedBlock):
 
     @classmethod
     def of(cls, block: FusedBlock, bodies: Bodies) -> Self:
-        """The same layer."""
+        """The same layer with ``bodies``."""
         own = {each.name: getattr(block, each.name) for each in fields(FusedBlock)}
         return cls(**own, bodies=bodies)
 
@@ -209,7 +209,7 @@ def leaves_entries(own: GuardedAttention) -> bool:
 
 
 def _narrowed_route(route: Route, narrow: Selection, runs: dict[int, Tensor]) -> Route:
-    """The same decisions on the rows that go on; ``runs``: their flags, by those of all rows."""
+    """The same decisions on the rows that continue; ``runs``: their flags, by id of all rows'."""
     trace = route.trace
     return replace(
         route,

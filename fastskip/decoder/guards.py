@@ -1,4 +1,4 @@
-"""Which decisions a plan takes and where: what the device executor keeps flags for."""
+"""Which decisions a plan makes and where: what the device executor keeps flags for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Classes = frozenset[TokenClass]
 
 
 class Point(Enum):
-    """Where in a layer a decision falls: before it, or between its sublayers."""
+    """Where in a layer a decision is made: before it, or between its sublayers."""
 
     START = "start"
     MIDDLE = "middle"
@@ -29,9 +29,9 @@ class Ruling:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """One flag a row: whether it runs ``sublayers`` of a layer.
+    """One flag per row: whether it runs ``sublayers`` of a layer.
 
-    ``running``: classes whose flag starts as 1; the rulings then decide on theirs.
+    ``running``: classes whose flag starts as 1; each ruling then decides on its own classes.
     """
 
     layer: int
@@ -43,8 +43,8 @@ class Guard:
 def guards_of(plan: SkipPlan, present: Classes) -> tuple[Guard, ...]:
     """The guards of all layers for rows of the classes ``present``.
 
-    A router that guards a whole block has one flag for both sublayers, where nothing else tells
-    them apart.
+    A router that guards a whole block has one flag for both sublayers, unless something else
+    distinguishes them.
     """
     found: list[Guard] = []
     for index, cells in plan.routed_by_layer.items():
@@ -86,6 +86,6 @@ def _rulings(
 
 
 def point_of(layer: LayerPlan, cell: RoutedCell) -> Point:
-    """A router of the FFN alone waits for what the attention leaves, where that comes first."""
+    """A router of the FFN alone waits for the attention's output, where attention comes first."""
     waits = cell.skip == {Sublayer.FFN} and layer.arrangement is not Arrangement.PARALLEL
     return Point.MIDDLE if waits else Point.START

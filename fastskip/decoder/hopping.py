@@ -1,7 +1,7 @@
 """A decode step as a loop over the layers that some row runs: see ``ops.hops``.
 
-The loop takes the place of all layers from the first that is decided on to the last. Layers before
-and behind it run as they always do, and so does the decision on its first layer.
+The loop replaces all layers from the first that a router decides on to the last. Layers before and
+after it run as usual, and so does the decision on its first layer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fastskip.plan import SkipPlan
 from fastskip.policy import Arrangement
 
 TURNS = 4
-"""Layers of one turn of a loop: so many share what a turn costs, and so many less one may be
-launched in vain at its end."""
+"""Layers per iteration of the loop: they share its overhead, and at the end up to one less than
+that may be launched for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hopping:
-    """The loop over ``layers`` of a plan, ``turns`` of them a turn."""
+    """The loop over ``layers`` of a plan, ``turns`` of them per iteration."""
 
     layers: range
     hops: Hops
@@ -44,7 +44,7 @@ class Hopping:
         bodies: Bodies,
         turns: int | None = None,
     ) -> Hopping | None:
-        """The loop of a state's steps; ``None`` where a plan has none."""
+        """The loop of a state's steps; ``None`` if its plan allows none."""
         routes = state.routes
         decided = [] if routes is None else [guard.layer for guard in routes.guards]
         if routes is None or not decided:
@@ -69,7 +69,7 @@ class Hopping:
     def run(
         self, plan: SkipPlan, blocks: Sequence[FusedBlock], h: Tensor, state: StepState
     ) -> Tensor:
-        """All layers of ``plan`` on ``h [n, D]``, in place."""
+        """Runs all layers of ``plan`` on ``h [n, D]``, in place."""
         first, last = self.layers[0], self.layers[-1]
         before = [step for step in plan.steps if step[-1] < first]
         behind = [step for step in plan.steps if step[0] > last]
@@ -93,7 +93,7 @@ class Hopping:
 
 
 def _layer_of(block: FusedBlock, state: StepState) -> HopLayer | None:
-    """A layer as the loop runs it; ``None`` where it cannot."""
+    """A layer as the loop runs it; ``None`` if it cannot."""
     plan, weights = block.plan, block.weights
     rows = state.rows_of(plan, False)
     if not _is_whole(rows) or plan.arrangement is not Arrangement.SEQUENTIAL:
@@ -121,5 +121,5 @@ def _layer_of(block: FusedBlock, state: StepState) -> HopLayer | None:
 
 
 def _is_whole(rows: FusedRows) -> bool:
-    """Whether a layer's rows run both sublayers, or would if nobody decided on them."""
+    """Whether a layer's rows run both sublayers, or would without routers."""
     return rows.joint.count > 0 and rows.feeding.count > 0 and rows.then_attention is None

@@ -1,4 +1,4 @@
-"""Graphs of work that comes again: which of them are kept, and the memory that they share."""
+"""Graphs of recurring work: which of them are kept, and the memory that they share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ V = TypeVar("V")
 
 
 class Graphs(Recent[K, V]):
-    """Up to ``most`` graphs by what they have baked in; the least recently used one goes first.
+    """Up to ``most`` graphs by what they have baked in; the least recently used is evicted first.
 
-    A capture takes as long as several runs: ``pays`` says when a key has come often enough. No two
-    of them run at the same time, so all have one memory for what they compute.
+    A capture takes as long as several runs: ``pays`` says when a key has occurred often enough. No
+    two graphs run at the same time, so all share one memory pool.
     """
 
     def __init__(self, most: int, seen: int = 0) -> None:
-        """``seen``: keys remembered that have no graph."""
+        """``seen``: keys without a graph that are remembered."""
         super().__init__(most)
         self._sightings: Sightings[K] = Sightings(seen)
         self._version: object = None
@@ -36,26 +36,26 @@ class Graphs(Recent[K, V]):
         self._pool, self._bodies = None, None
 
     def renew(self, version: object) -> None:
-        """``version``: what all of them have baked in; none stays where it is another one."""
+        """Drops all graphs if ``version``, which all of them have baked in, has changed."""
         if version != self._version:
             self._version = version
             self.clear()
 
     def pays(self, key: K) -> bool:
-        """Whether a graph pays of a key that is asked for and has none."""
+        """Whether to capture a graph for a key that is requested and has none."""
         return self._sightings.pays(key, has_room=self.has_room)
 
     def bodies(self, device: torch.device) -> Bodies:
-        """What all of them leave out bodies by."""
+        """The conditional bodies' implementation, which all graphs share."""
         if self._bodies is None:
             self._bodies = bodies_on(device)
         return self._bodies
 
     def make(self, key: K, device: torch.device, build: Callable[[Any], V]) -> V:
-        """The graph of a key, ``build`` of the memory that it is to use."""
+        """Makes and keeps the graph of a key: ``build`` of the memory pool to use."""
         self.make_room(key)
         if self._pool is None:
             self._pool = new_pool(device)
-        # Its buffers outlive a caller's inference mode, which would forbid writing them later.
+        # Its buffers outlive a caller's inference mode, which would forbid writing to them later.
         with torch.inference_mode(False), torch.no_grad():
             return self.keep(key, build(self._pool))

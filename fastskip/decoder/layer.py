@@ -1,4 +1,4 @@
-"""One decoder layer on sets of rows: skipping shows as which rows enter a sublayer."""
+"""One decoder layer on sets of rows: which rows enter a sublayer expresses what is skipped."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ class BlockRows:
         joint: rows whose q, k and v are projected together (they attend and hold an entry).
         stored: rows that only leave K and V.
         raw: rows that leave what the attention would have read, as K and V.
-        reused: rows that copy their entry of a lower layer, by that layer.
-        narrow: after the K/V of the last layer only these rows go on; ``None`` elsewhere. The
-            fields below index what is left.
-        attending: rows that run attention; those not in ``joint`` project q alone.
-        replaced: rows whose residual stream becomes the attention's norm.
+        reused: rows that copy their entry from a lower layer, by that layer.
+        narrow: in the last layer, the only rows that continue after the K/V are written; ``None``
+            elsewhere. The fields below index what is left.
+        attending: rows that run attention; those not in ``joint`` project only q.
+        replaced: rows whose residual stream is replaced by its attention norm.
         feeding: rows that run the FFN after the attention.
         beside: rows whose FFN reads what the attention reads.
-        paired, alone: in a pair of layers: rows that read one input in both, and those that run
-            one layer after the other; ``merged``: all paired rows, also those that do not go on.
+        paired, alone: in a pair of layers: rows that read the same input in both, and rows that
+            run one layer after the other; ``merged``: all paired rows, whether they continue or
+            not.
         pattern: what the attending rows see; ``None`` without any.
-        decide_feeding: where a router decides on the FFN alone: from what the attention leaves to
-            the rows that run it, instead of ``feeding``.
-        factors: by layer and sublayer, ``[N]``: what the changes of all packed rows are multiplied
-            by, where a router is trained; complete once it has decided.
+        decide_feeding: where a router decides on the FFN alone: from the attention's output to the
+            rows that run the FFN, instead of ``feeding``.
+        factors: where a router is trained: by layer and sublayer, the factors ``[N]`` on the
+            changes of all packed rows; complete once it has decided.
     """
 
     joint: Rows
@@ -61,7 +62,7 @@ class BlockRows:
 
     @property
     def are_idle(self) -> bool:
-        """Whether no row does anything in the layer, nor leaves anything."""
+        """Whether no row does anything in the layer or leaves anything."""
         return self.pattern is None and not (
             self.joint.count
             or self.stored.count
@@ -77,7 +78,7 @@ class BlockRows:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A decoder layer as the runtime sees it: products, plan, and the numbers of its attention."""
+    """A decoder layer as the runtime sees it: its projections, plan and attention parameters."""
 
     products: Products
     plan: LayerPlan
@@ -108,10 +109,10 @@ class Block:
 
     def change(self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries) -> Tensor:
         """``d``: what the dense layer adds to each row of its (narrowed) input; zero for rows that
-        do not attend. Both blocks of a pair read it from the same ``h``."""
+        do not attend. Both blocks of a pair compute it from the same ``h``."""
         attention = self._attention(h, rows, rotation, entries)
         h = (rows.narrow or _all(h)).take(h)
-        if attention is None:  # the rows that go on are none: every one wanted is a pad
+        if attention is None:  # no row continues: every one wanted is a pad
             return h.new_zeros(h.shape)
         change = attention + self.products.ffn(
             self.products.ffn_norm(rows.attending.take(h) + attention)
@@ -156,7 +157,7 @@ class Block:
         return self._scaled(change, Sublayer.ATTENTION, rows.attending, rows)
 
     def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Turns) -> Tensor:
-        """Queries of the last layer, whose K and V were projected for more rows than go on."""
+        """Queries of the last layer, whose K and V were projected for more rows than continue."""
         narrow = rows.narrow or _all(h)
         x = self.products.attention_norm(rows.attending.take(narrow.take(h)))
         return rotation.take(narrow).take(rows.attending).turn(self.products.queries(x))

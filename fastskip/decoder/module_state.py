@@ -1,4 +1,4 @@
-"""Whether modules are as they were when something was made of their weights."""
+"""Whether modules have changed since something was built from their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS
 
-# Of a module's attributes, what may change: hooks, and which modules lie in it.
+# A module's attributes that may change: its mode, its hooks and its children.
 _mutable = itemgetter(
     "training",
     "_forward_hooks",
@@ -22,29 +22,29 @@ _mutable = itemgetter(
 )
 _own_parameters = itemgetter("_parameters")
 _kind = attrgetter("dtype", "requires_grad")
-# Numbers that what is made of a module may hold: norms' and attentions'.
+# Scalars of norms and attentions that may be baked into what is built from them.
 _NUMBERS = (*NORM_NUMBERS, "scaling")
 _Attributes = list[dict[str, Any]]
 
 
 class ModuleState:
-    """Which modules and parameters modules have, where they lie, and who hooks them.
+    """A snapshot of modules: their children, parameters, addresses and hooks.
 
-    What is made of weights, merged storages or a graph, is right as long as nothing of it differs.
-    A look at all of it is made before every prompt, so it has to be quick: a model of 32 layers has
-    some 400 modules and 300 parameters.
+    What is built from weights (merged storages, graphs) is valid as long as none of these differ.
+    They are checked before every prompt, so that has to be quick: a model of 32 layers has some
+    400 modules and 300 parameters.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        # Weakly, since they may have what keeps this.
+        # Weakly, since they may own what holds this.
         self._outer = [weakref.ref(module) for module in modules]
-        # Attributes of a module are slow to look up. Whole dictionaries, since what is in them may
-        # be replaced.
+        # Module attributes are slow to look up, so their dictionaries are kept; whole ones, since
+        # the values in them may be replaced.
         inner = (each for module in modules for each in module.modules() if each is not module)
         self._inner = [vars(each) for each in inner]
         owns = [*map(vars, modules), *self._inner]
         self._seen = [tuple(map(_copied, own)) for own in map(_mutable, owns)]
-        # Held, so that no other tensor gets the identity of one.
+        # Kept alive, so that no other tensor reuses an identity.
         self._parameters = _list_parameters(owns)
         self._real = [each for each in self._parameters if each is not None]
         self._numbered = [
@@ -68,9 +68,9 @@ class ModuleState:
         )
 
     def _look(self, owns: _Attributes) -> tuple[list[object], ...]:
-        """What matters of parameters, and of the modules that have them."""
+        """The facts that matter about parameters and the modules that own them."""
         return (
-            # As accelerate hooks a module.
+            # How accelerate hooks a module.
             [*map(contains, owns, repeat("forward"))],
             [owns[index].get(name) for index, name in self._numbered],
             [*map(Tensor.data_ptr, self._real)],

@@ -1,4 +1,4 @@
-"""The cache of the device executor: the same columns and counts, entries in pages."""
+"""The device executor's cache: the same columns and counts, with entries in pages."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fastskip.tokens import CODES, TokenLayout, member
 class PagedCache(SkipCache):
     """A ``SkipCache`` whose entries lie in pages.
 
-    ``pools`` has one pool of pages an entry table, and one for all layers that are hollow alike,
-    which may need as many pages. Who has entries in a hollow layer is known on the device only:
-    there ``device_counts [B]`` and the table's ``held [B, C]`` lie, and the table's own counts are
-    what there may be at most. ``hollow_counts [tables, >= B]`` is the memory of all
-    ``device_counts``, so that one copy takes them along.
+    ``pools`` has one pool of pages per entry table, and one for all hollow layers of the same
+    classes, which may need as many pages. Which rows have entries in a hollow layer is known only
+    on the device: ``device_counts [B]`` and the table's ``held [B, C]`` lie there, and the table's
+    own counts are upper bounds. ``hollow_counts [tables, >= B]`` is the memory of all
+    ``device_counts``, so that one copy covers them all.
     """
 
     def __init__(self, plan: SkipPlan, anchor: Tensor, *, reserve: int = 0) -> None:
@@ -56,9 +56,9 @@ class PagedCache(SkipCache):
         if not self.device_counts:
             counts = aligned_counts(len(hollow), layout.batch, self.anchor.device)
             self._set_counts(counts, hollow, layout.batch)
-            nobody = torch.zeros(layout.batch, 0, dtype=torch.bool, device=self.anchor.device)
+            none = torch.zeros(layout.batch, 0, dtype=torch.bool, device=self.anchor.device)
             for key in hollow:
-                self.tables[key].held = nobody
+                self.tables[key].held = none
         for pool, layers in self.plan.layers_by_pool.items():
             if isinstance(pool, Hollow):
                 needed = list(map(add, self._most(pool), layout.counts(pool.classes)))
@@ -69,11 +69,11 @@ class PagedCache(SkipCache):
         self.device_counts = {key: own[:batch] for key, own in zip(keys, counts, strict=True)}
 
     def _holding(self, key: Table) -> frozenset[TokenClass]:
-        """The classes that have entries, or may have, in the layers of a table."""
+        """The classes that have, or may have, entries in the layers of a table."""
         return self.plan.layers[self._layers_by_table[key][0]].holding
 
     def _most(self, pool: Pool) -> list[int]:
-        """``[B]``: entries that a layer of a pool has, or may have, at most."""
+        """``[B]``: the most entries that a layer of a pool has, or may have."""
         counts = [self.tables[key].counts for key in self.plan.tables_by_pool[pool]]
         return [max(own) for own in zip(*counts, strict=True)]
 
@@ -100,14 +100,14 @@ class PagedCache(SkipCache):
         return {key: layout.counts(self._holding(key)) for key in held}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As ``SkipCache.crop``; waits for the device where a layer is hollow."""
+        """Like ``SkipCache.crop``; waits for the device if a layer is hollow."""
         super().crop(tokens_to_remove)
         for key, counts in self.device_counts.items():
             counts.copy_(torch.tensor(self.tables[key].counts, dtype=torch.int32))
 
     def make_room_for_steps(self, done: int, steps: int) -> bool:
-        """Room for ``steps`` generated rows a sequence after ``done`` uncommitted ones; says
-        whether pages were added."""
+        """Makes room for ``steps`` generated rows per sequence after ``done`` uncommitted ones;
+        returns whether pages were added."""
         later = max(0, self.reserve - self.columns - done - steps)
         added = False
         for key, pool in self.pools.items():
@@ -121,7 +121,7 @@ class PagedCache(SkipCache):
         """Counts ``steps`` columns of generated rows, whose entries decode steps have written.
 
         ``held [tables, B, steps]`` bool, on the device: which of them have entries in hollow
-        layers, by ``plan.hollow_tables``; ``None`` without steps or such layers.
+        layers, in the order of ``plan.hollow_tables``; ``None`` without steps or such layers.
         """
         batch = self.codes.shape[0]
         new = torch.full((batch, steps), CODES[TokenClass.GENERATED])
@@ -152,8 +152,8 @@ class PagedCache(SkipCache):
         return total
 
     def allocated_bytes(self) -> int:
-        """Bytes of all pages: the live entries, the columns reserved for ``generate``, and less
-        than ``PAGE`` slots a sequence and layer (after growth: than ``GROWTH_PAGES`` pages)."""
+        """Bytes of all pages: live entries, columns reserved for ``generate``, and under ``PAGE``
+        slots (after growth: ``GROWTH_PAGES`` pages) per sequence and layer."""
         return sum(pool.allocated_bytes for pool in self.pools.values())
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -169,7 +169,7 @@ class PagedCache(SkipCache):
             self._set_counts(counts, keys, len(indices))
 
     def reset(self) -> None:
-        """Forgets every column; pages are given back."""
+        """Drops all columns and frees the pages."""
         super().reset()
         self.pools.clear()
         self.device_counts.clear()
@@ -177,6 +177,6 @@ class PagedCache(SkipCache):
 
 
 def aligned_counts(tables: int, batch: int, device: torch.device) -> Tensor:
-    """int32 zeros; each row begins at a multiple of 16 bytes, as a tensor of its own would."""
-    with outliving():  # as ``empty``: steps write to it
+    """int32 zeros; each row is aligned to 16 bytes, as a separate tensor would be."""
+    with outliving():  # like ``empty``: steps write to it
         return torch.zeros(tables, -(-batch // 4) * 4, dtype=torch.int32, device=device)

@@ -11,15 +11,15 @@ from torch import Tensor
 from fastskip.ops.allocate import empty, to_device
 from fastskip.ops.contracts import PAGE, Pages
 
-# What a sequence gets when it outgrows what was foreseen by one slot.
+# What a sequence gets when it outgrows its reservation by one slot.
 GROWTH_PAGES = 4
 
 
 class PagePool:
     """The pages of all layers that hold the same set of classes.
 
-    One page keeps ``PAGE`` slots of one sequence for every layer of the set, so a sequence's table
-    is the same for all of them. Growth adds a slab; nothing that is stored moves.
+    One page holds ``PAGE`` slots of one sequence for every layer of the set, so a sequence's table
+    is the same for all of them. Growth adds a slab; stored entries never move.
     """
 
     def __init__(
@@ -47,12 +47,13 @@ class PagePool:
         return sum(slab.numel() * slab.element_size() for slab in self.slabs)
 
     def reserve(self, needed: Sequence[int], later: int) -> bool:
-        """Room for ``needed[b]`` slots a sequence; says whether pages were added.
+        """Makes room for ``needed[b]`` slots per sequence; returns whether pages were added.
 
-        Who needs pages gets as many as ``later`` further slots take too, or a few to grow into.
+        A sequence that needs pages also gets those for ``later`` further slots, or a few to grow
+        into.
 
         Raises:
-            torch.OutOfMemoryError: with what to lower; the pool is as it was.
+            torch.OutOfMemoryError: says what to lower; the pool is unchanged.
         """
         wanted = []
         for pages, slots in zip(self._pages, needed, strict=True):
@@ -83,8 +84,8 @@ class PagePool:
             raise torch.OutOfMemoryError(
                 f"key/value cache: no memory for {size:.2f} GiB more ({len(needed)} sequences of "
                 f"up to {max(needed)} entries in {len(self.layers)} layers); lower the batch size, "
-                "max_new_tokens or the prompt, or use a policy whose skipped attention leaves no "
-                "entries (kv: omit)"
+                "max_new_tokens or the prompt length, or use a policy whose skipped attention "
+                "leaves no entries (kv: omit)"
             ) from error
 
     def capacity(self, sequence: int) -> int:
@@ -102,19 +103,19 @@ class PagePool:
 
     @property
     def width(self) -> int:
-        """Columns of the table: pages of the sequence that has most."""
+        """Columns of the table: the pages of the sequence that has the most."""
         return max(1, *map(len, self._pages)) if self._pages else 1
 
     @property
     def table(self) -> Tensor:
-        """``[B, P]`` int64 on the device; rows of shorter sequences end in repeats."""
+        """``[B, P]`` int64 on the device; shorter sequences repeat their last page."""
         if self._table is None:
             host = torch.tensor(self.rows(self.width), dtype=torch.int64)
             self._table = to_device(host.view(-1, self.width), self.anchor.device)
         return self._table
 
     def rows(self, width: int) -> list[list[int]]:
-        """The table's rows, each so wide."""
+        """The table's rows, each padded to ``width``."""
         return [row + (row[-1:] or [0]) * (width - len(row)) for row in self.offsets()]
 
     def offset_of(self, layer: int) -> int:
@@ -145,7 +146,7 @@ class PagePool:
         return torch.cat(parts, dim=1)[:, :count]
 
     def select(self, sequences: Sequence[int]) -> None:
-        """Keeps (or repeats) sequences: each gets pages of its own in one new slab."""
+        """Keeps (or repeats) sequences: each gets its own pages in one new slab."""
         chosen = [self._pages[sequence] for sequence in sequences]
         flat = [page for pages in chosen for page in pages]
         if flat:

@@ -1,4 +1,4 @@
-"""Numbers of a forward's rows at fixed addresses on the device, sent anew for each forward."""
+"""Numbers of a forward's rows at fixed addresses on the device, sent again for each forward."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastskip.decoder.fused_rows import Recipe
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.ops.allocate import copy_over
 
-# Numbers of one chunk of device memory; larger recipes get a chunk of their own.
+# Numbers per chunk of device memory; larger recipes get a chunk of their own.
 CHUNK = 1 << 15
-# Each tensor begins at a multiple of so many numbers, since kernels are compiled for that.
+# Each tensor begins at a multiple of this many numbers, since kernels are compiled for that.
 ALIGNMENT = 16
 
 
 class Parcel:
-    """What recipes yielded, in chunks of device memory, and the recipes to write it again.
+    """The numbers that recipes yield, in chunks of device memory, and the recipes to rewrite them.
 
     ``send`` is a ``fused_rows.Send``.
     """
@@ -28,7 +28,7 @@ class Parcel:
         self._free = 0
 
     def send(self, recipe: Recipe) -> Tensor:
-        """The recipe's numbers on the device, int32; those of the next forward after ``load``."""
+        """The recipe's numbers on the device, int32; after ``load`` those of the next forward."""
         found = recipe(self._numbers).to(torch.int32)
         size = -(-found.numel() // ALIGNMENT) * ALIGNMENT
         if not self._chunks or self._free < size:
@@ -43,12 +43,14 @@ class Parcel:
         return device[there]
 
     def load(self, numbers: RowNumbers) -> None:
-        """Sends the numbers of another forward, whose rows are as many, to the same places."""
+        """Sends the numbers of another forward with equally many rows to the same addresses."""
         self._numbers = numbers
         for recipe, host in self._recipes:
             found = recipe(numbers)
             if found.shape != host.shape:  # copy_ would broadcast
-                raise RuntimeError(f"{tuple(found.shape)} numbers, {tuple(host.shape)} wanted")
+                raise RuntimeError(
+                    f"recipe: numbers {list(found.shape)}; allowed: {list(host.shape)}, as captured"
+                )
             host.copy_(found)
         for host, device in self._chunks:
             copy_over(host, device)

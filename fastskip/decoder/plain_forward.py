@@ -1,4 +1,4 @@
-"""One forward of the plain runtime: rows go through the plan's steps, fewer after removals."""
+"""One forward of the plain runtime: rows pass through the plan's steps, fewer after removals."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Watch = Callable[[int, Tensor], None]
 
 
 class PlainForward:
-    """The rows of one forward, what is computed of them and what enters and leaves on the way.
+    """One forward: its rows, what they compute, and what is added and removed on the way.
 
     Attributes:
         layout, rotation: of the rows that it begins with.
-        narrow: the only rows that the last step has to give; ``None``: all of them. Where routers
-            or removals need the others so late, they are taken when the last step is done.
-        static: the rows that the plan names, of those that are left.
-        routed: those that decide for themselves; the caller's to set, where the plan has routers.
+        narrow: the only rows that the last step has to return; ``None``: all of them. Where
+            routers or removals still need the others there, they are selected after it.
+        static: the rows as the plan determines them, among those that are left.
+        routed: the rows as routers determine them; set by the caller if the plan has routers.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class PlainForward:
         self.static = StepRows(plan, layout, entries, self.narrow)
         self.routed: RoutedRows | None = None
         self._placed = self._place()
-        # The layers whose features have not entered yet.
+        # The layers whose features have not been added yet.
         self._behind: tuple[int, ...] = ()
 
     def run(self, h: Tensor) -> Tensor:
-        """``[N, D]``, packed, through all steps: ``[N, D]``, or ``[n, D]`` as wanted."""
+        """Runs packed rows ``[N, D]`` through all steps: ``[N, D]``, or ``[n, D]`` as wanted."""
         for step in self._plan.steps:
             h = self._enter(step, h)
             h = self._compute(step, h)
@@ -79,11 +79,11 @@ class PlainForward:
         return whole if self._late is None else self._late.take(whole)
 
     def decisions(self) -> Decisions:
-        """Who skipped, or left."""
+        """Which rows skipped, or were removed."""
         return self._rest.decisions(self._plan) if self.routed is None else self.routed.decisions()
 
     def _enter(self, step: tuple[int, ...], h: Tensor) -> Tensor:
-        """Before a step: it is shown to those who look, and features of the last one enter."""
+        """Before a step: adds the previous step's features; then routers and removals look."""
         if self._watch is not None:
             for index in step:
                 self._watch(index, self._rest.whole(h))
@@ -115,7 +115,7 @@ class PlainForward:
         return _run_pair(h, plans, runs, inputs, rotation, entries, combine)
 
     def _remove(self, layer: int, h: Tensor) -> Tensor:
-        """Behind a layer some rows leave, with their features."""
+        """After a layer: removes rows, once features are added."""
         h = self._add_features(h)
         before = self._rest.layout
         h = self._rest.remove(layer, h)
@@ -146,10 +146,10 @@ def _run_pair(
     entries: Entries,
     combine: Add,
 ) -> Tensor:
-    """Two layers: paired rows read the same ``h`` in both, others run one after the other.
+    """Runs two layers: paired rows read the same ``h`` in both, others run them one by one.
 
-    Paired: ``out = h + d1 + d2``, or the mean of the two changes. Where they keep the mean of their
-    K and V, paired rows read the first layer's cache in both.
+    Paired: ``out = h + d1 + d2``, or with the mean of the two changes. Where the pair stores the
+    mean of its K and V, paired rows read the first layer's cache in both.
     """
     paired, alone = inputs[0].paired, inputs[0].alone
     plan, other = plans

@@ -1,4 +1,4 @@
-"""How rows know where they stand: queries and keys turn, or something is added to embeddings."""
+"""How rows get their positions: by rotating queries and keys, or by adding to embeddings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastskip.tokens import Rows, TokenLayout
 
 
 class Turns(Protocol):
-    """What an attention does to its queries and keys, of all packed rows or some of them."""
+    """The rotation of queries and keys, for all packed rows or some of them."""
 
     def take(self, rows: Rows) -> Turns:
-        """Of these rows."""
+        """The rotation of these rows."""
 
     def turn(self, heads: Tensor) -> Tensor:
-        """``[N, H, K] -> [N, H, K]``."""
+        """Rotates heads: ``[N, H, K] -> [N, H, K]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ class Positions(Protocol):
     """A decoder's positions.
 
     Attributes:
-        counts_pads: whether a row's position, where none is given, is its column.
-        has_axes: whether rows may stand elsewhere in time, height and width.
+        counts_pads: whether a row's default position is its column.
+        has_axes: whether rows may have separate positions in time, height and width.
         table: ``[positions, D]`` that decode steps add to embeddings; ``None``: nothing.
-        is_plain: whether ``table`` says all that is added.
+        is_plain: whether nothing but ``table`` is added.
     """
 
     counts_pads: bool
@@ -72,28 +72,28 @@ class Positions(Protocol):
     def is_plain(self) -> bool: ...
 
     def refresh(self) -> object:
-        """Before a forward: what positions are made of may have changed. Returns the same object
-        as long as it has not."""
+        """Called before a forward, since what positions are made of may have changed. Returns the
+        same object as long as it has not."""
 
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """What enters layer 0, of embeddings ``[N, D]`` at ``positions [N]`` of any device."""
+        """The input of layer 0, from embeddings ``[N, D]`` at ``positions [N]`` (any device)."""
 
     def check(self, positions: Tensor) -> None:
-        """Raises ``ValueError`` if one of ``positions [N]`` (host) is none."""
+        """Raises ``ValueError`` if one of ``positions [N]`` (host) does not exist."""
 
     def room(self, next_one: int) -> int:
         """How many positions there are from ``next_one`` on."""
 
     def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
-        """Of all its rows, in the dtype and on the device of ``like``."""
+        """The rotation of all rows, in the dtype and on the device of ``like``."""
 
     def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
-        """Tables of at least ``needed`` positions as kernels read them, or with a row for each one
-        that stands at ``axes [3, N]`` of any device, below ``needed``; ``None`` without RoPE."""
+        """Tables as kernels read them, of at least ``needed`` positions, or with one row for each
+        of ``axes [3, N]`` (any device), all below ``needed``; ``None`` without RoPE."""
 
 
 class RotaryPositions:
-    """RoPE: nothing is added, queries and keys turn."""
+    """RoPE: nothing is added; queries and keys are rotated."""
 
     counts_pads = True
     table = None
@@ -104,7 +104,7 @@ class RotaryPositions:
         text_model: Callable[[], Any],
         rotate: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> None:
-        # Not its rotary module, which users may replace.
+        # The model, not its rotary module, which users may replace.
         self._text_model, self._rotate = text_model, rotate
         self._tables = RotaryTable(text_model().rotary_emb)
 
@@ -124,14 +124,14 @@ class RotaryPositions:
     def check(self, positions: Tensor) -> None:
         limit = self._tables.limit
         if bool((positions < 0).any()):
-            raise ValueError(f"position_ids: {int(positions.min())}; allowed: 0 and more")
+            raise ValueError(f"position_ids: {int(positions.min())}; allowed: 0 or more")
         if limit is None:
             return
         wrong = positions[positions >= limit]
         if len(wrong):
             raise ValueError(
                 f"position_ids: {int(wrong[0])}; allowed: 0 to {limit - 1}, below "
-                "max_position_embeddings: past them dynamic RoPE turns all rows by other angles"
+                "max_position_embeddings: beyond it dynamic RoPE changes the angles of all rows"
             )
 
     def room(self, next_one: int) -> int:
@@ -152,13 +152,13 @@ class RotaryPositions:
 
 
 class LearnedPositions:
-    """A learned row a position is added to the embeddings, as in OPT; pads do not count."""
+    """A learned row per position is added to the embeddings, as in OPT; pads do not count."""
 
     counts_pads = False
     has_axes = False
 
     def __init__(self, text_model: Callable[[], Any]) -> None:
-        # Not its embedding, which users may replace.
+        # The model, not its embedding, which users may replace.
         self._text_model = text_model
 
     @property
@@ -174,11 +174,11 @@ class LearnedPositions:
         return is_own and not has_hooks(embedding)
 
     def refresh(self) -> object:
-        return None  # all is looked up when it is used
+        return None  # everything is looked up when it is used
 
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
         at = positions.to(rows.device)
-        # The mask would only say where the positions are, which are given.
+        # The mask would only serve to compute the positions, which are given.
         added: Tensor = self._text_model().embed_positions(None, position_ids=at)
         return rows + added
 
@@ -205,8 +205,7 @@ class LearnedPositions:
 def positions_of(
     text_model: Callable[[], Any], rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Positions:
-    """The positions of a decoder, which ``text_model()`` is; ``rotate``: the operation that turns
-    heads."""
+    """The positions of the decoder ``text_model()``; ``rotate``: rotates heads by tables."""
     if hasattr(text_model(), "embed_positions"):
         return LearnedPositions(text_model)
     return RotaryPositions(text_model, rotate)

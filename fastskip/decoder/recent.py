@@ -1,4 +1,4 @@
-"""What was used last: a map of bounded size, and what is worth a place in it."""
+"""A least-recently-used map of bounded size, and which keys are worth a place in it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import ItemsView, ValuesView
 from typing import Generic, TypeVar
 
 OFTEN = 8
-"""Times that a key has to come before another one loses its place to it."""
+"""Times that a key has to occur before it may evict another."""
 
 K = TypeVar("K")
 V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """Up to ``most`` values by key; the least recently used one goes first."""
+    """Up to ``most`` values by key; the least recently used is evicted first."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -24,7 +24,7 @@ class Recent(Generic[K, V]):
         return len(self._values)
 
     def get(self, key: K) -> V | None:
-        """The value of a key, which counts as used."""
+        """The value of a key, which now counts as just used; ``None`` if there is none."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
@@ -38,12 +38,12 @@ class Recent(Generic[K, V]):
 
     @property
     def has_room(self) -> bool:
-        """Whether one more value costs no other one its place."""
+        """Whether one more value evicts no other."""
         return len(self._values) < self._most
 
     def make_room(self, key: K) -> None:
-        """Lets the least recently used value go if one more would be too many: before the new one
-        takes memory."""
+        """Evicts the least recently used value if a new one would be too many: to be called before
+        the new one takes memory."""
         if key not in self._values and len(self._values) >= self._most:
             self._values.popitem(last=False)
 
@@ -58,10 +58,10 @@ class Recent(Generic[K, V]):
 
 
 class Sightings(Generic[K]):
-    """Which keys come often enough for a value that takes as long to make as several uses.
+    """Which keys occur often enough for a value that costs as much to make as several uses.
 
-    While there is room that is the second time. Then a new value costs another one its place, and
-    where more keys go round than there are places, nearly every one would be made again and again.
+    While there is room, twice is enough. After that a new value evicts another, and with more keys
+    in rotation than places, nearly every value would be made again and again.
     """
 
     def __init__(self, most: int) -> None:
@@ -69,7 +69,7 @@ class Sightings(Generic[K]):
         self._counts: Recent[K, int] = Recent(most)
 
     def pays(self, key: K, *, has_room: bool) -> bool:
-        """Whether a key that has come is to get a value now; then it begins anew."""
+        """Counts an occurrence of a key; says whether to make its value now, which resets that."""
         count = 1 + (self._counts.get(key) or 0)
         does_pay = count >= (2 if has_room else OFTEN)
         self._counts.keep(key, 0 if does_pay else count)

@@ -1,7 +1,7 @@
-"""Gradient checkpointing: a layer's activations are dropped and computed again when gradients come.
+"""Gradient checkpointing: a layer's activations are dropped and recomputed in the backward pass.
 
-transformers marks the layers to do so with (``gradient_checkpointing_enable``), and calls a layer
-that is in training mode so; this does the same for blocks.
+transformers marks the layers to checkpoint (``gradient_checkpointing_enable``) and checkpoints
+those that are in training mode; this does the same for blocks.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ Run = Callable[..., Tensor]
 
 
 def recomputes(layer: Any) -> bool:
-    """Whether transformers' layer is marked, and in training."""
+    """Whether a transformers layer is marked and in training mode."""
     return bool(layer.training and getattr(layer, "gradient_checkpointing", False))
 
 
 def maybe_recomputed(run: Run, layer: Any, index: int, entries: Entries) -> Run:
-    """``run(h, rows, ...)`` of a block as it is, or so that it runs again in the backward pass.
+    """A block's ``run(h, rows, ...)`` as it is, or so that it runs again in the backward pass.
 
-    Entries that a kept cache gets as well are written once, so such forwards keep activations.
+    Entries of a cache that is kept are written only once, so such forwards keep activations.
     """
-    is_light = isinstance(entries, GradientEntries) and not entries.is_kept and recomputes(layer)
-    if not is_light:
+    is_kept = not isinstance(entries, GradientEntries) or entries.is_kept
+    if is_kept or not recomputes(layer):
         return run
 
-    def again(h: Tensor, rows: BlockRows, *rest: Any) -> Tensor:
+    def rerun(h: Tensor, rows: BlockRows, *rest: Any) -> Tensor:
         assert isinstance(entries, GradientEntries)
         entries.forget(index)
         return run(h, rows, *rest)
 
-    def light(h: Tensor, rows: BlockRows, *rest: Any) -> Tensor:
+    def checkpointed(h: Tensor, rows: BlockRows, *rest: Any) -> Tensor:
         if rows.decide_feeding is not None:
             rows = replace(rows, decide_feeding=_once(rows.decide_feeding))
-        out: Tensor = checkpoint(again, h, rows, *rest, use_reentrant=False)
+        out: Tensor = checkpoint(rerun, h, rows, *rest, use_reentrant=False)
         return out
 
-    return light
+    return checkpointed
 
 
 def _once(decide: Callable[[Tensor], Rows]) -> Callable[[Tensor], Rows]:
-    """A router is asked once; what runs again does what was decided.
+    """Asks a router only once: the second run follows what was decided.
 
-    What a router that is trained needs for its own gradient is therefore kept.
+    What a trained router needs for its own gradient is therefore kept.
     """
     decided: list[Rows] = []
 
     def recalled(h: Tensor) -> Rows:
         if not decided:
-            with saved_tensors_hooks(_kept, _kept):
+            with saved_tensors_hooks(_unchanged, _unchanged):
                 decided.append(decide(h))
         return decided[0]
 
     return recalled
 
 
-def _kept(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor

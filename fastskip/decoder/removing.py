@@ -1,8 +1,8 @@
-"""Rows that leave a prompt between two layers: which ones, and what is left of the forward.
+"""Rows removed from a prompt between two layers: which ones, and what remains of the forward.
 
-After a removal the rows that stay are a smaller forward of their own: the columns that left are
-pads to all later layers, which compute, store and see nothing of them. Sources of the rankings:
-FastV (arXiv 2403.06764), PyramidDrop (arXiv 2410.17247).
+After a removal the remaining rows are a smaller forward: the removed columns are pads to all later
+layers, which compute, store and see nothing of them. Sources of the rankings: FastV (arXiv
+2403.06764), PyramidDrop (arXiv 2410.17247).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ GENERATED = CODES[TokenClass.GENERATED]
 
 
 def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tensor:
-    """How one row attends: ``[H, s]`` fp32 over ``keys [G, s, K]``, rotated.
+    """The attention weights of one row: ``[H, s]`` fp32 over rotated ``keys [G, s, K]``.
 
-    ``h [1, D]``: the row as it enters the layer; ``at``: where it stands.
+    ``h [1, D]``: the row as it enters the layer; ``at``: its rotation.
     """
     queries = at.turn(block.products.queries(block.products.attention_norm(h)))[0]
     keys = keys.float()
@@ -40,7 +40,7 @@ def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tenso
 
 
 class Keys(Protocol):
-    """What a removal asks of the entries of a forward."""
+    """What a removal needs of a forward's entries."""
 
     def columns(self, layer: int, sequence: int) -> Tensor:
         """The column of each entry of a sequence, new ones included: ``[count]``, host."""
@@ -49,35 +49,35 @@ class Keys(Protocol):
         """``[G, count, K]``: the keys of a sequence's first entries."""
 
     def past(self, layer: int, sequence: int) -> Tensor | None:
-        """``[G, n, K]``: the keys that earlier forwards left of a sequence, if any."""
+        """``[G, n, K]``: a sequence's keys from earlier forwards, if any."""
 
     def enter(self, layout: TokenLayout) -> None:
-        """Says which rows are left for the layers after the next removal."""
+        """Announces which rows remain for the layers after the next removal."""
 
     @property
     def left(self) -> Sequence[TokenLayout]:
-        """What ``enter`` was told."""
+        """What ``enter`` announced."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """In one sequence: who may leave ``[n]``, in column order, and the prompt's last row."""
+    """In one sequence: the removable rows ``[n]``, in column order, and the prompt's last row."""
 
     candidates: Tensor
     last: int
 
 
 def may_leave(plan: SkipPlan, layout: TokenLayout, rows: Rows) -> bool:
-    """Whether a removal may take some of these rows."""
+    """Whether a removal may drop any of these rows."""
     codes = rows.take(layout.codes)
     return any(bool(member(codes, rule.classes).any()) for rule in plan.removals)
 
 
 class RowsLeft:
-    """The rows of one forward that removals have left so far.
+    """The rows of one forward that remain after the removals so far.
 
     Attributes:
-        layout: of these rows; the one that the forward began with where none has left.
+        layout: of these rows; the forward's original one if none was removed.
         rotation: of these rows.
     """
 
@@ -91,22 +91,22 @@ class RowsLeft:
         *,
         keeps_gone: bool,
     ) -> None:
-        """``keeps_gone``: whether somebody will ask for ``whole``."""
+        """``keeps_gone``: whether ``whole`` will be called."""
         self.layout, self.rotation = layout, rotation
         self._blocks, self._entries, self._keeps_gone = blocks, entries, keeps_gone
         self._rules = {rule.after_layer: rule for rule in plan.removals}
         self._choices: list[_Choice] = []
         self._entering = torch.empty(0)
-        # Which rows of the whole forward these are, and those that left, as they left.
+        # Which rows of the whole forward these are, and the removed ones as they were then.
         self._ids: Tensor | None = None
         self._gone: list[tuple[Tensor, Tensor]] = []
-        # For proofs: the forward as it began, and ``[B, T]`` who might leave after a layer.
+        # For ``decisions``: the original layout, and ``[B, T]`` the removable rows after a layer.
         self._start, self._asked = layout, dict[int, Tensor]()
 
     def look(self, layer: int, h: Tensor) -> None:
-        """Rows ``h [N, D]`` stand before a layer: what a removal after it has to know of that."""
+        """Takes from the input ``h [N, D]`` of a layer what a removal after that layer needs."""
         rule = self._rules.get(layer)
-        # A step has nobody who may leave.
+        # A decode step has no removable rows.
         if rule is None or not any(self.layout.counts(rule.classes)):
             return
         self._choices = self._choose(rule)
@@ -115,7 +115,7 @@ class RowsLeft:
             self._entering = h.detach()[to_device(last, h.device)]
 
     def remove(self, layer: int, h: Tensor) -> Tensor:
-        """Rows ``[N, D]`` stand behind a layer: those that stay after it, ``[n, D]``."""
+        """From the output ``[N, D]`` of a layer: the rows that remain after it, ``[n, D]``."""
         rule = self._rules.get(layer)
         if rule is None:
             return h
@@ -126,11 +126,11 @@ class RowsLeft:
         asked = gone.clone()
         sizes = [len(choice.candidates) for choice in self._choices]
         with torch.no_grad():
-            # The one time that the host waits for the device.
+            # The only host sync.
             scores = torch.cat(self._scores(rule, h.detach())).cpu().split(sizes)
         for choice, own in zip(self._choices, scores, strict=True):
             asked[choice.candidates] = gone[choice.candidates] = True
-            # At equal scores the earlier ones stay.
+            # Of equal scores the earlier rows stay.
             order = torch.sort(own, descending=True, stable=True).indices
             gone[choice.candidates[order[: rule.keep.count(len(own))]]] = False
         self._asked[layer] = self.layout.unpack(asked)
@@ -141,15 +141,15 @@ class RowsLeft:
         return h
 
     def whole(self, h: Tensor) -> Tensor:
-        """All rows of the forward ``[N, D]``, in the order that it began with; rows that left are
-        as they left."""
+        """All rows of the forward ``[N, D]``, in their original order; removed rows as they were
+        at their removal."""
         if self._ids is None:
             return h
         ids, rows = zip(*self._gone, (self._ids, h), strict=True)
         return torch.cat(rows)[to_device(torch.argsort(torch.cat(ids)), h.device)]
 
     def decisions(self, plan: SkipPlan) -> Decisions:
-        """Who left, by column: in every layer after a removal all whom it sent away."""
+        """Which rows were removed, by column: in every layer, all those removed before it."""
         start = self._start
         left = [start, *self._entries.left]
         skipped, asked = {}, {}
@@ -174,13 +174,13 @@ class RowsLeft:
     def _choose(self, rule: RemovalRule) -> list[_Choice]:
         layout = self.layout
         is_prompt = (layout.codes != GENERATED) & (layout.codes != PAD)
-        may_leave = member(layout.codes, rule.classes)
+        is_removable = member(layout.codes, rule.classes)
         found = []
-        for sequence in sorted(set(layout.sequences[may_leave].tolist())):
+        for sequence in sorted(set(layout.sequences[is_removable].tolist())):
             own = layout.sequences == sequence
             prompt = (own & is_prompt).nonzero().squeeze(1)
             last = int(prompt[layout.columns[prompt].argmax()])
-            candidates = (own & may_leave).nonzero().squeeze(1)
+            candidates = (own & is_removable).nonzero().squeeze(1)
             candidates = candidates[layout.columns[candidates].argsort()]
             candidates = candidates[candidates != last]
             if len(candidates):
@@ -188,7 +188,7 @@ class RowsLeft:
         return found
 
     def _scores(self, rule: RemovalRule, h: Tensor) -> list[Tensor]:
-        """What ranks the candidates of each sequence, the most first, ``[n]`` each."""
+        """The scores of each sequence's candidates, ``[n]`` each; the highest stay."""
         layer, by = rule.after_layer, rule.keep.by
         if by is Ranking.ATTENTION:
             entering = self._entering.split(1)
@@ -210,7 +210,7 @@ class RowsLeft:
         return found
 
     def _attended(self, layer: int, entering: Tensor, choice: _Choice) -> Tensor:
-        """How the last row attended to each candidate in a layer, the mean over its heads."""
+        """How much the last row attended to each candidate in a layer, averaged over heads."""
         layout = self.layout
         sequence, last = int(layout.sequences[choice.last]), layout.columns[choice.last]
         columns = self._entries.columns(layer, sequence)
@@ -221,7 +221,7 @@ class RowsLeft:
         return weights.mean(0)[to_device(spots, weights.device)]
 
     def _to_attend(self, layer: int, h: Tensor, choice: _Choice) -> Tensor:
-        """The same of a layer that has not run yet, by its projections of the rows as they are."""
+        """The same for a layer that has not run yet, from its projections of the current rows."""
         layout, block = self.layout, self._blocks[layer]
         sequence, last = int(layout.sequences[choice.last]), layout.columns[choice.last]
         seen = (layout.sequences == sequence) & (layout.columns <= last)

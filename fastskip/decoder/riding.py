@@ -1,5 +1,5 @@
-"""Where the decisions of a decode step ride: in the updates after which they fall, without launches
-of their own."""
+"""Where the decisions of a decode step ride: in the residual updates right before them, so that
+they take no launches of their own."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def riding(
 ) -> dict[tuple[int, Part], Route | None]:
     """By layer and part, what is decided there for rows of one class.
 
-    A decision falls on the residual stream as the last update before it left it. Only what falls
-    before the first update of a step takes a launch of its own. Two parallel sublayers, and the
-    blocks of a pair, have one update, that of the FFN; of a pair the first layer stands for both.
+    A decision reads the residual stream as the last update before it left it. Only decisions before
+    the first update of a decode step take a launch of their own. Parallel sublayers, and the blocks
+    of a pair, share one update, that of the FFN; the first layer of a pair stands for both.
     """
     found: dict[tuple[int, Part], Route | None] = {}
     last: tuple[int, Part] | None = None

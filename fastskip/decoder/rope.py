@@ -14,12 +14,12 @@ class RotaryTable:
     """Cosines and sines of the model's own rotary module, tabulated once and then indexed.
 
     Only frequencies that do not depend on the sequence can be tabulated; loading refuses others.
-    Dynamic RoPE has such up to a length.
+    Those of dynamic RoPE qualify up to a length.
 
     Attributes:
-        limit: how many positions there are; ``None``: as many as are wanted.
-        axis: ``[K / 2]`` whether a frequency turns by time, height or width (Qwen2-VL,
-            arXiv:2409.12191, section 2.1: M-RoPE), host; ``None``: all turn by one position.
+        limit: how many positions there are; ``None``: unlimited.
+        axis: ``[K / 2]`` the axis that a frequency depends on: time, height or width (Qwen2-VL,
+            arXiv:2409.12191, section 2.1: M-RoPE), host; ``None``: all use a single position.
     """
 
     def __init__(self, rotary: Any) -> None:
@@ -27,10 +27,11 @@ class RotaryTable:
         self.limit: int | None = None
         if getattr(rotary, "rope_type", None) == "dynamic":
             self.limit = rotary.config.max_position_embeddings
-            # A longer prompt under Hugging Face has left its frequencies; a short one resets them.
+            # A long prompt under Hugging Face leaves its frequencies behind; a short one resets
+            # them.
             with torch.no_grad():
                 rotary(rotary.inv_freq, rotary.inv_freq.new_zeros(1, 1))
-        # Kept alive, so that no other tensor gets its identity.
+        # Kept alive, so that no other tensor reuses its identity.
         self._frequencies = getattr(rotary, "inv_freq", None)
         self.axis: Tensor | None = None
         if getattr(rotary, "mrope_section", None) is not None:
@@ -41,7 +42,7 @@ class RotaryTable:
         self._halves: tuple[Tensor, Tensor] | None = None
 
     def is_of(self, rotary: Any) -> bool:
-        """Whether the tables are those of a rotary module as it is now."""
+        """Whether the tables are those of a rotary module in its current state."""
         return rotary is self.rotary and _facts_of(rotary) == self._made_of
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class RotaryTable:
     def at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Tables ``[N, 1, K]`` for ``positions [N]`` in the dtype and on the device of ``like``.
 
-        The first half of the sines is negated, as ``ops.rotate`` wants it.
+        The first half of the sines is negated, as ``ops.rotate`` expects.
         """
         needed = int(positions.max()) + 1 if len(positions) else 1
         cosine, sine = self._tables(needed, like)
@@ -61,8 +62,7 @@ class RotaryTable:
         return cosine[index], sine[index]
 
     def at_axes(self, axes: Tensor, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``at``, for rows that stand at ``axes [3, N]`` in time, height and width, all of them
-        below ``needed``."""
+        """Like ``at``, for rows at ``axes [3, N]`` (time, height, width), all below ``needed``."""
         cosine, sine = self.halves_at(axes, needed, like)
         return torch.cat((cosine, cosine), 1)[:, None], torch.cat((-sine, sine), 1)[:, None]
 
@@ -83,7 +83,7 @@ class RotaryTable:
         return self._halves
 
     def _tables(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables ``[P, 1, K]`` that reach to ``needed``; made again only where they do not."""
+        """Tables ``[P, 1, K]`` of at least ``needed`` positions; rebuilt only where necessary."""
         needed = needed if self.limit is None else min(needed, self.limit)
         cosine, sine = self._cosine, self._sine
         if (
@@ -99,7 +99,7 @@ class RotaryTable:
     def _tabulate(self, needed: int, like: Tensor) -> tuple[Tensor, Tensor]:
         length = max(64, 1 << (needed - 1).bit_length())
         length = length if self.limit is None else min(length, self.limit)
-        # A caller's inference mode would forbid reading them where gradients are wanted.
+        # Tables made in a caller's inference mode could not be used where gradients are wanted.
         with (
             outliving(),
             torch.no_grad(),
@@ -117,8 +117,8 @@ class RotaryTable:
 
 
 def _axis_of(rotary: Any) -> Tensor:
-    """``[K / 2]``: by which of the three each frequency turns, as the module itself picks them: the
-    sections one after another in Qwen2-VL, the three in turns in Qwen3-VL."""
+    """``[K / 2]``: the axis that each frequency depends on, as the module itself picks it: in
+    consecutive sections in Qwen2-VL, interleaved in Qwen3-VL."""
     width = len(rotary.inv_freq)
     numbers = torch.arange(3.0)[:, None, None, None].repeat(1, 1, 1, width)
     picked: Tensor = rotary.recomposition_frequencies(numbers)
@@ -126,7 +126,7 @@ def _axis_of(rotary: Any) -> Tensor:
 
 
 def _facts_of(rotary: Any) -> tuple[object, ...]:
-    """What angles depend on; of a module of the user's own, as far as it has it."""
+    """What the angles depend on, as far as a user's own module has these attributes."""
     frequencies = getattr(rotary, "inv_freq", None)
     version = None
     if frequencies is not None and not frequencies.is_inference():

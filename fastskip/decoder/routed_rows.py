@@ -1,8 +1,8 @@
-"""The rows of a forward in which routers decide: worked out layer by layer, as it runs.
+"""The rows of a forward in which routers decide: determined layer by layer, as it runs.
 
 Decisions are masks over the ``N`` packed rows, on the host, in NumPy, whose calls on a few numbers
-cost a fraction of torch's. A row that skips is treated as the
-static cell of a policy would treat it; only which rows those are is not known sooner.
+cost a fraction of torch's. A row that skips is treated as a policy's static cell would treat it;
+only which rows skip is not known in advance.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastskip.tokens import CODES, HOST, Rows, TokenLayout
 
 Mask = NDArray[np.bool_]
 FEW = 16
-"""Rows for whom plain numbers are quicker than tensors."""
+"""Up to this many rows, plain numbers are faster than tensors."""
 StaticRows = Callable[[LayerPlan, bool], BlockRows]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One rule at one point of a layer: the cells that it decides on, and the classes of these."""
+    """One rule at one point of a layer: the cells that it decides on, and their classes."""
 
     number: int
     cells: tuple[RoutedCell, ...]
@@ -45,10 +45,10 @@ class Question:
 
 
 class RoutedPlan:
-    """What all forwards under a plan with routers ask of it: worked out once.
+    """What all forwards under a plan with routers need from it: computed once.
 
-    ``start``: the first layer whose input some router looks back to. ``questions``: what is decided
-    by layer and point.
+    ``start``: the first layer whose input some router looks back to. ``questions``: what is
+    decided, by layer and point.
     """
 
     def __init__(self, plan: SkipPlan, routers: Sequence[Router]) -> None:
@@ -71,8 +71,8 @@ class RoutedPlan:
         return self.plan is plan and self.routers is routers
 
     def static_form(self, layer: int, skipping: frozenset[int]) -> LayerPlan | None:
-        """A layer as a static plan would have it where the rules ``skipping`` let all of their rows
-        skip; ``None`` if what is copied there depends on who left entries below."""
+        """A layer as a static plan would have it if the rules ``skipping`` let all of their rows
+        skip; ``None`` if what it copies depends on which rows left entries in lower layers."""
         key = layer, skipping
         if key not in self._even:
             found = self.plan.layer_when(layer, skipping)
@@ -88,8 +88,8 @@ class RoutedPlan:
 class RoutedRows:
     """Makes the ``BlockRows`` of one forward.
 
-    Where all rows of a rule did the same, as in a step of one sequence, the rows are those of a
-    static plan that says so, which layers share.
+    Where all rows of a rule do the same, as in a decode step of one sequence, the rows are those of
+    a static plan that says so, which layers share.
     """
 
     def __init__(
@@ -110,27 +110,27 @@ class RoutedRows:
         self._lens, self._attended = lens, attended
         self._trace: RowTrace | None = None
         self._states: dict[int, dict[str, Any]] = {}
-        self._nobody = np.zeros(len(layout), dtype=np.bool_)
+        self._no_rows = np.zeros(len(layout), dtype=np.bool_)
         # Rows that have exited, by what they leave in the caches of later layers.
         self._exited: dict[SkippedKV, Mask] = {}
         self._exiting: dict[SkippedKV, Mask] = {}
         self._gone: Mask | None = None
-        self._ran = self._nobody
+        self._ran = self._no_rows
         self._h: Tensor | None = None
         self._codes = layout.codes.numpy()
         self._positions = layout.positions.tolist() if len(layout) <= FEW else []
         self._members: dict[Classes, Mask] = {}
-        # Masks of classes as tensors, which are told apart by being the same.
+        # Masks of classes as tensors, which are compared by identity.
         self._tensors: dict[Classes, Tensor] = {}
         self._held: dict[int, Mask] = {}
         self._skips: dict[tuple[int, Sublayer], Mask] = {}
         self._asked: dict[tuple[int, Sublayer], Mask] = {}
         self._factors: dict[tuple[int, Sublayer], Tensor] = {}
-        # Rules of the layer at hand whose candidates all skip; ``None`` if some rule is divided.
+        # Rules of this layer whose candidates all skip; ``None`` if those of some rule differ.
         self._whole: set[int] | None = set()
 
     def enter(self, step: tuple[int, ...], h: Tensor) -> None:
-        """Rows stand before a layer, or a pair of them: what is decided there is decided."""
+        """Called with the input of a layer or a pair of layers: makes the decisions due there."""
         if self._start is not None and step[0] >= self._start:
             if self._trace is None:
                 self._trace = RowTrace(h)
@@ -143,13 +143,13 @@ class RoutedRows:
             self._note_exits(step, self._gone)
         layer = self._plan.layers[step[0]]
         if self._start is not None:
-            # Who runs the layer whole: what its class has to do there, unless a router takes some.
+            # Rows that run all that the plan gives their class here, unless a router intervenes.
             self._ran = self._staying(self._of(layer.attending | layer.feeding))
         for question in self._routed.questions.get((layer.index, Point.START), ()):
             self._decide(question, h, None)
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
-        """What enters each part of a layer; to be called once a layer, after ``enter``."""
+        """What enters each part of a layer; called once per layer, after ``enter``."""
         if self._attended is not None:
             assert self._h is not None
             attending = torch.from_numpy(self._attending(layer))
@@ -168,7 +168,7 @@ class RoutedRows:
         return replace(rows, decide_feeding=decide, factors=self._factors)
 
     def decisions(self) -> Decisions:
-        """What was decided in this forward, by column."""
+        """The decisions of this forward, by column."""
         layout = self._layout
         masks, asked = (
             {key: layout.unpack(torch.from_numpy(rows)) for key, rows in sorted(found.items())}
@@ -197,10 +197,10 @@ class RoutedRows:
             queries = going_on.through(narrow)
             pattern = pattern_of(layer, self._layout, queries, self._entries)
         feeding, is_beside = self._feeding(layer), self._of(layer.beside)
-        is_paired = self._of(layer.arranged) if layer.partner is not None else self._nobody
-        is_alone = ~is_paired if layer.partner is not None else self._nobody
+        is_paired = self._of(layer.arranged) if layer.partner is not None else self._no_rows
+        is_alone = ~is_paired if layer.partner is not None else self._no_rows
         return BlockRows(
-            joint=_rows(attending if narrow is None else self._nobody),
+            joint=_rows(attending if narrow is None else self._no_rows),
             stored=_rows(stored if narrow is None else stored | attending),
             raw=_rows(raw),
             reused=tuple((source, _rows(mask)) for source, mask in copied if mask.any()),
@@ -236,20 +236,20 @@ class RoutedRows:
         return rows if self._gone is None else rows & ~self._gone
 
     def _leaving(self, layer: LayerPlan) -> tuple[Mask, Mask, list[tuple[int, Mask]]]:
-        """Rows that do not attend and leave entries: projected, hidden states, and copied by source
-        layer."""
+        """Rows that leave entries without attending: projected, as hidden states, and copied, by
+        source layer."""
         if not layer.holds_kv:
-            return self._nobody, self._nobody, []
-        leaves: dict[SkippedKV, Mask] = dict.fromkeys(SkippedKV, self._nobody)
+            return self._no_rows, self._no_rows, []
+        leaves: dict[SkippedKV, Mask] = dict.fromkeys(SkippedKV, self._no_rows)
         for token_class, cell in layer.cells.items():
             if cell.kv is not None:
                 leaves[cell.kv] = leaves[cell.kv] | self._of(frozenset({token_class}))
-        skipped = self._staying(self._skips.get((layer.index, Sublayer.ATTENTION), self._nobody))
+        skipped = self._staying(self._skips.get((layer.index, Sublayer.ATTENTION), self._no_rows))
         for routed in self._plan.routed_by_layer.get(layer.index, ()):
             if Sublayer.ATTENTION in routed.skip:
                 kv = routed.rule.kv or SkippedKV.PROJECT
                 leaves[kv] = leaves[kv] | self._of(frozenset({routed.token_class})) & skipped
-        # Where a rule leaves attention out for a class, its K and V go by that rule in any case.
+        # Where a static rule lets a class skip attention, that rule decides on its K and V anyway.
         for kv, rows in self._exited.items():
             leaves[kv] = leaves[kv] | rows & self._of(layer.attending)
         copied: list[tuple[int, Mask]] = []
@@ -277,7 +277,7 @@ class RoutedRows:
         number, cells = question.number, question.cells
         layer, skip, router = cells[0].layer, cells[0].skip, self._routers[number]
         asked = self._staying(self._of(question.classes))
-        # Not of those who put something around it.
+        # Not a subclass, which may add something.
         if narrow is None and len(asked) <= FEW and type(router) is ScoreRouter:
             trace = None if self._trace is None else self._trace.listed
             answers = router.decide_few(layer, self._positions, trace)
@@ -301,7 +301,7 @@ class RoutedRows:
             self._attended,
         )
         decision = _checked(router.decide(context), within.count, cells[0])
-        skipped, among = self._nobody.copy(), self._nobody.copy()
+        skipped, among = self._no_rows.copy(), self._no_rows.copy()
         if decision.factor is not None:
             self._scale(cells[0], rows, decision.factor, h)
         skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
@@ -309,20 +309,19 @@ class RoutedRows:
         self._take(number, cells, self._among(among, skipped.tolist()), among, decision.scope)
 
     def _among(self, asked: Mask, answers: Sequence[bool]) -> Mask:
-        """Who skips among the rows that are asked: ``asked`` itself if all of them do, ``_nobody``
-        if none does."""
+        """Which of the ``asked`` rows skip: ``asked`` itself if all do, ``_no_rows`` if none."""
         if not any(answers):
-            return self._nobody
+            return self._no_rows
         skipped = asked if all(answers) else asked & np.array(answers)
         if not skipped.any():
-            return self._nobody
+            return self._no_rows
         is_all = skipped is asked or np.array_equal(skipped, asked)
         return asked if is_all else skipped
 
     def _scale(self, cell: RoutedCell, rows: Tensor, factor: Tensor, h: Tensor) -> None:
-        """Notes what the changes of candidates are multiplied by."""
+        """Notes the factors on the changes of candidates."""
         ones = h.new_ones(len(self._layout))
-        for sublayer in sorted(cell.skip):  # a set has another order in each process
+        for sublayer in sorted(cell.skip):  # a set's order varies between processes
             key = cell.layer, sublayer
             found = self._factors.get(key, ones)
             self._factors[key] = found.index_copy(0, rows.to(h.device), factor.to(h.dtype))
@@ -335,8 +334,8 @@ class RoutedRows:
         asked: Mask,
         scope: Scope,
     ) -> None:
-        """Notes an answer: who skips, among whom; as ``_among`` has it."""
-        does_any = skipped is not self._nobody
+        """Notes an answer: the rows that skip, as from ``_among``, and the rows asked about."""
+        does_any = skipped is not self._no_rows
         if does_any and skipped is not asked:
             self._whole = None
         elif does_any and self._whole is not None:
@@ -349,17 +348,17 @@ class RoutedRows:
             self._ran = self._ran & ~skipped
         if scope is Scope.REST and does_any:
             kv = cells[0].rule.kv or SkippedKV.PROJECT
-            self._exiting[kv] = self._exiting.get(kv, self._nobody) | skipped
+            self._exiting[kv] = self._exiting.get(kv, self._no_rows) | skipped
 
     def _let_go(self) -> None:
-        """Rows that exited in the layer before are gone from here on."""
+        """Rows that exited in the previous layer are gone from here on."""
         for kv, rows in self._exiting.items():
-            self._exited[kv] = self._exited.get(kv, self._nobody) | rows
+            self._exited[kv] = self._exited.get(kv, self._no_rows) | rows
             self._gone = rows if self._gone is None else self._gone | rows
         self._exiting = {}
 
     def _note_exits(self, step: tuple[int, ...], gone: Mask) -> None:
-        """What rows leave out of a layer because they exited before it."""
+        """Notes what rows skip in a step because they exited before it."""
         for index in step:
             layer = self._plan.layers[index]
             for sublayer, classes in (
@@ -385,10 +384,10 @@ class RoutedRows:
 
 
 def narrows_after(plan: SkipPlan) -> bool:
-    """Whether all rows must pass the last layer, also those whose logits nobody reads.
+    """Whether all rows must pass through the last layer, even those whose logits are not read.
 
-    That is so where they have a say in what the others do between its sublayers, and where some
-    rows of a last pair of layers run one after the other.
+    That is so where they influence what the others do between its sublayers, and where some rows
+    run a final pair of layers one after the other.
     """
     last = plan.layers[plan.steps[-1][0]]
     if last.partner is not None and not last.is_arranged_whole:
@@ -405,12 +404,12 @@ def narrows_after(plan: SkipPlan) -> bool:
 
 
 def _taken(mask: Mask, narrow: Rows | None) -> Mask:
-    """``mask`` of the rows that go on."""
+    """``mask`` restricted to the rows that continue."""
     return mask if narrow is None else mask[narrow.ids().numpy()]
 
 
 def _rows(mask: Mask) -> Rows:
-    """The rows where ``mask [N]`` is true: a slice where they are neighbours."""
+    """The rows where ``mask [N]`` is true: a slice if they are contiguous."""
     index = np.flatnonzero(mask)
     count = len(index)
     if not count:
@@ -423,7 +422,7 @@ def _rows(mask: Mask) -> Rows:
 def _checked(decision: Any, count: int, cell: RoutedCell) -> Decision:
     where = f"router {cell.rule.kind!r} in layer {cell.layer}"
     if not isinstance(decision, Decision):
-        raise RouterError(f"{where}: answered {type(decision).__name__}; allowed: a Decision")
+        raise RouterError(f"{where}: returned {type(decision).__name__}; allowed: a Decision")
     skip = decision.skip
     if not isinstance(skip, Tensor) or skip.dtype != torch.bool or tuple(skip.shape) != (count,):
         got = (

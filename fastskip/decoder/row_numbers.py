@@ -16,13 +16,13 @@ Classes = frozenset[TokenClass]
 class RowNumbers:
     """Numbers of the rows of one forward; all tensors int64, on the host.
 
-    Rows of no class (a layout's idle ones) leave no entry, see nothing and are decided on by
-    nobody. Attributes:
+    Rows of no class (a layout's idle ones) leave no entry and see nothing, and no router decides on
+    them. Attributes:
 
         layout: the rows.
-        narrow: those that go on after the last layer's entries; ``None`` for all.
-        read: those that are read, where all go on; ``None`` for all.
-        features: what enters some of them behind the first layers; ``None``: nothing does.
+        narrow: those that continue after the last layer's entries; ``None`` for all.
+        read: those that are read, where all continue; ``None`` for all.
+        features: what is added to some of them after the first layers; ``None``: nothing.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class RowNumbers:
         return self.layout.rows(classes)
 
     def going_on(self) -> Rows:
-        """The rows that go on after the last layer's entries."""
+        """The rows that continue after the last layer's entries."""
         assert self.narrow is not None
         return self.narrow
 
     def narrowed(self, classes: Classes) -> Rows:
-        """The rows of some classes among those that go on, indexing those."""
+        """The rows of some classes among those that continue, indexing these."""
         index = member(self.going_on().take(self.layout.codes), classes).nonzero().squeeze(1)
         if len(index) == self.going_on().count:
             return Rows(slice(0, len(index)), len(index))
@@ -76,25 +76,25 @@ class RowNumbers:
         return ((flat >= 0).cumsum(0) - 1).clamp(min=0)
 
     def reading(self) -> Tensor:
-        """Which of the rows are read, in the order in which they are."""
+        """Which rows are read, in the order of the output."""
         assert self.read is not None
         return self.read.ids()
 
     def featured(self, count: int = 0) -> Tensor:
-        """Whose the features are, and the first row again up to a ``count``."""
+        """The rows that get features, padded to ``count`` with the first row."""
         assert self.features is not None
         rows = self.features.rows
         return F.pad(rows, (0, max(0, count - len(rows))))
 
     def positions(self, rows: Rows) -> Tensor:
-        """Where in the tables of RoPE lies what rows turn by: at their positions, or, if they stand
-        in time, height and width, in a row for each of them."""
+        """The rows' indices into the RoPE tables: their positions or, if they have axes, their own
+        numbers, since the tables then have a row for each of them."""
         layout = self.layout
         own = layout.positions if layout.axes is None else torch.arange(len(layout))
         return rows.take(own)
 
     def axes(self) -> Tensor:
-        """``[3 * N]``: where rows stand in time, then in height, then in width."""
+        """``[3 * N]``: the rows' positions in time, then in height, then in width."""
         assert self.layout.axes is not None
         return self.layout.axes.flatten()
 
@@ -133,7 +133,7 @@ class RowNumbers:
         return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
 
     def is_whole(self, holding: Classes, bounds: Tensor) -> bool:
-        """Whether rows with these bounds are all that has entries of classes ``holding``."""
+        """Whether rows with these bounds are all rows that have entries of classes ``holding``."""
         return torch.equal(self._count(holding)[:, -1], bounds.diff())
 
     def _count(self, holding: Classes) -> Tensor:

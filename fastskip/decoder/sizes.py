@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 def power_of_two(count: int) -> int:
-    """The least power of two that holds ``count``, which is not 0."""
+    """The smallest power of two that is at least ``count``, which is not 0."""
     return 1 << (count - 1).bit_length()
 
 
 def rounded_rows(count: int) -> int:
-    """How many rows a group of ``count`` gets: at most a sixteenth more, or up to 15 more."""
+    """How many rows a group of ``count`` is padded to: up to a sixteenth or 15 rows more."""
     step = max(16, power_of_two(count) // 32) if count else 1
     return -(-count // step) * step

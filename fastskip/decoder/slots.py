@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# A segment that nobody reserved has at least this many slots.
+# A segment that was not reserved has at least this many slots.
 SEGMENT_SLOTS = 128
 
 
@@ -25,14 +25,14 @@ class EntryTable:
     """The slots of all layers that hold entries of the same rows.
 
     A sequence's entries lie in column order in slots ``0 .. counts[b]``. The table also says which
-    segments exist; each layer has one K and one V buffer a segment. Which columns have entries
-    follows from their classes, but for the table of a hollow layer, where ``held [B, C]`` says it.
+    segments exist; each layer has one K and one V buffer per segment. Which columns have entries
+    follows from their classes, except in a hollow layer's table, where ``held [B, C]`` says so.
     """
 
     def __init__(self, batch: int, *, is_hollow: bool = False) -> None:
         self.counts = [0] * batch
         self._held = torch.zeros(batch, 0, dtype=torch.bool) if is_hollow else None
-        # What came since, which every step adds to and few ask for.
+        # What came since, not joined yet: every step adds to it, and it is rarely read.
         self._later: list[Tensor] = []
         self.segments: list[Segment] = []
 
@@ -52,7 +52,7 @@ class EntryTable:
         self._held, self._later = held, []
 
     def append(self, columns: Tensor) -> None:
-        """More columns ``[B, T]`` of a hollow layer."""
+        """Appends columns ``[B, T]`` of a hollow layer."""
         if self._held is not None and not self._held.shape[1]:
             self._held = columns  # most caches begin with the prompt
         else:
@@ -85,8 +85,8 @@ class Placement:
     def __init__(
         self, list_rows: Callable[[], tuple[Tensor, Tensor]], level: int | None = None
     ) -> None:
-        """``list_rows``: sequences and slots, ``[n]`` int64 on the host, a row each; asked for when
-        they are needed. ``level``: the slot of all, if each sequence has one row, in order."""
+        """``list_rows``: the sequences and slots of the rows, ``[n]`` int64 on the host; called
+        only when needed. ``level``: the slot of all, if each sequence has one row, in order."""
         self._list_rows, self._level = list_rows, level
         self._runs: list[_Run] | None = None
         self._spot: tuple[int, int] | None = None
@@ -98,7 +98,7 @@ class Placement:
 
     @classmethod
     def level(cls, batch: int, slot: int) -> Placement:
-        """One row a sequence, in order, all into the same slot: a step of equal sequences."""
+        """One row per sequence, in order, all into one slot: a step of equally long sequences."""
         return cls(lambda: (torch.arange(batch), torch.full((batch,), slot)), slot)
 
     @cached_property
@@ -106,7 +106,7 @@ class Placement:
         return self._list_rows()
 
     def write(self, segments: Sequence[Segment], buffers: Sequence[Tensor], rows: Tensor) -> None:
-        """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` a segment."""
+        """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` per segment."""
         if self._level is not None:
             number, slot = self._spot or self._find(segments, self._level)
             buffers[number].select(2, slot).copy_(rows)
@@ -122,13 +122,13 @@ class Placement:
                 target.copy_(source.transpose(0, 1))
 
     def _find(self, segments: Sequence[Segment], level: int) -> tuple[int, int]:
-        """Segment and slot in it of a level; the same for every layer of the table."""
+        """The segment of a level, and the slot in it; the same for every layer of the table."""
         number = next(n for n, s in enumerate(segments) if level < s.start + s.count)
         self._spot = number, level - segments[number].start
         return self._spot
 
     def read(self, segments: Sequence[Segment], buffers: Sequence[Tensor]) -> Tensor:
-        """The entries at this placement: ``[n, G, K]``, new memory."""
+        """The entries at this placement: ``[n, G, K]``, as a copy."""
         first, (sequences, slots) = buffers[0], self._rows
         out = first.new_zeros(len(slots), first.shape[1], first.shape[3])
         for segment, buffer in zip(segments, buffers, strict=True):
@@ -138,7 +138,7 @@ class Placement:
         return out
 
     def runs(self) -> list[_Run]:
-        """Maximal stretches of neighbouring rows that go to neighbouring slots."""
+        """Maximal runs of consecutive rows that go to consecutive slots."""
         if self._runs is None:
             self._runs, (sequences, slots) = [], self._rows
             count = len(slots)

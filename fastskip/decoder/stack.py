@@ -1,4 +1,4 @@
-"""The decoder: one model's layers as they are at the moment, and forwards through them."""
+"""The decoder: one model's current layers, and forwards through them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from fastskip.tokens import TokenLayout, add, add_
 class Decoder:
     """Runs one model's decoder layers under one plan.
 
-    It reads the modules of the Hugging Face text model, which owns it: so it holds the text model
-    weakly, and both go when their last user does.
+    It reads the modules of the Hugging Face text model, which owns it, so it references that model
+    weakly: both are freed with their last user.
     """
 
     def __init__(self, text_model: Any, plan: SkipPlan, ops: Operations) -> None:
@@ -41,19 +41,19 @@ class Decoder:
         ]
         self.attach(text_model)
         self.routers: Sequence[Router] = ()
-        # Who reads decisions back, and how rows become logits, where a router asks.
+        # Where decisions are recorded, and how rows become logits, for routers that need them.
         self.record: RoutingRecord | None = None
         self.lens: Lens | None = None
         self._routed: RoutedPlan | None = None
         self._blocks: list[Block] = []
-        # What blocks were made of.
+        # What the blocks were made of.
         self._state: ModuleState | None = None
         self._planned: SkipPlan | None = None
         self._angles: object = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Blocks hold views of merged storages; a copy makes its own when it is first used, and is
-        # attached then.
+        # Blocks hold views of merged storages; a copy makes its own on first use, when it is
+        # attached.
         own: dict[str, Any] = {
             "_blocks": [],
             "_state": None,
@@ -65,8 +65,8 @@ class Decoder:
         return {**self.__dict__, **own, "_text_model": _nothing, "positions": None}
 
     def attach(self, text_model: Any) -> None:
-        """Reads this text model from now on: the one that the decoder was made for, or in a copy
-        of it the copy."""
+        """Reads this text model from now on: the one that the decoder was made for or, in a copy,
+        the model's copy."""
         if self._text_model() is not text_model:
             self._text_model = weakref.ref(text_model)
             self.positions = positions_of(self._text_model, self.ops.rotate)
@@ -78,11 +78,11 @@ class Decoder:
         return weight
 
     def refresh(self, *, wants_gradient: bool) -> None:
-        """Once per forward or ``generate``: which layers may use merged projections.
+        """Determines, once per forward or ``generate``, which layers may use merged projections.
 
         Raises:
-            RuntimeError: a hook lies where the runtime never calls, or layers are fewer than the
-                plan has.
+            RuntimeError: a module that the runtime never calls has a hook, or there are fewer
+                layers than the plan has.
         """
         self._follow_layers()
         if not wants_gradient and self._is_settled():
@@ -93,8 +93,8 @@ class Decoder:
                 if has_hooks(module) and not all(map(is_transformers_own, hooks_of(module))):
                     raise RuntimeError(
                         f"layers[{index}]: a hook on a whole {type(module).__name__} is never "
-                        "called here; allowed: hooks on its projections, its norms and its FFN, "
-                        "or output_hidden_states=True"
+                        "called; allowed: hooks on its projections, norms and FFN, or "
+                        "output_hidden_states=True instead"
                     )
             weights.refresh(wants_gradient=wants_gradient)
         self._blocks = [self._block(index) for index in range(len(self.weights))]
@@ -105,19 +105,19 @@ class Decoder:
             self._state = ModuleState(*layers)
 
     def _is_settled(self) -> bool:
-        """Whether blocks are as the plan and the layers would make them."""
+        """Whether the blocks are still what the plan and the layers would make."""
         is_of_plan = self._planned is self.plan
         return is_of_plan and self._state is not None and self._state.is_current()
 
     def _follow_layers(self) -> None:
-        """Users may put other layers where the model's own were, and other angles."""
+        """Picks up layers, and RoPE angles, that users have replaced."""
         text_model, depth = self._text_model(), self.plan.shape.depth
         assert text_model is not None
-        layers = list(text_model.layers)[:depth]  # a slice would be a module of its own
+        layers = list(text_model.layers)[:depth]  # slicing a ModuleList makes a new module
         if len(layers) < depth:
             raise RuntimeError(
-                f"layers: {len(layers)}; allowed: {depth}, as when the model was prepared (a "
-                "policy leaves layers out)"
+                f"layers: {len(layers)}; allowed: {depth}, as when the model was prepared (to "
+                "skip layers, use a policy)"
             )
         for index, layer in enumerate(layers):
             if self.weights[index].layer is not layer:
@@ -130,25 +130,25 @@ class Decoder:
         return None
 
     def new_cache(self, *, reserve: int = 0) -> SkipCache:
-        """An empty cache for forwards as the last ``refresh`` left the decoder.
+        """An empty cache for forwards after the last ``refresh``.
 
-        ``reserve``: columns expected in all.
+        ``reserve``: columns expected in total.
         """
         return SkipCache(self.plan, reserve=reserve)
 
     def check_places(self, positions: Tensor, columns: int) -> None:
-        """Raises ``ValueError`` if one of ``positions [N]`` (host) is none, or if not every row of
-        ``columns`` sees all that come before it."""
+        """Raises ``ValueError`` if one of ``positions [N]`` (host) does not exist, or if some of
+        ``columns`` would not see all columns before them."""
         self.positions.check(positions)
         window = self.plan.shape.window
         if window is not None and columns > window:
             raise ValueError(
-                f"sliding_window: {columns} columns; allowed: at most {window}, beyond which rows "
-                "would no longer see the first ones"
+                f"sliding_window: {columns} columns; allowed: at most {window}, since later rows "
+                "would no longer see the first columns"
             )
 
     def room(self, cache: SkipCache) -> int:
-        """How many steps there are places for behind what ``cache`` holds."""
+        """How many decode steps there are positions for after what ``cache`` holds."""
         room = self.positions.room(int(cache.next_places().max()))
         window = self.plan.shape.window
         return room if window is None else min(room, max(0, window - cache.columns))
@@ -183,9 +183,9 @@ class Decoder:
             wants_gradient: run out of place, so that autograd can follow.
             keeps_cache: whether anyone reads ``cache`` after this forward.
             watch: called with (layer, ``[N, D]``) for the input of every layer, before features
-                enter, as Hugging Face shows hidden states.
-            maps: told how rows attend in every layer.
-            features: what enters image rows behind the first layers.
+                are added, as Hugging Face reports hidden states.
+            maps: records how rows attend in every layer.
+            features: what is added to image rows after the first layers.
         Returns:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
             wanted.
@@ -221,7 +221,7 @@ class Decoder:
         return output
 
     def _route(self, forward: PlainForward, cache: SkipCache, entries: Entries) -> RoutedRows:
-        """The rows of a forward that decide for themselves."""
+        """The rows of a forward in which routers decide."""
         attended = None
         if any(getattr(router, "uses_attention", False) for router in self.routers):
             blocks = dict(enumerate(self._blocks))
@@ -253,4 +253,4 @@ class Decoder:
 
 
 def _nothing() -> None:
-    """A text model that is not there yet."""
+    """Stands for a text model that is not attached yet."""

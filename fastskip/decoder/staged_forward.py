@@ -1,7 +1,7 @@
 """A prompt under removals on the fused operations: stage by stage, each a smaller forward.
 
-How many rows a removal leaves is known beforehand, which ones only the device knows: the host waits
-for that once a removal. Each stage is a forward of its own, captured like any other.
+How many rows a removal leaves is known in advance; which ones, only the device knows, so each
+removal takes one host sync. Each stage is a separate forward, captured like any other.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fastskip.tokens import TokenLayout
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What the layers of one stage have left of rows in a ``layout``: the rows that go on, who has
-    an entry in each hollow layer ``[N]``, what was decided on the device, and what ``entered`` the
-    last layer, ``[N, D]`` without idle rows, if a removal comes after it."""
+    """The result of one stage on the rows of ``layout``: ``out``, the rows that continue; ``held``,
+    the rows with an entry in each hollow layer ``[N]``; ``routes``, the decisions on the device;
+    ``entered``, the last layer's input ``[N, D]`` without idle rows, if a removal follows it."""
 
     out: Tensor
     layout: TokenLayout
@@ -37,12 +37,12 @@ class Ran:
 
 
 RunStage = Callable[[Tensor, TokenLayout, Tensor | None, Watch | None, int], Ran]
-"""Runs the layers of one stage: on columns ``[B, T, D]``, in later stages on rows ``[N, D]``, their
-layout, and what is wanted of them and who watches, as of ``Decoder.run``."""
+"""Runs the layers of one stage. Takes columns ``[B, T, D]``, in later stages rows ``[N, D]``, their
+layout, ``wanted`` and ``watch`` as for ``Decoder.run``, and the stage."""
 
 
 class PagedKeys:
-    """The entries of a forward in pages, as a removal asks for them."""
+    """The entries of a forward in pages, as a removal reads them."""
 
     def __init__(self, plan: SkipPlan, cache: PagedCache, layout: TokenLayout) -> None:
         self._plan, self._cache = plan, cache
@@ -68,7 +68,7 @@ class PagedKeys:
 
 @dataclass(frozen=True, slots=True)
 class StagedForward:
-    """One decoder's layers: how stages run, and what scores are computed with."""
+    """One decoder's layers: how to run a stage, and what to compute scores with."""
 
     plan: SkipPlan
     run_stage: RunStage
@@ -84,7 +84,7 @@ class StagedForward:
         watch: Watch | None,
         record: Callable[[Decisions], object] | None,
     ) -> Tensor:
-        """As ``Decoder.run``; the cache has room for ``layout``, and counts its columns."""
+        """Like ``Decoder.run``; the cache has room for ``layout``, and counts its columns."""
         plan, keys = self.plan, PagedKeys(self.plan, cache, layout)
         late = None if wanted is None else layout.locate(wanted)
         if late is not None and not may_leave(plan, layout, late):

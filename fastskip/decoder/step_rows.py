@@ -1,4 +1,4 @@
-"""Which rows each layer of a forward computes, as the plan names them."""
+"""Which rows each layer of a forward computes, as the plan determines them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class StepRows:
     ) -> None:
         self._plan, self._layout, self._entries, self._narrow = plan, layout, entries, narrow
         self._made: dict[tuple[object, ...], BlockRows] = {}
-        # Of the last layer, whose rows are few: their codes, and which of them are of some classes.
+        # For the last layer, whose rows are few: their codes, and the rows of each class set.
         self._narrow_codes: list[int] | None = None
         self._narrow_rows: dict[frozenset[TokenClass], Rows] = {}
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
-        """The rows of a layer; ``is_last``: of the plan's last step, whose rows may be few."""
+        """The rows of a layer; ``is_last``: in the plan's last step, whose rows may be few."""
         narrow = self._narrow if is_last else None
-        # A hollow layer has slots of its own, which matter to those who look at some of them.
+        # A hollow layer has slots of its own, which matter to rows that see only some of them.
         count = self._going_on(layer.attending, narrow).count if layer.hollow else 0
         looks = count and not sees_all(layer, self._layout, count)
         key = (layer.row_sets, layer.table if looks else None, narrow is not None)
@@ -65,7 +65,7 @@ class StepRows:
         )
 
     def _going_on(self, classes: frozenset[TokenClass], narrow: Rows | None) -> Rows:
-        """The rows of some classes among those that go on, indexing those."""
+        """The rows of some classes among those that continue, indexing these."""
         if narrow is None:
             return self._layout.rows(classes)
         found = self._narrow_rows.get(classes)

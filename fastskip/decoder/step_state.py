@@ -1,4 +1,4 @@
-"""What decode steps keep on the device: the same addresses for every step and every cache."""
+"""What decode steps keep on the device, at the same addresses for every step and every cache."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class StepShape:
     """How large the steps of one state may be.
 
     Attributes:
-        batch: sequences; a call with fewer leaves the others idle, on a page nobody reads.
+        batch: sequences; a call with fewer leaves the others idle, on a spare page.
         slots: entries of a sequence, and rows of the token history.
-        stops: tokens that end a sequence.
+        stops: how many tokens end a sequence.
         pad: what a finished sequence yields.
     """
 
@@ -49,7 +49,7 @@ class StepShape:
 class StepState:
     """Buffers of the decode steps of one plan: counts, positions, page tables, chosen tokens.
 
-    A captured graph reads and writes these only, so it serves every cache that is loaded here.
+    A captured graph reads and writes only these, so it serves every cache that is loaded here.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class StepState:
         self._pages = {layer.index: self._pages_of(layer) for layer in plan.layers if layer.holding}
         self.store = Store(rotation, self._pages.__getitem__)
         self._rows: dict[tuple[object, ...], FusedRows] = {}
-        # Rows of sequences that there are: idle ones run nothing that a router guards.
-        self.live, self._nobody = zeros(batch), zeros(batch)
-        # In hollow layers an entry is made where the row attends: one number for both.
+        # 1 for rows of loaded sequences: idle ones run nothing that a router guards.
+        self.live, self._no_rows = zeros(batch), zeros(batch)
+        # In hollow layers a row leaves an entry where it attends: one flag for both.
         hollow = {
             key: number
             for number, key in enumerate(self._sets)
@@ -118,7 +118,7 @@ class StepState:
                 plan,
                 routers,
                 frozenset({new}),
-                lambda classes: self.live if new in classes else self._nobody,
+                lambda classes: self.live if new in classes else self._no_rows,
                 self.choice.positions,
                 self.sequences,
                 self.h,
@@ -128,7 +128,7 @@ class StepState:
         self.unload()
 
     def rows_of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
-        """What the one row of each sequence enters; the same in every step."""
+        """What the one row of each sequence enters in a layer; the same in every step."""
         key = layer.row_sets, layer.index % 2, layer.index if self.routes else None
         found = self._rows.get(key)
         if found is None:
@@ -136,7 +136,7 @@ class StepState:
         return found
 
     def unload(self) -> None:
-        """Every sequence idle: steps run (for a capture, say), touch no cache and keep none."""
+        """Makes every sequence idle: steps run (for a capture, say), touch no cache, keep none."""
         self.is_loaded = False
         for key in self._idle:
             self._fill(key, [], [])
@@ -149,18 +149,17 @@ class StepState:
             self.routes.reset()
 
     def load(self, cache: PagedCache, tokens: Tensor, stops: Sequence[int]) -> None:
-        """Takes over a cache whose newest tokens ``[B]`` are to be fed next, without waiting for
-        what the device has to do."""
+        """Loads a cache whose newest tokens ``[B]`` are to be fed next, without a host sync."""
         self.is_loaded = True
         batch, choice = len(tokens), self.choice
         counts = torch.zeros(choice.counts.shape, dtype=torch.int32)
         if self._sets:
             known = [cache.tables[key].counts for key in self._sets]
             counts[:, :batch] = torch.tensor(known, dtype=torch.int32)
-        # Of hollow layers these are too many; the device knows.
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
         positions[:batch] = cache.next_places()
         copy_over(counts, choice.counts)
+        # The host has only upper bounds for hollow layers; the device has their counts.
         if cache.hollow_counts is not None:
             choice.counts[self._hollow_rows, :batch] = cache.hollow_counts[:, :batch]
         copy_over(positions, choice.positions)
@@ -184,7 +183,7 @@ class StepState:
         return self.choice.grows.index_select(0, self._hollow_rows)[:, :batch]
 
     def load_pages(self, cache: PagedCache) -> None:
-        """Takes over a cache's page tables: at first, and after it has grown."""
+        """Loads a cache's page tables: at first, and after the cache has grown."""
         for key in self._idle:
             pool = cache.pools[key]
             self._fill(key, pool.slabs, pool.offsets())
@@ -261,7 +260,7 @@ class StepState:
     def _guarded(
         self, layer: LayerPlan, rows: FusedRows, targets: Targets, routes: DeviceRoutes
     ) -> FusedRows:
-        """The rows with what is decided on the way; decisions ride in updates where they can."""
+        """The rows with the decisions that the layer involves, riding in updates if possible."""
         attends = routes.runs(layer.index, Sublayer.ATTENTION)
         feeds = routes.runs(layer.index, Sublayer.FFN)
         attention = None
@@ -284,7 +283,7 @@ class StepState:
         )
 
     def _left_by_skipping(self, layer: LayerPlan) -> Cell:
-        """What a generated row that skips the layer's attention by a decision does there."""
+        """The cell of a generated row that skips the layer's attention by a decision."""
         return next(
             cell.skipped
             for cell in self.plan.routed_by_layer[layer.index]

@@ -1,4 +1,4 @@
-"""What the last layer did to each row: kept from layer to layer for routers that ask."""
+"""What the last layer did to each row: kept from layer to layer for routers that need it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def trace_start(
 
     ``present``: the classes that there are rows of; all, if not given.
 
-    A similarity router looks at the last layer that a row ran whole, so from the nearest layer
-    below in which it certainly does. A plug-in is taken to look back, unless it says that it does
-    not (``needs_trace = False``).
+    A similarity router looks at the last layer that a row ran whole, so the trace starts at the
+    nearest lower layer in which it certainly does. A plug-in is assumed to look back unless it
+    declares that it does not (``needs_trace = False``).
     """
     starts = []
     for cell in plan.routed:
@@ -41,13 +41,13 @@ def trace_start(
 
 
 def certain_below(plan: SkipPlan, layer: int, token_class: TokenClass) -> int:
-    """The nearest layer below that rows of a class run whole in any case, else 0."""
+    """The nearest layer below that rows of a class certainly run whole, else 0."""
     for below in reversed(plan.layers[:layer]):
         cell = below.cells[token_class]
         routed = plan.routed_by_layer.get(below.index, ())
         is_routed = any(other.token_class is token_class for other in routed)
         if (cell.attention or cell.ffn) and not is_routed:
-            # A pair is left as one layer.
+            # A pair counts as one layer.
             return below.index if below.partner is None else min(below.index, below.partner)
     return 0
 
@@ -74,7 +74,7 @@ class RowTrace:
         return self._listed
 
     def move(self, h: Tensor, ran: NDArray[np.bool_]) -> None:
-        """The layer is left: ``h`` is its output, and what the next one begins with.
+        """Moves on to the next layer: ``h`` is its input, and the output of the last one.
 
         ``ran [N]``: rows that ran it whole.
         """

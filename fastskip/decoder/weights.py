@@ -1,9 +1,9 @@
-"""How the products of a decoder layer are computed: merged, or module by module.
+"""How the projections of a decoder layer are computed: merged, or module by module.
 
 Merged: q, k, v (and gate, up) are row ranges of one storage, and the checkpoint's parameters are
-views of it, so weights are held once and optimisers and state dicts see what they always saw. The
-merged form is used only while that is provably the same computation; otherwise a layer calls its
-modules one by one, so LoRA, hooks and quantised linears stay right.
+views of it, so weights are held once, and optimisers and state dicts see no difference. The merged
+form is used only while it is provably the same computation; otherwise a layer calls its modules one
+by one, so LoRA, hooks and quantised linears stay correct.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fastskip.ops.contracts import Activation, HeadNorms, Linear, Norm
 class LayerWeights:
     """The weights of one layer as the fused operations read them; views of merged storages.
 
-    ``qkv``, ``queries``, ``keys_values``: the whole product of attention and parts of it.
-    ``feed``, ``down``: the two products of the FFN. ``head_norms``: of models that have them.
+    ``qkv``, ``queries``, ``keys_values``: the merged projection of attention and parts of it.
+    ``feed``, ``down``: the two projections of the FFN. ``head_norms``: of models that have them.
     """
 
     attention_norm: Norm
@@ -49,7 +49,7 @@ class LayerWeights:
 
 
 class Products(Protocol):
-    """The products of one layer. Letters as in ``ops.reference``."""
+    """The projections and norms of one layer. Letters as in ``ops.reference``."""
 
     def attention_norm(self, x: Tensor) -> Tensor:
         """``N1``: ``[N, D] -> [N, D]``."""
@@ -59,7 +59,7 @@ class Products(Protocol):
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, D] -> [N, H + G, K]`` (queries, then keys) and values ``[N, G, K]``; here and below
-        with the norms of heads, if there are some."""
+        with head norms, if there are any."""
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, D] ->`` keys and values ``[N, G, K]``: what a row that skips attention leaves."""
@@ -75,7 +75,7 @@ class Products(Protocol):
 
 
 class ModuleProducts:
-    """Every product by the layer's own module."""
+    """Every projection by the layer's own module."""
 
     def __init__(self, parts: LayerParts, head_dim: int) -> None:
         self.attention_norm, self.ffn_norm = parts.attention_norm, parts.ffn_norm
@@ -100,7 +100,7 @@ class ModuleProducts:
 
 
 class MergedProducts:
-    """One product for q, k, v and one for the FFN's; views of the storages are made once."""
+    """One GEMM for q, k, v and one for the FFN's input; views of the storages are made once."""
 
     def __init__(self, parts: LayerParts, head_dim: int, ops: Operations) -> None:
         """Builds the storages and turns the modules' parameters into views of them."""
@@ -127,7 +127,7 @@ class MergedProducts:
         return (parts.activation, *weights)
 
     def is_current(self, parts: LayerParts) -> bool:
-        """Whether the parameters still are what and where they were when this was made."""
+        """Whether the parameters are the same, at the same addresses, as when this was made."""
         qkv = (parts.queries, parts.keys, parts.values)
         others = self._unshared(parts)
         return (
@@ -138,14 +138,13 @@ class MergedProducts:
 
     @property
     def is_fusable(self) -> bool:
-        """Whether the fused operations compute this layer: its activation is one of theirs, and
-        so are the norms of its heads."""
+        """Whether the fused operations support this layer's activation and head norms."""
         norms = self._head_norms
         is_known = norms is None or not (norms.queries.is_centred or norms.keys.is_centred)
         return self._activation is not None and is_known
 
     def layer_weights(self) -> LayerWeights:
-        """The weights for the fused operations, which have a name for the activation."""
+        """The weights for the fused operations, which must know the activation."""
         assert self._activation is not None
         return LayerWeights(
             attention_norm=self._attention_norm,
@@ -206,9 +205,9 @@ class MergedProducts:
 
 
 class BlockWeights:
-    """One decoder layer's products, in the form that is right at the moment.
+    """One decoder layer's projections, in the form that is currently correct.
 
-    ``parts``: what the layer was made of when ``refresh`` last looked.
+    ``parts``: the layer's parts as of the last ``refresh``.
     """
 
     def __init__(self, layer: Any, head_dim: int, ops: Operations) -> None:
@@ -234,11 +233,11 @@ class BlockWeights:
 
     @property
     def can_merge(self) -> bool:
-        """Whether the layer's modules are such that the merged form is right."""
+        """Whether the layer's modules allow the merged form."""
         return _can_merge(parts_of(self.layer))
 
     def refresh(self, *, wants_gradient: bool) -> None:
-        """Chooses the form, where anything of the layer may have changed.
+        """Chooses the form anew, since anything in the layer may have changed.
 
         Storages whose parameters moved (``.to``, ``deepcopy``, ``assign=True``) are rebuilt.
         """
@@ -247,24 +246,24 @@ class BlockWeights:
             self.products = ModuleProducts(parts, self._head_dim)
             return
         if self._merged is None or not self._merged.is_current(parts):
-            self._merged = None  # the old storages go before the new ones come
+            self._merged = None  # frees the old storages before the new ones are made
             self._merged = MergedProducts(parts, self._head_dim, self._ops)
         self.products = self._merged
 
 
 def _unchanged(heads: Tensor) -> Tensor:
-    """The norm of heads that have none."""
+    """Stands in for a missing head norm."""
     return heads
 
 
 def _known(norm: Norm | None) -> Norm:
-    """A norm that was looked at before."""
+    """A norm already checked to be supported."""
     assert norm is not None
     return norm
 
 
 def _can_merge(parts: LayerParts) -> bool:
-    """Plain linears without hooks, alike within each group, with norms as we know them."""
+    """Whether linears are plain, without hooks and alike in each group, and norms supported."""
     return (
         all(is_plain(module, nn.Linear) for module in parts.linears)
         and not any(has_hooks(module) for module in parts.modules)
@@ -288,7 +287,7 @@ def _are_alike(modules: Sequence[Any]) -> bool:
 
 
 def _merge(modules: Sequence[Any]) -> Linear:
-    """One product, in storages of its own, of modules that read one input."""
+    """One linear, with storages of its own, for modules that read the same input."""
     for module in modules:
         if _leave_with_own_storage not in module._state_dict_hooks.values():
             module.register_state_dict_post_hook(_leave_with_own_storage)
@@ -299,7 +298,7 @@ def _merge(modules: Sequence[Any]) -> Linear:
 def _share(modules: Sequence[Any], name: str) -> Tensor:
     """One storage for the modules' parameters, which become views of it."""
     parameters = [getattr(module, name) for module in modules]
-    # Made for all later forwards, those with gradients too.
+    # Made for all later forwards, including those with gradients.
     with torch.inference_mode(False), torch.no_grad():
         shape = (sum(len(parameter) for parameter in parameters), *parameters[0].shape[1:])
         if _are_adjacent(parameters):  # another model has merged these very weights
