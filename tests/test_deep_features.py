@@ -50,6 +50,14 @@ def test_policies(trio: Trio, name: str, padding: Any) -> None:
     trio.check_greedy(POLICIES[name], batch)
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_a_final_pair_whose_first_layer_has_some(impl: str) -> None:
+    trio, policy = Trio(tiny_llava(KIND, depth=3), impl), policy_of(arrangements=(pair([[1, 2]]),))
+    batch = random_batch(trio.plain, 3, images=(2, 0, 1), padding="left", extra_columns=2)
+    trio.check_forward(policy, batch)
+    trio.check_greedy(policy, batch)
+
+
 def test_they_matter(trio: Trio) -> None:
     """Else what agrees with and without them would say nothing."""
     batch, bare = random_batch(trio.plain, 3, images=(2, 1)), copy.deepcopy(trio.plain)

@@ -73,6 +73,7 @@ class PlainForward:
             h = self._compute(step, h)
             if step[-1] in self._removing:
                 h = self._remove(step[-1], h)
+        h = self._add_features(h)
         if self.narrow is not None:
             return h
         whole = self._rest.whole(h)

@@ -386,11 +386,13 @@ class RoutedRows:
 def narrows_after(plan: SkipPlan) -> bool:
     """Whether all rows must pass through the last layer, even those whose logits are not read.
 
-    That is so where they influence what the others do between its sublayers, and where some rows
-    run a final pair of layers one after the other.
+    That is so where they influence what the others do between its sublayers, where some rows run a
+    final pair of layers one after the other, and where features are added after the last step.
     """
     last = plan.layers[plan.steps[-1][0]]
     if last.partner is not None and not last.is_arranged_whole:
+        return True
+    if last.index < plan.shape.deep_layers:
         return True
     return any(
         point_of(last, cell) is Point.MIDDLE
