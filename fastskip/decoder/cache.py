@@ -210,7 +210,7 @@ class SkipCache(Cache):
         return {key: counts[id(columns)] for key, columns in held.items()}
 
     def last_positions(self) -> Tensor:
-        """``[B]`` position of each sequence's last real column; -1 for a sequence without one."""
+        """``[B]`` largest position of each sequence's real columns; -1 for one without any."""
         if not self.columns:
             return torch.full((self.codes.shape[0],), -1, dtype=torch.int64)
         return self.positions.masked_fill(self.codes == PAD, -1).max(dim=1).values
