@@ -18,8 +18,8 @@ from fastskip.decoder.fused_parts import (
     Placing,
     Selection,
 )
-from fastskip.decoder.guards import Point
-from fastskip.decoder.row_numbers import Classes, RowNumbers
+from fastskip.decoder.guards import Classes, Point
+from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.layer_plan import Table
 from fastskip.ops.allocate import to_device
 from fastskip.ops.contracts import ARRIVALS, Bounds, Reach, Targets

@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastskip.decoder.deep_features import DeepFeatures
-from fastskip.policy import TokenClass
+from fastskip.decoder.guards import Classes
 from fastskip.tokens import PAD, Rows, TokenLayout, member
-
-Classes = frozenset[TokenClass]
 
 
 class RowNumbers:
