@@ -30,7 +30,27 @@ class Maps(Protocol):
         """Notes how rotated ``queries [n, H, K]`` attend in a layer whose entries are stored."""
 
 
-class Entries(Protocol):
+class Keys(Protocol):
+    """What a removal needs of a forward's entries."""
+
+    def columns(self, layer: int, sequence: int) -> Tensor:
+        """The column of each entry of a sequence, new ones included: ``[count]``, host."""
+
+    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
+        """``[G, count, K]``: the keys of a sequence's first entries."""
+
+    def past(self, layer: int, sequence: int) -> Tensor | None:
+        """``[G, n, K]``: a sequence's keys from earlier forwards, if any."""
+
+    def enter(self, layout: TokenLayout) -> None:
+        """Announces which rows remain for the layers after the next removal."""
+
+    @property
+    def left(self) -> Sequence[TokenLayout]:
+        """What ``enter`` announced, for the cache."""
+
+
+class Entries(Keys, Protocol):
     """The key/value store of one forward.
 
     Attributes:
@@ -52,23 +72,11 @@ class Entries(Protocol):
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         """K and V segments ``[b, G, n_i, K]`` of the first ``count`` slots of ``sequences``."""
 
-    def columns(self, layer: int, sequence: int) -> Tensor:
-        """The column of each entry of a sequence, new ones included: ``[count]``, host."""
-
     def codes(self, layer: int, sequence: int) -> Tensor:
         """The class of each entry of a sequence, as ``columns``."""
 
     def counts(self, layer: int) -> list[int]:
         """Entries of each sequence, new ones included."""
-
-    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
-        """``[G, count, K]``: the keys of a sequence's first entries."""
-
-    def past(self, layer: int, sequence: int) -> Tensor | None:
-        """``[G, n, K]``: a sequence's keys from earlier forwards, if any."""
-
-    def enter(self, layout: TokenLayout) -> None:
-        """Announces which rows remain for the layers after the next removal."""
 
     def average(self, first: int, second: int, rows: Rows) -> None:
         """Replaces the rows' new entries in both layers by their mean."""
@@ -80,10 +88,6 @@ class Entries(Protocol):
     @property
     def held(self) -> Mapping[Table, Tensor]:
         """What ``hold`` announced, for the cache: ``[B, T]`` by table."""
-
-    @property
-    def left(self) -> Sequence[TokenLayout]:
-        """What ``enter`` announced, for the cache."""
 
 
 class SlotMap:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastskip.decoder.entries import Keys
 from fastskip.decoder.layer import Block
 from fastskip.decoder.positions import Turns
 from fastskip.ops.allocate import to_device
@@ -37,26 +37,6 @@ def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tenso
     heads = queries.float().view(keys.shape[0], -1, keys.shape[-1])
     scores = (heads @ keys.transpose(-1, -2) * block.scale).flatten(0, 1)
     return scores.softmax(-1)
-
-
-class Keys(Protocol):
-    """What a removal needs of a forward's entries."""
-
-    def columns(self, layer: int, sequence: int) -> Tensor:
-        """The column of each entry of a sequence, new ones included: ``[count]``, host."""
-
-    def keys(self, layer: int, sequence: int, count: int) -> Tensor:
-        """``[G, count, K]``: the keys of a sequence's first entries."""
-
-    def past(self, layer: int, sequence: int) -> Tensor | None:
-        """``[G, n, K]``: a sequence's keys from earlier forwards, if any."""
-
-    def enter(self, layout: TokenLayout) -> None:
-        """Announces which rows remain for the layers after the next removal."""
-
-    @property
-    def left(self) -> Sequence[TokenLayout]:
-        """What ``enter`` announced."""
 
 
 @dataclass(frozen=True, slots=True)
