@@ -203,7 +203,7 @@ def test_attention_has_conditions(trio: Trio, batch: Batch) -> None:
 
     with pytest.raises(RouterError, match="uses_attention"):
         run(trio, batch, routed(own([2])), Own(look))
-    with pytest.raises(RouterError, match="no layer of this forward"):
+    with pytest.raises(RouterError, match="not attended in any layer"):
         run(trio, batch, routed(own([0])), Own(look, uses_attention=True))
 
 
