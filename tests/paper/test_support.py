@@ -20,9 +20,9 @@ SHAPE: dict[str, Any] = {"heads": 4, "kv_heads": 4, "head_dim": 8, "hidden": 32,
 PLAIN_ONLY: dict[str, tuple[SkipPolicy, str]] = {
     "scope": (
         SkipPolicy.preset("paper/parallel-attention", scope="generated"),
-        "some of the token",
+        "only some token",
     ),
-    "pairs": (SkipPolicy.preset("paper/parallel-block", semantics="reference"), "mean of K and V"),
+    "pairs": (SkipPolicy.preset("paper/parallel-block", semantics="reference"), "mean of its K and V"),
     "hidden": (
         SkipPolicy.preset("paper/skip-attention", scope="prompt", kv="hidden"),
         "kv hidden in layer 2",
