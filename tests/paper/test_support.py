@@ -22,7 +22,10 @@ PLAIN_ONLY: dict[str, tuple[SkipPolicy, str]] = {
         SkipPolicy.preset("paper/parallel-attention", scope="generated"),
         "only some token",
     ),
-    "pairs": (SkipPolicy.preset("paper/parallel-block", semantics="reference"), "mean of its K and V"),
+    "pairs": (
+        SkipPolicy.preset("paper/parallel-block", semantics="reference"),
+        "mean of its K and V",
+    ),
     "hidden": (
         SkipPolicy.preset("paper/skip-attention", scope="prompt", kv="hidden"),
         "kv hidden in layer 2",
