@@ -223,9 +223,7 @@ def test_a_cache_from_before_a_hook(model: Any, batch: Batch) -> None:
     given["attention_mask"] = torch.cat((batch.attention_mask, torch.ones(3, 1).long()), dim=1)
     expected = model.generate(**{**given, CACHE_NAME: copy.deepcopy(cache)})
     handle = model.get_decoder().layers[2].mlp.down_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(
-        RuntimeError, match="were merged.*start again from the whole prompt"
-    ):
+    with pytest.raises(RuntimeError, match="were merged.*start again from the whole prompt"):
         model.generate(**given)
     handle.remove()
     cache.crop(batch.columns)
