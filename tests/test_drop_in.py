@@ -468,7 +468,7 @@ WRONG: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_model(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="model: '.*supported: a model of transformers"):
+    with pytest.raises(UnsupportedModelError, match="model: '.*supported: a transformers model"):
         fastskip.apply_(WRONG[name]())
 
 

@@ -21,7 +21,7 @@ GREEDY = ("llava", "llava_next", "qwen3_vl", "skips", "routers", "removals")
 HOST_IDS = ("host ids", "host ids, sampled")
 
 KNOWN = {
-    "_Mail.open",  # the tokens of a step
+    "_Transfer.wait",  # the tokens of a step
 }
 """Functions that may wait between the decoder's entry and the end of ``generate``."""
 OF_POLICIES = {
@@ -111,7 +111,7 @@ def test_the_host_waits_no_more_often_than_it_must(name: str, runs: dict[str, Ru
     """Once a token, and once for a removal."""
     call = calls_of(runs[name])[-1]
     waits = [wait["function"] for wait in call["waits"]]
-    assert waits.count("_Mail.open") == call["new"] > 1
+    assert waits.count("_Transfer.wait") == call["new"] > 1
     assert waits.count("RowsLeft.remove") == (name == "removals")
 
 

@@ -529,4 +529,4 @@ def test_overlapping_is_for_steps_alone(
 def _overlap() -> Overlap:
     """What launches are told at this moment."""
     ways = (Overlap.NONE, Overlap.START, Overlap.READ)
-    return ways[sum(overlap._told.get())]
+    return ways[sum(overlap._modes.get())]
