@@ -219,7 +219,7 @@ def differences(new: Sequence[Row], old: Sequence[Row]) -> dict[tuple[Any, ...],
     return changes | dict.fromkeys(kept, "gone")
 
 
-def untrue(new: Sequence[Row], old: Sequence[Row]) -> Iterator[str]:
+def outdated(new: Sequence[Row], old: Sequence[Row]) -> Iterator[str]:
     """Kept findings that their source does not compile to, one line each."""
     kept = {row.get("key"): row for row in old}
     for row in new:
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for arch in options.arch or ARCHS:
         rows, missed = run(arch, again=options.again)
         changes = differences([row.record for row in rows], _kept(arch))
-        missed += untrue([row.record for row in rows], _kept(arch))
+        missed += outdated([row.record for row in rows], _kept(arch))
         print(f"sm_{arch}: {len(rows)} kernels\n")
         print(summary([row.record for row in rows]), end="\n\n")
         shown = [row for row in rows if options.all or row.faults or row.label in changes]

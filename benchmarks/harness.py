@@ -22,7 +22,7 @@ from fastskip.timing import threads_set, warm_counts
 # The default first: one-time work in the first call must not count against one thread.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
 WARM_TOKENS = 4
-HOPELESS = 1.25
+PROBE_CUTOFF = 1.25
 """A thread count whose trial call takes more than this many times the shortest is not timed."""
 _FAULTS: dict[tuple[Builder, torch.dtype, str, Peer], str | None] = {}
 
@@ -189,4 +189,6 @@ def _short_prompt(batch: int) -> dict[str, Tensor]:
 def promising(probes: Mapping[int, Run], n_new: int) -> list[int]:
     """The thread counts that may turn out fastest for a call of `n_new` tokens."""
     calls = {count: run.ttft + (n_new - 1) * run.decode for count, run in probes.items()}
-    return [count for count, seconds in calls.items() if seconds <= HOPELESS * min(calls.values())]
+    return [
+        count for count, seconds in calls.items() if seconds <= PROBE_CUTOFF * min(calls.values())
+    ]

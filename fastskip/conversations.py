@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fastskip.images import is_address
+from fastskip.images import is_url
 
 _ALLOWED = (
     '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, '
@@ -183,7 +183,7 @@ def image_names(row: dict[str, Any], where: str) -> list[str]:
     named = [] if named is None else [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise DataError(f"{where}: image is {row['image']!r}; allowed: a path or a list of them")
-    for name in filter(is_address, named):
+    for name in filter(is_url, named):
         allowed = "local files (download it first)"
         raise DataError(f"{where}: image {name!r} is a URL; allowed: {allowed}")
     return named

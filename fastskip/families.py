@@ -154,7 +154,7 @@ def check_installed(config: Any) -> None:
         raise UnsupportedModelError("vision_config.model_type", _TIMM, allowed)
 
 
-def is_users_own(kind: type) -> bool:
+def has_custom_forward(kind: type) -> bool:
     """Whether a class's ``forward`` is not defined by transformers."""
     forward = inspect.getattr_static(kind, "forward")
     home = getattr(forward, "__globals__", {}).get("__name__", "")

@@ -53,13 +53,13 @@ def load_image(
         raise ImageError(f"{name}: {error}") from error.__cause__
 
 
-def is_address(name: str) -> bool:
+def is_url(name: str) -> bool:
     """Whether a name is a URL (http:, data:, ...) and not a path."""
     return "://" in name or name.startswith("data:")
 
 
 def _read(path: str | PathLike[str], max_bytes: int) -> bytes:
-    if is_address(fspath(path)):
+    if is_url(fspath(path)):
         raise ImageError("a URL; allowed: local files (download it first)")
     try:
         status = Path(path).stat()

@@ -19,8 +19,8 @@ from fastskip.families import (
     check_config,
     check_installed,
     final_norm_of,
+    has_custom_forward,
     is_quantised,
-    is_users_own,
     model_class_name,
     shape_of,
     text_model_of,
@@ -34,7 +34,7 @@ from fastskip.policy_fit import check_fit, origin_of
 from fastskip.routing import Router, RoutingRecord, build_routers
 from fastskip.sparse.bytes_held import bytes_of_weight
 from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed, read_sparse
-from fastskip.sparse.convert import hold_
+from fastskip.sparse.convert import convert_
 from fastskip.sparse.linear import Weights
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def load_model(
     if "device_map" not in options:
         model = model.to(target)
     model.eval()
-    hold_(model, weights)
+    convert_(model, weights)
     return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
 
 
@@ -187,7 +187,7 @@ def apply_(
         return set_policy(model, chosen, routers=routers)
     _check_model(model)
     text_model = text_model_of(model)
-    if is_users_own(type(text_model)):
+    if has_custom_forward(type(text_model)):
         raise UnsupportedModelError(
             "text model", type(text_model).__name__, "a class of transformers with its own forward"
         )

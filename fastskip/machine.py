@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from fastskip.atomic_files import atomic_write
 from fastskip.costs import Ceilings
-from fastskip.whole_files import whole_file
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _entry(value: object) -> Ceilings | None:
 def _write(path: Path, kept: dict[str, object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
     except OSError as error:
         _log.warning("ceilings cannot be cached: %s", error)

@@ -99,7 +99,7 @@ class SkipPlan:
 
         return tuple(tuple(steps) for _, steps in groupby(self.steps, stage))
 
-    def looked_at(self, stage: int) -> int | None:
+    def removal_layer(self, stage: int) -> int | None:
         """The layer whose input is read by the removal that ends a stage, if there is one."""
         return self.removals[stage].after_layer if stage < len(self.removals) else None
 
@@ -150,7 +150,7 @@ class SkipPlan:
         return self.policy.name or ("dense" if self.is_dense else "unnamed")
 
     @cached_property
-    def treated(self) -> frozenset[TokenClass]:
+    def affected_classes(self) -> frozenset[TokenClass]:
         """Classes that the policy affects; in a forward without their rows it has no effect."""
         dense = LayerPlan(0, dict.fromkeys(self.classes, Cell(True, True)))
         found = {routed.token_class for routed in self.routed}

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fastskip.whole_files import whole_file
+from fastskip.atomic_files import atomic_write
 
 MAX_BYTES = 1 << 20
 SUFFIXES = (".json", ".yaml", ".yml")
@@ -54,7 +54,7 @@ def write_document(path: Path, document: dict[str, Any]) -> None:
         _take_exponents(Dumper)  # so that strings that look like such numbers are quoted
         text = yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     data = text.encode("utf-8")
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(data)
 
 

@@ -17,7 +17,7 @@ Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 WARM_TOKENS = 2
 LEAST_ROUNDS = 3
-HOPELESS = 1.5
+PROBE_CUTOFF = 1.5
 """A thread count that, in a probe run, is this many times slower in both phases is not timed."""
 
 
@@ -95,7 +95,7 @@ def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:
     return [
         count
         for count, times in probes.items()
-        if any(getattr(times, phase) <= HOPELESS * least[phase] for phase in PHASES)
+        if any(getattr(times, phase) <= PROBE_CUTOFF * least[phase] for phase in PHASES)
     ]
 
 

@@ -31,7 +31,7 @@ PURE = ("policy", "plan")
 FLOORS = {
     # How numbers are told, to whoever tells them; how files are written, for whoever writes some.
     "wording": Floor(("wording",)),
-    "files": Floor(("whole_files",)),
+    "files": Floor(("atomic_files",)),
     "policy": Floor(
         ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
         + ("policy_removals",)

@@ -401,7 +401,7 @@ def test_removals_need_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "treated"),
+    ("policy", "affected_classes"),
     [
         (SkipPolicy(), set()),
         (SkipPolicy((SkipRule([1], [GENERATED], "ffn"),)), {GENERATED}),
@@ -411,7 +411,7 @@ def test_removals_need_images() -> None:
         (removing(1), {IMAGE}),
     ],
 )
-def test_whom_a_policy_is_about(policy: SkipPolicy, treated: set[TokenClass]) -> None:
+def test_whom_a_policy_is_about(policy: SkipPolicy, affected_classes: set[TokenClass]) -> None:
     plan = make_plan(policy, shape())
-    assert plan.treated == treated
-    assert plan.name == ("unnamed" if treated else "dense")
+    assert plan.affected_classes == affected_classes
+    assert plan.name == ("unnamed" if affected_classes else "dense")

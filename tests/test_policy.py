@@ -408,7 +408,7 @@ def test_a_file_stays_whole_until_the_next_one_is(
     with pytest.raises(PolicyError, match="surrogates not allowed"):
         SkipPolicy(routers=(rule,), folder="/no text: \udcff").save(path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk"):
-        patch.setattr("fastskip.whole_files.os.replace", _fail)
+        patch.setattr("fastskip.atomic_files.os.replace", _fail)
         SkipPolicy(name="new").save(path)
     assert SkipPolicy.from_file(path).name == "old"
     SkipPolicy(name="new").save(link)

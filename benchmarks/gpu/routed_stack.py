@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.nodes import replay_seconds
-from fastskip.decoder.conditional_layer import ConditionalBlock
+from fastskip.decoder.conditional_layer import IfBlock
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
@@ -99,7 +99,7 @@ class Stack:
         state.load(cache, torch.zeros(1, dtype=torch.int64, device=device), ())
         if guarding is Guarding.CONDITIONAL:
             bodies = bodies_on(device)
-            own = [ConditionalBlock.of(block, bodies) for block in own]
+            own = [IfBlock.of(block, bodies) for block in own]
         if guarding is Guarding.HOPS:
             hopping = Hopping.of(own, state, bodies_on(device), turns)
             if hopping is None:

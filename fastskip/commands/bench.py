@@ -209,7 +209,7 @@ def _inputs(
     """The prompt given or a synthetic one; built before the weights load, so errors come early."""
     from fastskip.families import shape_of
     from fastskip.prompts import processor_for
-    from fastskip.study.bench.workload import drawn_image, made_up_inputs, padded
+    from fastskip.study.bench.workload import drawn_image, padded, synthetic_inputs
 
     pictures = pictures_of(images)
     if prompt is not None:
@@ -218,7 +218,7 @@ def _inputs(
     if not pictures and shape_of(config).has_images:
         pictures = [drawn_image(None) if is_demo else drawn_image()]
     every = [
-        made_up_inputs(processor, config, pictures, text_tokens=count, new_tokens=new_tokens)
+        synthetic_inputs(processor, config, pictures, text_tokens=count, new_tokens=new_tokens)
         for count in text_tokens or [64]
     ]
     return every[0] if len(every) == 1 else padded(every)

@@ -7,7 +7,7 @@ from rich.table import Table
 from fastskip.commands.tables import number_table, show_table
 from fastskip.intervals import Spread
 from fastskip.study.bench.contenders import HF
-from fastskip.study.bench.results import BenchResult, Contest, Verdict
+from fastskip.study.bench.results import BenchResult, ContenderResult, Verdict
 from fastskip.wording import counted
 
 
@@ -83,7 +83,7 @@ WORDS = {
 }
 
 
-def verdict(each: Contest) -> str:
+def verdict(each: ContenderResult) -> str:
     """One line for a policy or a contender that was left out; empty for the others."""
     if each.left_out is not None:
         return f"{escape(each.label)}: left out: {escape(each.left_out)}"

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from fastskip.decoder.slots import EntryTable, Segment
 from fastskip.layer_plan import Staged, Table, classes_of
-from fastskip.ops.allocate import empty, outliving
+from fastskip.ops.allocate import empty, outside_inference_mode
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
 from fastskip.tokens import PAD, TokenLayout, member
@@ -52,7 +52,7 @@ class LayerEntries:
 
 
 def _selected(buffer: Tensor, sequences: Tensor) -> Tensor:
-    with outliving():  # like ``empty``: more entries will be written to it
+    with outside_inference_mode():  # like ``empty``: more entries will be written to it
         return buffer.index_select(0, sequences.to(buffer.device))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastskip.decoder.attention import IMAGE
 from fastskip.decoder.entries import Entries
 from fastskip.decoder.layer import Block
-from fastskip.decoder.positions import Turns
+from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.removing import attention_weights
 from fastskip.decoder.trace import RowTrace
 from fastskip.policy import Sublayer
@@ -31,7 +31,7 @@ class Attended:
 
     blocks: Mapping[int, Block]
     inputs: dict[int, tuple[Tensor, Tensor]]
-    rotation: Turns
+    rotation: HeadRotation
     entries: Entries
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.decoder.counted_layer import CountedBlock
+from fastskip.decoder.counted_layer import SwitchBlock
 from fastskip.decoder.deep_features import PlacedFeatures
+from fastskip.decoder.device_numbers import DeviceNumbers
 from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
@@ -24,7 +25,6 @@ from fastskip.decoder.fused_rows import ForwardRows
 from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.kept_graphs import Graphs
 from fastskip.decoder.paged_cache import PagedCache, aligned_counts
-from fastskip.decoder.parcel import Parcel
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import power_of_two, rounded_rows
@@ -115,7 +115,7 @@ class CapturedForward:
         self._layers, plan, anchor = layers, layers.plan, cache.anchor
         device = anchor.device
         self._stage, self._steps = shape.stage, plan.stages[shape.stage]
-        self._asked = plan.looked_at(shape.stage)
+        self._asked = plan.removal_layer(shape.stage)
         self._entered: Tensor | None = None
         self._h = empty((len(numbers.layout), h.shape[-1]), anchor.dtype, device)
         keys = _pools(cache, shape.stage)
@@ -130,7 +130,7 @@ class CapturedForward:
             key: own[: shape.batch]
             for key, own in zip(cache.device_counts, self._reached, strict=True)
         }
-        parcel = self._parcel = Parcel(numbers, device)
+        parcel = self._parcel = DeviceNumbers(numbers, device)
         self._columns = parcel.send(RowNumbers.packed if self._stage else RowNumbers.columns)
         self._read = None if numbers.read is None else parcel.send(RowNumbers.reading)
         self._positions = parcel.send(lambda n: n.positions(n.every()))
@@ -260,7 +260,7 @@ class CapturedForwards(Graphs[ForwardShape, CapturedForward]):
     prompts share a few shapes, and a capture takes as long as several prompts.
 
     ``switches`` may be set at any time: whether sublayers that routers decide on become bodies of
-    SWITCH nodes (``CountedBlock``); ``None``: if the device and the bindings support them.
+    SWITCH nodes (``SwitchBlock``); ``None``: if the device and the bindings support them.
     """
 
     def __init__(self, switches: bool | None = None) -> None:
@@ -275,4 +275,4 @@ class CapturedForwards(Graphs[ForwardShape, CapturedForward]):
         if not plan.routed or not does_switch:
             return blocks
         bodies = self.bodies(device)
-        return [CountedBlock.of(block, bodies) for block in blocks]
+        return [SwitchBlock.of(block, bodies) for block in blocks]

@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import NOBODY, Readers
+from fastskip.decoder.fused_layer import NO_READERS, Readers
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store, Stream
-from fastskip.decoder.guarded_layer import BodiedBlock, is_one_decision, leaves_entries
+from fastskip.decoder.guarded_layer import GraphNodeBlock, is_one_decision, leaves_entries
 from fastskip.ops.bodies import Body
 from fastskip.ops.contracts import Norm, Term
 from fastskip.policy import Arrangement
 
 
 @dataclass(frozen=True)
-class ConditionalBlock(BodiedBlock):
+class IfBlock(GraphNodeBlock):
     """A ``GuardedBlock`` for decode steps whose sublayers are conditional ``bodies``.
 
     Its launches are those of a ``GuardedBlock``, since some rows may run and others not. What
@@ -26,7 +26,7 @@ class ConditionalBlock(BodiedBlock):
     """
 
     def run(
-        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NOBODY
+        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NO_READERS
     ) -> Stream:
         h, own = stream.h, rows.attention
         if own is None or not is_one_decision(rows):

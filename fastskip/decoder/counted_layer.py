@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.fused_layer import NOBODY, Readers
+from fastskip.decoder.fused_layer import NO_READERS, Readers
 from fastskip.decoder.fused_parts import FusedRows, GuardedAttention, Store, Stream
-from fastskip.decoder.guarded_layer import BodiedBlock, Queries, is_one_decision
+from fastskip.decoder.guarded_layer import GraphNodeBlock, Queries, is_one_decision
 from fastskip.ops.bodies import CountedBody
 from fastskip.ops.contracts import Norm, Projection, Reach, StepReach, Term
 from fastskip.ops.routes import Chosen
@@ -16,7 +16,7 @@ from fastskip.policy import Arrangement
 
 
 @dataclass(frozen=True)
-class CountedBlock(BodiedBlock):
+class SwitchBlock(GraphNodeBlock):
     """A ``GuardedBlock`` whose GEMMs over chosen rows have sizes that the host knows.
 
     On an H200, for a 7B model's prompt, library GEMMs of known size run at 1.3 to 2 times the rate
@@ -26,7 +26,7 @@ class CountedBlock(BodiedBlock):
     """
 
     def run(
-        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NOBODY
+        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NO_READERS
     ) -> Stream:
         h, own = stream.h, rows.attention
         if own is None or rows.narrow is not None or not is_one_decision(rows):

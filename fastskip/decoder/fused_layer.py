@@ -31,7 +31,7 @@ class Readers(NamedTuple):
     behind: Norm | None
 
 
-NOBODY = Readers(None, None)
+NO_READERS = Readers(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class FusedBlock:
     flash: Callable[..., Any] | None = None
 
     def run(
-        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NOBODY
+        self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NO_READERS
     ) -> Stream:
         """The layer's cell of the semantics table, in place on ``h [N, D]`` (or narrowed)."""
         if rows.before is not None:

@@ -69,7 +69,7 @@ class ForwardRows:
         self._flags: dict[Classes, Tensor] = {}
         self._narrow = None
         if numbers.narrow is not None:
-            self._narrow = self._select_rows(RowNumbers.going_on)
+            self._narrow = self._select_rows(RowNumbers.continuing_rows)
         self.held: dict[int, Tensor] = {}
         self.routes: DeviceRoutes | None = None
         if plan.routed:
@@ -142,8 +142,10 @@ class ForwardRows:
         key = layer.holding, layer.attending, is_narrow
         found = self._reaches.get(key)
         if found is None:
-            going_on = RowNumbers.going_on if is_narrow else RowNumbers.every
-            found = self._reaches[key] = self._reach(layer.holding, layer.attending, going_on)
+            continuing_rows = RowNumbers.continuing_rows if is_narrow else RowNumbers.every
+            found = self._reaches[key] = self._reach(
+                layer.holding, layer.attending, continuing_rows
+            )
         return found
 
     def _placing(self, layer: LayerPlan) -> Placing:

@@ -43,7 +43,7 @@ from fastskip.layer_plan import Table
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
 from fastskip.ops.operations import FusedOperations
-from fastskip.ops.ranges import are_on, span
+from fastskip.ops.ranges import ranges_enabled, span
 from fastskip.plan import SkipPlan
 from fastskip.tokens import TokenLayout
 
@@ -231,7 +231,7 @@ class FusedDecoder(Decoder):
         seen: list[Tensor] = []
 
         def note(layer: int, rows: Tensor) -> None:
-            if layer == self.plan.looked_at(stage):
+            if layer == self.plan.removal_layer(stage):
                 seen.append(rows.clone())
 
         send = sender(numbers, cache.anchor.device)
@@ -282,7 +282,7 @@ class FusedDecoder(Decoder):
     ) -> tuple[CapturedForward, RowNumbers] | None:
         """A graph for this forward and the numbers to run it with; ``None``: run without one."""
         is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
-        is_plain = is_plain and watch is None and not are_on()
+        is_plain = is_plain and watch is None and not ranges_enabled()
         if not is_plain or not 0 < len(layout) <= MOST_ROWS:
             return None
         # The last-layer rule applies to the last stage only.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from fastskip.decoder.deep_features import PlacedFeatures
-from fastskip.decoder.fused_layer import NOBODY, FusedBlock, Readers, narrowed
+from fastskip.decoder.fused_layer import NO_READERS, FusedBlock, Readers, narrowed
 from fastskip.decoder.fused_parts import FusedRows, Store, Stream
 from fastskip.decoder.plain_forward import Watch
 from fastskip.ops.contracts import Norm, StepReach, Term
@@ -74,8 +74,8 @@ def _readers(
     steps: Sequence[tuple[int, ...]],
     reader: Norm | None,
 ) -> list[Readers]:
-    """The readers of each step; ``NOBODY`` where no half is wanted."""
-    found = [NOBODY] * len(steps)
+    """The readers of each step; ``NO_READERS`` where no half is wanted."""
+    found = [NO_READERS] * len(steps)
     if reader is None:
         return found
     for number, step in reversed(list(enumerate(steps))):

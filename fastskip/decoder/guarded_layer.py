@@ -183,7 +183,7 @@ class GuardedBlock(FusedBlock):
 
 
 @dataclass(frozen=True)
-class BodiedBlock(GuardedBlock):
+class GraphNodeBlock(GuardedBlock):
     """A ``GuardedBlock`` whose guarded sublayers are bodies of graph nodes."""
 
     bodies: Bodies = field(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastskip.decoder.recent import Recent, Sightings
+from fastskip.decoder.lru import LeastRecentlyUsed, Sightings
 from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.graphs import new_pool
 
@@ -15,7 +15,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Graphs(Recent[K, V]):
+class Graphs(LeastRecentlyUsed[K, V]):
     """Up to ``most`` graphs by what they have baked in; the least recently used is evicted first.
 
     A capture takes as long as several runs: ``pays`` says when a key has occurred often enough. No

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastskip.decoder.attention import AttentionPattern
 from fastskip.decoder.entries import Entries
-from fastskip.decoder.positions import Turns
+from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.weights import Products
 from fastskip.ops import Operations
 from fastskip.plan import LayerPlan
@@ -61,7 +61,7 @@ class BlockRows:
     factors: Mapping[tuple[int, Sublayer], Tensor] | None = None
 
     @property
-    def are_idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no row does anything in the layer or leaves anything."""
         return self.pattern is None and not (
             self.joint.count
@@ -88,14 +88,14 @@ class Block:
     head_dim: int
 
     def run(
-        self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries, add: Add
+        self, h: Tensor, rows: BlockRows, rotation: HeadRotation, entries: Entries, add: Add
     ) -> Tensor:
         """The layer's cell of the semantics table: ``[N, D]`` in, ``[N, D]`` (or narrowed) out.
 
         Sequential: ``h1 = h + A(N1 h)``, ``out = h1 + F(N2 h1)``. Parallel: both read ``h``. Rows
         that skip a part, or run it in the other form, are not in its rows.
         """
-        if rows.are_idle:
+        if rows.is_idle:
             return h if rows.narrow is None else rows.narrow.take(h)
         narrow = rows.narrow or _all(h)
         beside = self._ffn(narrow.take(h), rows.beside, self._beside_norm, rows)
@@ -107,7 +107,9 @@ class Block:
         h = self._add(h, feeding, self._ffn(h, feeding, self.products.ffn_norm, rows), add)
         return self._add(h, rows.beside, beside, add)
 
-    def change(self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries) -> Tensor:
+    def change(
+        self, h: Tensor, rows: BlockRows, rotation: HeadRotation, entries: Entries
+    ) -> Tensor:
         """``d``: what the dense layer adds to each row of its (narrowed) input; zero for rows that
         do not attend. Both blocks of a pair compute it from the same ``h``."""
         attention = self._attention(h, rows, rotation, entries)
@@ -122,7 +124,7 @@ class Block:
         return replace(h.new_zeros(h.shape), rows.attending, change)
 
     def _attention(
-        self, h: Tensor, rows: BlockRows, rotation: Turns, entries: Entries
+        self, h: Tensor, rows: BlockRows, rotation: HeadRotation, entries: Entries
     ) -> Tensor | None:
         """``A(N1 h)`` of the attending rows; stores the layer's new entries on the way."""
         products, layer = self.products, self.plan.index
@@ -156,7 +158,7 @@ class Block:
         change = products.attention_output(mixed)
         return self._scaled(change, Sublayer.ATTENTION, rows.attending, rows)
 
-    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: Turns) -> Tensor:
+    def _narrow_queries(self, h: Tensor, rows: BlockRows, rotation: HeadRotation) -> Tensor:
         """Queries of the last layer, whose K and V were projected for more rows than continue."""
         narrow = rows.narrow or _all(h)
         x = self.products.attention_norm(rows.attending.take(narrow.take(h)))

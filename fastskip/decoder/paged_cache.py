@@ -13,7 +13,7 @@ from torch import Tensor
 from fastskip.decoder.cache import STAYS, SkipCache
 from fastskip.decoder.pages import PagePool
 from fastskip.layer_plan import Hollow, Pool, Table
-from fastskip.ops.allocate import outliving
+from fastskip.ops.allocate import outside_inference_mode
 from fastskip.ops.contracts import Pages
 from fastskip.plan import SkipPlan
 from fastskip.policy import TokenClass
@@ -178,5 +178,5 @@ class PagedCache(SkipCache):
 
 def aligned_counts(tables: int, batch: int, device: torch.device) -> Tensor:
     """int32 zeros; each row is aligned to 16 bytes, as a separate tensor would be."""
-    with outliving():  # like ``empty``: steps write to it
+    with outside_inference_mode():  # like ``empty``: steps write to it
         return torch.zeros(tables, -(-batch // 4) * 4, dtype=torch.int32, device=device)

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastskip.decoder.deep_features import DeepFeatures, PlacedFeatures
 from fastskip.decoder.entries import Entries
 from fastskip.decoder.layer import Add, Block, BlockRows
-from fastskip.decoder.positions import Turns
+from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.recomputing import maybe_recomputed
-from fastskip.decoder.removing import RowsLeft, may_leave
+from fastskip.decoder.removing import RemainingRows, may_leave
 from fastskip.decoder.routed_rows import RoutedRows, narrows_after
 from fastskip.decoder.step_rows import StepRows
 from fastskip.plan import LayerPlan, SkipPlan
@@ -40,7 +40,7 @@ class PlainForward:
         blocks: Sequence[Block],
         layers: Sequence[Any],
         layout: TokenLayout,
-        rotation: Turns,
+        rotation: HeadRotation,
         entries: Entries,
         combine: Add,
         *,
@@ -58,7 +58,7 @@ class PlainForward:
         self.narrow: Rows | None = None if is_late else few
         self._late: Rows | None = few if is_late else None
         keeps_gone = watch is not None or self.narrow is None
-        self._rest = RowsLeft(plan, blocks, layout, rotation, entries, keeps_gone=keeps_gone)
+        self._rest = RemainingRows(plan, blocks, layout, rotation, entries, keeps_gone=keeps_gone)
         self._removing = {rule.after_layer for rule in plan.removals}
         self.static = StepRows(plan, layout, entries, self.narrow)
         self.routed: RoutedRows | None = None
@@ -143,7 +143,7 @@ def _run_pair(
     plans: Sequence[LayerPlan],
     changes: Sequence[Callable[..., Tensor]],
     inputs: Sequence[BlockRows],
-    rotation: Turns,
+    rotation: HeadRotation,
     entries: Entries,
     combine: Add,
 ) -> Tensor:

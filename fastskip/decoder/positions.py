@@ -15,10 +15,10 @@ from fastskip.ops.contracts import Rotation
 from fastskip.tokens import Rows, TokenLayout
 
 
-class Turns(Protocol):
+class HeadRotation(Protocol):
     """The rotation of queries and keys, for all packed rows or some of them."""
 
-    def take(self, rows: Rows) -> Turns:
+    def take(self, rows: Rows) -> HeadRotation:
         """The rotation of these rows."""
 
     def turn(self, heads: Tensor) -> Tensor:
@@ -26,15 +26,15 @@ class Turns(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RotaryTurns:
+class RotaryEmbedding:
     """RoPE: tables ``[N, 1, K]``, as ``ops.rotate`` takes them."""
 
     cosine: Tensor
     sine: Tensor
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def take(self, rows: Rows) -> RotaryTurns:
-        return RotaryTurns(rows.take(self.cosine), rows.take(self.sine), self.rotate)
+    def take(self, rows: Rows) -> RotaryEmbedding:
+        return RotaryEmbedding(rows.take(self.cosine), rows.take(self.sine), self.rotate)
 
     def turn(self, heads: Tensor) -> Tensor:
         return self.rotate(heads, self.cosine, self.sine)
@@ -84,7 +84,7 @@ class Positions(Protocol):
     def room(self, next_one: int) -> int:
         """How many positions there are from ``next_one`` on."""
 
-    def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
+    def turns(self, layout: TokenLayout, like: Tensor) -> HeadRotation:
         """The rotation of all rows, in the dtype and on the device of ``like``."""
 
     def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
@@ -138,11 +138,11 @@ class RotaryPositions:
         limit = self._tables.limit
         return sys.maxsize if limit is None else max(0, limit - next_one)
 
-    def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
+    def turns(self, layout: TokenLayout, like: Tensor) -> HeadRotation:
         if layout.axes is None:
-            return RotaryTurns(*self._tables.at(layout.positions, like), self._rotate)
+            return RotaryEmbedding(*self._tables.at(layout.positions, like), self._rotate)
         angles = self._tables.at_axes(layout.axes, layout.positions_needed, like)
-        return RotaryTurns(*angles, self._rotate)
+        return RotaryEmbedding(*angles, self._rotate)
 
     def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
         tables = self._tables
@@ -195,7 +195,7 @@ class LearnedPositions:
         embedding = self._text_model().embed_positions
         return max(0, int(embedding.num_embeddings - embedding.offset) - next_one)
 
-    def turns(self, layout: TokenLayout, like: Tensor) -> Turns:
+    def turns(self, layout: TokenLayout, like: Tensor) -> HeadRotation:
         return NoTurns()
 
     def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:

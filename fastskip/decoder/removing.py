@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastskip.decoder.entries import Keys
 from fastskip.decoder.layer import Block
-from fastskip.decoder.positions import Turns
+from fastskip.decoder.positions import HeadRotation
 from fastskip.ops.allocate import to_device
 from fastskip.ops.routes import draw, mixed
 from fastskip.plan import SkipPlan
@@ -27,7 +27,7 @@ from fastskip.tokens import CODES, PAD, Rows, TokenLayout, member
 GENERATED = CODES[TokenClass.GENERATED]
 
 
-def attention_weights(block: Block, h: Tensor, at: Turns, keys: Tensor) -> Tensor:
+def attention_weights(block: Block, h: Tensor, at: HeadRotation, keys: Tensor) -> Tensor:
     """The attention weights of one row: ``[H, s]`` fp32 over rotated ``keys [G, s, K]``.
 
     ``h [1, D]``: the row as it enters the layer; ``at``: its rotation.
@@ -53,7 +53,7 @@ def may_leave(plan: SkipPlan, layout: TokenLayout, rows: Rows) -> bool:
     return any(bool(member(codes, rule.classes).any()) for rule in plan.removals)
 
 
-class RowsLeft:
+class RemainingRows:
     """The rows of one forward that remain after the removals so far.
 
     Attributes:
@@ -66,7 +66,7 @@ class RowsLeft:
         plan: SkipPlan,
         blocks: Sequence[Block],
         layout: TokenLayout,
-        rotation: Turns,
+        rotation: HeadRotation,
         entries: Keys,
         *,
         keeps_gone: bool,
@@ -218,5 +218,5 @@ class RowsLeft:
         where[rows] = torch.arange(len(rows))
         return weights[to_device(before + where[choice.candidates], weights.device)]
 
-    def _at(self, row: int) -> Turns:
+    def _at(self, row: int) -> HeadRotation:
         return self.rotation.take(Rows(slice(row, row + 1), 1))

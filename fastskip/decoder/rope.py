@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.ops.allocate import outliving, to_device
+from fastskip.ops.allocate import outside_inference_mode, to_device
 
 
 class RotaryTable:
@@ -101,7 +101,7 @@ class RotaryTable:
         length = length if self.limit is None else min(length, self.limit)
         # Tables made in a caller's inference mode could not be used where gradients are wanted.
         with (
-            outliving(),
+            outside_inference_mode(),
             torch.no_grad(),
             torch.autocast(like.device.type, enabled=False),
         ):

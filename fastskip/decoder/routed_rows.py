@@ -192,9 +192,9 @@ class RoutedRows:
             for _, mask in copied:
                 held = held | mask
             self._hold(layer, torch.from_numpy(held))
-        going_on, pattern = _rows(_taken(attending, narrow)), None
-        if going_on.count:
-            queries = going_on.through(narrow)
+        continuing_rows, pattern = _rows(_taken(attending, narrow)), None
+        if continuing_rows.count:
+            queries = continuing_rows.through(narrow)
             pattern = pattern_of(layer, self._layout, queries, self._entries)
         feeding, is_beside = self._feeding(layer), self._of(layer.beside)
         is_paired = self._of(layer.arranged) if layer.partner is not None else self._no_rows
@@ -205,7 +205,7 @@ class RoutedRows:
             raw=_rows(raw),
             reused=tuple((source, _rows(mask)) for source, mask in copied if mask.any()),
             narrow=narrow,
-            attending=going_on,
+            attending=continuing_rows,
             replaced=_rows(_taken(self._staying(self._of(layer.replaced)), narrow)),
             feeding=_rows(_taken(feeding & ~is_beside, narrow)),
             beside=_rows(_taken(feeding & is_beside, narrow)),

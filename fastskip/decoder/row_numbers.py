@@ -45,15 +45,15 @@ class RowNumbers:
         """The rows of some classes."""
         return self.layout.rows(classes)
 
-    def going_on(self) -> Rows:
+    def continuing_rows(self) -> Rows:
         """The rows that continue after the last layer's entries."""
         assert self.narrow is not None
         return self.narrow
 
     def narrowed(self, classes: Classes) -> Rows:
         """The rows of some classes among those that continue, indexing these."""
-        index = member(self.going_on().take(self.layout.codes), classes).nonzero().squeeze(1)
-        if len(index) == self.going_on().count:
+        index = member(self.continuing_rows().take(self.layout.codes), classes).nonzero().squeeze(1)
+        if len(index) == self.continuing_rows().count:
             return Rows(slice(0, len(index)), len(index))
         return Rows(index, len(index))
 

@@ -17,7 +17,7 @@ from fastskip.decoder.layer import Block
 from fastskip.decoder.paged_cache import PagedCache
 from fastskip.decoder.plain_forward import Watch
 from fastskip.decoder.positions import Positions
-from fastskip.decoder.removing import RowsLeft, may_leave
+from fastskip.decoder.removing import RemainingRows, may_leave
 from fastskip.plan import SkipPlan
 from fastskip.routing import Decisions
 from fastskip.tokens import TokenLayout
@@ -91,7 +91,7 @@ class StagedForward:
             late = None
         keeps_gone = watch is not None or wanted is None or late is not None
         turns = self.positions.turns(layout, cache.anchor)
-        rest = RowsLeft(plan, self.blocks, layout, turns, keys, keeps_gone=keeps_gone)
+        rest = RemainingRows(plan, self.blocks, layout, turns, keys, keeps_gone=keeps_gone)
 
         def see(layer: int, rows: Tensor) -> None:
             assert watch is not None

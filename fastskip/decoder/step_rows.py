@@ -28,7 +28,7 @@ class StepRows:
         """The rows of a layer; ``is_last``: in the plan's last step, whose rows may be few."""
         narrow = self._narrow if is_last else None
         # A hollow layer has slots of its own, which matter to rows that see only some of them.
-        count = self._going_on(layer.attending, narrow).count if layer.hollow else 0
+        count = self._continuing(layer.attending, narrow).count if layer.hollow else 0
         looks = count and not sees_all(layer, self._layout, count)
         key = (layer.row_sets, layer.table if looks else None, narrow is not None)
         found = self._made.get(key)
@@ -41,7 +41,7 @@ class StepRows:
         joint = rows(layer.attending) if narrow is None else rows(frozenset())
         stored = rows(layer.projecting - layer.attending if narrow is None else layer.projecting)
         reused = tuple((source, rows(classes)) for source, classes in layer.reusing.items())
-        attending = self._going_on(layer.attending, narrow)
+        attending = self._continuing(layer.attending, narrow)
         pattern = None
         if attending.count:
             queries = attending.through(narrow)
@@ -55,16 +55,16 @@ class StepRows:
             reused=tuple((source, copied) for source, copied in reused if copied.count),
             narrow=narrow,
             attending=attending,
-            replaced=self._going_on(layer.replaced, narrow),
-            feeding=self._going_on(layer.feeding - layer.beside, narrow),
-            beside=self._going_on(layer.beside, narrow),
-            paired=self._going_on(paired, narrow),
-            alone=self._going_on(layer.attending - paired if is_pair else frozenset(), narrow),
+            replaced=self._continuing(layer.replaced, narrow),
+            feeding=self._continuing(layer.feeding - layer.beside, narrow),
+            beside=self._continuing(layer.beside, narrow),
+            paired=self._continuing(paired, narrow),
+            alone=self._continuing(layer.attending - paired if is_pair else frozenset(), narrow),
             merged=rows(paired),
             pattern=pattern,
         )
 
-    def _going_on(self, classes: frozenset[TokenClass], narrow: Rows | None) -> Rows:
+    def _continuing(self, classes: frozenset[TokenClass], narrow: Rows | None) -> Rows:
         """The rows of some classes among those that continue, indexing these."""
         if narrow is None:
             return self._layout.rows(classes)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from fastskip.atomic_files import atomic_write
 from fastskip.demo.dropping import draw_cells, dropped
 from fastskip.demo.learning import (
     Optimiser,
@@ -32,7 +33,6 @@ from fastskip.demo.precision import Precision
 from fastskip.demo.scenes import QuestionKind, Split, render, scenes
 from fastskip.demo.smaller import take_tower_
 from fastskip.demo.team import Team
-from fastskip.whole_files import whole_file
 
 MIXTURE: Mapping[QuestionKind, float] = {
     QuestionKind.COLOUR: 2.0,
@@ -202,7 +202,7 @@ class Trainer:
             "optimiser": self._optimiser and self._optimiser.state_dict(),
         }
         self.run.folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.run.folder / "state.pt") as part:
+        with atomic_write(self.run.folder / "state.pt") as part:
             torch.save(state, part)
 
     def _load(self) -> None:

@@ -74,7 +74,7 @@ class StepLogits:
             self._runtime.decoder.check_places(cache.next_places(), cache.columns + 1)
         self._room -= 1
         step.run()
-        answers = Answers(self._runtime.decoder.record, step, cache)
+        answers = PendingDecisions(self._runtime.decoder.record, step, cache)
         answers.note()
         answers.commit(1)
         assert step.logits is not None
@@ -103,7 +103,7 @@ class _Transfer:
         return tokens, bool(unfinished.any())
 
 
-class Answers:
+class PendingDecisions:
     """Router decisions of launched steps, held until the steps are committed: to the cache, and to
     a record.
 
@@ -196,7 +196,7 @@ def decode_greedily(
         step.state.load(cache, first, end.stops)
     choice = step.state.choice
     steps = min(most - 1, runtime.decoder.room(cache))
-    answers = Answers(runtime.decoder.record, step, cache)
+    answers = PendingDecisions(runtime.decoder.record, step, cache)
     transfers: deque[_Transfer] = deque()
     launched = arrived = 0
     try:

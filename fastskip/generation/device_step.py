@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
-from fastskip.decoder.conditional_layer import ConditionalBlock
+from fastskip.decoder.conditional_layer import IfBlock
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Stream
 from fastskip.decoder.fused_stack import FusedDecoder
@@ -27,7 +27,7 @@ from fastskip.ops.bodies import Bodies
 from fastskip.ops.contracts import Linear, Norm, Rotation
 from fastskip.ops.graphs import capture
 from fastskip.ops.overlap import Overlap, can_overlap, overlapping
-from fastskip.ops.ranges import are_on, span
+from fastskip.ops.ranges import ranges_enabled, span
 
 # Graphs kept; each holds the activations of one step.
 KEPT = 8
@@ -63,7 +63,7 @@ class DeviceStep:
         self._decoder, self._chooses, self._halves = decoder, chooses, halves
         self._blocks: Sequence[FusedBlock] = decoder.blocks
         if guarding is Guarding.CONDITIONAL and bodies is not None:
-            self._blocks = [ConditionalBlock.of(block, bodies) for block in decoder.blocks]
+            self._blocks = [IfBlock.of(block, bodies) for block in decoder.blocks]
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = final_norm_of(text_model_of(model))
         anchor = decoder.anchor
@@ -87,7 +87,7 @@ class DeviceStep:
 
     def run(self) -> None:
         """Advances by one token; returns before the device is done."""
-        if not are_on():
+        if not ranges_enabled():
             (self._replay or self._step)()
             return
         before = self.logits

@@ -19,7 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from fastskip.decoder.anatomy import has_hooks, is_plain
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.families import MULTIMODAL, final_norm_of, is_users_own, text_model_of
+from fastskip.families import MULTIMODAL, final_norm_of, has_custom_forward, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
@@ -135,7 +135,7 @@ def _does_more(model: Any) -> bool:
     if model.config.model_type in MULTIMODAL:
         parts.append(model.model)
     classes = [getattr(part, "_fastskip_origin", (type(part),))[0] for part in parts]
-    return any(map(has_hooks, parts)) or any(map(is_users_own, classes))
+    return any(map(has_hooks, parts)) or any(map(has_custom_forward, classes))
 
 
 class _CalledSteps:

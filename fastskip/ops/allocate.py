@@ -12,7 +12,7 @@ from torch import Tensor
 _poison: ContextVar[bool] = ContextVar("poison", default=False)
 
 
-def outliving() -> AbstractContextManager[object]:
+def outside_inference_mode() -> AbstractContextManager[object]:
     """Leaves a caller's inference mode, only if it is on: leaving costs as much as allocating."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
@@ -24,7 +24,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     NaN, so a slot that is read but was never written cannot go unnoticed. It outlives a caller's
     inference mode, which would forbid later writes.
     """
-    with outliving():
+    with outside_inference_mode():
         memory = torch.empty(shape, dtype=dtype, device=device)
     if _poison.get() and dtype.is_floating_point:
         memory.fill_(float("nan"))

@@ -115,7 +115,7 @@ class HopLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Bars:
+class HopDecisions:
     """The parts of decisions that differ between ``L`` layers.
 
     ``bars``, ``biases [L]`` fp32, ``salts [L]`` int32, ``weights [L, D]`` fp32 for ``LINEAR``: as
@@ -130,7 +130,7 @@ class Bars:
     homes: Tensor
 
     @classmethod
-    def of(cls, layers: Sequence[HopLayer], runs: Tensor) -> Bars:
+    def of(cls, layers: Sequence[HopLayer], runs: Tensor) -> HopDecisions:
         """Those of ``layers``; ``runs``: where homes are measured from."""
         terms = [layer.terms or ALWAYS for layer in layers]
         device, weights = runs.device, None
@@ -181,7 +181,7 @@ class Hops:
     runs: Tensor
     now: Tensor
     table: Tensor
-    bars: Bars
+    bars: HopDecisions
 
     @property
     def route(self) -> Route:
@@ -221,7 +221,7 @@ class Hops:
             runs=runs,
             now=table[0].clone(),
             table=table,
-            bars=Bars.of(layers, runs),
+            bars=HopDecisions.of(layers, runs),
         )
 
 

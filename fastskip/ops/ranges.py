@@ -25,7 +25,7 @@ def ranges() -> Iterator[None]:
         _is_on.reset(token)
 
 
-def are_on() -> bool:
+def ranges_enabled() -> bool:
     """Whether this code runs within ``ranges()``."""
     return _is_on.get()
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastskip.atomic_files import atomic_write
 from fastskip.policy import PolicyError
-from fastskip.whole_files import whole_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,5 +74,5 @@ def write_weights(
         tensors[f"layers.{layer}.weight"] = score.weight.float().cpu().contiguous()
         tensors[f"layers.{layer}.bias"] = torch.tensor([score.bias])
     metadata = None if about is None else {"about": json.dumps(dict(about))}
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         save_file(tensors, part, metadata=metadata)

@@ -60,7 +60,7 @@ def expand_(model: Any) -> None:
         matrix.replace(matrix.module.to_linear())
 
 
-def hold_(model: Any, weights: Weights | str) -> None:
+def convert_(model: Any, weights: Weights | str) -> None:
     """Converts pruned projections to the form ``weights``; raises as ``compress_`` and
     ``semi_structured_`` do."""
     if weights == Weights.DENSE:

@@ -106,10 +106,10 @@ def compare(
             config=model.config,
             batch_size=batch_size,
             new_tokens=answer_tokens,
-            most_kept=0,
+            max_cache_bytes=0,
         )
         evaluation = exam.take(model)
-        inputs = ItemInputs(processor, model.config, new_tokens, most_kept=0).build(items[:1])
+        inputs = ItemInputs(processor, model.config, new_tokens, max_cache_bytes=0).build(items[:1])
         found.append(_measured(each.label, model, inputs, evaluation, first, new_tokens, rounds))
         first = first or evaluation
         del model

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, paired_shares, wilson
 from fastskip.study.captions import check as check_captions
 from fastskip.study.fingerprints import items_fingerprint
-from fastskip.study.item_inputs import MOST_KEPT, ItemInputs
+from fastskip.study.item_inputs import MAX_CACHE_BYTES, ItemInputs
 from fastskip.study.items import Item, ItemError
 from fastskip.study.metrics import Metric, scale_of, score_all
 from fastskip.study.samples import placed
@@ -153,7 +153,7 @@ class Exam:
         config: Any = None,
         batch_size: int = 32,
         new_tokens: int = 32,
-        most_kept: int = MOST_KEPT,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         """Build nothing yet: inputs are built for the first model, or by `problems`.
 
@@ -173,7 +173,7 @@ class Exam:
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("new_tokens", new_tokens, 1),
-            ("most_kept", most_kept, 0),
+            ("max_cache_bytes", max_cache_bytes, 0),
         ):
             if value < least:
                 raise ItemError(f"{name}: {value}; allowed: {least} or more")
@@ -182,7 +182,7 @@ class Exam:
         self.items = tuple(items)
         self.new_tokens = new_tokens
         self._batch_size = batch_size
-        self._inputs = ItemInputs(processor, config, new_tokens, most_kept)
+        self._inputs = ItemInputs(processor, config, new_tokens, max_cache_bytes)
         self._processor = processor
         # no batch mixes prompts with and without images; answers of similar length finish together
         order = sorted(range(len(items)), key=lambda i: _like(self.items[i]))
@@ -240,7 +240,7 @@ class Exam:
             config=self._inputs.config,
             batch_size=self._batch_size,
             new_tokens=self.new_tokens,
-            most_kept=self._inputs.most_kept,
+            max_cache_bytes=self._inputs.max_cache_bytes,
         )
 
     @torch.inference_mode()

@@ -14,20 +14,20 @@ from fastskip.prompts import PromptError, encode_prompts
 from fastskip.rendering import Renderer
 from fastskip.study.items import Item, ItemError
 
-MOST_KEPT = 1 << 30
+MAX_CACHE_BYTES = 1 << 30
 """Bytes of inputs kept on the host: about 800 float32 images of 336 x 336 pixels."""
 
 
 class ItemInputs:
     """Builds the inputs of batches of items, and caches them while there is room."""
 
-    def __init__(self, processor: Any, config: Any, new_tokens: int, most_kept: int) -> None:
+    def __init__(self, processor: Any, config: Any, new_tokens: int, max_cache_bytes: int) -> None:
         """`new_tokens`: maximum answer length, which must fit after the prompt."""
-        self.config, self.most_kept = config, most_kept
+        self.config, self.max_cache_bytes = config, max_cache_bytes
         self._processor, self._new_tokens = processor, new_tokens
         self._renderer = Renderer(processor)
         self._kept: dict[int, Any] = {}
-        self._room = most_kept
+        self._room = max_cache_bytes
 
     def of(self, number: int, items: Sequence[Item]) -> Any:
         """The inputs of batch `number`, whose items must be the same on every call.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastskip.whole_files import whole_file
+from fastskip.atomic_files import atomic_write
 
 
 def json_text(document: Any, *, indent: int | None = None) -> str:
@@ -19,7 +19,7 @@ def json_text(document: Any, *, indent: int | None = None) -> str:
 def write_json(path: Path, document: Any, *, indent: int | None = None) -> Path:
     """Write a document, creating its folder; an interrupted run leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json_text(document, indent=indent) + "\n", encoding="utf-8")
     return path
 

@@ -31,8 +31,8 @@ from fastskip.study.fingerprints import (
 from fastskip.study.items import Item
 from fastskip.study.json_file import json_text
 from fastskip.study.metrics import Metric, YesNo
+from fastskip.study.observed_rates import observed_rates
 from fastskip.study.samples import placed
-from fastskip.study.seen_rates import seen_rates
 from fastskip.study.smaller_images import taking_smaller_images
 from fastskip.timing import endless, time_once
 
@@ -295,7 +295,7 @@ def _flops(model: Any, exam: Exam, new_tokens: int) -> int:
         model.generate(**placed(inputs, model), do_sample=False, max_new_tokens=new_tokens)
     prompt, steps = (
         plan.expected_cost(n_image, n_text, new_tokens, rate=rate, text_before=before)
-        for rate in seen_rates(plan, record, new_tokens)
+        for rate in observed_rates(plan, record, new_tokens)
     )
     return prompt.prefill.flops + steps.decode.flops
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.images import ImageError, is_address, load_image
+from fastskip.images import ImageError, is_url, load_image
 from fastskip.prompts import PromptError, build_inputs
 from fastskip.study.json_lines import Format
 
@@ -79,6 +79,6 @@ def _sample(document: dict[str, Any], folder: Path, where: str) -> Sample:
     prompt, image = document.get("prompt"), document.get("image")
     if not isinstance(prompt, str) or not prompt.strip():
         raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a non-empty string")
-    if image is not None and (not isinstance(image, str) or is_address(image)):
+    if image is not None and (not isinstance(image, str) or is_url(image)):
         raise SampleError(f"{where}: image is {image!r}; allowed: the path of an image file")
     return Sample(prompt, None if image is None else folder / image, where)

@@ -235,8 +235,8 @@ def _absent(
     """Classes that the policy affects but the input has no rows of; raises if those are all."""
     codes = classify_prompt(inputs["input_ids"], model.config, inputs)[real].unique().tolist()
     there = {CLASS_NAMES[code] for code in codes} | ({"generated"} if max_new_tokens > 1 else set())
-    absent = [c for c in TokenClass if c in plan.treated and c not in there]
-    if absent and len(absent) == len(plan.treated):
+    absent = [c for c in TokenClass if c in plan.affected_classes and c not in there]
+    if absent and len(absent) == len(plan.affected_classes):
         needed = " and ".join(_NEEDED[c] for c in absent)
         raise UncheckedPolicyError(
             f"policy {plan.name}: not checked, as it only affects {' and '.join(absent)} rows, "

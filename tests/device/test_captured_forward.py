@@ -22,7 +22,7 @@ from fastskip.decoder.captured_forward import (
     CapturedForwards,
     ForwardShape,
 )
-from fastskip.decoder.recent import OFTEN
+from fastskip.decoder.lru import OFTEN
 from fastskip.decoder.sizes import rounded_rows
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.kernels import tuning

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastskip.decoder.conditional_layer import ConditionalBlock
+from fastskip.decoder.conditional_layer import IfBlock
 from fastskip.generation.conditional import Guarding
 from fastskip.generation.device_step import DeviceStep
 from fastskip.kernels.launch import recording
@@ -127,7 +127,7 @@ def test_early_exits_are_the_default(trio: Trio, batch: Batch) -> None:
 
 
 def _is_conditional(step: DeviceStep) -> bool:
-    return all(isinstance(block, ConditionalBlock) for block in step._blocks)
+    return all(isinstance(block, IfBlock) for block in step._blocks)
 
 
 def test_many_rows_keep_early_exits(trio: Trio, bodies: Counting) -> None:

@@ -25,12 +25,12 @@ KNOWN = {
 }
 """Functions that may wait between the decoder's entry and the end of ``generate``."""
 OF_POLICIES = {
-    "removals": {"RowsLeft.remove"},  # who leaves
+    "removals": {"RemainingRows.remove"},  # who leaves
 }
 """More of them, under a policy."""
 BEFORE_REPLAYS = {
     # What a graph is made of.
-    *("Parcel.send", "StepState.__init__", "DeviceRoutes.__init__"),
+    *("DeviceNumbers.send", "StepState.__init__", "DeviceRoutes.__init__"),
 }
 """Those of calls that launch their prompt, or capture something."""
 
@@ -112,7 +112,7 @@ def test_the_host_waits_no_more_often_than_it_must(name: str, runs: dict[str, Ru
     call = calls_of(runs[name])[-1]
     waits = [wait["function"] for wait in call["waits"]]
     assert waits.count("_Transfer.wait") == call["new"] > 1
-    assert waits.count("RowsLeft.remove") == (name == "removals")
+    assert waits.count("RemainingRows.remove") == (name == "removals")
 
 
 def test_towers_under_autocast_are_not_captured(runs: dict[str, Run]) -> None:

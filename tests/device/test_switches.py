@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastskip
-from fastskip.decoder.counted_layer import CountedBlock
+from fastskip.decoder.counted_layer import SwitchBlock
 from fastskip.ops import bodies, compiled
 from fastskip.ops.graphs import capture
 from fastskip.ops.routes import Chosen
@@ -69,7 +69,7 @@ def test_prompts_by_switches_and_by_counts(name: str) -> None:
         with torch.no_grad():
             found[switches] = [model(input_ids=ids).logits for _ in range(4)]
         (forward,) = captured.values()
-        assert isinstance(forward._layers.blocks[0], CountedBlock) is switches
+        assert isinstance(forward._layers.blocks[0], SwitchBlock) is switches
     eager, *counted = found[False]
     for logits in (*counted, *found[True]):
         assert torch.isfinite(logits).all()

@@ -185,8 +185,8 @@ def test_changes_against_the_kept_rows_are_named() -> None:
     row = compile_gate.Compiled("default", "call", "head", "7b", 1, {}, GOOD, (), "ab").record
     more, other = {**row, "registers": 120}, {**row, "rows": 2}
     assert compile_gate.differences([row], [row]) == {}
-    assert not list(compile_gate.untrue([row], [row, {**row, "key": "cd", "registers": 7}]))
-    (line,) = compile_gate.untrue([row], [{**row, "registers": 7}])
+    assert not list(compile_gate.outdated([row], [row, {**row, "key": "cd", "registers": 7}]))
+    (line,) = compile_gate.outdated([row], [{**row, "registers": 7}])
     assert "'registers': 7" in line
     changes = list(compile_gate.differences([more, other], [row, {**row, "rows": 4}]).values())
     assert changes == ["registers was 100", "new", "gone"]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastskip.sparse import SparseError, SparseLinear, Weights, compress_, expand_
-from fastskip.sparse.convert import hold_, sparse_matrices
+from fastskip.sparse.convert import convert_, sparse_matrices
 from fastskip.sparse.linear import BitmapLinear, CsrLinear
 from fastskip.sparse.matrices import matrices
 from fastskip.sparse.structured import is_two_of_four, semi_structured_
@@ -147,10 +147,10 @@ def test_forms_change_in_place() -> None:
     prune_(model, Recipe("magnitude", 0.7))
     before = {matrix.name: matrix.weight.detach().clone() for matrix in matrices(model)}
     for form in (Weights.CSR, Weights.BITMAP, Weights.CSR):
-        hold_(model, form)
+        convert_(model, form)
         kind = CsrLinear if form is Weights.CSR else BitmapLinear
         assert all(type(matrix.module) is kind for matrix in matrices(model))
-    hold_(model, "dense")
+    convert_(model, "dense")
     assert all(torch.equal(matrix.weight, before[matrix.name]) for matrix in matrices(model))
 
 
@@ -200,7 +200,7 @@ def test_semi_structured_says_what_it_needs() -> None:
     assert all(type(matrix.weight) is nn.Parameter for matrix in matrices(model))
     compress_(model)
     with pytest.raises(SparseError, match=r"q_proj: on cpu"):
-        hold_(model, "2:4")
+        convert_(model, "2:4")
 
 
 @pytest.mark.gpu

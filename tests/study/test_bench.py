@@ -26,9 +26,9 @@ from fastskip.study.bench.run import bench, cost_of, ideal_share
 from fastskip.study.bench.workload import (
     Workload,
     drawn_image,
-    made_up_inputs,
     padded,
     repeated,
+    synthetic_inputs,
     workload_of,
 )
 from fastskip.study.comparison import prompt_sizes
@@ -58,7 +58,7 @@ def models(checkpoint: Path) -> Models:
 
 @pytest.fixture(scope="module")
 def inputs(models: Models) -> dict[str, Any]:
-    made = made_up_inputs(
+    made = synthetic_inputs(
         build_processor(), models.hf.config, [drawn_image()], text_tokens=40, new_tokens=4
     )
     return repeated(made, 2)
@@ -172,7 +172,7 @@ def test_what_cannot_be_compiled_is_left_out(
 def test_memory_is_told_on_a_gpu() -> None:
     models = Models.load(str(checkpoint_path()), dtype="bfloat16", device="cuda")
     config, processor = models.hf.config, processor_for(checkpoint_path())
-    made = made_up_inputs(processor, config, [drawn_image(None)], text_tokens=40, new_tokens=9)
+    made = synthetic_inputs(processor, config, [drawn_image(None)], text_tokens=40, new_tokens=9)
     found = run(models, made, IMAGE_FFN, new_tokens=9)
     weights = sum(weight.nbytes for weight in models.hf.parameters())
     for each in found.contenders:
@@ -222,7 +222,7 @@ def test_made_up_prompts_have_just_so_many_tokens(kind: Any) -> None:
     shortest = dict(build_inputs(processor, "describe the image.", [drawn_image()]))
     n_image, n_text, before = prompt_sizes(shortest, model.config)
     for text_tokens in (n_text, n_text + 1, n_text + 90):
-        found = made_up_inputs(
+        found = synthetic_inputs(
             processor, model.config, [drawn_image()], text_tokens=text_tokens, new_tokens=2
         )
         load = workload_of(repeated(found, 3), model.config, 2)
@@ -233,7 +233,7 @@ def test_made_up_prompts_have_just_so_many_tokens(kind: Any) -> None:
     assert out.shape == (2, n_image + n_text + 92) and torch.equal(out[0], out[1])
     for text_tokens, message in ((n_text - 1, f"{n_text} or more"), (250, "256 in all")):
         with pytest.raises(BenchError, match=message):
-            made_up_inputs(
+            synthetic_inputs(
                 processor, model.config, [drawn_image()], text_tokens=text_tokens, new_tokens=9
             )
 
@@ -242,7 +242,7 @@ def test_made_up_prompts_have_just_so_many_tokens(kind: Any) -> None:
 def test_prompts_that_are_not_alike_are_padded(kind: Any) -> None:
     processor, model = build_processor(kind), tiny_llava(kind, vocab=VOCAB)
     every = [
-        made_up_inputs(processor, model.config, [drawn_image()], text_tokens=n, new_tokens=3)
+        synthetic_inputs(processor, model.config, [drawn_image()], text_tokens=n, new_tokens=3)
         for n in (60, 90, 40)
     ]
     found = padded(every)
@@ -258,7 +258,7 @@ def test_prompts_that_are_not_alike_are_padded(kind: Any) -> None:
 
 def test_a_bench_of_prompts_that_are_not_alike(models: Models, tmp_path: Path) -> None:
     every = [
-        made_up_inputs(
+        synthetic_inputs(
             build_processor(), models.hf.config, [drawn_image()], text_tokens=n, new_tokens=4
         )
         for n in (40, 90)
@@ -287,7 +287,7 @@ def test_a_step_of_prompts_that_are_not_alike_reads_what_any_row_runs(models: Mo
 def test_made_up_prompts_of_text(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "llama")
     config, processor = AutoConfig.from_pretrained(tmp_path), processor_for(tmp_path)
-    found = made_up_inputs(processor, config, [], text_tokens=50, new_tokens=3)
+    found = synthetic_inputs(processor, config, [], text_tokens=50, new_tokens=3)
     assert workload_of(found, config, 3).n_text == 50 and found["input_ids"][0, 0] == 1
     result = run(Models.sharing(tiny_llama(vocab=VOCAB)), found, new_tokens=3)
     assert result.workload.n_image == 0 and result.dense.as_hf.equal == 3

@@ -62,7 +62,7 @@ def test_batches_and_kept_inputs_change_nothing(model: Any, processor: Any) -> N
     items = items_of(9)
     whole = Exam(items, processor, batch_size=9)
     assert whole.take(model) == whole.take(model)
-    single = Exam(items, processor, batch_size=1, most_kept=0)
+    single = Exam(items, processor, batch_size=1, max_cache_bytes=0)
     assert single.take(model) == whole.take(model)
 
 
@@ -88,7 +88,7 @@ def test_inputs_are_kept_while_there_is_room(
     monkeypatch.setattr(ItemInputs, "build", counted)
     items = items_of(6)
     size = 3 * 64 * 64 * 4  # bytes of one image; the tokens of some items take less
-    exam = Exam(items, processor, batch_size=2, most_kept=5 * size)
+    exam = Exam(items, processor, batch_size=2, max_cache_bytes=5 * size)
     for _ in range(2):
         for number in range(len(exam)):
             exam.inputs(number)

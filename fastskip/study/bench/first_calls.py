@@ -15,7 +15,7 @@ from fastskip.study.bench.contenders import DENSE, HF, Contender, Models, Source
 from fastskip.study.bench.errors import BenchError
 from fastskip.study.bench.results import Agreement
 from fastskip.study.bench.samples import Inputs, generate
-from fastskip.study.seen_rates import Rates, seen_rates
+from fastskip.study.observed_rates import Rates, observed_rates
 
 logger = logging.getLogger(__name__)
 _EXACT = (torch.float32, torch.float64)
@@ -68,7 +68,7 @@ def first_call(
     if plan.routed:
         with record_routing(model) as record:
             generate(contender, model, inputs, new_tokens)
-        rates = seen_rates(plan, record, new_tokens)
+        rates = observed_rates(plan, record, new_tokens)
     return FirstCall(tokens, peak, rates)
 
 

@@ -74,7 +74,7 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class ContenderResult:
     """One contender's results.
 
     Attributes:
@@ -118,7 +118,7 @@ class Contest:
         return document | {"source": self.source.value}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Contest:
+    def from_dict(cls, document: Mapping[str, Any]) -> ContenderResult:
         """What `to_dict` gave."""
         values = {key: value for key, value in document.items() if key != "verdict"}
         times = {name: values.pop(name) for name in Times.__slots__}
@@ -142,14 +142,14 @@ class BenchResult:
     workload: Workload
     rounds: int
     ceilings: Ceilings
-    contenders: tuple[Contest, ...]
+    contenders: tuple[ContenderResult, ...]
 
     @property
-    def dense(self) -> Contest:
+    def dense(self) -> ContenderResult:
         """Our dense model, the baseline of all others."""
         return self.of(DENSE)
 
-    def of(self, label: str) -> Contest:
+    def of(self, label: str) -> ContenderResult:
         """The contender with this label; `KeyError` if there is none."""
         for each in self.contenders:
             if each.label == label:
@@ -186,7 +186,7 @@ class BenchResult:
             workload=Workload(**load),
             rounds=rounds,
             ceilings=Ceilings(**document["ceilings"]),
-            contenders=tuple(Contest.from_dict(each) for each in document["contenders"]),
+            contenders=tuple(ContenderResult.from_dict(each) for each in document["contenders"]),
         )
 
     def save(self, folder: Path) -> Path:

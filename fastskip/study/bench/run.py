@@ -27,7 +27,7 @@ from fastskip.study.bench.errors import BenchError
 from fastskip.study.bench.first_calls import agreements_of, first_call
 from fastskip.study.bench.results import (
     BenchResult,
-    Contest,
+    ContenderResult,
     Phases,
     Speedup,
     Times,
@@ -35,9 +35,9 @@ from fastskip.study.bench.results import (
 from fastskip.study.bench.samples import Inputs, Sample, sample
 from fastskip.study.bench.workload import Workload, workload_of
 from fastskip.study.fingerprints import model_fingerprint
+from fastskip.study.observed_rates import Rates
 from fastskip.study.provenance import circumstances
 from fastskip.study.samples import placed
-from fastskip.study.seen_rates import Rates
 from fastskip.timing import LEAST_ROUNDS, endless, race
 
 
@@ -61,7 +61,7 @@ def bench(
     Args:
         models: on the device to measure; our model's current policy is restored at the end.
         policies: labels and policies.
-        inputs: prompts with equal images, as from `workload.made_up_inputs` or a processor; for
+        inputs: prompts with equal images, as from `workload.synthetic_inputs` or a processor; for
             prompts of different lengths, as from `workload.padded`.
         ceilings: of this device.
         new_tokens: how many tokens each prompt generates; no token ends an answer early.
@@ -165,10 +165,10 @@ def _contest(
     costs: Mapping[str, GenerationCost],
     load: Workload,
     ceilings: Ceilings,
-) -> Contest:
+) -> ContenderResult:
     cost = costs[contender.label]
     floor = _floor(cost, ceilings)
-    found = Contest(contender.label, contender.source, flops=cost.flops, floor_s=floor)
+    found = ContenderResult(contender.label, contender.source, flops=cost.flops, floor_s=floor)
     if contender.label not in made:
         return found
     own, dense = made[contender.label], made[DENSE]

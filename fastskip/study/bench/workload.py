@@ -69,7 +69,7 @@ def drawn_image(size: tuple[int, int] | None = PHOTO) -> Image:
     return image if size is None else image.resize(size, Resampling.BICUBIC)
 
 
-def made_up_inputs(
+def synthetic_inputs(
     processor: Any, config: Any, images: Sequence[Image], *, text_tokens: int, new_tokens: int
 ) -> dict[str, Any]:
     """A prompt about the images with exactly `text_tokens` text tokens, the template's included.

@@ -17,7 +17,7 @@ def plan_of_cell(cell: Cell) -> SkipPlan:
     return make_plan(cell.policy, shape_of(build_config(build_processor().tokenizer, cell.size)))
 
 
-def deeds(plan: SkipPlan) -> list[Any]:
+def canonical_plan(plan: SkipPlan) -> list[Any]:
     """What a plan does, layer by layer, regardless of how its policy was written."""
     return [
         [

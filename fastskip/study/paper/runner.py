@@ -35,7 +35,7 @@ from fastskip.study.paper.measuring import (
     exam_of,
     workload,
 )
-from fastskip.study.paper.plans import deeds, flops, parameters, plan_of_cell
+from fastskip.study.paper.plans import canonical_plan, flops, parameters, plan_of_cell
 from fastskip.study.paper.results import Results, Speed, judge, row_of
 from fastskip.study.paper.speeds import contenders, timed
 from fastskip.study.paper.tuning import remove_weights_, tune_
@@ -256,7 +256,7 @@ class Study:
             "seed": seed,
             "size": cell.size.label,
             "own_weights": _digest(cell.size),
-            "plan": deeds(plan_of_cell(cell)),
+            "plan": canonical_plan(plan_of_cell(cell)),
             "removed": cell.removed,
             "learned": cell.learned.value,
         }

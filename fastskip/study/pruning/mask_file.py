@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastskip.atomic_files import atomic_write
 from fastskip.ops.bitmaps import bitmap_bytes, unpack_bits
 from fastskip.study.pruning.kept_set import KeptSet
 from fastskip.study.pruning.recipe import PruningError
-from fastskip.whole_files import whole_file
 
 FORMAT = "fastskip masks"
 SCHEMA_VERSION = "1"
@@ -46,7 +46,7 @@ class MaskFile:
             "provenance": json.dumps(dict(self.provenance)),
         }
         tensors = {name: own.bitmap.cpu().contiguous() for name, own in self.kept.items()}
-        with whole_file(Path(path)) as part:
+        with atomic_write(Path(path)) as part:
             save_file(tensors, part, metadata=metadata)
 
     @classmethod

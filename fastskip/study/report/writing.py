@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fastskip.atomic_files import atomic_write
 from fastskip.study.report import closing, sections
 from fastskip.study.report.blocks import Section
 from fastskip.study.report.drawing import require
@@ -13,7 +14,6 @@ from fastskip.study.report.fields import Problem, ReportError
 from fastskip.study.report.maps import Mapped, ShapeOf, maps
 from fastskip.study.report.page import render
 from fastskip.study.report.results import Results, read_results
-from fastskip.whole_files import whole_file
 
 EXAMPLES = 12
 
@@ -57,7 +57,7 @@ def write_report(
         for each in drawn:
             (pngs / f"{each.name}.png").write_bytes(each.png)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(out) as part:
+        with atomic_write(out) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as error:
         problem = Problem(f"cannot be written ({error})")

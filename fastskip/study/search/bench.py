@@ -17,10 +17,10 @@ from fastskip.study.evaluation import Exam
 from fastskip.study.fingerprints import combined
 from fastskip.study.samples import placed
 from fastskip.study.search.budget import Quantity
-from fastskip.study.search.calibrating import Calibrator, Moved
+from fastskip.study.search.calibrating import AnswerShift, Calibrator
 from fastskip.study.search.costing import Costing, Workload
-from fastskip.study.search.kept import FILE, Kept, key_of
 from fastskip.study.search.latency import Timed, fit, probes, time_in_turn
+from fastskip.study.search.measurement_cache import FILE, MeasurementCache, key_of
 from fastskip.study.search.pricing import Pricing
 from fastskip.study.search.settings import SearchSettings, Watcher
 
@@ -55,7 +55,7 @@ class Bench:
         workload = Workload(*prompt_sizes(typical, model.config), settings.new_tokens)
         self.costing = Costing(self.shape, workload, ceilings)
         self.model_print = model_fingerprint(model)
-        self._kept = Kept(None if folder is None else folder / FILE)
+        self._kept = MeasurementCache(None if folder is None else folder / FILE)
         self._base = combined(
             self.model_print,
             calibration.fingerprint,
@@ -65,7 +65,7 @@ class Bench:
         )
         self._calibrator: Calibrator | None = None
 
-    def moved(self, policy: SkipPolicy) -> Moved:
+    def moved(self, policy: SkipPolicy) -> AnswerShift:
         """How far a policy moves the calibration set's answers."""
 
         def measure() -> Any:
@@ -73,7 +73,7 @@ class Bench:
                 self._calibrator = Calibrator(self.model, self.calibration)
             return asdict(self._calibrator.moved(policy))
 
-        return Moved(**self._kept.value(key_of(self._base, "moved", policy), measure))
+        return AnswerShift(**self._kept.value(key_of(self._base, "moved", policy), measure))
 
     def divergence(self, policy: SkipPolicy) -> float:
         """The KL divergence from the dense model, in nats per answer token."""

@@ -25,12 +25,12 @@ from fastskip.study.samples import placed
 from fastskip.tokens import CODES
 
 
-class MovedError(ValueError):
+class NonFiniteError(ValueError):
     """A policy under which the model's log probabilities are not finite."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class AnswerShift:
     """How far a policy moves the answers, as means over answer tokens.
 
     `kl`: divergence of its distributions from the dense model's, nats. `loss`: negative log
@@ -86,7 +86,7 @@ class Calibrator:
         return sum(int(batch.is_answer.sum()) for batch in self._batches)
 
     @torch.inference_mode()
-    def moved(self, policy: SkipPolicy) -> Moved:
+    def moved(self, policy: SkipPolicy) -> AnswerShift:
         """How far a policy moves the answers; the model keeps this policy.
 
         Raises:
@@ -103,9 +103,9 @@ class Calibrator:
         if not math.isfinite(divergence + loss):
             problem = f"policy {policy.name!r}: log probabilities are not finite"
             allowed = "a dtype in which the model does not overflow, such as float32"
-            raise MovedError(f"{problem} in {self.model.dtype}; allowed: {allowed}")
+            raise NonFiniteError(f"{problem} in {self.model.dtype}; allowed: {allowed}")
         count = len(self)
-        return Moved(max(0.0, divergence / count), loss / count)
+        return AnswerShift(max(0.0, divergence / count), loss / count)
 
 
 @torch.inference_mode()

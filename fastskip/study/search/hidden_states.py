@@ -10,7 +10,7 @@ from fastskip.fingerprints import model_fingerprint
 from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Exam
 from fastskip.study.fingerprints import combined
-from fastskip.study.search.kept import FILE, Kept
+from fastskip.study.search.measurement_cache import FILE, MeasurementCache
 from fastskip.study.search.settings import Watcher
 from fastskip.study.similarity import LayerSimilarity, similarities
 
@@ -35,7 +35,7 @@ def compared(
         return [each.to_dict() for each in found]
 
     about = model_fingerprint(model), exam.fingerprint, exam.new_tokens, len(exam)
-    kept = Kept(None if folder is None else folder / FILE)
+    kept = MeasurementCache(None if folder is None else folder / FILE)
     return tuple(
         replace(LayerSimilarity(**each), token_class=TokenClass(each["token_class"]))
         for each in kept.value(combined("similarity", *about), measure)

@@ -12,7 +12,7 @@ from fastskip.study.training.encoding import Encoder, Features
 from fastskip.study.training.settings import Settings, SettingsError
 
 
-class Shelf(Dataset[Features]):
+class IndexedExamples(Dataset[Features]):
     """Examples by index. With ``skip_broken``, the next usable one replaces an unusable one."""
 
     def __init__(self, examples: Any, encoder: Encoder, *, skip_broken: bool) -> None:
@@ -53,8 +53,8 @@ class Stream(IterableDataset[Features]):
             yield features
 
 
-def source_of(data: Any, encoder: Encoder, settings: Settings) -> Shelf | Stream:
-    """A `Shelf` for data with a length and items, else a `Stream`.
+def source_of(data: Any, encoder: Encoder, settings: Settings) -> IndexedExamples | Stream:
+    """A `IndexedExamples` for data with a length and items, else a `Stream`.
 
     Raises:
         SettingsError: a stream without a number of steps.
@@ -63,7 +63,7 @@ def source_of(data: Any, encoder: Encoder, settings: Settings) -> Shelf | Stream
     if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         if not len(data):
             raise DataError("data: no examples; allowed: one or more")
-        return Shelf(data, encoder, skip_broken=settings.skip_broken)
+        return IndexedExamples(data, encoder, skip_broken=settings.skip_broken)
     if settings.steps is None:
         raise SettingsError("steps", None, "a number of steps, as the data have no length")
     return Stream(data, encoder, skip_broken=settings.skip_broken)

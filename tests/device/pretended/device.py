@@ -21,7 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from fastskip.decoder import anatomy, captured_forward
 from fastskip.ops import bodies, graphs
-from fastskip.ops.allocate import outliving
+from fastskip.ops.allocate import outside_inference_mode
 from tests.device.pretended.graphs import Capture, Graph, NodeBodies
 from tests.device.pretended.log import LOG
 
@@ -53,7 +53,7 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, memory: Tensor) -> DeviceTensor:
-        with outliving():  # the memory knows whether it was made in inference mode
+        with outside_inference_mode():  # the memory knows whether it was made in inference mode
             made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls,
                 memory.size(),

@@ -26,9 +26,9 @@ from fastskip.study.search import (
     parse_budget,
 )
 from fastskip.study.search.bench import Bench
-from fastskip.study.search.calibrating import Calibrator, MovedError
+from fastskip.study.search.calibrating import Calibrator, NonFiniteError
 from fastskip.study.search.changes import changes_of, policy_of
-from fastskip.study.search.kept import Kept
+from fastskip.study.search.measurement_cache import MeasurementCache
 from fastskip.study.search.settings import SettingsError
 from fastskip.study.similarity import LayerSimilarity
 from fastskip.timing import Times, threads_set
@@ -134,7 +134,9 @@ def test_a_model_that_overflows_is_not_taken_for_one_that_does_not_move() -> Non
     calibrator = Calibrator(fastskip.apply_(broken, "dense"), exam(broken, 1))
     with torch.no_grad():
         broken.lm_head.weight[0] = float("inf")  # type: ignore[union-attr, operator, index]
-    with pytest.raises(MovedError, match="not finite in torch.float32; allowed: a dtype in which"):
+    with pytest.raises(
+        NonFiniteError, match="not finite in torch.float32; allowed: a dtype in which"
+    ):
         calibrator.moved(SkipPolicy())
 
 
@@ -317,10 +319,10 @@ def test_times_of_another_machine_are_measured_anew(model: Any, tmp_path: Path) 
 def test_what_is_kept_survives_a_broken_file(tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
     file.write_text('{"of": "a", "value": [1]}\n[]\n{"of": "b"}\nnonsense\n{"of": "c", "val')
-    kept = Kept(file)
+    kept = MeasurementCache(file)
     assert "a" in kept and "b" not in kept and "c" not in kept
     assert kept.value("c", lambda: {"x": (1, 2)}) == {"x": [1, 2]}
-    assert Kept(file).value("c", lambda: None) == {"x": [1, 2]}
+    assert MeasurementCache(file).value("c", lambda: None) == {"x": [1, 2]}
 
 
 def run(*arguments: str) -> Any:

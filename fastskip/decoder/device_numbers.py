@@ -15,7 +15,7 @@ CHUNK = 1 << 15
 ALIGNMENT = 16
 
 
-class Parcel:
+class DeviceNumbers:
     """The numbers that recipes yield, in chunks of device memory, and the recipes to rewrite them.
 
     ``send`` is a ``fused_rows.Send``.

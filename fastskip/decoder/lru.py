@@ -13,7 +13,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
+class LeastRecentlyUsed(Generic[K, V]):
     """Up to ``most`` values by key; the least recently used is evicted first."""
 
     def __init__(self, most: int) -> None:
@@ -66,7 +66,7 @@ class Sightings(Generic[K]):
 
     def __init__(self, most: int) -> None:
         """``most``: keys remembered."""
-        self._counts: Recent[K, int] = Recent(most)
+        self._counts: LeastRecentlyUsed[K, int] = LeastRecentlyUsed(most)
 
     def pays(self, key: K, *, has_room: bool) -> bool:
         """Counts an occurrence of a key; says whether to make its value now, which resets that."""

@@ -13,7 +13,7 @@ from fastskip.study.fingerprints import combined, policy_fingerprint
 FILE = "measured.jsonl"
 
 
-class Kept:
+class MeasurementCache:
     """Values by key, in a file of one JSON object per line; an incomplete line is ignored."""
 
     def __init__(self, path: Path | None) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastskip.atomic_files import atomic_write
 from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.pruning import KeptSet, WeightMasks
-from fastskip.whole_files import whole_file
 
 
 @pytest.fixture(params=[0o022, 0o027], autouse=True)
@@ -26,9 +26,9 @@ def mode(path: Path) -> int:
 
 def test_new_files_are_readable_as_any_other(tmp_path: Path, umask: int) -> None:
     paths = [tmp_path / name for name in ("a.txt", "tensors", "masks", "routers")]
-    with whole_file(paths[0]) as part:
+    with atomic_write(paths[0]) as part:
         part.write_text("a")
-    with whole_file(paths[1]) as part:
+    with atomic_write(paths[1]) as part:
         save_file({"a": torch.zeros(1)}, part)
     kept = {"layers.0.mlp.fc1": KeptSet.of(torch.ones(2, 2, dtype=torch.bool))}
     WeightMasks(kept, "").save(paths[2])
@@ -40,7 +40,7 @@ def test_old_files_keep_their_mode(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     path.chmod(0o640)
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text("new")
     assert mode(path) == 0o640 and path.read_text() == "new"
 
@@ -48,7 +48,7 @@ def test_old_files_keep_their_mode(tmp_path: Path) -> None:
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), whole_file(path) as part:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as part:
         part.write_text("ne")
         raise ZeroDivisionError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -58,7 +58,7 @@ def test_a_pipe_stays_one(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with whole_file(pipe) as part:
+    with atomic_write(pipe) as part:
         part.write_text("through")
     assert os.read(reader, 100) == b"through" and pipe.is_fifo()
     os.close(reader)

@@ -2,7 +2,7 @@
 
 import random
 
-from fastskip.decoder.recent import OFTEN, Recent, Sightings
+from fastskip.decoder.lru import OFTEN, LeastRecentlyUsed, Sightings
 
 
 def test_the_second_time_while_there_is_room() -> None:
@@ -24,7 +24,7 @@ def test_more_keys_than_places_are_not_made_again_and_again() -> None:
     """At most one in `OFTEN` of those that come costs another one its place."""
     for keys in (16, 24, 40, 100):
         draw = random.Random(0)
-        kept: Recent[int, int] = Recent(16)
+        kept: LeastRecentlyUsed[int, int] = LeastRecentlyUsed(16)
         seen: Sightings[int] = Sightings(256)
         made = hits = 0
         for _ in range(2000):

@@ -12,7 +12,7 @@ Rates = Mapping[int, float]
 """By router number: the share of its candidates that skipped."""
 
 
-def seen_rates(plan: SkipPlan, record: RoutingRecord, new_tokens: int) -> tuple[Rates, Rates]:
+def observed_rates(plan: SkipPlan, record: RoutingRecord, new_tokens: int) -> tuple[Rates, Rates]:
     """Prefill and decode rates of the last call in a record, which generated `new_tokens`."""
     prompt, *steps = record.forwards[-new_tokens:]
     return _rates(plan, RoutingRecord([prompt])), _rates(plan, RoutingRecord(steps))

@@ -8,7 +8,7 @@ from stat import S_IMODE
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces ``path`` after the block.
 
     If the block raises, ``path`` is unchanged and no partial file remains. A symbolic link stays
