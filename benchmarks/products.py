@@ -1,4 +1,4 @@
-"""fp32 products on a CPU: plain library calls against the forms that the runtime uses.
+"""Products on a CPU: plain library calls against the forms that the runtime uses.
 
     python -m benchmarks.products            # two minutes
 

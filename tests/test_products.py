@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import products as benchmark
-from fastskip.ops import products
+from fastskip.ops import half_products, processor, products
 from fastskip.ops.allocate import poisoned
 from fastskip.ops.contracts import Activation, Linear
+from fastskip.ops.reference import activate
 from fastskip.timing import threads_set
 from tests.budget import assert_within_budget
 
@@ -26,7 +27,8 @@ def forms_of_small_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(products, "FEWEST", 8)
     monkeypatch.setattr(products, "FEW", 64)
     monkeypatch.setattr(products, "MANY", 128)
-    monkeypatch.setattr(products, "_has_avx512", lambda: False)
+    monkeypatch.setattr(processor, "has_avx512", lambda: False)
+    monkeypatch.setattr(processor, "has_mkl_for_others", lambda: True)
     with torch.no_grad(), poisoned():
         yield
 
@@ -106,9 +108,28 @@ def test_what_is_the_librarys_with_avx512(
     with threads_set(threads):
         products.linear(x, weight, None)
         assert not asked
-        monkeypatch.setattr(products, "_has_avx512", lambda: True)
+        monkeypatch.setattr(processor, "has_avx512", lambda: True)
         products.linear(x, weight, None)
         assert asked == [rows]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 100])
+def test_everything_is_the_librarys_where_it_is_fast(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "has_mkl_for_others", lambda: False)
+    x, up, down = torch.randn(rows, 40), torch.randn(200, 40), torch.randn(49, 100)
+    asked: list[tuple[int, ...]] = []
+    plain = F.linear
+
+    def noting(x: torch.Tensor, weight: torch.Tensor, bias: None) -> torch.Tensor:
+        asked.append(tuple(weight.shape))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", noting)
+    products.linear(x, up, None)
+    products.feed_forward(x, Linear(up), Activation.GATED_SILU, Linear(down))
+    assert asked == [(200, 40), (200, 40), (49, 100)]
 
 
 @pytest.mark.parametrize("rows", [4, 100])
@@ -130,10 +151,95 @@ def test_autocast_is_the_librarys(rows: int) -> None:
     assert found.dtype == fed.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_the_librarys(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(4, 40, dtype=dtype), torch.randn(200, 40, dtype=dtype)
+def test_fp64_is_the_librarys() -> None:
+    x, weight = torch.randn(4, 40).double(), torch.randn(200, 40).double()
     assert torch.equal(products.linear(x, weight, None), F.linear(x, weight))
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LARGE", "LARGE_FOR_ONE"):
+        monkeypatch.setattr(half_products, name, SMALL)
+    monkeypatch.setattr(half_products, "FEW", 64)
+    monkeypatch.setattr(processor, "has_amx", lambda dtype: dtype in HALVES)
+
+
+@pytest.mark.usefixtures("with_tiles")
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 9, 64, 65])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_sum_is_the_same_in_half_precision(
+    dtype: torch.dtype, rows: int, has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in [(rows, 40), (200, 40), (200,)]
+    )
+    bias = bias if has_bias else None
+    found = products.linear(x, weight, bias)
+    assert found.shape == (rows, 200)
+    assert found.is_contiguous()
+    if rows:
+        wide = None if bias is None else bias.double()
+        truth = F.linear(x.double(), weight.double(), wide)
+        assert_within_budget("product", found, F.linear(x, weight, bias), truth)
+
+
+@pytest.mark.usefixtures("with_tiles")
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("rows", [0, 1, 9, 64, 65])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_the_ffn_is_the_same_in_half_precision(
+    dtype: torch.dtype, rows: int, activation: Activation, has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    wide = 120 if activation is Activation.GATED_SILU else 60
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    up = Linear(drawn(wide, 40), drawn(wide) if has_bias else None)
+    down = Linear(drawn(40, 60), drawn(40) if has_bias else None)
+    x = drawn(rows, 40)
+    found = products.feed_forward(x, up, activation, down)
+    assert found.shape == (rows, 40)
+    assert found.is_contiguous()
+
+    def plain(kind: torch.dtype) -> torch.Tensor:
+        biases = [None if each.bias is None else each.bias.to(kind) for each in (up, down)]
+        inner = activate(F.linear(x.to(kind), up.weight.to(kind), biases[0]), activation)
+        return F.linear(inner, down.weight.to(kind), biases[1])
+
+    if rows:
+        assert_within_budget("FFN", found, plain(dtype), plain(torch.float64))
+
+
+@pytest.mark.usefixtures("with_tiles")
+@pytest.mark.parametrize("rows", [1, 4, 65])
+def test_which_form_half_precision_takes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(rows, 40).bfloat16(), torch.randn(200, 40).bfloat16()
+    asked: list[int] = []
+    monkeypatch.setattr(F, "linear", lambda *_: asked.append(rows))
+    products.linear(x, weight, None)
+    assert asked == ([rows] if rows > 64 else [])
+    asked.clear()
+    monkeypatch.setattr(processor, "has_amx", lambda _: False)
+    products.linear(x, weight, None)
+    assert asked == [rows]
+
+
+@pytest.mark.usefixtures("with_tiles")
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gradients_in_half_precision_go_through_the_plain_call(rows: int) -> None:
+    x = torch.randn(rows, 40).bfloat16().requires_grad_()
+    with torch.enable_grad():
+        products.linear(x, torch.randn(200, 40).bfloat16(), None).sum().backward()
+    assert x.grad is not None
 
 
 def test_the_benchmark_runs(

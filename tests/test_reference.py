@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastskip.ops import attention, reference
+from fastskip.ops import attention, processor, reference
 from tests.budget import assert_within_budget
 
 HEADS, WIDTH = 4, 24
@@ -80,7 +80,7 @@ def test_attention_takes_the_form_that_is_faster_here(
     rows: int, has_amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few queries have no use for the fused kernel; gradients and dropout need it."""
-    monkeypatch.setattr(attention, "_has_amx", lambda: has_amx)
+    monkeypatch.setattr(processor, "has_amx", lambda dtype: has_amx and dtype is not torch.float64)
     taken: list[str] = []
     for form in ("attend_fused", "attend_in_blocks"):
         monkeypatch.setattr(attention, form, lambda *_, form=form, **__: taken.append(form))

@@ -8,12 +8,13 @@ takes three times as long as products of large blocks of queries, so blocks it i
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastskip.ops import processor
 
 # Queries per block: enough to keep a core busy, few enough to skip most of what causality hides.
 _BLOCK = 128
@@ -57,15 +58,8 @@ def _fuses_fast(queries: Tensor) -> bool:
     return (
         queries.shape[2] >= _FUSED
         and queries.device.type == "cpu"
-        and queries.dtype is not torch.float64
-        and _has_amx()
+        and processor.has_amx(queries.dtype)
     )
-
-
-@functools.cache
-def _has_amx() -> bool:
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_tile", False))
 
 
 def attend_fused(

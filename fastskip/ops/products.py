@@ -1,25 +1,26 @@
-"""``x @ weight.T + bias`` on a CPU in fp32: the same sums, requested from the library differently.
+"""``x @ weight.T + bias`` on a CPU: the same sums, requested from the library differently. Here in
+fp32; ``half_products`` is the same for half precision.
 
-Given all of a large weight, the library first copies it into another layout, which for some row
-counts costs more than the GEMM itself, and the weight is then no longer in the cache. So the weight
-is passed slice by slice; and while rows are few, it is the first factor, ``(weight @ x.T).T``,
-which several threads share better. A single row, which the plain call computes on one thread at
-half of its bandwidth, becomes a batch of small products with parts of the weight: these use all
-threads and read the weight in place. ``benchmarks/products.py`` measures this against the plain
-call; the bounds below come from there. Between the two products of an FFN, rows stay in the columns
-that the first one produces.
+The plain call is the fastest on Intel's CPUs. On AMD's, MKL, given all of a large weight, first
+copies it into another layout, which for some row counts costs more than the GEMM itself, and the
+weight is then no longer in the cache. So there the weight is passed slice by slice; and while rows
+are few, it is the first factor, ``(weight @ x.T).T``, which several threads share better. A single
+row, which the plain call computes on one thread at half of its bandwidth, becomes a batch of small
+products with parts of the weight: these use all threads and read the weight in place.
+``benchmarks/products.py`` measures this against the plain call; the bounds below come from there.
+Between the two products of an FFN, rows stay in the columns that the first one produces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from math import gcd
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastskip.ops import half_products, processor
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.reference import activate, wants_gradient
@@ -43,6 +44,8 @@ _WIDTH = 16
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[N, E] x [M, E] -> [N, M]``, contiguous; ``bias [M]``."""
+    if x.dtype is not torch.float32:
+        return half_products.linear(x, weight, bias)
     rows = len(x)
     if rows == 1 and _applies(x, weight, LARGE_FOR_ONE):
         return _multiply_row(x, weight, bias)
@@ -57,6 +60,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) -> Tensor:
     """``down(activation(up(x)))``: ``[N, D] -> [N, D]``, contiguous."""
+    if x.dtype is not torch.float32:
+        return half_products.feed_forward(x, up, activation, down)
     rows = len(x)
     if not (
         FEWEST < rows <= FEW
@@ -78,22 +83,18 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
 def _is_faster(rows: int) -> bool:
     """Whether the other forms are faster for several rows: not always with AVX-512, where the plain
     call copies less."""
-    if not _has_avx512():
+    if not processor.has_avx512():
         return True
     return rows <= 2 if torch.get_num_threads() == 1 else rows not in NOT_WITH_AVX512
 
 
-@cache
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 def _applies(x: Tensor, weight: Tensor, fewest: int) -> bool:
-    """Whether the other forms apply: a large fp32 weight on the CPU, without gradients or autocast,
-    which they do not support."""
+    """Whether the other forms apply: a large fp32 weight on a CPU where they are faster, without
+    gradients or autocast, which they do not support."""
     return (
-        weight.numel() >= fewest
-        and x.dtype == weight.dtype == torch.float32
+        processor.has_mkl_for_others()
+        and weight.numel() >= fewest
+        and weight.dtype == torch.float32
         and weight.device.type == "cpu"
         and not wants_gradient(x, weight)
         and not torch.is_autocast_enabled("cpu")
