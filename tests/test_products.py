@@ -175,11 +175,9 @@ def test_the_sum_is_the_same_in_half_precision(
     dtype: torch.dtype, rows: int, has_bias: bool
 ) -> None:
     generator = torch.Generator().manual_seed(rows)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype)
-        for shape in [(rows, 40), (200, 40), (200,)]
-    )
-    bias = bias if has_bias else None
+    shapes = ((rows, 40), (200, 40), (200,))
+    x, weight, drawn = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    bias = drawn if has_bias else None
     found = products.linear(x, weight, bias)
     assert found.shape == (rows, 200)
     assert found.is_contiguous()
