@@ -17,7 +17,7 @@ from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import FIRST_WORD, Builder, Models, Shape, models, prompts
 from fastskip.plan import SkipPlan
 from fastskip.routing import RoutingRecord
-from fastskip.timing import threads_set, warm_counts
+from fastskip.timing import rotated, threads_set, warm_counts
 
 # The default first: one-time work in the first call must not count against one thread.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
@@ -150,8 +150,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
         kept.setdefault(is_ours, promising(probes, case.n_new))
         contenders += [(peer, count) for count in kept[is_ours]]
     for number in range(case.rounds):
-        first = number * len(contenders) // case.rounds
-        for peer, count in (*contenders[first:], *contenders[:first]):
+        for peer, count in rotated(contenders, number):
             result.runs.setdefault((peer.name, count), []).append(run(peer, count))
     if case.dtype == torch.float32:
         _compare_tokens(result)

@@ -23,6 +23,7 @@ from benchmarks.shapes import Models, Shape, models, prompts
 from fastskip.policy import SkipPolicy
 from fastskip.study.training import Parts
 from fastskip.study.training.parts import names_of
+from fastskip.timing import rotated
 from fastskip.verification.budget import measure
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from fastskip.verification.oracle import MaskedOracle
@@ -79,8 +80,7 @@ def measure_training(case: TrainingCase) -> TrainingMeasurement:
     inputs = labelled(prompts(both.hf, case.shape, case.batch))
     contenders = [peer for peer in case.peers if peer.name not in result.failures]
     for number in range(case.rounds + 1):  # the first one warms up
-        first = number % len(contenders)
-        for peer in (*contenders[first:], *contenders[:first]):
+        for peer in rotated(contenders, number):
             model = both.hf
             if peer.policy is not None:
                 model = fastskip.set_policy(both.ours, policies[peer.name])

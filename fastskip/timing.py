@@ -4,7 +4,8 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -64,8 +65,8 @@ def race(
     """Run all contenders in turn, for up to `rounds` rounds.
 
     After `LEAST_ROUNDS` rounds, stops before a round that would probably exceed `budget_s`.
-    The contender that starts a round shifts over the rounds, so that disturbances of the machine
-    hit all contenders equally.
+    Each round starts with the next contender, so that disturbances of the machine hit all
+    contenders equally, however many rounds there are.
     """
     contenders = [(name, count) for name in names for count in threads]
     runs: dict[tuple[str, int], list[T]] = {each: [] for each in contenders}
@@ -74,12 +75,18 @@ def race(
         spent = time.perf_counter() - began
         if number >= LEAST_ROUNDS and spent * (number + 1) / number > budget_s:
             break
-        first = number * len(contenders) // rounds
-        for name, count in (*contenders[first:], *contenders[:first]):
+        for name, count in rotated(contenders, number):
             with threads_set(count):
                 runs[name, count].append(run(name))
         on_round()
     return runs
+
+
+def rotated(items: Iterable[T], number: int) -> Iterable[T]:
+    """The items in the order of this round: each round starts with the next one."""
+    order = deque(items)
+    order.rotate(-number)
+    return order
 
 
 def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:

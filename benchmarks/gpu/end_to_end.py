@@ -28,7 +28,7 @@ from benchmarks.shapes import Models, prompts
 from fastskip.costs import Ceilings, floor_seconds
 from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
-from fastskip.timing import Arrivals, no_collection, on_entry, warm_counts
+from fastskip.timing import Arrivals, no_collection, on_entry, rotated, warm_counts
 
 UNLIKE = Mix(4 * MIX.images, 4 * MIX.texts)
 TINY_MIX = Mix((1, 0), (2, 4))
@@ -132,8 +132,7 @@ def rounds(
     most = 1 if setting.is_tiny else ROUNDS
     for number in range(most):
         begin = time.perf_counter()
-        first = number * len(contenders) // most
-        for contender in (*contenders[first:], *contenders[:first]):
+        for contender in rotated(contenders, number):
             if contender.failure is None:
                 _try(contender, inputs, n_new, setting)
         took = time.perf_counter() - begin

@@ -178,7 +178,7 @@ def test_everyone_runs_in_turn() -> None:
         ["a", "b"], run, threads=(1,), rounds=4, budget_s=60, on_round=lambda: order.append(("", 0))
     )
     assert torch.get_num_threads() == before
-    assert [name for name, _ in order] == [*"ab", "", *"ab", "", *"ba", "", *"ba", ""]
+    assert [name for name, _ in order] == [*"ab", "", *"ba", "", *"ab", "", *"ba", ""]
     assert best(runs, "a", "prefill").samples == tuple(times.prefill for times in runs["a", 1])
 
 
