@@ -160,11 +160,10 @@ class CsrLinear(SparseLinear):
     def from_bitmap(cls, other: BitmapLinear) -> CsrLinear:
         """The same weight; values and bias are shared."""
         packed = other.packed
-        mask = bitmaps.unpack_bits(packed.bitmap, packed.columns)
-        places = mask.nonzero()[:, 1].to(torch.int32)
         bias = None if other.bias is None else other.bias.detach()
         sizes = other.in_features, other.out_features
-        return cls(*sizes, packed.starts, places, packed.values, bias).train(other.training)
+        made = cls(*sizes, packed.starts, _places_of(packed), packed.values, bias)
+        return made.train(other.training)
 
     @property
     def packed(self) -> Packed:
@@ -204,6 +203,20 @@ class CsrLinear(SparseLinear):
         packed = self.packed
         destination[prefix + "bitmap"] = packed.bitmap
         destination[prefix + "values"] = packed.values
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        own, sizes = self.packed, (self.in_features, self.out_features)
+        other = BitmapLinear(*sizes, own.bitmap, own.values)
+        other.bias = self.bias
+        other._load_from_state_dict(*arguments, **keywords)
+        self.values, self.bias = other.values, other.bias
+        self.starts, self.places = other.packed.starts, _places_of(other.packed)
+
+
+def _places_of(packed: Packed) -> Tensor:
+    """The column of each value."""
+    mask = bitmaps.unpack_bits(packed.bitmap, packed.columns)
+    return mask.nonzero()[:, 1].to(torch.int32)
 
 
 def _wants_gradient(x: Tensor) -> bool:

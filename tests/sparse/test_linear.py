@@ -94,10 +94,23 @@ def test_both_forms_have_one_state_dict() -> None:
     bitmap, csr = (held(dense, form).state_dict() for form in (Weights.BITMAP, Weights.CSR))
     assert bitmap.keys() == csr.keys() == {"bitmap", "values", "bias"}
     assert all(torch.equal(value, csr[name]) for name, value in bitmap.items())
-    other = held(linear_of(9, 40, 0.6, bias=True, dtype=torch.float32), Weights.BITMAP)
-    other(torch.randn(1, 40))
-    other.load_state_dict(bitmap)
-    assert torch.equal(other.to_linear().weight, dense.weight)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", [Weights.BITMAP, Weights.CSR])
+def test_loads_its_state_dict(form: Weights, bias: bool, assign: bool) -> None:
+    dense, other = (linear_of(9, 40, 0.6, bias=bias, dtype=torch.float32) for _ in range(2))
+    sparse, x = held(other, form), torch.randn(2, 40)
+    sparse(x)
+    sparse.load_state_dict(sparse.state_dict(), assign=assign)
+    assert torch.equal(sparse.to_linear().weight, other.weight)
+    sparse.load_state_dict(held(dense, form).state_dict(), assign=assign)
+    assert torch.equal(sparse.to_linear().weight, dense.weight)
+    assert torch.equal(sparse(x), held(dense, form)(x))
+    state = sparse.state_dict()
+    with pytest.raises(RuntimeError, match="Missing key.*bitmap"):
+        sparse.load_state_dict({name: state[name] for name in state if name != "bitmap"})
 
 
 @pytest.mark.parametrize("form", [Weights.BITMAP, Weights.CSR])
