@@ -6,6 +6,7 @@ on that one, so loading it onto a different model warns.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -94,8 +95,17 @@ def check_fit(model: Any, policy: SkipPolicy) -> None:
         f"policy {policy.name!r} was made for a different model, so its cost in quality on this "
         f"one is unknown; {'; '.join(parts)}",
         PolicyFitWarning,
-        stacklevel=3,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """The `stacklevel`, for the calling function, of the first frame outside fastskip."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] == "fastskip":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _sizes(model: Any) -> dict[str, int]:

@@ -83,6 +83,7 @@ def test_another_model_is_told_what_differs(checkpoint: Path, told: dict[str, An
     with pytest.warns(PolicyFitWarning) as seen:
         model = fastskip.load_model(checkpoint, policy(other), dtype="float32")
     (warning,) = seen
+    assert warning.filename == __file__
     text = str(warning.message)
     assert text.startswith("policy 'mine' was made for a different model")
     assert f"model: llava-hf/other, here {checkpoint}" in text
@@ -93,7 +94,7 @@ def test_another_model_is_told_what_differs(checkpoint: Path, told: dict[str, An
     for verb in (fastskip.set_policy, fastskip.apply_):
         with pytest.warns(PolicyFitWarning, match="weights' fingerprint") as seen:
             verb(model, policy(other))
-        assert len(seen) == 1
+        assert [warning.filename for warning in seen] == [__file__]
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     with pytest.warns(PolicyFitWarning, match="weights' fingerprint"):
