@@ -193,9 +193,9 @@ def test_plan_shows_layers_costs_and_the_ideal(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "assumed"),
     [
-        ("llava_next_vicuna", "Assumed: one image of a single crop; this model cuts larger images"),
-        ("qwen2_vl", "Assumed: one image of 448 x 448 pixels; this model keeps image sizes"),
-        ("llava_pixtral", "Assumed: one image of 16 x 16 pixels; this model keeps image sizes"),
+        ("llava_next_vicuna", "one image of a single crop; this model cuts larger images"),
+        ("qwen2_vl", "one image of 448 x 448 pixels; this model keeps image sizes"),
+        ("llava_pixtral", "one image of 16 x 16 pixels; this model keeps image sizes"),
         ("llava", None),
     ],
 )
@@ -203,10 +203,14 @@ def test_plan_says_what_image_it_counts(tmp_path: Path, kind: Any, assumed: str 
     config = tiny_llava(kind).config
     config.text_config.max_position_embeddings = 4096
     config.save_pretrained(tmp_path)
-    text = succeed("plan", "-m", tmp_path, "-p", "dense", *MACHINE).stdout
-    assert assumed in text if assumed else "Assumed" not in text
-    text = succeed("plan", "-m", tmp_path, "-p", "dense", *MACHINE, "--image-tokens", 8).stdout
-    assert "Assumed" not in text
+    arguments = ("plan", "-m", tmp_path, "-p", "dense", *MACHINE)
+    text = succeed(*arguments).stdout
+    assert f"Assumed: {assumed}" in text if assumed else "Assumed" not in text
+    assert "Assumed" not in succeed(*arguments, "--image-tokens", 8).stdout
+    found = json.loads(succeed(*arguments, "--json").stdout)["assumed_image"]
+    assert found.startswith(assumed) if assumed else found is None
+    found = json.loads(succeed(*arguments, "--json", "--image-tokens", 8).stdout)
+    assert found["assumed_image"] is None
 
 
 def test_plan_of_nothing_says_so(checkpoint: Path) -> None:

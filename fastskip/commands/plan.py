@@ -71,7 +71,14 @@ def plan(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object; its field assumed_image is the image that the default of "
+            "--image-tokens assumes, null if image sizes do not matter.",
+        ),
+    ] = False,
 ) -> None:
     """Show what a policy skips, what that saves, and the largest speed-up it can give.
 
@@ -113,8 +120,9 @@ def plan(
     machine = ceilings_of(bandwidth, tflops, number, device)
     result = forecast.forecast(config, chosen, load, number, machine, rate)
     counted = _launches(result, launches)
+    assumed = assumed_of_images(config) if image_tokens is None else None
     if as_json:
-        found = {"model": path} | result.to_dict()
+        found = {"model": path, "assumed_image": assumed} | result.to_dict()
         if counted is not None:
             names = ("dense", "with_policy")
             found["launches"] = {
@@ -122,7 +130,7 @@ def plan(
             }
         typer.echo(json.dumps(found, indent=2))
         return
-    _show(path, result, assumed_of_images(config) if image_tokens is None else None)
+    _show(path, result, assumed)
     if counted is not None:
         _show_launches(result, *counted)
 
