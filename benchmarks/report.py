@@ -120,7 +120,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axis.set_yticks(range(len(labels)), labels)
         axis.invert_yaxis()
         axis.tick_params(labelbottom=True)
-        axis.set_title("{model}, {dtype}, batch {batch}".format(**case[0]))
+        axis.set_title(_title(case[0]).replace(": ", ":\n"), loc="right", fontsize="small")
         axis.set_xlabel("times as fast as Hugging Face")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=150)

@@ -20,7 +20,7 @@ from benchmarks.harness import Case, Measurement, ReplayClock, measure
 from benchmarks.mixes import Mix, mixed_prompts
 from benchmarks.peers import DEFAULT, MORE, ROUTED_BATCH
 from benchmarks.records import Record, record
-from benchmarks.report import Results, main, markdown, tables
+from benchmarks.report import Results, main, markdown, plot, tables
 from benchmarks.runs import GROUPS, run_once
 from benchmarks.shapes import Shape, models, prompts, random_model
 from fastskip import machine
@@ -171,6 +171,16 @@ def test_report_of_a_file(
     assert (tmp_path / "results.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         main([str(path), "--case", "none"])
+
+
+def test_panels_have_titles_of_their_own(found: list[Record], tmp_path: Path) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    other = [record | {"case": "other", "subject": "routing"} for record in found]
+    longer = [record | {"case": "longer", "n_text": 99} for record in found]
+    plot([*found, *other, *longer], tmp_path / "bars.png")
+    titles = [axis.get_title(loc="right") for axis in pyplot.gcf().axes]
+    assert len(titles) == len(set(titles)) == 3
+    assert titles[1].startswith("routing, ")
 
 
 def test_cases_that_were_not_run_again_stay() -> None:
