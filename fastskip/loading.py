@@ -123,18 +123,36 @@ def load_model(
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
-    model_class = model_class_of(config)
     chosen = _choose_policy(policy, path, config, hub)
     shape = shape_of(config)
     make_plan(chosen, shape)
     origin_of(chosen)
     build_routers(chosen, shape.depth, shape.hidden_size, routers)
-    options = {"config": config, "dtype": torch_dtype, "use_safetensors": True}
-    options |= from_pretrained_kwargs
-    if is_quantised(config) or from_pretrained_kwargs.get("quantization_config") is not None:
-        # Weights are quantised on their final device; some quantisers cannot move them.
-        options["device_map"] = {"": target}
+    options = {"dtype": torch_dtype, **from_pretrained_kwargs}
     layout = _sparse_layout(path, hub)
+    model = load_unprepared(path, config, target, layout=layout, **options)
+    convert_(model, weights)
+    return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
+
+
+def load_unprepared(
+    path: str, config: Any, device: Any, *, layout: SparseLayout | None = None, **options: Any
+) -> Any:
+    """Hugging Face's own model, in evaluation mode on ``device``.
+
+    ``layout``: that of a sparse checkpoint; ``options`` are passed to ``from_pretrained``.
+
+    Raises:
+        UnsupportedModelError: an unknown family, or one whose vision encoder needs a package that
+            is missing.
+        ValueError: weights are missing.
+    """
+    check_installed(config)
+    model_class = getattr(transformers, model_class_name(config))
+    options = {"config": config, "use_safetensors": True, **options}
+    if is_quantised(config) or options.get("quantization_config") is not None:
+        # Weights are quantised on their final device; some quantisers cannot move them.
+        options["device_map"] = {"": device}
     if layout is None:
         model, found = model_class.from_pretrained(path, output_loading_info=True, **options)
     else:
@@ -142,22 +160,7 @@ def load_model(
     missing = sorted(found["missing_keys"])
     if missing:  # Hugging Face initialises them at random and warns
         raise ValueError(f"{path}: the checkpoint has no {', '.join(missing)}")
-    if "device_map" not in options:
-        model = model.to(target)
-    model.eval()
-    convert_(model, weights)
-    return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
-
-
-def model_class_of(config: Any) -> Any:
-    """The Hugging Face class that reads the weights of a config's checkpoint.
-
-    Raises:
-        UnsupportedModelError: an unknown family, or one whose vision encoder needs a package that
-            is missing.
-    """
-    check_installed(config)
-    return getattr(transformers, model_class_name(config))
+    return (model if "device_map" in options else model.to(device)).eval()
 
 
 def apply_(

@@ -8,10 +8,12 @@ import torch
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import fastskip
+from fastskip.commands.common import Dtype, config_of, load_plain
 from fastskip.costs import prefill_cost
 from fastskip.families import UnsupportedModelError
 from fastskip.policy import TokenClass
 from fastskip.sparse.matrices import SparseError, matrices
+from fastskip.study.bench.contenders import Models
 from fastskip.verification.cells import IMAGE
 from fastskip.verification.check import verify
 from fastskip.verification.oracle import MaskedOracle
@@ -124,6 +126,25 @@ def test_a_saved_one_is_loaded_as_it_was(folder: Path, tmp_path: Path, form: str
     assert fastskip.plan_of(again).policy.name == "image_ffn"
     batch = random_batch(model, 2)
     assert torch.equal(generate(again, batch), generate(model, batch))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_saved_one_is_loaded_on_its_device(
+    folder: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By every command: on CUDA, some quantised models cannot be moved."""
+    ours(folder, form).save_pretrained(tmp_path)
+
+    def move(model: Any, *_: Any) -> None:
+        raise ValueError("`.to` is not supported")
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "to", move)
+    path = str(tmp_path)
+    found = Models.load(path, device=torch.device("cpu"))
+    for model in (found.hf, load_plain(path, config_of(path), Dtype.AUTO, "cpu")):
+        assert type(model) is LlavaForConditionalGeneration and not model.training
+        module = model.model.language_model.layers[1].mlp.down_proj
+        assert type(module).__module__.startswith("bitsandbytes")
 
 
 def test_costs_count_the_bytes_that_are_held(folder: Path) -> None:

@@ -279,7 +279,7 @@ def load(
 
 def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any:
     """Hugging Face's own model, unprepared."""
-    from fastskip.loading import model_class_of
+    from fastskip.loading import load_unprepared
     from fastskip.sparse.checkpoint import LAYOUT_FILE
 
     place = device_of(device)
@@ -287,7 +287,4 @@ def load_plain(model: str, config: Any, dtype: Dtype, device: str | None) -> Any
         problem = "has sparse weights, which Hugging Face's own model cannot read"
         raise CommandError(f"--model {model}: {problem}; allowed: what prune --stored dense writes")
     with reading(model):
-        plain = model_class_of(config).from_pretrained(
-            model, dtype=dtype.value, use_safetensors=True
-        )
-    return plain.to(place).eval()
+        return load_unprepared(model, config, place, dtype=dtype.value)

@@ -13,7 +13,7 @@ import transformers
 from transformers import CompileConfig
 
 from fastskip.families import check_config
-from fastskip.loading import apply_, load_model, model_class_of, plan_of, set_policy
+from fastskip.loading import apply_, load_model, load_unprepared, plan_of, set_policy
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 from fastskip.study.bench.errors import BenchError
@@ -48,6 +48,7 @@ class Models:
 
         Raises:
             BenchError: Hugging Face cannot read the weights, such as those of a sparse checkpoint.
+            ValueError: weights are missing.
             UnsupportedModelError: fastskip does not support the model.
             OSError: no such checkpoint.
         """
@@ -56,20 +57,13 @@ class Models:
         config = transformers.AutoConfig.from_pretrained(path)
         check_config(config)
         try:
-            model, found = model_class_of(config).from_pretrained(
-                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
+            model = load_unprepared(path, config, device or "cpu", dtype=dtype)
         except OSError as error:
             raise BenchError(
                 f"{path}: Hugging Face cannot read its weights ({error}); allowed: an ordinary "
                 "checkpoint, or a benchmark without Hugging Face"
             ) from error
-        if found["missing_keys"]:
-            raise BenchError(
-                f"{path}: Hugging Face finds no {min(found['missing_keys'])}; allowed: a complete "
-                "checkpoint, or a benchmark without Hugging Face"
-            )
-        return cls.sharing(model.to(device or "cpu"))
+        return cls.sharing(model)
 
     @classmethod
     def sharing(cls, hf: Any, **options: Any) -> Models:
