@@ -17,14 +17,14 @@ from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import FIRST_WORD, Builder, Models, Shape, models, prompts
 from fastskip.plan import SkipPlan
 from fastskip.routing import RoutingRecord
-from fastskip.timing import rotated, threads_set, warm_counts
+from fastskip.timing import rotated, threads_set
 
 # The default first: one-time work in the first call must not count against one thread.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
 WARM_TOKENS = 4
 PROBE_CUTOFF = 1.25
 """A thread count whose trial call takes more than this many times the shortest is not timed."""
-_FAULTS: dict[tuple[Builder, torch.dtype, str, Peer], str | None] = {}
+_FAULTS: dict[tuple[Builder, torch.dtype, Peer], str | None] = {}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class Case:
     n_new: int = 16
     rounds: int = 3
     peers: tuple[Peer, ...] = DEFAULT
-    device: str = "cpu"
     subject: str = ""
     mix: Mix | None = None
 
@@ -110,7 +109,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     """
     wanted = {HF.name, DENSE.name, *(selected or (peer.name for peer in case.peers))}
     peers = [peer for peer in case.peers if peer.name in wanted]
-    both = models(case.shape.build, case.dtype, case.device)
+    both = models(case.shape.build, case.dtype, "cpu")
     result = Measurement(case, both.hf.config.image_seq_length)
     # Hugging Face's model does the work of the dense plan.
     policies = {peer.name: (peer.policy or dense)(both.depth) for peer in peers}
@@ -127,12 +126,8 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     def run(peer: Peer, threads: int, n_new: int = case.n_new) -> Run:
         model = both.hf if peer.policy is None else under(peer)
         with threads_set(threads):
-            if case.device == "cpu":
-                run_once(model, _short_prompt(case.batch), WARM_TOKENS, case.device)
-            elif peer.policy is not None:
-                for count in warm_counts(torch.device(case.device), n_new, WARM_TOKENS):
-                    run_once(model, inputs, count, case.device, peer.hf_cache)
-            return run_once(model, inputs, n_new, case.device, peer.hf_cache)
+            run_once(model, _short_prompt(case.batch), WARM_TOKENS)
+            return run_once(model, inputs, n_new, peer.hf_cache)
 
     for peer in peers:
         if result.plans[peer.name].routed and peer.name not in result.failures:
@@ -140,13 +135,12 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
                 run(peer, THREADS[0])
             prompt, *steps = seen.forwards[-case.n_new :]
             result.rates[peer.name] = RoutingRecord([prompt]).rate, RoutingRecord(steps).rate
-    counts = THREADS if case.device == "cpu" else [torch.get_num_threads()]
     kept: dict[bool, list[int]] = {}
     contenders = []
     for peer in (peer for peer in peers if peer.name not in result.failures):
         # Hugging Face's default cache settles the threads of its others, our dense model ours.
         is_ours = peer.policy is not None
-        probes = {count: run(peer, count, WARM_TOKENS) for count in kept.get(is_ours, counts)}
+        probes = {count: run(peer, count, WARM_TOKENS) for count in kept.get(is_ours, THREADS)}
         kept.setdefault(is_ours, promising(probes, case.n_new))
         contenders += [(peer, count) for count in kept[is_ours]]
     for number in range(case.rounds):
@@ -159,7 +153,7 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
 
 def _faults(case: Case, peers: Iterable[Peer], both: Models) -> dict[str, str]:
     """The gate's verdicts, shared by cases that differ only in batch and lengths."""
-    keys = {peer: (case.shape.build, case.dtype, case.device, peer) for peer in peers}
+    keys = {peer: (case.shape.build, case.dtype, peer) for peer in peers}
     policies = {p.name: p.policy(both.depth) for p in keys if p.policy and keys[p] not in _FAULTS}
     if policies:
         found = faults(both, policies)

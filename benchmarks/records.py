@@ -30,10 +30,10 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     images, texts = _rows(measured)
     own, plan = next(p for p in case.peers if p.name == peer), measured.plans[peer]
     is_ours = own.policy is not None
-    hf = models(shape.build, case.dtype, case.device).hf
+    hf = models(shape.build, case.dtype, "cpu").hf
     threads, runs = measured.best(peer, group)
     seconds = median(runs, group)
-    found = ceilings(case.dtype, case.device, threads)
+    found = ceilings(case.dtype, threads)
     flops, floor = _work(peer, measured, found)[group]
     _, dense_floor = _work(DENSE.name, measured, found)[group]
     vs_dense = measured.seconds(DENSE.name, group) / seconds
@@ -73,7 +73,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "gflop_per_s": found.flops_per_s / 1e9,
         "attn_impl": "fastskip" if is_ours else hf.config._attn_implementation,
         "dtype": str(case.dtype).removeprefix("torch."),
-        **environment(case.device),
+        **environment("cpu"),
     }
 
 
@@ -110,15 +110,15 @@ def _rows(measured: Measurement) -> tuple[tuple[int, ...], tuple[int, ...]]:
     case = measured.case
     if case.mix is None:
         return (measured.n_visual,) * case.batch, (case.shape.n_text,) * case.batch
-    hf = models(case.shape.build, case.dtype, case.device).hf
+    hf = models(case.shape.build, case.dtype, "cpu").hf
     return case.mix.image_rows(hf), case.mix.text_rows(case.shape)
 
 
 @cache
-def ceilings(dtype: torch.dtype, device: str, threads: int) -> Ceilings:
+def ceilings(dtype: torch.dtype, threads: int) -> Ceilings:
     """The ceilings that the machine reaches in this run, measured once per setting."""
     with threads_set(threads):
-        return machine.measure_ceilings(dtype, device)
+        return machine.measure_ceilings(dtype)
 
 
 @cache

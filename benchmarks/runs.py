@@ -42,36 +42,28 @@ class _Stopwatch:
     Hugging Face's loop and ours both call it after every token.
     """
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.entries: list[float] = []
         self.tokens: list[float] = []
 
-    def now(self) -> float:
-        if self._device != "cpu":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
     def enter(self) -> None:
         """The decoder is entered."""
-        self.entries.append(self.now())
+        self.entries.append(time.perf_counter())
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        self.tokens.append(self.now())
+        self.tokens.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def run_once(
-    model: Any, inputs: dict[str, Tensor], n_new: int, device: str, cache: str | None = None
-) -> Run:
-    """Time one `generate` call; `cache` names one of Hugging Face's caches."""
-    watch = _Stopwatch(device)
+def run_once(model: Any, inputs: dict[str, Tensor], n_new: int, cache: str | None = None) -> Run:
+    """Time one `generate` call on a CPU; `cache` names one of Hugging Face's caches."""
+    watch = _Stopwatch()
     options = {} if cache is None else {"cache_implementation": cache}
     hook = on_entry(model, watch.enter)
-    reset_peak(device)
+    reset_peak("cpu")
     try:
         with no_collection():
-            begin = watch.now()
+            begin = time.perf_counter()
             tokens = model.generate(
                 **inputs,
                 max_new_tokens=n_new,
@@ -79,7 +71,7 @@ def run_once(
                 stopping_criteria=StoppingCriteriaList([watch]),
                 **options,
             )
-            end = watch.now()
+            end = time.perf_counter()
     finally:
         hook.remove()
     if len(watch.tokens) != n_new:
@@ -90,6 +82,6 @@ def run_once(
         decode=statistics.median(gaps) if gaps else math.nan,
         e2e=end - begin,
         ttft=watch.tokens[0] - begin,
-        peak_bytes=peak_bytes(device),
+        peak_bytes=peak_bytes("cpu"),
         tokens=tokens[:, inputs["input_ids"].shape[1] :].cpu(),
     )

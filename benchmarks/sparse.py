@@ -177,7 +177,7 @@ def measure_models(ratio: float) -> list[Record]:
     runs: dict[Weights, list[Run]] = {Weights.DENSE: [], Weights.CSR: []}
     for number in range(1 + CALLS):
         for form, model in ((Weights.DENSE, dense), (Weights.CSR, sparse)):
-            run = run_once(model, inputs, N_NEW, "cpu")
+            run = run_once(model, inputs, N_NEW)
             if number:  # the first call is not timed
                 runs[form].append(run)
     if not torch.equal(runs[Weights.DENSE][0].tokens, runs[Weights.CSR][0].tokens):

@@ -88,7 +88,7 @@ def test_every_peer_passes_its_gate_and_is_timed_in_every_round(measured: Measur
 def test_a_call_of_one_token_has_no_decode_time() -> None:
     """On a GPU peers are warmed up with one among others."""
     both = models(tiny, torch.float32, "cpu")
-    run = run_once(both.hf, prompts(both.hf, SHAPE, 1), 1, "cpu")
+    run = run_once(both.hf, prompts(both.hf, SHAPE, 1), 1)
     assert run.tokens.shape == (1, 1) and run.prefill > 0 and math.isnan(run.decode)
 
 
