@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,26 +77,6 @@ class Measurement:
 
     def seconds(self, peer: str, group: str) -> float:
         return median(self.best(peer, group)[1], group)
-
-
-class ReplayClock:
-    """A timer that replays recorded durations: each call of `play` advances it by the next one."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._durations: Iterator[float] = iter(())
-
-    def __repr__(self) -> str:  # what pytest-benchmark records as the timer
-        return type(self).__name__
-
-    def __call__(self) -> float:
-        return self.now
-
-    def load(self, durations: Sequence[float]) -> None:
-        self.now, self._durations = 0.0, iter(durations)
-
-    def play(self) -> None:
-        self.now += next(self._durations)
 
 
 @torch.no_grad()

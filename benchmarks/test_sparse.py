@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import ReplayClock
+from benchmarks.replay import CLOCK, replay
 from benchmarks.sparse import Case, Measurement, cases, measure
 from fastskip.sparse.linear import Weights
 
-CLOCK = ReplayClock()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ITEMS = [
     pytest.param(case, form, id=f"{case.name}-{form.value}")
@@ -36,5 +35,4 @@ def test_sparse(case: Case, form: Weights, benchmark: Any) -> None:
             pytest.fail(f"{needed.value} is wrong, its time means nothing: {found.faults[needed]}")
     record = found.record(form)
     benchmark.extra_info.update(record)
-    CLOCK.load([milliseconds / 1e3 for milliseconds in record["samples_ms"]])
-    benchmark.pedantic(CLOCK.play, rounds=len(record["samples_ms"]))
+    replay(benchmark, [milliseconds / 1e3 for milliseconds in record["samples_ms"]])

@@ -7,52 +7,38 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
 
-from benchmarks.harness import ReplayClock
-from benchmarks.peers import DEFAULT, DENSE, HF
+from benchmarks.peers import DEFAULT
 from benchmarks.records import environment
-from benchmarks.shapes import DEMO, HALF_BILLION
+from benchmarks.replay import fail_if_wrong, items, replay
+from benchmarks.shapes import DEMO, HALF_BILLION, Shape
 from benchmarks.training import GROUPS, TrainingCase, measure_training, speed_ups
 from fastskip.study.training import Parts
 
-CLOCK = ReplayClock()
 # Arrangements save launches, which a CPU hardly notices; the gate does not cover removed rows.
 PEERS = tuple(peer for peer in DEFAULT[:-2] if peer.name != "fastv")
 measured = cache(measure_training)
 
 
-def _items() -> list[ParameterSet]:
-    cases: list[tuple[TrainingCase, tuple[pytest.MarkDecorator, ...]]] = [
-        (TrainingCase(DEMO, torch.float32, 4, parts, PEERS, rounds=9), ())
-        for parts in (Parts.PROJECTOR, Parts.EVERYTHING)
-    ]
-    cases += [
-        (TrainingCase(HALF_BILLION, torch.float32, 1, parts, PEERS, rounds=3), (pytest.mark.full,))
-        for parts in (Parts.PROJECTOR, Parts.EVERYTHING)
-    ]
+def _cases(shape: Shape, batch: int, rounds: int) -> list[TrainingCase]:
     return [
-        pytest.param(
-            case,
-            group,
-            peer.name,
-            id=f"{group}-{case.name}-{peer.name}",
-            marks=[*marks, pytest.mark.benchmark(group=group, timer=CLOCK)],
-        )
-        for case, marks in cases
-        for group in GROUPS
-        for peer in case.peers
+        TrainingCase(shape, torch.float32, batch, parts, PEERS, rounds)
+        for parts in (Parts.PROJECTOR, Parts.EVERYTHING)
     ]
 
 
 # The first item of a case measures all of it.
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("case", "group", "peer"), _items())
+@pytest.mark.parametrize(
+    ("case", "group", "peer"),
+    [
+        *items(_cases(DEMO, 4, 9), GROUPS),
+        *items(_cases(HALF_BILLION, 1, 3), GROUPS, pytest.mark.full),
+    ],
+)
 def test_training_speed(case: TrainingCase, group: str, peer: str, benchmark: Any) -> None:
     measurement = measured(case)
-    for name in (peer, DENSE.name, HF.name):
-        if name in measurement.failures:
-            pytest.fail(f"{name} is wrong, so its time means nothing: {measurement.failures[name]}")
+    fail_if_wrong(peer, measurement.failures)
     samples = measurement.samples(peer, group)
     benchmark.extra_info.update(
         case=case.name,
@@ -62,5 +48,4 @@ def test_training_speed(case: TrainingCase, group: str, peer: str, benchmark: An
         **speed_ups(measurement, peer, group),
         **environment("cpu"),
     )
-    CLOCK.load(samples)
-    benchmark.pedantic(CLOCK.play, rounds=len(samples))
+    replay(benchmark, samples)

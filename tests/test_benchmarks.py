@@ -16,10 +16,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 import fastskip
 from benchmarks import harness, records
 from benchmarks.gate import faults
-from benchmarks.harness import Case, Measurement, ReplayClock, measure
+from benchmarks.harness import Case, Measurement, measure
 from benchmarks.mixes import Mix, mixed_prompts
 from benchmarks.peers import DEFAULT, MORE, ROUTED_BATCH
 from benchmarks.records import Record, record
+from benchmarks.replay import ReplayClock
 from benchmarks.report import Results, main, markdown, plot, tables
 from benchmarks.runs import GROUPS, run_once
 from benchmarks.shapes import Shape, models, prompts, random_model
