@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 import fastskip
+from benchmarks.floors import Work, work_of
 from benchmarks.harness import Measurement
 from benchmarks.peers import DENSE, HF
 from benchmarks.runs import median
 from benchmarks.shapes import models
 from fastskip import machine
-from fastskip.costs import Ceilings, GenerationCost, floor_seconds
-from fastskip.mixed_cost import mixed_cost
+from fastskip.costs import Ceilings
 from fastskip.timing import threads_set
 
 Record = dict[str, Any]
@@ -77,32 +77,17 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
     }
 
 
-def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, tuple[float, float]]:
-    """FLOPs and floor seconds of each group; for decode, those of a mean step.
-
-    For a peer with routers: the expected values at the rates at which its rows actually skipped.
-    """
-    case, shape, plan = measured.case, measured.case.shape, measured.plans[peer]
-    rates = measured.rates.get(peer, (None, None))
-
-    def cost(n_visual: int, n_text: int, rate: float | None) -> GenerationCost:
-        before = shape.text_before
-        return plan.expected_cost(
-            n_visual, n_text, case.n_new, case.batch, rate=rate, text_before=before
-        )
-
-    if case.mix is None:
-        costs = [cost(measured.n_visual, shape.n_text, rate) for rate in rates]
-    else:
-        rows = list(zip(*_rows(measured), strict=True))
-        costs = [mixed_cost([cost(*each, rate) for each in rows]) for rate in rates]
-    prompt, steps = costs[0].prefill, costs[1].decode
-    prefill, decode = (floor_seconds(part, found) for part in (prompt, steps))
-    return {
-        "prefill": (prompt.flops, prefill),
-        "decode": (steps.flops / steps.steps, decode / steps.steps),
-        "e2e": (prompt.flops + steps.flops, prefill + decode),
-    }
+def _work(peer: str, measured: Measurement, found: Ceilings) -> dict[str, Work]:
+    """The work of each group; of a peer with routers, as expected at the rates at which its rows
+    actually skipped."""
+    return work_of(
+        measured.plans[peer],
+        list(zip(*_rows(measured), strict=True)),
+        measured.case.n_new,
+        found,
+        text_before=measured.case.shape.text_before,
+        rates=measured.rates.get(peer, (None, None)),
+    )
 
 
 def _rows(measured: Measurement) -> tuple[tuple[int, ...], tuple[int, ...]]:

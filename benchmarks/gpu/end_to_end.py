@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 import fastskip
+from benchmarks.floors import work_of
 from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
-from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths, text_before
+from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY, Widths
 from benchmarks.gpu.models import PEERS, load, shape
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import synchronize
@@ -25,8 +26,7 @@ from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.mixes import MIX, Mix, mixed_prompts
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
-from fastskip.costs import Ceilings, floor_seconds
-from fastskip.mixed_cost import mixed_cost
+from fastskip.costs import Ceilings
 from fastskip.plan import SkipPlan
 from fastskip.timing import Arrivals, no_collection, on_entry, rotated, warm_counts
 
@@ -94,7 +94,10 @@ def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None
     sizes = (widths.n_image, widths.n_text) if mix is None else (images, texts)
     about |= {"n_image": sizes[0], "n_text": sizes[1], "rounds": count}
     rows = list(zip(images, texts, strict=True))
-    floors = {each.peer.name: _floors(each.plan, rows, n_new, ceilings) for each in contenders}
+    floors = {
+        each.peer.name: floors_of(each.plan, rows, n_new, ceilings, kind.text_before)
+        for each in contenders
+    }
     peers = _summary(contenders, about, floors)
     return {**about, "peers": peers, "failures": failures}
 
@@ -274,20 +277,17 @@ def _summary(
     return found
 
 
-def _floors(
-    plan: SkipPlan, rows: Sequence[tuple[int, int]], n_new: int, ceilings: Ceilings
+def floors_of(
+    plan: SkipPlan,
+    rows: Sequence[tuple[int, int]],
+    n_new: int,
+    ceilings: Ceilings,
+    before: int,
+    rates: tuple[float | None, float | None] = (None, None),
 ) -> dict[str, float]:
-    """Floor seconds of the prefill, without vision, and of a mean decode step; ``rows``: image and
-    text rows of each sequence."""
-    costs = {
-        each: plan.cost(*each, n_new, len(rows), text_before=text_before(each[1]))
-        for each in set(rows)
-    }
-    cost = costs[rows[0]] if len(costs) == 1 else mixed_cost([costs[each] for each in rows])
-    return {
-        "prefill": floor_seconds(cost.prefill, ceilings),
-        "tpot": floor_seconds(cost.decode, ceilings) / cost.decode.steps,
-    }
+    """Floor seconds of the prefill, without vision, and of a mean decode step; as `work_of`."""
+    found = work_of(plan, rows, n_new, ceilings, text_before=before, rates=rates)
+    return {"prefill": found["prefill"].floor, "tpot": found["decode"].floor}
 
 
 def _agreement(own: Contender, hf: Contender | None) -> float | None:

@@ -30,14 +30,14 @@ from benchmarks.gate import faults
 from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
 from benchmarks.gpu.correctness import Wrong
-from benchmarks.gpu.end_to_end import Contender, first_call, rounds
+from benchmarks.gpu.end_to_end import Contender, first_call, floors_of, rounds
 from benchmarks.gpu.inputs import SEVEN, TINY, Widths, text_before
 from benchmarks.gpu.models import load, shape, tiny_model
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
 from benchmarks.peers import Peer
 from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
-from fastskip.costs import Ceilings, floor_seconds
+from fastskip.costs import Ceilings
 from fastskip.generation.conditional import Guarding
 from fastskip.ops.overlap import Overlap, can_overlap
 from fastskip.policy import SkipPolicy, Sublayer
@@ -425,15 +425,9 @@ def _seconds(seen: Seen, quantity: str) -> float | None:
 
 def _floors(seen: Seen, about: dict[str, Any], ceilings: Ceilings) -> dict[str, float]:
     """Floor seconds of the prefill and of a mean step, as expected at these rates."""
-    plan = seen.contender.plan
-    sizes = about["n_image"], about["n_text"], about["n_new"], about["batch"]
-    before = text_before(about["n_text"])
+    plan, rows = seen.contender.plan, [(about["n_image"], about["n_text"])] * about["batch"]
     rates = (seen.prompt, seen.steps) if plan.routed else (None, None)
-    prompt, steps = (plan.expected_cost(*sizes, rate=r, text_before=before) for r in rates)
-    return {
-        "prefill": floor_seconds(prompt.prefill, ceilings),
-        "tpot": floor_seconds(steps.decode, ceilings) / steps.decode.steps,
-    }
+    return floors_of(plan, rows, about["n_new"], ceilings, text_before(about["n_text"]), rates)
 
 
 def _model_cell(batch: int, kv: str) -> Cell:
