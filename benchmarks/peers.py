@@ -61,13 +61,17 @@ MORE = (
 )
 
 
-def _evenly(share: float) -> Callable[[int], SkipPolicy]:
+def evenly(share: float, layers: int) -> list[int]:
+    """As many of the layers as come nearest to this share, evenly spread."""
+    count = round(share * layers)
+    return [int((number + 0.5) * layers / count) for number in range(count)]
+
+
+def _static(share: float) -> Callable[[int], SkipPolicy]:
     """Skips whole blocks for every row: this share of all layers but the last, evenly spread."""
 
     def make(depth: int) -> SkipPolicy:
-        count = round(share * (depth - 1))
-        layers = [round((number + 0.5) * (depth - 1) / count - 0.5) for number in range(count)]
-        rule = {"layers": layers, "skip": ["block"], "kv": "omit"}
+        rule = {"layers": evenly(share, depth - 1), "skip": ["block"], "kv": "omit"}
         return SkipPolicy.from_dict({"schema_version": 1, "rules": [rule]})
 
     return make
@@ -87,7 +91,7 @@ ROUTED = (
         peer
         for percent in (25, 50, 75)
         for peer in (
-            Peer(f"static_{percent}", f"static, {percent} % of blocks", _evenly(percent / 100)),
+            Peer(f"static_{percent}", f"static, {percent} % of blocks", _static(percent / 100)),
             Peer(f"row_{percent}", f"routed by row, {percent} %", _drawn(percent / 100, "row")),
         )
     ),

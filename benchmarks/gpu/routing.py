@@ -12,7 +12,6 @@ the last layer changed, are timed as far as they need no calibration.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from benchmarks.gpu.inputs import SEVEN, TINY, Widths, text_before
 from benchmarks.gpu.models import load, shape, tiny_model
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
-from benchmarks.peers import Peer
+from benchmarks.peers import Peer, evenly
 from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
 from fastskip.costs import Ceilings
 from fastskip.generation.conditional import Guarding
@@ -74,8 +73,7 @@ def policy_of(*routers: dict[str, Any], rules: Sequence[dict[str, Any]] = ()) ->
 
 def static(rate: float, kv: str, depth: int) -> SkipPolicy:
     """Skips whole blocks of all rows, evenly spread, as many as come nearest to the rate."""
-    count = round(rate * depth)
-    layers = [math.floor((number + 0.5) * depth / count) for number in range(count)]
+    layers = evenly(rate, depth)
     return policy_of(rules=[{"layers": layers, "tokens": "all", "skip": ["block"], "kv": kv}])
 
 
