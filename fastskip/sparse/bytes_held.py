@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from fastskip.plan import ModelShape
 from fastskip.sparse.matrices import matrices
 
@@ -21,20 +19,17 @@ def bytes_of_weight(model: Any, shape: ModelShape) -> float | None:
     found = list(matrices(model))
     if all(matrix.is_plain for matrix in found):
         return None
-    return sum(_bytes_of(matrix.linear) for matrix in found) / (shape.depth * shape.layer_weights)
+    # Not from state dicts: for one, a bitsandbytes module on a CPU repacks its weight.
+    tensors = (t for own in found for t in (*own.linear.parameters(), *own.linear.buffers()))
+    return sum(map(_bytes_of, tensors)) / (shape.depth * shape.layer_weights)
 
 
-def _bytes_of(module: nn.Module) -> int:
-    # Not from a state dict: for one, a bitsandbytes module on a CPU repacks its weight.
-    return sum(_stored(tensor) for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _stored(tensor: Any) -> int:
+def _bytes_of(tensor: Any) -> int:
     """Bytes of a tensor and its scales, or of the tensors that a wrapper subclass holds."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         names, _ = flatten()
-        return sum(_stored(getattr(tensor, name)) for name in names)
+        return sum(_bytes_of(getattr(tensor, name)) for name in names)
     # bitsandbytes keeps scales in SCB (int8) or quant_state (4 bits, perhaps quantised themselves).
     state = getattr(tensor, "quant_state", None)
     inner = getattr(state, "state2", None)
