@@ -165,7 +165,7 @@ def _time_once(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> Tim
         began = time.perf_counter()
         entered, tokens = generate(new_tokens)
     if len(tokens) != new_tokens:
-        raise RuntimeError(f"{len(tokens)} tokens were generated, {new_tokens} requested")
+        raise RuntimeError(f"generate made {len(tokens)} tokens instead of {new_tokens}")
     steps = [b - a for a, b in itertools.pairwise(tokens)]
     return Times(tokens[0] - entered, statistics.median(steps), tokens[0] - began)
 

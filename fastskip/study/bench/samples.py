@@ -88,7 +88,8 @@ def generate(
     )
     made = out[:, inputs["input_ids"].shape[1] :]
     if made.shape[1] != count:
-        raise BenchError(f"{contender.label}: generated {made.shape[1]} tokens; allowed: {count}")
+        found = f"generate made {made.shape[1]} tokens instead of {count}"
+        raise BenchError(f"{contender.label}: {found}")
     return made.cpu()
 
 
