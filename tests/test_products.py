@@ -240,12 +240,13 @@ def test_gradients_in_half_precision_go_through_the_plain_call(rows: int) -> Non
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("dtype", benchmark.DTYPES)
 def test_the_benchmark_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dtype: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "SHAPES", {"small": (200, 40)})
     monkeypatch.setattr(benchmark, "FFN", ("FFN", (60, 40)))
     monkeypatch.setattr(benchmark, "MEMORY", 1 << 16)
-    benchmark.main(["--rows", "4", "--threads", "1"])
+    benchmark.main(["--rows", "4", "--threads", "1", "--dtype", dtype])
     out = capsys.readouterr().out
     assert "200 x 40" in out and "60 x 40" in out
