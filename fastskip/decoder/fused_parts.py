@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastskip.ops.contracts import (
@@ -49,6 +50,11 @@ class Selection:
         return self is other or (
             self.index is None and other.index is None and self.span == other.span
         )
+
+
+NO_ROWS = Selection(slice(0, 0), 0)
+# The targets of no rows are never read, so it does not matter that they lie on the host.
+NO_TARGETS = Targets(*[torch.empty(0, dtype=torch.int32)] * 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +145,16 @@ class FusedRows:
     ``arrivals``: scratch of GEMMs, as in ``ops.fused.feed``.
     """
 
-    joint: Selection
-    joint_targets: Targets
-    stored: Selection
-    stored_targets: Targets
-    copies: tuple[Copies, ...]
-    narrow: Selection | None
-    attending: Selection
-    query_targets: Targets
-    feeding: Selection
-    reach: Reach | StepReach | None
+    joint: Selection = NO_ROWS
+    joint_targets: Targets = NO_TARGETS
+    stored: Selection = NO_ROWS
+    stored_targets: Targets = NO_TARGETS
+    copies: tuple[Copies, ...] = ()
+    narrow: Selection | None = None
+    attending: Selection = NO_ROWS
+    query_targets: Targets = NO_TARGETS
+    feeding: Selection = NO_ROWS
+    reach: Reach | StepReach | None = None
     before: Route | None = None
     then_attention: Route | None = None
     then_ffn: Route | None = None

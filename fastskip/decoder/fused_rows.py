@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.fused_parts import (
+    NO_TARGETS,
     Copies,
     FusedRows,
     GuardedAttention,
@@ -64,7 +65,6 @@ class ForwardRows:
         self._made: dict[tuple[object, ...], FusedRows] = {}
         self._targets: dict[tuple[Classes, Classes], Targets] = {}
         self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=like.device)
-        self._nothing = Targets(*[torch.empty(0, dtype=torch.int32, device=like.device)] * 3)
         self._selections: dict[Classes, Selection] = {}
         self._flags: dict[Classes, Tensor] = {}
         self._narrow = None
@@ -104,7 +104,8 @@ class ForwardRows:
         if attends is None or feeds is None:
             rows = self._static(layer, is_narrow)
         else:
-            rows = self._idle(is_narrow)
+            # Both sublayers are guarded, so only the narrowing matters.
+            rows = FusedRows(narrow=self._narrow if is_narrow else None)
         return replace(
             rows,
             before=before,
@@ -181,22 +182,6 @@ class ForwardRows:
             found = self._made[key] = self._make(layer, is_narrow)
         return found
 
-    def _idle(self, is_narrow: bool) -> FusedRows:
-        """For a layer whose sublayers are both guarded: only the narrowing matters."""
-        none = Selection(slice(0, 0), 0)
-        return FusedRows(
-            joint=none,
-            joint_targets=self._nothing,
-            stored=none,
-            stored_targets=self._nothing,
-            copies=(),
-            narrow=self._narrow if is_narrow else None,
-            attending=none,
-            query_targets=self._nothing,
-            feeding=none,
-            reach=None,
-        )
-
     def _make(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
         joint = frozenset() if is_narrow else layer.attending
         stored = layer.projecting - joint
@@ -218,7 +203,7 @@ class ForwardRows:
             ),
             narrow=self._narrow if is_narrow else None,
             attending=attending,
-            query_targets=self._query_targets(queries) if is_narrow else self._nothing,
+            query_targets=self._query_targets(queries) if is_narrow else NO_TARGETS,
             feeding=self._select(layer.feeding, is_narrow),
             reach=reach,
             arrivals=self._arrivals,
@@ -242,7 +227,7 @@ class ForwardRows:
 
     def _targets_of(self, holding: Classes, classes: Classes) -> Targets:
         if not self._layout.rows(classes).count:
-            return self._nothing
+            return NO_TARGETS
         found = self._targets.get((holding, classes))
         if found is None:
             found = self._targets[holding, classes] = Targets(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastskip.decoder.device_routes import DeviceRoutes, Homes
 from fastskip.decoder.fused_parts import (
+    NO_ROWS,
+    NO_TARGETS,
     Copies,
     FusedRows,
     GuardedAttention,
@@ -221,9 +223,7 @@ class StepState:
 
     def _make_rows(self, layer: LayerPlan) -> FusedRows:
         new, batch = TokenClass.GENERATED, self.shape.batch
-        every, none = Selection(slice(0, batch), batch), Selection(slice(0, 0), 0)
-        nowhere = Targets(*[self.sequences[:0]] * 3)
-        targets = nowhere
+        every, targets = Selection(slice(0, batch), batch), NO_TARGETS
         if new in layer.holding:
             targets = Targets(self.choice.positions, self.sequences, self._counts(layer))
         attends = new in layer.attending
@@ -234,10 +234,10 @@ class StepState:
                 self._counts(layer), 1, batch * self.shape.slots, self._arrivals[layer.index % 2]
             )
         rows = FusedRows(
-            joint=every if attends else none,
-            joint_targets=targets if attends else nowhere,
-            stored=every if projects else none,
-            stored_targets=targets if projects else nowhere,
+            joint=every if attends else NO_ROWS,
+            joint_targets=targets,
+            stored=every if projects else NO_ROWS,
+            stored_targets=targets,
             copies=tuple(
                 Copies(
                     source,
@@ -248,10 +248,8 @@ class StepState:
                 for source, classes in layer.reusing.items()
                 if new in classes
             ),
-            narrow=None,
-            attending=every if attends else none,
-            query_targets=nowhere,
-            feeding=every if new in layer.feeding else none,
+            attending=every if attends else NO_ROWS,
+            feeding=every if new in layer.feeding else NO_ROWS,
             reach=reach,
             arrivals=self._shared,
         )
