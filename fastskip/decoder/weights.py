@@ -301,7 +301,7 @@ def _share(modules: Sequence[Any], name: str) -> Tensor:
     # Made for all later forwards, including those with gradients.
     with torch.inference_mode(False), torch.no_grad():
         shape = (sum(len(parameter) for parameter in parameters), *parameters[0].shape[1:])
-        if _are_adjacent(parameters):  # another model has merged these very weights
+        if _are_adjacent(parameters, parameters[0]):  # another model has merged these very weights
             first: Tensor = parameters[0].detach()
             return first.as_strided(shape, first.stride())
         storage = empty(shape, parameters[0].dtype, parameters[0].device)
@@ -313,12 +313,20 @@ def _share(modules: Sequence[Any], name: str) -> Tensor:
     return storage
 
 
-def _are_adjacent(parameters: Sequence[Tensor]) -> bool:
-    """Whether the parameters already lie in one storage, one after the other."""
-    first, address = parameters[0], parameters[0].data_ptr()
+def _are_adjacent(parameters: Sequence[Any], start: Tensor | None) -> bool:
+    """Whether the parameters lie one after the other from ``start`` on, in its storage; if that is
+    ``None``, whether there are none."""
+    if start is None:
+        return all(parameter is None for parameter in parameters)
+    storage, address = start.untyped_storage().data_ptr(), start.data_ptr()
     for parameter in parameters:
-        inside = parameter.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not inside or not parameter.is_contiguous() or parameter.data_ptr() != address:
+        if (
+            parameter is None
+            or parameter.data_ptr() != address
+            or parameter.dtype != start.dtype
+            or not parameter.is_contiguous()
+            or parameter.untyped_storage().data_ptr() != storage
+        ):
             return False
         address += parameter.nbytes
     return True
@@ -342,17 +350,7 @@ def _leave_with_own_storage(
 
 def _lie_in(merged: Linear, modules: Sequence[Any]) -> bool:
     """Whether the modules' weights and biases lie in those of ``merged``."""
-    return _lies_in(merged.weight, modules, "weight") and _lies_in(merged.bias, modules, "bias")
-
-
-def _lies_in(storage: Tensor | None, modules: Sequence[Any], name: str) -> bool:
-    """Whether the modules' parameters lie in the storage, one after the other."""
-    if storage is None:
-        return all(getattr(module, name) is None for module in modules)
-    address = storage.data_ptr()
-    for module in modules:
-        parameter = getattr(module, name)
-        if parameter is None or parameter.data_ptr() != address or parameter.dtype != storage.dtype:
-            return False
-        address += parameter.numel() * storage.element_size()
-    return True
+    return all(
+        _are_adjacent([getattr(module, name) for module in modules], getattr(merged, name))
+        for name in ("weight", "bias")
+    )
