@@ -88,10 +88,6 @@ class PagePool:
                 "leaves no entries (kv: omit)"
             ) from error
 
-    def capacity(self, sequence: int) -> int:
-        """Slots that a sequence has pages for."""
-        return len(self._pages[sequence]) * PAGE
-
     def offsets(self) -> list[list[int]]:
         """Where each sequence's pages lie, in elements from the anchor."""
         size = self.anchor.element_size()

@@ -57,9 +57,14 @@ def spots(pool: PagePool) -> list[int]:
     return [offset for row in pool.offsets() for offset in row]
 
 
+def capacities(pool: PagePool) -> list[int]:
+    """Slots that each sequence has pages for."""
+    return [len(row) * PAGE for row in pool.offsets()]
+
+
 def test_growth_adds_slabs_and_moves_nothing() -> None:
     pool = filled([1, 64, 65])
-    assert [pool.capacity(sequence) for sequence in range(3)] == [64, 64, 128]
+    assert capacities(pool) == [64, 64, 128]
     rows, addresses = pool.offsets(), [slab.data_ptr() for slab in pool.slabs]
     assert len(addresses) == 1
     table = pool.table
@@ -70,7 +75,7 @@ def test_growth_adds_slabs_and_moves_nothing() -> None:
     assert all(new[: len(old)] == old for new, old in zip(pool.offsets(), rows, strict=True))
     assert pool.offsets()[1:] == rows[1:]  # who has enough gets no more
     check(pool, range(3), [1, 64, 65])
-    assert pool.capacity(0) == (4 + GROWTH_PAGES - 1) * PAGE
+    assert capacities(pool)[0] == (4 + GROWTH_PAGES - 1) * PAGE
 
 
 def test_table() -> None:
@@ -97,11 +102,10 @@ def test_what_is_allocated(wanted: list[tuple[list[int], int]]) -> None:
     """Every slot asked for has a page of its own, and few that were not."""
     pool = new_pool(2)
     for needed, later in wanted:
-        before = [pool.capacity(sequence) for sequence in range(2)]
+        before = capacities(pool)
         has_grown = pool.reserve(needed, later)
         assert has_grown == any(map(int.__gt__, needed, before))
-        for sequence, (slots, had) in enumerate(zip(needed, before, strict=True)):
-            got = pool.capacity(sequence)
+        for slots, had, got in zip(needed, before, capacities(pool), strict=True):
             assert got >= slots
             if slots <= had:
                 assert got == had
@@ -120,7 +124,7 @@ def test_what_is_allocated(wanted: list[tuple[list[int], int]]) -> None:
 def test_the_first_pages_hold_what_comes_later() -> None:
     pool = new_pool(2)
     pool.reserve([10, 0], 100)
-    assert (pool.capacity(0), pool.capacity(1)) == (128, 0)
+    assert capacities(pool) == [128, 0]
 
 
 def test_a_copy_stands_alone() -> None:
