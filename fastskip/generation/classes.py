@@ -102,6 +102,8 @@ def _given(
 ) -> Tensor:
     """``token_classes`` as codes of this forward's columns."""
     allowed = _named(classes)
+    # Inside generate they are the classes of the prompt; later columns are GENERATED.
+    columns = width if prompt_columns is None else prompt_columns
     if isinstance(given, Tensor):
         codes = given.detach().cpu().to(torch.int64)
     else:
@@ -110,29 +112,22 @@ def _given(
             raise ValueError(f"token_classes: {unknown}; allowed: {list(allowed)}")
         lengths = sorted({len(row) for row in given})
         if len(lengths) > 1:
-            columns = width if prompt_columns is None else prompt_columns
             raise ValueError(
                 f"token_classes: rows of {lengths} names; needed: [{batch}, {columns}]"
             )
         codes = torch.tensor([[allowed[name] for name in row] for row in given])
-    if codes.ndim != 2 or codes.shape[0] != batch:
-        raise ValueError(f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]")
+    if codes.shape != (batch, columns):
+        added = ", one per prompt column, including those already in the cache"
+        raise ValueError(
+            f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {columns}]"
+            f"{'' if prompt_columns is None else added}"
+        )
     if not bool(torch.isin(codes, torch.tensor(list(allowed.values()))).all()):
         raise ValueError(
             f"token_classes: {sorted(set(codes.flatten().tolist()))}; allowed: {allowed}"
         )
     if prompt_columns is None:
-        if codes.shape[1] != width:
-            raise ValueError(
-                f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {width}]"
-            )
         return codes.clone()
-    # Inside generate they describe the prompt; later columns are GENERATED.
-    if codes.shape[1] != prompt_columns:
-        raise ValueError(
-            f"token_classes: shape {tuple(codes.shape)}; needed: [{batch}, {prompt_columns}], one "
-            "per prompt column, including those already in the cache"
-        )
     text = torch.full((batch, width), CODES[TokenClass.TEXT])
     known = codes[:, first_column : first_column + width]
     text[:, : known.shape[1]] = known
