@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import (
-    Activation,
     Choice,
     Feed,
     HalfNorm,
@@ -35,6 +34,7 @@ from fastskip.ops.contracts import (
 )
 from fastskip.ops.fused_routes import begin_hops, choose_rows, land, place_entries, route
 from fastskip.ops.hops import Field, Hops
+from fastskip.ops.reference import activate
 from fastskip.ops.routes import Chosen, Route
 
 __all__ = [
@@ -89,14 +89,6 @@ def finish(half: HalfNorm) -> Tensor:
 def linear(x: Tensor, weights: Linear) -> Tensor:
     """``[n, E] -> [n, M]``."""
     return F.linear(x, weights.weight, weights.bias)
-
-
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """``[n, 2F] -> [n, F]`` if gated, else ``[n, F] -> [n, F]``."""
-    if activation is Activation.RELU:
-        return F.relu(x)
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def rotate_append(heads: Tensor, projection: Projection) -> Tensor:
