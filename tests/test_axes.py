@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 import fastskip
+from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.rope import RotaryTable
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import TokenClass
@@ -82,6 +83,23 @@ def test_layouts_keep_axes() -> None:
     assert filled.real(filled.axes.t()).t().tolist() == layout.axes.tolist()
     after = layout.advanced().axes
     assert after is not None and torch.equal(after, layout.axes + 4)
+
+
+@pytest.mark.parametrize("has_axes", [True, False])
+def test_either_all_columns_of_a_cache_have_axes_or_none(trio: Trio, has_axes: bool) -> None:
+    plan = fastskip.plan_of(trio.under(DENSE))
+    cache = SkipCache(plan)
+    codes = torch.full((2, 3), CODES[TokenClass.TEXT])
+    positions = torch.arange(3).expand(2, -1)
+    with_axes = TokenLayout(codes, positions, 0, plan.groups, axes=positions.expand(3, -1, -1))
+    without = TokenLayout(codes, positions, 0, plan.groups)
+    first, second = (with_axes, without) if has_axes else (without, with_axes)
+    cache.grow(first, None)
+    cache.commit(first)
+    cache.commit(first)
+    with pytest.raises(ValueError, match="axes: needed for all columns"):
+        cache.commit(second)
+    assert cache.columns == 6
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

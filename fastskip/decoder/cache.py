@@ -90,7 +90,13 @@ class SkipCache(Cache):
         self.axes: Tensor | None = None
 
     def _append(self, codes: Tensor, positions: Tensor, gone: Tensor, axes: Tensor | None) -> None:
-        """Appends new columns; each argument extends the attribute of its name."""
+        """Appends new columns; each argument extends the attribute of its name.
+
+        Raises:
+            ValueError: either the new columns or the earlier ones have axes, but not both.
+        """
+        if self.columns and (axes is None) != (self.axes is None):
+            raise ValueError("axes: needed for all columns of a cache, or for none of them")
         self.codes = torch.cat((self.codes, codes), dim=1)
         self.positions = torch.cat((self.positions, positions), dim=1)
         self.gone = torch.cat((self.gone, gone), dim=1)
