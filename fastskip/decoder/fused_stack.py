@@ -23,17 +23,15 @@ from fastskip.decoder.captured_forward import (
     ForwardShape,
     Layers,
 )
-from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.decoder.device_routes import decisions_of
 from fastskip.decoder.device_support import unsupported_plan
-from fastskip.decoder.entries import Maps
 from fastskip.decoder.fused_layer import FusedBlock
 from fastskip.decoder.fused_parts import Store
 from fastskip.decoder.fused_rows import ForwardRows, sender
 from fastskip.decoder.fused_steps import run_steps
 from fastskip.decoder.guarded_layer import GuardedBlock
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.plain_forward import Watch
+from fastskip.decoder.plain_forward import DEFAULTS, ForwardOptions
 from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.row_numbers import RowNumbers
 from fastskip.decoder.sizes import rounded_rows
@@ -175,35 +173,19 @@ class FusedDecoder(Decoder):
         h: Tensor,
         layout: TokenLayout,
         cache: SkipCache,
-        *,
-        wanted: Tensor | None = None,
-        wants_gradient: bool = False,
-        keeps_cache: bool = True,
-        watch: Watch | None = None,
-        maps: Maps | None = None,
-        features: DeepFeatures | None = None,
+        options: ForwardOptions = DEFAULTS,
     ) -> Tensor:
         if not isinstance(cache, PagedCache):
-            return super().run(
-                h,
-                layout,
-                cache,
-                wanted=wanted,
-                wants_gradient=wants_gradient,
-                keeps_cache=keeps_cache,
-                watch=watch,
-                maps=maps,
-                features=features,
-            )
-        self._check(cache, wants_gradient)
+            return super().run(h, layout, cache, options)
+        self._check(cache, options.wants_gradient)
         self.check_places(layout.positions, layout.first_column + layout.width)
         cache.grow(layout, self.anchor)
-        run_stage = partial(self._run_stage, cache, features)
+        run_stage = partial(self._run_stage, cache)
         if self.plan.removals:
             record = None if self.record is None else self.record.forwards.append
             staged = StagedForward(self.plan, run_stage, self._blocks, self.positions)
-            return staged.run(h, layout, cache, wanted, watch, record)
-        ran = run_stage(h, layout, wanted, watch, 0)
+            return staged.run(h, layout, cache, options, record)
+        ran = run_stage(h, layout, options, 0)
         cache.commit(ran.layout, _columns_of(ran.held, ran.layout))
         if self.record is not None and ran.routes is not None:
             self.record.forwards.append(decisions_of(ran.routes, ran.layout))
@@ -212,21 +194,19 @@ class FusedDecoder(Decoder):
     def _run_stage(
         self,
         cache: PagedCache,
-        features: DeepFeatures | None,
         h: Tensor,
         layout: TokenLayout,
-        wanted: Tensor | None,
-        watch: Watch | None,
+        options: ForwardOptions,
         stage: int,
     ) -> Ran:
         """See ``staged_forward.RunStage``."""
-        captured = self._captured(h, layout, cache, wanted, watch, stage, features)
+        captured = self._captured(h, layout, cache, options, stage)
         if captured is not None:
             forward, numbers = captured
             out, entered = forward.run(h, numbers, cache), forward.entered
             entered = None if entered is None else numbers.layout.real(entered)
             return Ran(out, numbers.layout, forward.held, forward.routes, entered)
-        numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
+        numbers = self._numbers(layout, cache, options, stage)
         packed = h if stage else self.positions.embed(layout.pack(h), layout.positions)
         seen: list[Tensor] = []
 
@@ -250,7 +230,7 @@ class FusedDecoder(Decoder):
                 packed,
                 rows.of,
                 store,
-                watch,
+                options.watch,
                 steps,
                 features=placed,
                 note=note,
@@ -259,13 +239,12 @@ class FusedDecoder(Decoder):
         return Ran(out, layout, rows.held, rows.routes, seen[0] if seen else None)
 
     def _numbers(
-        self,
-        layout: TokenLayout,
-        cached: Tensor,
-        wanted: Tensor | None,
-        features: DeepFeatures | None,
+        self, layout: TokenLayout, cache: PagedCache, options: ForwardOptions, stage: int
     ) -> RowNumbers:
+        # The last-layer rule applies to the last stage only.
+        wanted = options.wanted if stage == len(self.plan.removals) else None
         rows = None if wanted is None else layout.locate(wanted)
+        cached, features = cache.codes_at(stage), options.features
         if narrows_after(self.plan):
             return RowNumbers(layout, cached, read=rows, features=features)
         return RowNumbers(layout, cached, narrow=rows, features=features)
@@ -275,20 +254,16 @@ class FusedDecoder(Decoder):
         h: Tensor,
         layout: TokenLayout,
         cache: PagedCache,
-        wanted: Tensor | None,
-        watch: Watch | None,
+        options: ForwardOptions,
         stage: int,
-        features: DeepFeatures | None,
     ) -> tuple[CapturedForward, RowNumbers] | None:
         """A graph for this forward and the numbers to run it with; ``None``: run without one."""
         is_plain = self.ops.implementation is Implementation.TRITON and self.flash is None
-        is_plain = is_plain and watch is None and not ranges_enabled()
+        is_plain = is_plain and options.watch is None and not ranges_enabled()
         if not is_plain or not 0 < len(layout) <= MOST_ROWS:
             return None
-        # The last-layer rule applies to the last stage only.
-        wanted = wanted if stage == len(self.plan.removals) else None
         layout = layout.filled(rounded_rows)
-        numbers = self._numbers(layout, cache.codes_at(stage), wanted, features)
+        numbers = self._numbers(layout, cache, options, stage)
         shape = ForwardShape.of(numbers, cache, self.plan.shape.max_positions, stage)
         graphs = self.captured
         graphs.renew((self.version, self.addresses(), graphs.switches))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from fastskip.decoder.deep_features import DeepFeatures, PlacedFeatures
-from fastskip.decoder.entries import Entries
+from fastskip.decoder.entries import Entries, Maps
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.recomputing import maybe_recomputed
@@ -21,6 +22,32 @@ from fastskip.routing import Decisions
 from fastskip.tokens import Rows, TokenLayout
 
 Watch = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardOptions:
+    """What is wanted of a forward, and what else enters it.
+
+    Attributes:
+        wanted: ``[n]`` flat indices into ``B * T`` of the only rows whose output is read (the
+            last-layer rule), in output order; ``None``: all rows.
+        wants_gradient: run out of place, so that autograd can follow.
+        keeps_cache: whether anyone reads the cache after this forward.
+        watch: called with (layer, ``[N, D]``) for the input of every layer, before features are
+            added, as Hugging Face reports hidden states.
+        maps: records how rows attend in every layer.
+        features: what is added to image rows after the first layers.
+    """
+
+    wanted: Tensor | None = None
+    wants_gradient: bool = False
+    keeps_cache: bool = True
+    watch: Watch | None = None
+    maps: Maps | None = None
+    features: DeepFeatures | None = None
+
+
+DEFAULTS = ForwardOptions()
 
 
 class PlainForward:
@@ -43,15 +70,13 @@ class PlainForward:
         rotation: HeadRotation,
         entries: Entries,
         combine: Add,
-        *,
-        wanted: Tensor | None = None,
-        watch: Watch | None = None,
-        features: DeepFeatures | None = None,
+        options: ForwardOptions,
     ) -> None:
         """``layers``: Hugging Face's own; the rest as for ``Decoder.run``."""
         self._plan, self._blocks, self._layers = plan, blocks, layers
         self._entries, self._combine = entries, combine
-        self._wanted, self._watch, self._features = wanted, watch, features
+        wanted, watch = options.wanted, options.watch
+        self._wanted, self._watch, self._features = wanted, watch, options.features
         self.layout, self.rotation = layout, rotation
         few = None if wanted is None else layout.locate(wanted)
         is_late = few is not None and (narrows_after(plan) or may_leave(plan, layout, few))

@@ -11,11 +11,10 @@ from torch import Tensor
 from fastskip.decoder.anatomy import has_hooks, hooks_of, is_transformers_own
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
-from fastskip.decoder.deep_features import DeepFeatures
-from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries, Maps
+from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
 from fastskip.decoder.layer import Block
 from fastskip.decoder.module_state import ModuleState
-from fastskip.decoder.plain_forward import PlainForward, Watch
+from fastskip.decoder.plain_forward import DEFAULTS, ForwardOptions, PlainForward
 from fastskip.decoder.positions import positions_of
 from fastskip.decoder.routed_rows import RoutedPlan, RoutedRows
 from fastskip.decoder.weights import BlockWeights
@@ -164,13 +163,7 @@ class Decoder:
         h: Tensor,
         layout: TokenLayout,
         cache: SkipCache,
-        *,
-        wanted: Tensor | None = None,
-        wants_gradient: bool = False,
-        keeps_cache: bool = True,
-        watch: Watch | None = None,
-        maps: Maps | None = None,
-        features: DeepFeatures | None = None,
+        options: ForwardOptions = DEFAULTS,
     ) -> Tensor:
         """Runs every layer on the real columns of ``h``.
 
@@ -178,14 +171,6 @@ class Decoder:
             h: ``[B, T, D]`` embeddings, without positions; not written.
             layout: the rows, from ``lay_out``.
             cache: gets the new entries; may hold earlier columns.
-            wanted: ``[n]`` flat indices into ``B * T`` of the only rows whose output is read (the
-                last-layer rule), in output order; ``None``: all rows.
-            wants_gradient: run out of place, so that autograd can follow.
-            keeps_cache: whether anyone reads ``cache`` after this forward.
-            watch: called with (layer, ``[N, D]``) for the input of every layer, before features
-                are added, as Hugging Face reports hidden states.
-            maps: records how rows attend in every layer.
-            features: what is added to image rows after the first layers.
         Returns:
             The residual stream after the last layer: ``[N, D]`` in packed order, or ``[n, D]`` as
             wanted.
@@ -193,13 +178,13 @@ class Decoder:
         self.check_places(layout.positions, layout.first_column + layout.width)
         packed = self.positions.embed(layout.pack(h), layout.positions)
         entries: Entries
-        if wants_gradient:
+        if options.wants_gradient:
             cache.ends_gradients = True
-            like = packed.detach() if keeps_cache else None
+            like = packed.detach() if options.keeps_cache else None
             entries = GradientEntries(self.plan, cache, layout, like)
         else:
             entries = CachedEntries(self.plan, cache, layout, packed)
-        entries.maps = maps
+        entries.maps = options.maps
         forward = PlainForward(
             self.plan,
             self._blocks,
@@ -207,10 +192,8 @@ class Decoder:
             layout,
             self.positions.turns(layout, packed),
             entries,
-            add if wants_gradient else add_,
-            wanted=wanted,
-            watch=watch,
-            features=features,
+            add if options.wants_gradient else add_,
+            options,
         )
         if self.plan.routed:
             forward.routed = self._route(forward, cache, entries)

@@ -7,7 +7,7 @@ removal takes one host sync. Each stage is a separate forward, captured like any
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from fastskip.decoder.device_routes import DeviceRoutes
 from fastskip.decoder.entries import SlotMap
 from fastskip.decoder.layer import Block
 from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.plain_forward import Watch
+from fastskip.decoder.plain_forward import ForwardOptions
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.removing import RemainingRows, may_leave
 from fastskip.plan import SkipPlan
@@ -36,9 +36,9 @@ class Ran:
     entered: Tensor | None
 
 
-RunStage = Callable[[Tensor, TokenLayout, Tensor | None, Watch | None, int], Ran]
+RunStage = Callable[[Tensor, TokenLayout, ForwardOptions, int], Ran]
 """Runs the layers of one stage. Takes columns ``[B, T, D]``, in later stages rows ``[N, D]``, their
-layout, ``wanted`` and ``watch`` as for ``Decoder.run``, and the stage."""
+layout, the options and the stage."""
 
 
 class PagedKeys:
@@ -80,12 +80,12 @@ class StagedForward:
         h: Tensor,
         layout: TokenLayout,
         cache: PagedCache,
-        wanted: Tensor | None,
-        watch: Watch | None,
+        options: ForwardOptions,
         record: Callable[[Decisions], object] | None,
     ) -> Tensor:
         """Like ``Decoder.run``; the cache has room for ``layout``, and counts its columns."""
         plan, keys = self.plan, PagedKeys(self.plan, cache, layout)
+        wanted, watch = options.wanted, options.watch
         late = None if wanted is None else layout.locate(wanted)
         if late is not None and not may_leave(plan, layout, late):
             late = None
@@ -97,11 +97,14 @@ class StagedForward:
             assert watch is not None
             watch(layer, rest.whole(rows))
 
+        options = replace(
+            options,
+            wanted=wanted if late is None else None,
+            watch=None if watch is None else see,
+        )
         for stage, steps in enumerate(plan.stages):
             last = steps[-1][-1]
-            goes_on = None if late is not None else wanted
-            seen = None if watch is None else see
-            ran = self.run_stage(h, rest.layout, goes_on, seen, stage)
+            ran = self.run_stage(h, rest.layout, options, stage)
             h = ran.out
             if ran.entered is not None:
                 rest.look(last, ran.entered)

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastskip.decoder.attention_maps import AttentionMaps
 from fastskip.decoder.deep_features import DeepFeatures
+from fastskip.decoder.plain_forward import ForwardOptions
 from fastskip.families import DEEP_INPUTS, check_mode, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.columns import (
@@ -66,10 +67,7 @@ def decode_columns(
     def watch(index: int, rows: Tensor) -> None:
         seen.append(rows.clone() if index in shown else None)
 
-    out = runtime.decoder.run(
-        h,
-        layout,
-        cache,
+    options = ForwardOptions(
         wanted=None if kept is None else kept.rows,
         wants_gradient=wants_gradient,
         keeps_cache=is_returned,
@@ -79,6 +77,7 @@ def decode_columns(
             *map(inputs.get, DEEP_INPUTS), placeholders=inputs.get("placeholders")
         ),
     )
+    out = runtime.decoder.run(h, layout, cache, options)
     out = final_norm_of(text_model)(out)
     hidden = layout.unpack(out) if kept is None or kept.rows is None else kept.unpack(out)
     states = None
