@@ -413,7 +413,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ),
         ("policies -s interval=3", "--set interval=3: no preset is named; allowed: with a"),
         ("policies --layers 3", "--layers 3: no preset is named"),
-        ("policies -o {folder}/x.json", "--output .*x.json: no preset is named"),
+        ("policies -o {folder}/x.json", "--out .*x.json: no preset is named"),
         ("policies nothing", "preset: got 'nothing'; allowed: dense"),
         ("policies image_ffn -s size=3", "image_ffn.size: unknown option; allowed: start, end"),
         ("policies image_ffn -s start=a", "image_ffn.start: got 'a'; allowed: an integer"),
@@ -430,7 +430,7 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("plan -p image_ffn:start=a", "image_ffn.start: got 'a'; allowed: an integer"),
         ("plan -p image:start=1", "--policy image:start=1: no such file or preset"),
         ("policies image_ffn --layers 2", "allowed: "),
-        ("policies image_ffn -o {folder}/x.txt", "--output .*x.txt: the suffix .*; allowed: "),
+        ("policies image_ffn -o {folder}/x.txt", "--out .*x.txt: the suffix .*; allowed: "),
         ("policies image_ffn -o {folder}/absent/x.json", "No such file.*; allowed: a writable"),
     ],
 )

@@ -36,10 +36,10 @@ def policies(
             help="Also show what the policy skips in a model of N layers.",
         ),
     ] = None,
-    output: Annotated[
+    out: Annotated[
         Path | None,
         typer.Option(
-            "--output",
+            "--out",
             "-o",
             metavar="FILE",
             help="Write to this file instead (.json, .yaml).",
@@ -55,7 +55,7 @@ def policies(
     Other commands take the same policy as [cyan]-p every_nth_ffn:interval=3:scope=image[/].
     """
     if name is None:
-        for key, value in (("set", option), ("layers", layers), ("output", output)):
+        for key, value in (("set", option), ("layers", layers), ("out", out)):
             if value is not None:
                 shown = value[0] if isinstance(value, list) else value
                 raise CommandError(f"--{key} {shown}: no preset is named; allowed: with a preset")
@@ -67,16 +67,16 @@ def policies(
     options = options_of(option or (), name) if name in PRESETS else {}
     policy = SkipPolicy.preset(name, **options)
     table = None if layers is None else _table(policy, layers)
-    if output is None:
+    if out is None:
         typer.echo(json.dumps(policy.to_dict(), indent=2))
     else:
         try:
-            policy.save(output)
+            policy.save(out)
         except PolicyError as error:
-            raise CommandError(f"--output {error}") from error
+            raise CommandError(f"--out {error}") from error
         except OSError as error:
-            raise CommandError(f"--output {output}: {error}; allowed: a writable file") from error
-        typer.echo(f"wrote {output}", err=True)
+            raise CommandError(f"--out {out}: {error}; allowed: a writable file") from error
+        typer.echo(f"wrote {out}", err=True)
     if table is not None:
         # to stderr: the JSON on stdout may go into a pipe
         typer.echo(table, err=True)

@@ -88,7 +88,7 @@ def search(
     points: Annotated[
         int, typer.Option(min=0, metavar="N", help="Milder budgets to solve as well.")
     ] = 2,
-    randoms: Annotated[
+    random_policies: Annotated[
         int, typer.Option(min=0, metavar="N", help="Random policies to compare with.")
     ] = 3,
     multi_turn: Annotated[
@@ -147,7 +147,7 @@ def search(
         minutes=minutes,
         new_tokens=new_tokens,
         rounds=rounds,
-        randoms=randoms,
+        randoms=random_policies,
         keeps_answers=multi_turn,
         routers=not no_routers,
     )

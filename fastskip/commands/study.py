@@ -60,9 +60,8 @@ def paper(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cells, items and training steps.")
     ] = False,
-    look: Annotated[
-        bool,
-        typer.Option("--look", help="Measure nothing: show the results in DIR, or bundled."),
+    show: Annotated[
+        bool, typer.Option("--show", help="Measure nothing: show the results in --out DIR.")
     ] = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -84,7 +83,7 @@ def paper(
     prepare(threads)
     from fastskip.study.paper import report
 
-    if out is None or look:
+    if out is None or show:
         if out is None and (quick or seeds != 3 or device is not None):
             raise CommandError("--quick, --seeds, --device: nothing runs; allowed: with --out DIR")
         _show(out or report.bundled_folder())

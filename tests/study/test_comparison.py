@@ -98,7 +98,7 @@ def test_compare_command_on_items_of_a_file(tmp_path: Path) -> None:
         (("compare", "some/model"), "--items: needed"),
         (("paper", "--quick"), "nothing runs; allowed: with --out DIR"),
         (("paper", "--device", "cpu"), "nothing runs; allowed: with --out DIR"),
-        (("paper", "--look", "--out", "no-such-folder"), "results.json"),
+        (("paper", "--show", "--out", "no-such-folder"), "results.json"),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], message: str) -> None:
@@ -117,7 +117,7 @@ def test_scales_are_not_mixed(tmp_path: Path) -> None:
 def test_help_teaches() -> None:
     for command, words in (
         ((), ("paper", "compare")),
-        (("paper",), ("--quick", "--look", "resumes", "Examples")),
+        (("paper",), ("--quick", "--show", "resumes", "Examples")),
         (("compare",), ("demo:medium", "--items", "conversations", "one model", "Examples")),
     ):
         done = run(*command, "--help")

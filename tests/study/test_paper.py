@@ -240,7 +240,7 @@ def test_a_cell_without_all_seeds_is_told(folder: Path, results: Results) -> Non
     assert "still missing" in report.markdown(partly)
 
 
-def test_the_command_runs_goes_on_and_looks(
+def test_the_command_runs_resumes_and_shows(
     folder: Path, results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder of the other tests, so that all cells are there already."""
@@ -251,5 +251,5 @@ def test_the_command_runs_goes_on_and_looks(
     done = CliRunner().invoke(app, [*options, "--quick"], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
     assert (folder / report.REPORT).exists() and "4 cells, 2 seeds" in done.output
-    looked = CliRunner().invoke(app, [*options, "--look"], env={"COLUMNS": "120"})
-    assert looked.exit_code == 0 and "4 cells, 2 seeds" in looked.output
+    shown = CliRunner().invoke(app, [*options, "--show"], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0 and "4 cells, 2 seeds" in shown.output
