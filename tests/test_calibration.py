@@ -380,7 +380,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     given = ("--rate", 0.5, "--samples", file, "--new-tokens", 3, "-o", out)
     arguments = ("calibrate", "-m", checkpoint, "-p", policy, *given)
     result = succeed(*arguments)
-    assert re.search(r"0 +similarity +1 +all +ffn +threshold .* \d\d\.\d%", result.stdout)
+    assert re.search(r"0 +similarity +all +ffn +1 +threshold .* \d\d\.\d%", result.stdout)
     assert "(target 50.0%)" in result.stdout
     assert re.search(r"Overall \d\d\.\d% of rows skip after \d+ sweeps?", result.stdout)
     assert result.stderr.endswith(f"wrote {out}\n")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from fastskip.commands.common import (
     CommandError,
@@ -23,6 +24,7 @@ from fastskip.commands.common import (
 )
 from fastskip.commands.outputs import check_file
 from fastskip.commands.samples import SamplesOption, calibration_inputs
+from fastskip.commands.tables import new_table
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
@@ -140,17 +142,9 @@ def _check_output(out: Path) -> None:
 
 
 def _show(found: "Calibration") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False)
-    titles = ("router", "kind", "layer", "tokens", "skips", "set to", "rows", "achieved")
-    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in table.columns:
-        column.overflow = "fold"  # a narrow terminal shows all of a threshold
-    for column in (table.columns[2], *table.columns[5:]):
-        column.justify = "right"
+    titles = ("router", "kind", "tokens", "skips", "layer", "set to", "rows", "achieved")
+    table = new_table(titles, texts=4)
     for share in found.shares:
         written = share.rule.to_dict()
         name = next(name for name in ("threshold", "capacity", "rate") if name in written)
@@ -158,9 +152,9 @@ def _show(found: "Calibration") -> None:
         table.add_row(
             str(share.router),
             written["kind"],
-            str(share.layer),
             tokens if tokens == "all" else ", ".join(tokens),
             ", ".join(written["skip"]),
+            str(share.layer),
             f"{name} {written[name]:g}",
             str(share.candidates),
             f"{share.achieved:.1%}",

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from fastskip.commands.common import (
     BandwidthOption,
@@ -24,6 +26,7 @@ from fastskip.commands.common import (
     prepare,
     resolve_policy,
 )
+from fastskip.commands.tables import new_table, number_table, show_table
 
 if TYPE_CHECKING:
     from fastskip.commands import forecast
@@ -160,15 +163,7 @@ def _launches(
 def _show_launches(
     result: "Forecast", dense: "forecast.Launches", skipping: "forecast.Launches"
 ) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    name = escape(result.plan.name)
-    table = Table("", "dense", name, box=box.SIMPLE_HEAD)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table(["", "dense", escape(result.plan.name)], 12)
     for label, before, after in (
         ("prefill", dense.prefill, skipping.prefill),
         ("decode step", dense.decode, skipping.decode),
@@ -178,15 +173,10 @@ def _show_launches(
         for kernel in sorted(before.by_kernel.keys() | after.by_kernel.keys()):
             counts = [str(each.by_kernel.get(kernel, (0, 0))[0]) for each in (before, after)]
             table.add_row(f"  {kernel}", *counts)
-    Console(highlight=False).print(table)
+    show_table(Console(highlight=False), table)
 
 
 def _show(model: str, result: "Forecast", assumed: str | None) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     load, name = result.workload, escape(result.plan.name)
     console = Console(highlight=False)
     depth = result.plan.shape.depth
@@ -200,7 +190,8 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
     if result.plan.is_dense:
         console.print("Nothing is skipped.")
     else:
-        layers = Table("layers", "arrangement", *result.plan.classes, box=box.SIMPLE_HEAD)
+        titles = ["layers", "arrangement", *result.plan.classes]
+        layers = new_table(titles, len(titles))
         for row in result.plan.rows():
             layers.add_row(row.layers, row.arrangement, *row.cells)
         console.print(layers)
@@ -212,10 +203,8 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
         console.print(f"Assumed: {assumed}. Set --image-tokens N to the actual number of rows.")
     columns = [("dense", result.dense, None), *_columns(result, name)]
     compared = next((c for c in columns if c[0] == "expected"), columns[-1])
-    ratio = "dense / policy" if result.routed is None else f"dense / {compared[0]}"
-    costs = Table("", *(title for title, *_ in columns), ratio, box=box.SIMPLE_HEAD)
-    for column in costs.columns[1:]:
-        column.justify = "right"
+    ratio = "policy" if result.routed is None else compared[0]
+    costs = number_table(["", *(title for title, *_ in columns), f"dense\n/ {ratio}"], 12)
     for label, field, unit in _LINES:
         values = [getattr(totals, field) for _, totals, _ in columns]
         dense, own = (getattr(totals, field) for totals in (result.dense, compared[1]))
@@ -225,8 +214,8 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
             gains = [
                 "-" if gain is None else f"{getattr(gain, phase):.2f}x" for *_, gain in columns
             ]
-            costs.add_row(f"ideal gain in {phase}", *gains, style="bold")
-    console.print(costs)
+            costs.add_row(f"ideal {phase} gain", *gains, "", style="bold")
+    show_table(console, costs)
     ceilings, ideal = result.ceilings, compared[2] or result.ideal
     console.print(
         f"Ideal gain: prefill [bold]{ideal.prefill:.2f}x[/], decode [bold]{ideal.decode:.2f}x[/], "
@@ -290,7 +279,7 @@ _LINES = (
     ("decode step FLOPs", "decode_flops", "FLOP"),
     ("decode step bytes", "decode_bytes", "B"),
     ("decode step floor", "decode_floor_s", "s"),
-    ("KV cache at the end", "kv_bytes", "B"),
+    ("KV cache at end", "kv_bytes", "B"),
 )
 
 

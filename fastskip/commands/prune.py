@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from fastskip.commands.common import (
     CommandError,
@@ -25,6 +26,7 @@ from fastskip.commands.common import (
 )
 from fastskip.commands.outputs import check_file, check_folder
 from fastskip.commands.samples import SamplesOption, calibration_inputs
+from fastskip.commands.tables import new_table
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
@@ -353,15 +355,9 @@ class _Zeros:
 
 
 def _show(zeros: _Zeros, recipe: "Recipe | None", sizes: dict[str, int]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False)
     titles = ("layer", "matrices", "weights", "target", "removed", "zero now")
-    table = Table(*titles, box=box.SIMPLE_HEAD)
-    for column in table.columns:
-        column.justify = "right"
+    table = new_table(titles, texts=0)
     target = "by masks" if recipe is None else f"{recipe.ratio:.2%}"
     for own in zeros.by_layer():
         numbers = (str(own["layer"]), str(own["matrices"]), f"{own['weights']:,}")

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from fastskip.commands.common import (
     CommandError,
@@ -22,6 +24,7 @@ from fastskip.commands.common import (
 from fastskip.commands.demo_items import demo_items
 from fastskip.commands.exams import CountOption, ItemsOption, PromptsOption, TimedTokensOption
 from fastskip.commands.outputs import check_folder
+from fastskip.commands.tables import new_table
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
@@ -170,17 +173,13 @@ def compare(
 
 def _show(folder: Path) -> None:
     """Print the findings, and the path of the report."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from fastskip.study.paper.findings import Verdict, findings
     from fastskip.study.paper.report import REPORT, RESULTS
     from fastskip.study.paper.results import Results
 
     results = Results.load(folder / RESULTS)
     colours = {Verdict.AGREES: "green", Verdict.DISAGREES: "red", Verdict.PARTLY: "yellow"}
-    table = Table("claim", "here", "measured", box=box.SIMPLE_HEAD)
+    table = new_table(["claim", "here", "measured"], texts=3)
     for each in findings(results):
         colour = colours.get(each.verdict, "default")
         table.add_row(each.claim, f"[{colour}]{each.verdict.value}[/]", each.evidence)
@@ -230,11 +229,6 @@ def _load_named(path: str, policy: Any, dtype: Dtype, device: str | None) -> tup
 
 
 def _table(found: Sequence["Compared"], count: int) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from fastskip.study.comparison import ALL
 
     titles = (
@@ -245,10 +239,7 @@ def _table(found: Sequence["Compared"], count: int) -> None:
         "TPOT\nms",
         "cache\nkB",
     )
-    table = Table(*titles, box=box.SIMPLE_HEAD)
-    table.columns[0].overflow = "fold"
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = new_table(titles)
     for each in found:
         score, change = each.scores[ALL], each.changes.get(ALL)
         told = f"{each.scale.text(score.mean)} ({100 * score.low:.0f} to {100 * score.high:.0f})"

@@ -8,12 +8,20 @@ from rich.table import Column, Table
 from rich.text import Text
 
 
-def number_table(titles: Sequence[str], least: int) -> Table:
-    """An empty table: names, which may fold to `least` characters, then right-aligned numbers."""
+def new_table(titles: Sequence[str], texts: int = 1) -> Table:
+    """An empty table: so many columns of text, then right-aligned numbers; long words fold."""
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.columns[0].overflow, table.columns[0].min_width = "fold", least
+    for index, column in enumerate(table.columns):
+        column.overflow, column.justify = "fold", "left" if index < texts else "right"
+    return table
+
+
+def number_table(titles: Sequence[str], least: int) -> Table:
+    """The same for `show_table`: names may fold to `least` characters, numbers do not."""
+    table = new_table(titles)
+    table.columns[0].min_width = least
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+        column.no_wrap = True
     return table
 
 

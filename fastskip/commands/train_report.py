@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
+from fastskip.commands.tables import new_table
 from fastskip.wording import counted
 
 if TYPE_CHECKING:
@@ -28,15 +31,9 @@ def numbers(trained: "Trained", comparison: "Comparison | None") -> dict[str, An
 
 
 def show(report: dict[str, Any], trained: "Trained", comparison: "Comparison | None") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False)
     if comparison is not None:
-        table = Table("ms per batch", "forward", "backward", "both", box=box.SIMPLE_HEAD)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = new_table(["ms per batch", "forward", "backward", "both"])
         for name, times in (("dense", comparison.dense), ("under the policy", comparison.policy)):
             parts = (times.forward, times.backward, times.both)
             table.add_row(name, *(f"{1e3 * seconds:.1f}" for seconds in parts))
