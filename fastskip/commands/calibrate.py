@@ -25,6 +25,7 @@ from fastskip.commands.common import (
 from fastskip.commands.outputs import check_file
 from fastskip.commands.samples import SamplesOption, calibration_inputs
 from fastskip.commands.tables import new_table
+from fastskip.policy_file import SUFFIXES
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
@@ -98,7 +99,7 @@ def calibrate(
     path = checkpoint(model)
     config = config_of(path)
     chosen = resolve_policy(policy, path, config)
-    _check_output(out)
+    check_file("--out", out, SUFFIXES, creates=False)
     inputs, source = calibration_inputs(model, path, config, samples, count, new_tokens)
 
     from tqdm import tqdm
@@ -129,16 +130,6 @@ def calibrate(
         return
     _show(found)
     typer.echo(f"wrote {out}", err=True)
-
-
-def _check_output(out: Path) -> None:
-    """Rejects an output that cannot be written before the work starts."""
-    from fastskip.policy_file import SUFFIXES
-
-    if out.suffix.lower() not in SUFFIXES or not out.parent.is_dir():
-        allowed = f"a file ({', '.join(SUFFIXES)}) in an existing folder"
-        raise CommandError(f"--out {out}: allowed: {allowed}")
-    check_file("--out", out)
 
 
 def _show(found: "Calibration") -> None:

@@ -230,10 +230,8 @@ def _check_outputs(out: Path | None, save_masks: Path | None, stored: Stored) ->
         raise CommandError(f"--stored {stored}: only masks are written; allowed: with --out FOLDER")
     if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
         raise CommandError(f"--out {out}: allowed: a new or empty folder")
-    if save_masks is not None and (save_masks.is_dir() or not save_masks.parent.is_dir()):
-        raise CommandError(f"--save-masks {save_masks}: allowed: a file in an existing folder")
     check_folder("--out", out)
-    check_file("--save-masks", save_masks)
+    check_file("--save-masks", save_masks, creates=False)
 
 
 def _check_alone(others: dict[str, object]) -> None:

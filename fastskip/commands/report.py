@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastskip.commands.common import CommandError, config_of
+from fastskip.commands.outputs import check_file
 from fastskip.wording import counted
 
 if TYPE_CHECKING:
@@ -77,8 +78,7 @@ def report(
     """
     if model is not None and layers is not None:
         raise CommandError(f"--layers {layers}: --model already gives it; allowed: one of the two")
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise CommandError(f"--out {out}: allowed: a file that ends in .html")
+    check_file("--out", out, (".html", ".htm"))
     from tqdm import tqdm
 
     from fastskip.study.report import write_report

@@ -284,7 +284,9 @@ def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return " ".join(done.output.split())
 
     assert "holds none of them; allowed: a folder that holds eval.json" in refused(str(tmp_path))
-    assert "allowed: a file that ends in .html" in refused(str(tmp_path), "--out", "r.pdf")
+    assert "--out r.pdf: allowed: a file (.html, .htm) in" in refused(
+        str(tmp_path), "--out", "r.pdf"
+    )
     told = refused(str(tmp_path), "--layers", "8", "--model", "x")
     assert "--layers 8: --model already gives it" in told
 
