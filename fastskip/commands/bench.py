@@ -15,6 +15,7 @@ from fastskip.commands.common import (
     Dtype,
     DtypeOption,
     ImageOption,
+    JsonOption,
     ModelOption,
     PoliciesOption,
     TflopsOption,
@@ -108,7 +109,7 @@ def bench(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure how fast policies are for your model, machine, batch size and lengths.
 

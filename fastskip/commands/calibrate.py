@@ -12,6 +12,7 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    JsonOption,
     ModelOption,
     PolicyOption,
     ThreadsOption,
@@ -78,7 +79,7 @@ def calibrate(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Set a policy's routers so that a target share of rows skips, from a few samples.
 

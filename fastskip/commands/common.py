@@ -67,6 +67,14 @@ ImageOption = Annotated[
         show_default=False,
     ),
 ]
+ImageFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that image paths are relative to. Default: that of the file that names them.",
+        show_default=False,
+    ),
+]
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights.")]
 DeviceOption = Annotated[
     str | None,
@@ -93,6 +101,7 @@ TflopsOption = Annotated[
         show_default=False,
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 DENSE = "dense"

@@ -11,6 +11,8 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ImageFolderOption,
+    JsonOption,
     ModelOption,
     PoliciesOption,
     ThreadsOption,
@@ -25,7 +27,6 @@ from fastskip.commands.eval_tables import show
 from fastskip.commands.exams import (
     AnswerTokensOption,
     CountOption,
-    ImageFolderOption,
     ItemsOption,
     PromptsOption,
     TimedTokensOption,
@@ -97,7 +98,7 @@ def evaluate(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Judge policies: scores, agreement with the dense model, compute, TTFT and TPOT.
 

@@ -23,14 +23,6 @@ ItemsOption = Annotated[
         show_default=False,
     ),
 ]
-ImageFolderOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder that image paths are relative to. Default: that of the items.",
-        show_default=False,
-    ),
-]
 PromptsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts per batch.")]
 AnswerTokensOption = Annotated[
     int, typer.Option(min=1, metavar="N", help="Maximum tokens per answer.")

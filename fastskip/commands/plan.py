@@ -15,6 +15,7 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    JsonOption,
     ModelOption,
     PolicyOption,
     TflopsOption,

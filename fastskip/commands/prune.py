@@ -16,6 +16,7 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    JsonOption,
     ModelOption,
     ThreadsOption,
     checkpoint,
@@ -157,7 +158,7 @@ def prune(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Set the least important weights of the decoder's blocks to zero, judged on a few samples.
 

@@ -9,6 +9,8 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ImageFolderOption,
+    JsonOption,
     ModelOption,
     ThreadsOption,
     checkpoint,
@@ -20,7 +22,6 @@ from fastskip.commands.common import (
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.commands.exams import (
     AnswerTokensOption,
-    ImageFolderOption,
     ItemsOption,
     PromptsOption,
     TimedTokensOption,
@@ -109,9 +110,7 @@ def search(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print search.json instead of the table.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Find the best policy for a model on this machine under a budget, and tell if it is worth it.
 

@@ -14,6 +14,7 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    JsonOption,
     ThreadsOption,
     checkpoint,
     device_of,
@@ -131,7 +132,7 @@ def compare(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare models side by side: score, compute, TTFT, TPOT and cache on the same items.
 

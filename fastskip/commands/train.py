@@ -12,6 +12,8 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ImageFolderOption,
+    JsonOption,
     ModelOption,
     PolicyOption,
     ThreadsOption,
@@ -88,12 +90,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder that image paths are relative to. Default: the data's."
-        ),
-    ] = None,
+    images: ImageFolderOption = None,
     demo: Annotated[
         bool,
         typer.Option(
@@ -205,7 +202,7 @@ def train(
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train under a policy, which skips work in both the forward and the backward pass.
 
