@@ -158,7 +158,9 @@ def bench(
     ceilings = ceilings_of(bandwidth, tflops, models.ours.dtype, device)
     is_compiled = not no_hf and (place.type == "cuda" if compiled is None else compiled)
     count = 1 + len(named) + (not no_hf) + is_compiled
-    with tqdm(total=count * (1 + rounds), disable=None, unit="calls") as bar:
+    # nobody knows how many rounds fit into a budget
+    total = count * (1 + rounds) if budget_seconds is None else None
+    with tqdm(total=total, disable=None, unit="calls") as bar:
 
         def tell(label: str) -> None:
             bar.set_description(label)

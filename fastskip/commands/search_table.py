@@ -22,7 +22,7 @@ def show(result: "SearchResult") -> None:
     titles = ["candidate", "FLOPs", "TTFT", "TPOT", "KL", result.scale.heading, "from dense"]
     table = number_table(titles, 18)
     for each in sorted(result.candidates, key=lambda one: -one.score.mean):
-        marks = ("[green]>[/] " if each.is_recommended else "") + each.name
+        marks = ("[green]>[/] " if each.is_recommended else "") + escape(each.name)
         marks += " *" if each.is_on_front else ""
         times = []
         for own, base in ((each.ttft_s, dense.ttft_s), (each.tpot_s, dense.tpot_s)):

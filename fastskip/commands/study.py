@@ -59,8 +59,9 @@ def paper(
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Seeds for items and training data.")
-    ] = 3,
+        int | None,
+        typer.Option(min=1, metavar="N", help="Seeds for items and training data. Default: 3."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer cells, items and training steps.")
     ] = False,
@@ -88,7 +89,7 @@ def paper(
     from fastskip.study.paper import report
 
     if out is None or show:
-        if out is None and (quick or seeds != 3 or device is not None):
+        if out is None and (quick or seeds is not None or device is not None):
             raise CommandError("--quick, --seeds, --device: nothing runs; allowed: with --out DIR")
         _show(out or report.bundled_folder())
         return
@@ -101,7 +102,7 @@ def paper(
 
     figures.require()
     check_folder("--out", out)
-    run = Study(out, seeds, QUICK if quick else Effort(), cells(quick), device_of(device))
+    run = Study(out, seeds or 3, QUICK if quick else Effort(), cells(quick), device_of(device))
     with tqdm(total=run.steps, disable=None) as bar:
 
         def on_step(name: str) -> None:

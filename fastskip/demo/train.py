@@ -36,6 +36,13 @@ as bundled with the package.
 """
 
 
+def at_least_one(text: str) -> int:
+    """The number that an option gives."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text}; allowed: a whole number from 1")
+    return int(text)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastskip.demo.train",
@@ -57,12 +64,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=Precision.AUTO.value,
         help="of multiplies (default: auto, bfloat16 where this processor is fast at it)",
     )
-    parser.add_argument("--steps", type=int, help="at most this many steps in each stage")
+    parser.add_argument("--steps", type=at_least_one, help="at most this many steps in each stage")
     parser.add_argument("--minutes", type=float, help="stop after this long; run again to resume")
-    parser.add_argument("--batch", type=int, help="scenes per step, in every stage")
+    parser.add_argument("--batch", type=at_least_one, help="scenes per step, in every stage")
     parser.add_argument(
         "--processes",
-        type=int,
+        type=at_least_one,
         default=2,
         help="one per CPU core; they share each batch (default: 2)",
     )

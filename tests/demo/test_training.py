@@ -255,6 +255,17 @@ def test_drawn_cells_spare_the_early_layers() -> None:
     assert {layer for cells in drawn for layer, _ in cells} == set(range(FIRST, 8))
 
 
+@pytest.mark.parametrize("option", ["--steps", "--batch", "--processes"])
+@pytest.mark.parametrize("number", ["0", "-1", "one"])
+def test_numbers_below_one_are_refused(
+    option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--out", "runs", f"{option}={number}"])
+    told = capsys.readouterr().err
+    assert f"argument {option}: {number}; allowed: a whole number from 1" in told
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--help"])

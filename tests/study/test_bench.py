@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -316,6 +317,21 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     document = json.loads(found.stdout)
     assert [each["label"] for each in document["contenders"]] == ["dense"]
     assert document["workload"]["n_image"] == 4 and document["workload"]["n_text"] < 64
+
+
+@pytest.mark.parametrize(("budget", "total"), [((), 4), (("--budget-seconds", 60), None)])
+def test_progress_has_no_total_under_a_budget(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, budget: tuple[object, ...], total: int | None
+) -> None:
+    totals: list[int | None] = []
+
+    def bar(total: int | None, **options: Any) -> Any:
+        totals.append(total)
+        return tqdm(total=total, **options)
+
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    assert command("-m", checkpoint, "--no-hf", *budget).exit_code == 0
+    assert totals == [total]
 
 
 def test_nothing_is_lost_where_it_cannot_be_kept(

@@ -97,6 +97,7 @@ def test_compare_command_on_items_of_a_file(tmp_path: Path) -> None:
         (("compare", "demo:large@nothing"), "policy"),
         (("compare", "some/model"), "--items: needed"),
         (("paper", "--quick"), "nothing runs; allowed: with --out DIR"),
+        (("paper", "--seeds", "3"), "nothing runs; allowed: with --out DIR"),
         (("paper", "--device", "cpu"), "nothing runs; allowed: with --out DIR"),
         (("paper", "--show", "--out", "no-such-folder"), "results.json"),
     ],

@@ -2,10 +2,11 @@
 
 import pytest
 
+from fastskip.commands.search_table import show
 from fastskip.intervals import Estimate
 from fastskip.policy import SkipPolicy
 from fastskip.study.search.conclusion import recommended, told
-from fastskip.study.search.result import Comparison, Found, front, slug
+from fastskip.study.search.result import Comparison, Found, SearchResult, front, slug
 
 
 def found(name: str, source: str, kl: float, change: Estimate, keeps: bool = True) -> Found:
@@ -104,3 +105,23 @@ def test_the_front(points: list[tuple[float, float]], marks: list[bool]) -> None
 def test_file_names() -> None:
     assert slug("search, solver alone") == "search-solver-alone"
     assert slug("search at 0.83") == "search-at-0.83"
+
+
+def test_brackets_in_names_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    named = found("a[b].json", "peer", 0.1, LEVEL)
+    settings = {"calibration_items": 2, "held_out_items": 2, "is_cut_short": False}
+    show(
+        SearchResult(
+            budget={"quantity": "flops", "text": "FLOPs 60 %"},
+            circumstances={},
+            workload={"n_image": 1, "n_text": 1, "n_new": 2},
+            settings=settings,
+            sensitivity=(),
+            candidates=(DENSE, named),
+            comparisons=(),
+            left_out=(),
+            recommended=None,
+            text="",
+        )
+    )
+    assert "a[b].json" in capsys.readouterr().out
