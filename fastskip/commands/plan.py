@@ -15,7 +15,6 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
-    JsonOption,
     ModelOption,
     PolicyOption,
     TflopsOption,
