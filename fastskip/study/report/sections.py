@@ -44,7 +44,7 @@ def _findings(results: Results) -> Iterator[str]:
             change = each.minus(part.dense)
             text = f"{each.label} ({100 * change.mean:+.1f}{' points' if is_share else ''})"
             groups.setdefault(verdict_of(change)[0], []).append(text)
-        what = "PendingDecisions" if is_share else f"Captions by {part.scale.axis}"
+        what = "Answers" if is_share else f"Captions by {part.scale.axis}"
         for verdict in ("better", "not told apart", "worse"):
             if verdict in groups:
                 against = "from dense" if verdict == "not told apart" else "than dense"
