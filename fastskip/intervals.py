@@ -71,6 +71,42 @@ def wilson(right: float, asked: int) -> Estimate:
     return Estimate(share, low, high)
 
 
+def mean_score(
+    scores: Sequence[float] | NDArray[np.float64], *, is_share: bool, seed: int = 0
+) -> Estimate:
+    """The mean score of the items with its interval.
+
+    Wilson's if every item is either right or wrong, as it also holds for few items and near 1;
+    otherwise the bootstrap's.
+
+    Args:
+        scores: one per item.
+        is_share: whether they are shares: other scores, such as CIDEr, are never right or wrong,
+            even if all of them are 0 or 1.
+        seed: of the bootstrap.
+    """
+    if is_share and _are_right_or_wrong(scores):
+        return wilson(float(sum(scores)), len(scores))
+    return bootstrap(scores, seed=seed)
+
+
+def mean_difference(
+    first: Sequence[float], second: Sequence[float], *, is_share: bool, seed: int = 0
+) -> Estimate:
+    """How much better `second` scores than `first` on the same items, with its interval.
+
+    By paired shares if every item of both is either right or wrong, as in `mean_score`; otherwise
+    by the paired bootstrap.
+    """
+    if is_share and _are_right_or_wrong([*first, *second]):
+        return paired_shares(first, second)
+    return paired_bootstrap(first, second, seed=seed)
+
+
+def _are_right_or_wrong(scores: Sequence[float]) -> bool:
+    return all(score in (0.0, 1.0) for score in scores)
+
+
 def bootstrap(
     scores: Sequence[float] | NDArray[np.float64],
     *,

@@ -9,6 +9,8 @@ from fastskip.intervals import (
     Estimate,
     Spread,
     bootstrap,
+    mean_difference,
+    mean_score,
     paired_bootstrap,
     paired_shares,
     paired_speedup,
@@ -58,6 +60,18 @@ def test_pairs_tell_apart_what_single_intervals_do_not() -> None:
 
 def test_equal_models_do_not_differ() -> None:
     assert paired_bootstrap([1, 0, 1], [1, 0, 1]) == Estimate(0.0, 0.0, 0.0)
+
+
+def test_right_or_wrong_shares_get_intervals_of_proportions() -> None:
+    right, wrong, soft = [1.0] * 4, [0.0] * 4, [1.0, 1.0, 1.0, 0.5]
+    assert mean_score(right, is_share=True) == wilson(4, 4)
+    assert mean_score(right, is_share=False) == bootstrap(right)
+    assert mean_score(soft, is_share=True, seed=2) == bootstrap(soft, seed=2)
+    assert mean_difference(wrong, right, is_share=True) == paired_shares(wrong, right)
+    assert mean_difference(wrong, right, is_share=False) == paired_bootstrap(wrong, right)
+    for first, second in ((soft, right), (right, soft)):
+        found = mean_difference(first, second, is_share=True, seed=2)
+        assert found == paired_bootstrap(first, second, seed=2)
 
 
 def right(both: int, first: int, second: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

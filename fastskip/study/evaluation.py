@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, paired_shares, wilson
+from fastskip.intervals import Estimate, mean_difference, mean_score
 from fastskip.study.captions import check as check_captions
 from fastskip.study.fingerprints import items_fingerprint
 from fastskip.study.item_inputs import MAX_CACHE_BYTES, ItemInputs
@@ -82,21 +82,12 @@ class Evaluation:
         return float(self.scores(*kinds).mean())
 
     def estimate(self, *kinds: str, seed: int = 0) -> Estimate:
-        """The mean score of these kinds with its interval.
-
-        Wilson's if every item is either right or wrong, as it also holds for few items and near 1;
-        otherwise the bootstrap's. CIDEr is never right or wrong, even if all scores are 0 or 1.
-        """
-        scores = self.scores(*kinds)
-        if self._is_right_or_wrong(kinds):
-            return wilson(float(scores.sum()), len(scores))
-        return bootstrap(scores, seed=seed)
+        """The mean score of these kinds with its interval (`intervals.mean_score`)."""
+        return mean_score(self.scores(*kinds), is_share=self._is_share(kinds), seed=seed)
 
     def minus(self, other: Evaluation, *kinds: str, seed: int = 0) -> Estimate:
-        """How much better this model does than another on the same items, with its interval.
-
-        The interval of paired shares if every item of both is either right or wrong; otherwise the
-        paired bootstrap's. An evaluation minus itself is exactly 0.
+        """How much better this model does than another on the same items, with its interval
+        (`intervals.mean_difference`); an evaluation minus itself is exactly 0.
 
         Raises:
             ValueError: the other model answered different items.
@@ -107,9 +98,7 @@ class Evaluation:
         before, after = other.scores(*kinds), self.scores(*kinds)
         if other is self:
             return Estimate(0.0, 0.0, 0.0)
-        if self._is_right_or_wrong(kinds) and other._is_right_or_wrong(kinds):
-            return paired_shares(before, after)
-        return paired_bootstrap(before, after, seed=seed)
+        return mean_difference(before, after, is_share=self._is_share(kinds), seed=seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -131,9 +120,8 @@ class Evaluation:
             )
         )
 
-    def _is_right_or_wrong(self, kinds: Sequence[str]) -> bool:
-        chosen = self._of(kinds)
-        return all(e.metric.scale is Scale.SHARE and e.score in (0.0, 1.0) for e in chosen)
+    def _is_share(self, kinds: Sequence[str]) -> bool:
+        return scale_of(each.metric for each in self._of(kinds)) is Scale.SHARE
 
     def _of(self, kinds: Sequence[str]) -> list[Judged]:
         for kind in kinds:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastskip.intervals import Estimate, bootstrap, paired_bootstrap, paired_shares, wilson
+from fastskip.intervals import Estimate, mean_difference, mean_score
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
 from fastskip.study.report.fields import MOST, Field, read_document
 from fastskip.wording import Scale, counted
@@ -71,28 +71,24 @@ class JudgedPolicy:
 
     @cached_property
     def score(self) -> Estimate:
-        """The mean score with its 95 % interval over items: Wilson's if every item is either right
-        or wrong, as it also holds for few items and near 1; otherwise, and always for CIDEr, the
-        bootstrap's."""
-        scores = [each.score for each in self.answers]
-        if self._is_right_or_wrong:
-            return wilson(sum(scores), len(scores))
-        return bootstrap(scores)
+        """The mean score with its 95 % interval over items (`intervals.mean_score`)."""
+        return mean_score(self._scores, is_share=self._is_share)
 
     def minus(self, dense: JudgedPolicy) -> Estimate:
-        """How much better than dense, item by item: by paired shares if every answer is either
-        right or wrong, else by the paired bootstrap. Dense minus itself is exactly 0."""
+        """How much better than dense, item by item (`intervals.mean_difference`). Dense minus
+        itself is exactly 0."""
         if dense is self:
             return Estimate(0.0, 0.0, 0.0)
-        theirs, own = ([each.score for each in one.answers] for one in (dense, self))
-        if self._is_right_or_wrong and dense._is_right_or_wrong:
-            return paired_shares(theirs, own)
-        return paired_bootstrap(theirs, own)
+        return mean_difference(dense._scores, self._scores, is_share=self._is_share)
 
     @property
-    def _is_right_or_wrong(self) -> bool:
+    def _scores(self) -> list[float]:
+        return [each.score for each in self.answers]
+
+    @property
+    def _is_share(self) -> bool:
         (scale,) = {each.scale for each in self.answers}
-        return scale is Scale.SHARE and all(each.score in (0.0, 1.0) for each in self.answers)
+        return scale is Scale.SHARE
 
 
 @dataclass(frozen=True, slots=True)
