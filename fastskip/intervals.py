@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+Scores = Sequence[float] | NDArray[np.float64]
 RESAMPLES = 10_000
 LEVEL = 0.95
 _CELLS = 4_000_000
@@ -50,6 +52,36 @@ class Spread:
     high: float
 
 
+class Verdict(StrEnum):
+    """How a policy's scores compare with others' on the same items, at 95 %."""
+
+    BETTER = "better"
+    NOT_TOLD_APART = "not told apart"
+    WORSE = "worse"
+
+    @classmethod
+    def of(cls, difference: Estimate) -> Verdict:
+        """The verdict for the interval of the differences."""
+        if difference.is_above_zero:
+            return cls.BETTER
+        return cls.WORSE if difference.is_below_zero else cls.NOT_TOLD_APART
+
+
+class SpeedVerdict(StrEnum):
+    """How a contender's times compare with our dense model's over the rounds, at 95 %."""
+
+    FASTER = "faster"
+    SLOWER = "slower"
+    NOT_TOLD_APART = "not told apart"
+
+    @classmethod
+    def of(cls, speedup: Spread) -> SpeedVerdict:
+        """The verdict for the interval of the speed-up."""
+        if speedup.low > 1:
+            return cls.FASTER
+        return cls.SLOWER if speedup.high < 1 else cls.NOT_TOLD_APART
+
+
 def wilson(right: float, asked: int) -> Estimate:
     """The proportion `right / asked` with Wilson's interval, valid for few items and near 0 or 1.
 
@@ -71,9 +103,7 @@ def wilson(right: float, asked: int) -> Estimate:
     return Estimate(share, low, high)
 
 
-def mean_score(
-    scores: Sequence[float] | NDArray[np.float64], *, is_share: bool, seed: int = 0
-) -> Estimate:
+def mean_score(scores: Scores, *, is_share: bool, seed: int = 0) -> Estimate:
     """The mean score of the items with its interval.
 
     Wilson's if every item is either right or wrong, as it also holds for few items and near 1;
@@ -90,25 +120,23 @@ def mean_score(
     return bootstrap(scores, seed=seed)
 
 
-def mean_difference(
-    first: Sequence[float], second: Sequence[float], *, is_share: bool, seed: int = 0
-) -> Estimate:
+def mean_difference(first: Scores, second: Scores, *, is_share: bool, seed: int = 0) -> Estimate:
     """How much better `second` scores than `first` on the same items, with its interval.
 
     By paired shares if every item of both is either right or wrong, as in `mean_score`; otherwise
     by the paired bootstrap.
     """
-    if is_share and _are_right_or_wrong([*first, *second]):
+    if is_share and _are_right_or_wrong(first, second):
         return paired_shares(first, second)
     return paired_bootstrap(first, second, seed=seed)
 
 
-def _are_right_or_wrong(scores: Sequence[float]) -> bool:
-    return all(score in (0.0, 1.0) for score in scores)
+def _are_right_or_wrong(*scores: Scores) -> bool:
+    return all(np.isin(each, (0.0, 1.0)).all() for each in scores)
 
 
 def bootstrap(
-    scores: Sequence[float] | NDArray[np.float64],
+    scores: Scores,
     *,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
@@ -136,10 +164,7 @@ def bootstrap(
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def paired_shares(
-    first: Sequence[float] | NDArray[np.float64],
-    second: Sequence[float] | NDArray[np.float64],
-) -> Estimate:
+def paired_shares(first: Scores, second: Scores) -> Estimate:
     """The proportion that `second` answers right minus that of `first`, on the same items.
 
     Combines the Wilson intervals of both proportions and their correlation, which is valid even
@@ -175,8 +200,8 @@ def paired_shares(
 
 
 def paired_bootstrap(
-    first: Sequence[float] | NDArray[np.float64],
-    second: Sequence[float] | NDArray[np.float64],
+    first: Scores,
+    second: Scores,
     *,
     seed: int = 0,
 ) -> Estimate:
@@ -242,9 +267,7 @@ def _outside(count: int) -> int:
     return found
 
 
-def _paired(
-    first: Sequence[float] | NDArray[np.float64], second: Sequence[float] | NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _paired(first: Scores, second: Scores) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if a.shape != b.shape:
         raise ValueError(f"scores: shapes {a.shape} and {b.shape}; allowed: the same items in both")

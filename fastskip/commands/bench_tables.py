@@ -5,9 +5,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastskip.commands.tables import number_table, show_table
-from fastskip.intervals import Spread
+from fastskip.intervals import SpeedVerdict, Spread
 from fastskip.study.bench.contenders import HF
-from fastskip.study.bench.results import BenchResult, ContenderResult, Verdict
+from fastskip.study.bench.results import BenchResult, ContenderResult
 from fastskip.wording import counted
 
 
@@ -77,9 +77,9 @@ def _number(value: float | None, form: str, unit: float = 1) -> str:
 
 
 WORDS = {
-    Verdict.FASTER: "faster",
-    Verdict.SLOWER: "[red]slower here[/]",
-    Verdict.NOT_TOLD_APART: "not told apart",
+    SpeedVerdict.FASTER: "faster",
+    SpeedVerdict.SLOWER: "[red]slower here[/]",
+    SpeedVerdict.NOT_TOLD_APART: "not told apart",
 }
 
 

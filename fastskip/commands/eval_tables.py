@@ -81,7 +81,7 @@ def _titles(found: Sequence["Judgement"], scale: "Scale") -> list[str]:
 
 def _scored(each: "Judgement", dense: "Judgement", scale: "Scale") -> list[str]:
     """A policy's name, its score, and its difference from dense with the verdict."""
-    from fastskip.study.judging import Verdict
+    from fastskip.intervals import Verdict
 
     base = dense.evaluation.parts[scale]
     own = base if each is dense else each.evaluation.parts[scale]

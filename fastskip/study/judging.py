@@ -11,12 +11,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fastskip.intervals import Estimate
+from fastskip.intervals import Estimate, Verdict
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.agreement import AnswerAgreement, AnswerLog, end_tokens
@@ -37,21 +36,6 @@ from fastskip.study.smaller_images import taking_smaller_images
 from fastskip.timing import endless, time_once
 
 DENSE = "dense"
-
-
-class Verdict(StrEnum):
-    """How a policy's answers compare with the dense model's on these items, at 95 %."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    NOT_TOLD_APART = "not told apart"
-
-    @classmethod
-    def of(cls, change: Estimate) -> Verdict:
-        """The verdict for the interval of the differences."""
-        if change.is_above_zero:
-            return cls.BETTER
-        return cls.WORSE if change.is_below_zero else cls.NOT_TOLD_APART
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ import fastskip
 from fastskip.cli import app
 from fastskip.costs import Ceilings, floor_seconds
 from fastskip.demo import checkpoint_path
-from fastskip.intervals import Spread
+from fastskip.intervals import SpeedVerdict, Spread
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.prompts import build_inputs, processor_for
 from fastskip.sparse import save_sparse
 from fastskip.study.bench.contenders import HF, HF_COMPILED, Models
 from fastskip.study.bench.errors import BenchError
-from fastskip.study.bench.results import BenchResult, Phases, Speedup, Verdict
+from fastskip.study.bench.results import BenchResult, Phases, Speedup
 from fastskip.study.bench.run import bench, cost_of, ideal_share
 from fastskip.study.bench.workload import (
     Workload,
@@ -207,9 +207,9 @@ def test_bad_policies(models: Models, inputs: dict[str, Any]) -> None:
 
 
 def test_verdicts_and_shares_by_hand() -> None:
-    assert Verdict.of(Spread(1.2, 1.01, 1.4)) is Verdict.FASTER
-    assert Verdict.of(Spread(1.2, 0.99, 1.4)) is Verdict.NOT_TOLD_APART
-    assert Verdict.of(Spread(0.9, 0.8, 0.99)) is Verdict.SLOWER
+    assert SpeedVerdict.of(Spread(1.2, 1.01, 1.4)) is SpeedVerdict.FASTER
+    assert SpeedVerdict.of(Spread(1.2, 0.99, 1.4)) is SpeedVerdict.NOT_TOLD_APART
+    assert SpeedVerdict.of(Spread(0.9, 0.8, 0.99)) is SpeedVerdict.SLOWER
     both = Speedup(Spread(2, 1.5, 3), Spread(1, 1, 1)).verdicts
     assert both == {"ttft": "faster", "tpot": "not told apart"}
     # Floors promise 4x and 2x; 3x and 0.5x were had.

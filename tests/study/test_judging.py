@@ -18,6 +18,7 @@ import fastskip
 from fastskip.cli import app
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.demo import checkpoint_path
+from fastskip.intervals import Verdict
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, SkipRule
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
@@ -29,7 +30,7 @@ from fastskip.study.fingerprints import (
     policy_fingerprint,
 )
 from fastskip.study.items import Item
-from fastskip.study.judging import Judgement, JudgementFile, Verdict, judge
+from fastskip.study.judging import Judgement, JudgementFile, judge
 from fastskip.study.metrics import Metric
 from fastskip.study.paper.measuring import Effort, asked, items_of
 from fastskip.study.smaller_images import shrunk_processor, taking_smaller_images

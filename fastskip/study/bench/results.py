@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from fastskip.costs import Ceilings
-from fastskip.intervals import Spread
+from fastskip.intervals import SpeedVerdict, Spread
 from fastskip.study.bench.contenders import DENSE, Source
 from fastskip.study.bench.workload import Workload
 from fastskip.study.json_file import write_json
@@ -17,21 +16,6 @@ from fastskip.study.json_file import write_json
 SCHEMA_VERSION = 1
 KIND = "bench"
 FILE = "bench.json"
-
-
-class Verdict(StrEnum):
-    """How a contender's times compare with our dense model's over the rounds, at 95 %."""
-
-    FASTER = "faster"
-    SLOWER = "slower"
-    NOT_TOLD_APART = "not told apart"
-
-    @classmethod
-    def of(cls, speedup: Spread) -> Verdict:
-        """The verdict for the interval of the speed-up."""
-        if speedup.low > 1:
-            return cls.FASTER
-        return cls.SLOWER if speedup.high < 1 else cls.NOT_TOLD_APART
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +44,9 @@ class Speedup:
     tpot: Spread
 
     @property
-    def verdicts(self) -> dict[str, Verdict]:
+    def verdicts(self) -> dict[str, SpeedVerdict]:
         """Verdicts by quantity."""
-        return {"ttft": Verdict.of(self.ttft), "tpot": Verdict.of(self.tpot)}
+        return {"ttft": SpeedVerdict.of(self.ttft), "tpot": SpeedVerdict.of(self.tpot)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastskip.intervals import Spread
+from fastskip.intervals import SpeedVerdict, Spread
 from fastskip.study.report.circumstances import Circumstances, read_circumstances
 from fastskip.study.report.fields import Field, read_document
 
 SOURCES = ("hf", "hf-compiled", "fastskip")
-VERDICTS = ("faster", "slower", "not told apart")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Timed:
     floor_s: PerPhase | None
     ideal_share: PerPhase | None
     speedup: Mapping[str, Spread]
-    verdict: Mapping[str, str]
+    verdict: Mapping[str, SpeedVerdict]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +133,16 @@ def _timed(field: Field) -> Timed:
         floor_s=_per_phase(field.may("floor_s")),
         ideal_share=_per_phase(field.may("ideal_share")),
         speedup={} if speedup is None else {n: _spread(f) for n, f in _both(speedup)},
-        verdict={} if verdict is None else {n: f.one_of(VERDICTS) for n, f in _both(verdict)},
+        verdict={} if verdict is None else {n: _verdict(f) for n, f in _both(verdict)},
     )
 
 
 def _both(field: Field) -> list[tuple[str, Field]]:
     return [(name, field.get(name)) for name in ("ttft", "tpot")]
+
+
+def _verdict(field: Field) -> SpeedVerdict:
+    return SpeedVerdict(field.one_of(tuple(SpeedVerdict)))
 
 
 def _spread(field: Field) -> Spread:

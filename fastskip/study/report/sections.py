@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fastskip.intervals import SpeedVerdict, Verdict
 from fastskip.study.report.accuracy_chart import accuracy_chart
 from fastskip.study.report.blocks import Block, Cell, Figure, Heading, Points, Section, Table, Text
 from fastskip.study.report.cost_chart import cost_chart
@@ -23,7 +24,6 @@ from fastskip.study.report.tables import (
     search_table,
     sensitivity_tables,
     speedup_text,
-    verdict_of,
 )
 from fastskip.wording import Scale, counted
 
@@ -39,27 +39,28 @@ def _findings(results: Results) -> Iterator[str]:
         yield f"Search ({search.budget}): {search.conclusion}"
     for part in (part for run in results.evals for part in run.parts):
         is_share = part.scale is Scale.SHARE
-        groups: dict[str, list[str]] = {}
+        groups: dict[Verdict, list[str]] = {}
         for each in part.judged[1:]:
             change = each.minus(part.dense)
             text = f"{each.label} ({100 * change.mean:+.1f}{' points' if is_share else ''})"
-            groups.setdefault(verdict_of(change)[0], []).append(text)
+            groups.setdefault(Verdict.of(change), []).append(text)
         what = "Answers" if is_share else f"Captions by {part.scale.axis}"
-        for verdict in ("better", "not told apart", "worse"):
+        for verdict in Verdict:
             if verdict in groups:
-                against = "from dense" if verdict == "not told apart" else "than dense"
+                against = "from dense" if verdict is Verdict.NOT_TOLD_APART else "than dense"
                 names, items = ", ".join(groups[verdict]), counted(len(part.items), "item")
                 yield f"{what} ({items}) {verdict} {against}: {names}."
     for bench in results.benches:
-        for verdict, words in (("faster", "Faster"), ("slower", "Slower")):
+        for found in (SpeedVerdict.FASTER, SpeedVerdict.SLOWER):
             ratios = [
                 f"{contender.label} ({quantity.upper()} {speedup_text(timed.speedup[quantity])})"
                 for quantity in ("ttft", "tpot")
                 for contender, timed in bench.timed
-                if timed.verdict.get(quantity) == verdict and quantity in timed.speedup
+                if timed.verdict.get(quantity) is found and quantity in timed.speedup
             ]
             if ratios:
-                yield f"{words} here than fastskip's own dense model: {', '.join(ratios)}."
+                which, what = found.capitalize(), ", ".join(ratios)
+                yield f"{which} here than fastskip's own dense model: {what}."
 
 
 def search_section(results: Results) -> Section:

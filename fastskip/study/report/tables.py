@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastskip.intervals import Estimate, Spread
+from fastskip.intervals import Estimate, SpeedVerdict, Spread, Verdict
 from fastskip.study.report.bench_file import BenchResult, Contender, PerPhase, Timed
 from fastskip.study.report.blocks import NOTHING, Cell, Table, Tone
 from fastskip.study.report.eval_file import EvalResult, JudgedPolicy
@@ -140,9 +140,9 @@ def rivals_table(result: SearchResult) -> Table:
     """The search's best policy against others at the same budget."""
     rows = []
     for number, each in enumerate(result.rivals, start=1):
-        badges = {"better": ("beaten", Tone.GOOD), "worse": ("beats the search", Tone.BAD)}
-        verdict, tone = badges.get(verdict_of(each.difference)[0], ("not told apart", Tone.OPEN))
-        cell = replace(change_cell(each.difference), badges=(verdict,), tone=tone)
+        badges = {Verdict.BETTER: "beaten", Verdict.WORSE: "beats the search"}
+        verdict = Verdict.of(each.difference)
+        cell = replace(change_cell(each.difference), badges=(badges.get(verdict, verdict),))
         rows.append((Cell(str(number)), Cell(each.name, each.source), cell))
     caption = "How far the search's best policy scores above others at the same budget."
     unit = f"{result.scale.points} above (95\u00a0%)"
@@ -183,16 +183,10 @@ def score_cell(score: Estimate, scale: Scale) -> Cell:
 
 def change_cell(change: Estimate) -> Cell:
     """A difference from dense with its interval and its verdict."""
-    verdict, tone = verdict_of(change)
+    verdict = Verdict.of(change)
+    tone = {Verdict.BETTER: Tone.GOOD, Verdict.WORSE: Tone.BAD}.get(verdict, Tone.OPEN)
     interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
     return Cell(f"{100 * change.mean:+.1f}", interval, (verdict,), tone)
-
-
-def verdict_of(change: Estimate) -> tuple[str, Tone]:
-    """The verdict on a difference at 95 %."""
-    if change.is_above_zero:
-        return "better", Tone.GOOD
-    return ("worse", Tone.BAD) if change.is_below_zero else ("not told apart", Tone.OPEN)
 
 
 def time_cell(spread: Spread) -> Cell:
@@ -207,13 +201,18 @@ def speedup_text(spread: Spread) -> str:
 
 
 def _speedup(timed: Timed, quantity: str) -> Cell:
-    spread, verdict = timed.speedup.get(quantity), timed.verdict.get(quantity, "")
+    spread, verdict = timed.speedup.get(quantity), timed.verdict.get(quantity)
     if spread is None:
         return EMPTY
-    badges = {"slower": ("slower here", Tone.BAD), "faster": ("faster", Tone.GOOD)}
-    badge, tone = badges.get(verdict, (verdict, Tone.OPEN if verdict else Tone.PLAIN))
-    interval = f"{spread.low:.2f} to {spread.high:.2f}"
-    return Cell(f"{spread.median:.2f}x", interval, (badge,) if badge else (), tone)
+    cell = Cell(f"{spread.median:.2f}x", f"{spread.low:.2f} to {spread.high:.2f}")
+    if verdict is None:
+        return cell
+    badge, tone = {
+        SpeedVerdict.FASTER: ("faster", Tone.GOOD),
+        SpeedVerdict.SLOWER: ("slower here", Tone.BAD),
+        SpeedVerdict.NOT_TOLD_APART: ("not told apart", Tone.OPEN),
+    }[verdict]
+    return replace(cell, badges=(badge,), tone=tone)
 
 
 def _own_time(each: JudgedPolicy, dense: JudgedPolicy, name: str) -> Cell:
