@@ -102,8 +102,8 @@ def read_bench(folder: Path) -> BenchResult:
             for name in ("batch", "n_image", "n_text", "new_tokens", "rounds")
         },
         texts=tuple(each.count() for each in texts.each()) if texts is not None else (),
-        bandwidth=None if ceilings is None else _number(ceilings, "bandwidth_bytes_per_s"),
-        flops_rate=None if ceilings is None else _number(ceilings, "flops_per_s"),
+        bandwidth=None if ceilings is None else ceilings.may_number("bandwidth_bytes_per_s", 0),
+        flops_rate=None if ceilings is None else ceilings.may_number("flops_per_s", 0),
         contenders=contenders,
     )
 
@@ -159,10 +159,5 @@ def _per_phase(field: Field | None) -> PerPhase | None:
 
 
 def _whole(field: Field, name: str) -> int | None:
-    found = field.may(name)
-    return None if found is None else int(found.number(0))
-
-
-def _number(field: Field, name: str) -> float | None:
-    found = field.may(name)
-    return None if found is None else found.number(0)
+    found = field.may_number(name, 0)
+    return None if found is None else int(found)

@@ -89,6 +89,11 @@ class Field:
             self.refuse(f"a finite number in [{least:g}, {most:g}]")
         return float(self.value)
 
+    def may_number(self, name: str, least: float = -MOST) -> float | None:
+        """An optional field of an object as a number; `None` if it is null or missing."""
+        found = self.may(name)
+        return None if found is None else found.number(least)
+
     def count(self, least: int = 0) -> int:
         """The value as an integer in a range."""
         if type(self.value) is not int or not least <= self.value <= MOST:

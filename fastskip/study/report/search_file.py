@@ -123,8 +123,8 @@ def _sensitivity(field: Field) -> Sensitivity:
         layer=field.get("layer").count(),
         kind=_kind(field),
         kl=field.get("kl").number(0),
-        similarity=_number(field, "similarity"),
-        saved=_number(field, "saved"),
+        similarity=field.may_number("similarity"),
+        saved=field.may_number("saved"),
     )
 
 
@@ -146,14 +146,14 @@ def _candidate(field: Field) -> Candidate:
         name=field.get("name").text(),
         source=field.get("source").one_of(SOURCES),
         policy=field.get("policy").object(),
-        cost=_number(field, "cost"),
-        flops=_number(field, "flops"),
-        ttft_s=_number(field, "ttft_s"),
-        tpot_s=_number(field, "tpot_s"),
-        calibration_kl=_number(field, "calibration_kl"),
+        cost=field.may_number("cost"),
+        flops=field.may_number("flops"),
+        ttft_s=field.may_number("ttft_s"),
+        tpot_s=field.may_number("tpot_s"),
+        calibration_kl=field.may_number("calibration_kl"),
         score=_estimate(field.may("score")),
         change=_estimate(field.may("change")),
-        tokens=None if agreement is None else _number(agreement, "tokens"),
+        tokens=None if agreement is None else agreement.may_number("tokens"),
         is_on_front=field.get("is_on_front").truth(),
         is_recommended=field.get("is_recommended").truth(),
         keeps_budget=keeps_budget is None or keeps_budget.truth(),
@@ -167,11 +167,6 @@ def _estimate(field: Field | None) -> Estimate | None:
     if not low <= high:
         field.refuse("low <= high")
     return Estimate(mean, low, high)
-
-
-def _number(field: Field, name: str) -> float | None:
-    found = field.may(name)
-    return None if found is None else found.number()
 
 
 def _rival(field: Field) -> Rival:
