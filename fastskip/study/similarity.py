@@ -44,6 +44,11 @@ class LayerSimilarity:
         """Plain data for JSON."""
         return {**asdict(self), "token_class": self.token_class.value}
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> LayerSimilarity:
+        """What `to_dict` gave."""
+        return cls(**{**document, "token_class": TokenClass(document["token_class"])})
+
 
 def similarities(
     model: Any,

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
-from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Evaluation
 from fastskip.study.json_file import write_json
 from fastskip.study.paper.experiments import Cell, Learned, Part, Schedule, Scope, Section
@@ -152,10 +151,7 @@ class Results:
             is_whole=document["is_whole"],
             seconds=document["seconds"],
             rows=tuple(_row(each) for each in document["rows"]),
-            similarity=tuple(
-                LayerSimilarity(**{**each, "token_class": TokenClass(each["token_class"])})
-                for each in document["similarity"]
-            ),
+            similarity=tuple(LayerSimilarity.from_dict(each) for each in document["similarity"]),
             speeds=tuple(Speed(**each) for each in document["speeds"]),
         )
 

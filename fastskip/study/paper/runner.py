@@ -22,7 +22,6 @@ from fastskip.demo.results import Workload, environment
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.smaller import load, weights_path
 from fastskip.demo.text import build_processor
-from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Evaluation, Exam
 from fastskip.study.fingerprints import fingerprint
 from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
@@ -146,7 +145,7 @@ class Study:
 
         settings = self._common | {"samples": count}
         found = kept(self.folder / "similarity.json", settings, measured)
-        return _similarity(found["similarity"])
+        return tuple(LayerSimilarity.from_dict(each) for each in found["similarity"])
 
     def speeds(self) -> tuple[Speed, ...]:
         """Times of one caption, batch 1, on this machine, for the `contenders`."""
@@ -264,13 +263,6 @@ class Study:
             steps = self.effort.steps * cell.patience
             found |= {"steps": steps, "sequences": self.effort.sequences}
         return found
-
-
-def _similarity(found: Sequence[Mapping[str, Any]]) -> tuple[LayerSimilarity, ...]:
-    return tuple(
-        LayerSimilarity(**{**each, "token_class": TokenClass(each["token_class"])})
-        for each in found
-    )
 
 
 def _digest(size: Size) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastskip.fingerprints import model_fingerprint
-from fastskip.policy import TokenClass
 from fastskip.study.evaluation import Exam
 from fastskip.study.fingerprints import combined
 from fastskip.study.search.measurement_cache import FILE, MeasurementCache
@@ -37,6 +35,6 @@ def compared(
     about = model_fingerprint(model), exam.fingerprint, exam.new_tokens, len(exam)
     kept = MeasurementCache(None if folder is None else folder / FILE)
     return tuple(
-        replace(LayerSimilarity(**each), token_class=TokenClass(each["token_class"]))
+        LayerSimilarity.from_dict(each)
         for each in kept.value(combined("similarity", *about), measure)
     )
