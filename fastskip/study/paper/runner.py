@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +265,7 @@ class Study:
         return found
 
 
+@cache
 def _digest(size: Size) -> str:
     """A fingerprint of the bundled weights of one size."""
     return fingerprint(weights_path(size).read_bytes())
