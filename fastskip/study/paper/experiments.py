@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from fastskip.demo.model import Size
-from fastskip.policy import SkipPolicy, SkipRule, Sublayer, TokenClass
+from fastskip.policy import SkipPolicy, SkipRule, TokenClass
 
 DEPTH = Size.LARGE.value.layers
 
@@ -22,11 +22,6 @@ class Part(StrEnum):
     def label(self) -> str:
         """Its name in the report."""
         return "FFN" if self is Part.FFN else self.value
-
-    @property
-    def sublayers(self) -> frozenset[Sublayer]:
-        """The sublayers that are skipped."""
-        return frozenset(Sublayer) if self is Part.BLOCK else frozenset({Sublayer(self.value)})
 
 
 class Scope(StrEnum):
