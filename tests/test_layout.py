@@ -29,9 +29,11 @@ class Floor:
 # From the bottom up: a floor may only name floors above it in this table.
 PURE = ("policy", "plan")
 FLOORS = {
-    # How numbers are told, to whoever tells them; how files are written, for whoever writes some.
+    # How numbers are told, to whoever tells them; how files are written and plots made, for whoever
+    # writes or makes some.
     "wording": Floor(("wording",)),
     "files": Floor(("atomic_files",)),
+    "plotting": Floor(("plotting",), (), ("matplotlib",)),
     "policy": Floor(
         ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
         + ("policy_removals",)
@@ -100,7 +102,7 @@ FLOORS = {
     "timing": Floor(("timing",), (), ("torch", "transformers")),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine", "intervals", "timing", "files"),
+        (*PURE, "loading", "public", "machine", "intervals", "timing", "files", "plotting"),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),
@@ -116,8 +118,8 @@ FLOORS = {
     "training": Floor(
         ("study.training",),
         (*PURE, "reference", "routing", "families", "loading", "public", "prompts")
-        + ("fingerprints", "wording"),
-        ("PIL", "matplotlib", "numpy", "peft", "safetensors", "torch", "transformers"),
+        + ("fingerprints", "wording", "plotting"),
+        ("PIL", "numpy", "peft", "safetensors", "torch", "transformers"),
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
@@ -135,8 +137,9 @@ FLOORS = {
             "study",
             "training",
             "wording",
+            "plotting",
         ),
-        ("torch", "numpy", "matplotlib", "PIL", "transformers", "tqdm"),
+        ("torch", "numpy", "PIL", "transformers", "tqdm"),
     ),
     "bench": Floor(
         ("study.bench",),
@@ -147,7 +150,7 @@ FLOORS = {
     # Reads what the study wrote, as files; no model and no tensor.
     "report": Floor(
         ("study.report",),
-        (*PURE, "public", "intervals", "wording", "files"),
+        (*PURE, "public", "intervals", "wording", "files", "plotting"),
         ("matplotlib", "jinja2", "markupsafe"),
     ),
     # What other programs load; one imports only the program that it plugs into.
@@ -160,14 +163,14 @@ FLOORS = {
     "search": Floor(
         ("study.search",),
         (*PURE, "tokens", "families", "loading", "public", "machine", "intervals", "timing")
-        + ("fingerprints", "fit", "study", "paper", "wording"),
+        + ("fingerprints", "fit", "study", "paper", "wording", "plotting"),
         ("torch", "numpy", "scipy", "matplotlib"),
     ),
     "commands": Floor(
         ("cli", "__main__", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
         + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "search")
-        + ("report", "wording"),
+        + ("report", "wording", "plotting"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

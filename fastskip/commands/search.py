@@ -132,6 +132,7 @@ def search(
     prepare(threads)
     check_folder("--out", out)
     check_sources(model, items, images)
+    from fastskip import plotting
     from fastskip.study.metrics import scale_of
     from fastskip.study.search import Search, SearchSettings, parse_budget, plots
     from fastskip.study.search.hidden_states import compared
@@ -177,7 +178,7 @@ def search(
         ).run()
     finally:
         close()
-    if plots.is_available():
+    if plotting.is_available():
         plots.write(result, out)
     if as_json:
         typer.echo(json_text(result.to_dict(), indent=2))

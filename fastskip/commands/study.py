@@ -95,12 +95,12 @@ def paper(
         return
     from tqdm import tqdm
 
-    from fastskip.study.paper import figures
+    from fastskip.plotting import require
     from fastskip.study.paper.experiments import cells
     from fastskip.study.paper.measuring import QUICK, Effort
     from fastskip.study.paper.runner import Study
 
-    figures.require()
+    require("figures")
     check_folder("--out", out)
     run = Study(out, seeds or 3, QUICK if quick else Effort(), cells(quick), device_of(device))
     with tqdm(total=run.steps, disable=None) as bar:

@@ -276,12 +276,13 @@ def train(
     masks = masks_of(mask)
 
     import fastskip
+    from fastskip.plotting import require
     from fastskip.prompts import processor_for
     from fastskip.study.training import measuring
     from fastskip.study.training import train as run
-    from fastskip.study.training.curve import require_plots, write_curve
+    from fastskip.study.training.curve import write_curve
 
-    require_plots()
+    require("loss curve", "train")
     processor = processor_for(path)
     # Only plain torch computes gradients and lets routers be replaced while they train.
     impl = "reference" if parts is Parts.ROUTERS else None

@@ -11,6 +11,7 @@ import numpy as np
 from fastskip.demo.results import Example, Report, Row
 from fastskip.demo.scenes import draw
 from fastskip.plan import Cell, LayerPlan
+from fastskip.plotting import subplots
 from fastskip.policy import Arrangement, SkippedKV
 from fastskip.timing import PHASES, Phase
 
@@ -22,20 +23,6 @@ CELLS = (
     ("nothing", "#ffffff"),
 )
 """What rows of a class compute in a layer, darker for more; "FFN only" may store K and V too."""
-
-
-class PlotsError(ImportError):
-    """Plots were requested but cannot be drawn."""
-
-
-def require() -> None:
-    """Raise `PlotsError` if matplotlib is missing; called before the measurements."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise PlotsError(
-            "--plots: matplotlib is missing; install it with: pip install 'fastskip[plots]'"
-        ) from error
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -62,7 +49,7 @@ def policies(rows: Sequence[Row]) -> Any:
     rows = [row for row in rows if row.candidate.policy is not None]
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
-    figure, axes = _subplots(lines, columns, (11, 1.15 + 1.35 * lines))
+    figure, axes = subplots(lines, columns, (11, 1.15 + 1.35 * lines))
     colours = ListedColormap([colour for _, colour in CELLS])
     for axis in axes.flat[len(rows) :]:
         axis.set_visible(False)
@@ -124,7 +111,7 @@ def _mark(axis: Any, layer: LayerPlan, height: int) -> None:
 
 def accuracy_against_speed(report: Report) -> Any:
     """A point per candidate: right answers against speed relative to Hugging Face."""
-    figure, axes = _subplots(2, 1, (10, 10.5))
+    figure, axes = subplots(2, 1, (10, 10.5))
     for axis, phase in zip(axes.flat, PHASES, strict=True):
         _scatter(axis, report.rows, phase)
     load = report.workload
@@ -215,7 +202,7 @@ def pictures(examples: Sequence[Example]) -> Any:
     """Pictures over their questions and the answers."""
     columns = min(3, len(examples))
     lines = -(-len(examples) // columns)
-    figure, axes = _subplots(
+    figure, axes = subplots(
         2 * lines, columns, (11, 0.4 + 5.5 * lines), height_ratios=[3.5, 2.0] * lines
     )
     for axis in axes.flat:
@@ -239,11 +226,3 @@ def pictures(examples: Sequence[Example]) -> Any:
             height -= 0.09 * (1.3 + wrapped.count("\n"))
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     return figure
-
-
-def _subplots(lines: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
-    """Figure and axes without pyplot, which would keep the figure until it is closed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False, **options)

@@ -24,6 +24,7 @@ from fastskip.demo.measure import (
 )
 from fastskip.demo.policies import DENSE, HF, candidates
 from fastskip.demo.results import Report, Row, Score, environment, speed
+from fastskip.plotting import require
 from fastskip.timing import PHASES, threads_set
 
 DTYPE = torch.float32
@@ -32,9 +33,7 @@ DTYPE = torch.float32
 def run(plots: Path | None = None, quick: bool = False, json: Path | None = None) -> Report:
     """Run the demo, print its results and, if paths are given, write plots and numbers."""
     if plots is not None:
-        from fastskip.demo.plots import require
-
-        require()
+        require("--plots")
         plots.mkdir(parents=True, exist_ok=True)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)

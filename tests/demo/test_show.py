@@ -13,13 +13,14 @@ from transformers import AutoConfig
 
 from fastskip import timing
 from fastskip.costs import Ceilings
-from fastskip.demo import checkpoint_path, plots, show, terminal
+from fastskip.demo import checkpoint_path, show, terminal
 from fastskip.demo.measure import Bench, Effort, _judge
 from fastskip.demo.policies import DENSE, HF, Candidate, candidates
 from fastskip.demo.results import Example, Report, Score
 from fastskip.demo.scenes import Figure, Question, QuestionKind, Scene, Split, scenes
 from fastskip.families import shape_of
 from fastskip.plan import make_plan
+from fastskip.plotting import PlotsError
 from fastskip.timing import Times, best, promising, race, time_once
 
 CEILINGS = Ceilings(2e10, 1e11)
@@ -105,7 +106,7 @@ def test_missing_matplotlib_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(plots.PlotsError, match=r"pip install 'fastskip\[plots\]'"):
+    with pytest.raises(PlotsError, match=r"pip install 'fastskip\[plots\]'"):
         show.run(plots=tmp_path / "plots")
 
 

@@ -1,4 +1,4 @@
-"""The report's figures; only this module of the study imports matplotlib."""
+"""The report's figures."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastskip.plotting import plain, subplots
 from fastskip.policy import TokenClass
 from fastskip.study.paper.experiments import Part, Scope, Section
 from fastskip.study.paper.results import Results, Row, Score
@@ -23,20 +24,6 @@ CLASS_COLOURS = {
     TokenClass.GENERATED: "#2a7f2a",
 }
 KEPT_LINE = 97
-
-
-class FiguresError(ImportError):
-    """The figures cannot be drawn."""
-
-
-def require() -> None:
-    """Raise `FiguresError` without matplotlib, so that a study fails before it measures."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise FiguresError(
-            "figures: matplotlib is missing; install it with: pip install 'fastskip[plots]'"
-        ) from error
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -58,7 +45,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 def skipping(results: Results) -> Any:
     """Share of the dense score against skipped compute; columns: parts, rows: kinds of items."""
-    figure, axes = _subplots(2, len(Part), (11, 6.4), sharey="row")
+    figure, axes = subplots(2, len(Part), (11, 6.4), sharey="row")
     for column, part in enumerate(Part):
         for line in (0, 1):
             axis = axes[line, column]
@@ -76,7 +63,7 @@ def skipping(results: Results) -> Any:
                     axis.errorbar(x, y, yerr=spread, fmt=MARKERS[scope], markersize=5, **style)
             axis.axhline(KEPT_LINE, color="#999999", lw=0.8, ls=":")
             axis.set_title(f"{part.label}: {('questions', 'captions')[line]}", fontsize=10)
-            _plain(axis)
+            plain(axis)
     for axis in axes[-1]:
         axis.set_xlabel("compute left out, %")
     for axis in axes[:, 0]:
@@ -104,7 +91,7 @@ def training(results: Results) -> Any:
 
 def smaller(results: Results) -> Any:
     """Scores against compute: models of three sizes, and the large one with blocks skipped."""
-    figure, axes = _subplots(1, 2, (11, 4.2), sharey=True)
+    figure, axes = subplots(1, 2, (11, 4.2), sharey=True)
     groups: dict[str, tuple[list[Row], str]] = {
         "models of three sizes": (
             [r for r in results.rows if r.section in (Section.DENSE, Section.SMALLER)],
@@ -140,7 +127,7 @@ def smaller(results: Results) -> Any:
         axis.set_title(("questions", "captions")[line], fontsize=10)
         axis.set_xlabel("compute, % of the dense large model's")
         axis.set_xscale("log")
-        _plain(axis)
+        plain(axis)
     axes[0, 0].set_ylabel("score, % (95 % intervals)")
     axes[0, 0].legend(fontsize=8, loc="lower right")
     return figure
@@ -148,7 +135,7 @@ def smaller(results: Results) -> Any:
 
 def similarity(results: Results) -> Any:
     """Cosines between input and output of blocks, attention and FFNs, by class."""
-    figure, axes = _subplots(1, 3, (11, 3.6), sharey=True)
+    figure, axes = subplots(1, 3, (11, 3.6), sharey=True)
     for axis, part in zip(axes.flat, Part, strict=True):
         for token_class, colour in CLASS_COLOURS.items():
             own = [each for each in results.similarity if each.token_class is token_class]
@@ -157,14 +144,14 @@ def similarity(results: Results) -> Any:
             axis.plot(x, y, "o-", color=colour, label=token_class.value, markersize=4, lw=1)
         axis.set_title(part.label, fontsize=10)
         axis.set_xlabel("layer")
-        _plain(axis)
+        plain(axis)
     axes[0, 0].set_ylabel("cosine of input and output")
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def _bars(rows: Sequence[Row], labels: Sequence[str]) -> Any:
-    figure, axes = _subplots(1, 1, (11, 0.8 + 0.42 * len(rows)))
+    figure, axes = subplots(1, 1, (11, 0.8 + 0.42 * len(rows)))
     axis = axes[0, 0]
     for line, (name, colour) in enumerate((("questions", "#1f4e79"), ("captions", "#e0a03c"))):
         places = [number + (0.2 if line else -0.2) for number in range(len(rows))]
@@ -176,7 +163,7 @@ def _bars(rows: Sequence[Row], labels: Sequence[str]) -> Any:
     axis.axvline(KEPT_LINE, color="#555555", lw=0.8, ls=":")
     axis.set_xlabel("dense score kept, % (bars: standard deviation between seeds)")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _plain(axis)
+    plain(axis)
     return figure
 
 
@@ -198,16 +185,3 @@ def _judged(row: Row, line: int) -> Score:
 
 def _kept(score: Score) -> tuple[float, float]:
     return 100 * score.kept, 100 * (score.spread or 0.0)
-
-
-def _plain(axis: Any) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25, lw=0.6)
-
-
-def _subplots(lines: int, columns: int, size: tuple[float, float], **options: Any) -> Any:
-    """Figure and axes, created without pyplot, which would keep figures open."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False, **options)

@@ -50,10 +50,6 @@ class Colour(StrEnum):
 HEAT = tuple(colour for colour in Colour if colour.name.startswith("HEAT"))
 
 
-class DrawingError(ImportError):
-    """Charts are needed but cannot be drawn."""
-
-
 @dataclass(frozen=True, slots=True)
 class Form:
     """How a chart is drawn: its width in inches and its font size in points."""
@@ -76,16 +72,6 @@ class Picture:
     wide: str
     narrow: str
     png: bytes
-
-
-def require() -> None:
-    """Raise `DrawingError` if matplotlib is missing; call this before reading any results."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise DrawingError(
-            "report: matplotlib is missing; install it with: pip install 'fastskip[plots]'"
-        ) from error
 
 
 def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fastskip.atomic_files import atomic_write
+from fastskip.plotting import require
 from fastskip.study.report import closing, sections
 from fastskip.study.report.blocks import Section
-from fastskip.study.report.drawing import require
 from fastskip.study.report.fields import Problem, ReportError
 from fastskip.study.report.maps import Mapped, ShapeOf, maps
 from fastskip.study.report.page import render
@@ -42,9 +42,9 @@ def write_report(
         on_part: called with the name of each section before it is drawn.
     Raises:
         ReportError: a file or folder cannot be used, or `layers` contradicts a model's known depth.
-        DrawingError: matplotlib is missing.
+        PlotsError: matplotlib is missing.
     """
-    require()
+    require("report")
     results = read_results(folders)
     made = made or datetime.now(UTC).isoformat(timespec="seconds")
     mapped = maps(results, shape_of, layers)

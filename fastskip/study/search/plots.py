@@ -1,15 +1,12 @@
-"""A search in two figures: score against cost, and the cost of every change in every layer.
-
-Only this module of the search needs matplotlib.
-"""
+"""A search in two figures: score against cost, and the cost of every change in every layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fastskip.plotting import plain, subplots
 from fastskip.study.search.budget import Quantity
 from fastskip.study.search.result import Found, SearchResult
 
@@ -25,11 +22,6 @@ MARKERS = {"search": "*", "peer": "o", "uniform": "s", "random": "x", "router": 
 _TIMES = {Quantity.TTFT.value: "ttft_s", Quantity.TPOT.value: "tpot_s"}
 
 
-def is_available() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
-
-
 def write(result: SearchResult, folder: Path) -> list[Path]:
     """Write both figures; returns their paths."""
     paths = []
@@ -41,10 +33,7 @@ def write(result: SearchResult, folder: Path) -> list[Path]:
 
 def front(result: SearchResult) -> Any:
     """Held-out score against cost in the budget's quantity, with 95 % intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((9, 5.4), layout="constrained")
-    axis = figure.subplots()
+    figure, ((axis,),) = subplots(1, 1, (9, 5.4))
     name = _TIMES.get(result.budget["quantity"])
     dense = next(each for each in result.candidates if each.source == "dense")
 
@@ -89,14 +78,13 @@ def front(result: SearchResult) -> Any:
     axis.set_ylabel(f"held-out items: {result.scale.axis} (95 % intervals)")
     axis.set_title(f"{result.budget['text']} (dotted: Pareto front)", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
-    _plain(axis)
+    plain(axis)
     return figure
 
 
 def sensitivity(result: SearchResult) -> Any:
     """A heat map of layers and changes: how far the answers move, darker for further."""
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     labels = [
         x.label() for x in sorted({x.change for x in result.sensitivity}, key=lambda x: x.key)
@@ -105,8 +93,7 @@ def sensitivity(result: SearchResult) -> Any:
     table = [[float("nan")] * depth for _ in labels]
     for each in result.sensitivity:
         table[labels.index(each.change.label())][each.layer] = max(each.kl, 1e-5)
-    figure = Figure((2.8 + 0.42 * depth, 1.4 + 0.24 * len(labels)), layout="constrained")
-    axis = figure.subplots()
+    figure, ((axis,),) = subplots(1, 1, (2.8 + 0.42 * depth, 1.4 + 0.24 * len(labels)))
     image = axis.imshow(table, aspect="auto", cmap="magma_r", norm=LogNorm(1e-4, 10))
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.set_xticks(range(0, depth, max(1, depth // 16)))
@@ -120,9 +107,3 @@ def _named(candidates: Sequence[Found]) -> list[Found]:
     """The candidates to label: the search's own and peers, unless they score very low."""
     shown = [each for each in candidates if each.source in ("search", "peer")]
     return [each for each in shown if each.score.mean > 0.25]
-
-
-def _plain(axis: Any) -> None:
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    axis.grid(alpha=0.25)

@@ -5,31 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastskip.study.training.settings import SettingsError
-
-
-def require_plots() -> None:
-    """Raises ``SettingsError`` without matplotlib, so that a run fails before it starts."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        allowed = "no curve, or: pip install 'fastskip[train]' (matplotlib is missing)"
-        raise SettingsError("curve", "a PNG", allowed) from error
+from fastskip.plotting import subplots
 
 
 def write_curve(losses: Sequence[float], path: Path, title: str = "") -> None:
     """Plots the losses ``[steps]`` and their running mean over a twentieth of the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     width = max(1, len(losses) // 20)
     means = [
         sum(losses[max(0, end - width) : end]) / min(width, end)
         for end in range(1, len(losses) + 1)
     ]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, ((axes,),) = subplots(1, 1, (7, 4))
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#9dc3e6", linewidth=0.8, label="per step")
     axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label=f"mean over {width}")

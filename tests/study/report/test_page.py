@@ -14,8 +14,8 @@ from fastskip.cli import app
 from fastskip.demo import checkpoint_path
 from fastskip.intervals import Estimate
 from fastskip.plan import shape_of_depth
-from fastskip.study.report import drawing, write_report
-from fastskip.study.report.drawing import Colour, DrawingError
+from fastskip.study.report import write_report
+from fastskip.study.report.drawing import Colour
 from fastskip.study.report.fields import ReportError
 from fastskip.study.report.maps import maps
 from fastskip.study.report.results import read_results
@@ -290,9 +290,5 @@ def test_the_command_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     told = refused(str(tmp_path), "--layers", "8", "--model", "x")
     assert "--layers 8: --model already gives it" in told
 
-    def missing() -> None:
-        raise DrawingError("report: matplotlib is missing; install it with: pip install ...")
-
-    monkeypatch.setattr("fastskip.study.report.writing.require", missing)
-    assert "matplotlib is missing; install it with: pip install" in refused(str(tmp_path))
-    assert callable(drawing.require)
+    monkeypatch.setattr("fastskip.plotting.is_available", lambda: False)
+    assert "report: matplotlib is missing; install it with: pip install" in refused(str(tmp_path))
