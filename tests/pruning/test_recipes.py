@@ -112,6 +112,8 @@ def test_parts_and_layers(build: Any) -> None:
         ({"ratio": 0.5, "part": "mlp"}, r"part: 'mlp'; allowed: block, attention, ffn"),
         ({"ratio": 0.5, "layers": "a:b"}, r"layers: 'a:b'"),
         ({"ratio": 0.5, "layers": [0, 4]}, r"layers: \(0, 4\); allowed: layer indices in \[0, 4\)"),
+        ({"ratio": 0.5, "seed": "a"}, r"seed: 'a'; allowed: an integer"),
+        ({"ratio": 0.5, "seed": None}, r"seed: None; allowed: an integer"),
         ({"pattern": "3:5"}, r"pattern: 3:5; allowed: .* divides the 32 columns of layers.0.self"),
     ],
 )

@@ -122,6 +122,8 @@ class Recipe:
         pattern = Pattern.parse(pattern) if isinstance(pattern, str) else pattern
         if pattern is not None and per is not None:
             raise PruningError("per", repr(per), "none with a pattern, whose groups compete")
+        if type(seed) is not int:
+            raise PruningError("seed", repr(seed), "an integer")
         usual = Per.ROW if chosen is Method.WANDA or pattern is not None else Per.MATRIX
         values = {
             "method": chosen,
