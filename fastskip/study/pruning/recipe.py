@@ -10,21 +10,14 @@ from typing import Any, TypeVar
 
 from fastskip.policy import PolicyError, Sublayer, select_layers
 from fastskip.policy_fields import Layers, layer_selection
-from fastskip.sparse.matrices import Matrix
+from fastskip.sparse.matrices import Matrix, SparseError
 
 E = TypeVar("E", bound=StrEnum)
 _PATTERNS = 'N:M with 0 < N < M, such as "2:4" or "4:8"'
 
 
-class PruningError(ValueError):
+class PruningError(SparseError):
     """A pruning request that cannot be met; names the field, its value and what is allowed."""
-
-    def __init__(self, field: str, value: object, allowed: str) -> None:
-        self.field, self.value, self.allowed = field, value, allowed
-        super().__init__(f"{field}: {value}; allowed: {allowed}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.field, self.value, self.allowed)
 
 
 class Method(StrEnum):
