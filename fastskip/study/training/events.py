@@ -44,13 +44,13 @@ class Events(transformers.TrainerCallback):  # type: ignore[misc]
         if state.global_step >= state.max_steps:
             # when resuming within an epoch, transformers would do one step too many
             raise Finished
-        self._began = self._now()
+        self._began = now(self.model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._mask()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds.append(self._now() - self._began)
+        self.seconds.append(now(self.model) - self._began)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
@@ -61,7 +61,9 @@ class Events(transformers.TrainerCallback):  # type: ignore[misc]
             with torch.no_grad():
                 self.masks.apply_(self.model)
 
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+
+def now(model: Any) -> float:
+    """The clock in seconds, after everything that was launched on the model's device."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import IGNORED, Encoder, Features
+from fastskip.study.training.events import now
 from fastskip.study.training.parts import learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings
 from fastskip.study.training.sources import Stream
@@ -143,24 +143,18 @@ def _timed(model: Any, batch: Features, precision: Precision) -> tuple[float, fl
     placed, device = _placed(batch, model), model.device.type
     is_half = precision is Precision.BFLOAT16
     with torch.autocast(device, torch.bfloat16) if is_half else nullcontext():
-        began = _now(model)
+        began = now(model)
         loss = model(**placed, use_cache=False).loss
-        middle = _now(model)
+        middle = now(model)
     if loss.requires_grad:
         loss.backward()
-    ended = _now(model)
+    ended = now(model)
     model.zero_grad(set_to_none=True)
     return middle - began, ended - middle
 
 
 def _placed(batch: Features, model: Any) -> Features:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
-def _now(model: Any) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
 
 
 def _mean(values: Any) -> float:
