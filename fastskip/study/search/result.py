@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,24 @@ class Found:
             "name": self.name,
             "source": self.source,
             "policy": self.policy.to_dict(),
+            **self.measured(),
+            "keeps_budget": self.keeps_budget,
+            "is_on_front": self.is_on_front,
+            "is_recommended": self.is_recommended,
+            "file": self.file,
+        }
+
+    def measured(self) -> dict[str, Any]:
+        """Its costs and scores, as plain data."""
+        return {
             "cost": self.cost,
             "flops": self.flops,
             "ttft_s": self.ttft_s,
             "tpot_s": self.tpot_s,
             "calibration_kl": self.calibration_kl,
-            "score": _interval(self.score),
-            "change": _interval(self.change),
+            "score": asdict(self.score),
+            "change": asdict(self.change),
             "agreement": {"tokens": self.tokens, "kl": self.kl},
-            "keeps_budget": self.keeps_budget,
-            "is_on_front": self.is_on_front,
-            "is_recommended": self.is_recommended,
-            "file": self.file,
         }
 
 
@@ -93,7 +99,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"name": self.name, "source": self.source, **_interval(self.difference)}
+        return {"name": self.name, "source": self.source, **asdict(self.difference)}
 
 
 @dataclass(frozen=True)
@@ -175,16 +181,7 @@ class SearchResult:
             "workload": dict(self.workload),
             "settings": dict(self.settings),
             **self.circumstances,
-            "measured": {
-                "cost": each.cost,
-                "flops": each.flops,
-                "ttft_s": each.ttft_s,
-                "tpot_s": each.tpot_s,
-                "calibration_kl": each.calibration_kl,
-                "score": _interval(each.score),
-                "change": _interval(each.change),
-                "agreement": {"tokens": each.tokens, "kl": each.kl},
-            },
+            "measured": each.measured(),
         }
         provenance = {**each.policy.provenance, "made_for": dict(self.made_for), "search": search}
         return replace(each.policy, name=each.name, provenance=provenance)
@@ -217,7 +214,3 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
         )
         for own_cost, own_score in points
     ]
-
-
-def _interval(estimate: Estimate) -> dict[str, float]:
-    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
