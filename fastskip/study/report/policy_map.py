@@ -77,7 +77,8 @@ class PolicyMap:
         for line in self.lines:
             cells = zip(self.classes, line.cells, strict=True)
             what = ", ".join(f"{name} rows: {cell}" for name, cell in cells)
-            parts.append(f"layers {line.layers} ({line.arrangement}): {what}")
+            noun = "layers" if "-" in line.layers else "layer"
+            parts.append(f"{noun} {line.layers} ({line.arrangement}): {what}")
         parts += [removal.text for removal in self.removals]
         return "; ".join(parts)
 

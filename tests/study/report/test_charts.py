@@ -146,6 +146,16 @@ def test_routers_removals_and_copies_are_in_the_map() -> None:
         map_policy(SkipPolicy.preset("visual_withdrawal", after=15).to_dict(), SHAPE)
 
 
+def test_a_map_in_words_says_layer_of_one_and_layers_of_several() -> None:
+    rule = {"layers": [3], "tokens": ["text"], "skip": ["ffn"]}
+    text = map_policy({"schema_version": 1, "rules": [rule]}, SHAPE).text
+    assert [part.split(" (")[0] for part in text.split("; ")] == [
+        "layers 0-2",
+        "layer 3",
+        f"layers 4-{DEPTH - 1}",
+    ]
+
+
 def filled(found: PolicyMap, colour: Colour) -> float:
     """How much of a colour is in the drawing, in whole half boxes, without its legend."""
     figure = policy_chart.draw(found, WIDE)
