@@ -97,11 +97,13 @@ def read_items(
         on_broken: called with a message for each row that cannot be used; without it, the first
             such row raises.
     Raises:
-        ItemError: the file or a row of it cannot be used, or no row can.
+        ItemError: the file or a row of it cannot be used, or no row can; or `most` is too small.
     """
     folder = Path(path).parent if images is None else Path(images)
     if not folder.is_dir():
         raise ItemError(f"images: {folder} is not a folder; allowed: an existing folder")
+    if most is not None and most < 1:
+        raise ItemError(f"most: {most}; allowed: 1 or more, or none")
     found: list[Item] = []
     first: ItemError | None = None
     for text, where in _FORMAT.rows(path):

@@ -128,6 +128,14 @@ def test_bad_files(tmp_path: Path, line: str, message: str) -> None:
         read_items(path)
 
 
+@pytest.mark.parametrize("most", [0, -1])
+def test_at_least_one_item_is_read(tmp_path: Path, most: int) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"question": "is it red?", "answer": "yes"}))
+    with pytest.raises(ItemError, match=f"most: {most}; allowed: 1 or more"):
+        read_items(path, most=most)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ItemError, match="allowed: a readable file"):
         read_items(tmp_path / "none.jsonl")
