@@ -61,7 +61,9 @@ def peers(match: Match, known: Known) -> Iterator[Entrant | LeftOut]:
     )
     if gone is None:
         yield LeftOut("sleb", "skipping all blocks does not meet the budget")
-    elif gone:
+    elif not gone:
+        yield LeftOut("sleb", "dense meets the budget")
+    else:
         yield Entrant("sleb", "peer", without_blocks(sorted(gone), "sleb"))
 
 

@@ -69,9 +69,8 @@ class Seeker:
             if own.share(dense, phase) <= limit:
                 break
             probes.append(timed)
-        steps = ((limit + (1 - limit) * n / (points + 1)) for n in range(1, points + 1))
-        milder = {_at(share): share for share in steps}
-        more = self._refined(sensitivities, pricing, milder, max(1, tries // 2), _MILDER)
+        limits = milder(limit, points)
+        more = self._refined(sensitivities, pricing, limits, max(1, tries // 2), _MILDER)
         return Sought(pricing, limit, {**found, **more})
 
     def cheaper(self, sensitivities: Sensitivities, sought: Sought, limit: float) -> Sought:
@@ -116,8 +115,15 @@ class Seeker:
         return found
 
 
-def _at(share: float) -> str:
-    return f"{FOUND} at {share:.3g}"
+def milder(limit: float, points: int) -> dict[str, float]:
+    """That many limits between a limit and dense, by names with enough digits to differ."""
+    shares = [limit + (1 - limit) * n / (points + 1) for n in range(1, points + 1)]
+    named = ({_at(share, digits): share for share in shares} for digits in range(3, 18))
+    return next(each for each in named if len(each) == len(set(shares)))
+
+
+def _at(share: float, digits: int = 3) -> str:
+    return f"{FOUND} at {share:.{digits}g}"
 
 
 def offers_of(shape: ModelShape, pricing: Pricing, sensitivities: Sensitivities) -> list[Offer]:

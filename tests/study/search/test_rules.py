@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastskip
 from fastskip.demo import checkpoint_path
+from fastskip.families import shape_of
 from fastskip.policy import RouterRule, SkipPolicy, TokenClass
 from fastskip.prompts import processor_for
 from fastskip.study.evaluation import Exam
@@ -18,7 +19,9 @@ from fastskip.study.search.block_influence import block_influence, least_influen
 from fastskip.study.search.calibrating import Calibrator
 from fastskip.study.search.changes import policy_of
 from fastskip.study.search.greedy_removal import greedy_removal
-from fastskip.study.search.peers import _removals, without_blocks
+from fastskip.study.search.matching import LeftOut, Match
+from fastskip.study.search.peers import Known, _removals, peers, without_blocks
+from fastskip.study.search.seeking import milder
 from fastskip.study.search.visual_contribution import FROZEN, frozen_in, least_contribution_first
 from fastskip.study.similarity import similarities
 
@@ -62,6 +65,27 @@ def test_rows_are_removed_where_peers_publish_it(depth: int, published: tuple[in
     assert {"after": 1, "ratio": 0.5} in every["fastv"]
     stages = [each["stages"] for each in _removals(3)["pyramid_drop"]]
     assert stages and all(0 <= n < 2 for each in stages for n in each)
+
+
+def test_sleb_is_told_where_dense_meets_the_budget(plain: Any) -> None:
+    match = Match(shape_of(plain.config), lambda policy: 1.0, 1.0, lambda policy: 0.0)
+    found = [
+        each for each in peers(match, Known({}, {}, lambda policy: 0.0)) if each.name == "sleb"
+    ]
+    assert found == [LeftOut("sleb", "dense meets the budget")]
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.6, 0.9995, 1 - 1e-9])
+@pytest.mark.parametrize("points", [0, 1, 2, 40])
+def test_milder_budgets_have_names_of_their_own(limit: float, points: int) -> None:
+    found = milder(limit, points)
+    assert len(found) == points and all(limit < share < 1 for share in found.values())
+    assert all(float(name.removeprefix("search at ")) > 0 for name in found)
+
+
+def test_milder_budgets_are_named_briefly() -> None:
+    assert list(milder(0.6, 2)) == ["search at 0.733", "search at 0.867"]
+    assert list(milder(1.0, 2)) == ["search at 1"]
 
 
 @pytest.mark.parametrize("seed", range(5))
