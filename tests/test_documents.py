@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from rich.text import Text
 
 from fastskip.cli import app
 from fastskip.policy import SkipPolicy
@@ -85,11 +86,38 @@ def shown_commands() -> Iterator[tuple[Path, list[str]]]:
                         yield path, words[1:]
 
 
-@pytest.mark.parametrize(("path", "words"), list(shown_commands()))
-def test_shown_commands_have_these_options(path: Path, words: list[str]) -> None:
+def known_options(words: list[str]) -> set[str]:
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
-    known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    return {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+
+
+@pytest.mark.parametrize(("path", "words"), list(shown_commands()))
+def test_shown_commands_have_these_options(path: Path, words: list[str]) -> None:
     used = {word for word in words if word.startswith("-")}
-    assert used <= known, f"{identified(path)}: {used - known}"
+    assert used <= known_options(words), identified(path)
+
+
+def helps(command: Any = None) -> Iterator[str]:
+    command = command or typer.main.get_command(app)
+    yield command.help
+    for part in getattr(command, "commands", {}).values():
+        yield from helps(part)
+
+
+EXAMPLES = [
+    Text.from_markup(paragraph).plain
+    for text in helps()
+    for paragraph in text.split("\n\n")
+    if paragraph.startswith("[cyan]fastskip")
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_can_be_copied(example: str) -> None:
+    """Each is one line of a help page of 100 columns, which has a margin on both sides."""
+    assert len(example) <= 98, len(example)
+    for command in example.split("&&"):
+        words = shlex.split(command, comments=True)[1:]
+        assert {word for word in words if word.startswith("-")} <= known_options(words)

@@ -116,8 +116,9 @@ def bench(
     Hugging Face's model, fastskip's dense model and all policies take turns in one process, on one
     set of weights; each round starts with a different one. First, the dense model's greedy tokens
     are compared with Hugging Face's: in float32 all must match, in half precision the matches are
-    counted, because rounding decides near-ties. No token ends an answer early. ([bold]fastskip
-    verify[/] checks that a policy computes what it says.)
+    counted, because rounding decides near-ties. No token ends an answer early. Where prompts differ
+    in length, only Hugging Face computes the padding. ([bold]fastskip verify[/] checks that a
+    policy computes what it says.)
 
     TTFT: from the call to the first token, vision tower included. Prefill: the decoder's part of
     it. TPOT: the mean time of each further token, as a streamer sees it. Floors are the shortest
@@ -129,15 +130,14 @@ def bench(
 
     [bold]Examples[/]
 
-    [cyan]fastskip bench -p image_ffn -p every_nth_block[/] (the demo's model)
+    [cyan]fastskip bench -p image_ffn -p every_nth_block[/] # the demo's model
 
-    [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json --batch 4 --text-tokens 128
-    --dtype bfloat16 --out runs/bench[/]
+    [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json --batch 4 --dtype bfloat16
+    -o runs/bench[/]
 
-    [cyan]fastskip bench -p image_ffn --text-tokens 16 --text-tokens 128[/] (prompts of different
-    lengths: Hugging Face computes the padding too)
+    [cyan]fastskip bench -p image_ffn --text-tokens 16 --text-tokens 128[/] # two lengths
 
-    [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -p mine.json -i photo.jpg -q "what is this?"
+    [cyan]fastskip bench -m llava-hf/llava-1.5-7b-hf -i photo.jpg -q "what is this?"
     --budget-seconds 300[/]
     """
     prepare(threads)

@@ -93,8 +93,10 @@ def calibrate(
 
     [cyan]fastskip calibrate -p routers.json --rate 0.5 -o half.json[/]
 
-    [cyan]fastskip calibrate -m llava-hf/llava-1.5-7b-hf -p routers.json --rate 0.3 --per overall
-    --samples mine.jsonl --new-tokens 64 -o third.json[/]
+    [cyan]fastskip calibrate -p routers.json --rate 0.3 --per overall -o third.json[/]
+
+    [cyan]fastskip calibrate -m llava-7b -p routers.json --rate 0.5 --samples mine.jsonl
+    -o half.json[/]
     """
     prepare(threads)
     path = checkpoint(model)

@@ -107,15 +107,17 @@ def evaluate(
     answers: the share of the dense answer's tokens before the first that differs, and the KL
     divergence of the first answer token's distribution (nats).
 
+    Of the demo's items, a quarter are captions, a quarter are about details, and a quarter are
+    second turns of a conversation.
+
     [bold]Examples[/]
 
-    [cyan]fastskip eval -p image_ffn -p frozen_visual --by-kind[/] (the demo's model on its own
-    items: a quarter captions, a quarter about details, a quarter second turns of a conversation)
+    [cyan]fastskip eval -p image_ffn -p frozen_visual --by-kind[/] # the demo's model and items
 
-    [cyan]fastskip eval -m llava-hf/llava-1.5-7b-hf -p mine.json --items vqa.jsonl --out runs/eval
-    --dtype bfloat16[/]
+    [cyan]fastskip eval -m llava-hf/llava-1.5-7b-hf -p mine.json --items vqa.jsonl -o runs/eval[/]
 
-    [cyan]fastskip eval -m MODEL -p mine.json --items llava.json --images photos --metric cider[/]
+    [cyan]fastskip eval -m llava-7b -p mine.json --items llava.json --images photos
+    --metric cider[/]
     """
     prepare(threads)
     check_folder("--out", out)

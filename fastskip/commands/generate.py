@@ -64,8 +64,8 @@ def generate(
 
     [bold]Example[/]
 
-    [cyan]fastskip generate -m llava-hf/llava-1.5-7b-hf -i cat.jpg -q "What is the cat doing?"
-    --policy image_ffn --dtype bfloat16[/]
+    [cyan]fastskip generate -m llava-hf/llava-1.5-7b-hf -i cat.jpg -q "What is it doing?"
+    -p image_ffn[/]
     """
     prepare(threads)
     path, chosen = checkpoint(model), policy_of(policy)

@@ -124,10 +124,10 @@ def search(
 
     [bold]Examples[/]
 
-    [cyan]fastskip search --budget "flops 0.6" --out runs/search[/] (the demo's model, minutes)
+    [cyan]fastskip search --budget "flops 0.6" -o runs/search[/] # the demo's model, minutes
 
     [cyan]fastskip search -m llava-hf/llava-1.5-7b-hf --items vqa.jsonl --budget "ttft 1.5x"
-    --out runs/search --dtype bfloat16[/]
+    -o runs/search[/]
     """
     prepare(threads)
     check_folder("--out", out)

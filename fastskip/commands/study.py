@@ -81,7 +81,7 @@ def paper(
 
     [bold]Examples[/]
 
-    [cyan]fastskip study paper[/] (show the bundled results)
+    [cyan]fastskip study paper[/] # shows the bundled results
 
     [cyan]fastskip study paper --out runs/paper --quick --seeds 1[/]
     """
@@ -144,8 +144,8 @@ def compare(
 
     [cyan]fastskip study compare[/]
 
-    [cyan]fastskip study compare llava-hf/llava-1.5-13b-hf@half.json llava-hf/llava-1.5-7b-hf
-    --items mine.jsonl --dtype bfloat16[/]
+    [cyan]fastskip study compare llava-hf/llava-1.5-13b-hf@half.json llava-7b
+    --items vqa.jsonl[/]
     """
     prepare(threads)
     named = models or list(DEFAULT)

@@ -209,15 +209,15 @@ def train(
     Teacher forcing, with the loss on answers only. Each line of the data is an object such as
     {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"},
     {"from": "gpt", "value": "A cat."}]}; several turns, a list of images, or no image are allowed.
-    At the end, the step time is compared with dense training on the same batches.
+    At the end, the step time is compared with dense training on the same batches. On a GPU,
+    [cyan]--dtype bfloat16 --precision bfloat16 --checkpointing[/] save memory.
 
     [bold]Examples[/]
 
     [cyan]fastskip train --demo -o runs/demo[/]
 
-    [cyan]fastskip train --data mine.jsonl --images pictures -m llava-hf/llava-1.5-7b-hf -p
-    every_nth_block --dtype bfloat16 --precision bfloat16 --checkpointing --save-every 500
-    -o runs/projector[/]
+    [cyan]fastskip train --data mine.jsonl -m llava-hf/llava-1.5-7b-hf -p every_nth_block
+    -o runs/half[/]
 
     [cyan]fastskip train --data mine.jsonl -p policy.json --parts lora --steps 2000 -o runs/lora[/]
 
