@@ -72,6 +72,12 @@ def test_help_teaches_by_example(command: str) -> None:
     assert f"fastskip {command}" in text
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_in_80_columns(command: str) -> None:
+    terminal = {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    assert "…" not in CliRunner().invoke(app, [command, "--help"], env=terminal).stdout
+
+
 def test_brackets_in_help_are_not_taken_for_markup() -> None:
     assert "Default: 64" in " ".join(succeed("bench", "--help").stdout.replace("│", " ").split())
 
@@ -215,7 +221,8 @@ def test_plan_says_what_image_it_counts(tmp_path: Path, kind: Any, assumed: str 
 
 def test_plan_of_nothing_says_so(checkpoint: Path) -> None:
     text = succeed("plan", "-m", checkpoint, "-p", "dense", *MACHINE).stdout
-    assert "Nothing is skipped." in text
+    assert "Nothing is skipped. Name a policy with -p" in text
+    assert "/ policy" not in text
     assert "prefill 1.00x, decode 1.00x" in text
 
 

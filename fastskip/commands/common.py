@@ -41,8 +41,8 @@ PolicyOption = Annotated[
         "-p",
         metavar="POLICY",
         help="What to skip: a policy file (.json, .yaml) or a preset such as image_ffn or "
-        "every_nth_block:interval=3 (see [bold]fastskip policies[/]). Default: the policy saved "
-        "with the checkpoint, else skip nothing.",
+        "image_ffn:start=4 (see [bold]fastskip policies[/]). Default: the policy saved with the "
+        "checkpoint, else skip nothing.",
         show_default=False,
     ),
 ]
@@ -52,7 +52,7 @@ PoliciesOption = Annotated[
         "--policy",
         "-p",
         metavar="POLICY",
-        help="A policy file or a preset (PRESET:KEY=VALUE:KEY=VALUE with options); repeat the "
+        help="A policy file or a preset such as image_ffn or image_ffn:start=4; repeat the "
         "option for several. Each is compared with fastskip's dense model, which always runs.",
         show_default=False,
     ),
@@ -75,7 +75,13 @@ ImageFolderOption = Annotated[
         show_default=False,
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        metavar="TYPE",
+        help="Number format of the weights: auto (as saved), float32, bfloat16 or float16.",
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(

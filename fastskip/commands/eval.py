@@ -52,7 +52,11 @@ def evaluate(
     items: ItemsOption = None,
     images: ImageFolderOption = None,
     metric: Annotated[
-        Metric, typer.Option(help="How to score answers to items that name no metric.")
+        Metric,
+        typer.Option(
+            metavar="METRIC",
+            help=f"How to score answers to items that name no metric: {', '.join(Metric)}.",
+        ),
     ] = Metric.EXACT,
     count: CountOption = 200,
     batch: PromptsOption = 16,

@@ -93,15 +93,14 @@ def _scored(each: "Judgement", dense: "Judgement", scale: "Scale") -> list[str]:
 def _kinds(found: Sequence["Judgement"], scale: "Scale") -> Table:
     dense = found[0].evaluation.parts[scale]
     counts = Counter(each.kind for each in dense.judged)
-    table = number_table(["kind", "policy", scale.heading, "95 %", "from dense", "95 %"], 12)
+    table = number_table(["kind", "policy", f"{scale.heading}\n95 %", "from dense\n95 %"], 12)
     table.columns[1].justify = "left"
     for kind in dense.kinds:
         for each in found:
             own, is_dense = each.evaluation.parts[scale], each is found[0]
             name = f"{escape(kind)}, {counted(counts[kind], 'item')}" if is_dense else ""
-            change = ["", ""] if is_dense else _change(own.minus(dense, kind)).split("\n")
-            score = _score(own.estimate(kind), scale).split("\n")
-            table.add_row(name, escape(each.label), *score, *change)
+            change = "" if is_dense else _change(own.minus(dense, kind))
+            table.add_row(name, escape(each.label), _score(own.estimate(kind), scale), change)
         table.add_section()
     return table
 

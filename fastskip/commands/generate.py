@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from fastskip.commands.common import (
+    CommandError,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -46,9 +47,7 @@ def generate(
     ] = 0.0,
     seed: Annotated[
         int | None,
-        typer.Option(
-            min=0, max=MAX_SEED, metavar="N", help="Makes sampling repeatable.", show_default=False
-        ),
+        typer.Option(min=0, metavar="N", help="Makes sampling repeatable.", show_default=False),
     ] = None,
     warmup: Annotated[
         bool, typer.Option("--warmup", help="Run once untimed first: kernels compile on first use.")
@@ -68,6 +67,8 @@ def generate(
     -p image_ffn[/]
     """
     prepare(threads)
+    if seed is not None and seed > MAX_SEED:
+        raise CommandError(f"--seed {seed}: allowed: 0 to {MAX_SEED}")
     path, chosen = checkpoint(model), policy_of(policy)
     processor, inputs = inputs_for(path, prompt, pictures_of(image), max_new_tokens)
     prepared = load(path, chosen, dtype_for(model, dtype), device)

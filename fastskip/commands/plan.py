@@ -188,7 +188,7 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
             "they take fewer bytes, so the decode floors are too high."
         )
     if result.plan.is_dense:
-        console.print("Nothing is skipped.")
+        console.print("Nothing is skipped. Name a policy with -p (see fastskip policies).")
     else:
         titles = ["layers", "arrangement", *result.plan.classes]
         layers = new_table(titles, len(titles))
@@ -201,14 +201,16 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
     )
     if assumed is not None:
         console.print(f"Assumed: {assumed}. Set --image-tokens N to the actual number of rows.")
-    columns = [("dense", result.dense, None), *_columns(result, name)]
+    columns = _columns(result, name)
     compared = next((c for c in columns if c[0] == "expected"), columns[-1])
     ratio = "policy" if result.routed is None else compared[0]
-    costs = number_table(["", *(title for title, *_ in columns), f"dense\n/ {ratio}"], 12)
+    gain = [] if result.plan.is_dense else [f"dense\n/ {ratio}"]
+    costs = number_table(["", *(title for title, *_ in columns), *gain], 12)
     for label, field, unit in _LINES:
         values = [getattr(totals, field) for _, totals, _ in columns]
         dense, own = (getattr(totals, field) for totals in (result.dense, compared[1]))
-        costs.add_row(label, *(_si(each, unit) for each in values), _times(dense, own))
+        ratios = [_times(dense, own)] if gain else []
+        costs.add_row(label, *(_si(each, unit) for each in values), *ratios)
     if result.routed is not None:
         for phase in ("prefill", "decode"):
             gains = [
@@ -217,11 +219,11 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
             costs.add_row(f"ideal {phase} gain", *gains, "", style="bold")
     show_table(console, costs)
     ceilings, ideal = result.ceilings, compared[2] or result.ideal
+    which = "" if result.routed is None else f" ({compared[0]})"
     console.print(
-        f"Ideal gain: prefill [bold]{ideal.prefill:.2f}x[/], decode [bold]{ideal.decode:.2f}x[/], "
-        f"at {_si(ceilings.bandwidth_bytes_per_s, 'B/s')} and "
-        f"{_si(ceilings.flops_per_s, 'FLOP/s')}"
-        f"{'' if result.routed is None else f' ({compared[0]})'}."
+        f"Ideal gain{which}: prefill [bold]{ideal.prefill:.2f}x[/], decode "
+        f"[bold]{ideal.decode:.2f}x[/], at {_si(ceilings.bandwidth_bytes_per_s, 'B/s')} and "
+        f"{_si(ceilings.flops_per_s, 'FLOP/s')}."
     )
     if result.routed is not None:
         console.print(_about_routers(result, result.routed))
@@ -230,11 +232,14 @@ def _show(model: str, result: "Forecast", assumed: str | None) -> None:
 def _columns(
     result: "Forecast", name: str
 ) -> list[tuple[str, "forecast.Totals", "Speedup | None"]]:
-    """Title, totals and ideal gain of the plan; with routers, of each of its outcomes."""
+    """Title, totals and ideal gain of dense and of the plan; with routers, of each outcome."""
     routed = result.routed
+    found: list[tuple[str, forecast.Totals, Speedup | None]] = [("dense", result.dense, None)]
+    if result.plan.is_dense:
+        return found
     if routed is None:
-        return [(name, result.skipping, result.ideal)]
-    found = [("all run", result.skipping, result.ideal)]
+        return [*found, (name, result.skipping, result.ideal)]
+    found.append(("all run", result.skipping, result.ideal))
     if routed.expected is not None:
         found.append(("expected", routed.expected.totals, routed.expected.ideal))
     return [*found, ("all skip", routed.all_skip.totals, routed.all_skip.ideal)]

@@ -94,7 +94,12 @@ def _list() -> None:
     for name, (_, line) in PRESETS.items():
         options = " ".join(f"{key}={_shown(value)}" for key, value in defaults_of(name).items())
         table.add_row(name, line, options)
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        "\nOther commands take a preset as -p PRESET or -p PRESET:KEY=VALUE; fastskip policies "
+        "PRESET -o FILE writes a policy file to edit."
+    )
 
 
 def _shown(default: object) -> str:

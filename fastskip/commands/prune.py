@@ -119,9 +119,10 @@ def prune(
     combine: Annotated[
         Combine,
         typer.Option(
+            metavar="HOW",
             help="How several mask files are combined. intersection: keep what all keep, the "
             "sub-network that tasks share. union: keep what any keeps. exclusion: keep what the "
-            "first keeps, except a random --share of what both keep."
+            "first keeps, except a random --share of what both keep.",
         ),
     ] = Combine.INTERSECTION,
     share: Annotated[
@@ -220,7 +221,11 @@ def prune(
         report["layers"] = zeros.by_layer()
         typer.echo(json_text(report | {"provenance": dict(found.provenance)}, indent=2))
         return
-    _show(zeros, recipe, sizes)
+    _show(zeros, recipe)
+    for place, what in ((save_masks, "masks"), (out, "weights")):
+        if place is not None:
+            size = sizes[f"{what}_bytes"]
+            typer.echo(f"wrote {place} ({what}, {size / 1e6:.2f} MB)", err=True)
 
 
 def _check_outputs(out: Path | None, save_masks: Path | None, stored: Stored) -> None:
@@ -353,7 +358,7 @@ class _Zeros:
         ]
 
 
-def _show(zeros: _Zeros, recipe: "Recipe | None", sizes: dict[str, int]) -> None:
+def _show(zeros: _Zeros, recipe: "Recipe | None") -> None:
     console = Console(highlight=False)
     titles = ("layer", "matrices", "weights", "target", "removed", "zero now")
     table = new_table(titles, texts=0)
@@ -368,5 +373,3 @@ def _show(zeros: _Zeros, recipe: "Recipe | None", sizes: dict[str, int]) -> None
         f"[bold]{total['zero']:.2%}[/] of these weights are zero now"
         f"{before if total['zero'] > total['removed'] else ''}."
     )
-    for name, size in sizes.items():
-        console.print(f"{name.removesuffix('_bytes')}: {size / 1e6:.2f} MB")

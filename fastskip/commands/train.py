@@ -113,8 +113,9 @@ def train(
     parts: Annotated[
         Parts,
         typer.Option(
+            metavar="PARTS",
             help="projector: as in the paper. language: projector and language model. everything: "
-            "the vision encoder too. lora: adapters. routers: the policy's linear routers."
+            "the vision encoder too. lora: adapters. routers: the policy's linear routers.",
         ),
     ] = Parts.PROJECTOR,
     steps: Annotated[
@@ -138,7 +139,10 @@ def train(
             "(routers).",
         ),
     ] = None,
-    schedule: Annotated[Schedule, typer.Option(help="Learning rate decay.")] = Schedule.COSINE,
+    schedule: Annotated[
+        Schedule,
+        typer.Option(metavar="SHAPE", help=f"Learning rate decay: {', '.join(Schedule)}."),
+    ] = Schedule.COSINE,
     warmup: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of the steps for warm-up.")
     ] = 0.03,

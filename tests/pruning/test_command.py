@@ -49,6 +49,7 @@ def test_prunes_on_samples(checkpoint: Path, samples: Path, tmp_path: Path, stor
         *("--layers", "1:", "--part", "ffn", "-o", out, "--save-masks", file),
     )
     assert "50.00% of these weights are zero now" in result.stdout
+    assert f"wrote {file} (masks, " in result.stderr and f"wrote {out} (weights, " in result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     assert [row[0] for row in rows if row[-2:] == ["50.00%", "50.00%"]] == ["1", "2", "3"]
     loaded = fastskip.load_model(checkpoint)
