@@ -8,6 +8,7 @@ import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from fastskip.demo.scenes import (
     scenes,
     split_of,
 )
-from fastskip.demo.scenes.world import MAX_FIGURES, sample
+from fastskip.demo.scenes.world import MAX_FIGURES, endless_scenes, sample
 
 Item = tuple[Scene, Question]
 
@@ -68,7 +69,7 @@ def held_out(
 ) -> list[Item]:
     """At most `count` items: one question of each kind per scene, for as many scenes as needed."""
     found: list[Item] = []
-    for scene in scenes(split, count, seed):
+    for scene in islice(endless_scenes(split, seed), count):
         found.extend((scene, question) for question in questions(scene, seed, kinds))
         if len(found) >= count:
             break

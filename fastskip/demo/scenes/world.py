@@ -6,8 +6,10 @@ training never sees an arrangement of the test split.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 import numpy as np
 
@@ -67,13 +69,18 @@ def split_of(scene: Scene) -> Split:
 
 def scenes(split: Split, count: int, seed: int) -> list[Scene]:
     """`count` different scenes of one split; the same arguments give the same scenes."""
+    return list(islice(endless_scenes(split, seed), count))
+
+
+def endless_scenes(split: Split, seed: int) -> Iterator[Scene]:
+    """Different scenes of one split, drawn on demand."""
     rng = np.random.default_rng([seed, list(Split).index(split)])
-    found: dict[str, Scene] = {}
-    while len(found) < count:
+    seen: set[str] = set()
+    while True:
         scene = sample(rng)
-        if split_of(scene) is split:
-            found.setdefault(scene.key, scene)
-    return list(found.values())
+        if split_of(scene) is split and scene.key not in seen:
+            seen.add(scene.key)
+            yield scene
 
 
 def sample(rng: np.random.Generator, figures: int | None = None) -> Scene:
