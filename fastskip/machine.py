@@ -20,6 +20,7 @@ import torch
 
 from fastskip.atomic_files import atomic_write
 from fastskip.costs import Ceilings
+from fastskip.ops import processor
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +79,9 @@ def machine_key(dtype: torch.dtype, device: torch.device) -> str:
 
 def device_name(device: torch.device) -> str:
     """The name of the GPU or CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return processor.described("model name") or platform.machine()
 
 
 def cache_file() -> Path:
@@ -123,15 +126,6 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - begin) / repeats)
     return statistics.median(times[1:])
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _read(path: Path) -> dict[str, object]:

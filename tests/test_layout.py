@@ -53,7 +53,8 @@ FLOORS = {
     ),
     "tokens": Floor(("tokens",), ("policy", "reference"), ("torch",)),
     "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),
-    "ops": Floor(("ops",), ("reference", "kernels"), ("torch",)),
+    "processor": Floor(("ops.processor",), outside=("torch",)),
+    "ops": Floor(("ops",), ("reference", "kernels", "processor"), ("torch",)),
     # What a decision is, is computed by the operations alone; routers bring its terms.
     "routing": Floor(("routing",), ("files", "policy", "reference"), ("torch", "safetensors")),
     "decoder": Floor(
@@ -96,7 +97,7 @@ FLOORS = {
     "prompts": Floor(
         ("images", "prompts", "conversations", "rendering"), (), ("PIL", "numpy", "transformers")
     ),
-    "machine": Floor(("machine",), (*PURE, "files"), ("torch",)),
+    "machine": Floor(("machine",), (*PURE, "files", "processor"), ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
     # Of any model that has Hugging Face's `generate`, ours or not.
     "timing": Floor(("timing",), (), ("torch", "transformers")),

@@ -44,13 +44,17 @@ def feed_forward(x: Tensor, up: Linear, activation: Activation, down: Linear) ->
 
 
 def _applies(x: Tensor, weight: Tensor, fewest: int) -> bool:
-    """Whether the weight may come first: a large one on a CPU where that is faster, without
-    gradients or autocast."""
+    """Whether the weight may come first: a large one on a CPU where that is faster."""
+    return processor.has_amx(x.dtype) and takes_other_forms(x, weight, fewest)
+
+
+def takes_other_forms(x: Tensor, weight: Tensor, fewest: int) -> bool:
+    """Whether other forms than the plain call support a product, of a weight that is large enough:
+    on a CPU, without gradients, autocast or a cast."""
     return (
         weight.numel() >= fewest
         and x.dtype == weight.dtype
         and weight.device.type == "cpu"
-        and processor.has_amx(x.dtype)
         and not wants_gradient(x, weight)
         and not torch.is_autocast_enabled("cpu")
     )

@@ -34,14 +34,15 @@ def has_amx(dtype: torch.dtype) -> bool:
 @cache
 def has_mkl_for_others() -> bool:
     """Whether torch multiplies by MKL on a CPU that is not Intel's."""
-    return torch.backends.mkl.is_available() and "intel" not in _maker().lower()
+    return torch.backends.mkl.is_available() and "intel" not in described("vendor_id").lower()
 
 
-def _maker() -> str:
-    """``GenuineIntel``, ``AuthenticAMD``, or a longer text that contains it."""
+def described(field: str) -> str:
+    """A field of Linux's ``/proc/cpuinfo``, such as ``vendor_id``: ``GenuineIntel``. Where there is
+    none, what the platform calls the processor, which contains the vendor; empty if nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(field))
     return next(names, "") or platform.processor()

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastskip.ops import half_products, processor
 from fastskip.ops.allocate import empty
 from fastskip.ops.contracts import Activation, Linear
-from fastskip.ops.reference import activate, wants_gradient
+from fastskip.ops.reference import activate
 
 LARGE, LARGE_FOR_ONE = 1 << 20, 1 << 15
 """Weight elements from which the layout matters; smaller weights stay in the cache. For a single
@@ -89,16 +89,8 @@ def _is_faster(rows: int) -> bool:
 
 
 def _applies(x: Tensor, weight: Tensor, fewest: int) -> bool:
-    """Whether the other forms apply: a large fp32 weight on a CPU where they are faster, without
-    gradients or autocast, which they do not support."""
-    return (
-        processor.has_mkl_for_others()
-        and weight.numel() >= fewest
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and not wants_gradient(x, weight)
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether the other forms apply: a large fp32 weight on a CPU where they are faster."""
+    return processor.has_mkl_for_others() and half_products.takes_other_forms(x, weight, fewest)
 
 
 def _padded(x: Tensor) -> Tensor:
