@@ -28,7 +28,7 @@ baselines; `threads` says which it was.
 **Gate.** No peer is timed before its outputs are known to be correct (`gate`). A peer that fails
 the gate fails all its items.
 
-**Floors** come from `fastskip.costs`, with ceilings measured in the same run and with the same
+**Floors** come from `fastskip.plan.costs`, with ceilings measured in the same run and with the same
 number of threads. `share_of_ideal` is the measured speed-up over our own dense model divided by
 floor(dense) / floor(policy). It is omitted for e2e (vision has no floor) and for arrangements
 (they save launches, which these floors do not count). A model that fits in the processor's

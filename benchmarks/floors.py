@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastskip.chances import Rate
-from fastskip.costs import Ceilings, GenerationCost, floor_seconds
-from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
+from fastskip.plan.chances import Rate
+from fastskip.plan.costs import Ceilings, GenerationCost, floor_seconds
+from fastskip.plan.mixed_cost import mixed_cost
 
 
 class Work(NamedTuple):

@@ -18,7 +18,7 @@ from benchmarks.peers import DENSE, HF
 from benchmarks.runs import median
 from benchmarks.shapes import models
 from fastskip import machine
-from fastskip.costs import Ceilings
+from fastskip.plan.costs import Ceilings
 from fastskip.timing import threads_set
 
 Record = dict[str, Any]

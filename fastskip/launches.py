@@ -10,24 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastskip.decoder.device_support import unsupported_plan
-from fastskip.decoder.fused_parts import Store
-from fastskip.decoder.fused_rows import ForwardRows, sender
-from fastskip.decoder.fused_steps import run_steps
-from fastskip.decoder.guarded_layer import GuardedBlock
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.row_numbers import RowNumbers
-from fastskip.decoder.step_state import StepShape, StepState
+from fastskip.decoder.fused.guarded_layer import GuardedBlock
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.parts import Store
+from fastskip.decoder.fused.row_numbers import RowNumbers
+from fastskip.decoder.fused.rows import ForwardRows, sender
+from fastskip.decoder.fused.step_state import StepShape, StepState
+from fastskip.decoder.fused.steps import run_steps
+from fastskip.decoder.fused.support import unsupported_plan
 from fastskip.decoder.weights import LayerWeights
 from fastskip.ops import Implementation, operations_of
 from fastskip.ops.account import Account, counted, tables
 from fastskip.ops.contracts import Activation, HeadNorms, Linear, Norm, Rotation
 from fastskip.ops.operations import FusedOperations
 from fastskip.plan import ModelShape, SkipPlan
+from fastskip.plan.survivors import spaced
 from fastskip.policy import RemovalRule, RouterRule, TokenClass, select_layers
 from fastskip.routing import ScoreRouter
 from fastskip.routing.weights import LayerScore
-from fastskip.survivors import spaced
 from fastskip.tokens import CODES, TokenLayout, member
 
 __all__ = ["Account", "decode_launches", "prefill_launches", "tables"]
@@ -41,7 +41,7 @@ def prefill_launches(
     """Launches of the decoder and its head for ``batch`` prompts of ``n_image + n_text`` positions.
 
     A captured prompt has the same launches, on rows padded to its shape, except for routed parts
-    that use SWITCH nodes (``decoder.counted_layer``): there the GEMM of the chosen rows is a
+    that use SWITCH nodes (``decoder.fused.counted_layer``): there the GEMM of the chosen rows is a
     library call, and their update takes one more launch. After a removal the remaining rows are
     assumed evenly spaced; what the removal computes to choose them is not counted.
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from fastskip.atomic_files import atomic_write
-from fastskip.costs import Ceilings
 from fastskip.ops import processor
+from fastskip.plan.costs import Ceilings
 
 _log = logging.getLogger(__name__)
 

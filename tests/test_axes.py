@@ -20,7 +20,7 @@ from fastskip.decoder.rope import RotaryTable
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import TokenClass
 from fastskip.prompts import build_inputs
-from fastskip.rendering import Renderer
+from fastskip.prompts.rendering import Renderer
 from fastskip.study.evaluation import Exam
 from fastskip.study.items import Item
 from fastskip.study.search.calibrating import Calibrator

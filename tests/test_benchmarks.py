@@ -26,7 +26,7 @@ from benchmarks.runs import GROUPS, run_once
 from benchmarks.shapes import Shape, models, prompts, random_model
 from fastskip import machine
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.mixed_cost import mixed_cost
+from fastskip.plan.mixed_cost import mixed_cost
 from fastskip.timing import threads_set
 
 HOME = Path(harness.__file__).parent

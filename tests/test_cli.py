@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import fastskip
 from fastskip.cli import app
-from fastskip.images import load_image
 from fastskip.prompts import build_inputs, processor_for
+from fastskip.prompts.images import load_image
 from tests.checkpoints import save_checkpoint
 from tests.models import tiny_llava
 
@@ -321,7 +321,7 @@ def test_plan_of_routers_as_json(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_plan_measures_the_machine(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastskip import machine
-    from fastskip.costs import Ceilings
+    from fastskip.plan.costs import Ceilings
 
     asked = []
 
@@ -344,7 +344,7 @@ def test_plan_of_a_text_only_model(text_only: Path) -> None:
 
 
 def test_policies_are_listed() -> None:
-    from fastskip.presets import PRESETS
+    from fastskip.policy.presets import PRESETS
 
     text = succeed("policies").stdout
     for name in PRESETS:

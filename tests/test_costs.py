@@ -16,8 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from fastskip.chances import weights_read, weights_read_table
-from fastskip.costs import (
+from fastskip.generation.cache_name import CACHE_NAME
+from fastskip.plan import ModelShape, SkipPlan, make_plan
+from fastskip.plan.chances import weights_read, weights_read_table
+from fastskip.plan.costs import (
     Ceilings,
     Cost,
     CountError,
@@ -28,8 +30,7 @@ from fastskip.costs import (
     ideal_speedup,
     prefill_cost,
 )
-from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.plan import ModelShape, SkipPlan, make_plan
+from fastskip.plan.survivors import left
 from fastskip.policy import (
     ArrangementRule,
     Group,
@@ -42,7 +43,6 @@ from fastskip.policy import (
     SkipRule,
     TokenClass,
 )
-from fastskip.survivors import left
 from tests.test_plan import shape, simulate, skip_plans
 
 IMAGE, TEXT, GENERATED = TokenClass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastskip
-from fastskip.decoder.device_support import unsupported_plan
+from fastskip.decoder.fused.support import unsupported_plan
 from fastskip.families import UnsupportedModelError, shape_of
 from fastskip.plan import make_plan
 from fastskip.policy import SkipPolicy

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastskip.images import MAX_PIXELS, ImageError, load_image
+from fastskip.prompts.images import MAX_PIXELS, ImageError, load_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -34,18 +34,8 @@ FLOORS = {
     "wording": Floor(("wording",)),
     "files": Floor(("atomic_files",)),
     "plotting": Floor(("plotting",), (), ("matplotlib",)),
-    "policy": Floor(
-        ("vocabulary", "policy", "policy_fields", "policy_rules", "policy_routers")
-        + ("policy_removals",)
-        + ("policy_file", "paper_presets", "presets"),
-        ("files",),
-        outside=("yaml",),
-    ),
-    "plan": Floor(
-        ("layer_plan", "plan_cells", "chances", "survivors", "layer_work", "costs", "mixed_cost")
-        + ("plan",),
-        ("policy",),
-    ),
+    "policy": Floor(("policy",), ("files",), outside=("yaml",)),
+    "plan": Floor(("plan",), ("policy",)),
     "reference": Floor(
         ("ops.reference", "ops.fused", "ops.fused_routes", "ops.contracts", "ops.routes")
         + ("ops.hops", "ops.allocate", "ops.bitmaps"),
@@ -65,9 +55,15 @@ FLOORS = {
         (*PURE, "tokens", "reference", "ops", "routing", "decoder"),
         ("torch", "transformers.cache_utils"),
     ),
+    # The same decoder on fused operations; the plain one runs without it.
+    "fused": Floor(
+        ("decoder.fused",),
+        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache"),
+        ("torch",),
+    ),
     "launches": Floor(
         ("launches",),
-        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache"),
+        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "fused"),
         ("torch",),
     ),
     "families": Floor(("families",), PURE, ("torch",)),
@@ -77,7 +73,8 @@ FLOORS = {
     "fit": Floor(("policy_fit",), ("policy", "families", "fingerprints", "sparse")),
     "generation": Floor(
         ("generation",),
-        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "families", "sparse"),
+        (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "fused", "families")
+        + ("sparse",),
         ("torch", "transformers"),
     ),
     "loading": Floor(
@@ -94,9 +91,7 @@ FLOORS = {
         (*PURE, "routing", "families", "loading", "public", "oracle"),
         ("torch", "transformers"),
     ),
-    "prompts": Floor(
-        ("images", "prompts", "conversations", "rendering"), (), ("PIL", "numpy", "transformers")
-    ),
+    "prompts": Floor(("prompts",), (), ("PIL", "numpy", "transformers")),
     "machine": Floor(("machine",), (*PURE, "files", "processor"), ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
     # Of any model that has Hugging Face's `generate`, ours or not.

@@ -2,7 +2,7 @@
 
 import random
 
-from fastskip.decoder.lru import OFTEN, LeastRecentlyUsed, Sightings
+from fastskip.decoder.fused.lru import OFTEN, LeastRecentlyUsed, Sightings
 
 
 def test_the_second_time_while_there_is_room() -> None:

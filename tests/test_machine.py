@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastskip import machine
-from fastskip.costs import Ceilings
+from fastskip.plan.costs import Ceilings
 
 CPU = torch.device("cpu")
 

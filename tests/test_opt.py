@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import fastskip
 from fastskip import UnsupportedModelError
-from fastskip.costs import decode_cost
 from fastskip.families import check_config, shape_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.plan import make_plan
+from fastskip.plan.costs import decode_cost
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.verification.check import verify
 from tests.agreement import Trio

@@ -6,7 +6,7 @@ import pytest
 
 from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import Arrangement, Norm, PolicyError, SkippedKV, SkipPolicy, TokenClass
-from fastskip.presets import PRESETS
+from fastskip.policy.presets import PRESETS
 
 IMAGE, TEXT, GENERATED = TokenClass
 

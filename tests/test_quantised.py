@@ -9,8 +9,8 @@ from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import fastskip
 from fastskip.commands.common import Dtype, config_of, load_plain
-from fastskip.costs import prefill_cost
 from fastskip.families import UnsupportedModelError
+from fastskip.plan.costs import prefill_cost
 from fastskip.policy import TokenClass
 from fastskip.sparse.matrices import SparseError, matrices
 from fastskip.study.bench.contenders import Models

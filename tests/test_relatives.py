@@ -21,7 +21,7 @@ from fastskip.decoder.cache import SkipCache
 from fastskip.families import ENCODERS, UNCUT_SIDE, rows_of_crop
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.prompts import PromptError, build_batch, build_inputs, processor_for
-from fastskip.rendering import Renderer
+from fastskip.prompts.rendering import Renderer
 from fastskip.study.bench.contenders import Models
 from fastskip.study.training.parts import names_of
 from fastskip.study.training.settings import Parts

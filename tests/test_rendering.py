@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from fastskip.conversations import DataError, Turn
 from fastskip.demo.text import build_processor as build_demo_processor
 from fastskip.prompts import build_inputs, encode_prompts
-from fastskip.rendering import Renderer
+from fastskip.prompts.conversations import DataError, Turn
+from fastskip.prompts.rendering import Renderer
 from tests.checkpoints import CHAT_TEMPLATE, build_processor, build_tokenizer
 from tests.training.conversations import examples, picture
 from tests.training.test_labels import CHATML, HUB_TEMPLATE

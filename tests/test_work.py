@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastskip
-from fastskip.costs import Cost, decode_cost, prefill_cost
 from fastskip.plan import SkipPlan
+from fastskip.plan.costs import Cost, decode_cost, prefill_cost
 from fastskip.policy import TokenClass
 from tests.agreement import Trio
 from tests.batches import Batch, random_batch

@@ -12,7 +12,7 @@ from benchmarks.gpu import nodes
 from benchmarks.gpu.cells import Cell, Setting
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import seconds
-from fastskip.costs import Ceilings
+from fastskip.plan.costs import Ceilings
 
 MEMORY, MATRIX = "ceilings.memory", "ceilings.matrix"
 BUFFER_BYTES = 4 << 30

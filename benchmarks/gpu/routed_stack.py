@@ -12,16 +12,16 @@ import torch
 from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.nodes import replay_seconds
-from fastskip.decoder.conditional_layer import IfBlock
-from fastskip.decoder.fused_layer import FusedBlock
-from fastskip.decoder.fused_parts import Store
-from fastskip.decoder.fused_rows import ForwardRows, sender
-from fastskip.decoder.fused_steps import run_steps
-from fastskip.decoder.guarded_layer import GuardedBlock
-from fastskip.decoder.hopping import Hopping
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.row_numbers import RowNumbers
-from fastskip.decoder.step_state import StepShape, StepState
+from fastskip.decoder.fused.conditional_layer import IfBlock
+from fastskip.decoder.fused.guarded_layer import GuardedBlock
+from fastskip.decoder.fused.hopping import Hopping
+from fastskip.decoder.fused.layer import FusedBlock
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.parts import Store
+from fastskip.decoder.fused.row_numbers import RowNumbers
+from fastskip.decoder.fused.rows import ForwardRows, sender
+from fastskip.decoder.fused.step_state import StepShape, StepState
+from fastskip.decoder.fused.steps import run_steps
 from fastskip.decoder.weights import LayerWeights
 from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning

@@ -36,9 +36,9 @@ from benchmarks.gpu.results import Values
 from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
 from benchmarks.peers import Peer, evenly
 from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
-from fastskip.costs import Ceilings
 from fastskip.generation.conditional import Guarding
 from fastskip.ops.overlap import Overlap, can_overlap
+from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy, Sublayer
 from fastskip.routing import RoutingRecord
 from fastskip.routing.weights import LayerScore, write_weights

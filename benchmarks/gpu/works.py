@@ -18,7 +18,6 @@ from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.compiling import compile_ahead
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.timing import copies
-from fastskip.costs import Ceilings
 from fastskip.ops.contracts import (
     ARRIVALS,
     Feed,
@@ -30,6 +29,7 @@ from fastskip.ops.contracts import (
     Term,
     entries_of,
 )
+from fastskip.plan.costs import Ceilings
 
 Outcome = list[Tensor]
 

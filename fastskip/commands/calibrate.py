@@ -26,7 +26,7 @@ from fastskip.commands.common import (
 from fastskip.commands.outputs import check_file
 from fastskip.commands.samples import SamplesOption, calibration_inputs
 from fastskip.commands.tables import new_table
-from fastskip.policy_file import SUFFIXES
+from fastskip.policy.file import SUFFIXES
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 

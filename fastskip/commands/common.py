@@ -190,7 +190,7 @@ def config_of(model: str) -> Any:
 
 def pictures_of(images: list[Path] | None) -> list[Any]:
     """The images in these files."""
-    from fastskip.images import load_image
+    from fastskip.prompts.images import load_image
 
     return [load_image(path) for path in images or ()]
 
@@ -234,8 +234,8 @@ def ceilings_of(
     bandwidth: float | None, tflops: float | None, dtype: Any, device: str | None
 ) -> Any:
     """Those given, else those measured on this machine."""
-    from fastskip.costs import Ceilings
     from fastskip.machine import ceilings
+    from fastskip.plan.costs import Ceilings
 
     if bandwidth is None and tflops is None:
         return ceilings(dtype, device_of(device))
@@ -251,7 +251,7 @@ def ceilings_of(
 def policy_of(policy: str | None) -> Any:
     """The policy given; None leaves the choice to the checkpoint."""
     from fastskip.policy import SkipPolicy
-    from fastskip.presets import split_preset
+    from fastskip.policy.presets import split_preset
 
     if policy is None:
         return None

@@ -18,8 +18,8 @@ def demo_tasks(count: int, seed: int = 0) -> list[Any]:
     """`count` items: a quarter captions, a quarter second turns, a quarter about details."""
     from dataclasses import replace
 
-    from fastskip.conversations import Turn
     from fastskip.demo.evaluation import held_out_conversations, held_out_details
+    from fastskip.prompts.conversations import Turn
     from fastskip.study.paper.measuring import FIRST_SEED, Effort, asked, items_of
 
     part = count // 4

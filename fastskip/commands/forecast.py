@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 
-from fastskip.chances import rates_of
 from fastskip.commands.common import CommandError
-from fastskip.costs import (
+from fastskip.families import is_quantised, shape_of
+from fastskip.launches import Account, decode_launches, prefill_launches
+from fastskip.plan import SkipPlan, make_plan
+from fastskip.plan.chances import rates_of
+from fastskip.plan.costs import (
     Ceilings,
     Planned,
     Speedup,
@@ -17,9 +20,6 @@ from fastskip.costs import (
     ideal_speedup,
     prompt_counts,
 )
-from fastskip.families import is_quantised, shape_of
-from fastskip.launches import Account, decode_launches, prefill_launches
-from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy
 
 

@@ -31,7 +31,7 @@ from fastskip.commands.tables import new_table, number_table, show_table
 if TYPE_CHECKING:
     from fastskip.commands import forecast
     from fastskip.commands.forecast import Forecast
-    from fastskip.costs import Speedup
+    from fastskip.plan.costs import Speedup
 
 
 def plan(
@@ -246,7 +246,7 @@ def _columns(
 
 
 def _about_routers(result: "Forecast", routed: "forecast.Routed") -> str:
-    from fastskip.chances import weights_read
+    from fastskip.plan.chances import weights_read
     from fastskip.policy import Group, TokenClass
 
     about = "Routers decide the cells with ? at run time. "

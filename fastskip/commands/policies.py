@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from fastskip.commands.common import CommandError
-from fastskip.policy_fields import MAX_DEPTH
+from fastskip.policy.fields import MAX_DEPTH
 
 
 def policies(
@@ -62,7 +62,7 @@ def policies(
         _list()
         return
     from fastskip.policy import PolicyError, SkipPolicy
-    from fastskip.presets import PRESETS, options_of
+    from fastskip.policy.presets import PRESETS, options_of
 
     options = options_of(option or (), name) if name in PRESETS else {}
     policy = SkipPolicy.preset(name, **options)
@@ -86,7 +86,7 @@ def _list() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastskip.presets import PRESETS, defaults_of
+    from fastskip.policy.presets import PRESETS, defaults_of
 
     table = Table("preset", "what it does", "options (-s KEY=VALUE)", box=None, pad_edge=False)
     for column in table.columns:

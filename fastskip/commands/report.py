@@ -10,7 +10,7 @@ from fastskip.commands.outputs import check_file
 from fastskip.wording import counted
 
 if TYPE_CHECKING:
-    from fastskip.layer_plan import ModelShape
+    from fastskip.plan.layer_plan import ModelShape
     from fastskip.study.report.circumstances import Circumstances
     from fastskip.study.report.maps import ShapeOf
 

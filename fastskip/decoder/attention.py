@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastskip.decoder.entries import Entries
-from fastskip.layer_plan import LayerPlan
 from fastskip.ops import Operations
+from fastskip.plan.layer_plan import LayerPlan
 from fastskip.policy import TokenClass
 from fastskip.tokens import CODES, Rows, TokenLayout
 

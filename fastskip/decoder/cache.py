@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from fastskip.decoder.slots import EntryTable, Segment
-from fastskip.layer_plan import Staged, Table, classes_of
 from fastskip.ops.allocate import empty, outside_inference_mode
 from fastskip.plan import SkipPlan
+from fastskip.plan.layer_plan import Staged, Table, classes_of
 from fastskip.policy import TokenClass
 from fastskip.tokens import PAD, TokenLayout, member
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import Placement
-from fastskip.layer_plan import Staged, Table, classes_of
 from fastskip.plan import SkipPlan
+from fastskip.plan.layer_plan import Staged, Table, classes_of
 from fastskip.tokens import Rows, TokenLayout, member
 
 

@@ -19,9 +19,9 @@ from fastskip.decoder.positions import HeadRotation
 from fastskip.ops.allocate import to_device
 from fastskip.ops.routes import draw, mixed
 from fastskip.plan import SkipPlan
+from fastskip.plan.survivors import spaced
 from fastskip.policy import Ranking, RemovalRule, Sublayer, TokenClass
 from fastskip.routing import Decisions
-from fastskip.survivors import spaced
 from fastskip.tokens import CODES, PAD, Rows, TokenLayout, member
 
 GENERATED = CODES[TokenClass.GENERATED]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from fastskip import __version__, machine
-from fastskip.costs import Ceilings, Cost, floor_seconds
 from fastskip.demo.policies import DENSE, HF, Candidate
 from fastskip.demo.scenes import Question, Scene
 from fastskip.intervals import wilson
 from fastskip.plan import SkipPlan
+from fastskip.plan.costs import Ceilings, Cost, floor_seconds
 from fastskip.timing import Phase, Runs, Timing, best
 
 SCHEMA_VERSION = 1

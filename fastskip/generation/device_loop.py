@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.generation.device_step import DeviceStep
 from fastskip.generation.runtime import Runtime
 from fastskip.ops.allocate import to_device

@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import NORM_NUMBERS, has_hooks, is_plain, norm_of
-from fastskip.decoder.conditional_layer import IfBlock
-from fastskip.decoder.fused_layer import FusedBlock
-from fastskip.decoder.fused_parts import Stream
-from fastskip.decoder.fused_stack import FusedDecoder
-from fastskip.decoder.fused_steps import run_steps
-from fastskip.decoder.hopping import Hopping
-from fastskip.decoder.kept_graphs import Graphs
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.sizes import power_of_two
-from fastskip.decoder.step_state import StepShape, StepState
+from fastskip.decoder.fused.conditional_layer import IfBlock
+from fastskip.decoder.fused.hopping import Hopping
+from fastskip.decoder.fused.kept_graphs import Graphs
+from fastskip.decoder.fused.layer import FusedBlock
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.parts import Stream
+from fastskip.decoder.fused.sizes import power_of_two
+from fastskip.decoder.fused.stack import FusedDecoder
+from fastskip.decoder.fused.step_state import StepShape, StepState
+from fastskip.decoder.fused.steps import run_steps
 from fastskip.families import final_norm_of, text_model_of
 from fastskip.generation.conditional import MOST_ROWS, Guarding
 from fastskip.ops import Implementation

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fastskip.decoder.anatomy import has_hooks, is_plain
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.families import MULTIMODAL, final_norm_of, has_custom_forward, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Lens
-from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.fused.stack import FusedDecoder
 from fastskip.families import (
     MULTIMODAL,
     UnsupportedModelError,

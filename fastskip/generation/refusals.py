@@ -8,7 +8,7 @@ import torch
 from transformers.generation.utils import GenerationMode
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.families import text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.runtime import Runtime

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.device_support import unsupported_plan
-from fastskip.decoder.fused_stack import FusedDecoder
-from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.stack import FusedDecoder
+from fastskip.decoder.fused.support import unsupported_plan
 from fastskip.decoder.stack import Decoder
 from fastskip.families import UnsupportedModelError, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastskip.decoder.anatomy import hooks_of, is_transformers_own
-from fastskip.decoder.kept_graphs import Graphs
+from fastskip.decoder.fused.kept_graphs import Graphs
 from fastskip.decoder.module_state import ModuleState
 from fastskip.ops.graphs import capture
 

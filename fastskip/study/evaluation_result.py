@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fastskip.images import load_image
+from fastskip.prompts.images import load_image
 from fastskip.study.evaluation import Exam
 from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.items import Item

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.conversations import DataError
-from fastskip.images import ImageError, load_image
 from fastskip.prompts import PromptError, encode_prompts
-from fastskip.rendering import Renderer
+from fastskip.prompts.conversations import DataError
+from fastskip.prompts.images import ImageError, load_image
+from fastskip.prompts.rendering import Renderer
 from fastskip.study.items import Item, ItemError
 
 MAX_CACHE_BYTES = 1 << 30

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fastskip.conversations import PLACEHOLDER, DataError, Turn, example_of, image_names
+from fastskip.prompts.conversations import PLACEHOLDER, DataError, Turn, example_of, image_names
 from fastskip.study.json_lines import Format
 from fastskip.study.metrics import Metric
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.images import ImageError, is_url, load_image
 from fastskip.prompts import PromptError, build_inputs
+from fastskip.prompts.images import ImageError, is_url, load_image
 from fastskip.study.json_lines import Format
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from transformers import AutoConfig
 
 from fastskip import timing
-from fastskip.costs import Ceilings
 from fastskip.demo import checkpoint_path, show, terminal
 from fastskip.demo.measure import Bench, Effort, _judge
 from fastskip.demo.policies import DENSE, HF, Candidate, candidates
@@ -20,6 +19,7 @@ from fastskip.demo.results import Example, Report, Score
 from fastskip.demo.scenes import Figure, Question, QuestionKind, Scene, Split, scenes
 from fastskip.families import shape_of
 from fastskip.plan import make_plan
+from fastskip.plan.costs import Ceilings
 from fastskip.plotting import PlotsError
 from fastskip.timing import Times, best, promising, race, time_once
 

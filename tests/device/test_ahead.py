@@ -15,8 +15,8 @@ from transformers import (
 )
 
 import fastskip
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.step_state import StepState
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.step_state import StepState
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import AHEAD
 from fastskip.generation.device_step import DeviceStep, DeviceSteps

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastskip
-from fastskip.decoder.captured_forward import (
+from fastskip.decoder.fused.captured_forward import (
     KEPT,
     CapturedForward,
     CapturedForwards,
     ForwardShape,
 )
-from fastskip.decoder.lru import OFTEN
-from fastskip.decoder.sizes import rounded_rows
+from fastskip.decoder.fused.lru import OFTEN
+from fastskip.decoder.fused.sizes import rounded_rows
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.kernels import tuning
 from fastskip.ops.allocate import poisoned
@@ -199,7 +199,7 @@ class Counting(HostBodies):
 def switched(trio: Trio, at_once: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     """Captured prompts go by bodies of 4, 8, 12, ... rows."""
     made = Counting()
-    monkeypatch.setattr("fastskip.decoder.kept_graphs.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.decoder.fused.kept_graphs.bodies_on", lambda device: made)
     monkeypatch.setattr("fastskip.ops.bodies.BOUNDS", 4)
     monkeypatch.setattr("fastskip.ops.compiled.FEW_CHOSEN", 4)
     captured = captured_of(trio.prepared)
@@ -250,7 +250,7 @@ def test_every_run_of_a_capture_begins_anew(
             slots.append(torch.stack(list(work.__self__._counts.values())))
         return work
 
-    monkeypatch.setattr("fastskip.decoder.captured_forward.capture", capture)
+    monkeypatch.setattr("fastskip.decoder.fused.captured_forward.capture", capture)
     generate(trio.under(ROUTED["omit beside a rule"]), batches[0], 1)
     assert len(slots) == 3 and bool((slots[0] > 0).any())
     assert torch.equal(slots[0], slots[1]) and torch.equal(slots[0], slots[2])

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastskip.decoder.conditional_layer import IfBlock
+from fastskip.decoder.fused.conditional_layer import IfBlock
 from fastskip.generation.conditional import Guarding
 from fastskip.generation.device_step import DeviceStep
 from fastskip.kernels.launch import recording
@@ -92,7 +92,7 @@ def batch(trio: Trio) -> Batch:
 def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     made = Counting()
     steps = trio.prepared._fastskip.steps
-    monkeypatch.setattr("fastskip.decoder.kept_graphs.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.decoder.fused.kept_graphs.bodies_on", lambda device: made)
     steps.guarding, steps._bodies = Guarding.CONDITIONAL, None
     steps._steps.clear()
     yield made

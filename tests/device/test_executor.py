@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastskip
-from fastskip.decoder.fused_stack import FusedDecoder
+from fastskip.decoder.fused.stack import FusedDecoder
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.verification.cells import GENERATED
 from fastskip.verification.oracle import MaskedOracle

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastskip.decoder import hopping
+from fastskip.decoder.fused import hopping
 from fastskip.generation.conditional import Guarding
 from fastskip.ops.bodies import HostBodies
 from fastskip.ops.overlap import Overlap
@@ -94,7 +94,7 @@ def batch(trio: Trio) -> Batch:
 def bodies(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting]:
     made = Counting()
     steps = trio.prepared._fastskip.steps
-    monkeypatch.setattr("fastskip.decoder.kept_graphs.bodies_on", lambda device: made)
+    monkeypatch.setattr("fastskip.decoder.fused.kept_graphs.bodies_on", lambda device: made)
     monkeypatch.setattr("fastskip.generation.device_step.can_overlap", lambda device: True)
     steps.guarding, steps._bodies = Guarding.HOPS, None
     steps._steps.clear()

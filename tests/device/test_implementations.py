@@ -12,7 +12,7 @@ from torch import Tensor
 import fastskip
 from fastskip import ops
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.paged_cache import PagedCache
+from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.ops import Implementation, Operations, fused
 from tests.agreement import answer_labels, generate

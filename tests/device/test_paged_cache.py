@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import fastskip
-from fastskip.decoder.fused_layer import FusedBlock
-from fastskip.decoder.fused_parts import Stream
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.pages import GROWTH_PAGES
+from fastskip.decoder.fused.layer import FusedBlock
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.pages import GROWTH_PAGES
+from fastskip.decoder.fused.parts import Stream
 from fastskip.generation.cache_name import CACHE_NAME
-from fastskip.layer_plan import Hollow
 from fastskip.ops.contracts import PAGE
+from fastskip.plan.layer_plan import Hollow
 from fastskip.policy import TokenClass
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
@@ -182,7 +182,7 @@ def test_out_of_memory(case: Continued, monkeypatch: pytest.MonkeyPatch) -> None
     second[CACHE_NAME] = cache
     many = {"input_ids": tokens, "attention_mask": case.mask(80), CACHE_NAME: cache}
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr("fastskip.decoder.pages.empty", out_of_memory)
+        patch.setattr("fastskip.decoder.fused.pages.empty", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError, match="lower the batch size, max_new_tokens"):
             model(**many)
         assert cache.get_seq_length() == columns and cache.live_bytes() == live

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastskip.decoder.pages import GROWTH_PAGES, PagePool
+from fastskip.decoder.fused.pages import GROWTH_PAGES, PagePool
 from fastskip.ops.contracts import PAGE, entries_of, slab_of, write_entries
 
 LAYERS = (1, 4)
@@ -170,7 +170,7 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = filled([70, 3])
     rows, table = pool.offsets(), pool.table
     with monkeypatch.context() as patch:
-        patch.setattr("fastskip.decoder.pages.empty", out_of_memory)
+        patch.setattr("fastskip.decoder.fused.pages.empty", out_of_memory)
         with pytest.raises(
             torch.OutOfMemoryError,
             match=r"2 sequences of up to 5000 entries in 2 "

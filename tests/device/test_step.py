@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import fastskip
-from fastskip.decoder.fused_parts import Stream
-from fastskip.decoder.fused_stack import FusedDecoder
-from fastskip.decoder.fused_steps import run_steps
-from fastskip.decoder.paged_cache import PagedCache
-from fastskip.decoder.step_state import StepState
+from fastskip.decoder.fused.paged_cache import PagedCache
+from fastskip.decoder.fused.parts import Stream
+from fastskip.decoder.fused.stack import FusedDecoder
+from fastskip.decoder.fused.step_state import StepState
+from fastskip.decoder.fused.steps import run_steps
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.device_step import KEPT, DeviceStep, bucket

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastskip
-from fastskip.decoder.counted_layer import SwitchBlock
+from fastskip.decoder.fused.counted_layer import SwitchBlock
 from fastskip.ops import bodies, compiled
 from fastskip.ops.graphs import capture
 from fastskip.ops.routes import Chosen

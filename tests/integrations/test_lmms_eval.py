@@ -13,8 +13,8 @@ from PIL import Image
 
 import fastskip
 from fastskip.demo import checkpoint_path
-from fastskip.images import load_image
 from fastskip.prompts import build_inputs, processor_for
+from fastskip.prompts.images import load_image
 from tests.study.test_evaluation import items_of
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'fastskip[lmms]'")

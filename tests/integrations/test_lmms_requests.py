@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 import fastskip
-from fastskip.conversations import Turn
 from fastskip.demo import checkpoint_path
 from fastskip.integrations.lmms_eval.inputs import model_inputs, prompt_of
 from fastskip.integrations.lmms_eval.likelihood import continuations, score_all
@@ -18,6 +17,7 @@ from fastskip.integrations.lmms_eval.messages import RequestError, conversation_
 from fastskip.integrations.lmms_eval.requests import Options, Question, batches
 from fastskip.integrations.lmms_eval.times import TaskTimes
 from fastskip.prompts import build_inputs, processor_for
+from fastskip.prompts.conversations import Turn
 from fastskip.study.metrics import Metric
 from fastskip.timing import Arrivals
 from tests.study.test_evaluation import items_of

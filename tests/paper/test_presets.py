@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from fastskip.paper_presets import PAPER_PRESETS, SCOPES, selected
 from fastskip.plan import ModelShape, SkipPlan, make_plan
 from fastskip.policy import PolicyError, SkipPolicy, TokenClass
+from fastskip.policy.paper_presets import PAPER_PRESETS, SCOPES, selected
 
 IMAGE, TEXT, GENERATED = TokenClass
 

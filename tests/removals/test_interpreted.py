@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import fastskip
-from fastskip.decoder.captured_forward import CapturedForward
+from fastskip.decoder.fused.captured_forward import CapturedForward
 from fastskip.kernels import tuning
 from fastskip.launches import decode_launches, prefill_launches
 from fastskip.ops.allocate import poisoned

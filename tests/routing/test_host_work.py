@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastskip
-from fastskip.decoder.captured_forward import CapturedForwards
+from fastskip.decoder.fused.captured_forward import CapturedForwards
 from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from tests.agreement import Trio
@@ -67,7 +67,7 @@ def operations(
 
         return replay
 
-    for module in ("generation.device_step", "decoder.captured_forward"):
+    for module in ("generation.device_step", "decoder.fused.captured_forward"):
         monkeypatch.setattr(f"fastskip.{module}.capture", capture)
     monkeypatch.setattr(CapturedForwards, "pays", lambda *_: True)
     trio = Trio(

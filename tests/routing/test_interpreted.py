@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastskip.decoder import hopping
+from fastskip.decoder.fused import hopping
 from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from fastskip.ops.account import counted

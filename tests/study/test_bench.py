@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import fastskip
 from fastskip.cli import app
-from fastskip.costs import Ceilings, floor_seconds
 from fastskip.demo import checkpoint_path
 from fastskip.intervals import SpeedVerdict, Spread
+from fastskip.plan.costs import Ceilings, floor_seconds
 from fastskip.policy import PolicyError, SkipPolicy
 from fastskip.prompts import build_inputs, processor_for
 from fastskip.sparse import save_sparse

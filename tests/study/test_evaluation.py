@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import fastskip
-from fastskip.conversations import Turn
 from fastskip.demo import checkpoint_path
 from fastskip.demo.evaluation import answers, held_out
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.prompts import processor_for
+from fastskip.prompts.conversations import Turn
 from fastskip.study.evaluation import Evaluation, Exam, Judged
 from fastskip.study.item_inputs import ItemInputs
 from fastskip.study.items import Item, ItemError, read_items

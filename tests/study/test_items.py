@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastskip.conversations import Turn
+from fastskip.prompts.conversations import Turn
 from fastskip.study.items import Item, ItemError, read_items
 from fastskip.study.metrics import Metric, words
 

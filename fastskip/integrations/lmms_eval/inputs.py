@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.conversations import DataError
 from fastskip.integrations.lmms_eval.messages import RequestError
 from fastskip.integrations.lmms_eval.requests import Question, named
 from fastskip.prompts import PromptError, encode_prompts
-from fastskip.rendering import Renderer
+from fastskip.prompts.conversations import DataError
+from fastskip.prompts.rendering import Renderer
 
 
 def prompt_of(processor: Any, question: Question) -> str:

@@ -1,4 +1,4 @@
-"""Converts lmms-eval's messages into a conversation that `fastskip.rendering` can render."""
+"""Converts lmms-eval's messages into a conversation that `prompts.rendering` can render."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fastskip.conversations import PLACEHOLDER, Turn
-from fastskip.images import load_image
+from fastskip.prompts.conversations import PLACEHOLDER, Turn
+from fastskip.prompts.images import load_image
 
 
 class RequestError(ValueError):

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastskip.costs import Ceilings
 from fastskip.intervals import SpeedVerdict, Spread
+from fastskip.plan.costs import Ceilings
 from fastskip.study.bench.contenders import DENSE, Source
 from fastskip.study.bench.workload import Workload
 from fastskip.study.json_file import write_json

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from fastskip.costs import Ceilings, GenerationCost, Planned, floor_seconds, generation_cost
 from fastskip.intervals import Spread, paired_speedup, quartiles
 from fastskip.loading import plan_of, set_policy
-from fastskip.mixed_cost import mixed_cost
 from fastskip.plan import SkipPlan
+from fastskip.plan.costs import Ceilings, GenerationCost, Planned, floor_seconds, generation_cost
+from fastskip.plan.mixed_cost import mixed_cost
 from fastskip.policy import SkipPolicy
 from fastskip.policy_fit import check_fit
 from fastskip.study.bench.contenders import (

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from fastskip.policy import PolicyError, Sublayer, select_layers
-from fastskip.policy_fields import Layers, layer_selection
+from fastskip.policy.fields import Layers, layer_selection
 from fastskip.sparse.matrices import Matrix, SparseError
 
 E = TypeVar("E", bound=StrEnum)

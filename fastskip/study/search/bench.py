@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastskip.costs import Ceilings
 from fastskip.fingerprints import model_fingerprint
 from fastskip.loading import plan_of
 from fastskip.machine import machine_key
+from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy
 from fastskip.study.comparison import prompt_sizes
 from fastskip.study.evaluation import Exam

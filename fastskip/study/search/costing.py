@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastskip.costs import Ceilings, Cost, Operation, Planned, generation_cost
 from fastskip.plan import ModelShape, SkipPlan, make_plan
+from fastskip.plan.costs import Ceilings, Cost, Operation, Planned, generation_cost
 from fastskip.policy import Arrangement, SkipPolicy
 from fastskip.study.search.changes import Choice, policy_of, span_of
 

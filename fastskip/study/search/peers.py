@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastskip.policy import PolicyError, SkipPolicy, TokenClass
-from fastskip.presets import PRESETS
+from fastskip.policy.presets import PRESETS
 from fastskip.study.search.block_influence import least_influence_first
 from fastskip.study.search.changes import ATTENTION, BLOCK, Change, policy_of
 from fastskip.study.search.greedy_removal import greedy_removal

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastskip.costs import Ceilings
 from fastskip.loading import plan_of, set_policy
+from fastskip.plan.costs import Ceilings
 from fastskip.policy_fit import made_for
 from fastskip.study.evaluation import Exam
 from fastskip.study.judging import Judgement, JudgementFile, judge

@@ -1,6 +1,6 @@
 """Training while skipping: projector, language model, adapters or routers, under a policy."""
 
-from fastskip.conversations import DataError, Example, JsonLines, Turn
+from fastskip.prompts.conversations import DataError, Example, JsonLines, Turn
 from fastskip.study.training.events import Masks
 from fastskip.study.training.learner import TrainingError
 from fastskip.study.training.loop import train

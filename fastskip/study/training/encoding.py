@@ -1,6 +1,6 @@
 """Examples as model inputs, with labels on answer tokens only.
 
-The checkpoint's own chat template renders the conversation (``fastskip.rendering``), which is
+The checkpoint's own chat template renders the conversation (``prompts.rendering``), which is
 tokenised as a whole; a token is learned if it holds a character of an answer or of its end token.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.conversations import DataError, Example
-from fastskip.images import ImageError, load_image
-from fastskip.rendering import Renderer, Span
+from fastskip.prompts.conversations import DataError, Example
+from fastskip.prompts.images import ImageError, load_image
+from fastskip.prompts.rendering import Renderer, Span
 
 IGNORED = -100
 """The label of tokens that the loss ignores."""

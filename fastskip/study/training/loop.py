@@ -17,8 +17,8 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastskip.conversations import Example
 from fastskip.loading import plan_of, set_policy, watching_routers
+from fastskip.prompts.conversations import Example
 from fastskip.study.training import origin
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import Encoder

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from fastskip.conversations import DataError, Example
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
+from fastskip.prompts.conversations import DataError, Example
 from fastskip.study.training.batches import Collator
 from fastskip.study.training.encoding import IGNORED, Encoder, Features
 from fastskip.study.training.events import now

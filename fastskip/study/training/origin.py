@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from fastskip.conversations import DataError
 from fastskip.fingerprints import fingerprint, model_fingerprint
 from fastskip.loading import plan_of
+from fastskip.prompts.conversations import DataError
 from fastskip.study.training.events import Masks
 from fastskip.study.training.learner import TrainingError
 from fastskip.study.training.settings import Settings

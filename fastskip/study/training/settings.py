@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from fastskip.policy_fields import SEEDS
+from fastskip.policy.fields import SEEDS
 
 Choice = TypeVar("Choice", bound=StrEnum)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-from fastskip.conversations import DataError, Example
+from fastskip.prompts.conversations import DataError, Example
 from fastskip.study.training.encoding import Encoder, Features
 from fastskip.study.training.settings import Settings, SettingsError
 

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastskip.decoder import anatomy, captured_forward
+from fastskip.decoder import anatomy
+from fastskip.decoder.fused import captured_forward
 from fastskip.ops import bodies, graphs
 from fastskip.ops.allocate import outside_inference_mode
 from tests.device.pretended.graphs import Capture, Graph, NodeBodies

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fastskip.costs import Ceilings, floor_seconds
 from fastskip.plan import ModelShape, make_plan
+from fastskip.plan.costs import Ceilings, floor_seconds
 from fastskip.policy import SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.search.budget import parse_budget
 from fastskip.study.search.changes import Choice, changes_of, choices_of, merged, policy_of, span_of

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import fastskip
 from fastskip.cli import app
-from fastskip.costs import Ceilings, floor_seconds
+from fastskip.plan.costs import Ceilings, floor_seconds
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.policy_fit import check_fit
 from fastskip.study.evaluation import Exam

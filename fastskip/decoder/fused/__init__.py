@@ -1,0 +1,1 @@
+"""The decoder on fused operations: what runs on CUDA, eagerly or as graphs."""

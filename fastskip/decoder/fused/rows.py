@@ -1,0 +1,296 @@
+"""The rows, targets and reaches of one forward on the fused operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastskip.decoder.fused.parts import (
+    NO_TARGETS,
+    Copies,
+    FusedRows,
+    GuardedAttention,
+    GuardedFeed,
+    Placing,
+    Selection,
+)
+from fastskip.decoder.fused.routes import DeviceRoutes
+from fastskip.decoder.fused.row_numbers import RowNumbers
+from fastskip.decoder.guards import Classes, Point
+from fastskip.ops.allocate import to_device
+from fastskip.ops.contracts import ARRIVALS, Bounds, Reach, Targets
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.plan.layer_plan import Table
+from fastskip.policy import SkippedKV, Sublayer, TokenClass
+from fastskip.routing import Router
+from fastskip.tokens import Rows
+
+Recipe = Callable[[RowNumbers], Tensor]
+"""Computes numbers of a forward. A recipe made for one forward is valid for every other that has as
+many rows of each class: it says which numbers are meant, never what they are."""
+RowsRecipe = Callable[[RowNumbers], Rows]
+Send = Callable[[Recipe], Tensor]
+"""Evaluates a recipe and returns its numbers on the device, int32."""
+
+
+def sender(numbers: RowNumbers, device: torch.device) -> Send:
+    """Evaluates recipes for one forward and sends each one's numbers immediately."""
+    return lambda recipe: to_device(recipe(numbers).to(torch.int32), device)
+
+
+class ForwardRows:
+    """Makes the ``FusedRows`` of a forward; layers that do the same share them.
+
+    Everything is computed on the host and sent to the device once. ``routes``: the decisions on the
+    device, if any; ``held``: the rows with entries in each hollow layer, ``[N]``, filled by a run.
+    """
+
+    def __init__(
+        self,
+        plan: SkipPlan,
+        numbers: RowNumbers,
+        send: Send,
+        counts: Mapping[Table, Tensor],
+        routers: Sequence[Router],
+        like: Tensor,
+    ) -> None:
+        """``counts``: of each hollow table on the device, ``[B]``, which a run updates; ``like``:
+        gives dtype and device of rows."""
+        self._plan, self._numbers, self._send = plan, numbers, send
+        self._layout, self._counts = numbers.layout, counts
+        self._made: dict[tuple[object, ...], FusedRows] = {}
+        self._targets: dict[tuple[Classes, Classes], Targets] = {}
+        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=like.device)
+        self._selections: dict[Classes, Selection] = {}
+        self._flags: dict[Classes, Tensor] = {}
+        self._narrow = None
+        if numbers.narrow is not None:
+            self._narrow = self._select_rows(RowNumbers.continuing_rows)
+        self.held: dict[int, Tensor] = {}
+        self.routes: DeviceRoutes | None = None
+        if plan.routed:
+            self._routes_positions = send(lambda n: n.positions(n.every()))
+            self._routes_sequences = send(lambda n: n.sequences(n.every()))
+            self._all_slots: dict[tuple[Classes, Classes], Tensor] = {}
+            self._reaches: dict[tuple[Classes, Classes, bool], Reach] = {}
+            self._order: tuple[Tensor, Bounds] | None = None
+            self.routes = DeviceRoutes(
+                plan,
+                routers,
+                frozenset(plan.classes),
+                self._flags_of,
+                self._routes_positions,
+                self._routes_sequences,
+                like,
+            )
+
+    def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
+        """What enters the parts of a layer; ``is_last``: it is in the plan's last step."""
+        is_narrow = is_last and self._narrow is not None
+        if self.routes is None:
+            return self._static(layer, is_narrow)
+        return self._guarded(layer, is_narrow, self.routes)
+
+    def _guarded(self, layer: LayerPlan, is_narrow: bool, routes: DeviceRoutes) -> FusedRows:
+        """The rows with the decisions that the layer involves."""
+        step = next(step for step in self._plan.steps if layer.index in step)
+        before = routes.route(step, Point.START) if layer.index == step[0] else None
+        attends = routes.runs(layer.index, Sublayer.ATTENTION)
+        feeds = routes.runs(layer.index, Sublayer.FFN)
+        if attends is None or feeds is None:
+            rows = self._static(layer, is_narrow)
+        else:
+            # Both sublayers are guarded, so only the narrowing matters.
+            rows = FusedRows(narrow=self._narrow if is_narrow else None)
+        return replace(
+            rows,
+            before=before,
+            attention=None if attends is None else self._attention(layer, rows, attends),
+            ffn=None if feeds is None else GuardedFeed(feeds, routes.route(step, Point.MIDDLE)),
+        )
+
+    def _attention(self, layer: LayerPlan, rows: FusedRows, runs: Tensor) -> GuardedAttention:
+        leaves = _kv_by_class(self._plan, layer)
+        reused = frozenset(c for c, kv in leaves.items() if kv is SkippedKV.REUSE)
+        projected = (layer.attending | layer.projecting) if not layer.hollow else frozenset()
+        slots = self._masked_slots(layer.holding, projected)
+        targets = Targets(self._routes_positions, self._routes_sequences, slots)
+        copies = tuple(
+            Copies(
+                source,
+                targets.sequences,
+                self._masked_slots(self._plan.layers[source].holding, classes),
+                self._masked_slots(layer.holding, classes),
+                runs,
+            )
+            for source, classes in _sources(self._plan, layer, reused).items()
+        )
+        return GuardedAttention(
+            runs,
+            targets,
+            SkippedKV.PROJECT in leaves.values(),
+            self._guarded_reach(layer, is_narrow=rows.narrow is not None),
+            copies,
+            self._placing(layer) if layer.hollow else None,
+        )
+
+    def _guarded_reach(self, layer: LayerPlan, *, is_narrow: bool) -> Reach:
+        """What rows that may attend see; queries are in the order of the rows that continue."""
+        key = layer.holding, layer.attending, is_narrow
+        found = self._reaches.get(key)
+        if found is None:
+            continuing_rows = RowNumbers.continuing_rows if is_narrow else RowNumbers.every
+            found = self._reaches[key] = self._reach(
+                layer.holding, layer.attending, continuing_rows
+            )
+        return found
+
+    def _placing(self, layer: LayerPlan) -> Placing:
+        index, every = layer.index, frozenset(TokenClass)
+        if self._order is None:
+            self._order = self._sort(every, RowNumbers.every)
+        stored = layer.holding - layer.hollow
+        return Placing(
+            self._flags_of(stored) if stored else None,
+            *self._order,
+            self._counts[index],
+            partial(self.held.__setitem__, index),
+        )
+
+    def _masked_slots(self, holding: Classes, classes: Classes) -> Tensor:
+        """Slots ``[N]`` of rows of some classes on the device; -1 for the others."""
+        found = self._all_slots.get((holding, classes))
+        if found is None:
+            found = self._send(lambda n: n.masked_slots(holding, classes))
+            self._all_slots[holding, classes] = found
+        return found
+
+    def _flags_of(self, classes: Classes) -> Tensor:
+        found = self._flags.get(classes)
+        if found is None:
+            found = self._flags[classes] = self._send(lambda n: n.flags(classes))
+        return found
+
+    def _static(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
+        key = (layer.row_sets, is_narrow)
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = self._make(layer, is_narrow)
+        return found
+
+    def _make(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
+        joint = frozenset() if is_narrow else layer.attending
+        stored = layer.projecting - joint
+        attending = self._select(layer.attending, is_narrow)
+        asking = RowNumbers.asking if is_narrow else RowNumbers.of
+        queries: RowsRecipe = partial(asking, classes=layer.attending)
+        reach = None
+        if attending.count:
+            reach = self._reach(layer.holding, layer.attending, queries)
+        return FusedRows(
+            joint=self._select(joint),
+            joint_targets=self._targets_of(layer.holding, joint),
+            stored=self._select(stored),
+            stored_targets=self._targets_of(layer.holding, stored),
+            copies=tuple(
+                self._copies(source, classes, layer)
+                for source, classes in layer.reusing.items()
+                if self._layout.rows(classes).count
+            ),
+            narrow=self._narrow if is_narrow else None,
+            attending=attending,
+            query_targets=self._query_targets(queries) if is_narrow else NO_TARGETS,
+            feeding=self._select(layer.feeding, is_narrow),
+            reach=reach,
+            arrivals=self._arrivals,
+        )
+
+    def _select(self, classes: Classes, is_narrow: bool = False) -> Selection:
+        """The rows of some classes; ``is_narrow``: among those that continue, indexing these."""
+        if is_narrow:
+            return self._select_rows(partial(RowNumbers.narrowed, classes=classes))
+        found = self._selections.get(classes)
+        if found is None:
+            found = self._select_rows(partial(RowNumbers.of, classes=classes))
+            self._selections[classes] = found
+        return found
+
+    def _select_rows(self, recipe: RowsRecipe) -> Selection:
+        rows = recipe(self._numbers)
+        if isinstance(rows.index, slice):
+            return Selection(rows.index, rows.count)
+        return Selection(slice(0, 0), rows.count, self._send(lambda n: _index_of(recipe(n))))
+
+    def _targets_of(self, holding: Classes, classes: Classes) -> Targets:
+        if not self._layout.rows(classes).count:
+            return NO_TARGETS
+        found = self._targets.get((holding, classes))
+        if found is None:
+            found = self._targets[holding, classes] = Targets(
+                self._send(lambda n: n.positions(n.of(classes))),
+                self._send(lambda n: n.sequences(n.of(classes))),
+                self._send(lambda n: n.slots(holding, n.of(classes))),
+            )
+        return found
+
+    def _query_targets(self, queries: RowsRecipe) -> Targets:
+        """For queries that leave no entry: only their positions matter."""
+        return Targets(
+            self._send(lambda n: n.positions(queries(n))),
+            self._send(lambda n: n.sequences(queries(n))),
+            self._send(lambda n: torch.full_like(n.positions(queries(n)), -1)),
+        )
+
+    def _copies(self, source: int, classes: Classes, layer: LayerPlan) -> Copies:
+        held, holding = self._plan.layers[source].holding, layer.holding
+        return Copies(
+            source,
+            self._send(lambda n: n.sequences(n.of(classes))),
+            self._send(lambda n: n.slots(held, n.of(classes))),
+            self._send(lambda n: n.slots(holding, n.of(classes))),
+        )
+
+    def _reach(self, holding: Classes, attending: Classes, queries: RowsRecipe) -> Reach:
+        """What those of ``queries`` see that are of classes ``attending``."""
+        order, bounds = self._sort(attending, queries)
+        limits = self._send(lambda n: n.limits(holding, queries(n)))
+        is_whole = self._numbers.is_whole(holding, torch.tensor(bounds.host))
+        return Reach(limits, order, bounds, is_whole)
+
+    def _sort(self, classes: Classes, rows: RowsRecipe) -> tuple[Tensor, Bounds]:
+        """The order of those of ``rows`` that are of ``classes``, and where sequences begin."""
+
+        def bounds(numbers: RowNumbers) -> Tensor:
+            return numbers.bounds(rows(numbers), classes)
+
+        order = self._send(lambda n: n.order(rows(n), classes))
+        return order, Bounds(tuple(bounds(self._numbers).tolist()), self._send(bounds))
+
+
+def _index_of(rows: Rows) -> Tensor:
+    assert isinstance(rows.index, Tensor)
+    return rows.index
+
+
+def _kv_by_class(plan: SkipPlan, layer: LayerPlan) -> dict[TokenClass, SkippedKV]:
+    """What a row of each class leaves if it skips a layer's attention, for classes that may."""
+    found = {c: cell.kv for c, cell in layer.cells.items() if cell.kv is not None}
+    for cell in plan.routed_by_layer.get(layer.index, ()):
+        if Sublayer.ATTENTION in cell.skip and cell.skipped.kv is not None:
+            found[cell.token_class] = cell.skipped.kv
+    return found
+
+
+def _sources(
+    plan: SkipPlan, layer: LayerPlan, classes: Classes
+) -> dict[int, frozenset[TokenClass]]:
+    """By lower layer: which of ``classes`` copy their entries from it."""
+    found: dict[int, frozenset[TokenClass]] = {}
+    for token_class in sorted(classes):
+        source = plan.kv_sources(layer.index, token_class)[0]
+        found[source] = found.get(source, frozenset()) | {token_class}
+    return found
