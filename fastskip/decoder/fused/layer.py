@@ -1,6 +1,6 @@
 """One decoder layer on the fused operations: in place, in few launches, none for what is skipped.
 
-It implements the same cells as ``decoder.layer.Block``; the same code runs prompts and decode steps.
+It implements the cells of ``decoder.layer.Block``; the same code runs prompts and decode steps.
 """
 
 from __future__ import annotations

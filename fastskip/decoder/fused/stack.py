@@ -1,7 +1,7 @@
 """The decoder on the fused operations: what runs on CUDA.
 
-It runs the same plan as ``decoder.stack.Decoder`` and falls back to it where the fused operations are not
-defined: when gradients are wanted, and while a layer's projections cannot be merged.
+It runs the same plan as ``decoder.stack.Decoder`` and falls back to it where the fused operations
+are not defined: when gradients are wanted, and while a layer's projections cannot be merged.
 """
 
 from __future__ import annotations
