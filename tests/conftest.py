@@ -79,7 +79,7 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     kept = []
     for item in items:
         name, is_case, _ = item.nodeid.partition("[")
-        is_slow = name.startswith(("tests/kernels/", "tests/test_launches.py"))
+        is_slow = name.startswith(("tests/kernels/", "tests/plan/test_launches.py"))
         is_slow = is_slow or name.partition("::")[0].endswith(INTERPRETED)
         is_thin = bool(is_case) and is_slow
         if not is_thin or name not in seen or zlib.crc32(item.nodeid.encode()) % 3 == 0:

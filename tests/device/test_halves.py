@@ -16,10 +16,10 @@ from fastskip.ops import fused
 from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
 from tests.device.conftest import IMPL
+from tests.generation.test_properties import Case, cases
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, parallel, policy_of, skip
 from tests.routing.routed import check_generate, random, routed, similarity
-from tests.test_properties import Case, cases
 
 DEPTH, NEW = 4, 4
 # What a step of each leaves: two a layer, but for what does nothing, and for parallel layers and

@@ -13,9 +13,9 @@ from fastskip.families import text_model_of
 from fastskip.verification.exact import compute_in_double
 from tests.agreement import Trio, generate
 from tests.batches import random_batch
+from tests.decoder.test_gradients import compare, oracle_gradients
 from tests.models import tiny_llama, tiny_llava
 from tests.policies import CELLS, Policy, policy_of, skip
-from tests.test_gradients import compare, oracle_gradients
 
 pytestmark = pytest.mark.reference
 

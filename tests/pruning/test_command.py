@@ -19,7 +19,7 @@ from fastskip.study import pruning
 from fastskip.study.pruning import Recipe, WeightMasks, find_masks
 from fastskip.study.samples import inputs_of, read_samples
 from tests.checkpoints import save_checkpoint
-from tests.test_cli import run, succeed
+from tests.commands.test_cli import run, succeed
 
 
 @pytest.fixture(scope="module")

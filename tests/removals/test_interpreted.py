@@ -18,8 +18,8 @@ from tests.agreement import Trio
 from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
 from tests.models import tiny_llava
+from tests.plan.test_plan import shape
 from tests.removals.removing import removal, removing
-from tests.test_plan import shape
 
 TABLE = "nvidia-h200"
 

@@ -14,10 +14,10 @@ from fastskip.verification.exact import compute_in_double
 from fastskip.verification.oracle import MaskedOracle
 from tests.agreement import answer_labels
 from tests.batches import random_batch
+from tests.decoder.test_gradients import gradients, inputs_of
 from tests.models import tiny_llava
 from tests.policies import parallel
 from tests.routing.routed import random, routed, similarity
-from tests.test_gradients import gradients, inputs_of
 
 POLICIES = {
     "block, omit": routed(random([1, 2], "all", "block", kv="omit")),

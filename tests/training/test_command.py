@@ -15,7 +15,7 @@ from fastskip.study.training import DataError, Example, Parts, Settings, Turn
 from fastskip.study.training.curve import write_curve
 from fastskip.study.training.measuring import batches_of, compare_dense, held_out_loss
 from tests.checkpoints import save_checkpoint
-from tests.test_cli import run, succeed
+from tests.commands.test_cli import run, succeed
 from tests.training.conversations import POLICY, examples, picture, prepared, processor
 
 ROW = {

@@ -19,10 +19,10 @@ from fastskip.policy import SkipPolicy
 from tests.agreement import generate
 from tests.batches import random_batch
 from tests.checkpoints import VOCAB, save_checkpoint
+from tests.commands.test_cli import MACHINE, succeed
 from tests.merging import MOVES, assert_equal_parameters, assert_same_logits, ids, logits
 from tests.models import tiny_opt
 from tests.policies import MIXED, policy_of, skip
-from tests.test_cli import MACHINE, succeed
 
 
 @pytest.fixture

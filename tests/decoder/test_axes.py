@@ -34,7 +34,7 @@ from tests.budget import assert_within_budget, truth_copy
 from tests.checkpoints import CHAT_TEMPLATE, VOCAB, build_processor
 from tests.models import PATCH, Kind, tiny_llava
 from tests.policies import policy_of, skip
-from tests.test_prompts import image
+from tests.prompts.test_prompts import image
 
 NEW = 6
 LATER = {"attention_mask": 1, "mm_token_type_ids": 0}

@@ -32,8 +32,8 @@ from fastskip.study.thresholds import bar_for
 from fastskip.tokens import CODES
 from tests.batches import random_batch
 from tests.checkpoints import save_checkpoint
+from tests.commands.test_cli import run, succeed
 from tests.models import tiny_llava
-from tests.test_cli import run, succeed
 
 pytestmark = pytest.mark.reference
 Samples = list[dict[str, Any]]

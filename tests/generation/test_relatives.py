@@ -39,7 +39,7 @@ from tests.checkpoints import (
 from tests.generating import NEW, Twins, twins
 from tests.models import CROP, PATCH, RELATIVES, Kind, build_model, tiny_llava, tiny_text_only
 from tests.policies import MIXED, policy_of, skip
-from tests.test_prompts import SIZES, image
+from tests.prompts.test_prompts import SIZES, image
 
 POLICY = MIXED["each class its own rule"]
 VIDEOS: tuple[Kind, ...] = ("llava_next_video", "video_llava", "perception_lm", "video_llama_3")

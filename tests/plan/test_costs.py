@@ -43,7 +43,7 @@ from fastskip.policy import (
     SkipRule,
     TokenClass,
 )
-from tests.test_plan import shape, simulate, skip_plans
+from tests.plan.test_plan import shape, simulate, skip_plans
 
 IMAGE, TEXT, GENERATED = TokenClass
 PROMPT = (TEXT, TEXT, IMAGE, IMAGE, IMAGE, TEXT, TEXT)
@@ -594,7 +594,7 @@ def test_table_of_weights_read() -> None:
 
 
 def test_readme_tells_what_groups_cost() -> None:
-    readme = (Path(__file__).parents[1] / "fastskip" / "routing" / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "fastskip" / "routing" / "README.md").read_text()
     assert weights_read_table() in readme
 
 

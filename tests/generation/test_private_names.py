@@ -27,7 +27,7 @@ LATER = ("_maybe_prepare_encoder_kwargs_for_generation",)
 def test_signature(name: str) -> None:
     advice = (
         f"transformers {transformers.__version__} has another GenerationMixin.{name}: compare its "
-        "body with fastskip/generation/loop.py and prepared.py, run tests/test_generate*.py, then "
+        "body with fastskip/generation/loop.py and prepared.py, run tests/generation, then "
         "pin the new signature here"
     )
     method = getattr(GenerationMixin, name, None)

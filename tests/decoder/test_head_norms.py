@@ -16,10 +16,10 @@ from fastskip.policy import SkipPolicy
 from tests.agreement import Trio, generate, greedy
 from tests.batches import Batch, random_batch
 from tests.device.interpreted import STREAM
+from tests.generation.test_drop_in import Edit, check_followed, told
 from tests.models import tiny_llava, tiny_text_only
 from tests.policies import MIXED, Policy
 from tests.routing.routed import check_forward, check_generate, random, routed
-from tests.test_drop_in import Edit, check_followed, told
 
 IMPLS = ["reference", "torch"]
 NEW = 3

@@ -29,7 +29,7 @@ from fastskip.policy import (
     Sublayer,
     TokenClass,
 )
-from tests.test_policy import EXAMPLE
+from tests.policy.test_policy import EXAMPLE
 
 IMAGE, TEXT, GENERATED = TokenClass
 EVERY = frozenset(TokenClass)
@@ -257,7 +257,7 @@ def test_fingerprint_follows_execution_only() -> None:
 
 def test_order_is_the_same_in_every_process() -> None:
     code = (
-        "from tests.test_plan import *; p = plan_of(SkipRule(':3', [TEXT, IMAGE], 'block'));"
+        "from tests.plan.test_plan import *; p = plan_of(SkipRule(':3', [TEXT, IMAGE], 'block'));"
         "print(p.fingerprint, [sorted(g) for g in p.groups], p.table())"
     )
     outputs = {

@@ -6,7 +6,7 @@ import pytest
 
 from fastskip.commands.common import CommandError
 from fastskip.commands.outputs import check_file, check_folder
-from tests.test_cli import run
+from tests.commands.test_cli import run
 
 COMMANDS = {
     "bench": "--out",

@@ -298,7 +298,7 @@ def test_nothing_runs_in_a_dry_count() -> None:
 
 
 def test_the_readme_has_the_counts_of_today() -> None:
-    written = (Path(__file__).parents[1] / "README.md").read_text()
+    written = (Path(__file__).parents[2] / "README.md").read_text()
     between = written.partition(launch_table.BEGIN)[2].partition(launch_table.END)[0]
     assert between.strip() == launch_table.markdown()
 
