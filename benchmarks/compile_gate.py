@@ -15,9 +15,9 @@ and sm_100 with the conservative defaults, at the shapes of a 7B model. The gate
 
 It prints a summary of registers, shared memory and spills, and full rows where these differ from
 the findings kept in ``benchmarks/results/compile`` (``--keep`` writes there) or where a check
-fails. Findings are kept by source: a kernel with the same source and compiler is not compiled
-again (unless ``--again``), except for a sample, drawn by source, whose results must match what is
-kept. Exit code 1: a check failed.
+fails. Findings are kept by what the source says (``kernels.sources``): a kernel with the same code
+and compiler is not compiled again (unless ``--again``), except for a sample, drawn by code, whose
+results must match what is kept. Comments change nothing. Exit code 1: a check failed.
 """
 
 from __future__ import annotations

@@ -32,9 +32,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import JITCallable, create_function_from_signature
 
 from fastskip.kernels.launch import Launch
+from fastskip.kernels.sources import meaning_of
 
 VERSION = 3
 """Of the findings; a new version invalidates the cached ones."""
@@ -74,13 +75,15 @@ class Build:
 
     @property
     def key(self) -> str:
-        """Equal for builds of the same machine code: sources, specialisation, options, versions."""
+        """Equal for builds of the same machine code: what the sources say, specialisation, options,
+        versions."""
         backend = make_backend(_target(self.arch))
         constants = {
-            path: getattr(value, "cache_key", value) for path, value in self.constants.items()
+            path: meaning_of(value) if isinstance(value, JITCallable) else value
+            for path, value in self.constants.items()
         }
         parts = (
-            self.function.cache_key,
+            meaning_of(self.function),
             sorted(self.signature.items()),
             sorted((path, str(value)) for path, value in constants.items()),
             sorted((path, str(value)) for path, value in self.attributes.items()),
