@@ -21,7 +21,7 @@ from fastskip.timing import threads_set
 
 HEADS = {"0.5b": (16, 16, 64), "14 heads on 2": (14, 2, 64), "7b": (32, 32, 128)}
 """Query heads, key heads and head dim."""
-ROWS = ((44, 620), (128, 620), (310, 620), (620, 620), (1500, 1500))
+ROWS = ((1, 620), (44, 620), (128, 620), (310, 620), (620, 620), (1500, 1500))
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS = 9
 

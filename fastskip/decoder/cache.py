@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 
 from fastskip.decoder.slots import EntryTable, Segment
 from fastskip.ops.allocate import empty, outside_inference_mode
+from fastskip.ops.attention import reads_in_place
 from fastskip.plan import SkipPlan
 from fastskip.plan.layer_plan import Staged, Table, classes_of
 from fastskip.policy import TokenClass
@@ -151,22 +152,20 @@ class SkipCache(Cache):
         table, slots = self.tables[key], max(needed, default=0)
         if slots <= table.capacity:
             return
-        table.reserve(slots + self._later_slots(layout, key, like.dtype))
+        table.reserve(slots + self._later_slots(layout, key, like))
         shape = (layout.batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
         for layer in self._layers_by_table[key]:
             entries = self.entries.setdefault(layer, LayerEntries())
             entries.extend(table.segments, shape, like)
 
-    def _later_slots(self, layout: TokenLayout, key: Table, dtype: torch.dtype) -> int:
-        """Extra slots that a segment gets for the columns expected later.
-
-        Batched bf16 GEMMs copy operands that are not dense in memory, so in such dtypes the
-        prompt's segment is exactly full and only the short last segment is ever copied.
-        """
-        is_dense = dtype in (torch.float32, torch.float64)
+    def _later_slots(self, layout: TokenLayout, key: Table, like: Tensor) -> int:
+        """Extra slots that a segment gets for the columns expected later; none where the unused
+        ones would make every read a copy. Then the prompt's segment is exactly full, and only the
+        short last one is ever copied."""
         holding = self.plan.layers[self._layers_by_table[key][0]].holding
         expected = self.reserve - layout.first_column - layout.width
-        return max(0, expected) if is_dense and TokenClass.GENERATED in holding else 0
+        is_useful = TokenClass.GENERATED in holding and reads_in_place(like)
+        return max(0, expected) if is_useful else 0
 
     def codes_at(self, stage: int) -> Tensor:
         """``codes`` as the layers after ``stage`` removals see them: removed rows are pads."""

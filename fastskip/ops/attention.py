@@ -18,8 +18,9 @@ from fastskip.ops import processor
 
 # Queries per block: enough to keep a core busy, few enough to skip most of what causality hides.
 _BLOCK = 128
-# Queries from which on the fused kernel is the faster form, with AMX.
+# Queries from which on the fused kernel is the faster form with AMX, in any dtype.
 _FUSED = 64
+_FULL = (torch.float32, torch.float64)
 
 
 def attend(
@@ -46,20 +47,30 @@ def attend(
         ``[B, H, N, K]``.
     """
     causal = is_causal and queries.shape[2] > 1
-    if dropout or queries.requires_grad or _fuses_fast(queries):
+    if dropout or queries.requires_grad or _fuses_fast(queries, len(keys)):
         return attend_fused(
             queries, keys, values, visible, is_causal=causal, scale=scale, dropout=dropout
         )
     return attend_in_blocks(queries, keys, values, visible, is_causal=causal, scale=scale)
 
 
-def _fuses_fast(queries: Tensor) -> bool:
-    """Whether torch's fused kernel is the faster form here."""
-    return (
-        queries.shape[2] >= _FUSED
-        and queries.device.type == "cpu"
-        and processor.has_amx(queries.dtype)
-    )
+def reads_in_place(entries: Tensor) -> bool:
+    """Whether few queries read keys and values like ``entries`` where they lie, though these are
+    the first slots of a longer segment. Batched products in half precision copy them first;
+    torch's fused kernel, which takes the place of these products with AMX, does not."""
+    return entries.dtype in _FULL or _multiplies_tiles(entries)
+
+
+def _fuses_fast(queries: Tensor, segments: int) -> bool:
+    """Whether torch's fused kernel is the faster form here. It takes one segment: few queries are
+    not worth a copy of several, and in full precision products are as fast for them."""
+    if not _multiplies_tiles(queries):
+        return False
+    return queries.shape[2] >= _FUSED or (segments == 1 and queries.dtype not in _FULL)
+
+
+def _multiplies_tiles(x: Tensor) -> bool:
+    return x.device.type == "cpu" and processor.has_amx(x.dtype)
 
 
 def attend_fused(

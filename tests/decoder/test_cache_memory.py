@@ -7,6 +7,7 @@ import fastskip
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import SEGMENT_SLOTS
 from fastskip.generation.cache_name import CACHE_NAME
+from fastskip.ops import processor
 from fastskip.ops.allocate import empty
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
@@ -114,3 +115,26 @@ def test_growth_moves_nothing_and_changes_nothing(trio: Trio, name: str) -> None
 def test_poison_works() -> None:
     """Every test runs with fresh memory that is NaN, so a slot read too early shows."""
     assert empty((2, 2), torch.float32, torch.device("cpu")).isnan().all()
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    ("dtype", "has_amx", "segments"),
+    [("float32", False, 1), ("bfloat16", True, 1), ("bfloat16", False, 2)],
+)
+def test_answers_share_the_prompts_segment_where_that_saves_copies(
+    batch: Batch, dtype: str, has_amx: bool, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products in half precision copy what is not full; the fused kernel, taken with AMX, does
+    not."""
+    kind = getattr(torch, dtype)
+    monkeypatch.setattr(processor, "has_amx", lambda dtype: has_amx and dtype is kind)
+    model = fastskip.apply_(tiny_llava().to(kind))
+    inputs = {
+        name: value.to(kind) if value.is_floating_point() else value
+        for name, value in batch.inputs().items()
+    }
+    cache: SkipCache = model.generate(
+        **inputs, max_new_tokens=9, do_sample=False, return_dict_in_generate=True
+    )[CACHE_NAME]
+    assert [len(table.segments) for table in cache.tables.values()] == [segments]

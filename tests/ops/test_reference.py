@@ -79,7 +79,8 @@ def test_a_mask_kept_for_later_serves_every_length() -> None:
 def test_attention_takes_the_form_that_is_faster_here(
     rows: int, has_amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few queries have no use for the fused kernel; gradients and dropout need it."""
+    """With AMX many queries take the fused kernel, and in half precision few on one segment too;
+    gradients and dropout need it."""
     monkeypatch.setattr(processor, "has_amx", lambda dtype: has_amx and dtype is not torch.float64)
     taken: list[str] = []
     for form in ("attend_fused", "attend_in_blocks"):
@@ -88,7 +89,12 @@ def test_attention_takes_the_form_that_is_faster_here(
     for queries in [torch.ones(1, 1, rows, 4, dtype=dtype) for dtype in kinds]:
         attention.attend(queries, [queries], [queries], None, is_causal=True, scale=1.0)
     fast = "attend_fused" if has_amx and rows == 200 else "attend_in_blocks"
-    assert taken == [fast, fast, "attend_in_blocks"]
+    half = "attend_fused" if has_amx else "attend_in_blocks"
+    assert taken == [fast, half, "attend_in_blocks"]
+    taken.clear()
+    halves = [torch.ones(1, 1, rows, 4, dtype=torch.bfloat16)] * 2
+    attention.attend(halves[0], halves, halves, None, is_causal=True, scale=1.0)
+    assert taken == [fast]
     taken.clear()
     queries.requires_grad_()
     attention.attend(queries, [queries], [queries], None, is_causal=True, scale=1.0)
