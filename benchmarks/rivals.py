@@ -16,9 +16,9 @@ from fastskip.demo import checkpoint_path
 from fastskip.demo.model import Size
 from fastskip.demo.smaller import write_checkpoint
 from fastskip.prompts import processor_for
-from fastskip.study.evaluation import Exam
-from fastskip.study.judging import Judgement, judge
-from fastskip.study.smaller_images import shrunk_processor
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.judging import Judgement, judge
+from fastskip.study.evaluation.smaller_images import shrunk_processor
 
 ITEMS = 200
 

@@ -119,7 +119,8 @@ FLOORS = {
     ),
     # The experiments of the paper are run on the demo's models and scenes.
     "paper": Floor(
-        ("study.paper", "study.comparison", "study.judging", "study.evaluation_result"),
+        ("study.paper", "study.evaluation.comparison", "study.evaluation.judging")
+        + ("study.evaluation.result",),
         (
             *PURE,
             "families",

@@ -35,12 +35,12 @@ from fastskip.commands.exams import (
     first_of,
 )
 from fastskip.commands.outputs import check_folder
+from fastskip.study.evaluation.metrics import Metric
 from fastskip.study.json_file import json_text
-from fastskip.study.metrics import Metric
 from fastskip.wording import counted
 
 if TYPE_CHECKING:
-    from fastskip.study.evaluation import Exam
+    from fastskip.study.evaluation.exam import Exam
 
 FILE = "judgements.jsonl"
 """Where `--out` keeps the answers."""
@@ -136,8 +136,8 @@ def evaluate(
     chosen = demo_tasks(count) if items is None else _read(items, images, metric, count, on_broken)
     from tqdm import tqdm
 
-    from fastskip.study.evaluation_result import write_result
-    from fastskip.study.judging import JudgementFile, judge
+    from fastskip.study.evaluation.judging import JudgementFile, judge
+    from fastskip.study.evaluation.result import write_result
 
     path = checkpoint(model)
     exam = _checked(exam_of(chosen, path, batch, answer_tokens), broken, skip_broken)
@@ -173,7 +173,7 @@ def _read(
     count: int,
     on_broken: Callable[[str], object] | None,
 ) -> list[Any]:
-    from fastskip.study.items import read_items
+    from fastskip.study.evaluation.items import read_items
 
     return read_items(file, images, metric=metric, most=count, on_broken=on_broken)
 

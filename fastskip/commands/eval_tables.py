@@ -13,8 +13,8 @@ from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.intervals import Estimate
-    from fastskip.study.items import Item
-    from fastskip.study.judging import Judgement
+    from fastskip.study.evaluation.items import Item
+    from fastskip.study.evaluation.judging import Judgement
     from fastskip.wording import Scale
 
 

@@ -9,8 +9,8 @@ import typer
 from fastskip.commands.common import CommandError, config_of
 
 if TYPE_CHECKING:
-    from fastskip.study.evaluation import Exam
-    from fastskip.study.items import Item, ItemError
+    from fastskip.study.evaluation.exam import Exam
+    from fastskip.study.evaluation.items import Item, ItemError
 
 ItemsOption = Annotated[
     Path | None,
@@ -45,8 +45,8 @@ def exam_of(
 ) -> "Exam":
     """The items as inputs of a checkpoint; ``smaller`` divides the sides of images."""
     from fastskip.prompts import processor_for
-    from fastskip.study.evaluation import Exam
-    from fastskip.study.smaller_images import shrunk_processor
+    from fastskip.study.evaluation.exam import Exam
+    from fastskip.study.evaluation.smaller_images import shrunk_processor
 
     processor: Any = processor_for(path)
     return Exam(
@@ -60,7 +60,7 @@ def exam_of(
 
 def first_of(broken: Sequence[str], advice: str = "") -> "ItemError":
     """The error that names the first of the items that cannot be asked."""
-    from fastskip.study.items import ItemError
+    from fastskip.study.evaluation.items import ItemError
 
     more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
     return ItemError(f"{broken[0]}{more}{advice}")

@@ -35,8 +35,8 @@ from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
 if TYPE_CHECKING:
-    from fastskip.study.evaluation import Exam
-    from fastskip.study.items import Item
+    from fastskip.study.evaluation.exam import Exam
+    from fastskip.study.evaluation.items import Item
     from fastskip.study.search import Watcher
 
 CALIBRATION_SEED = 5
@@ -133,7 +133,7 @@ def search(
     check_folder("--out", out)
     check_sources(model, items, images)
     from fastskip import plotting
-    from fastskip.study.metrics import scale_of
+    from fastskip.study.evaluation.metrics import scale_of
     from fastskip.study.search import Search, SearchSettings, parse_budget, plots
     from fastskip.study.search.hidden_states import compared
     from fastskip.study.search.solver import require
@@ -193,8 +193,8 @@ def _parted(
     """Items to calibrate on, and held-out ones to judge by."""
     import random
 
+    from fastskip.study.evaluation.items import ItemError, read_items
     from fastskip.study.fingerprints import items_fingerprint
-    from fastskip.study.items import ItemError, read_items
 
     if file is None:
         held_out = demo_tasks(count)

@@ -31,7 +31,7 @@ from fastskip.wording import counted
 
 if TYPE_CHECKING:
     from fastskip.demo.model import Size
-    from fastskip.study.comparison import Compared, Contender
+    from fastskip.study.evaluation.comparison import Compared, Contender
 
 DEMO = "demo:"
 """Prefix of the names of bundled models."""
@@ -154,8 +154,8 @@ def compare(
         raise CommandError("--items: needed with models that are not the demo's; a JSON lines file")
     from tqdm import tqdm
 
-    from fastskip.study.comparison import compare as measure
-    from fastskip.study.items import read_items
+    from fastskip.study.evaluation.comparison import compare as measure
+    from fastskip.study.evaluation.items import read_items
 
     chosen = demo_items(count) if items is None else read_items(items)[:count]
     with tqdm(total=len(contenders), disable=None) as bar:
@@ -197,7 +197,7 @@ def _show(folder: Path) -> None:
 
 def _contender(named: str, dtype: Dtype, device: str | None) -> "Contender":
     """The model and policy of a name; raises on wrong ones before anything is loaded."""
-    from fastskip.study.comparison import Contender
+    from fastskip.study.evaluation.comparison import Contender
 
     path, _, policy = named.partition("@")
     chosen = policy_of(policy or None)
@@ -231,7 +231,7 @@ def _load_named(path: str, policy: Any, dtype: Dtype, device: str | None) -> tup
 
 
 def _table(found: Sequence["Compared"], count: int) -> None:
-    from fastskip.study.comparison import ALL
+    from fastskip.study.evaluation.comparison import ALL
 
     titles = (
         "model",

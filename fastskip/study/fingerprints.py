@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from fastskip.fingerprints import LENGTH, fingerprint, model_fingerprint
 from fastskip.policy import SkipPolicy
-from fastskip.study.items import Item
+from fastskip.study.evaluation.items import Item
 
 __all__ = [
     "combined",

@@ -21,8 +21,8 @@ from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.policy import TokenClass
 from fastskip.prompts import build_inputs
 from fastskip.prompts.rendering import Renderer
-from fastskip.study.evaluation import Exam
-from fastskip.study.items import Item
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.items import Item
 from fastskip.study.search.calibrating import Calibrator
 from fastskip.study.similarity import similarities
 from fastskip.tokens import CODES, PAD, TokenLayout

@@ -15,7 +15,7 @@ import fastskip
 from fastskip.demo import checkpoint_path
 from fastskip.prompts import build_inputs, processor_for
 from fastskip.prompts.images import load_image
-from tests.study.test_evaluation import items_of
+from tests.study.evaluation.test_exam import items_of
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install 'fastskip[lmms]'")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,9 +18,9 @@ from fastskip.integrations.lmms_eval.requests import Options, Question, batches
 from fastskip.integrations.lmms_eval.times import TaskTimes
 from fastskip.prompts import build_inputs, processor_for
 from fastskip.prompts.conversations import Turn
-from fastskip.study.metrics import Metric
+from fastskip.study.evaluation.metrics import Metric
 from fastskip.timing import Arrivals
-from tests.study.test_evaluation import items_of
+from tests.study.evaluation.test_exam import items_of
 
 
 @dataclass

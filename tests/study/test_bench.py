@@ -32,7 +32,7 @@ from fastskip.study.bench.workload import (
     synthetic_inputs,
     workload_of,
 )
-from fastskip.study.comparison import prompt_sizes
+from fastskip.study.evaluation.comparison import prompt_sizes
 from fastskip.study.pruning import Recipe, prune_
 from tests.checkpoints import VOCAB, build_processor, save_checkpoint
 from tests.models import LLAVA_KINDS, tiny_llama, tiny_llava

@@ -26,9 +26,9 @@ from fastskip.policy_fit import made_for
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.calibration import Calibration, CalibrationError, calibrate
-from fastskip.study.observation import Observer, Scores
+from fastskip.study.calibration.observation import Observer, Scores
+from fastskip.study.calibration.thresholds import bar_for
 from fastskip.study.samples import SampleError, inputs_of, read_samples
-from fastskip.study.thresholds import bar_for
 from fastskip.tokens import CODES
 from tests.batches import random_batch
 from tests.checkpoints import save_checkpoint

@@ -17,7 +17,7 @@ from fastskip.demo.model import Size
 from fastskip.demo.smaller import load
 from fastskip.families import text_model_of
 from fastskip.policy import TokenClass
-from fastskip.study.evaluation import Exam
+from fastskip.study.evaluation.exam import Exam
 from fastskip.study.paper import report, runner
 from fastskip.study.paper.experiments import (
     DENSE,

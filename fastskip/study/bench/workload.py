@@ -15,7 +15,7 @@ from fastskip.demo.scenes import Split, draw, scenes
 from fastskip.families import placeholders
 from fastskip.prompts import build_inputs
 from fastskip.study.bench.errors import BenchError
-from fastskip.study.comparison import prompt_sizes
+from fastskip.study.evaluation.comparison import prompt_sizes
 
 QUESTION = "describe the image."
 WORDS = "what is the colour of the shape in the image and how many are there"

@@ -12,9 +12,9 @@ from fastskip.demo.evaluation import held_out
 from fastskip.demo.results import Workload
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.text import ASSISTANT, IMAGE_TOKENS
-from fastskip.study.evaluation import Exam
-from fastskip.study.items import Item
-from fastskip.study.metrics import Metric
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.items import Item
+from fastskip.study.evaluation.metrics import Metric
 
 CAPTION = QuestionKind.CAPTION.value
 QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)

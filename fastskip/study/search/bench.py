@@ -12,8 +12,8 @@ from fastskip.loading import plan_of
 from fastskip.machine import machine_key
 from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy
-from fastskip.study.comparison import prompt_sizes
-from fastskip.study.evaluation import Exam
+from fastskip.study.evaluation.comparison import prompt_sizes
+from fastskip.study.evaluation.exam import Exam
 from fastskip.study.fingerprints import combined
 from fastskip.study.samples import placed
 from fastskip.study.search.budget import Quantity

@@ -19,8 +19,8 @@ from torch import Tensor
 from fastskip.families import DEEP_INPUTS, placeholders, text_model_of
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy, TokenClass
-from fastskip.study.agreement import end_tokens
-from fastskip.study.evaluation import Exam
+from fastskip.study.evaluation.agreement import end_tokens
+from fastskip.study.evaluation.exam import Exam
 from fastskip.study.samples import placed
 from fastskip.tokens import CODES
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.fingerprints import model_fingerprint
-from fastskip.study.evaluation import Exam
+from fastskip.study.evaluation.exam import Exam
 from fastskip.study.fingerprints import combined
 from fastskip.study.search.measurement_cache import FILE, MeasurementCache
 from fastskip.study.search.settings import Watcher

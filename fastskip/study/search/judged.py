@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastskip.policy import SkipPolicy
-from fastskip.study.judging import Judgement
+from fastskip.study.evaluation.judging import Judgement
 from fastskip.study.search.bench import Bench
 from fastskip.study.search.budget import Budget, Quantity
 from fastskip.study.search.conclusion import FOUND

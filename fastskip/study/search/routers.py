@@ -9,9 +9,9 @@ from typing import Any
 from fastskip.loading import set_policy
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, Sublayer, TokenClass
 from fastskip.study.calibration import Calibration, CalibrationError, calibrate
+from fastskip.study.calibration.shares import pooled
 from fastskip.study.search.matching import Entrant, LeftOut, over_budget
 from fastskip.study.search.refine import SLACK
-from fastskip.study.shares import pooled
 
 Share = Callable[[SkipPolicy, Mapping[int, float] | None], float]
 

@@ -10,9 +10,9 @@ from typing import Any
 from fastskip.loading import plan_of, set_policy
 from fastskip.plan.costs import Ceilings
 from fastskip.policy_fit import made_for
-from fastskip.study.evaluation import Exam
-from fastskip.study.judging import Judgement, JudgementFile, judge
-from fastskip.study.metrics import scale_of
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.judging import Judgement, JudgementFile, judge
+from fastskip.study.evaluation.metrics import scale_of
 from fastskip.study.provenance import circumstances
 from fastskip.study.search import conclusion, sensitivity, solver
 from fastskip.study.search.bench import Bench

@@ -9,7 +9,7 @@ import pytest
 
 from fastskip.intervals import paired_shares
 from fastskip.study.bench.results import BenchResult
-from fastskip.study.judging import Judgement
+from fastskip.study.evaluation.judging import Judgement
 from fastskip.study.report.accuracy_chart import DENSE, POLICY
 from fastskip.study.report.bench_file import read_bench
 from fastskip.study.report.eval_file import read_eval

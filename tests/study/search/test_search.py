@@ -15,8 +15,8 @@ from fastskip.cli import app
 from fastskip.plan.costs import Ceilings, floor_seconds
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.policy_fit import check_fit
-from fastskip.study.evaluation import Exam
-from fastskip.study.items import Item
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.items import Item
 from fastskip.study.search import (
     BudgetError,
     Search,
@@ -255,7 +255,7 @@ def test_a_budget_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return Times(prefill, 1e-6 + step / (new_tokens - 1), 1e-5 + prefill)
 
     monkeypatch.setattr("fastskip.study.search.latency.time_once", foretold)
-    monkeypatch.setattr("fastskip.study.judging.time_once", foretold)
+    monkeypatch.setattr("fastskip.study.evaluation.judging.time_once", foretold)
     settings = replace(SETTINGS, tries=2, points=0, randoms=0, wirings=False)
     model = fastskip.apply_(tiny_llava(depth=2), "dense")
     result = search(model, None, "tpot 1.2x", settings=settings).run()

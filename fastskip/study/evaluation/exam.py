@@ -1,4 +1,4 @@
-"""A model's answers to items, scored one by one, so that two models can be compared item by item.
+"""Ask a model items.
 
 Models are used through `generate` only: Hugging Face's own, a prepared one under any policy, a
 smaller one and a pruned one are all measured the same way.
@@ -6,128 +6,22 @@ smaller one and a pruned one are all measured the same way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fastskip.intervals import Estimate, mean_difference, mean_score
-from fastskip.study.captions import check as check_captions
+from fastskip.study.evaluation.answers import Evaluation, Judged
+from fastskip.study.evaluation.captions import check as check_captions
+from fastskip.study.evaluation.item_inputs import MAX_CACHE_BYTES, ItemInputs
+from fastskip.study.evaluation.items import Item, ItemError
+from fastskip.study.evaluation.metrics import Metric, score_all
 from fastskip.study.fingerprints import items_fingerprint
-from fastskip.study.item_inputs import MAX_CACHE_BYTES, ItemInputs
-from fastskip.study.items import Item, ItemError
-from fastskip.study.metrics import Metric, scale_of, score_all
 from fastskip.study.samples import placed
-from fastskip.wording import Scale
 
 Watch = Callable[[Sequence[int], Tensor, Tensor], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """One item, the model's answer, and its score: in [0, 1], or in [0, 10] under CIDEr."""
-
-    kind: str
-    question: str
-    references: tuple[str, ...]
-    metric: Metric
-    answer: str
-    score: float
-
-    @property
-    def item(self) -> tuple[str, str, tuple[str, ...]]:
-        """The item itself, without the answer."""
-        return self.kind, self.question, self.references
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One model's answers to all items of an exam, in its order."""
-
-    judged: tuple[Judged, ...]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of items, in order of first appearance."""
-        return tuple(dict.fromkeys(each.kind for each in self.judged))
-
-    @property
-    def parts(self) -> dict[Scale, Evaluation]:
-        """The items grouped by scale: only scores on the same scale can be averaged."""
-        present = {each.metric.scale for each in self.judged}
-        return {
-            scale: Evaluation(tuple(each for each in self.judged if each.metric.scale is scale))
-            for scale in Scale
-            if scale in present
-        }
-
-    def scores(self, *kinds: str) -> NDArray[np.float64]:
-        """The scores of the items of these kinds; of all items if none is given.
-
-        Raises:
-            ValueError: no item is of one of the kinds.
-            ScaleError: the scores are on different scales.
-        """
-        chosen = self._of(kinds)
-        scale_of(each.metric for each in chosen)
-        return np.array([each.score for each in chosen])
-
-    def mean(self, *kinds: str) -> float:
-        """The mean score of these kinds."""
-        return float(self.scores(*kinds).mean())
-
-    def estimate(self, *kinds: str, seed: int = 0) -> Estimate:
-        """The mean score of these kinds with its interval (`intervals.mean_score`)."""
-        return mean_score(self.scores(*kinds), is_share=self._is_share(kinds), seed=seed)
-
-    def minus(self, other: Evaluation, *kinds: str, seed: int = 0) -> Estimate:
-        """How much better this model does than another on the same items, with its interval
-        (`intervals.mean_difference`); an evaluation minus itself is exactly 0.
-
-        Raises:
-            ValueError: the other model answered different items.
-        """
-        ours, theirs = ([each.item for each in one.judged] for one in (self, other))
-        if ours != theirs:
-            raise ValueError("evaluations: on different items; allowed: two of the same exam")
-        before, after = other.scores(*kinds), self.scores(*kinds)
-        if other is self:
-            return Estimate(0.0, 0.0, 0.0)
-        return mean_difference(before, after, is_share=self._is_share(kinds), seed=seed)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {"judged": [asdict(each) for each in self.judged]}
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Evaluation:
-        """What `to_dict` gave."""
-        return cls(
-            tuple(
-                Judged(
-                    **{
-                        **each,
-                        "references": tuple(each["references"]),
-                        "metric": Metric(each["metric"]),
-                    }
-                )
-                for each in document["judged"]
-            )
-        )
-
-    def _is_share(self, kinds: Sequence[str]) -> bool:
-        return scale_of(each.metric for each in self._of(kinds)) is Scale.SHARE
-
-    def _of(self, kinds: Sequence[str]) -> list[Judged]:
-        for kind in kinds:
-            if kind not in self.kinds:
-                raise ValueError(f"kind: {kind!r}; allowed: {', '.join(self.kinds)}")
-        return [each for each in self.judged if not kinds or each.kind in kinds]
 
 
 class Exam:
@@ -151,7 +45,7 @@ class Exam:
             config: the model's; if given, prompts are checked against its maximum length.
             batch_size: prompts per batch, padded on the left.
             new_tokens: maximum number of tokens per answer.
-            most_kept: bytes of inputs to keep for the next model; the rest are rebuilt.
+            max_cache_bytes: bytes of inputs to keep for the next model; the rest are rebuilt.
         Raises:
             ItemError: there are no items, or a number is too small.
             CaptionError: too few items are under CIDEr, or its scorers are not installed.

@@ -22,18 +22,18 @@ from fastskip.intervals import Verdict
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, SkipRule
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
-from fastskip.study.agreement import AnswerLog, end_tokens
-from fastskip.study.evaluation import Exam
+from fastskip.study.evaluation.agreement import AnswerLog, end_tokens
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.items import Item
+from fastskip.study.evaluation.judging import Judgement, JudgementFile, judge
+from fastskip.study.evaluation.metrics import Metric
+from fastskip.study.evaluation.smaller_images import shrunk_processor, taking_smaller_images
 from fastskip.study.fingerprints import (
     items_fingerprint,
     model_fingerprint,
     policy_fingerprint,
 )
-from fastskip.study.items import Item
-from fastskip.study.judging import Judgement, JudgementFile, judge
-from fastskip.study.metrics import Metric
 from fastskip.study.paper.measuring import Effort, asked, items_of
-from fastskip.study.smaller_images import shrunk_processor, taking_smaller_images
 
 ITEMS = items_of(asked(0, Effort(questions=10, captions=4)))
 HALF = ("half", SkipPolicy.preset("every_nth_block"))

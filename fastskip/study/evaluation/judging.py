@@ -18,21 +18,22 @@ from typing import Any
 from fastskip.intervals import Estimate, Verdict
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
-from fastskip.study.agreement import AnswerAgreement, AnswerLog, end_tokens
-from fastskip.study.captions import CaptionScores
-from fastskip.study.comparison import prompt_sizes
-from fastskip.study.evaluation import Evaluation, Exam
+from fastskip.study.evaluation.agreement import AnswerAgreement, AnswerLog, end_tokens
+from fastskip.study.evaluation.answers import Evaluation
+from fastskip.study.evaluation.captions import CaptionScores
+from fastskip.study.evaluation.comparison import prompt_sizes
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.items import Item
+from fastskip.study.evaluation.metrics import Metric, YesNo
+from fastskip.study.evaluation.smaller_images import taking_smaller_images
 from fastskip.study.fingerprints import (
     combined,
     model_fingerprint,
     policy_fingerprint,
 )
-from fastskip.study.items import Item
 from fastskip.study.json_file import json_text
-from fastskip.study.metrics import Metric, YesNo
 from fastskip.study.observed_rates import observed_rates
 from fastskip.study.samples import placed
-from fastskip.study.smaller_images import taking_smaller_images
 from fastskip.timing import endless, time_once
 
 DENSE = "dense"

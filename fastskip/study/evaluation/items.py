@@ -15,8 +15,8 @@ from typing import Any
 from PIL.Image import Image
 
 from fastskip.prompts.conversations import PLACEHOLDER, DataError, Turn, example_of, image_names
+from fastskip.study.evaluation.metrics import Metric
 from fastskip.study.json_lines import Format
-from fastskip.study.metrics import Metric
 
 
 class ItemError(ValueError):

@@ -15,9 +15,9 @@ from fastskip.demo.scenes import draw
 from fastskip.demo.smaller import load, write_checkpoint
 from fastskip.demo.text import build_processor
 from fastskip.families import text_model_of
-from fastskip.study.comparison import ALL, Contender, compare
-from fastskip.study.evaluation import Exam
-from fastskip.study.metrics import Metric
+from fastskip.study.evaluation.comparison import ALL, Contender, compare
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.metrics import Metric
 from fastskip.study.paper import report
 from fastskip.study.paper.measuring import Effort, asked, items_of
 from fastskip.wording import Scale

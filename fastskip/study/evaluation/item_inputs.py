@@ -12,7 +12,7 @@ from fastskip.prompts import PromptError, encode_prompts
 from fastskip.prompts.conversations import DataError
 from fastskip.prompts.images import ImageError, load_image
 from fastskip.prompts.rendering import Renderer
-from fastskip.study.items import Item, ItemError
+from fastskip.study.evaluation.items import Item, ItemError
 
 MAX_CACHE_BYTES = 1 << 30
 """Bytes of inputs kept on the host: about 800 float32 images of 336 x 336 pixels."""

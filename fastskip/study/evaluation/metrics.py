@@ -7,7 +7,7 @@
 - Yes or no (Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", POPE,
   2023): an answer with "no" or "not" in its first sentence means no, any other means yes.
 - F1 over the phrases of a caption.
-- CIDEr of a caption (see `fastskip.study.captions`).
+- CIDEr of a caption (see `fastskip.study.evaluation.captions`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
 
-from fastskip.study import captions
+from fastskip.study.evaluation import captions
 from fastskip.wording import Scale, counted
 
 LEAST_PEOPLE = 4

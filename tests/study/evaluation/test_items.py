@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastskip.prompts.conversations import Turn
-from fastskip.study.items import Item, ItemError, read_items
-from fastskip.study.metrics import Metric, words
+from fastskip.study.evaluation.items import Item, ItemError, read_items
+from fastskip.study.evaluation.metrics import Metric, words
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 import fastskip
 from fastskip.demo import checkpoint_path
 from fastskip.prompts import build_batch, processor_for
-from fastskip.study.smaller_images import (
+from fastskip.study.evaluation.smaller_images import (
     SmallerImagesError,
     shrunk_processor,
     taking_smaller_images,

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from fastskip.intervals import Estimate
-from fastskip.study.captions import CaptionError, CaptionScores, cider, tokens
-from fastskip.study.evaluation import Evaluation, Judged
-from fastskip.study.items import Item, ItemError
-from fastskip.study.metrics import (
+from fastskip.study.evaluation.answers import Evaluation, Judged
+from fastskip.study.evaluation.captions import CaptionError, CaptionScores, cider, tokens
+from fastskip.study.evaluation.items import Item, ItemError
+from fastskip.study.evaluation.metrics import (
     Metric,
     ScaleError,
     YesNo,

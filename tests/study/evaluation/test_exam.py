@@ -12,10 +12,11 @@ from fastskip.demo.evaluation import answers, held_out
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.prompts import processor_for
 from fastskip.prompts.conversations import Turn
-from fastskip.study.evaluation import Evaluation, Exam, Judged
-from fastskip.study.item_inputs import ItemInputs
-from fastskip.study.items import Item, ItemError, read_items
-from fastskip.study.metrics import Metric
+from fastskip.study.evaluation.answers import Evaluation, Judged
+from fastskip.study.evaluation.exam import Exam
+from fastskip.study.evaluation.item_inputs import ItemInputs
+from fastskip.study.evaluation.items import Item, ItemError, read_items
+from fastskip.study.evaluation.metrics import Metric
 from tests.checkpoints import VOCAB, build_processor
 from tests.models import Kind, tiny_llava
 from tests.training.conversations import examples
