@@ -6,9 +6,9 @@
     python -m benchmarks.report benchmarks/results/<machine>.json
 
 **A case** is a model shape, a dtype, a batch size, and prompt and answer lengths. All its peers
-share one set of weights in memory and run round-robin, in an order that rotates every round, so
-that other load on the machine slows them all alike. Each `generate` call yields one sample for
-each of three groups, timestamped from inside the call:
+share one set of weights in memory and run round-robin, in an order that rotates from round to
+round, so that other load on the machine slows them all alike. Each `generate` call yields one
+sample for each of three groups, timestamped from inside the call:
 
     prefill  from the entry into the decoder to the first token: decoder and lm_head, no vision
     decode   the median gap between two tokens

@@ -2,10 +2,10 @@
 
 import gc
 import itertools
+import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -20,6 +20,7 @@ WARM_TOKENS = 2
 LEAST_ROUNDS = 3
 PROBE_CUTOFF = 1.5
 """A thread count that, in a probe run, is this many times slower in both phases is not timed."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,7 @@ def race(
     """Run all contenders in turn, for up to `rounds` rounds.
 
     After `LEAST_ROUNDS` rounds, stops before a round that would probably exceed `budget_s`.
-    Each round starts with the next contender, so that disturbances of the machine hit all
-    contenders equally, however many rounds there are.
+    Rounds are `rotated`, so that disturbances of the machine hit all contenders equally.
     """
     contenders = [(name, count) for name in names for count in threads]
     runs: dict[tuple[str, int], list[T]] = {each: [] for each in contenders}
@@ -82,11 +82,15 @@ def race(
     return runs
 
 
-def rotated(items: Iterable[T], number: int) -> Iterable[T]:
-    """The items in the order of this round: each round starts with the next one."""
-    order = deque(items)
-    order.rotate(-number)
-    return order
+def rotated(items: Sequence[T], number: int) -> list[T]:
+    """The items in the order of round `number` (from 0): one circle, entered at changing places.
+
+    The places follow the golden ratio, whose multiples spread evenly however many there are. So
+    the items take all positions about equally often, whether a time budget ends the rounds early
+    or there are fewer rounds than items.
+    """
+    first = int(number * _GOLDEN % 1 * len(items))
+    return [*items[first:], *items[:first]]
 
 
 def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:

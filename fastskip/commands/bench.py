@@ -114,7 +114,7 @@ def bench(
     """Measure how fast policies are for your model, machine, batch size and lengths.
 
     Hugging Face's model, fastskip's dense model and all policies take turns in one process, on one
-    set of weights; each round starts with a different one. First, the dense model's greedy tokens
+    set of weights; rounds start at different ones. First, the dense model's greedy tokens
     are compared with Hugging Face's: in float32 all must match, in half precision the matches are
     counted, because rounding decides near-ties. No token ends an answer early. Where prompts differ
     in length, only Hugging Face computes the padding. ([bold]fastskip verify[/] checks that a

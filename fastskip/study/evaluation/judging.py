@@ -34,7 +34,7 @@ from fastskip.study.fingerprints import (
 from fastskip.study.json_file import json_text
 from fastskip.study.observed_rates import observed_rates
 from fastskip.study.samples import placed
-from fastskip.timing import endless, time_once
+from fastskip.timing import endless, rotated, time_once
 
 DENSE = "dense"
 
@@ -290,9 +290,7 @@ def _timed(model: Any, every: Sequence[_Contender], new_tokens: int, rounds: int
     times: list[list[Any]] = [[] for _ in every]
     with endless(model):
         for number in range(rounds):
-            first = number * len(every) // rounds
-            order = [*range(first, len(every)), *range(first)]
-            for place in order:
+            for place in rotated(range(len(every)), number):
                 with every[place].on(model):
                     times[place].append(time_once(model, inputs[place], new_tokens))
     return [Speed(median(t.ttft for t in own), median(t.decode for t in own)) for own in times]

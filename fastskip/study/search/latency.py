@@ -21,7 +21,7 @@ from fastskip.plan import ModelShape
 from fastskip.policy import Arrangement, SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.search.changes import ATTENTION, BLOCK, FFN, Change, policy_of
 from fastskip.study.search.costing import Costing, Numbers, phase_of
-from fastskip.timing import endless, time_once
+from fastskip.timing import endless, rotated, time_once
 
 _SIGNS = np.array([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
 """Parallel blocks and pairs save time by their presence, the other parts by their absence."""
@@ -157,8 +157,7 @@ def time_in_turn(
     try:
         with endless(model):
             for number in range(rounds):
-                first = number * len(every) // rounds
-                for place in (*range(first, len(every)), *range(first)):
+                for place in rotated(range(len(every)), number):
                     set_policy(model, every[place])
                     times[place].append(time_once(model, inputs, new_tokens))
                 on_round()
