@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastskip.ops.attention import attend, attend_fused, attend_in_blocks
-from fastskip.timing import threads_set
+from fastskip.timing import rotated, threads_set
 
 HEADS = {"0.5b": (16, 16, 64), "14 heads on 2": (14, 2, 64), "7b": (32, 32, 128)}
 """Query heads, key heads and head dim."""
@@ -61,14 +61,14 @@ def _cell(
     queries = torch.randn(1, rows, n_query, width).to(dtype).transpose(1, 2)
     key, value = (torch.randn(1, n_key, slots, width).to(dtype) for _ in range(2))
     forms: list[Callable[..., Tensor]] = [attend_in_blocks, attend_fused]
-    times: list[list[float]] = [[] for _ in forms]
+    times: dict[Callable[..., Tensor], list[float]] = {form: [] for form in forms}
     for number in range(ROUNDS + 1):
-        for form, own in zip(forms, times, strict=True):
+        for form in rotated(forms, number):
             begin = clock()
             form(queries, [key], [value], None, is_causal=True, scale=width**-0.5)
             if number:
-                own.append(clock() - begin)
-    blocks, fused = (statistics.median(own) for own in times)
+                times[form].append(clock() - begin)
+    blocks, fused = (statistics.median(times[form]) for form in forms)
     marks = ("", "*") if _takes_fused(queries, key) else ("*", "")
     found = f"{1e3 * blocks:.3g}{marks[0]} / {1e3 * fused:.3g}{marks[1]} / {blocks / fused:.2f}x"
     return f"{found:>24}"

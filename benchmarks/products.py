@@ -22,7 +22,7 @@ from torch import Tensor
 from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.products import feed_forward, linear
 from fastskip.ops.reference import gated_silu
-from fastskip.timing import threads_set
+from fastskip.timing import rotated, threads_set
 
 SHAPES = {
     "0.5b: q, k, v": (3072, 1024),
@@ -104,11 +104,11 @@ def medians(calls: Sequence[Callable[[], object]]) -> list[float]:
     """Median seconds of each call, measured in turn."""
     times: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS + 1):
-        for call, own in zip(calls, times, strict=True):
+        for place in rotated(range(len(calls)), number):
             begin = time.perf_counter()
-            call()
+            calls[place]()
             if number:
-                own.append(time.perf_counter() - begin)
+                times[place].append(time.perf_counter() - begin)
     return [statistics.median(own) for own in times]
 
 

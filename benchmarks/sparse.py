@@ -39,6 +39,7 @@ from benchmarks.shapes import HALF_BILLION, models, prompts
 from fastskip.sparse.convert import compress_
 from fastskip.sparse.linear import BitmapLinear, CsrLinear, Weights
 from fastskip.study.pruning import Recipe, prune_
+from fastskip.timing import rotated
 from fastskip.verification.budget import measure as budget
 
 SHAPES = ((2816, 1024), (11008, 4096))
@@ -135,9 +136,9 @@ def measure(case: Case, rounds: int = ROUNDS, clock: Clock = time.perf_counter) 
     samples: dict[Weights, list[float]] = {form: [] for form in ways if form not in faults}
     for way in ways.values():
         way(x)
-    for _ in range(rounds):
-        for form, own in samples.items():
-            own.append(_seconds(ways[form], x, clock))
+    for number in range(rounds):
+        for form in rotated(list(samples), number):
+            samples[form].append(_seconds(ways[form], x, clock))
     nbytes = {form: _bytes_of(way) for form, way in ways.items()}
     return Measurement(case, samples, nbytes, faults)
 
@@ -174,10 +175,11 @@ def measure_models(ratio: float) -> list[Record]:
     sparse = copy.deepcopy(dense, shared)
     size = compress_(sparse, Weights.CSR)
     inputs = prompts(both.hf, HALF_BILLION, 1)
-    runs: dict[Weights, list[Run]] = {Weights.DENSE: [], Weights.CSR: []}
+    forms = {Weights.DENSE: dense, Weights.CSR: sparse}
+    runs: dict[Weights, list[Run]] = {form: [] for form in forms}
     for number in range(1 + CALLS):
-        for form, model in ((Weights.DENSE, dense), (Weights.CSR, sparse)):
-            run = run_once(model, inputs, N_NEW)
+        for form in rotated(list(forms), number):
+            run = run_once(forms[form], inputs, N_NEW)
             if number:  # the first call is not timed
                 runs[form].append(run)
     if not torch.equal(runs[Weights.DENSE][0].tokens, runs[Weights.CSR][0].tokens):

@@ -113,7 +113,7 @@ FLOORS = {
     # Learned by transformers' trainer; what routers learn by is the definition of their score.
     "training": Floor(
         ("study.training",),
-        (*PURE, "reference", "routing", "families", "loading", "public", "prompts")
+        (*PURE, "reference", "routing", "families", "loading", "public", "prompts", "timing")
         + ("fingerprints", "wording", "plotting"),
         ("PIL", "numpy", "peft", "safetensors", "torch", "transformers"),
     ),

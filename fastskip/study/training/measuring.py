@@ -20,6 +20,7 @@ from fastskip.study.training.events import now
 from fastskip.study.training.parts import learning, names_of
 from fastskip.study.training.settings import Parts, Precision, Settings
 from fastskip.study.training.sources import Stream
+from fastskip.timing import rotated
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +95,12 @@ def compare_dense(
         with learning(model, names, settings.precision):
             model.train()
             for number in range(rounds + 1):  # the first one is a warm-up
-                order = list(contenders) if number % 2 else list(reversed(contenders))
-                for name in order:
+                for name in rotated(list(contenders), number):
                     set_policy(model, contenders[name])
                     times = [_timed(model, batch, settings.precision) for batch in batches]
                     if number:
-                        found[name].append((_mean(t[0] for t in times), _mean(t[1] for t in times)))
+                        forward, backward = map(statistics.fmean, zip(*times, strict=True))
+                        found[name].append((forward, backward))
     finally:
         set_policy(model, policy)
         model.train(was_training)
@@ -155,7 +156,3 @@ def _timed(model: Any, batch: Features, precision: Precision) -> tuple[float, fl
 
 def _placed(batch: Features, model: Any) -> Features:
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-
-def _mean(values: Any) -> float:
-    return statistics.fmean(values)
