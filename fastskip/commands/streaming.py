@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from fastskip.study.calls import placed
 from fastskip.wording import counted
 
 
@@ -63,13 +64,9 @@ def stream(
     silent: bool = False,
 ) -> TokenTimes:
     """Generate, print as it goes unless `silent`, and time every token."""
-    on_device = {
-        key: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        for key, value in inputs.items()
-    }
-    streamer = TimedStreamer(tokenizer, silent)
+    given, streamer = placed(inputs, model), TimedStreamer(tokenizer, silent)
     if seed is not None:
         torch.manual_seed(seed)
     start = time.perf_counter()
-    model.generate(**on_device, **options, streamer=streamer)
+    model.generate(**given, **options, streamer=streamer)
     return TokenTimes(tuple(moment - start for moment in streamer.clock))

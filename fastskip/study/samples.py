@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from fastskip.prompts import PromptError, build_inputs
 from fastskip.prompts.images import ImageError, is_url, load_image
@@ -62,17 +60,6 @@ def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens
             raise SampleError(f"{sample.where}: {error}") from error
         found.append(inputs)
     return found
-
-
-def placed(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Inputs on the model's device; floating-point ones (pixels) in its dtype."""
-
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-
-    return {name: moved(value) for name, value in inputs.items()}
 
 
 def _sample(document: dict[str, Any], folder: Path, where: str) -> Sample:

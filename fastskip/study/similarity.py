@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, pad
 
 from fastskip.families import image_token_ids, placeholders, text_model_of
 from fastskip.policy import TokenClass
-from fastskip.study.samples import placed
+from fastskip.study.calls import end_tokens, in_answers, placed
 from fastskip.tokens import CODES, PAD
 
 
@@ -124,7 +124,7 @@ def _with_answer(
             suppress_tokens=never,
         )
         new = out[:, ids.shape[1] :]
-        alive = _in_answer(new, model.generation_config.eos_token_id)
+        alive = in_answers(new, end_tokens(model))
         own = torch.where(alive, CODES[TokenClass.GENERATED], PAD)
         ids, mask = out, torch.cat([mask, alive.to(mask.dtype)], 1)
         codes = torch.cat([codes, own], 1)
@@ -135,12 +135,6 @@ def _with_answer(
         if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
     }
     return codes.cpu(), {**inputs, **per_token, "input_ids": ids, "attention_mask": mask}
-
-
-def _in_answer(new: Tensor, ends: int | Sequence[int] | None) -> Tensor:
-    """Which generated tokens `[B, T]` belong to the answer: up to and including its end token."""
-    ended = torch.isin(new, torch.tensor([] if ends is None else ends, device=new.device).long())
-    return ended.cumsum(1) - ended.long() == 0
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from fastskip.integrations.lmms_eval.messages import RequestError
 from fastskip.integrations.lmms_eval.requests import Batch, batches, named
 from fastskip.integrations.lmms_eval.times import TaskTimes
 from fastskip.prompts import processor_for
-from fastskip.study.evaluation.agreement import end_tokens
+from fastskip.study.calls import end_tokens
 from fastskip.timing import Arrivals
 
 NEW_TOKENS = 1024

@@ -34,10 +34,10 @@ from fastskip.study.bench.results import (
 )
 from fastskip.study.bench.samples import Inputs, Sample, sample
 from fastskip.study.bench.workload import Workload, workload_of
+from fastskip.study.calls import placed
 from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.observed_rates import Rates
 from fastskip.study.provenance import circumstances
-from fastskip.study.samples import placed
 from fastskip.timing import LEAST_ROUNDS, endless, race
 
 

@@ -15,7 +15,7 @@ from fastskip.routing import Decisions, Router
 from fastskip.study.calibration.observation import Observer, Scores
 from fastskip.study.calibration.shares import Share, by_threshold, pooled
 from fastskip.study.calibration.thresholds import bar_for, bounds_of
-from fastskip.study.samples import placed
+from fastskip.study.calls import placed
 from fastskip.tokens import member
 
 

@@ -6,9 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastskip.study.calls import in_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,9 @@ class AnswerLog:
     def note(self, items: Sequence[int], tokens: Tensor, scores: Tensor) -> None:
         """Record a batch: its answers' `tokens [B, n]`, and the first token's `scores [B, V]`."""
         logs = F.log_softmax(scores, dim=-1).cpu()
-        for item, answer, log in zip(items, tokens.tolist(), logs, strict=True):
-            self._answers[item] = self._ended(answer)
+        answers = zip(tokens, in_answers(tokens, self._ends), strict=True)
+        for item, (answer, is_own), log in zip(items, answers, logs, strict=True):
+            self._answers[item] = tuple(answer[is_own].tolist())
             self._first[item] = log
 
     def against(self, dense: AnswerLog) -> AnswerAgreement:
@@ -73,16 +75,3 @@ class AnswerLog:
             found = F.kl_div(own, true, reduction="sum", log_target=True)
             divergence.append(max(0.0, float(found)))
         return AnswerAgreement(tuple(tokens), tuple(divergence))
-
-    def _ended(self, answer: Sequence[int]) -> tuple[int, ...]:
-        for number, token in enumerate(answer):
-            if token in self._ends:
-                return tuple(answer[: number + 1])
-        return tuple(answer)
-
-
-def end_tokens(model: object) -> frozenset[int]:
-    """The tokens at which a model's `generate` ends an answer."""
-    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = torch.as_tensor([] if found is None else found, dtype=torch.int64).flatten()
-    return frozenset(ids.tolist())

@@ -16,12 +16,12 @@ import torch
 from fastskip.families import image_token_ids, text_model_of
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of
+from fastskip.study.calls import placed
 from fastskip.study.evaluation.answers import Evaluation
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.evaluation.item_inputs import ItemInputs
 from fastskip.study.evaluation.items import Item
 from fastskip.study.evaluation.metrics import scale_of
-from fastskip.study.samples import placed
 from fastskip.timing import endless, time_once
 from fastskip.wording import Scale
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.study.calls import placed
 from fastskip.study.evaluation.answers import Evaluation, Judged
 from fastskip.study.evaluation.captions import check as check_captions
 from fastskip.study.evaluation.item_inputs import MAX_CACHE_BYTES, ItemInputs
 from fastskip.study.evaluation.items import Item, ItemError
 from fastskip.study.evaluation.metrics import Metric, score_all
 from fastskip.study.fingerprints import items_fingerprint
-from fastskip.study.samples import placed
 
 Watch = Callable[[Sequence[int], Tensor, Tensor], object]
 

@@ -18,7 +18,8 @@ from typing import Any
 from fastskip.intervals import Estimate, Verdict
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
-from fastskip.study.evaluation.agreement import AnswerAgreement, AnswerLog, end_tokens
+from fastskip.study.calls import end_tokens, placed
+from fastskip.study.evaluation.agreement import AnswerAgreement, AnswerLog
 from fastskip.study.evaluation.answers import Evaluation
 from fastskip.study.evaluation.captions import CaptionScores
 from fastskip.study.evaluation.comparison import prompt_sizes
@@ -33,7 +34,6 @@ from fastskip.study.fingerprints import (
 )
 from fastskip.study.json_file import json_text
 from fastskip.study.observed_rates import observed_rates
-from fastskip.study.samples import placed
 from fastskip.timing import endless, rotated, time_once
 
 DENSE = "dense"

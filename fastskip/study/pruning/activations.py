@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastskip.families import DEEP_INPUTS
 from fastskip.sparse.matrices import Matrix, stack_of
+from fastskip.study.calls import placed
 from fastskip.study.pruning.recipe import PruningError
 
 
@@ -70,7 +71,8 @@ def walks(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[Walk]:
     stack = stack_of(model)
     found = []
     for number, sample in enumerate(samples):
-        given = {name: _placed(value, model) for name, value in sample.items() if name != "labels"}
+        given = placed(sample, model)
+        given.pop("labels", None)
         text_model, arguments = _arguments_of_first(
             _text_models(model, stack), lambda given=given: model(**given, use_cache=False)
         )
@@ -188,10 +190,3 @@ def _stock(module: nn.Module) -> Iterator[None]:
     finally:
         for each, runtime in zip(prepared, runtimes, strict=True):
             each._fastskip = runtime
-
-
-def _placed(value: Any, model: Any) -> Any:
-    """An input on the model's device; floating-point ones (pixels) in its dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)

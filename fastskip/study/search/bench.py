@@ -12,10 +12,10 @@ from fastskip.loading import plan_of
 from fastskip.machine import machine_key
 from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy
+from fastskip.study.calls import placed
 from fastskip.study.evaluation.comparison import prompt_sizes
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.fingerprints import combined
-from fastskip.study.samples import placed
 from fastskip.study.search.budget import Quantity
 from fastskip.study.search.calibrating import AnswerShift, Calibrator
 from fastskip.study.search.costing import Costing, Workload

@@ -19,9 +19,8 @@ from torch import Tensor
 from fastskip.families import DEEP_INPUTS, placeholders, text_model_of
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy, TokenClass
-from fastskip.study.evaluation.agreement import end_tokens
+from fastskip.study.calls import end_tokens, in_answers, placed
 from fastskip.study.evaluation.exam import Exam
-from fastskip.study.samples import placed
 from fastskip.tokens import CODES
 
 
@@ -90,7 +89,7 @@ class Calibrator:
         """How far a policy moves the answers; the model keeps this policy.
 
         Raises:
-            MovedError: the model overflows under it.
+            NonFiniteError: the model overflows under it.
         """
         set_policy(self.model, policy)
         divergence = loss = 0.0
@@ -114,7 +113,7 @@ def _answered(model: Any, inputs: dict[str, Any], exam: Exam) -> _Batch:
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=exam.new_tokens)
     answers = out[:, ids.shape[1] :]
-    is_answer = _until_end(answers, model)
+    is_answer = in_answers(answers, end_tokens(model))
     # The last token is predicted but never fed: what follows it is not part of the answer.
     whole = torch.cat([mask, is_answer[:, 1:].to(mask.dtype)], 1)
     codes = _codes(model, ids, inputs, answers.shape[1] - 1)
@@ -177,10 +176,3 @@ def _codes(model: Any, ids: Tensor, inputs: dict[str, Any], more: int) -> Tensor
     is_image = placeholders(model.config, ids) & any("pixel_values" in name for name in inputs)
     codes = torch.where(is_image, CODES[TokenClass.IMAGE], CODES[TokenClass.TEXT])
     return F.pad(codes, (0, more), value=CODES[TokenClass.GENERATED])
-
-
-def _until_end(answers: Tensor, model: Any) -> Tensor:
-    """Which tokens `[B, n]` belong to the answer: those up to its end token, which is included."""
-    ends = torch.tensor(sorted(end_tokens(model)), device=answers.device, dtype=answers.dtype)
-    ended = torch.isin(answers, ends)
-    return ended.cumsum(1) - ended.long() == 0

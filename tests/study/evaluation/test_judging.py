@@ -22,7 +22,8 @@ from fastskip.intervals import Verdict
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, SkipRule
 from fastskip.prompts import processor_for
 from fastskip.routing.weights import LayerScore, write_weights
-from fastskip.study.evaluation.agreement import AnswerLog, end_tokens
+from fastskip.study.calls import end_tokens
+from fastskip.study.evaluation.agreement import AnswerLog
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.evaluation.items import Item
 from fastskip.study.evaluation.judging import Judgement, JudgementFile, judge

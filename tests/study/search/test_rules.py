@@ -12,9 +12,9 @@ from fastskip.demo import checkpoint_path
 from fastskip.families import shape_of
 from fastskip.policy import RouterRule, SkipPolicy, TokenClass
 from fastskip.prompts import processor_for
+from fastskip.study.calls import placed
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.paper.measuring import Effort, asked, items_of
-from fastskip.study.samples import placed
 from fastskip.study.search.block_influence import block_influence, least_influence_first
 from fastskip.study.search.calibrating import Calibrator
 from fastskip.study.search.changes import policy_of
