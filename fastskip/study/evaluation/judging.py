@@ -6,8 +6,6 @@ disturbances on the machine affect all policies alike.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +30,7 @@ from fastskip.study.fingerprints import (
     model_fingerprint,
     policy_fingerprint,
 )
-from fastskip.study.json_file import json_text
+from fastskip.study.kept_lines import KeptLines
 from fastskip.study.observed_rates import observed_rates
 from fastskip.timing import endless, rotated, time_once
 
@@ -131,29 +129,20 @@ class JudgementFile:
     """Judgements, appended as JSON lines as they are made, so an interrupted run can resume."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._lines = KeptLines(path, "judgement")
 
     def load(self) -> dict[str, Judgement]:
-        """Judgements by fingerprint of what was judged; damaged or partial lines are ignored."""
+        """Judgements by fingerprint of what was judged; damaged lines are ignored."""
         found = {}
-        if self._path.is_file():
-            for line in self._path.read_bytes().splitlines():
-                # anything that does not parse is judged again
-                with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    document = json.loads(line)
-                    found[document["of"]] = Judgement.from_dict(document["judgement"])
+        for key, document in self._lines:
+            # anything that does not parse is judged again
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
+                found[key] = Judgement.from_dict(document)
         return found
 
     def append(self, of: str, judgement: Judgement) -> None:
         """Append a judgement."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")  # a killed process left a partial line
-            text = json_text({"of": of, "judgement": judgement.to_dict()})
-            file.write(text.encode() + b"\n")
+        self._lines.append(of, judgement.to_dict())
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from fastskip.study.search.budget import Quantity
 from fastskip.study.search.calibrating import AnswerShift, Calibrator
 from fastskip.study.search.costing import Costing, Workload
 from fastskip.study.search.latency import Timed, fit, probes, time_in_turn
-from fastskip.study.search.measurement_cache import FILE, MeasurementCache, key_of
+from fastskip.study.search.measurement_cache import MeasurementCache, key_of
 from fastskip.study.search.pricing import Pricing
 from fastskip.study.search.settings import SearchSettings, Watcher
 
@@ -55,7 +55,7 @@ class Bench:
         workload = Workload(*prompt_sizes(typical, model.config), settings.new_tokens)
         self.costing = Costing(self.shape, workload, ceilings)
         self.model_print = model_fingerprint(model)
-        self._kept = MeasurementCache(None if folder is None else folder / FILE)
+        self._kept = MeasurementCache(folder)
         self._base = combined(
             self.model_print,
             calibration.fingerprint,

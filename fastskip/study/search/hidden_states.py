@@ -8,7 +8,7 @@ from typing import Any
 from fastskip.fingerprints import model_fingerprint
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.fingerprints import combined
-from fastskip.study.search.measurement_cache import FILE, MeasurementCache
+from fastskip.study.search.measurement_cache import MeasurementCache
 from fastskip.study.search.settings import Watcher
 from fastskip.study.similarity import LayerSimilarity, similarities
 
@@ -33,7 +33,7 @@ def compared(
         return [each.to_dict() for each in found]
 
     about = model_fingerprint(model), exam.fingerprint, exam.new_tokens, len(exam)
-    kept = MeasurementCache(None if folder is None else folder / FILE)
+    kept = MeasurementCache(folder)
     return tuple(
         LayerSimilarity.from_dict(each)
         for each in kept.value(combined("similarity", *about), measure)

@@ -9,42 +9,26 @@ from typing import Any
 
 from fastskip.policy import SkipPolicy
 from fastskip.study.fingerprints import combined, policy_fingerprint
+from fastskip.study.kept_lines import KeptLines
 
 FILE = "measured.jsonl"
 
 
 class MeasurementCache:
-    """Values by key, in a file of one JSON object per line; an incomplete line is ignored."""
+    """Values by key, in a folder if there is one, else in memory only."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Reads what is there; without a path, values are only held in memory."""
-        self._path, self._values = path, {}
-        if path is not None and path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            for line in text.splitlines():
-                try:
-                    document = json.loads(line)
-                    self._values[document["of"]] = document["value"]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    continue
-            if text and not text.endswith("\n"):  # the next line must not join an incomplete one
-                with path.open("a", encoding="utf-8") as file:
-                    file.write("\n")
-
-    _values: dict[str, Any]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
+    def __init__(self, folder: Path | None) -> None:
+        """Reads what is there."""
+        self._lines = None if folder is None else KeptLines(folder / FILE, "value")
+        self._values: dict[str, Any] = dict(self._lines or ())
 
     def value(self, key: str, measure: Callable[[], Any]) -> Any:
         """The value stored under a key, or else what `measure` returns: plain data."""
         if key not in self._values:
             # As it will be read back, so that a resumed run equals one that never stopped.
             self._values[key] = json.loads(json.dumps(measure(), allow_nan=False))
-            if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"of": key, "value": self._values[key]}) + "\n")
+            if self._lines is not None:
+                self._lines.append(key, self._values[key])
         return self._values[key]
 
 
