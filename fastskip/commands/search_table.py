@@ -11,14 +11,13 @@ if TYPE_CHECKING:
     from fastskip.study.search import SearchResult
 
 
-_NAMES = {"ttft": "TTFT", "tpot": "TPOT", "flops": "FLOPs"}
-
-
 def show(result: "SearchResult") -> None:
     """Print every candidate with its numbers, what was left out, and the conclusion."""
+    from fastskip.study.search import Quantity
+
     console = Console(highlight=False)
     dense = next(each for each in result.candidates if each.source == "dense")
-    quantity = result.budget["quantity"]
+    quantity = Quantity(result.budget["quantity"])
     titles = ["candidate", "FLOPs", "TTFT", "TPOT", "KL", result.scale.heading, "from dense"]
     table = number_table(titles, 18)
     for each in sorted(result.candidates, key=lambda one: -one.score.mean):
@@ -39,7 +38,7 @@ def show(result: "SearchResult") -> None:
     show_table(console, table)
     workload, settings = result.workload, result.settings
     console.print(
-        f"* nothing beats it in both score and {_NAMES[quantity]}; dim: over the budget "
+        f"* nothing beats it in both score and {quantity.label}; dim: over the budget "
         f"({result.budget['text']}). KL: nats per answer token on {settings['calibration_items']} "
         f"calibration items; scores: {settings['held_out_items']} held-out items, paired 95 % "
         f"intervals. Dense: TTFT {_ms(dense.ttft_s)}, TPOT {_ms(dense.tpot_s)}, batch 1, "

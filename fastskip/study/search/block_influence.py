@@ -19,8 +19,3 @@ def block_influence(similarity: Sequence[LayerSimilarity]) -> dict[int, float]:
         sums[each.layer] = sums.get(each.layer, 0.0) + each.rows * each.block
         rows[each.layer] = rows.get(each.layer, 0) + each.rows
     return {layer: 1 - sums[layer] / rows[layer] for layer in sums}
-
-
-def least_influence_first(influence: dict[int, float]) -> list[int]:
-    """Layers in the order in which they are skipped; ties go to the lower layer."""
-    return sorted(influence, key=lambda layer: (influence[layer], layer))

@@ -24,6 +24,21 @@ class Quantity(StrEnum):
     TTFT = "ttft"
     TPOT = "tpot"
 
+    @property
+    def label(self) -> str:
+        """The name in texts."""
+        return "FLOPs" if self is Quantity.FLOPS else self.value.upper()
+
+    @property
+    def phase(self) -> str | None:
+        """The phase whose time it is; `None` for FLOPs."""
+        return {Quantity.TTFT: "prefill", Quantity.TPOT: "decode"}.get(self)
+
+    @property
+    def seconds(self) -> str | None:
+        """The field of results with its measured seconds; `None` for FLOPs."""
+        return None if self is Quantity.FLOPS else f"{self.value}_s"
+
 
 ALLOWED = (
     'a quantity and a limit: "tpot 1.5x" or "ttft 1.3x" (times faster than dense), "ttft 80ms" or '
@@ -75,7 +90,7 @@ class Budget:
     @property
     def text(self) -> str:
         """The budget in words."""
-        name = "FLOPs" if self.quantity is Quantity.FLOPS else self.quantity.value.upper()
+        name = self.quantity.label
         if self.most_s is not None:
             return f"{name} under {1e3 * self.most_s:g} ms"
         if self.quantity is Quantity.FLOPS:
@@ -126,7 +141,7 @@ def impossible(budget: Budget, least_share: float, dense_s: float | None) -> Bud
     if budget.quantity is Quantity.FLOPS:
         reach = f"{least_share:.3g} of the dense FLOPs"
     else:
-        reach = f"{budget.quantity.value.upper()} {1 / least_share:.3g}x faster"
+        reach = f"{budget.quantity.label} {1 / least_share:.3g}x faster"
         if dense_s is not None:
             reach += f" ({1e3 * least_share * dense_s:.3g} ms; dense takes {1e3 * dense_s:.3g} ms)"
     return BudgetError(

@@ -150,7 +150,7 @@ def policy_of(places: Iterable[tuple[int, Choice]], name: str = "") -> SkipPolic
 
 
 def _alike(one: Change, other: Change) -> bool:
-    return one.skip == other.skip and (one.kv or None) == (other.kv or None)
+    return one.skip == other.skip and one.kv == other.kv
 
 
 def _meaning(choice: Choice, classes: Sequence[TokenClass]) -> Choice:

@@ -9,7 +9,7 @@ numbers are independent of each other, except for reused entries and those of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -39,12 +39,7 @@ class Workload:
 
     def to_dict(self) -> dict[str, int]:
         """Plain data for JSON."""
-        return {
-            "n_image": self.n_image,
-            "n_text": self.n_text,
-            "text_before": self.text_before,
-            "n_new": self.n_new,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ def comparisons_of(
 
 
 def _keeps(budget: Budget, own: Judgement, dense: Judgement, cost: float, limit: float) -> bool:
-    if budget.quantity is Quantity.FLOPS or own.speed is None or dense.speed is None:
+    name = budget.quantity.seconds
+    if name is None or own.speed is None or dense.speed is None:
         return cost <= limit + SLACK
-    name = "ttft_s" if budget.quantity is Quantity.TTFT else "tpot_s"
     taken, base = getattr(own.speed, name), getattr(dense.speed, name)
     return bool(taken <= (limit * base if budget.most_s is None else budget.most_s))
 
@@ -100,8 +100,8 @@ def _with_front(found: Sequence[Found], quantity: Quantity) -> list[Found]:
     """Marks the Pareto front in cost and score; times count as measured."""
 
     def cost(each: Found) -> float:
-        measured = {Quantity.TTFT: each.ttft_s, Quantity.TPOT: each.tpot_s}.get(quantity)
-        return each.cost if measured is None else measured
+        taken = None if quantity.seconds is None else getattr(each, quantity.seconds)
+        return each.cost if taken is None else float(taken)
 
     marks = front([(cost(each), each.score.mean) for each in found])
     return [replace(each, is_on_front=mark) for each, mark in zip(found, marks, strict=True)]

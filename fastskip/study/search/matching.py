@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastskip.plan import ModelShape, make_plan
@@ -68,6 +68,11 @@ class Match:
         near = [policy for policy, share in shares.items() if share >= highest - NEAR]
         best = near[0] if len(near) == 1 else min(near, key=self.divergence)
         return Entrant(name, source, best)
+
+
+def least_first(worth: Mapping[int, float]) -> list[int]:
+    """Layers by what they are worth; of equals, the lower first."""
+    return sorted(worth, key=lambda layer: (worth[layer], layer))
 
 
 def over_budget(name: str, least: float, limit: float) -> LeftOut:

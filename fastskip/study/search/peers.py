@@ -1,7 +1,7 @@
 """Published methods as families of policies, each compared at the search's own budget.
 
 A family is a published way of skipping with its parameter left open: the first layer, the number of
-layers, the share of rows kept. Presets that this version does not have are left out.
+layers, the share of rows kept.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastskip.policy import PolicyError, SkipPolicy, TokenClass
-from fastskip.policy.presets import PRESETS
-from fastskip.study.search.block_influence import least_influence_first
+from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.study.search.changes import ATTENTION, BLOCK, Change, policy_of
 from fastskip.study.search.greedy_removal import greedy_removal
-from fastskip.study.search.matching import Entrant, LeftOut, Match, over_budget
-from fastskip.study.search.visual_contribution import frozen_in, least_contribution_first
+from fastskip.study.search.matching import Entrant, LeftOut, Match, least_first, over_budget
+from fastskip.study.search.visual_contribution import frozen_in
 
 _RATIOS = tuple(round(0.05 * n, 2) for n in range(1, 20))
 """Shares of image rows that removals may keep."""
@@ -42,16 +40,13 @@ def peers(match: Match, known: Known) -> Iterator[Entrant | LeftOut]:
     """Every peer at the budget, or why it is left out."""
     depth, has_images = match.shape.depth, match.shape.has_images
     if has_images:
-        for name, family in _families(depth).items():
+        for name, family in (_families(depth) | _removals(depth)).items():
             yield match.nearest(name, "peer", family)
-        for name, options in _removals(depth).items():
-            yield _preset(match, name, options)
-        yield _by_order(match, "shortv", least_contribution_first(known.contribution), frozen_in)
+        yield _by_order(match, "shortv", known.contribution, frozen_in)
     for name in ("parallel_blocks", "block_pairs"):
         yield match.nearest(name, "peer", _arranged(name, depth))
     if known.influence:
-        order = least_influence_first(dict(known.influence))
-        yield _by_order(match, "shortgpt", order, without_blocks)
+        yield _by_order(match, "shortgpt", known.influence, without_blocks)
     else:
         yield LeftOut("shortgpt", "hidden states were not compared")
     gone = greedy_removal(
@@ -104,8 +99,8 @@ def _families(depth: int) -> dict[str, list[SkipPolicy]]:
     }
 
 
-def _removals(depth: int) -> dict[str, list[dict[str, Any]]]:
-    """Options of the presets that remove rows."""
+def _removals(depth: int) -> dict[str, list[SkipPolicy]]:
+    """The presets that remove image rows."""
     after = range(min(depth - 1, max(2, depth // 2 + 1)))
     single = [{"after": n, "ratio": ratio} for n in after for ratio in _RATIOS]
     # PyramidDrop's rows leave before the first layer of each later quarter
@@ -115,24 +110,15 @@ def _removals(depth: int) -> dict[str, list[dict[str, Any]]]:
     staged = [
         {"stages": list(stage), "ratio": ratio} for stage in stages if stage for ratio in _RATIOS
     ]
-    return {
+    options: dict[str, list[dict[str, Any]]] = {
         "fastv": single,
         "pyramid_drop": staged,
         "random_removal": single,
         "even_removal": single,
     }
-
-
-def _preset(match: Match, name: str, every: Sequence[dict[str, Any]]) -> Entrant | LeftOut:
-    if name not in PRESETS:
-        return LeftOut(name, "this version has no such preset")
-    family = []
-    for options in every:
-        try:
-            family.append(SkipPolicy.preset(name, **options))
-        except PolicyError:
-            continue
-    return match.nearest(name, "peer", family)
+    return {
+        name: [SkipPolicy.preset(name, **own) for own in every] for name, every in options.items()
+    }
 
 
 def _arranged(name: str, depth: int) -> list[SkipPolicy]:
@@ -142,11 +128,15 @@ def _arranged(name: str, depth: int) -> list[SkipPolicy]:
 
 
 def _by_order(
-    match: Match, name: str, order: Sequence[int], make: Callable[[Sequence[int]], SkipPolicy]
+    match: Match,
+    name: str,
+    worth: Mapping[int, float],
+    make: Callable[[Sequence[int]], SkipPolicy],
 ) -> Entrant | LeftOut:
-    """The fewest first layers of an order that meet the budget."""
-    if not order:
+    """The fewest layers that meet the budget, those worth least first."""
+    if not worth:
         return LeftOut(name, "no measurements to order layers by")
+    order = least_first(worth)
     every = [make(sorted(order[: count + 1])) for count in range(len(order))]
     found = next((policy for policy in every if match.fits(policy)), None)
     if found is not None:

@@ -19,7 +19,6 @@ COLOURS = {
     "dense": "#000000",
 }
 MARKERS = {"search": "*", "peer": "o", "uniform": "s", "random": "x", "router": "^", "dense": "D"}
-_TIMES = {Quantity.TTFT.value: "ttft_s", Quantity.TPOT.value: "tpot_s"}
 
 
 def write(result: SearchResult, folder: Path) -> list[Path]:
@@ -34,7 +33,8 @@ def write(result: SearchResult, folder: Path) -> list[Path]:
 def front(result: SearchResult) -> Any:
     """Held-out score against cost in the budget's quantity, with 95 % intervals."""
     figure, ((axis,),) = subplots(1, 1, (9, 5.4))
-    name = _TIMES.get(result.budget["quantity"])
+    quantity = Quantity(result.budget["quantity"])
+    name = quantity.seconds
     dense = next(each for each in result.candidates if each.source == "dense")
 
     def cost(each: Found) -> float:
@@ -73,8 +73,7 @@ def front(result: SearchResult) -> Any:
             textcoords="offset points",
             fontsize=7,
         )
-    kind = "FLOPs" if name is None else result.budget["quantity"].upper()
-    axis.set_xlabel(f"{kind}, % of dense" + ("" if name is None else " (measured)"))
+    axis.set_xlabel(f"{quantity.label}, % of dense" + ("" if name is None else " (measured)"))
     axis.set_ylabel(f"held-out items: {result.scale.axis} (95 % intervals)")
     axis.set_title(f"{result.budget['text']} (dotted: Pareto front)", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")

@@ -13,8 +13,6 @@ from fastskip.study.search.changes import Choice
 from fastskip.study.search.costing import Costing, Numbers, flops_of
 from fastskip.study.search.latency import Latency
 
-_PHASES = {Quantity.TTFT: "prefill", Quantity.TPOT: "decode"}
-
 
 @dataclass(frozen=True)
 class Pricing:
@@ -27,9 +25,8 @@ class Pricing:
     @property
     def dense_s(self) -> float | None:
         """The dense model's measured time; `None` for FLOPs."""
-        if self.quantity is Quantity.FLOPS or self.latency is None:
-            return None
-        return self.latency.dense_s[_PHASES[self.quantity]]
+        phase = self.quantity.phase
+        return None if phase is None or self.latency is None else self.latency.dense_s[phase]
 
     def saved(self, layer: int, choice: Choice) -> float:
         """The share of dense that a choice in one layer saves; adds up over layers."""
@@ -50,7 +47,8 @@ class Pricing:
         return self.costing.numbers(plan)
 
     def _share(self, saved: Numbers) -> float:
-        if self.quantity is Quantity.FLOPS:
+        phase = self.quantity.phase
+        if phase is None:
             return flops_of(saved) / flops_of(self.costing.dense)
-        assert self.latency is not None and self.dense_s is not None
-        return self.latency.saved(saved, _PHASES[self.quantity]) / self.dense_s
+        assert self.latency is not None
+        return self.latency.saved(saved, phase) / self.latency.dense_s[phase]

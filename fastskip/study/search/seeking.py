@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fastskip.plan import ModelShape
 from fastskip.study.search import solver
 from fastskip.study.search.bench import Bench
-from fastskip.study.search.budget import Budget, Quantity, impossible
+from fastskip.study.search.budget import Budget, impossible
 from fastskip.study.search.changes import BLOCK, changes_of, choices_of
 from fastskip.study.search.conclusion import FOUND
 from fastskip.study.search.latency import Timed
@@ -53,23 +53,22 @@ class Seeker:
         A policy that misses a time budget when measured becomes a further probe for the latency
         fit, and the search is repeated with the new fit.
         """
-        tries, points = self.settings.tries, self.settings.points
+        tries = self.settings.tries
         probes: list[list[Timed]] = []
         for number in range(_CORRECTIONS + 1):
             pricing = self.bench.pricing(self.budget.quantity, probes)
             limit = self.budget.limit(pricing.dense_s)
             turns = 1 if pricing.latency is None else _CORRECTIONS + 1
-            share = _FIRST / turns
-            found = self._refined(sensitivities, pricing, {FOUND: limit}, tries, share)
-            if pricing.latency is None or FOUND not in found or number == _CORRECTIONS:
+            found = self._refined(sensitivities, pricing, {FOUND: limit}, tries, _FIRST / turns)
+            phase = self.budget.quantity.phase
+            if phase is None or FOUND not in found or number == _CORRECTIONS:
                 break
             timed = self.bench.timed(f"find {number}", [found[FOUND].policy])
             dense, own = timed
-            phase = "prefill" if self.budget.quantity is Quantity.TTFT else "decode"
             if own.share(dense, phase) <= limit:
                 break
             probes.append(timed)
-        limits = milder(limit, points)
+        limits = milder(limit, self.settings.points)
         more = self._refined(sensitivities, pricing, limits, max(1, tries // 2), _MILDER)
         return Sought(pricing, limit, {**found, **more})
 

@@ -8,18 +8,13 @@ leave K and V.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fastskip.policy import SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.search.changes import BLOCK, Change, policy_of
 
 FROZEN = Change(frozenset({TokenClass.IMAGE}), BLOCK, SkippedKV.PROJECT)
 """The change that freezes image rows in a layer."""
-
-
-def least_contribution_first(contribution: Mapping[int, float]) -> list[int]:
-    """Layers in the order in which they are frozen; ties go to the lower layer."""
-    return sorted(contribution, key=lambda layer: (contribution[layer], layer))
 
 
 def frozen_in(layers: Sequence[int]) -> SkipPolicy:

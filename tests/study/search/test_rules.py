@@ -15,14 +15,14 @@ from fastskip.prompts import processor_for
 from fastskip.study.calls import placed
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.paper.measuring import Effort, asked, items_of
-from fastskip.study.search.block_influence import block_influence, least_influence_first
+from fastskip.study.search.block_influence import block_influence
 from fastskip.study.search.calibrating import Calibrator
 from fastskip.study.search.changes import policy_of
 from fastskip.study.search.greedy_removal import greedy_removal
-from fastskip.study.search.matching import LeftOut, Match
+from fastskip.study.search.matching import LeftOut, Match, least_first
 from fastskip.study.search.peers import Known, _removals, peers, without_blocks
 from fastskip.study.search.seeking import milder
-from fastskip.study.search.visual_contribution import FROZEN, frozen_in, least_contribution_first
+from fastskip.study.search.visual_contribution import FROZEN, frozen_in
 from fastskip.study.similarity import similarities
 
 ITEMS = items_of(asked(7, Effort(questions=3, captions=0)))
@@ -54,17 +54,18 @@ def test_block_influence_is_one_minus_the_mean_cosine(plain: Any, exam: Exam) ->
         a, b = states[layer][real].double(), states[layer + 1][real].double()
         cosines = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
         assert found[layer] == pytest.approx(1 - float(cosines.mean()), abs=1e-5)
-    assert least_influence_first({0: 0.2, 1: 0.1, 2: 0.2, 3: 0.05}) == [3, 1, 0, 2]
+    assert least_first({0: 0.2, 1: 0.1, 2: 0.2, 3: 0.05}) == [3, 1, 0, 2]
 
 
 @pytest.mark.parametrize(("depth", "published"), [(32, (7, 15, 23)), (40, (9, 19, 29))])
 def test_rows_are_removed_where_peers_publish_it(depth: int, published: tuple[int, ...]) -> None:
     """PyramidDrop before the first layer of each later quarter, FastV before layer 2."""
     every = _removals(depth)
-    assert {"stages": list(published), "ratio": 0.5} in every["pyramid_drop"]
-    assert {"after": 1, "ratio": 0.5} in every["fastv"]
-    stages = [each["stages"] for each in _removals(3)["pyramid_drop"]]
-    assert stages and all(0 <= n < 2 for each in stages for n in each)
+    pyramid = SkipPolicy.preset("pyramid_drop", stages=list(published), ratio=0.5)
+    assert pyramid in every["pyramid_drop"]
+    assert SkipPolicy.preset("fastv", after=1, ratio=0.5) in every["fastv"]
+    shallow = [rule for each in _removals(3)["pyramid_drop"] for rule in each.removals]
+    assert shallow and all(0 <= rule.after_layer < 2 for rule in shallow)
 
 
 def test_sleb_is_told_where_dense_meets_the_budget(plain: Any) -> None:
@@ -154,7 +155,7 @@ def test_contribution_is_how_far_frozen_image_rows_move_the_answer(exam: Exam) -
         surprise = -frozen.gather(-1, told[..., None])[..., 0][asked_for].mean()
         assert found.loss == pytest.approx(float(surprise), rel=2e-3, abs=1e-5)
         contribution[layer] = found.kl
-    order = least_contribution_first(contribution)
+    order = least_first(contribution)
     assert contribution[order[0]] <= contribution[order[1]]
     assert frozen_in([1, 4]) == policy_of([(1, (FROZEN,)), (4, (FROZEN,))])
 
