@@ -110,7 +110,7 @@ def ceilings(dtype: torch.dtype, threads: int) -> Ceilings:
 def environment(device: str) -> dict[str, str | None]:
     """The device, the software versions and the commit."""
     return {
-        "device": device_name(device),
+        "device": machine.device_name(torch.device(device)),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
@@ -120,15 +120,9 @@ def environment(device: str) -> dict[str, str | None]:
     }
 
 
-def device_name(device: str) -> str:
-    """The model name of the processor or GPU."""
-    key = machine.machine_key(torch.float32, torch.device(device))
-    return key.partition(", ")[0]
-
-
 def file_name(device: str) -> str:
     """A results file name for this machine, such as `some-cpu-2-threads.json`."""
-    name = device_name(device)
+    name = machine.device_name(torch.device(device))
     if device == "cpu":
         name += f" {torch.get_num_threads()} threads"
     words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()

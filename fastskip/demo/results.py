@@ -198,9 +198,8 @@ def _cost(plan: SkipPlan, phase: Phase, load: Workload) -> Cost:
 
 def environment(dtype: torch.dtype) -> dict[str, Any]:
     """The machine and the versions that this runs on."""
-    processor, *_ = machine.machine_key(dtype, torch.device("cpu")).split(", ")
     return {
-        "processor": processor,
+        "processor": machine.device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "platform": f"{platform.system()} {platform.machine()}",
