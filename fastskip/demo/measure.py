@@ -1,8 +1,7 @@
 """The demo's measurements: answers, times and accuracy of every candidate."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from fastskip.demo.scenes import QuestionKind, Split, draw, questions, scenes
 from fastskip.demo.scenes.questions import CAPTION_PROMPT
 from fastskip.loading import load_model, plan_of, set_policy
 from fastskip.plan import SkipPlan
-from fastskip.timing import Runs, promising, race, threads_set, time_once
+from fastskip.timing import Runs, endless, promising, race, threads_set, time_once
 
 QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)
 SEED = 7
@@ -75,19 +74,6 @@ class Bench:
             for each in candidates
         }
 
-    @contextmanager
-    def endless(self) -> Iterator[None]:
-        """Inside the block no token ends an answer, so all candidates generate the same number."""
-        configs = [model.generation_config for model in (self.hf, self.ours)]
-        ends = [config.eos_token_id for config in configs]
-        try:
-            for config in configs:
-                config.eos_token_id = None
-            yield
-        finally:
-            for config, end in zip(configs, ends, strict=True):
-                config.eos_token_id = end
-
 
 def examples(bench: Bench, candidates: Sequence[Candidate], count: int) -> tuple[Example, ...]:
     """Questions of different kinds, each about its own picture, answered by each candidate."""
@@ -120,7 +106,7 @@ def speeds(
         n_image, len(is_image) - n_image, int(is_image.int().argmax()), effort.new_tokens
     )
     by_label = {each.label: each for each in candidates}
-    with bench.endless():
+    with endless(bench.hf), endless(bench.ours):
         runs = race(
             list(by_label),
             lambda label: time_once(bench.model(by_label[label]), inputs, effort.new_tokens),

@@ -21,7 +21,7 @@ from fastskip.families import shape_of
 from fastskip.plan import make_plan
 from fastskip.plan.costs import Ceilings
 from fastskip.plotting import PlotsError
-from fastskip.timing import Times, best, promising, race, time_once
+from fastskip.timing import Times, best, endless, promising, race, time_once
 
 CEILINGS = Ceilings(2e10, 1e11)
 TINY = Effort(
@@ -218,7 +218,7 @@ def test_times_of_one_call() -> None:
         "pixel_values": torch.zeros(1, 3, 64, 64),
     }
     end = bench.ours.generation_config.eos_token_id
-    with bench.endless():
+    with endless(bench.hf), endless(bench.ours):
         for candidate in (HF, DENSE, Candidate("x", candidates(8)[2].policy)):
             times = time_once(bench.model(candidate), inputs, 4)
             assert 0 < times.prefill < times.ttft and times.decode > 0
