@@ -13,6 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fastskip.plotting import is_available, subplots
+from fastskip.study.json_file import write_json
+
 Record = dict[str, Any]
 GROUPS = ("prefill", "decode", "e2e")
 HEAD = (
@@ -36,8 +39,7 @@ class Results:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self), indent=1)
 
     def renewed(self, records: Sequence[Record]) -> Results:
         """A copy in which these records replace their cases in place; new cases come last."""
@@ -94,20 +96,13 @@ def environments(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def plot(records: Sequence[Record], path: Path) -> None:
+def plot(records: Sequence[Record]) -> Any:
     """Bars of the speed-up over Hugging Face; one panel per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     cases = [list(group) for _, group in groupby(records, key=lambda record: record["case"])]
     columns = min(3, len(cases))
     lines = -(-len(cases) // columns)
     size = (5.2 * columns, 3.6 * lines)
-    figure, axes = pyplot.subplots(
-        lines, columns, figsize=size, squeeze=False, sharex=True, layout="constrained"
-    )
+    figure, axes = subplots(lines, columns, size, sharex=True)
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     for axis, case in zip(axes.flat, cases, strict=False):
@@ -123,7 +118,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         axis.set_title(_title(case[0]).replace(": ", ":\n"), loc="right", fontsize="small")
         axis.set_xlabel("times as fast as Hugging Face")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _title(record: Record) -> str:
@@ -184,9 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for table in tables(records):
         print(markdown(table), end="\n\n")
     print(*environments(records), sep="\n")
-    try:
-        plot(records, options.png or options.file.with_suffix(".png"))
-    except ModuleNotFoundError:
+    if is_available():
+        plot(records).savefig(options.png or options.file.with_suffix(".png"), dpi=150)
+    else:
         print("no PNG was drawn: matplotlib is not installed")
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import shlex
 import statistics
@@ -38,6 +37,7 @@ from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import HALF_BILLION, models, prompts
 from fastskip.sparse.convert import compress_
 from fastskip.sparse.linear import BitmapLinear, CsrLinear, Weights
+from fastskip.study.json_file import write_json
 from fastskip.study.pruning import Recipe, prune_
 from fastskip.timing import rotated
 from fastskip.verification.budget import measure as budget
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "records": records,
             "models": whole,
         }
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+        write_json(path, kept, indent=1)
         print(f"\nresults: {path}")
     return int(wrong > 0)
 

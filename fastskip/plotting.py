@@ -1,6 +1,8 @@
-"""What all plots share: the check for matplotlib, figures without pyplot, plain axes."""
+"""What all plots share: the check for matplotlib, figures without pyplot, plain axes, PNG files."""
 
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -36,3 +38,11 @@ def plain(axis: Any) -> None:
     """No frame at the top and on the right, and a faint grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, lw=0.6)
+
+
+def save(figures: Mapping[str, Any], folder: Path, dpi: int) -> list[Path]:
+    """Write figures as NAME.png into an existing folder; returns their paths."""
+    paths = {folder / f"{name}.png": figure for name, figure in figures.items()}
+    for path, figure in paths.items():
+        figure.savefig(path, dpi=dpi)
+    return list(paths)

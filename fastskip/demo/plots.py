@@ -11,7 +11,7 @@ import numpy as np
 from fastskip.demo.results import Example, Report, Row
 from fastskip.demo.scenes import draw
 from fastskip.plan import Cell, LayerPlan
-from fastskip.plotting import subplots
+from fastskip.plotting import save, subplots
 from fastskip.policy import Arrangement, SkippedKV
 from fastskip.timing import PHASES, Phase
 
@@ -33,12 +33,9 @@ def write(report: Report, folder: Path) -> list[Path]:
         "accuracy_speed": accuracy_against_speed(report),
         "pictures": pictures(report.examples),
     }
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
+    for figure in figures.values():
         figure.text(0.01, 0.008, report.footer, fontsize=7, color="#555555", va="bottom")
-        figure.savefig(paths[-1], dpi=150)
-    return paths
+    return save(figures, folder, dpi=150)
 
 
 def policies(rows: Sequence[Row]) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastskip.plotting import plain, subplots
+from fastskip.plotting import plain, save, subplots
 from fastskip.policy import TokenClass
 from fastskip.study.paper.experiments import Part, Scope, Section
 from fastskip.study.paper.results import Results, Row, Score
@@ -35,12 +35,7 @@ def write(results: Results, folder: Path) -> list[Path]:
         "smaller": smaller(results),
         "similarity": similarity(results) if results.similarity else None,
     }
-    paths = []
-    for name, figure in figures.items():
-        if figure is not None:
-            paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=100)
-    return paths
+    return save({name: each for name, each in figures.items() if each is not None}, folder, dpi=100)
 
 
 def skipping(results: Results) -> Any:

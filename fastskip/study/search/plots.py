@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastskip.plotting import plain, subplots
+from fastskip.plotting import plain, save, subplots
 from fastskip.study.search.budget import Quantity
 from fastskip.study.search.result import Found, SearchResult
 
@@ -23,11 +23,7 @@ MARKERS = {"search": "*", "peer": "o", "uniform": "s", "random": "x", "router": 
 
 def write(result: SearchResult, folder: Path) -> list[Path]:
     """Write both figures; returns their paths."""
-    paths = []
-    for name, figure in {"front": front(result), "sensitivity": sensitivity(result)}.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
-    return paths
+    return save({"front": front(result), "sensitivity": sensitivity(result)}, folder, dpi=120)
 
 
 def front(result: SearchResult) -> Any:
