@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastskip.ops.attention import attend, attend_fused, attend_in_blocks
 from fastskip.timing import rotated, threads_set
+from fastskip.wording import significant
 
 HEADS = {"0.5b": (16, 16, 64), "14 heads on 2": (14, 2, 64), "7b": (32, 32, 128)}
 """Query heads, key heads and head dim."""
@@ -70,7 +71,8 @@ def _cell(
                 times[form].append(clock() - begin)
     blocks, fused = (statistics.median(times[form]) for form in forms)
     marks = ("", "*") if _takes_fused(queries, key) else ("*", "")
-    found = f"{1e3 * blocks:.3g}{marks[0]} / {1e3 * fused:.3g}{marks[1]} / {blocks / fused:.2f}x"
+    both = f"{significant(1e3 * blocks)}{marks[0]} / {significant(1e3 * fused)}{marks[1]}"
+    found = f"{both} / {blocks / fused:.2f}x"
     return f"{found:>24}"
 
 

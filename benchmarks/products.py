@@ -23,6 +23,7 @@ from fastskip.ops.contracts import Activation, Linear
 from fastskip.ops.products import feed_forward, linear
 from fastskip.ops.reference import gated_silu
 from fastskip.timing import rotated, threads_set
+from fastskip.wording import significant
 
 SHAPES = {
     "0.5b: q, k, v": (3072, 1024),
@@ -97,7 +98,7 @@ def _drawn(n_out: int, n_in: int, dtype: torch.dtype) -> list[Tensor]:
 
 def _compared(calls: Sequence[Callable[[], object]]) -> str:
     plain, ours = medians(calls)
-    return f"{f'{1e3 * plain:.3g} / {1e3 * ours:.3g} / {plain / ours:.2f}x':>22}"
+    return f"{f'{significant(1e3 * plain)} / {significant(1e3 * ours)} / {plain / ours:.2f}x':>22}"
 
 
 def medians(calls: Sequence[Callable[[], object]]) -> list[float]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastskip.plotting import is_available, subplots
 from fastskip.study.json_file import write_json
+from fastskip.wording import significant
 
 Record = dict[str, Any]
 GROUPS = ("prefill", "decode", "e2e")
@@ -158,7 +159,7 @@ def _number(value: float | None, kind: str) -> str:
     if value is None:
         return ""
     if kind == "ms":
-        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return significant(value)
     return f"{value:.2f}" + ("x" if kind == "times" else "")
 
 

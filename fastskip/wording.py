@@ -11,6 +11,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """A number in so many digits, or in all before its point: 0.123, 12.3, 1234, never 1.23e+03."""
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
 class Scale(StrEnum):
     """The unit of scores; a mean over different scales is meaningless."""
 

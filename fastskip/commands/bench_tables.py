@@ -8,7 +8,7 @@ from fastskip.commands.tables import number_table, show_table
 from fastskip.intervals import SpeedVerdict, Spread
 from fastskip.study.bench.contenders import HF
 from fastskip.study.bench.results import BenchResult, ContenderResult
-from fastskip.wording import counted
+from fastskip.wording import counted, significant
 
 
 def show(found: BenchResult) -> None:
@@ -42,28 +42,26 @@ def _table(found: BenchResult, seen: str, inner: str) -> Table:
             continue
         time, part = getattr(each.times, f"{seen}_s"), getattr(each.times, f"{inner}_s")
         base, floor = getattr(hf, f"{seen}_s", None), getattr(each.floor_s, inner, None)
+        shares = (floor / part.median if floor else None, getattr(each.ideal_share, inner, None))
         row = [
             f"{_ms(time.median)}\n{_ms(time.low)}-{_ms(time.high)}",
             base and f"{base.median / time.median:.2f}x",
             _gain(getattr(each.speedup, seen, None)),
             _ms(part.median) + (f"\n{_ms(floor)}" if floor else ""),
-            (f"{floor / part.median:.0%}" if floor else "")
-            + "\n"
-            + _number(getattr(each.ideal_share, inner, None), ".0%"),
+            "\n".join("" if share is None else f"{share:.0%}" for share in shares),
         ]
         if is_prompt:
-            row.append(_number(each.kv_bytes, ".3g", 1e6))
+            row.append(_number(each.kv_bytes, 1e6))
         else:
-            row.append(_number(each.tokens_per_s, ".3g"))
+            row.append(_number(each.tokens_per_s))
         if has_peak:
-            row.append(_number(each.peak_bytes, ".3g", 1e9))
+            row.append(_number(each.peak_bytes, 1e9))
         table.add_row(escape(each.label), *(cell or "" for cell in row))
     return table
 
 
 def _ms(seconds: float) -> str:
-    value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return significant(1e3 * seconds)
 
 
 def _gain(speedup: Spread | None) -> str:
@@ -72,8 +70,8 @@ def _gain(speedup: Spread | None) -> str:
     return f"{speedup.median:.2f}x\n{speedup.low:.2f}-{speedup.high:.2f}"
 
 
-def _number(value: float | None, form: str, unit: float = 1) -> str:
-    return "" if value is None else format(value / unit, form)
+def _number(value: float | None, unit: float = 1) -> str:
+    return "" if value is None else significant(value / unit)
 
 
 WORDS = {
@@ -102,8 +100,8 @@ def footer(found: BenchResult) -> str:
     threads = f", {counted(count, 'thread')}" if count else ""
     lines = [
         f"{about['device']}{threads}, {about['dtype']}; {versions}; {found.rounds} rounds, medians",
-        f"floors at {ceilings.bandwidth_bytes_per_s / 1e9:.3g} GB/s and "
-        f"{ceilings.flops_per_s / 1e12:.3g} TFLOP/s; KV: size in the plan at the last token",
+        f"floors at {_number(ceilings.bandwidth_bytes_per_s, 1e9)} GB/s and "
+        f"{_number(ceilings.flops_per_s, 1e12)} TFLOP/s; KV: size in the plan at the last token",
     ]
     lines += [
         f"{each.label}: {each.as_hf.equal} of {each.as_hf.of} greedy tokens match Hugging Face's"

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastskip.commands.tables import number_table, show_table
-from fastskip.wording import counted
+from fastskip.wording import counted, significant
 
 if TYPE_CHECKING:
     from fastskip.intervals import Estimate
@@ -60,7 +60,7 @@ def _whole(found: Sequence["Judgement"], scale: "Scale") -> Table:
                 (each.speed.ttft_s, dense.speed.ttft_s),
                 (each.speed.tpot_s, dense.speed.tpot_s),
             ):
-                row.append(f"{1e3 * own:.3g}\n{base / own:.2f}x")
+                row.append(f"{significant(1e3 * own)}\n{base / own:.2f}x")
         table.add_row(*row)
     return table
 

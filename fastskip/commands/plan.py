@@ -27,6 +27,7 @@ from fastskip.commands.common import (
     resolve_policy,
 )
 from fastskip.commands.tables import new_table, number_table, show_table
+from fastskip.wording import significant
 
 if TYPE_CHECKING:
     from fastskip.commands import forecast
@@ -293,4 +294,4 @@ def _si(value: float, unit: str) -> str:
     prefixes = ("n", "u", "m", "", "k", "M", "G", "T", "P", "E")
     thousands = math.floor(math.log(value, 1000)) if value else 0
     thousands = max(-3, min(6, thousands))
-    return f"{value / 1000**thousands:.3g} {prefixes[thousands + 3]}{unit}"
+    return f"{significant(value / 1000**thousands)} {prefixes[thousands + 3]}{unit}"

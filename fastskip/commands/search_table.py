@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastskip.commands.tables import number_table, show_table
+from fastskip.wording import significant
 
 if TYPE_CHECKING:
     from fastskip.study.search import SearchResult
@@ -61,4 +62,4 @@ def show(result: "SearchResult") -> None:
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.3g} ms"
+    return "-" if seconds is None else f"{significant(1e3 * seconds)} ms"

@@ -27,7 +27,7 @@ from fastskip.commands.exams import CountOption, ItemsOption, PromptsOption, Tim
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.tables import new_table
 from fastskip.study.json_file import json_text
-from fastskip.wording import counted
+from fastskip.wording import counted, significant
 
 if TYPE_CHECKING:
     from fastskip.demo.model import Size
@@ -249,9 +249,9 @@ def _table(found: Sequence["Compared"], count: int) -> None:
             interval = f"({100 * change.low:+.0f} to {100 * change.high:+.0f})"
             told += f"\n{100 * change.mean:+.1f} {interval}"
         table.add_row(
-            f"{escape(each.label)}\n{each.parameters / 1e6:.3g} M weights",
+            f"{escape(each.label)}\n{significant(each.parameters / 1e6)} M weights",
             told,
-            f"{each.flops / found[0].flops:.0%}\n{each.flops / 1e9:.3g} GF",
+            f"{each.flops / found[0].flops:.0%}\n{significant(each.flops / 1e9)} GF",
             f"{1e3 * each.ttft_s:.1f}",
             f"{1e3 * each.tpot_s:.2f}",
             f"{each.kv_bytes / 1e3:.0f}",

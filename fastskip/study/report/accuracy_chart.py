@@ -10,7 +10,7 @@ from typing import Any
 from fastskip.intervals import Estimate
 from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture, shortened
 from fastskip.study.report.labels import Label, place
-from fastskip.wording import Scale
+from fastskip.wording import Scale, significant
 
 NEAR = 0.1
 """If some points are far below dense, those within this distance of it get an enlarged panel."""
@@ -75,7 +75,7 @@ def accuracy_chart(
 ) -> Picture:
     """The chart of one quantity; `scale`: that of the scores."""
     values = "; ".join(
-        f"{each.name}: {each.cost:.3g} {quantity.unit}, {scale.text(each.score.mean)} "
+        f"{each.name}: {significant(each.cost)} {quantity.unit}, {scale.text(each.score.mean)} "
         f"({scale.text(each.score.low)} to {scale.text(each.score.high)})"
         for each in points
     )

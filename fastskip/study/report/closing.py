@@ -9,7 +9,7 @@ from fastskip.study.report.blocks import Block, Facts, Heading, Points, Section
 from fastskip.study.report.maps import Mapped
 from fastskip.study.report.results import Results
 from fastskip.study.report.search_file import SearchResult
-from fastskip.wording import FEW_ITEMS, Scale, counted
+from fastskip.wording import FEW_ITEMS, Scale, counted, significant
 
 
 def provenance(results: Results, made: str) -> Section:
@@ -32,9 +32,9 @@ def provenance(results: Results, made: str) -> Section:
 
 def _ceilings(result: BenchResult) -> Iterator[tuple[str, str]]:
     if result.bandwidth is not None:
-        yield "memory bandwidth ceiling", f"{result.bandwidth / 1e9:.3g} GB/s"
+        yield "memory bandwidth ceiling", f"{significant(result.bandwidth / 1e9)} GB/s"
     if result.flops_rate is not None:
-        yield "arithmetic ceiling", f"{result.flops_rate / 1e9:.3g} GFLOP/s"
+        yield "arithmetic ceiling", f"{significant(result.flops_rate / 1e9)} GFLOP/s"
 
 
 def limits(results: Results, mapped: list[Mapped]) -> Section:

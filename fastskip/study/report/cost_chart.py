@@ -7,6 +7,7 @@ from typing import Any
 
 from fastskip.study.report.bench_file import BenchResult, Contender, Timed
 from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture, shortened
+from fastskip.wording import significant
 
 PHASES = ("prefill", "decode")
 _COLOURS = {"prefill": Colour.BLUE, "decode": Colour.ORANGE}
@@ -79,4 +80,4 @@ def _bars(axis: Any, phase: str, timed: Sequence[tuple[Contender, Timed]]) -> No
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    return f"{significant(1e3 * seconds)} ms"

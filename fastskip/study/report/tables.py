@@ -10,7 +10,7 @@ from fastskip.study.report.blocks import NOTHING, Cell, Table, Tone
 from fastskip.study.report.eval_file import EvalResult, JudgedPolicy
 from fastskip.study.report.heat_chart import HeatMap
 from fastskip.study.report.search_file import Candidate, SearchResult
-from fastskip.wording import Scale, counted
+from fastskip.wording import Scale, counted, significant
 
 EMPTY = Cell(NOTHING)
 MOST_KINDS = 8
@@ -75,7 +75,7 @@ def bench_table(result: BenchResult) -> Table:
         row = [Cell(str(number)), Cell(contender.label, _source(contender))]
         for quantity, spread in (("ttft", timed.ttft_s), ("tpot", timed.tpot_s)):
             row += [time_cell(spread), _speedup(timed, quantity)]
-        row += [Cell(f"{timed.tokens_per_s:.3g}")]
+        row += [Cell(significant(timed.tokens_per_s))]
         row += [_megabytes(timed.peak_bytes), _megabytes(timed.kv_bytes)]
         rows.append(tuple(row))
     caption = (
@@ -191,8 +191,8 @@ def change_cell(change: Estimate) -> Cell:
 
 def time_cell(spread: Spread) -> Cell:
     """A time with its quartiles."""
-    low, high = (f"{1e3 * each:.3g}" for each in (spread.low, spread.high))
-    return Cell(f"{1e3 * spread.median:.3g} ms", f"{low} to {high}")
+    low, high = (significant(1e3 * each) for each in (spread.low, spread.high))
+    return Cell(f"{significant(1e3 * spread.median)} ms", f"{low} to {high}")
 
 
 def speedup_text(spread: Spread) -> str:
@@ -220,7 +220,7 @@ def _own_time(each: JudgedPolicy, dense: JudgedPolicy, name: str) -> Cell:
     if own is None:
         return EMPTY
     ratio = f"{base / own:.2f}x as fast" if base and own and each is not dense else ""
-    return Cell(f"{1e3 * own:.3g} ms", ratio)
+    return Cell(f"{significant(1e3 * own)} ms", ratio)
 
 
 def _name(each: Candidate) -> Cell:
@@ -243,7 +243,7 @@ def _floor(found: PerPhase | None, phase: str, measured: Spread) -> Cell:
         return EMPTY
     least = float(getattr(found, phase))
     ratio = f"measured: {measured.median / least:.2f}x" if least else ""
-    return Cell(f"{1e3 * least:.3g} ms", ratio)
+    return Cell(f"{significant(1e3 * least)} ms", ratio)
 
 
 def _ideal(found: PerPhase | None, phase: str) -> Cell:
@@ -259,8 +259,8 @@ def _percent(value: float | None) -> Cell:
 
 
 def _milliseconds(value: float | None) -> Cell:
-    return EMPTY if value is None else Cell(f"{1e3 * value:.3g} ms")
+    return EMPTY if value is None else Cell(f"{significant(1e3 * value)} ms")
 
 
 def _megabytes(value: int | None) -> Cell:
-    return EMPTY if value is None else Cell(f"{value / 1e6:.4g}")
+    return EMPTY if value is None else Cell(significant(value / 1e6, 4))

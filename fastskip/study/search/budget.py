@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from fastskip.wording import significant
+
 
 class BudgetError(ValueError):
     """A budget that cannot be parsed, or that no policy can meet; says what is possible."""
@@ -143,7 +145,8 @@ def impossible(budget: Budget, least_share: float, dense_s: float | None) -> Bud
     else:
         reach = f"{budget.quantity.label} {1 / least_share:.3g}x faster"
         if dense_s is not None:
-            reach += f" ({1e3 * least_share * dense_s:.3g} ms; dense takes {1e3 * dense_s:.3g} ms)"
+            least, dense = (significant(1e3 * each) for each in (least_share * dense_s, dense_s))
+            reach += f" ({least} ms; dense takes {dense} ms)"
     return BudgetError(
         f"budget: {budget.text} cannot be reached; the limit, with everything skipped: {reach}"
     )
