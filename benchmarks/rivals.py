@@ -44,13 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show(label: str, found: Judgement, dense: Judgement) -> None:
-    change = found.evaluation.minus(dense.evaluation)
-    points = f"{100 * change.mean:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    mean, interval = found.evaluation.minus(dense.evaluation).in_points
     assert found.speed is not None and dense.speed is not None
     ttft = dense.speed.ttft_s / found.speed.ttft_s
     tpot = dense.speed.tpot_s / found.speed.tpot_s
-    share = found.flops / dense.flops
-    print(f"{label}: {share:.0%} of the FLOPs, TTFT {ttft:.2f}x, TPOT {tpot:.2f}x, {points} points")
+    cost = f"{found.flops / dense.flops:.0%} of the FLOPs, TTFT {ttft:.2f}x, TPOT {tpot:.2f}x"
+    print(f"{label}: {cost}, {mean} ({interval}) points")
 
 
 if __name__ == "__main__":

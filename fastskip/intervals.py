@@ -42,6 +42,12 @@ class Estimate:
         """Whether the whole interval is below zero."""
         return self.high < 0
 
+    @property
+    def in_points(self) -> tuple[str, str]:
+        """A difference of scores times 100 and its interval, with signs: "+1.5", "-0.2 to +3.1"."""
+        mean, low, high = (f"{100 * each:+.1f}" for each in (self.mean, self.low, self.high))
+        return mean, f"{low} to {high}"
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:

@@ -87,7 +87,8 @@ def _scored(each: "Judgement", dense: "Judgement", scale: "Scale") -> list[str]:
     own = base if each is dense else each.evaluation.parts[scale]
     change = own.minus(base)
     verdict = "" if each is dense else Verdict.of(change).value
-    return [escape(each.label), _score(own.estimate(), scale), f"{_change(change)}\n{verdict}"]
+    told = "\n".join((*change.in_points, verdict))
+    return [escape(each.label), _score(own.estimate(), scale), told]
 
 
 def _kinds(found: Sequence["Judgement"], scale: "Scale") -> Table:
@@ -99,7 +100,7 @@ def _kinds(found: Sequence["Judgement"], scale: "Scale") -> Table:
         for each in found:
             own, is_dense = each.evaluation.parts[scale], each is found[0]
             name = f"{escape(kind)}, {counted(counts[kind], 'item')}" if is_dense else ""
-            change = "" if is_dense else _change(own.minus(dense, kind))
+            change = "" if is_dense else "\n".join(own.minus(dense, kind).in_points)
             table.add_row(name, escape(each.label), _score(own.estimate(kind), scale), change)
         table.add_section()
     return table
@@ -127,7 +128,3 @@ def _together(console: Console, found: Sequence["Judgement"], items: Sequence["I
 
 def _score(score: "Estimate", scale: "Scale") -> str:
     return f"{scale.text(score.mean)}\n{100 * score.low:.0f} to {100 * score.high:.0f}"
-
-
-def _change(change: "Estimate") -> str:
-    return f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}"

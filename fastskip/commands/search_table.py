@@ -27,14 +27,13 @@ def show(result: "SearchResult") -> None:
         times = []
         for own, base in ((each.ttft_s, dense.ttft_s), (each.tpot_s, dense.tpot_s)):
             times.append("" if own is None or base is None else f"{base / own:.2f}x")
-        change = each.change
         table.add_row(
             marks if each.keeps_budget or each.source == "dense" else f"[dim]{marks}[/]",
             f"{each.flops:.0%}",
             *times,
             f"{each.calibration_kl:.3g}",
             result.scale.text(each.score.mean),
-            f"{100 * change.mean:+.1f}\n{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+            "\n".join(each.change.in_points),
         )
     show_table(console, table)
     workload, settings = result.workload, result.settings

@@ -42,7 +42,7 @@ def _findings(results: Results) -> Iterator[str]:
         groups: dict[Verdict, list[str]] = {}
         for each in part.judged[1:]:
             change = each.minus(part.dense)
-            text = f"{each.label} ({100 * change.mean:+.1f}{' points' if is_share else ''})"
+            text = f"{each.label} ({change.in_points[0]}{' points' if is_share else ''})"
             groups.setdefault(Verdict.of(change), []).append(text)
         what = "Answers" if is_share else f"Captions by {part.scale.axis}"
         for verdict in Verdict:

@@ -185,8 +185,7 @@ def change_cell(change: Estimate) -> Cell:
     """A difference from dense with its interval and its verdict."""
     verdict = Verdict.of(change)
     tone = {Verdict.BETTER: Tone.GOOD, Verdict.WORSE: Tone.BAD}.get(verdict, Tone.OPEN)
-    interval = f"{100 * change.low:+.1f} to {100 * change.high:+.1f}"
-    return Cell(f"{100 * change.mean:+.1f}", interval, (verdict,), tone)
+    return Cell(*change.in_points, (verdict,), tone)
 
 
 def time_cell(spread: Spread) -> Cell:

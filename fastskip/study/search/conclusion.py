@@ -134,5 +134,5 @@ def _rivals(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _points(each: Found) -> str:
-    change = each.change
-    return f"{100 * change.mean:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    mean, interval = each.change.in_points
+    return f"{mean} points ({interval})"
