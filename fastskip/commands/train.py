@@ -1,7 +1,6 @@
 """`fastskip train`: training under a policy, which skips work in the forward and the backward."""
 
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +24,7 @@ from fastskip.commands.common import (
 )
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.train_inputs import examples_of, masks_of, policy_for
-from fastskip.commands.train_report import numbers, show
+from fastskip.commands.train_report import show
 from fastskip.study.json_file import json_text, write_json
 
 if TYPE_CHECKING:
@@ -279,11 +278,10 @@ def train(
     )
     masks = masks_of(mask)
 
-    import fastskip
+    from fastskip.commands.train_run import run
+    from fastskip.loading import plan_of
     from fastskip.plotting import require
     from fastskip.prompts import processor_for
-    from fastskip.study.training import measuring
-    from fastskip.study.training import train as run
     from fastskip.study.training.curve import write_curve
 
     require("loss curve", "train")
@@ -291,34 +289,10 @@ def train(
     # Only plain torch computes gradients and lets routers be replaced while they train.
     impl = "reference" if parts is Parts.ROUTERS else None
     loaded = load(path, chosen, dtype_for(model, dtype), device, impl=impl)
-    plan = fastskip.plan_of(loaded)
-    batches = partial(measuring.batches_of, max_tokens=plan.shape.max_positions)
-    test = [] if measured is None else batches(measured, processor, settings, 8)
-    timed = batches(learned, processor, settings, 2)
-    report: dict[str, Any] = {"model": path, "policy": plan.policy.name, "parts": parts.value}
-    if masks is not None:
-        masks.apply_(loaded)  # as in training, so that both losses compare
-    if test:
-        report["held_out_loss"] = {"before": measuring.held_out_loss(loaded, test)}
-    from tqdm import tqdm
-
-    with tqdm(desc="steps", disable=None) as bar:
-
-        def on_step(step: int, steps: int, loss: float) -> None:
-            bar.total = steps
-            bar.update(step - bar.n)
-            bar.set_postfix(loss=f"{loss:.4f}")
-
-        trained = run(loaded, processor, learned, out, settings, masks=masks, on_step=on_step)
-    if test:
-        report["held_out_loss"]["after"] = measuring.held_out_loss(loaded, test)
-        if parts is Parts.ROUTERS:
-            report["skipped"] = measuring.skipped_shares(loaded, test)
-    rounds = ROUNDS if compare_dense is None and parts is not Parts.ROUTERS else compare_dense
-    comparison = None
-    if rounds:
-        comparison = measuring.compare_dense(loaded, timed, settings, rounds)
-    report |= numbers(trained, comparison)
+    about = {"model": path, "policy": plan_of(loaded).policy.name, "parts": parts.value}
+    rounds = ROUNDS if compare_dense is None and parts is not Parts.ROUTERS else compare_dense or 0
+    done = run(loaded, processor, learned, measured, out, settings, masks, rounds)
+    report, trained = about | done.report, done.trained
     saved = out / (ADAPTERS if parts is Parts.LORA and not merge else MODEL)
     trained.save(saved, processor, merge=merge)
     written = [saved]
@@ -331,7 +305,7 @@ def train(
     if as_json:
         typer.echo(json_text(report, indent=2))
         return
-    show(report, trained, comparison)
+    show(report, trained, done.comparison)
     typer.echo(f"wrote {', '.join(map(str, written))}", err=True)
 
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastskip.commands.common import CommandError, resolve_policy
+from fastskip.commands.common import resolve_policy
 
 if TYPE_CHECKING:
+    from fastskip.study.pruning import WeightMasks
     from fastskip.study.training import Settings
 
 DEMO_POLICY = "every_nth_block"
@@ -89,11 +90,10 @@ class _Scenes(Sequence[Any]):
         return Example((Turn(question.text, question.answer),), (draw(scene),), where)
 
 
-def masks_of(mask: Path | None) -> Any:
+def masks_of(mask: Path | None) -> "WeightMasks | None":
+    """The masks of a file."""
     if mask is None:
         return None
-    try:
-        from fastskip.study.pruning import WeightMasks  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise CommandError("--mask: this version has no pruning; allowed: none") from error
+    from fastskip.study.pruning import WeightMasks
+
     return WeightMasks.load(mask)
