@@ -32,6 +32,7 @@ from fastskip.commands.common import (
     reading,
 )
 from fastskip.commands.outputs import check_folder
+from fastskip.commands.progress import steps_bar
 from fastskip.study.json_file import json_text
 
 FILE = "bench.json"
@@ -144,8 +145,6 @@ def bench(
     check_folder("--out", out)
     named = named_policies(policies)
     _check(prompt, text_tokens, no_hf, compiled)
-    from tqdm import tqdm
-
     from fastskip.study.bench.contenders import Models
     from fastskip.study.bench.run import bench as measure
     from fastskip.study.bench.workload import repeated
@@ -160,12 +159,7 @@ def bench(
     count = 1 + len(named) + (not no_hf) + is_compiled
     # nobody knows how many rounds fit into a budget
     total = count * (1 + rounds) if budget_seconds is None else None
-    with tqdm(total=total, disable=None, unit="calls") as bar:
-
-        def tell(label: str) -> None:
-            bar.set_description(label)
-            bar.update()
-
+    with steps_bar(total, "calls") as begin:
         found = measure(
             models,
             named,
@@ -174,7 +168,7 @@ def bench(
             new_tokens=new_tokens,
             rounds=rounds,
             is_compiled=is_compiled,
-            on_call=tell,
+            on_call=begin,
             **({} if budget_seconds is None else {"budget_s": budget_seconds}),
         )
     command = shlex.join(["fastskip", *sys.argv[1:]])

@@ -25,6 +25,7 @@ from fastskip.commands.common import (
 from fastskip.commands.demo_items import demo_items
 from fastskip.commands.exams import CountOption, ItemsOption, PromptsOption, TimedTokensOption
 from fastskip.commands.outputs import check_folder
+from fastskip.commands.progress import steps_bar
 from fastskip.commands.tables import new_table
 from fastskip.study.json_file import json_text
 from fastskip.wording import counted, significant
@@ -93,8 +94,6 @@ def paper(
             raise CommandError("--quick, --seeds, --device: nothing runs; allowed: with --out DIR")
         _show(out or report.bundled_folder())
         return
-    from tqdm import tqdm
-
     from fastskip.plotting import require
     from fastskip.study.paper.experiments import cells
     from fastskip.study.paper.measuring import QUICK, Effort
@@ -103,13 +102,8 @@ def paper(
     require("figures")
     check_folder("--out", out)
     run = Study(out, seeds or 3, QUICK if quick else Effort(), cells(quick), device_of(device))
-    with tqdm(total=run.steps, disable=None) as bar:
-
-        def on_step(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
-        results = run.run(on_step)
+    with steps_bar(run.steps) as begin:
+        results = run.run(begin)
     written = report.write(results, out)
     _show(out)
     for path in written:
@@ -152,21 +146,12 @@ def compare(
     contenders = [_contender(each, dtype, device) for each in named]
     if items is None and not all(each.startswith(DEMO) for each in named):
         raise CommandError("--items: needed with models that are not the demo's; a JSON lines file")
-    from tqdm import tqdm
-
     from fastskip.study.evaluation.comparison import compare as measure
     from fastskip.study.evaluation.items import read_items
 
     chosen = demo_items(count) if items is None else read_items(items)[:count]
-    with tqdm(total=len(contenders), disable=None) as bar:
-
-        def on_model(label: str) -> None:
-            bar.set_description(label)
-            bar.update()
-
-        found = measure(
-            contenders, chosen, batch_size=batch, new_tokens=new_tokens, on_model=on_model
-        )
+    with steps_bar(len(contenders)) as begin:
+        found = measure(contenders, chosen, batch_size=batch, new_tokens=new_tokens, on_model=begin)
     if as_json:
         typer.echo(json_text([each.to_dict() for each in found], indent=2))
         return
