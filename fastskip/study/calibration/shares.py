@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,17 @@ class Share:
         }
 
 
-def by_threshold(shares: Sequence[Share]) -> list[list[Share]]:
-    """The shares grouped by router, for routers with a threshold only."""
+def by_router(shares: Iterable[Share]) -> dict[int, list[Share]]:
+    """The shares of each router."""
     groups: dict[int, list[Share]] = {}
     for share in shares:
-        if share.possible is not None:
-            groups.setdefault(share.router, []).append(share)
-    return list(groups.values())
+        groups.setdefault(share.router, []).append(share)
+    return groups
+
+
+def by_threshold(shares: Iterable[Share]) -> list[list[Share]]:
+    """The shares grouped by router, for routers with a threshold only."""
+    return list(by_router(each for each in shares if each.possible is not None).values())
 
 
 def pooled(shares: Sequence[Share]) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastskip.loading import set_policy
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, Sublayer, TokenClass
-from fastskip.study.calibration import Calibration, CalibrationError, calibrate
-from fastskip.study.calibration.shares import pooled
+from fastskip.study.calibration import CalibrationError, calibrate
+from fastskip.study.calibration.shares import by_router, pooled
 from fastskip.study.search.matching import Entrant, LeftOut, over_budget
 from fastskip.study.search.refine import SLACK
 
@@ -94,17 +94,10 @@ def _one(
             found = calibrate(model, samples, rate, new_tokens=new_tokens, sweeps=3)
         except (CalibrationError, PolicyError) as error:
             return LeftOut(name, str(error))
-        rates = _achieved(found)
+        rates = {number: pooled(own) for number, own in by_router(found.shares).items()}
         missing = share(found.policy, rates) - limit
         if missing <= SLACK:
             named = replace(found.policy, name=name)
             return Entrant(name, "router", named, tuple(rates[n] for n in sorted(rates)))
         wanted -= max(1.5 * missing, 0.002)
     return LeftOut(name, f"skips too little: {missing:.3g} of dense over the budget")
-
-
-def _achieved(found: Calibration) -> dict[int, float]:
-    by_number: dict[int, list[Any]] = {}
-    for each in found.shares:
-        by_number.setdefault(each.router, []).append(each)
-    return {number: pooled(own) for number, own in by_number.items()}
