@@ -175,8 +175,11 @@ def linear_rows(
     over = None if arrivals is None else "linear_rows_split"
     chosen = config or tuning.config_over("linear_rows", over, x.device, rows, shape)
     blocks, options = split(chosen)
-    # Tables count BLOCK_E in 2-byte elements; wider elements get half as many.
-    blocks["BLOCK_E"] = max(16, blocks["BLOCK_E"] * 2 // x.element_size())
+    if x.element_size() > 2:
+        # Full-precision products keep their operands in registers: larger tiles would spill.
+        limits = {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_E": 32, "STAGES": 3}
+        blocks |= {name: min(blocks[name], most) for name, most in limits.items()}
+        options |= {"num_warps": 8}
     tiles = triton.cdiv(rows, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_M"])
     sums = 2 if form is GATED else 1
     shared = splits.arguments_of(blocks, arrivals, tiles, [inner], x.device, sums=sums)

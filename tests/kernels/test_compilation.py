@@ -24,7 +24,8 @@ from fastskip.kernels.head import head_logits
 from fastskip.kernels.launch import launch, recording
 from fastskip.kernels.norm import normalize
 from fastskip.kernels.overlap import overlapping, read, touch, wait
-from fastskip.ops.contracts import Linear, Norm
+from fastskip.kernels.row_gemm import linear_rows
+from fastskip.ops.contracts import Activation, Linear, Norm
 import triton
 import triton.language as tl
 
@@ -55,6 +56,13 @@ def _rash_kernel(x_ptr, out_ptr, OVERLAP: tl.constexpr):
 def blank(*shape):
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
+def exact(form, block, stages, warps):
+    # A prompt's product in fp32.
+    x, weight = (torch.empty(n, 256, dtype=torch.float32, device="meta") for n in (640, 512))
+    sizes = dict(BLOCK_N=block, BLOCK_M=block, BLOCK_E=64, GROUP=8, STAGES=stages)
+    config = {**sizes, "num_warps": warps}
+    return recorded(linear_rows, x, Linear(weight), activation=form, config=config)
+
 def recorded(call, *arguments, **options):
     with recording(is_dry=True) as account:
         call(*arguments, **options)
@@ -77,13 +85,18 @@ if __name__ == "__main__":
         rash = recorded(launch, _rash_kernel, (1,), {}, **pair)
         ahead = recorded(launch, _ahead_kernel, (1,), {}, **pair)
     builds += [build_of(launch, 90) for launch in (again, late, leaving, rash, ahead)]
+    forms = (None, Activation.GATED_SILU)
+    tiles = ((128, 4, 8), (64, 5, 4))
+    in_full = [build_of(exact(form, *how), 90) for form in forms for how in tiles]
+    builds += in_full
     findings = compile_all(builds, workers=1)
     kept = compile_all(builds)
     assert kept == findings
     wrong = dataclasses.replace(builds[0], constants={})
     found = [dataclasses.asdict(findings[build.key]) for build in builds]
     print(json.dumps({
-        "findings": found,
+        "findings": found[: -len(in_full)],
+        "exact": found[-len(in_full) :],
         "signature": dict(builds[0].signature),
         "attributes": [list(path) for path in builds[0].attributes],
         "error": next(iter(compile_all([wrong], workers=1).values())).error,
@@ -106,8 +119,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return found
 
 
-def findings(compiled: dict[str, object]) -> list[Finding]:
-    listed = compiled["findings"]
+def findings(compiled: dict[str, object], which: str = "findings") -> list[Finding]:
+    listed = compiled[which]
     assert isinstance(listed, list)
     return [Finding(**each) for each in listed]
 
@@ -120,6 +133,11 @@ def test_findings_are_those_of_the_machine_code(compiled: dict[str, object]) -> 
     assert product.spills == 0
     assert narrow.wide == 0, "rows of 257 elements cannot be read 16 bytes at a time"
     assert tight.spills > 0 and tight.registers <= 32
+
+
+def test_full_precision_products_of_prompts_spill_nothing(compiled: dict[str, object]) -> None:
+    """Their operands are in registers, whatever tiles suit half precision."""
+    assert [each.spills for each in findings(compiled, "exact")] == [0] * 4
 
 
 def test_what_overlaps_waits_before_all_else(compiled: dict[str, object]) -> None:
