@@ -9,6 +9,7 @@ claims.
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,10 +30,18 @@ _WIDER = {torch.float32: torch.float64}  # for anything narrower, fp32 is the tr
 
 
 def faults(models: Models, policies: Mapping[str, SkipPolicy]) -> dict[str, str]:
-    """Name -> what is wrong, for each policy under which our model disagrees with the oracle."""
+    """Name -> what is wrong, for each policy under which our model fails or disagrees with the
+    oracle."""
     truth, prompt = truth_of(models.hf), _prompt(models.hf)
-    found = {name: _fault(models, truth, prompt, policy) for name, policy in policies.items()}
-    return {name: fault for name, fault in found.items() if fault}
+    found: dict[str, str] = {}
+    for name, policy in policies.items():
+        try:
+            fault = _fault(models, truth, prompt, policy)
+        except Exception:  # the other policies are checked anyway
+            fault = traceback.format_exc(limit=-6)
+        if fault:
+            found[name] = fault
+    return found
 
 
 def truth_of(hf: Any) -> Any:

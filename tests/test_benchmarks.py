@@ -126,6 +126,21 @@ def test_the_gate_finds_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["wrong"].startswith("scores: error")
 
 
+def test_a_policy_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiler's errors, say, or without memory."""
+    both = models(tiny, torch.float32, "cpu")
+    bad, swap = fastskip.SkipPolicy.preset("image_ffn"), fastskip.set_policy
+
+    def failing(model: Any, policy: fastskip.SkipPolicy) -> Any:
+        if policy is bad:
+            raise torch.OutOfMemoryError("planted")
+        return swap(model, policy)
+
+    monkeypatch.setattr(fastskip, "set_policy", failing)
+    found = faults(both, {"bad": bad, "right": fastskip.SkipPolicy()})
+    assert list(found) == ["bad"] and "planted" in found["bad"]
+
+
 def test_a_peer_that_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "faults", lambda models, policies: {"image_ffn": "wrong"})
     case = Case(SHAPE, torch.bfloat16, batch=1, n_new=4, rounds=1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.errors import TritonError
 
 from benchmarks.gpu import (
     ceilings,
@@ -32,13 +33,14 @@ from benchmarks.gpu.cells import Cell, Setting, chosen
 from benchmarks.gpu.correctness import worst_output
 from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import TINY
-from benchmarks.gpu.nodes import reader
+from benchmarks.gpu.nodes import each_of, reader
 from benchmarks.gpu.prefill_works import PREFILL
 from benchmarks.gpu.results import ROOT, Line, Results, Values
-from benchmarks.gpu.routed_stack import programs_at_most
+from benchmarks.gpu.routed_stack import Stack, programs_at_most
 from benchmarks.gpu.routed_works import DECODE_ROUTED
 from benchmarks.gpu.running import run, supervise
 from benchmarks.gpu.tables import Question, write_tables
+from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from fastskip.ops import compiled, fused
 from fastskip.ops.contracts import HalfNorm
@@ -499,6 +501,55 @@ def test_a_wrong_operation_is_found(factor: float) -> None:
     ops = SimpleNamespace(normalize=normalize)
     worst = worst_output(ops, PREFILL["normalize"], TINY, 3, torch.bfloat16, torch.device("cpu"))
     assert (worst["share_of_allowed"] <= 1) == (factor == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "truth"),
+    [(1.0, 0.0, 0.0), (2.0, float("inf"), 1.0), (2.0, float("nan"), 1.0), (0.0, 0.0, 0.0)],
+)
+def test_what_no_error_is_allowed_for_is_found(ours: float, plain: float, truth: float) -> None:
+    """Be it that plain code is exactly right, or that it fails itself."""
+
+    def make(maker: Any, rows: int) -> Any:
+        def run(ops: Any) -> list[torch.Tensor]:
+            exact = truth if maker.dtype == torch.float64 else plain
+            value = exact if ops is fused else ours
+            return [torch.full((rows,), value, dtype=maker.dtype)]
+
+        return SimpleNamespace(run=run, entries=list)
+
+    worst = worst_output(object(), make, TINY, 3, torch.bfloat16, torch.device("cpu"))
+    assert (worst["share_of_allowed"] <= 1) == (ours == truth)
+
+
+def test_kinds_of_nodes_fail_alone() -> None:
+    """Also by the compiler's errors, which are no RuntimeErrors."""
+
+    def refuse(device: torch.device) -> dict[str, float]:
+        raise TritonError("planted")
+
+    parts = {"a": lambda device: {"x": 1.0}, "b": refuse, "c": lambda device: {"y": 2.0}}
+    found, faults = each_of(parts, torch.device("cpu"))
+    assert found == {"x": 1.0, "y": 2.0}
+    assert faults == ["b: TritonError: planted"]
+
+
+def test_a_step_of_blocks_that_fails_leaves_the_others(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Stack.step
+
+    def failing(
+        stack: Any, policy: Any, guarding: Guarding = Guarding.EARLY_EXIT, *more: Any
+    ) -> Any:
+        if guarding is Guarding.HOPS:
+            raise TritonError("planted")
+        return step(stack, policy, guarding, *more)
+
+    monkeypatch.setattr(Stack, "step", failing)
+    values = routing.blocks(setting(results), TINY)
+    assert list(values["notes"].values()) == ["TritonError: planted"]
+    assert "omit: runs, IF nodes" in values["us_per_block"]
 
 
 def test_the_reader_reads_everything() -> None:

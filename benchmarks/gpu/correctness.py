@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -29,7 +30,7 @@ from benchmarks.gpu.routed_works import DECODE_ROUTED, PREFILL_ROUTED
 from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_works
 from benchmarks.shapes import Shape, models, prompts
 from fastskip.ops import fused
-from fastskip.verification.budget import measure
+from fastskip.verification.budget import Budget, measure
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_TESTS = ("tests/kernels/test_compaction.py", "--maxfail=1")
@@ -184,7 +185,7 @@ def worst_output(
         if not actual.is_floating_point():
             actual, eager, truth = (x.double() for x in (actual, eager, truth))
         budget = measure("", actual, eager, truth)
-        share = budget.error / budget.allowed if budget.allowed else float(budget.error > 0)
+        share = _share(budget)
         if share >= worst["share_of_allowed"]:
             worst = {
                 "share_of_allowed": share,
@@ -192,6 +193,14 @@ def worst_output(
                 "eager": budget.eager_error,
             }
     return worst
+
+
+def _share(budget: Budget) -> float:
+    """The error as a share of the allowed one; infinite where that is 0, or no number because plain
+    code fails too."""
+    if budget.error == 0 and budget.holds:
+        return 0.0
+    return budget.error / budget.allowed if 0 < budget.allowed < math.inf else math.inf
 
 
 def _operations(widths: Widths, dtype: torch.dtype, is_default: bool) -> Cell:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -84,12 +84,25 @@ def cost(setting: Setting) -> Values:
         )
     if int(out.sum()) != 0:
         raise RuntimeError("a kernel that should have exited early has run")
-    try:
-        found |= _conditional(setting)
-        note = None
-    except (ValueError, RuntimeError) as error:
-        note = f"conditional nodes are not available: {error}"
-    return {"us_per_node": found, "note": note}
+    if setting.device.type != "cuda":
+        return {"us_per_node": found, "note": "conditional nodes are not available: no CUDA device"}
+    nodes = {"IF nodes": _conditional, "captured bodies": _captured_bodies, "loops": _turns}
+    more, faults = each_of(nodes, setting.device)
+    return {"us_per_node": found | more, "note": "; ".join(faults) or None}
+
+
+def each_of(
+    parts: Mapping[str, Callable[[torch.device], dict[str, float]]], device: torch.device
+) -> tuple[dict[str, float], list[str]]:
+    """What all parts found, and why some of them failed."""
+    found: dict[str, float] = {}
+    faults = []
+    for name, part in parts.items():
+        try:
+            found |= part(device)
+        except Exception as error:  # the driver's, the compiler's, or a wrong result
+            faults.append(f"{name}: {type(error).__name__}: {error}")
+    return found, faults
 
 
 def _microseconds(setting: Setting, launch: Callable[[], object]) -> float:
@@ -118,16 +131,11 @@ def replay_seconds(replay: Callable[[], object]) -> float:
     return statistics.median(times[3:])
 
 
-def _conditional(setting: Setting) -> dict[str, float]:
-    """IF nodes in a row, each with one memset in its body, and plain memsets to compare with.
-
-    Then IF nodes as a step uses them: a kernel sets the condition of a captured body.
-    """
-    if setting.device.type != "cuda":
-        raise RuntimeError("no CUDA device")
+def _conditional(device: torch.device) -> dict[str, float]:
+    """IF nodes in a row, each with one memset in its body, and plain memsets to compare with."""
     driver = load_driver()
     found = {}
-    word = torch.zeros(1, dtype=torch.int32, device=setting.device)
+    word = torch.zeros(1, dtype=torch.int32, device=device)
     ways: dict[str, Callable[[Any, list[Any]], Any]] = {
         "memset": lambda graph, after: _add_memset(driver, graph, after, word),
         "IF, false": lambda graph, after: _add_if(driver, graph, after, word, 0),
@@ -136,11 +144,12 @@ def _conditional(setting: Setting) -> dict[str, float]:
     for name, add in ways.items():
         few, many = (_chain_seconds(driver, add, count) for count in (FEW, MANY))
         found[name] = 1e6 * (many - few) / (MANY - FEW)
-    return found | _captured_bodies(setting.device) | _turns(setting.device)
+    return found
 
 
 def _captured_bodies(device: torch.device) -> dict[str, float]:
-    """An IF node around a kernel of one program, with the kernel that sets its condition.
+    """IF nodes as a step uses them: each around a kernel of one program, with the kernel that sets
+    its condition.
 
     Raises:
         RuntimeError: a body ran that should not have, or the other way round.

@@ -37,6 +37,7 @@ from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
 from benchmarks.peers import Peer, evenly
 from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
 from fastskip.generation.conditional import Guarding
+from fastskip.ops.bodies import bodies_on
 from fastskip.ops.overlap import Overlap, can_overlap
 from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy, Sublayer
@@ -90,13 +91,16 @@ def decisions(setting: Setting) -> Values:
         both = models(build, dtype, setting.device.type, setting.impl)
         policies = _policies(both, setting)
         for guarding in Guarding:
-            both.ours._fastskip.steps.guarding = guarding
             name = f"{str(dtype).removeprefix('torch.')}, {KIND_OF[guarding]}"
             try:
-                own = faults(both, policies)
+                if guarding is not Guarding.EARLY_EXIT:
+                    bodies_on(setting.device)
             except ValueError as error:  # no CUDA bindings: early exits are checked anyway
                 found[name] = str(error)
                 continue
+            both.ours._fastskip.steps.guarding = guarding
+            try:
+                own = faults(both, policies)
             finally:
                 both.ours._fastskip.steps.guarding = Guarding.EARLY_EXIT
             found[name] = own or "ok"
@@ -201,7 +205,7 @@ def blocks(setting: Setting, widths: Widths) -> Values:
                 policy = policy_of(router(rate, kv))
                 step = stack.step(policy, way.guarding, way.turns, way.overlap)
                 found[f"{kv}: {does}, {way.label}"] = microseconds(setting, step, depth)
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:
                 if is_lost(setting.device):
                     raise
                 notes[f"{kv}, {way.label}"] = f"{type(error).__name__}: {error}"
