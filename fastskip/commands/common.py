@@ -251,12 +251,13 @@ def ceilings_of(
 def policy_of(policy: str | None) -> Any:
     """The policy given; None leaves the choice to the checkpoint."""
     from fastskip.policy import SkipPolicy
-    from fastskip.policy.presets import split_preset
+    from fastskip.policy.presets import hint_for, split_preset
 
     if policy is None:
         return None
     if split_preset(policy) is None and not os.path.isfile(policy):
-        what = "is a folder" if os.path.isdir(policy) else "no such file or preset"
+        missing = f"no such file or preset{hint_for(policy)}"
+        what = "is a folder" if os.path.isdir(policy) else missing
         allowed = "a policy file (.json, .yaml), or a preset that `fastskip policies` lists"
         raise CommandError(f"--policy {policy}: {what}; allowed: {allowed}")
     try:

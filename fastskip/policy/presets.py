@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastskip.policy.vocabulary import (
     SkippedKV,
     Sublayer,
     TokenClass,
+    shown,
 )
 
 Rule = SkipRule | ArrangementRule | RemovalRule
@@ -151,6 +153,13 @@ PRESETS: Mapping[str, tuple[Callable[..., Any], str]] = {
 """Name -> (function, one-line description)."""
 
 
+def hint_for(name: object) -> str:
+    """` (did you mean PRESET?)` for a name that is much like a preset's, with or without options;
+    else nothing."""
+    near = get_close_matches(str(name).partition(":")[0], PRESETS, n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
 def split_preset(text: str) -> tuple[str, dict[str, Any]] | None:
     """Name and options of `PRESET:KEY=VALUE:KEY=VALUE`; `None` if no preset has that name."""
     name, *options = text.split(":")
@@ -192,7 +201,8 @@ def _option(text: str, name: str) -> tuple[str, Any]:
 def build_preset(name: str, options: Mapping[str, Any]) -> Made:
     """Expands the preset `name`; for an unknown name or option, `PolicyError` lists those known."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise PolicyError("preset", name, ", ".join(PRESETS))
+        problem = f"got {shown(name)}{hint_for(name)}"
+        raise PolicyError("preset", name, ", ".join(PRESETS), problem)
     function, known = PRESETS[name][0], defaults_of(name)
     for option, value in options.items():
         if option not in known:

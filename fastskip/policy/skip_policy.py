@@ -28,7 +28,7 @@ from fastskip.policy.fields import (
     text,
 )
 from fastskip.policy.file import SUFFIXES, read_document, write_document
-from fastskip.policy.presets import PRESETS, build_preset, split_preset
+from fastskip.policy.presets import PRESETS, build_preset, hint_for, split_preset
 from fastskip.policy.removals import RemovalRule
 from fastskip.policy.routers import RouterRule
 from fastskip.policy.rules import (
@@ -40,6 +40,7 @@ from fastskip.policy.rules import (
 from fastskip.policy.vocabulary import (
     PolicyError,
     Semantics,
+    shown,
 )
 
 SCHEMA_VERSION = 1
@@ -172,7 +173,10 @@ class SkipPolicy:
         if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
             return cls.from_file(value)
         what = f"a SkipPolicy, a dict, the path of a policy file, or a preset ({names(PRESETS)})"
-        raise PolicyError("policy", value, what)
+        problem = None
+        if isinstance(value, (str, os.PathLike)):
+            problem = f"got {shown(value)}, no such file or preset{hint_for(value)}"
+        raise PolicyError("policy", value, what, problem)
 
 
 @contextmanager

@@ -108,17 +108,21 @@ class Ranking(StrEnum):
     SPACING = "spacing"
 
 
+def shown(value: object) -> str:
+    """A value as messages show it, cut if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
+        return "a value too long to show"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
 class PolicyError(ValueError):
     """An invalid policy; names the field, its value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str, problem: str | None = None) -> None:
         self.field, self.value, self.allowed, self.problem = field, value, allowed, problem
-        try:
-            shown = repr(value)
-        except (ValueError, RecursionError):  # integers of thousands of digits, deep nesting
-            shown = "a value too long to show"
-        shown = shown if len(shown) <= 120 else shown[:117] + "..."
-        super().__init__(f"{field}: {problem or f'got {shown}'}; allowed: {allowed}")
+        super().__init__(f"{field}: {problem or f'got {shown(value)}'}; allowed: {allowed}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.field, self.value, self.allowed, self.problem)

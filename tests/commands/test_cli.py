@@ -436,6 +436,11 @@ def test_demo_runs_the_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         ("plan -p image_ffn:start=2:start=3", r"image_ffn.start: got \[2, 3\]; allowed: each"),
         ("plan -p image_ffn:start=a", "image_ffn.start: got 'a'; allowed: an integer"),
         ("plan -p image:start=1", "--policy image:start=1: no such file or preset"),
+        (
+            "plan -p image_fnn:start=1",
+            r"no such file or preset \(did you mean image_ffn\?\); allow",
+        ),
+        ("policies image_fnn", r"preset: .*\(did you mean image_ffn\?\); allowed: dense"),
         ("policies image_ffn --layers 2", "allowed: "),
         ("policies image_ffn -o {folder}/x.txt", "--out .*x.txt: the suffix .*; allowed: "),
         ("policies image_ffn -o {folder}/absent/x.json", "No such file.*; allowed: a writable"),

@@ -436,6 +436,18 @@ def test_coerce() -> None:
         assert caught.value.field == "policy"
 
 
+def test_misspelt_presets_are_recognised() -> None:
+    hint = r" \(did you mean image_ffn\?\); allowed: "
+    with pytest.raises(
+        PolicyError, match="^policy: got 'image_fnn:end=4', no such .* preset" + hint
+    ):
+        SkipPolicy.coerce("image_fnn:end=4")
+    with pytest.raises(PolicyError, match="^preset: got 'imageffn'" + hint):
+        SkipPolicy.preset("imageffn")
+    with pytest.raises(PolicyError, match="^policy: got 'policy.json', no such file or preset; "):
+        SkipPolicy.coerce("policy.json")
+
+
 LAYERS: list[tuple[Any, tuple[int, ...]]] = [
     (":", tuple(range(8))),
     ("4:7:2", (4, 6)),
