@@ -49,7 +49,8 @@ class Format:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            problem = f"{file}: {error}; allowed: a readable file, {self.allowed}"
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            problem = f"{file}: {reason}; allowed: a readable file, {self.allowed}"
             raise self.error(problem) from error
         if self.takes_array and text.lstrip()[:1] == "[":
             found: Any = ((json.dumps(entry), "entry") for entry in self._array(text, file))

@@ -137,7 +137,7 @@ def test_at_least_one_item_is_read(tmp_path: Path, most: int) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ItemError, match="allowed: a readable file"):
+    with pytest.raises(ItemError, match="none.jsonl: no such file; allowed: a readable file"):
         read_items(tmp_path / "none.jsonl")
 
 
