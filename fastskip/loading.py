@@ -96,6 +96,7 @@ def load_model(
         PolicyError: the policy is malformed or does not fit the model.
         SparseError: the files of a sparse checkpoint are inconsistent, or the weights cannot be
             held in the given form.
+        FileNotFoundError: there is no such folder.
         ValueError: another argument is malformed, or weights are missing.
     Warns:
         PolicyFitWarning: the policy's provenance names a different model.
@@ -112,6 +113,7 @@ def load_model(
         if key in from_pretrained_kwargs
     }
     path = os.fspath(model_id_or_path)
+    _check_place(path)
     config = from_pretrained_kwargs.pop("config", None)
     if os.path.isfile(os.path.join(path, "adapter_config.json")):
         raise UnsupportedModelError(
@@ -416,6 +418,14 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     if arguments.get("use_safetensors") is False:
         raise UnsupportedModelError("use_safetensors", False, "True: pickle files are never read")
     arguments.pop("use_safetensors", None)
+
+
+def _check_place(path: str) -> None:
+    """Refuses absent folders that cannot be hub names, which transformers calls malformed."""
+    is_name = path.count("/") < 2 and not os.path.isabs(path) and not path.startswith((".", "~"))
+    if not (is_name or os.path.isdir(path)):
+        allowed = "an existing folder, or a hub name such as llava-hf/llava-1.5-7b-hf"
+        raise FileNotFoundError(f"model_id_or_path: {path!r}: no such folder; allowed: {allowed}")
 
 
 def _check_model(model: Any) -> None:

@@ -222,6 +222,13 @@ def test_arguments_that_ask_for_nothing_are_allowed(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("place", ["{folder}/absent", "./absent", "../absent", "a/b/c"])
+def test_absent_folders_are_not_taken_for_hub_names(place: str, tmp_path: Path) -> None:
+    message = "^model_id_or_path: '.*': no such folder; allowed: an existing folder, or a hub name"
+    with pytest.raises(FileNotFoundError, match=message):
+        fastskip.load_model(place.format(folder=tmp_path))
+
+
 def test_absent_device(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="device: 'cuda'; allowed: cpu"):
         fastskip.load_model(checkpoint, device="cuda")
