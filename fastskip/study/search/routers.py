@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastskip.loading import set_policy
+from fastskip.loading import plan_of, set_policy
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, Sublayer, TokenClass
 from fastskip.study.calibration import CalibrationError, calibrate
 from fastskip.study.calibration.shares import by_router, pooled
 from fastskip.study.search.matching import Entrant, LeftOut, over_budget
 from fastskip.study.search.refine import SLACK
 
-Share = Callable[[SkipPolicy, Mapping[int, float] | None], float]
+ShareOf = Callable[[SkipPolicy, Mapping[int, float] | None], float]
+"""The share of the dense cost of a policy, given its routers' skip rates by number."""
 
 _STEPS = 20
 _ATTEMPTS = 5
@@ -52,10 +53,8 @@ def rate_for(share: Callable[[float], float], limit: float) -> float | None:
 def routed(
     model: Any,
     samples: Sequence[Mapping[str, Any]],
-    share: Share,
+    share: ShareOf,
     limit: float,
-    depth: int,
-    has_images: bool,
     new_tokens: int,
 ) -> Iterator[Entrant | LeftOut]:
     """Every family, calibrated so that its expected cost meets the budget.
@@ -65,18 +64,17 @@ def routed(
         samples: inputs of `generate`, to calibrate on.
         share: of the dense cost, for a policy and its routers' skip rates.
         limit: on that share.
-        depth: layers.
-        has_images: whether the model has image rows.
         new_tokens: how many tokens each sample generates.
     """
-    for name, policy in families(depth, has_images).items():
+    shape = plan_of(model).shape
+    for name, policy in families(shape.depth, shape.has_images).items():
         yield _one(model, samples, share, limit, name, policy, new_tokens)
 
 
 def _one(
     model: Any,
     samples: Sequence[Mapping[str, Any]],
-    share: Share,
+    share: ShareOf,
     limit: float,
     name: str,
     policy: SkipPolicy,

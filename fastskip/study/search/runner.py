@@ -157,14 +157,12 @@ class Search:
         return parted(found)
 
     def _routers(self, sought: Sought) -> Iterator[Entrant | LeftOut]:
-        calibration, shape = self._bench.calibration, self._bench.shape
+        calibration = self._bench.calibration
         yield from routed(
             self.model,
             [calibration.inputs(number) for number in range(len(calibration))],
             sought.pricing.share,
             sought.limit,
-            shape.depth,
-            shape.has_images,
             calibration.new_tokens,
         )
 
