@@ -35,6 +35,7 @@ from fastskip.study.bench.results import (
 from fastskip.study.bench.samples import Inputs, Sample, sample
 from fastskip.study.bench.workload import Workload, workload_of
 from fastskip.study.calls import placed
+from fastskip.study.counts import check_counts
 from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.observed_rates import Rates
 from fastskip.study.provenance import circumstances
@@ -78,9 +79,7 @@ def bench(
     Warns:
         PolicyFitWarning: a policy was made for another model.
     """
-    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, LEAST_ROUNDS)):
-        if value < least:
-            raise BenchError(f"{name}: {value}; allowed: {least} or more")
+    check_counts(BenchError, new_tokens=(new_tokens, 2), rounds=(rounds, LEAST_ROUNDS))
     every = contenders_of(models, policies, is_compiled=is_compiled)
     before = plan_of(models.ours).policy
     given = placed(inputs, models.ours)

@@ -20,6 +20,7 @@ from fastskip.policy_fit import made_for
 from fastskip.study.calibration.shares import Share, by_threshold, pooled
 from fastskip.study.calibration.sweep import CalibrationError, Sweep, run_sweep
 from fastskip.study.calibration.thresholds import bar_for, bounds_of, threshold_of
+from fastskip.study.counts import check_counts
 from fastskip.study.provenance import circumstances
 
 
@@ -152,9 +153,12 @@ def _checked(
         raise CalibrationError(f"per: {per!r}; allowed: {', '.join(Per)}")
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
         raise CalibrationError(f"rate: {rate!r}; allowed: a share in [0, 1]")
-    for name, value in (("samples", len(samples)), ("new_tokens", new_tokens), ("sweeps", sweeps)):
-        if value < 1:
-            raise CalibrationError(f"{name}: {value}; allowed: 1 or more")
+    check_counts(
+        CalibrationError,
+        samples=(len(samples), 1),
+        new_tokens=(new_tokens, 1),
+        sweeps=(sweeps, 1),
+    )
     return Per(per)
 
 

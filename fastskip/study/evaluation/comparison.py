@@ -17,6 +17,7 @@ from fastskip.families import image_token_ids, text_model_of
 from fastskip.intervals import Estimate
 from fastskip.loading import plan_of
 from fastskip.study.calls import placed
+from fastskip.study.counts import check_counts
 from fastskip.study.evaluation.answers import Evaluation
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.evaluation.item_inputs import ItemInputs
@@ -88,13 +89,12 @@ def compare(
         ItemError: an item cannot be used.
         ScaleError: some items are judged by CIDEr and others are not.
     """
-    for name, value, least in (
-        ("contenders", len(contenders), 1),
-        ("rounds", rounds, 1),
-        ("new_tokens", new_tokens, 2),
-    ):
-        if value < least:
-            raise ValueError(f"{name}: {value}; allowed: {least} or more")
+    check_counts(
+        ValueError,
+        contenders=(len(contenders), 1),
+        rounds=(rounds, 1),
+        new_tokens=(new_tokens, 2),
+    )
     scale_of(item.metric for item in items)  # before anything is loaded
     found: list[Compared] = []
     first: Evaluation | None = None

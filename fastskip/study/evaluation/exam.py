@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastskip.study.calls import placed
+from fastskip.study.counts import check_counts
 from fastskip.study.evaluation.answers import Evaluation, Judged
 from fastskip.study.evaluation.captions import check as check_captions
 from fastskip.study.evaluation.item_inputs import MAX_CACHE_BYTES, ItemInputs
@@ -52,13 +53,12 @@ class Exam:
         """
         if not items:
             raise ItemError("items: none; allowed: one or more")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("new_tokens", new_tokens, 1),
-            ("max_cache_bytes", max_cache_bytes, 0),
-        ):
-            if value < least:
-                raise ItemError(f"{name}: {value}; allowed: {least} or more")
+        check_counts(
+            ItemError,
+            batch_size=(batch_size, 1),
+            new_tokens=(new_tokens, 1),
+            max_cache_bytes=(max_cache_bytes, 0),
+        )
         if captions := sum(item.metric is Metric.CIDER for item in items):
             check_captions(captions)
         self.items = tuple(items)

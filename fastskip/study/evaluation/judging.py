@@ -17,6 +17,7 @@ from fastskip.intervals import Estimate, Verdict
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.calls import end_tokens, placed
+from fastskip.study.counts import check_counts
 from fastskip.study.evaluation.agreement import AnswerAgreement, AnswerLog
 from fastskip.study.evaluation.answers import Evaluation
 from fastskip.study.evaluation.captions import CaptionScores
@@ -198,9 +199,7 @@ def judge(
         ItemError: an item cannot be used, or the model has no positions left for `new_tokens`.
         SmallerImagesError: the model cannot take smaller images.
     """
-    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 0)):
-        if value < least:
-            raise ValueError(f"{name}: {value}; allowed: {least} or more")
+    check_counts(ValueError, new_tokens=(new_tokens, 2), rounds=(rounds, 0))
     if rounds:
         exam.single(0, new_tokens)  # fail before answering anything if they do not fit
     every = [

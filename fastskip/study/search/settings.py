@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fastskip.study.counts import check_counts
+
 _LEAST = {"seed": 0, "tries": 1, "points": 0, "new_tokens": 2, "rounds": 1, "randoms": 0}
 
 
@@ -43,9 +45,7 @@ class SearchSettings:
     routers: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in _LEAST.items():
-            if getattr(self, name) < low:
-                raise SettingsError(f"{name}: {getattr(self, name)}; allowed: {low} or more")
+        check_counts(SettingsError, **{n: (getattr(self, n), low) for n, low in _LEAST.items()})
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise SettingsError(f"minutes: {self.minutes}; allowed: a number above 0, or none")
 
