@@ -131,6 +131,7 @@ FLOORS = {
             "intervals",
             "timing",
             "demo",
+            "fingerprints",
             "study",
             "training",
             "wording",
@@ -141,7 +142,7 @@ FLOORS = {
     "bench": Floor(
         ("study.bench",),
         (*PURE, "routing", "families", "loading", "public", "prompts", "intervals", "timing")
-        + ("fit", "demo", "study", "paper"),
+        + ("fingerprints", "fit", "demo", "study", "paper"),
         ("PIL", "torch", "transformers"),
     ),
     # Reads what the study wrote, as files; no model and no tensor.

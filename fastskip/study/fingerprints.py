@@ -1,4 +1,4 @@
-"""Short hashes of what a result was measured on: the model, the items, the policy."""
+"""Short hashes of what a result was measured on, besides the model: the items, the policy."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from fastskip.fingerprints import LENGTH, fingerprint, model_fingerprint
+from fastskip.fingerprints import LENGTH, fingerprint
 from fastskip.policy import SkipPolicy
 from fastskip.study.evaluation.items import Item
-
-__all__ = [
-    "combined",
-    "fingerprint",
-    "items_fingerprint",
-    "model_fingerprint",
-    "policy_fingerprint",
-]
 
 
 def items_fingerprint(items: Sequence[Item]) -> str:

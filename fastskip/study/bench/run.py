@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastskip.fingerprints import model_fingerprint
 from fastskip.intervals import Spread, paired_speedup, quartiles
 from fastskip.loading import plan_of, set_policy
 from fastskip.plan import SkipPlan
@@ -36,7 +37,6 @@ from fastskip.study.bench.samples import Inputs, Sample, sample
 from fastskip.study.bench.workload import Workload, workload_of
 from fastskip.study.calls import placed
 from fastskip.study.counts import check_counts
-from fastskip.study.fingerprints import model_fingerprint
 from fastskip.study.observed_rates import Rates
 from fastskip.study.provenance import circumstances
 from fastskip.timing import LEAST_ROUNDS, endless, race

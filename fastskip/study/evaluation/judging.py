@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from fastskip.fingerprints import model_fingerprint
 from fastskip.intervals import Estimate, Verdict
 from fastskip.loading import plan_of, record_routing, set_policy
 from fastskip.policy import SkipPolicy
@@ -26,11 +27,7 @@ from fastskip.study.evaluation.exam import Exam
 from fastskip.study.evaluation.items import Item
 from fastskip.study.evaluation.metrics import Metric, YesNo
 from fastskip.study.evaluation.smaller_images import taking_smaller_images
-from fastskip.study.fingerprints import (
-    combined,
-    model_fingerprint,
-    policy_fingerprint,
-)
+from fastskip.study.fingerprints import combined, policy_fingerprint
 from fastskip.study.kept_lines import KeptLines
 from fastskip.study.observed_rates import observed_rates
 from fastskip.timing import endless, rotated, time_once

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastskip.study.fingerprints import fingerprint
+from fastskip.fingerprints import fingerprint
 from fastskip.study.json_file import write_json
 
 Document = dict[str, Any]

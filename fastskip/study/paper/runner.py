@@ -22,9 +22,9 @@ from fastskip.demo.results import Workload, environment
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.smaller import load, weights_path
 from fastskip.demo.text import build_processor
+from fastskip.fingerprints import fingerprint
 from fastskip.study.evaluation.answers import Evaluation
 from fastskip.study.evaluation.exam import Exam
-from fastskip.study.fingerprints import fingerprint
 from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
 from fastskip.study.paper.kept import kept, name_of, read
 from fastskip.study.paper.measuring import (

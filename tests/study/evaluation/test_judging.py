@@ -18,6 +18,7 @@ import fastskip
 from fastskip.cli import app
 from fastskip.commands.demo_items import demo_tasks
 from fastskip.demo import checkpoint_path
+from fastskip.fingerprints import model_fingerprint
 from fastskip.intervals import Verdict
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, SkipRule
 from fastskip.prompts import processor_for
@@ -29,11 +30,7 @@ from fastskip.study.evaluation.items import Item
 from fastskip.study.evaluation.judging import Judgement, JudgementFile, judge
 from fastskip.study.evaluation.metrics import Metric
 from fastskip.study.evaluation.smaller_images import shrunk_processor, taking_smaller_images
-from fastskip.study.fingerprints import (
-    items_fingerprint,
-    model_fingerprint,
-    policy_fingerprint,
-)
+from fastskip.study.fingerprints import items_fingerprint, policy_fingerprint
 from fastskip.study.paper.measuring import Effort, asked, items_of
 
 ITEMS = items_of(asked(0, Effort(questions=10, captions=4)))
