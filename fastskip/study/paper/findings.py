@@ -135,10 +135,9 @@ def _parallel(results: Results) -> Finding:
         return _untested(claim)
     good = [row for row in rows if _both(row) >= KEPT]
     best = max(rows, key=_both)
-    verdict = (Verdict.DISAGREES, Verdict.PARTLY)[bool(good)]
     return Finding(
         claim,
-        Verdict.AGREES if len(good) == len(rows) else verdict,
+        _by_count(len(good), len(rows)),
         f"{len(good)} of {len(rows)} arrangements retain {KEPT:.0%} without training (mean of "
         f"questions and captions); the best is {best.label} with {_both(best):.1%}",
     )
@@ -245,14 +244,20 @@ def _image_ffn(results: Results) -> Finding:
         return _untested(claim)
     good = [row for row in rows if _both(row) >= KEPT]
     worst = min(rows, key=_both)
-    verdict = (Verdict.DISAGREES, Verdict.PARTLY)[bool(good)]
     return Finding(
         claim,
-        Verdict.AGREES if len(good) == len(rows) else verdict,
+        _by_count(len(good), len(rows)),
         f"{len(good)} of {len(rows)} schedules retain {KEPT:.0%}; the worst retains "
         f"{_both(worst):.1%} ({worst.label}). The large model's training skipped image rows' "
         "sublayers at random, so this is no surprise",
     )
+
+
+def _by_count(good: int, count: int) -> Verdict:
+    """All agree, some, or none."""
+    if good == count:
+        return Verdict.AGREES
+    return Verdict.PARTLY if good else Verdict.DISAGREES
 
 
 def _majority(
