@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -25,7 +27,7 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
     """
     if device.type != "cuda":
         return work
-    with _CAPTURING, torch.cuda.device(device):
+    with _CAPTURING, torch.cuda.device(device), _without_collection():
         current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -43,6 +45,19 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
             torch.cuda.set_stream(current)
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Within this block the garbage collector is off: among what it finds may be a graph, and
+    destroying one invalidates a capture. (Until version 2.8 torch collected before each.)"""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache

@@ -58,4 +58,10 @@ class Graphs(LeastRecentlyUsed[K, V]):
             self._pool = new_pool(device)
         # Its buffers outlive a caller's inference mode, which would forbid writing to them later.
         with torch.inference_mode(False), torch.no_grad():
-            return self.keep(key, build(self._pool))
+            try:
+                return self.keep(key, build(self._pool))
+            except BaseException:
+                # To torch 2.11 a capture that ended in an error still goes on, and it refuses its
+                # pool to every other one.
+                self._pool = None
+                raise
