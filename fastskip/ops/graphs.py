@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -13,19 +14,47 @@ import torch
 
 # Runs before a capture: kernels compile, libraries allocate their workspaces.
 _WARM_UPS = 2
-# Captures on a device share a stream, whatever their thread, so they run one by one.
+# Captures share a stream for warm-ups, whatever their thread, so they run one by one.
 _CAPTURING = Lock()
 
 
-def capture(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """What graphs that never run at the same time share: memory, and the stream of their captures.
+
+    Graphs of other memory must not share that stream. Library products need a workspace per stream,
+    which lies in the memory of the first graph that asks for one; from 2.12 on, torch frees it with
+    any graph of the stream. Those that go on using it may only write to what is theirs together.
+    """
+
+    device: torch.device
+    memory: Any
+    stream: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> Pool | None:
+        """A new pool; ``None`` where there are no graphs."""
+        if device.type != "cuda":
+            return None
+        return cls(device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+    def renewed(self) -> Pool:
+        """The same stream with other memory, once all graphs of the pool are gone: torch has only
+        so many streams, and hands them out again."""
+        return replace(self, memory=torch.cuda.graph_pool_handle())
+
+
+def capture(
+    work: Callable[[], None], device: torch.device, pool: Pool | None = None
+) -> Callable[[], None]:
     """A function that repeats ``work``; on CUDA by replaying a graph of it.
 
     ``work`` must read and write the same addresses every time and never sync with the device; it
-    runs a few times here, so nothing it writes may matter yet. ``pool``: the memory pool for what
-    it allocates, shared by graphs that never run at the same time. On other devices the result is
-    ``work`` itself.
+    runs a few times here, so nothing it writes may matter yet. ``pool``: for what it allocates; a
+    new one by default. On other devices the result is ``work`` itself.
     """
-    if device.type != "cuda":
+    pool = pool or Pool.on(device)
+    if pool is None:
         return work
     with _CAPTURING, torch.cuda.device(device), _without_collection():
         current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
@@ -35,11 +64,10 @@ def capture(work: Callable[[], None], device: torch.device, pool: Any = None) ->
                 work()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        stream = _capture_stream(torch.cuda.current_device())
         # Another thread's calls (a pinned allocation, say) must not end this capture.
-        mode = "thread_local"
+        options: Any = {"stream": pool.stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            with torch.cuda.graph(graph, pool=pool.memory, **options):
                 work()
         finally:  # torch stays on the capture stream if ending the capture fails
             torch.cuda.set_stream(current)
@@ -64,14 +92,3 @@ def _without_collection() -> Iterator[None]:
 def _side_stream(device: int) -> torch.cuda.Stream:
     """A device's only warm-up stream, since libraries keep a workspace per stream."""
     return torch.cuda.Stream(device)
-
-
-@cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """A device's capture stream: torch's own belongs to the device that captured first."""
-    return torch.cuda.Stream(device)
-
-
-def new_pool(device: torch.device) -> Any:
-    """A memory pool for ``capture``; ``None`` where there are no graphs."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from fastskip.decoder.fused.lru import LeastRecentlyUsed, Sightings
 from fastskip.ops.bodies import Bodies, bodies_on
-from fastskip.ops.graphs import new_pool
+from fastskip.ops.graphs import Pool
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -19,7 +19,7 @@ class Graphs(LeastRecentlyUsed[K, V]):
     """Up to ``most`` graphs by what they have baked in; the least recently used is evicted first.
 
     A capture takes as long as several runs: ``pays`` says when a key has occurred often enough. No
-    two graphs run at the same time, so all share one memory pool.
+    two graphs run at the same time, so all share one pool.
     """
 
     def __init__(self, most: int, seen: int = 0) -> None:
@@ -27,13 +27,13 @@ class Graphs(LeastRecentlyUsed[K, V]):
         super().__init__(most)
         self._sightings: Sightings[K] = Sightings(seen)
         self._version: object = None
-        self._pool: Any = None
+        self._pool: Pool | None = None
         self._bodies: Bodies | None = None
 
     def clear(self) -> None:
         super().clear()
         self._sightings.clear()
-        self._pool, self._bodies = None, None
+        self._pool, self._bodies = self._pool and self._pool.renewed(), None
 
     def renew(self, version: object) -> None:
         """Drops all graphs if ``version``, which all of them have baked in, has changed."""
@@ -51,11 +51,11 @@ class Graphs(LeastRecentlyUsed[K, V]):
             self._bodies = bodies_on(device)
         return self._bodies
 
-    def make(self, key: K, device: torch.device, build: Callable[[Any], V]) -> V:
-        """Makes and keeps the graph of a key: ``build`` of the memory pool to use."""
+    def make(self, key: K, device: torch.device, build: Callable[[Pool | None], V]) -> V:
+        """Makes and keeps the graph of a key: ``build`` of the pool to use."""
         self.make_room(key)
-        if self._pool is None:
-            self._pool = new_pool(device)
+        if self._pool is None or self._pool.device != device:
+            self._pool = Pool.on(device)
         # Its buffers outlive a caller's inference mode, which would forbid writing to them later.
         with torch.inference_mode(False), torch.no_grad():
             try:
