@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -190,6 +191,28 @@ def test_what_ends_a_process_costs_one_cell(
     assert expected in lines[f"a.{bad}"].reason
 
 
+LEAVING = """
+import json, subprocess, sys
+path, name = sys.argv[1:]
+late = f"import time; time.sleep(3); open({path + '.late'!r}, 'w')"
+subprocess.Popen([sys.executable, "-c", late])
+with open(path, "a") as file:
+    file.write(json.dumps({"cell": name, "seconds": 0.0}) + "\\n")
+"""
+
+
+def test_a_cell_leaves_no_process_behind(results: Results, tmp_path: Path) -> None:
+    """What a tool starts outlives it if the tool takes too long and is killed."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(LEAVING)
+    results.append(Line("older", 0.0))
+    command = [sys.executable, str(worker), str(results.path)]
+    assert supervise([cell("a.leaves")], results, command, budget=20, say=lambda text: None) == []
+    assert results.done() == {"older", "a.leaves"}
+    time.sleep(4)
+    assert not Path(f"{results.path}.late").exists()
+
+
 def test_the_budget_leaves_cells_for_the_next_run(results: Results, tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
@@ -218,6 +241,20 @@ def test_cells_are_named_whole_or_by_their_front() -> None:
     assert set(names[1:]) == {f"e2e.13b.b{batch}" for batch in (1, 4, 16, 64)}
     with pytest.raises(ValueError, match="e2e.1.*the groups are ceilings"):
         chosen(protocol.CELLS, ["e2e.1"])
+
+
+def test_what_is_still_to_measure_would_be_measured() -> None:
+    """Cells that have a result are passed over, also if it is older than what is to be measured."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    _, _, text = text.partition("## What a GPU has still to measure")
+    commands = re.findall(r"^python -m benchmarks\.gpu ([^#\n]+)", text, re.MULTILINE)
+    assert len(commands) >= 5
+    done = Results(RESULTS / "nvidia-h200").done()
+    for command in commands:
+        options = _parser().parse_args(command.split())
+        cells = {each.name for each in chosen(protocol.CELLS, options.cells)}
+        assert options.again or not done & {*options.cells}, command
+        assert options.again or cells - done, command
 
 
 def test_help_list_and_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -498,6 +535,22 @@ def test_what_cannot_be_tuned_says_why(results: Results, monkeypatch: pytest.Mon
         monkeypatch.setattr(tune, "PREFILL", {name: PREFILL[name]})
         with pytest.raises(RuntimeError, match=f"{name}: .* nothing was timed: .*planted"):
             tune.tune(setting(results), TINY, 0)
+
+
+def test_a_candidate_that_loses_the_device_costs_no_other_work(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: planted")
+
+    monkeypatch.setattr(tune, "PREFILL_ROUTED", {})
+    # In small it is every third one.
+    works = {"normalize": PREFILL["normalize"], "1": lose, "2": lose, "lost": lose}
+    monkeypatch.setattr(tune, "PREFILL", works)
+    monkeypatch.setattr(tune, "is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="planted"):
+        tune.tune(setting(results), TINY, 0)
+    assert [file.name for file in results.folder.glob("tables/*/norm*")] == ["normalize.json"]
 
 
 def test_kernel_tests_on_a_device_are_not_about_tables() -> None:

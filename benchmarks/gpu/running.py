@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 
@@ -151,7 +152,8 @@ def _written(results: Results, before: int) -> list[str]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills the process and its children."""
-    if process.poll() is None:
+    """Kills the process and its children, also those that it has left behind: they would go on
+    using the GPU while later cells are timed."""
+    with suppress(ProcessLookupError):  # there are none
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

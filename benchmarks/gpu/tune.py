@@ -62,8 +62,8 @@ def tune(setting: Setting, widths: Widths, rows: int) -> Values:
             failures[name] = f"{type(error).__name__}: {error}"
             continue
         answered |= new
+        write_tables(setting, new)  # now: a later candidate may hang, or lose the device
         found |= {f"{q.kernel}, {q.rows} rows ({name})": best for q, best in new.items()}
-    write_tables(setting, answered)
     if failures and not found:
         raise RuntimeError("\n".join(f"{name}: {fault}" for name, fault in failures.items()))
     return {"widths": widths.name, "kernels": found, "failures": failures}
