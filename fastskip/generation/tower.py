@@ -62,13 +62,13 @@ class TowerGraphs:
         if self._state is None or not self._state.is_current():
             self._graphs.clear()
         graph = self._graphs.get(call)
-        if graph is not None:
-            return graph.run(pixels)
-        if self._graphs.pays(call) and self._is_capturable:
+        if graph is None and self._graphs.pays(call) and self._is_capturable:
             held = weakref.ref(tower)  # weak: the tower holds what keeps this
             work = lambda own: forward(held(), own, **options)  # noqa: E731
             build = lambda pool: TowerGraph(work, pixels.clone(), pool)  # noqa: E731
-            return self._graphs.make(call, pixels.device, build).run(pixels)
+            graph = self._graphs.make_if_room(call, pixels.device, build)
+        if graph is not None:
+            return graph.run(pixels)
         output = forward(tower, **inputs)
         self._look_at(tower)  # only now: a first forward may add transformers' own hooks
         return output

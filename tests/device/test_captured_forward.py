@@ -256,6 +256,20 @@ def test_every_run_of_a_capture_begins_anew(
     assert torch.equal(slots[0], slots[1]) and torch.equal(slots[0], slots[2])
 
 
+def test_without_memory_for_a_graph_a_prompt_is_launched(
+    trio: Trio, batches: list[Batch], at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has run without one before. What the capture left in the cache does not matter."""
+
+    def capture(work: Any, device: torch.device, pool: Any) -> Any:
+        work()
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr("fastskip.decoder.fused.captured_forward.capture", capture)
+    check_generate(trio, ROUTED["omit beside a rule"], batches[0], new=2)
+    assert len(captured_of(trio.prepared)) == 0
+
+
 def test_learned_positions(at_once: None) -> None:
     trio = Trio(tiny_llava("llava_opt", depth=2), impl="triton")
     policy = policy_of(skip([1], ["image"], "block", kv="omit"))

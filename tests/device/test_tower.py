@@ -108,6 +108,18 @@ def test_another_number_of_images_is_another_graph() -> None:
     assert len(graphs_of(model)) == 2
 
 
+def test_without_memory_for_a_graph_the_tower_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(work: Callable[[], None], device: torch.device, pool: Any) -> Any:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(towers, "capture", capture)
+    plain = tiny_llava()
+    model = prepared(plain)
+    for _ in range(4):
+        check(plain, model, batch_of(plain, 1))
+    assert len(graphs_of(model)) == 0
+
+
 def test_few_are_kept() -> None:
     plain = tiny_llava()
     model = prepared(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ import torch
 from fastskip.decoder.fused.lru import LeastRecentlyUsed, Sightings
 from fastskip.ops.bodies import Bodies, bodies_on
 from fastskip.ops.graphs import Pool
+
+logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -65,3 +68,14 @@ class Graphs(LeastRecentlyUsed[K, V]):
                 # pool to every other one.
                 self._pool = None
                 raise
+
+    def make_if_room(
+        self, key: K, device: torch.device, build: Callable[[Pool | None], V]
+    ) -> V | None:
+        """``make``; ``None`` if there is no memory for the graph: what it would have done may still
+        run without one, in memory that others leave."""
+        try:
+            return self.make(key, device, build)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a CUDA graph, so work is launched without: %s", error)
+        return None

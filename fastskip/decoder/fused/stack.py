@@ -274,8 +274,8 @@ class FusedDecoder(Decoder):
             blocks = graphs.blocks(self._fused_blocks, self.plan, h.device)
             layers = Layers(self.plan, blocks, self.positions, self.routers)
             build = partial(CapturedForward, layers, shape, h, numbers, cache)
-            forward = graphs.make(shape, h.device, build)
-        return forward, numbers
+            forward = graphs.make_if_room(shape, h.device, build)
+        return None if forward is None else (forward, numbers)
 
     def _check(self, cache: PagedCache, wants_gradient: bool) -> None:
         if wants_gradient:
