@@ -37,7 +37,7 @@ from benchmarks.gpu.half_works import DECODE_HALVED
 from benchmarks.gpu.inputs import TINY
 from benchmarks.gpu.nodes import each_of, reader
 from benchmarks.gpu.prefill_works import PREFILL
-from benchmarks.gpu.results import FILE, ROOT, Line, Results, Values
+from benchmarks.gpu.results import ROOT, Line, Results, Values
 from benchmarks.gpu.routed_stack import Stack, programs_at_most
 from benchmarks.gpu.routed_works import DECODE_ROUTED
 from benchmarks.gpu.running import run, supervise
@@ -469,19 +469,6 @@ def test_the_readme_keeps_what_is_around_the_table(results: Results, tmp_path: P
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="GPU table"):
         table.write_readme(readme, results)
-
-
-def test_what_is_still_to_be_measured_would_be_measured() -> None:
-    """A cell that has a result of an earlier form is skipped unless it is run again."""
-    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    _, _, section = text.partition("## What a GPU has still to measure")
-    asked: dict[bool, set[str]] = {False: set(), True: set()}
-    for names in re.findall(r"^python -m benchmarks.gpu ([^#\n]+)", section, re.MULTILINE):
-        options = _parser().parse_args(names.split())
-        asked[options.again] |= {each.name for each in chosen(protocol.CELLS, options.cells)}
-    assert asked[False] and asked[True]
-    for file in RESULTS.glob(f"*/{FILE}"):
-        assert asked[False] & Results(file.parent).done() <= asked[True]
 
 
 @pytest.mark.parametrize(
