@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fastskip.plan import SkipPlan
 from fastskip.plan.chances import Rate
-from fastskip.plan.costs import Ceilings, GenerationCost, floor_seconds
+from fastskip.plan.costs import Ceilings, GenerationCost, floor_seconds, generation_cost
 from fastskip.plan.mixed_cost import mixed_cost
 
 
@@ -39,8 +39,9 @@ def work_of(
     """
 
     def cost(rate: Rate | None) -> GenerationCost:
+        planned = plan.expected(rate)
         costs = {
-            each: plan.expected_cost(*each, n_new, len(rows), rate=rate, text_before=text_before)
+            each: generation_cost(planned, *each, n_new, len(rows), text_before=text_before)
             for each in set(rows)
         }
         return costs[rows[0]] if len(costs) == 1 else mixed_cost([costs[each] for each in rows])

@@ -26,6 +26,7 @@ from benchmarks.runs import GROUPS, run_once
 from benchmarks.shapes import Shape, models, prompts, random_model
 from fastskip import machine
 from fastskip.generation.cache_name import CACHE_NAME
+from fastskip.plan.costs import generation_cost
 from fastskip.plan.mixed_cost import mixed_cost
 from fastskip.timing import threads_set
 
@@ -244,7 +245,7 @@ def test_sequences_that_are_alike_cost_what_a_batch_of_them_does(name: str) -> N
     policy = next(peer.policy for peer in (*DEFAULT, *ROUTED_BATCH) if peer.name == name)
     assert policy is not None
     plan = fastskip.plan_of(fastskip.set_policy(both.ours, policy(both.depth)))
-    batch = plan.expected_cost(16, 8, 5, 3)
+    batch = generation_cost(plan.expected(), 16, 8, 5, 3)
     together = mixed_cost([batch] * 3)
     for own, other in ((together.prefill, batch.prefill), (together.decode, batch.decode)):
         assert own.flops == other.flops

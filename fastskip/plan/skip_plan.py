@@ -160,10 +160,7 @@ class SkipPlan:
     @cached_property
     def routed_by_layer(self) -> Mapping[int, tuple[RoutedCell, ...]]:
         """The routed cells of each layer that has any."""
-        found: dict[int, tuple[RoutedCell, ...]] = {}
-        for cell in self.routed:
-            found[cell.layer] = (*found.get(cell.layer, ()), cell)
-        return found
+        return _grouped((cell.layer, cell) for cell in self.routed)
 
     def kv_sources(self, layer: int, token_class: TokenClass) -> tuple[int, ...]:
         """Where REUSE looks for a row's entry of `layer`; as `cells.kv_sources`."""
@@ -171,24 +168,17 @@ class SkipPlan:
 
     def layer_when(self, index: int, skipping: frozenset[int]) -> LayerPlan:
         """A layer as it runs if the routers with these numbers let all of their rows skip."""
-        found = self._layers_when.get((index, skipping))
-        if found is None:
-            found = self.layers[index]
-            for routed in self.routed_by_layer.get(index, ()):
-                if routed.number in skipping:
-                    before, skipped = found.cells[routed.token_class], routed.skipped
-                    both = replace(
-                        before if Sublayer.ATTENTION not in routed.skip else skipped,
-                        attention=before.attention and skipped.attention,
-                        ffn=before.ffn and skipped.ffn,
-                    )
-                    found = replace(found, cells={**found.cells, routed.token_class: both})
-            self._layers_when[index, skipping] = found
+        found = self.layers[index]
+        for routed in self.routed_by_layer.get(index, ()):
+            if routed.number in skipping:
+                before, skipped = found.cells[routed.token_class], routed.skipped
+                both = replace(
+                    before if Sublayer.ATTENTION not in routed.skip else skipped,
+                    attention=before.attention and skipped.attention,
+                    ffn=before.ffn and skipped.ffn,
+                )
+                found = replace(found, cells={**found.cells, routed.token_class: both})
         return found
-
-    @cached_property
-    def _layers_when(self) -> dict[tuple[int, frozenset[int]], LayerPlan]:
-        return {}
 
     @cached_property
     def when_skipping(self) -> SkipPlan:
@@ -217,20 +207,6 @@ class SkipPlan:
         layers = zip(self.layers, skipping.layers, strict=True)
         chances = (expected(a, b, self.routed_by_layer.get(a.index, ()), rates) for a, b in layers)
         return ExpectedPlan(self.shape, self.steps, tuple(chances), self.removals)
-
-    def expected_cost(
-        self,
-        n_image: int,
-        n_text: int,
-        n_new: int,
-        batch: int = 1,
-        *,
-        rate: Rate | None = None,
-        text_before: int = 0,
-    ) -> costs.GenerationCost:
-        """The expected `cost` at a given skip rate; `rate` as in `expected`."""
-        plan = self.expected(rate)
-        return costs.generation_cost(plan, n_image, n_text, n_new, batch, text_before=text_before)
 
     def cost(
         self, n_image: int, n_text: int, n_new: int, batch: int = 1, *, text_before: int = 0

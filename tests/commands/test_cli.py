@@ -298,6 +298,8 @@ def test_plan_of_routers_that_state_their_rate(checkpoint: Path, tmp_path: Path)
 
 
 def test_plan_of_routers_as_json(checkpoint: Path, tmp_path: Path) -> None:
+    from fastskip.plan.costs import generation_cost
+
     policy = routed(tmp_path, *ROUTERS)
     load = ("--image-tokens", 8, "--text-tokens", 5, "--new-tokens", 3)
     arguments = ("plan", "-m", checkpoint, "-p", policy, *MACHINE, *load, "--json")
@@ -307,7 +309,7 @@ def test_plan_of_routers_as_json(checkpoint: Path, tmp_path: Path) -> None:
     plan = fastskip.plan_of(fastskip.load_model(checkpoint, policy))
     assert found["routed"]["rates"] == [0.25, 0.25]
     for key, cost in (
-        ("expected", plan.expected_cost(8, 5, 3, rate=0.25)),
+        ("expected", generation_cost(plan.expected(0.25), 8, 5, 3)),
         ("all_skip", plan.when_skipping.cost(8, 5, 3)),
     ):
         assert found["routed"][key]["prefill_flops"] == cost.prefill.flops

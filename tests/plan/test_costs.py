@@ -27,6 +27,7 @@ from fastskip.plan.costs import (
     cache_bytes,
     decode_cost,
     floor_seconds,
+    generation_cost,
     ideal_speedup,
     prefill_cost,
 )
@@ -470,14 +471,15 @@ ROUTED = {
 def test_expected_cost_at_its_ends(name: str, load: tuple[int, int, int, int]) -> None:
     """Every operation is that of the plan itself, or of the one in which all skip."""
     plan = ROUTED[name]
-    assert plan.expected_cost(*load, rate=0) == plan.cost(*load)
-    assert plan.expected_cost(*load, rate=1) == plan.when_skipping.cost(*load)
-    assert plan.expected_cost(*load, rate=0.0) == plan.cost(*load)
+    assert generation_cost(plan.expected(0), *load) == plan.cost(*load)
+    assert generation_cost(plan.expected(1), *load) == plan.when_skipping.cost(*load)
+    assert generation_cost(plan.expected(0.0), *load) == plan.cost(*load)
 
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_expected_cost_falls_with_the_rate(name: str) -> None:
-    found = [ROUTED[name].expected_cost(3, 4, 5, 2, rate=tenth / 10) for tenth in range(11)]
+    plans = [ROUTED[name].expected(tenth / 10) for tenth in range(11)]
+    found = [generation_cost(plan, 3, 4, 5, 2) for plan in plans]
     for less, more in zip(found, found[1:], strict=False):
         assert less.flops > more.flops
         assert less.prefill.weight_bytes >= more.prefill.weight_bytes
@@ -563,7 +565,7 @@ def test_capacity_lets_somebody_run() -> None:
 def test_rates_come_from_the_routers_unless_given() -> None:
     plan = routed_plan(random([1], "all", "ffn", 0.25), RouterRule([2], "all", "ffn", threshold=1))
     with pytest.raises(PolicyError, match=r"rate: routers\[1\] of kind 'similarity' does not say"):
-        plan.expected_cost(3, 4, 5)
+        plan.expected()
     assert plan.expected({1: 0.5}) == plan.expected({0: 0.25, 1: 0.5})
     assert plan.expected(0.5) == plan.expected({0: 0.5, 1: 0.5})
     for wrong in (-0.1, 1.1, True, "half", {2: 0.5}):

@@ -16,6 +16,7 @@ from typing import Any
 from fastskip.fingerprints import model_fingerprint
 from fastskip.intervals import Estimate, Verdict
 from fastskip.loading import plan_of, record_routing, set_policy
+from fastskip.plan.costs import generation_cost
 from fastskip.policy import SkipPolicy
 from fastskip.study.calls import end_tokens, placed
 from fastskip.study.counts import check_counts
@@ -264,7 +265,7 @@ def _flops(model: Any, exam: Exam, new_tokens: int) -> int:
     with endless(model), record_routing(model) as record:
         model.generate(**placed(inputs, model), do_sample=False, max_new_tokens=new_tokens)
     prompt, steps = (
-        plan.expected_cost(n_image, n_text, new_tokens, rate=rate, text_before=before)
+        generation_cost(plan.expected(rate), n_image, n_text, new_tokens, text_before=before)
         for rate in observed_rates(plan, record, new_tokens)
     )
     return prompt.prefill.flops + steps.decode.flops
