@@ -98,12 +98,13 @@ class HostBodies:
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
         count = int(runs.sum())
+        if not count:
+            return
         chosen = choose(runs, None)
-        if count and len(runs) > BOUNDS:
+        if len(runs) > BOUNDS:
             _, bounds = bounds_of(len(runs))
             chosen = chosen.at_most(next(bound for bound in bounds if count <= bound))
-        if count:
-            body(chosen)
+        body(chosen)
 
 
 class GraphBodies:
@@ -123,40 +124,39 @@ class GraphBodies:
                     _take_workspaces(device)
 
     def run_if(self, runs: Tensor, body: Body) -> None:
-        if not torch.cuda.is_current_stream_capturing():
-            set_condition(runs, 0)
-            body()
-            return
         handle = self._new_handle()
         set_condition(runs, int(handle))
-        self._add(NodeKind.IF, handle, [body])
+        self._run(NodeKind.IF, handle, [body])
 
     def run_while(self, runs: Tensor, begin: Turn, body: Turn, most: int) -> None:
-        if not torch.cuda.is_current_stream_capturing():
-            begin(0)
-            for _ in range(most):
-                body(0)
-            return
         handle = self._new_handle()
         begin(int(handle))
-        self._add(NodeKind.WHILE, handle, [partial(body, int(handle))])
+        self._run(NodeKind.WHILE, handle, [partial(body, int(handle))], most)
 
     def run_counted(self, runs: Tensor, choose: Choose, body: CountedBody) -> None:
-        step, bounds = bounds_of(len(runs))
         if len(runs) <= BOUNDS:
             body(choose(runs, None))
             return
-        if not torch.cuda.is_current_stream_capturing():
-            chosen = choose(runs, Switch(0, step))
-            for bound in bounds:
-                body(chosen.at_most(bound))
-            return
+        step, bounds = bounds_of(len(runs))
         handle = self._new_handle()
         chosen = choose(runs, Switch(int(handle), step))
         own = [partial(body, chosen.at_most(bound)) for bound in bounds]
-        self._add(NodeKind.SWITCH, handle, own)
+        self._run(NodeKind.SWITCH, handle, own)
+
+    def _run(self, kind: NodeKind, handle: Any, bodies: Sequence[Body], most: int = 1) -> None:
+        """Makes a node of bodies; outside a capture, runs all of them ``most`` times."""
+        if torch.cuda.is_current_stream_capturing():
+            self._add(kind, handle, bodies)
+            return
+        for _ in range(most):
+            for body in bodies:
+                body()
 
     def _new_handle(self) -> Any:
+        """A condition of the graph that the current stream is captured into; 0 outside a
+        capture."""
+        if not torch.cuda.is_current_stream_capturing():
+            return 0
         graph, _ = self._captured()
         return new_handle(self._driver, graph)
 
