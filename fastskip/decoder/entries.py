@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.cache import SkipCache
-from fastskip.decoder.slots import Placement
+from fastskip.decoder.slots import LevelPlacement, Placement, RowPlacement
 from fastskip.plan import SkipPlan
 from fastskip.plan.layer_plan import Staged, Table, classes_of
 from fastskip.tokens import Rows, TokenLayout, member
@@ -163,13 +163,13 @@ class SlotMap:
         return member(self._rows_of(table).source, classes_of(table))
 
     def _place(self, table: Table, rows: Rows, layout: TokenLayout) -> Placement:
-        counts = self._cache.tables[table].counts
+        counts, segments = self._cache.tables[table].counts, self._cache.tables[table].segments
         if layout.is_step and rows.count == layout.batch and len(set(counts)) == 1:
-            return Placement.level(rows.count, counts[0])
+            return LevelPlacement(segments, counts[0])
         sequences = rows.take(layout.sequences)
         rank = self._mask(table).cumsum(1) - 1
         new = rank[sequences, rows.take(layout.columns) - layout.first_column]
-        return Placement.of(sequences, torch.tensor(counts)[sequences] + new)
+        return RowPlacement(segments, sequences, torch.tensor(counts)[sequences] + new)
 
 
 class CachedEntries:
@@ -213,17 +213,19 @@ class CachedEntries:
         return self.keys(layer, sequence, count) if count else None
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
-        self._write(layer, self._map.placement(layer, rows), keys, values)
+        target, entries = self._map.placement(layer, rows), self._cache.entries[layer]
+        target.write(entries.keys, keys)
+        target.write(entries.values, values)
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
         stage = self._plan.layers[layer].stage
-        self._write(layer, self._map.placement(layer, rows), *self._read(source, rows, stage))
+        self.append(layer, rows, *self._read(source, rows, stage))
 
     def average(self, first: int, second: int, rows: Rows) -> None:
         both = zip(self._read(first, rows), self._read(second, rows), strict=True)
         keys, values = ((a + b) / 2 for a, b in both)
         for layer in (first, second):
-            self._write(layer, self._map.placement(layer, rows), keys, values)
+            self.append(layer, rows, keys, values)
 
     def adopt(self, layer: int, source: int) -> None:
         if source not in self._cache.entries:  # nothing was kept so far
@@ -235,15 +237,8 @@ class CachedEntries:
 
     def _read(self, layer: int, rows: Rows, stage: int | None = None) -> tuple[Tensor, Tensor]:
         """K and V ``[n, G, K]`` of the new entries of a stage's rows."""
-        segments = self._cache.tables[self._plan.layers[layer].table].segments
         origin, entries = self._map.placement(layer, rows, stage), self._cache.entries[layer]
-        return origin.read(segments, entries.keys), origin.read(segments, entries.values)
-
-    def _write(self, layer: int, placement: Placement, keys: Tensor, values: Tensor) -> None:
-        segments = self._cache.tables[self._plan.layers[layer].table].segments
-        entries = self._cache.entries[layer]
-        placement.write(segments, entries.keys, keys)
-        placement.write(segments, entries.values, values)
+        return origin.read(entries.keys), origin.read(entries.values)
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         segments = self._cache.tables[self._plan.layers[layer].table].segments

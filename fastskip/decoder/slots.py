@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -79,40 +81,43 @@ class _Run:
     count: int
 
 
-class Placement:
-    """Where the rows of one write go; made once and used by every layer of a table."""
+class Placement(Protocol):
+    """Where the rows of one write go; made once and used by every layer of a table.
 
-    def __init__(
-        self, list_rows: Callable[[], tuple[Tensor, Tensor]], level: int | None = None
-    ) -> None:
-        """``list_rows``: the sequences and slots of the rows, ``[n]`` int64 on the host; called
-        only when needed. ``level``: the slot of all, if each sequence has one row, in order."""
-        self._list_rows, self._level = list_rows, level
-        self._runs: list[_Run] | None = None
-        self._spot: tuple[int, int] | None = None
+    ``buffers``: those of one layer, ``[B, G, count, K]`` for each segment of the table.
+    """
 
-    @classmethod
-    def of(cls, sequences: Tensor, slots: Tensor) -> Placement:
-        """``[n]`` int64 each, on the host."""
-        return cls(lambda: (sequences, slots))
+    def write(self, buffers: Sequence[Tensor], rows: Tensor) -> None:
+        """Copies ``rows [n, G, K]`` into the buffers."""
 
-    @classmethod
-    def level(cls, batch: int, slot: int) -> Placement:
-        """One row per sequence, in order, all into one slot: a step of equally long sequences."""
-        return cls(lambda: (torch.arange(batch), torch.full((batch,), slot)), slot)
+    def read(self, buffers: Sequence[Tensor]) -> Tensor:
+        """The entries at this placement: ``[n, G, K]``, as a copy."""
 
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        return self._list_rows()
 
-    def write(self, segments: Sequence[Segment], buffers: Sequence[Tensor], rows: Tensor) -> None:
-        """Copies ``rows [n, G, K]`` into ``buffers``, one ``[B, G, count, K]`` per segment."""
-        if self._level is not None:
-            number, slot = self._spot or self._find(segments, self._level)
-            buffers[number].select(2, slot).copy_(rows)
-            return
-        for segment, buffer in zip(segments, buffers, strict=True):
-            for run in self.runs():
+class LevelPlacement:
+    """One row per sequence, in order, all into one slot: a step of equally long sequences."""
+
+    def __init__(self, segments: Sequence[Segment], slot: int) -> None:
+        number = next(n for n, own in enumerate(segments) if slot < own.start + own.count)
+        self._number, self._slot = number, slot - segments[number].start
+
+    def write(self, buffers: Sequence[Tensor], rows: Tensor) -> None:
+        buffers[self._number].select(2, self._slot).copy_(rows)
+
+    def read(self, buffers: Sequence[Tensor]) -> Tensor:
+        return buffers[self._number].select(2, self._slot).clone()
+
+
+class RowPlacement:
+    """Any rows, each with a sequence and a slot of its own."""
+
+    def __init__(self, segments: Sequence[Segment], sequences: Tensor, slots: Tensor) -> None:
+        """``sequences``, ``slots``: ``[n]`` int64 each, on the host."""
+        self._segments, self._sequences, self._slots = segments, sequences, slots
+
+    def write(self, buffers: Sequence[Tensor], rows: Tensor) -> None:
+        for segment, buffer in zip(self._segments, buffers, strict=True):
+            for run in self._runs:
                 first = max(run.slot, segment.start)
                 last = min(run.slot + run.count, segment.start + segment.count)
                 if first >= last:
@@ -121,32 +126,24 @@ class Placement:
                 target = buffer[run.sequence, :, first - segment.start : last - segment.start]
                 target.copy_(source.transpose(0, 1))
 
-    def _find(self, segments: Sequence[Segment], level: int) -> tuple[int, int]:
-        """The segment of a level, and the slot in it; the same for every layer of the table."""
-        number = next(n for n, s in enumerate(segments) if level < s.start + s.count)
-        self._spot = number, level - segments[number].start
-        return self._spot
-
-    def read(self, segments: Sequence[Segment], buffers: Sequence[Tensor]) -> Tensor:
-        """The entries at this placement: ``[n, G, K]``, as a copy."""
-        first, (sequences, slots) = buffers[0], self._rows
+    def read(self, buffers: Sequence[Tensor]) -> Tensor:
+        first, slots = buffers[0], self._slots
         out = first.new_zeros(len(slots), first.shape[1], first.shape[3])
-        for segment, buffer in zip(segments, buffers, strict=True):
+        for segment, buffer in zip(self._segments, buffers, strict=True):
             inside = (slots >= segment.start) & (slots < segment.start + segment.count)
             index = inside.nonzero().squeeze(1)
-            out[index] = buffer[sequences[index], :, slots[index] - segment.start]
+            out[index] = buffer[self._sequences[index], :, slots[index] - segment.start]
         return out
 
-    def runs(self) -> list[_Run]:
+    @cached_property
+    def _runs(self) -> list[_Run]:
         """Maximal runs of consecutive rows that go to consecutive slots."""
-        if self._runs is None:
-            self._runs, (sequences, slots) = [], self._rows
-            count = len(slots)
-            if count:
-                breaks = (slots.diff() != 1) | (sequences.diff() != 0)
-                starts = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), count]
-                for start, stop in zip(starts[:-1], starts[1:], strict=True):
-                    self._runs.append(
-                        _Run(start, int(sequences[start]), int(slots[start]), stop - start)
-                    )
-        return self._runs
+        sequences, slots = self._sequences, self._slots
+        if not len(slots):
+            return []
+        breaks = (slots.diff() != 1) | (sequences.diff() != 0)
+        bounds = [0, *(breaks.nonzero().squeeze(1) + 1).tolist(), len(slots)]
+        return [
+            _Run(start, int(sequences[start]), int(slots[start]), stop - start)
+            for start, stop in pairwise(bounds)
+        ]
