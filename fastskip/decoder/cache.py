@@ -23,7 +23,7 @@ from fastskip.decoder.slots import EntryTable, Segment
 from fastskip.ops.allocate import empty, outside_inference_mode
 from fastskip.ops.attention import reads_in_place
 from fastskip.plan import SkipPlan
-from fastskip.plan.layer_plan import Staged, Table, classes_of
+from fastskip.plan.layer_plan import Staged, Table
 from fastskip.policy import TokenClass
 from fastskip.tokens import PAD, TokenLayout, member
 
@@ -83,7 +83,6 @@ class SkipCache(Cache):
         self.entries: dict[int, LayerEntries] = {}
         # Router state kept across forwards, by rule number.
         self.routing: dict[int, dict[str, Any]] = {}
-        self._layers_by_table = plan.layers_by_table
 
     def _begin(self, batch: int) -> None:
         """Starts with no columns of ``batch`` sequences."""
@@ -130,17 +129,18 @@ class SkipCache(Cache):
         if self.codes.shape[0] != batch:
             self.reset()  # the buffers of a cropped cache are of another batch size
             self._begin(batch)
-        for table in self._layers_by_table:
+        for table in self.plan.layers_by_table:
             if table not in self.tables:
                 self.tables[table] = EntryTable(batch, is_hollow=isinstance(table, int))
         self.enter(0, layout, like)
 
     def enter(self, stage: int, layout: TokenLayout, like: Tensor | None) -> None:
         """Like ``grow``, for the layers after ``stage`` removals, whose rows ``layout`` has."""
-        for table, layers in self._layers_by_table.items():
-            is_here = not isinstance(table, int) and self.plan.layers[layers[0]].stage == stage
-            if like is not None and is_here:
-                new = layout.counts(classes_of(table))
+        if like is None:
+            return
+        for table in self.plan.layers_by_table:
+            if isinstance(table, Staged) and table.stage == stage:
+                new = layout.counts(table.classes)
                 needed = list(map(add, self.tables[table].counts, new))
                 self.make_room(table, needed, layout, like)
 
@@ -154,7 +154,7 @@ class SkipCache(Cache):
             return
         table.reserve(slots + self._later_slots(layout, key, like))
         shape = (layout.batch, self.plan.shape.num_kv_heads, self.plan.shape.head_dim)
-        for layer in self._layers_by_table[key]:
+        for layer in self.plan.layers_by_table[key]:
             entries = self.entries.setdefault(layer, LayerEntries())
             entries.extend(table.segments, shape, like)
 
@@ -162,10 +162,13 @@ class SkipCache(Cache):
         """Extra slots that a segment gets for the columns expected later; none where the unused
         ones would make every read a copy. Then the prompt's segment is exactly full, and only the
         short last one is ever copied."""
-        holding = self.plan.layers[self._layers_by_table[key][0]].holding
         expected = self.reserve - layout.first_column - layout.width
-        is_useful = TokenClass.GENERATED in holding and reads_in_place(like)
+        is_useful = TokenClass.GENERATED in self._holding(key) and reads_in_place(like)
         return max(0, expected) if is_useful else 0
+
+    def _holding(self, key: Table) -> frozenset[TokenClass]:
+        """The classes that have, or may have, entries in the layers of a table."""
+        return self.plan.layers[key].holding if isinstance(key, int) else key.classes
 
     def codes_at(self, stage: int) -> Tensor:
         """``codes`` as the layers after ``stage`` removals see them: removed rows are pads."""
@@ -176,8 +179,8 @@ class SkipCache(Cache):
         table = self.tables[key]
         if table.held is not None:
             return table.held
-        stage = key.stage if isinstance(key, Staged) else 0
-        return member(self.codes_at(stage), classes_of(key))
+        assert isinstance(key, Staged)
+        return member(self.codes_at(key.stage), key.classes)
 
     def commit(
         self,
@@ -197,9 +200,8 @@ class SkipCache(Cache):
         self._append(layout.source, layout.source_positions, gone, layout.source_axes)
         grown = self._count_held(layout, held or {})
         for key, table in self.tables.items():
-            if not table.is_hollow:
-                own = stages[key.stage] if isinstance(key, Staged) else layout
-                new = own.counts(classes_of(key))
+            if isinstance(key, Staged):
+                new = stages[key.stage].counts(key.classes)
             else:
                 table.append((held or {})[key])
                 new = grown[key]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slots import LevelPlacement, Placement, RowPlacement
 from fastskip.plan import SkipPlan
-from fastskip.plan.layer_plan import Staged, Table, classes_of
+from fastskip.plan.layer_plan import Staged, Table
 from fastskip.tokens import Rows, TokenLayout, member
 
 
@@ -151,16 +151,14 @@ class SlotMap:
 
     def _new(self, table: Table) -> list[int]:
         """New entries of each sequence."""
-        return self._rows_of(table).counts(classes_of(table))
-
-    def _rows_of(self, table: Table) -> TokenLayout:
-        return self.stages[table.stage if isinstance(table, Staged) else 0]
+        assert isinstance(table, Staged)
+        return self.stages[table.stage].counts(table.classes)
 
     def _mask(self, table: Table) -> Tensor:
         """Which of the new columns have entries: ``[B, T]``."""
         if isinstance(table, int):
             return self.held[table]
-        return member(self._rows_of(table).source, classes_of(table))
+        return member(self.stages[table.stage].source, table.classes)
 
     def _place(self, table: Table, rows: Rows, layout: TokenLayout) -> Placement:
         counts, segments = self._cache.tables[table].counts, self._cache.tables[table].segments

@@ -39,10 +39,6 @@ class EntryTable:
         self.segments: list[Segment] = []
 
     @property
-    def is_hollow(self) -> bool:
-        return self._held is not None
-
-    @property
     def held(self) -> Tensor | None:
         """``[B, C]`` of a hollow layer: which columns have entries."""
         if self._held is not None and self._later:

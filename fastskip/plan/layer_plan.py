@@ -103,9 +103,9 @@ class Staged(NamedTuple):
     stage: int
 
 
-# Layers of one table hold entries of the same rows: those of a set of classes, or what removals
-# leave of them. An int is the table of that one layer.
-Table = frozenset[TokenClass] | Staged | int
+# Layers of one table hold entries of the same rows. An int is the table of that one layer, in which
+# the rows depend on decisions.
+Table = Staged | int
 
 
 class Hollow(NamedTuple):
@@ -113,21 +113,15 @@ class Hollow(NamedTuple):
 
     classes: frozenset[TokenClass]
 
+    @property
+    def stage(self) -> int:
+        """No removal precedes them: a policy has routers or removals."""
+        return 0
+
 
 # Layers of one pool need room for the same number of entries: those of one table, or all hollow
 # layers with the same classes.
-Pool = frozenset[TokenClass] | Staged | Hollow
-
-
-def classes_of(table: Table) -> frozenset[TokenClass]:
-    """The classes whose rows have entries in the layers of a shared table."""
-    assert not isinstance(table, int)
-    return table.classes if isinstance(table, Staged) else table
-
-
-def stage_of(table: Table | Pool) -> int:
-    """How many removals precede the layers of a table or pool."""
-    return table.stage if isinstance(table, Staged) else 0
+Pool = Staged | Hollow
 
 
 @dataclass(frozen=True)
@@ -208,18 +202,15 @@ class LayerPlan:
         """Classes whose rows have, or may have, an entry in the layer's cache."""
         return self.projecting.union(self.leaving_hidden, *self.reusing.values())
 
-    @property
+    @cached_property
     def table(self) -> Table:
         """Where the layer's entries are counted; layers of a table hold those of the same rows."""
-        if self.hollow:
-            return self.index
-        return Staged(self.holding, self.stage) if self.stage else self.holding
+        return self.index if self.hollow else Staged(self.holding, self.stage)
 
-    @property
+    @cached_property
     def pool(self) -> Pool:
         """Where the layer's entries are stored."""
-        table = self.table
-        return Hollow(self.holding) if isinstance(table, int) else table
+        return Hollow(self.holding) if self.hollow else Staged(self.holding, self.stage)
 
     @cached_property
     def row_sets(self) -> tuple[object, ...]:

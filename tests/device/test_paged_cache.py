@@ -14,7 +14,7 @@ from fastskip.decoder.fused.pages import GROWTH_PAGES
 from fastskip.decoder.fused.parts import Stream
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.ops.contracts import PAGE
-from fastskip.plan.layer_plan import Hollow
+from fastskip.plan.layer_plan import Hollow, Staged
 from fastskip.policy import TokenClass
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from tests.agreement import Trio
@@ -78,7 +78,7 @@ def test_bytes(trio: Trio, batch: Batch, name: str, new: int) -> None:
     # The last token's entry may be reserved and is never written.
     spare = batch.size * len(layers) * (PAGE + 1) * ENTRY
     assert live <= cache.allocated_bytes() < live + spare
-    assert set(cache.pools) == {layer.holding for layer in layers}
+    assert set(cache.pools) == {Staged(layer.holding, 0) for layer in layers}
     assert {number for pool in cache.pools.values() for number in pool.layers} == {
         layer.index for layer in layers
     }
@@ -245,7 +245,7 @@ def test_hollow_layers_share_pages_and_count_apart(trio: Trio, batch: Batch) -> 
     cache: PagedCache = generate(model, batch, 6)[CACHE_NAME]
     everyone = frozenset({TokenClass.IMAGE, TokenClass.TEXT, TokenClass.GENERATED})
     assert {key: pool.layers for key, pool in cache.pools.items()} == {
-        everyone: (0,),
+        Staged(everyone, 0): (0,),
         Hollow(everyone): (1, 2, 3),
     }
     held = [cache.held(layer).sum(1).tolist() for layer in (1, 2, 3)]

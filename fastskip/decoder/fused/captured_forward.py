@@ -33,7 +33,7 @@ from fastskip.ops.contracts import Rotation
 from fastskip.ops.graph_nodes import can_switch
 from fastskip.ops.graphs import capture
 from fastskip.plan import SkipPlan
-from fastskip.plan.layer_plan import Pool, stage_of
+from fastskip.plan.layer_plan import Pool
 from fastskip.routing import Router
 
 MOST_ROWS = 8192
@@ -250,7 +250,7 @@ class CapturedForward:
 
 def _pools(cache: PagedCache, stage: int) -> list[Pool]:
     """The pools that hold the entries of a stage's layers."""
-    return [key for key in cache.pools if stage_of(key) == stage]
+    return [key for key in cache.pools if key.stage == stage]
 
 
 class CapturedForwards(Graphs[ForwardShape, CapturedForward]):

@@ -68,10 +68,6 @@ class PagedCache(SkipCache):
         self.hollow_counts = counts
         self.device_counts = {key: own[:batch] for key, own in zip(keys, counts, strict=True)}
 
-    def _holding(self, key: Table) -> frozenset[TokenClass]:
-        """The classes that have, or may have, entries in the layers of a table."""
-        return self.plan.layers[self._layers_by_table[key][0]].holding
-
     def _most(self, pool: Pool) -> list[int]:
         """``[B]``: the most entries that a layer of a pool has, or may have."""
         counts = [self.tables[key].counts for key in self.plan.tables_by_pool[pool]]
@@ -80,7 +76,7 @@ class PagedCache(SkipCache):
     def make_room(
         self, key: Table, needed: Sequence[int], layout: TokenLayout, like: Tensor
     ) -> None:
-        pool = self.plan.layers[self._layers_by_table[key][0]].pool
+        pool = self.plan.layers[self.plan.layers_by_table[key][0]].pool
         if pool not in self.pools:
             shape = self.plan.shape
             self.pools[pool] = PagePool(
@@ -111,8 +107,7 @@ class PagedCache(SkipCache):
         later = max(0, self.reserve - self.columns - done - steps)
         added = False
         for key, pool in self.pools.items():
-            holding = self.plan.layers[self.plan.layers_by_pool[key][0]].holding
-            if TokenClass.GENERATED in holding:
+            if TokenClass.GENERATED in key.classes:
                 needed = [count + done + steps for count in self._most(key)]
                 added = pool.reserve(needed, later) or added
         return added
@@ -148,7 +143,7 @@ class PagedCache(SkipCache):
         for key, table in self.tables.items():
             counts = self.device_counts.get(key)
             slots = sum(table.counts) if counts is None else int(counts.sum())
-            total += slots * len(self._layers_by_table[key]) * entry
+            total += slots * len(self.plan.layers_by_table[key]) * entry
         return total
 
     def allocated_bytes(self) -> int:
