@@ -41,9 +41,14 @@ class LayerParts:
     head_norms: tuple[Any, ...] = ()
 
     @property
+    def qkv(self) -> tuple[Any, ...]:
+        """The projections that read the attention's input."""
+        return self.queries, self.keys, self.values
+
+    @property
     def linears(self) -> tuple[Any, ...]:
         """All projections."""
-        return self.queries, self.keys, self.values, self.output, *self.feed, self.down
+        return *self.qkv, self.output, *self.feed, self.down
 
     @property
     def norms(self) -> tuple[Any, ...]:

@@ -62,7 +62,7 @@ def test_no_more_than_one_layer_is_held_twice(stock: Any, monkeypatch: pytest.Mo
         held.append(sum(live.values()) + made.nbytes)
         return made
 
-    monkeypatch.setattr("fastskip.decoder.weights.empty", watched)
+    monkeypatch.setattr("fastskip.decoder.merging.empty", watched)
     fastskip.apply_(stock)
     assert len(held) == layers * 4
     assert max(held) <= total + total / layers

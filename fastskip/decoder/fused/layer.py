@@ -214,6 +214,7 @@ class FusedBlock:
             self.plan.arrangement is Arrangement.PARALLEL and self.plan.norm is NormKind.SHARED
         )
         norm: Norm = self.weights.attention_norm if is_shared else self.weights.ffn_norm
+        assert self.weights.activation is not None
         return Feed(norm, self.weights.feed, self.weights.activation)
 
     def projection(

@@ -155,7 +155,7 @@ class FusedDecoder(Decoder):
         self._fused_blocks = []
         if drops or self.unsupported() is not None:  # for instance, moved to another dtype
             return
-        tensors = [own.layer_weights() for own in merged if own is not None and own.is_fusable]
+        tensors = [own.weights for own in merged if own is not None and own.is_fusable]
         head_dim = self.plan.shape.head_dim
         if len(tensors) == len(merged):
             self._fused_blocks = [
