@@ -1,4 +1,4 @@
-"""Which decisions a plan makes and where: what the device executor keeps flags for."""
+"""Which decisions a plan makes and where; what the device executor keeps flags for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fastskip.plan import LayerPlan, RoutedCell, SkipPlan
-from fastskip.policy import Arrangement, Sublayer, TokenClass
+from fastskip.policy import Arrangement, Group, Sublayer, TokenClass
 
 Classes = frozenset[TokenClass]
 
@@ -20,10 +20,12 @@ class Point(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """One router rule on rows of some classes in one layer."""
+    """One router rule on rows of some classes in one layer: whether they ``skip``."""
 
     number: int
+    layer: int
     classes: Classes
+    skip: frozenset[Sublayer]
     point: Point
 
 
@@ -40,6 +42,24 @@ class Guard:
     rulings: tuple[Ruling, ...]
 
 
+def rulings_of(plan: SkipPlan, layer: LayerPlan, present: Classes) -> tuple[Ruling, ...]:
+    """What router rules decide in a layer on rows of the classes ``present``."""
+    by_rule: dict[int, list[RoutedCell]] = {}
+    for cell in plan.routed_by_layer.get(layer.index, ()):
+        if cell.token_class in present:
+            by_rule.setdefault(cell.number, []).append(cell)
+    return tuple(
+        Ruling(
+            number,
+            layer.index,
+            frozenset(cell.token_class for cell in cells),
+            cells[0].skip,
+            _point_of(layer, cells[0].skip),
+        )
+        for number, cells in by_rule.items()
+    )
+
+
 def guards_of(plan: SkipPlan, present: Classes) -> tuple[Guard, ...]:
     """The guards of all layers for rows of the classes ``present``.
 
@@ -47,22 +67,20 @@ def guards_of(plan: SkipPlan, present: Classes) -> tuple[Guard, ...]:
     distinguishes them.
     """
     found: list[Guard] = []
-    for index, cells in plan.routed_by_layer.items():
+    for index in plan.routed_by_layer:
         layer = plan.layers[index]
-        parts = {
-            sublayer: Guard(index, frozenset({sublayer}), running & present, rulings)
-            for sublayer, running in (
-                (Sublayer.ATTENTION, layer.attending),
-                (Sublayer.FFN, layer.feeding),
-            )
-            if (rulings := _rulings(layer, cells, sublayer, present))
-        }
-        alike = {(guard.running, guard.rulings) for guard in parts.values()}
+        rulings = rulings_of(plan, layer, present)
+        parts = [
+            Guard(index, frozenset({sublayer}), layer.running(sublayer) & present, own)
+            for sublayer in Sublayer
+            if (own := tuple(ruling for ruling in rulings if sublayer in ruling.skip))
+        ]
+        alike = {(guard.running, guard.rulings) for guard in parts}
         if len(parts) == 2 and len(alike) == 1:
-            ((running, rulings),) = alike
-            found.append(Guard(index, frozenset(Sublayer), running, rulings))
+            ((running, own),) = alike
+            found.append(Guard(index, frozenset(Sublayer), running, own))
         else:
-            found += parts.values()
+            found += parts
     return tuple(found)
 
 
@@ -71,21 +89,29 @@ def doing(layer: LayerPlan) -> Classes:
     return layer.attending | layer.feeding
 
 
-def _rulings(
-    layer: LayerPlan, cells: tuple[RoutedCell, ...], sublayer: Sublayer, present: Classes
-) -> tuple[Ruling, ...]:
-    by_rule: dict[int, set[TokenClass]] = {}
-    points: dict[int, Point] = {}
-    for cell in cells:
-        if sublayer in cell.skip and cell.token_class in present:
-            by_rule.setdefault(cell.number, set()).add(cell.token_class)
-            points[cell.number] = point_of(layer, cell)
-    return tuple(
-        Ruling(number, frozenset(classes), points[number]) for number, classes in by_rule.items()
+def narrows_after(plan: SkipPlan) -> bool:
+    """Whether all rows must pass through the last layer, even those whose logits are not read.
+
+    That is so where they influence what the others do between its sublayers, where some rows run a
+    final pair of layers one after the other, and where features are added after the last step.
+    """
+    last = plan.layers[plan.steps[-1][0]]
+    if last.partner is not None and not last.is_arranged_whole:
+        return True
+    if last.index < plan.shape.deep_layers:
+        return True
+    rules = [
+        plan.policy.routers[ruling.number]
+        for ruling in rulings_of(plan, last, frozenset(plan.classes))
+        if ruling.point is Point.MIDDLE
+    ]
+    return any(
+        rule.is_plug_in or rule.capacity is not None or rule.group not in (None, Group.ROW)
+        for rule in rules
     )
 
 
-def point_of(layer: LayerPlan, cell: RoutedCell) -> Point:
+def _point_of(layer: LayerPlan, skip: frozenset[Sublayer]) -> Point:
     """A router of the FFN alone waits for the attention's output, where attention comes first."""
-    waits = cell.skip == {Sublayer.FFN} and layer.arrangement is not Arrangement.PARALLEL
+    waits = skip == {Sublayer.FFN} and layer.arrangement is not Arrangement.PARALLEL
     return Point.MIDDLE if waits else Point.START

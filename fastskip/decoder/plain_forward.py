@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fastskip.decoder.deep_features import DeepFeatures, PlacedFeatures
 from fastskip.decoder.entries import Entries, Maps
+from fastskip.decoder.guards import narrows_after
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.recomputing import maybe_recomputed
 from fastskip.decoder.removing import RemainingRows, may_leave
-from fastskip.decoder.routed_rows import RoutedRows, narrows_after
+from fastskip.decoder.routed_rows import RoutedRows
 from fastskip.decoder.step_rows import StepRows
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine

@@ -8,7 +8,7 @@ only which rows skip is not known in advance.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,11 @@ from fastskip.decoder.attention import pattern_of
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Candidates, Lens
 from fastskip.decoder.entries import Entries
-from fastskip.decoder.guards import Classes, Point, point_of
+from fastskip.decoder.guards import Classes, Point, Ruling, doing, rulings_of
 from fastskip.decoder.layer import BlockRows
 from fastskip.decoder.trace import RowTrace, trace_start
-from fastskip.plan import LayerPlan, RoutedCell, SkipPlan
-from fastskip.policy import Group, SkippedKV, Sublayer
+from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.policy import RouterRule, SkippedKV, Sublayer
 from fastskip.routing import Decision, Decisions, Router, RouterError, Scope, ScoreRouter
 from fastskip.tokens import CODES, HOST, Rows, TokenLayout
 
@@ -35,36 +35,21 @@ FEW = 16
 StaticRows = Callable[[LayerPlan, bool], BlockRows]
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One rule at one point of a layer: the cells that it decides on, and their classes."""
-
-    number: int
-    cells: tuple[RoutedCell, ...]
-    classes: Classes
-
-
 class RoutedPlan:
     """What all forwards under a plan with routers need from it: computed once.
 
-    ``start``: the first layer whose input some router looks back to. ``questions``: what is
-    decided, by layer and point.
+    ``start``: the first layer whose input some router looks back to. ``rulings``: what is decided,
+    by layer and point.
     """
 
     def __init__(self, plan: SkipPlan, routers: Sequence[Router]) -> None:
         self.plan, self.routers = plan, routers
         self.start = trace_start(plan, routers)
-        rules: dict[tuple[int, Point], dict[int, list[RoutedCell]]] = {}
-        for cell in plan.routed:
-            key = cell.layer, point_of(plan.layers[cell.layer], cell)
-            rules.setdefault(key, {}).setdefault(cell.number, []).append(cell)
-        self.questions = {
-            key: [
-                Question(number, tuple(cells), frozenset(cell.token_class for cell in cells))
-                for number, cells in own.items()
-            ]
-            for key, own in rules.items()
-        }
+        every = frozenset(plan.classes)
+        self.rulings: dict[tuple[int, Point], list[Ruling]] = {}
+        for index in plan.routed_by_layer:
+            for ruling in rulings_of(plan, plan.layers[index], every):
+                self.rulings.setdefault((index, ruling.point), []).append(ruling)
         self._even: dict[tuple[int, frozenset[int]], LayerPlan | None] = {}
 
     def is_of(self, plan: SkipPlan, routers: Sequence[Router]) -> bool:
@@ -144,17 +129,17 @@ class RoutedRows:
         layer = self._plan.layers[step[0]]
         if self._start is not None:
             # Rows that run all that the plan gives their class here, unless a router intervenes.
-            self._ran = self._staying(self._of(layer.attending | layer.feeding))
-        for question in self._routed.questions.get((layer.index, Point.START), ()):
-            self._decide(question, h, None)
+            self._ran = self._staying(self._of(doing(layer)))
+        for ruling in self._routed.rulings.get((layer.index, Point.START), ()):
+            self._decide(ruling, h, None)
 
     def of(self, layer: LayerPlan, is_last: bool) -> BlockRows:
         """What enters each part of a layer; called once per layer, after ``enter``."""
         if self._attended is not None:
             assert self._h is not None
-            attending = torch.from_numpy(self._attending(layer))
+            attending = torch.from_numpy(self._running(layer, Sublayer.ATTENTION))
             self._attended.inputs[layer.index] = self._h.detach().clone(), attending
-        late = self._routed.questions.get((layer.index, Point.MIDDLE))
+        late = self._routed.rulings.get((layer.index, Point.MIDDLE))
         narrow = self._narrow if is_last else None
         decide = partial(self._feed, layer, late, narrow) if late else None
         static = self._static_form(layer)
@@ -185,7 +170,7 @@ class RoutedRows:
     def _make(
         self, layer: LayerPlan, narrow: Rows | None, decide: Callable[[Tensor], Rows] | None
     ) -> BlockRows:
-        attending = self._attending(layer)
+        attending = self._running(layer, Sublayer.ATTENTION)
         stored, raw, copied = self._leaving(layer)
         if layer.hollow:
             held = attending | stored | raw
@@ -196,7 +181,7 @@ class RoutedRows:
         if continuing_rows.count:
             queries = continuing_rows.through(narrow)
             pattern = pattern_of(layer, self._layout, queries, self._entries)
-        feeding, is_beside = self._feeding(layer), self._of(layer.beside)
+        feeding, is_beside = self._running(layer, Sublayer.FFN), self._of(layer.beside)
         is_paired = self._of(layer.arranged) if layer.partner is not None else self._no_rows
         is_alone = ~is_paired if layer.partner is not None else self._no_rows
         return BlockRows(
@@ -221,15 +206,9 @@ class RoutedRows:
         self._held[layer.index] = held.numpy()
         self._entries.hold(layer.index, held)
 
-    def _attending(self, layer: LayerPlan) -> Mask:
-        return self._running(layer, Sublayer.ATTENTION, layer.attending)
-
-    def _feeding(self, layer: LayerPlan) -> Mask:
-        return self._running(layer, Sublayer.FFN, layer.feeding)
-
-    def _running(self, layer: LayerPlan, sublayer: Sublayer, classes: Classes) -> Mask:
+    def _running(self, layer: LayerPlan, sublayer: Sublayer) -> Mask:
         skipped = self._skips.get((layer.index, sublayer))
-        rows = self._staying(self._of(classes))
+        rows = self._staying(self._of(layer.running(sublayer)))
         return rows if skipped is None else rows & ~skipped
 
     def _staying(self, rows: Mask) -> Mask:
@@ -265,32 +244,32 @@ class RoutedRows:
         return leaves[SkippedKV.PROJECT], leaves[SkippedKV.HIDDEN], copied
 
     def _feed(
-        self, layer: LayerPlan, questions: Sequence[Question], narrow: Rows | None, h: Tensor
+        self, layer: LayerPlan, rulings: Sequence[Ruling], narrow: Rows | None, h: Tensor
     ) -> Rows:
         """The rows that run the FFN, decided on ``h`` as the attention leaves it."""
-        for question in questions:
-            self._decide(question, h, narrow)
-        return _rows(_taken(self._feeding(layer) & ~self._of(layer.beside), narrow))
+        for ruling in rulings:
+            self._decide(ruling, h, narrow)
+        feeding = self._running(layer, Sublayer.FFN)
+        return _rows(_taken(feeding & ~self._of(layer.beside), narrow))
 
-    def _decide(self, question: Question, h: Tensor, narrow: Rows | None) -> None:
+    def _decide(self, ruling: Ruling, h: Tensor, narrow: Rows | None) -> None:
         """Asks one rule's router about its candidates among the rows of ``h``."""
-        number, cells = question.number, question.cells
-        layer, skip, router = cells[0].layer, cells[0].skip, self._routers[number]
-        asked = self._staying(self._of(question.classes))
+        number, router = ruling.number, self._routers[ruling.number]
+        asked = self._staying(self._of(ruling.classes))
         # Not a subclass, which may add something.
         if narrow is None and len(asked) <= FEW and type(router) is ScoreRouter:
             trace = None if self._trace is None else self._trace.listed
-            answers = router.decide_few(layer, self._positions, trace)
+            answers = router.decide_few(ruling.layer, self._positions, trace)
             if answers is not None:
-                self._take(number, cells, self._among(asked, answers), asked, Scope.SUBLAYER)
+                self._take(ruling, self._among(asked, answers), asked, Scope.SUBLAYER)
                 return
         within = _rows(_taken(asked, narrow))
         if not within.count:
             return
         rows = within.through(narrow).ids()
         context = Candidates(
-            layer,
-            skip,
+            ruling.layer,
+            ruling.skip,
             h,
             within,
             rows,
@@ -300,13 +279,14 @@ class RoutedRows:
             self._lens,
             self._attended,
         )
-        decision = _checked(router.decide(context), within.count, cells[0])
+        where = f"router {self._rule(ruling).kind!r} in layer {ruling.layer}"
+        decision = _checked(router.decide(context), within.count, where)
         skipped, among = self._no_rows.copy(), self._no_rows.copy()
         if decision.factor is not None:
-            self._scale(cells[0], rows, decision.factor, h)
+            self._scale(ruling, rows, decision.factor, h)
         skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
         among[rows.numpy()] = True
-        self._take(number, cells, self._among(among, skipped.tolist()), among, decision.scope)
+        self._take(ruling, self._among(among, skipped.tolist()), among, decision.scope)
 
     def _among(self, asked: Mask, answers: Sequence[bool]) -> Mask:
         """Which of the ``asked`` rows skip: ``asked`` itself if all do, ``_no_rows`` if none."""
@@ -318,37 +298,33 @@ class RoutedRows:
         is_all = skipped is asked or np.array_equal(skipped, asked)
         return asked if is_all else skipped
 
-    def _scale(self, cell: RoutedCell, rows: Tensor, factor: Tensor, h: Tensor) -> None:
+    def _scale(self, ruling: Ruling, rows: Tensor, factor: Tensor, h: Tensor) -> None:
         """Notes the factors on the changes of candidates."""
         ones = h.new_ones(len(self._layout))
-        for sublayer in sorted(cell.skip):  # a set's order varies between processes
-            key = cell.layer, sublayer
+        for sublayer in sorted(ruling.skip):  # a set's order varies between processes
+            key = ruling.layer, sublayer
             found = self._factors.get(key, ones)
             self._factors[key] = found.index_copy(0, rows.to(h.device), factor.to(h.dtype))
 
-    def _take(
-        self,
-        number: int,
-        cells: Sequence[RoutedCell],
-        skipped: Mask,
-        asked: Mask,
-        scope: Scope,
-    ) -> None:
+    def _take(self, ruling: Ruling, skipped: Mask, asked: Mask, scope: Scope) -> None:
         """Notes an answer: the rows that skip, as from ``_among``, and the rows asked about."""
         does_any = skipped is not self._no_rows
         if does_any and skipped is not asked:
             self._whole = None
         elif does_any and self._whole is not None:
-            self._whole.add(number)
-        for sublayer in cells[0].skip:
-            key = cells[0].layer, sublayer
+            self._whole.add(ruling.number)
+        for sublayer in ruling.skip:
+            key = ruling.layer, sublayer
             self._skips[key] = self._skips[key] | skipped if key in self._skips else skipped
             self._asked[key] = self._asked[key] | asked if key in self._asked else asked
         if self._start is not None:
             self._ran = self._ran & ~skipped
         if scope is Scope.REST and does_any:
-            kv = cells[0].rule.kv or SkippedKV.PROJECT
+            kv = self._rule(ruling).kv or SkippedKV.PROJECT
             self._exiting[kv] = self._exiting.get(kv, self._no_rows) | skipped
+
+    def _rule(self, ruling: Ruling) -> RouterRule:
+        return self._plan.policy.routers[ruling.number]
 
     def _let_go(self) -> None:
         """Rows that exited in the previous layer are gone from here on."""
@@ -361,11 +337,8 @@ class RoutedRows:
         """Notes what rows skip in a step because they exited before it."""
         for index in step:
             layer = self._plan.layers[index]
-            for sublayer, classes in (
-                (Sublayer.ATTENTION, layer.attending),
-                (Sublayer.FFN, layer.feeding),
-            ):
-                self._skips[index, sublayer] = gone & self._of(classes)
+            for sublayer in Sublayer:
+                self._skips[index, sublayer] = gone & self._of(layer.running(sublayer))
 
     def _tensor_of(self, classes: Classes) -> Tensor:
         """``_of`` as a tensor, the same one each time."""
@@ -381,28 +354,6 @@ class RoutedRows:
             is_member[[CODES[token_class] for token_class in classes]] = True
             found = self._members[classes] = is_member[self._codes]
         return found
-
-
-def narrows_after(plan: SkipPlan) -> bool:
-    """Whether all rows must pass through the last layer, even those whose logits are not read.
-
-    That is so where they influence what the others do between its sublayers, where some rows run a
-    final pair of layers one after the other, and where features are added after the last step.
-    """
-    last = plan.layers[plan.steps[-1][0]]
-    if last.partner is not None and not last.is_arranged_whole:
-        return True
-    if last.index < plan.shape.deep_layers:
-        return True
-    return any(
-        point_of(last, cell) is Point.MIDDLE
-        and (
-            cell.rule.is_plug_in
-            or cell.rule.capacity is not None
-            or cell.rule.group not in (None, Group.ROW)
-        )
-        for cell in plan.routed_by_layer.get(last.index, ())
-    )
 
 
 def _taken(mask: Mask, narrow: Rows | None) -> Mask:
@@ -421,8 +372,8 @@ def _rows(mask: Mask) -> Rows:
     return Rows(slice(first, last + 1) if is_slice else torch.from_numpy(index), count)
 
 
-def _checked(decision: Any, count: int, cell: RoutedCell) -> Decision:
-    where = f"router {cell.rule.kind!r} in layer {cell.layer}"
+def _checked(decision: Any, count: int, where: str) -> Decision:
+    """A router's answer about ``count`` candidates; ``where`` names the router."""
     if not isinstance(decision, Decision):
         raise RouterError(f"{where}: returned {type(decision).__name__}; allowed: a Decision")
     skip = decision.skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from fastskip.policy import Arrangement, Combine, Norm, SkippedKV, TokenClass
+from fastskip.policy import Arrangement, Combine, Norm, SkippedKV, Sublayer, TokenClass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +158,10 @@ class LayerPlan:
     def feeding(self) -> frozenset[TokenClass]:
         """Classes that run the FFN."""
         return frozenset(c for c, cell in self.cells.items() if cell.ffn)
+
+    def running(self, sublayer: Sublayer) -> frozenset[TokenClass]:
+        """Classes that run a sublayer."""
+        return self.attending if sublayer is Sublayer.ATTENTION else self.feeding
 
     @cached_property
     def beside(self) -> frozenset[TokenClass]:

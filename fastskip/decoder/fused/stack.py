@@ -34,8 +34,8 @@ from fastskip.decoder.fused.sizes import rounded_rows
 from fastskip.decoder.fused.staged_forward import Ran, StagedForward
 from fastskip.decoder.fused.steps import run_steps
 from fastskip.decoder.fused.support import unsupported_plan
+from fastskip.decoder.guards import narrows_after
 from fastskip.decoder.plain_forward import DEFAULTS, ForwardOptions
-from fastskip.decoder.routed_rows import narrows_after
 from fastskip.decoder.stack import Decoder
 from fastskip.ops import Implementation, Operations
 from fastskip.ops.contracts import Linear, Norm
