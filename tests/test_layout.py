@@ -37,8 +37,8 @@ FLOORS = {
     "policy": Floor(("policy",), ("files",), outside=("yaml",)),
     "plan": Floor(("plan",), ("policy",)),
     "reference": Floor(
-        ("ops.reference", "ops.fused", "ops.fused_routes", "ops.contracts", "ops.routes")
-        + ("ops.hops", "ops.allocate", "ops.bitmaps"),
+        ("ops.reference", "ops.fused", "ops.fused_entries", "ops.fused_routes", "ops.contracts")
+        + ("ops.routes", "ops.hops", "ops.allocate", "ops.bitmaps"),
         outside=("torch",),
     ),
     "tokens": Floor(("tokens",), ("policy", "reference"), ("torch",)),

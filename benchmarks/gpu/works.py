@@ -27,8 +27,8 @@ from fastskip.ops.contracts import (
     Pages,
     Projection,
     Term,
-    entries_of,
 )
+from fastskip.ops.fused_entries import entries_of
 from fastskip.plan.costs import Ceilings
 
 Outcome = list[Tensor]

@@ -4,14 +4,13 @@ They are the kernels' oracle, and they run the device executor on any device (``
 Clarity comes before speed. Letters as in ``ops.contracts``; an ``index [n]`` selects rows of ``h``;
 ``None`` takes all of them, in order. With ``chosen`` (which excludes ``index``) only the rows that
 it names run, and all tensors of rows are in the order of ``h``; what they hold for other rows is
-unspecified. Decisions themselves: ``ops.fused_routes``.
+unspecified. Decisions themselves: ``ops.fused_routes``; attention: ``ops.fused_entries``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +23,14 @@ from fastskip.ops.contracts import (
     HalfNorm,
     Linear,
     Norm,
-    Pages,
     Projection,
-    Reach,
-    StepReach,
     Term,
-    entries_of,
+)
+from fastskip.ops.fused_entries import (
+    attend_rows,
+    attend_step,
+    copy_entries,
+    read_entries,
     write_entries,
 )
 from fastskip.ops.fused_routes import begin_hops, choose_rows, land, place_entries, route
@@ -244,43 +245,6 @@ def apply_terms(terms: Sequence[Term]) -> list[Tensor]:
     return [linear(term.x, term.linear) for term in terms]
 
 
-def attend_rows(queries: Tensor, reach: Reach, pages: Pages, scale: float) -> Tensor:
-    """Softmax attention of ``queries [n, H, K]``, each over the entries it reaches.
-
-    Returns ``[n, H * K]`` in query order.
-    """
-    out = empty(tuple(queries.shape), queries.dtype, queries.device)
-    for sequence, (first, last) in enumerate(pairwise(reach.bounds.host)):
-        rows = reach.order[first:last].long()
-        if reach.runs is not None:
-            rows = rows[reach.runs[rows].bool()]
-        if len(rows):
-            limits = reach.limits[rows]
-            keys, values = entries_of(pages, sequence, int(limits.max()))
-            seen = torch.arange(keys.shape[1], device=limits.device) < limits[:, None]
-            out[rows] = _attend(queries[rows], keys, values, seen, scale)
-    return out.flatten(1)
-
-
-def attend_step(
-    queries: Sequence[Tensor], reach: Sequence[StepReach], pages: Sequence[Pages], scale: float
-) -> list[Tensor]:
-    """One query per sequence over all of its entries, of one block or of the two of a pair.
-
-    ``[B, H, K]`` each -> ``[B, H * K]`` each.
-    """
-    found = []
-    for each, own, entries in zip(queries, reach, pages, strict=True):
-        out = empty(tuple(each.shape), each.dtype, each.device)
-        for sequence, query in enumerate(each):
-            if own.runs is not None and not own.runs[sequence]:
-                continue
-            keys, values = entries_of(entries, sequence, int(own.counts[sequence]) + own.extra)
-            out[sequence] = _attend(query[None], keys, values, None, scale)[0]
-        found.append(out.flatten(1))
-    return found
-
-
 def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
     """Runs the next layer in place, for the rows that it is for; then chooses the one after it."""
     assert not condition
@@ -293,45 +257,6 @@ def hop(h: Tensor, hops: Hops, condition: int = 0) -> None:
         fed = feed(h, [own.feed], chosen=chosen)[0]
         add_terms_(h, [Term(fed, own.down)], chosen=[chosen])
     land(h, hops)
-
-
-def copy_entries(
-    source: Pages,
-    target: Pages,
-    sequences: Tensor,
-    from_slots: Tensor,
-    to_slots: Tensor,
-    runs: Tensor | None = None,
-) -> None:
-    """Copies entries of one layer's cache to another's; ``[n]`` each, negative slots are skipped.
-
-    ``runs [n]``: rows with 1, as decided on the device, are skipped too: they have their own
-    entries.
-    """
-    if runs is not None:
-        from_slots = torch.where(runs.bool(), -1, from_slots)
-    if not len(sequences):
-        return
-    keys, values = [], []
-    for sequence, slot in zip(sequences.tolist(), from_slots.tolist(), strict=True):
-        key, value = entries_of(source, sequence, max(slot, 0) + 1)
-        keys.append(key[:, -1])
-        values.append(value[:, -1])
-    reached = torch.where(from_slots < 0, from_slots, to_slots)
-    write_entries(target, sequences, reached, torch.stack(keys), torch.stack(values))
-
-
-def read_entries(pages: Pages, sequences: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[n, G, K]`` of entries, in dense tensors; no slot is negative."""
-    found = [
-        [part[:, -1] for part in entries_of(pages, sequence, slot + 1)]
-        for sequence, slot in zip(sequences.tolist(), slots.tolist(), strict=True)
-    ]
-    if not found:
-        none = pages.anchor.new_empty(2, 0, pages.groups, pages.head_dim)
-        return none[0], none[1]
-    keys, values = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return keys, values
 
 
 def head_logits(
@@ -426,18 +351,3 @@ def _spread(found: Tensor, chosen: Chosen) -> Tensor:
 
 def _rows(h: Tensor, index: Tensor | None) -> Tensor:
     return h if index is None else h[index.long()]
-
-
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scale: float
-) -> Tensor:
-    """``[n, H, K]`` over ``[G, S, K]``: ``[n, H, K]``."""
-    rows, heads, width = queries.shape
-    groups = len(keys)
-    grouped = queries.view(rows, groups, heads // groups, width).permute(1, 2, 0, 3)
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    scores = grouped.to(wide) @ keys[:, None].to(wide).transpose(-1, -2) * scale
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    weights = torch.softmax(scores, dim=-1).to(queries.dtype)
-    return (weights @ values[:, None]).permute(2, 0, 1, 3).reshape(rows, heads, width)

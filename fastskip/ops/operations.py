@@ -1,8 +1,8 @@
 """The interface of the fused operations: what the device executor is written against.
 
 ``ops.fused`` (torch) and ``ops.compiled`` (Triton, and torch's library GEMMs where those are
-faster) implement it as modules; ``ops.fused`` and ``ops.fused_routes`` define what each function
-computes.
+faster) implement it as modules; ``ops.fused``, ``ops.fused_entries`` and ``ops.fused_routes``
+define what each function computes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastskip.decoder.fused.pages import GROWTH_PAGES, PagePool
-from fastskip.ops.contracts import PAGE, entries_of, slab_of, write_entries
+from fastskip.ops.contracts import PAGE
+from fastskip.ops.fused_entries import entries_of, slab_of, write_entries
 
 LAYERS = (1, 4)
 GROUPS, WIDTH = 2, 8

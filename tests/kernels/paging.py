@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastskip.ops.contracts import PAGE, Pages, write_entries
+from fastskip.ops.contracts import PAGE, Pages
+from fastskip.ops.fused_entries import write_entries
 
 LAYERS = 2
 """Layers that share a page, so that a layer's offset is not always 0."""
