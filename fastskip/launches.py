@@ -64,7 +64,7 @@ def prefill_launches(
                 layout = layout.without(_gone(layout, plan.removals[stage - 1]))
                 cache.enter(stage, layout, anchor)
                 h = _empty(plan.shape, len(layout), plan.shape.hidden_size)
-            numbers = RowNumbers(layout, cache.codes, layout.locate(wanted))
+            numbers = RowNumbers(layout, cache.seen.codes, layout.locate(wanted))
             send, counts = sender(numbers, anchor.device), cache.device_counts
             rows = ForwardRows(plan, numbers, send, counts, routers, anchor)
             h = run_steps(plan, blocks, h, rows.of, store, steps=steps).h

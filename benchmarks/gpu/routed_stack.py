@@ -122,7 +122,7 @@ class Stack:
         cache = PagedCache(plan, self._anchor)
         h = self._make.noise(len(layout), self._widths.hidden)
         cache.grow(layout, h)
-        numbers = RowNumbers(layout, cache.codes)
+        numbers = RowNumbers(layout, cache.seen.codes)
         send, counts = sender(numbers, self._anchor.device), cache.device_counts
         rows = ForwardRows(plan, numbers, send, counts, routers, self._anchor)
         store = Store(self._make.rotation(), cache.pages_of)

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from fastskip.decoder.seen_columns import STAYS, SeenColumns
 from fastskip.decoder.slots import EntryTable, Segment
 from fastskip.ops.allocate import empty, outside_inference_mode
 from fastskip.ops.attention import reads_in_place
 from fastskip.plan import SkipPlan
 from fastskip.plan.layer_plan import Staged, Table
 from fastskip.policy import TokenClass
-from fastskip.tokens import PAD, TokenLayout, member
-
-STAYS = torch.iinfo(torch.int64).max
+from fastskip.tokens import TokenLayout, member
 
 
 class LayerEntries:
@@ -61,12 +60,7 @@ class SkipCache(Cache):
     """Cache of a prepared model; remembers the plan that filled it.
 
     Attributes:
-        codes: ``[B, C]`` class of every column seen (``tokens.CODES``; ``PAD`` for pads), host.
-        gone: ``[B, C]`` the stage of the plan's removals from which a column is no longer a row,
-            host; ``STAYS`` if it is never removed.
-        positions: ``[B, C]`` RoPE position of every column, host.
-        axes: ``[3, B, C]`` position of every column in time, height and width, host; ``None``
-            where columns have a single position.
+        seen: the columns seen so far.
         prompt_columns: inside ``generate``, where the prompt ends; ``None`` outside.
         ends_gradients: whether a forward with gradients filled it; its entries are kept detached.
     """
@@ -78,43 +72,24 @@ class SkipCache(Cache):
         self.reserve = reserve
         self.prompt_columns: int | None = None
         self.ends_gradients = False
-        self._begin(0)
+        self.seen = SeenColumns()
         self.tables: dict[Table, EntryTable] = {}
         self.entries: dict[int, LayerEntries] = {}
         # Router state kept across forwards, by rule number.
         self.routing: dict[int, dict[str, Any]] = {}
-
-    def _begin(self, batch: int) -> None:
-        """Starts with no columns of ``batch`` sequences."""
-        self.codes, self.positions, self.gone = torch.empty(3, batch, 0, dtype=torch.int64).unbind()
-        self.axes: Tensor | None = None
-
-    def _append(self, codes: Tensor, positions: Tensor, gone: Tensor, axes: Tensor | None) -> None:
-        """Appends new columns; each argument extends the attribute of its name.
-
-        Raises:
-            ValueError: either the new columns or the earlier ones have axes, but not both.
-        """
-        if self.columns and (axes is None) != (self.axes is None):
-            raise ValueError("axes: needed for all columns of a cache, or for none of them")
-        self.codes = torch.cat((self.codes, codes), dim=1)
-        self.positions = torch.cat((self.positions, positions), dim=1)
-        self.gone = torch.cat((self.gone, gone), dim=1)
-        if axes is not None:
-            self.axes = axes if self.axes is None else torch.cat((self.axes, axes), dim=2)
 
     # The decoder's interface.
 
     @property
     def columns(self) -> int:
         """Columns seen, pads included."""
-        return self.codes.shape[1]
+        return self.seen.count
 
     def check_batch(self, batch: int) -> None:
         """Raises ``ValueError`` if columns of ``batch`` sequences cannot be appended."""
-        if self.columns and self.codes.shape[0] != batch:
+        if self.columns and self.seen.batch != batch:
             raise ValueError(
-                f"past_key_values: holds {self.codes.shape[0]} sequences, the input has {batch}"
+                f"past_key_values: holds {self.seen.batch} sequences, the input has {batch}"
             )
 
     def grow(self, layout: TokenLayout, like: Tensor | None) -> None:
@@ -126,9 +101,9 @@ class SkipCache(Cache):
         """
         batch = layout.batch
         self.check_batch(batch)
-        if self.codes.shape[0] != batch:
+        if self.seen.batch != batch:
             self.reset()  # the buffers of a cropped cache are of another batch size
-            self._begin(batch)
+            self.seen = SeenColumns(batch)
         for table in self.plan.layers_by_table:
             if table not in self.tables:
                 self.tables[table] = EntryTable(batch, is_hollow=isinstance(table, int))
@@ -170,17 +145,13 @@ class SkipCache(Cache):
         """The classes that have, or may have, entries in the layers of a table."""
         return self.plan.layers[key].holding if isinstance(key, int) else key.classes
 
-    def codes_at(self, stage: int) -> Tensor:
-        """``codes`` as the layers after ``stage`` removals see them: removed rows are pads."""
-        return self.codes.masked_fill(self.gone <= stage, PAD) if stage else self.codes
-
     def held(self, key: Table) -> Tensor:
         """``[B, C]``: which columns have entries in the layers of a table, host."""
         table = self.tables[key]
         if table.held is not None:
             return table.held
         assert isinstance(key, Staged)
-        return member(self.codes_at(key.stage), key.classes)
+        return member(self.seen.codes_at(key.stage), key.classes)
 
     def commit(
         self,
@@ -197,7 +168,7 @@ class SkipCache(Cache):
         gone = torch.full_like(layout.source, STAYS)
         for stage in reversed(range(1, len(stages))):
             gone[stages[stage].source != layout.source] = stage
-        self._append(layout.source, layout.source_positions, gone, layout.source_axes)
+        self.seen.append(layout.source, layout.source_positions, gone, layout.source_axes)
         grown = self._count_held(layout, held or {})
         for key, table in self.tables.items():
             if isinstance(key, Staged):
@@ -215,49 +186,6 @@ class SkipCache(Cache):
         each = {id(columns): columns for columns in held.values()}
         counts = {number: columns.sum(1).tolist() for number, columns in each.items()}
         return {key: counts[id(columns)] for key, columns in held.items()}
-
-    def last_positions(self) -> Tensor:
-        """``[B]`` largest position of each sequence's real columns; -1 for one without any."""
-        if not self.columns:
-            return torch.full((self.codes.shape[0],), -1, dtype=torch.int64)
-        return self.positions.masked_fill(self.codes == PAD, -1).max(dim=1).values
-
-    def last_axes(self) -> Tensor:
-        """``[3, B]`` axes of each sequence's last real column; -1 for a sequence without one."""
-        last = self.last_positions()
-        if self.axes is None or not self.columns:
-            return last.expand(3, -1)
-        columns = torch.arange(self.columns).masked_fill(self.codes == PAD, 0).amax(1)
-        found = self.axes.gather(2, columns.expand(3, -1)[:, :, None])[:, :, 0]
-        return found.masked_fill(last < 0, -1)
-
-    def following(self, steps: Tensor | int) -> tuple[Tensor, Tensor | None]:
-        """The places of text ``steps [B, T]`` after each sequence's last real column: positions
-        ``[B, T]`` and, if columns have them, ``axes [3, B, T]``."""
-        axes = None if self.axes is None else self.last_axes()[:, :, None] + steps
-        return self.last_positions()[:, None] + steps, axes
-
-    def rope_deltas(self) -> Tensor | None:
-        """``[B, 1]`` each sequence's next position minus its number of rows (images span fewer
-        positions than rows); ``None`` where columns have a single position."""
-        if self.axes is None:
-            return None
-        rows = (self.codes != PAD).sum(1)
-        return (self.last_axes().amax(0) + 1 - rows)[:, None]
-
-    def next_places(self) -> Tensor:
-        """``[B]`` the RoPE position of each sequence's next row.
-
-        Raises:
-            ValueError: it would differ between time, height and width.
-        """
-        last = self.last_axes()
-        if not bool((last == last[0]).all()):
-            raise ValueError(
-                "input_ids: a prompt that ends in an image; allowed: prompts with text after the "
-                "last image, as chat templates write them, or a model with impl='reference'"
-            )
-        return last[0] + 1
 
     def live_bytes(self) -> int:
         """Bytes of live entries; ``plan.kv_bytes`` predicts them."""
@@ -305,9 +233,7 @@ class SkipCache(Cache):
         """Removes the last ``-tokens_to_remove`` columns (a positive value keeps that many)."""
         keep = tokens_to_remove if tokens_to_remove > 0 else self.columns + tokens_to_remove
         keep = min(max(keep, 0), self.columns)
-        self.codes, self.positions = self.codes[:, :keep], self.positions[:, :keep]
-        self.gone = self.gone[:, :keep]
-        self.axes = None if self.axes is None else self.axes[:, :, :keep]
+        self.seen.crop(keep)
         for key, table in self.tables.items():
             table.held = None if table.held is None else table.held[:, :keep]
             table.counts = self.held(key).sum(1).tolist()
@@ -318,9 +244,7 @@ class SkipCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps (or repeats) the given sequences."""
         host = indices.cpu()
-        self.codes, self.positions = self.codes[host], self.positions[host]
-        self.gone = self.gone[host]
-        self.axes = None if self.axes is None else self.axes[:, host]
+        self.seen.select(host)
         for table in self.tables.values():
             table.counts = [table.counts[sequence] for sequence in host.tolist()]
             table.held = None if table.held is None else table.held[host]
@@ -328,12 +252,11 @@ class SkipCache(Cache):
             entries.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        batch = self.codes.shape[0]
-        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.seen.batch).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Drops all columns and frees the buffers."""
-        self._begin(0)
+        self.seen = SeenColumns()
         self.tables.clear()
         self.entries.clear()
         self.routing.clear()
@@ -361,7 +284,7 @@ class SkipCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return self.codes.shape[0] if self.columns else -1
+        return self.seen.batch if self.columns else -1
 
     @property
     def max_batch_size(self) -> int:
@@ -375,6 +298,6 @@ class SkipCache(Cache):
 
     def __repr__(self) -> str:
         return (
-            f"SkipCache(columns={self.columns}, sequences={self.codes.shape[0]}, "
+            f"SkipCache(columns={self.columns}, sequences={self.seen.batch}, "
             f"live_bytes={self.live_bytes()})"
         )

@@ -146,7 +146,7 @@ class SlotMap:
         return found
 
     def codes(self, layer: int, sequence: int) -> Tensor:
-        seen = self._cache.codes[sequence], self._layout.source[sequence]
+        seen = self._cache.seen.codes[sequence], self._layout.source[sequence]
         return torch.cat(seen)[self.columns(layer, sequence)]
 
     def _new(self, table: Table) -> list[int]:

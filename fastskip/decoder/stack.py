@@ -148,7 +148,7 @@ class Decoder:
 
     def room(self, cache: SkipCache) -> int:
         """How many decode steps there are positions for after what ``cache`` holds."""
-        room = self.positions.room(int(cache.next_places().max()))
+        room = self.positions.room(int(cache.seen.next_places().max()))
         window = self.plan.shape.window
         return room if window is None else min(room, max(0, window - cache.columns))
 

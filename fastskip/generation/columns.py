@@ -53,7 +53,7 @@ def real_columns(mask: Any, cache: SkipCache, batch: int, width: int) -> Tensor:
         return real
     if real.shape[1] != total:
         raise ValueError(f"attention_mask: {tuple(mask.shape)}; needed: [{batch}, {total}]")
-    if cache.columns and not torch.equal(real[:, : cache.columns], cache.codes != PAD):
+    if cache.columns and not torch.equal(real[:, : cache.columns], cache.seen.codes != PAD):
         raise ValueError(
             "attention_mask: changes which cached columns are visible; allowed: the mask they were "
             "cached under (padding after a finished sequence counts as visible), or the whole "
@@ -121,7 +121,7 @@ def axes_of(
         return None
     width, session = real.shape[1], runtime.session
     if cache.columns and (given is None or (session is not None and width == 1)):
-        return cache.following(real.cumsum(1))[1]
+        return cache.seen.following(real.cumsum(1))[1]
     if given is None:
         return positions.expand(3, -1, -1)
     end = width if session is None or cache.columns else session.prompt_columns
@@ -140,7 +140,7 @@ def positions_of(runtime: Runtime, given: Any, cache: SkipCache, real: Tensor) -
     padding Hugging Face would continue from a pad. Prompt columns keep the caller's positions.
     """
     if runtime.session is not None and cache.columns and not _are_callers(runtime, given, cache):
-        return cache.following(real.cumsum(1))[0]
+        return cache.seen.following(real.cumsum(1))[0]
     if given is None:
         positions = _counted(cache, real, counts_pads=runtime.decoder.positions.counts_pads)
     else:
@@ -169,7 +169,7 @@ def _counted(cache: SkipCache, real: Tensor, *, counts_pads: bool) -> Tensor:
     """Default positions of new columns, ``[B, T]``; arbitrary at pads unless pads count."""
     if counts_pads:
         return torch.arange(cache.columns, cache.columns + real.shape[1]).expand_as(real)
-    before = (cache.codes != PAD).sum(1, keepdim=True) if cache.columns else 0
+    before = (cache.seen.codes != PAD).sum(1, keepdim=True) if cache.columns else 0
     return (before + real.cumsum(1) - 1).clamp_min(0)
 
 

@@ -71,7 +71,7 @@ class StepLogits:
             step.state.load_pages(cache)
         step.state.choice.tokens[:batch] = tokens
         if self._room == 0:
-            self._runtime.decoder.check_places(cache.next_places(), cache.columns + 1)
+            self._runtime.decoder.check_places(cache.seen.next_places(), cache.columns + 1)
         self._room -= 1
         step.run()
         answers = PendingDecisions(self._runtime.decoder.record, step, cache)
@@ -113,7 +113,7 @@ class PendingDecisions:
 
     def __init__(self, record: RoutingRecord | None, step: DeviceStep, cache: PagedCache) -> None:
         self._record, self._state, self._cache = record, step.state, cache
-        self._batch = cache.codes.shape[0]
+        self._batch = cache.seen.batch
         self._held: list[Tensor] = []
         self._answers: list[dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]] = []
 
@@ -135,7 +135,7 @@ class PendingDecisions:
         held = torch.stack(self._held[:steps], dim=-1).bool() if self._held and steps else None
         first = cache.columns
         cache.commit_steps(steps, held)
-        codes = cache.codes[:, first:]
+        codes = cache.seen.codes[:, first:]
         for number, answers in enumerate(self._answers[:steps]):
             assert self._record is not None
             skipped, asked = (
@@ -216,6 +216,6 @@ def decode_greedily(
     finally:  # a streamer may raise, as in Hugging Face's loop
         answers.commit(arrived)
     if continues and arrived < most - 1:
-        runtime.decoder.check_places(cache.next_places(), cache.columns + 1)
+        runtime.decoder.check_places(cache.seen.next_places(), cache.columns + 1)
     chosen = choice.history[:arrived, :batch].T
     return torch.cat((input_ids, first[:, None], chosen), dim=1)

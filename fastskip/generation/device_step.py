@@ -198,13 +198,13 @@ class DeviceSteps:
         # Rounded up generously, since every size needs its own capture.
         slots = max(SLOTS, power_of_two(columns))
         shape = StepShape(
-            batch=bucket(cache.codes.shape[0]),
+            batch=bucket(cache.seen.batch),
             slots=slots,
             stops=bucket(stops) if stops else 0,
             pad=pad,
         )
         # Positions given by a caller may run ahead of columns.
-        ahead = max(0, int(cache.next_places().max()) - cache.columns)
+        ahead = max(0, int(cache.seen.next_places().max()) - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
         overlap = self.overlap if can_overlap(decoder.anchor.device) else Overlap.NONE

@@ -193,8 +193,8 @@ class _DecodeStep:
         self._head = _head_of(model, runtime)
         self._norm = final_norm_of(text_model_of(model))
         self._decoder, self._cache = runtime.decoder, cache
-        codes = torch.full((cache.codes.shape[0], 1), CODES[TokenClass.GENERATED])
-        positions, axes = cache.following(1)
+        codes = torch.full((cache.seen.batch, 1), CODES[TokenClass.GENERATED])
+        positions, axes = cache.seen.following(1)
         self._layout = self._decoder.lay_out(codes, positions, cache, axes)
 
     def __call__(self, tokens: Tensor) -> Tensor:

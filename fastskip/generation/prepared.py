@@ -222,7 +222,7 @@ def _recall_deltas(backbone: Any, inputs: dict[str, Any], ids: Any = None) -> No
     """Makes Hugging Face count text that follows a cache from the cache's last row: its models only
     remember the end of the last prompt they saw, which may belong to another conversation."""
     cache = inputs.get(CACHE_NAME)
-    deltas = cache.rope_deltas() if isinstance(cache, SkipCache) else None
+    deltas = cache.seen.rope_deltas() if isinstance(cache, SkipCache) else None
     if deltas is not None:
         given = (ids, inputs.get("input_ids"), inputs.get("inputs_embeds"))
         backbone.rope_deltas = deltas.to(next(each.device for each in given if each is not None))

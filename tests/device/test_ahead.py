@@ -108,11 +108,11 @@ def assert_cache_is_as_theirs(models: Twins, ours: Any, theirs: Any) -> None:
     cache, fed = ours[CACHE_NAME], ours.sequences.shape[1] - 1
     assert isinstance(cache, PagedCache)
     assert cache.get_seq_length() == theirs[CACHE_NAME].get_seq_length() == fed
-    generated = cache.codes[:, models.columns :]
+    generated = cache.seen.codes[:, models.columns :]
     assert (generated == CODES[TokenClass.GENERATED]).all()
-    first = cache.positions[:, models.columns - 1 : models.columns] + 1
+    first = cache.seen.positions[:, models.columns - 1 : models.columns] + 1
     assert torch.equal(
-        cache.positions[:, models.columns :], first + torch.arange(generated.shape[1])
+        cache.seen.positions[:, models.columns :], first + torch.arange(generated.shape[1])
     )
     prompt = int(models.inputs["attention_mask"].sum())
     rows = prompt + len(generated) * generated.shape[1]

@@ -108,4 +108,4 @@ def test_second_turn(stock: Any, padding: Any) -> None:
         for impl in (IMPL, "reference")
     )
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    assert torch.equal(ours[2].positions, theirs[2].positions)
+    assert torch.equal(ours[2].seen.positions, theirs[2].seen.positions)

@@ -200,12 +200,13 @@ def test_cache_holds_what_the_plan_says(trio: Trio) -> None:
     n_text = int(batch.real.sum()) - n_image
     assert cache.live_bytes() == fastskip.plan_of(model).kv_bytes(n_image, n_text)
     # cropped to before the image and fed again, the same rows leave again
-    expected = [tensor.clone() for tensor in (cache.gone, cache.codes)]
+    expected = [tensor.clone() for tensor in (cache.seen.gone, cache.seen.codes)]
     cache.crop(-batch.columns)
     assert cache.live_bytes() == 0
     with torch.no_grad():
         model(**batch.inputs(), **{CACHE_NAME: cache})
-    assert all(torch.equal(a, b) for a, b in zip(expected, (cache.gone, cache.codes), strict=True))
+    found = cache.seen.gone, cache.seen.codes
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("by", ["attention", "next_attention"])

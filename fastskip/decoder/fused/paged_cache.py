@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastskip.decoder.cache import STAYS, SkipCache
+from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.fused.pages import PagePool
+from fastskip.decoder.seen_columns import STAYS
 from fastskip.ops.allocate import outside_inference_mode
 from fastskip.ops.contracts import Pages
 from fastskip.plan import SkipPlan
@@ -118,10 +119,10 @@ class PagedCache(SkipCache):
         ``held [tables, B, steps]`` bool, on the device: which of them have entries in hollow
         layers, in the order of ``plan.hollow_tables``; ``None`` without steps or such layers.
         """
-        batch = self.codes.shape[0]
+        batch = self.seen.batch
         new = torch.full((batch, steps), CODES[TokenClass.GENERATED])
-        positions, axes = self.following(1 + torch.arange(steps))
-        self._append(new, positions, torch.full_like(new, STAYS), axes)
+        positions, axes = self.seen.following(1 + torch.arange(steps))
+        self.seen.append(new, positions, torch.full_like(new, STAYS), axes)
         if held is not None and self.hollow_counts is not None:
             self.hollow_counts[:, :batch] += held.sum(2, dtype=torch.int32)
             hollow = [self.tables[key] for key in self.device_counts]

@@ -244,7 +244,7 @@ class FusedDecoder(Decoder):
         # The last-layer rule applies to the last stage only.
         wanted = options.wanted if stage == len(self.plan.removals) else None
         rows = None if wanted is None else layout.locate(wanted)
-        cached, features = cache.codes_at(stage), options.features
+        cached, features = cache.seen.codes_at(stage), options.features
         if narrows_after(self.plan):
             return RowNumbers(layout, cached, read=rows, features=features)
         return RowNumbers(layout, cached, narrow=rows, features=features)

@@ -159,7 +159,7 @@ class StepState:
             known = [cache.tables[key].counts for key in self._sets]
             counts[:, :batch] = torch.tensor(known, dtype=torch.int32)
         positions = torch.zeros(self.shape.batch, dtype=torch.int32)
-        positions[:batch] = cache.next_places()
+        positions[:batch] = cache.seen.next_places()
         copy_over(counts, choice.counts)
         # The host has only upper bounds for hollow layers; the device has their counts.
         if cache.hollow_counts is not None:
