@@ -34,7 +34,7 @@ class IfBlock(GraphNodeBlock):
         is_parallel = self.plan.arrangement is Arrangement.PARALLEL
         if is_parallel and leaves_entries(own):
             return super().run(stream, rows, store, readers)
-        self._route(h, rows.before)
+        self.decide(h, rows.before)
         alone = replace(rows, before=None, then_attention=None, then_ffn=None)
         if is_parallel:
             self.bodies.run_if(own.runs, lambda: self.run_parallel(h, alone, store))
@@ -42,7 +42,7 @@ class IfBlock(GraphNodeBlock):
             attend = self._attention(h, alone, own, store)
             feed = super().run_ffn
             self.bodies.run_if(own.runs, lambda: (attend(), feed(Stream(h), alone)))
-        self._route(h, rows.then_ffn)
+        self.decide(h, rows.then_ffn)
         return Stream(h)
 
     def run_attention(
@@ -52,18 +52,18 @@ class IfBlock(GraphNodeBlock):
         if own is None:
             return super().run_attention(stream, rows, store, reader)
         self.bodies.run_if(own.runs, self._attention(h, rows, own, store))
-        self._route(h, rows.then_attention)
+        self.decide(h, rows.then_attention)
         return Stream(h)
 
     def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
         h, own = stream.h, rows.ffn
         if own is None:
             return super().run_ffn(stream, rows, reader)
-        self._route(h, own.between)
+        self.decide(h, own.between)
         alone = replace(rows, ffn=replace(own, between=None), then_ffn=None)
         feed = super().run_ffn
         self.bodies.run_if(own.runs, lambda: feed(Stream(h), alone))
-        self._route(h, rows.then_ffn)
+        self.decide(h, rows.then_ffn)
         return Stream(h)
 
     def _attention(self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store) -> Body:

@@ -31,7 +31,7 @@ class SwitchBlock(GraphNodeBlock):
         h, own = stream.h, rows.attention
         if own is None or rows.narrow is not None or not is_one_decision(rows):
             return super().run(stream, rows, store, readers)
-        self._route(h, rows.before)
+        self.decide(h, rows.before)
         projection, reach = self._project_entries(h, rows, own, store)
 
         def parallel(chosen: Chosen) -> None:
@@ -48,7 +48,7 @@ class SwitchBlock(GraphNodeBlock):
         is_parallel = self.plan.arrangement is Arrangement.PARALLEL
         body = parallel if is_parallel else sequential
         self._run_counted(own.runs, body)
-        self._route(h, rows.then_ffn)
+        self.decide(h, rows.then_ffn)
         return Stream(h)
 
     def run_attention(
@@ -61,16 +61,16 @@ class SwitchBlock(GraphNodeBlock):
         self._run_counted(
             own.runs, lambda chosen: self._add_attention(h, chosen, projection, reach, store)
         )
-        self._route(h, rows.then_attention)
+        self.decide(h, rows.then_attention)
         return Stream(h)
 
     def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
         h, own = stream.h, rows.ffn
         if own is None or rows.narrow is not None:
             return super().run_ffn(stream, rows, reader)
-        self._route(h, own.between)
+        self.decide(h, own.between)
         self._run_counted(own.runs, lambda chosen: self._add_ffn(h, chosen))
-        self._route(h, rows.then_ffn)
+        self.decide(h, rows.then_ffn)
         return Stream(h)
 
     def _run_counted(self, runs: Tensor, body: CountedBody) -> None:

@@ -90,7 +90,7 @@ class GuardedBlock(FusedBlock):
         elif fed is not None:
             self._add(h, rows, rows.feeding, [Term(fed, self.weights.down)], rows.then_ffn)
         else:
-            self._route(h, rows.then_ffn)
+            self.decide(h, rows.then_ffn)
         return h
 
     def _run_merged(
@@ -171,15 +171,11 @@ class GuardedBlock(FusedBlock):
             between = own.between
             if rows.narrow is not None:
                 between = _narrowed_route(between, rows.narrow, {id(own.runs): runs})
-            self.ops.route(h, between)
+            self.decide(h, between)
             if rows.narrow is not None:
                 rows.narrow.put(own.runs, runs)
         chosen = self.ops.choose_rows(runs)
         return self.ops.feed(h, [self.part()], chosen=chosen)[0], chosen
-
-    def _route(self, h: Tensor, taken: Route | None) -> None:
-        if taken is not None:
-            self.ops.route(h, taken)
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,7 @@ class Hopping:
         behind = [step for step in plan.steps if step[0] > last]
         ops, hops = blocks[first].ops, self.hops
         run_steps(plan, blocks, h, state.rows_of, state.store, steps=before)
-        decision = state.rows_of(blocks[first].plan, False).before
-        if decision is not None:
-            ops.route(h, decision)
+        blocks[first].decide(h, state.rows_of(blocks[first].plan, False).before)
 
         def take_turn(condition: int) -> None:
             for number in range(self.turns):

@@ -49,8 +49,7 @@ class FusedBlock:
         self, stream: Stream, rows: FusedRows, store: Store, readers: Readers = NO_READERS
     ) -> Stream:
         """The layer's cell of the semantics table, in place on ``h [N, D]`` (or narrowed)."""
-        if rows.before is not None:
-            self.ops.route(stream.h, rows.before)
+        self.decide(stream.h, rows.before)
         if self.plan.arrangement is Arrangement.PARALLEL:
             return Stream(self.run_parallel(stream.h, rows, store))
         with span("attention"):
@@ -116,6 +115,11 @@ class FusedBlock:
         if terms:
             self._add(h, rows, rows.feeding, terms, rows.then_ffn)
         return h
+
+    def decide(self, h: Tensor, due: Route | None) -> None:
+        """Makes the decisions on ``h [N, D]`` that are due, if any."""
+        if due is not None:
+            self.ops.route(h, due)
 
     def _project(self, stream: Stream, rows: FusedRows, store: Store) -> Tensor | None:
         """Stores the layer's new entries; returns the queries of jointly projected rows."""

@@ -100,8 +100,7 @@ def run_pair(
     dense block makes.
     """
     ops, (first, second) = blocks[0].ops, rows
-    if first.before is not None:
-        ops.route(h, first.before)
+    blocks[0].decide(h, first.before)
     entries = [store.pages(block.plan.index) for block in blocks]
     queries: list[Tensor] | None = None
     if first.joint.count:
