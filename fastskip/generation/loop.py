@@ -59,9 +59,7 @@ def sample(
         )
     pad, config = generation_config._pad_token_tensor, generation_config
     is_padding = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-    keeps = config.return_dict_in_generate
-    scores: list[Tensor] | None = [] if keeps and config.output_scores else None
-    raw: list[Tensor] | None = [] if keeps and config.output_logits else None
+    asked = _Outputs(config)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
     # Before the prefill: reading them afterwards would wait for it.
     end, pad_id = GreedyEnd.of(stopping_criteria, _stops_of(config)), _pad_of(config)
@@ -75,26 +73,19 @@ def sample(
     place, home = logits.device, input_ids.device
     called = _CalledSteps(model, outputs, model_kwargs) if _does_more(model) else None
     del outputs
-    is_greedy = not (config.do_sample or logits_processor or scores is not None or raw is not None)
+    is_greedy = not (config.do_sample or logits_processor or asked.reads_logits)
     if is_greedy and end is not None and isinstance(cache, PagedCache) and called is None:
         with on_host():
             given = to_device(input_ids, place)
             input_ids = decode_greedily(
                 model, runtime, cache, given, logits, end, pad=pad_id, streamer=streamer
             ).to(home)
-        if streamer is not None:
-            streamer.end()
-        if not keeps:
-            return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE_NAME: cache})
+        return asked.of(input_ids, cache, streamer)
     step: _DecodeStep | StepLogits | None = None
     logits = logits.to(home)
     while True:
         next_scores = logits_processor(input_ids, logits)
-        if scores is not None:
-            scores.append(next_scores)
-        if raw is not None:
-            raw.append(logits)
+        asked.note(next_scores, logits)
         if config.do_sample:
             probabilities = torch.nn.functional.softmax(next_scores, dim=-1)
             tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
@@ -105,8 +96,7 @@ def sample(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        seen = None if scores is None else tuple(scores)
-        unfinished = unfinished & ~stopping_criteria(input_ids, seen)
+        unfinished = unfinished & ~stopping_criteria(input_ids, asked.scores)
         if not bool(unfinished.any()):
             break
         if called is not None:
@@ -117,16 +107,46 @@ def sample(
                 kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
                 step = kind(model, runtime, cache)
             logits = step(tokens.to(place)).to(home, torch.float32)
-    if streamer is not None:
-        streamer.end()
-    if not keeps:
-        return input_ids
-    return GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=None if scores is None else tuple(scores),
-        logits=None if raw is None else tuple(raw),
-        **{CACHE_NAME: cache},
-    )
+    return asked.of(input_ids, cache, streamer)
+
+
+class _Outputs:
+    """What ``generate`` returns, as far as its config asks for more than tokens.
+
+    Attributes:
+        scores, logits: ``[B, V]`` for each new token, after and before the processors; ``None`` if
+            nobody asks.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._is_object = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = None
+        self.logits: tuple[Tensor, ...] | None = None
+        if self._is_object and config.output_scores:
+            self.scores = ()
+        if self._is_object and config.output_logits:
+            self.logits = ()
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether each step's logits are needed, whatever chooses its tokens."""
+        return self.scores is not None or self.logits is not None
+
+    def note(self, scores: Tensor, logits: Tensor) -> None:
+        if self.scores is not None:
+            self.scores = (*self.scores, scores)
+        if self.logits is not None:
+            self.logits = (*self.logits, logits)
+
+    def of(self, tokens: Tensor, cache: SkipCache, streamer: Any) -> Any:
+        """The result, from all tokens ``[B, T]``; ends the stream."""
+        if streamer is not None:
+            streamer.end()
+        if not self._is_object:
+            return tokens
+        return GenerateDecoderOnlyOutput(
+            sequences=tokens, scores=self.scores, logits=self.logits, **{CACHE_NAME: cache}
+        )
 
 
 def _does_more(model: Any) -> bool:

@@ -69,42 +69,24 @@ class StepState:
         self._idle = {key: self._idle_pool(layers) for key, layers in pooled.items()}
         self._slabs: dict[Pool, list[Tensor]] = {}
         self._tables: dict[Pool, Tensor] = {}
-
-        def zeros(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
         new = TokenClass.GENERATED
-        grows = [
-            int(new in plan.layers[layers[0]].holding) for layers in plan.layers_by_table.values()
-        ]
-        self.choice = Choice(
-            tokens=zeros(batch, dtype=torch.int64),
-            history=zeros(shape.slots, batch, dtype=torch.int64),
-            step=zeros(1),
-            unfinished=zeros(batch),
-            stops=torch.full((shape.stops,), -1, dtype=torch.int64, device=device),
-            pad=shape.pad,
-            counts=zeros(max(1, len(grows)), batch),
-            grows=torch.tensor(grows or [0], dtype=torch.int32, device=device)[:, None]
-            .expand(-1, batch)
-            .contiguous(),
-            positions=zeros(batch),
-        )
+        grows = [new in plan.layers[layers[0]].holding for layers in plan.layers_by_table.values()]
+        self.choice = _choice_of(shape, grows, device)
         self.h = empty((batch, plan.shape.hidden_size), anchor.dtype, device)
         self.sequences = torch.arange(batch, dtype=torch.int32, device=device)
         heads = plan.shape.num_heads
         # Two, since the blocks of a pair count their arrivals in one launch.
-        self._arrivals = [zeros(batch * heads) for _ in range(2)]
-        self._shared = zeros(ARRIVALS)
+        self._arrivals = [_zeros(device, batch * heads) for _ in range(2)]
+        self._shared = _zeros(device, ARRIVALS)
         for key in self._idle:
             self._slabs[key] = []
             width = -(-shape.slots // PAGE) + 1
-            self._tables[key] = torch.zeros((batch, width), dtype=torch.int64, device=device)
+            self._tables[key] = _zeros(device, batch, width, dtype=torch.int64)
         self._pages = {layer.index: self._pages_of(layer) for layer in plan.layers if layer.holding}
         self.store = Store(rotation, self._pages.__getitem__)
         self._rows: dict[tuple[object, ...], FusedRows] = {}
         # 1 for rows of loaded sequences: idle ones run nothing that a router guards.
-        self.live, self._no_rows = zeros(batch), zeros(batch)
+        self.live, self._no_rows = _zeros(device, batch), _zeros(device, batch)
         # In hollow layers a row leaves an entry where it attends: one flag for both.
         hollow = {
             key: number
@@ -287,3 +269,25 @@ class StepState:
             for cell in self.plan.routed_by_layer[layer.index]
             if cell.token_class is TokenClass.GENERATED and Sublayer.ATTENTION in cell.skip
         )
+
+
+def _choice_of(shape: StepShape, grows: Sequence[bool], device: torch.device) -> Choice:
+    """The sampler's state before any sequence is loaded; ``grows``: whether a step adds an entry,
+    by entry table."""
+    batch = shape.batch
+    steps = torch.tensor(grows or [False], dtype=torch.int32, device=device)
+    return Choice(
+        tokens=_zeros(device, batch, dtype=torch.int64),
+        history=_zeros(device, shape.slots, batch, dtype=torch.int64),
+        step=_zeros(device, 1),
+        unfinished=_zeros(device, batch),
+        stops=torch.full((shape.stops,), -1, dtype=torch.int64, device=device),
+        pad=shape.pad,
+        counts=_zeros(device, len(steps), batch),
+        grows=steps[:, None].expand(-1, batch).contiguous(),
+        positions=_zeros(device, batch),
+    )
+
+
+def _zeros(device: torch.device, *size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(size, dtype=dtype, device=device)
