@@ -95,7 +95,7 @@ class SlotMap:
 
     def __init__(self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout) -> None:
         self._plan, self._cache, self._layout = plan, cache, layout
-        # The rows of each stage; layers of a stage index those.
+        # The rows of each stage.
         self.stages = [layout]
         self.held: dict[Table, Tensor] = {}
         # By the id of a tensor given to ``hold``: the tensor, its columns, counts by sequence.
@@ -125,14 +125,16 @@ class SlotMap:
             found = self._counts[table] = list(map(add, have, new))
         return found
 
-    def placement(self, layer: int, rows: Rows, stage: int | None = None) -> Placement:
-        """Where packed ``rows``, of the layer's own stage or of ``stage``, lie in ``layer``."""
-        own = self._plan.layers[layer]
-        table = own.table
+    def layout_of(self, layer: int) -> TokenLayout:
+        """The rows that are left in a layer: what its rows index."""
+        return self.stages[self._plan.layers[layer].stage]
+
+    def placement(self, layer: int, rows: Rows, layout: TokenLayout) -> Placement:
+        """Where packed ``rows`` of ``layout`` lie in ``layer``."""
+        table = self._plan.layers[layer].table
         # The rows are kept with their placement, so an id is not reused while it is a key.
         found = self._placements.get((table, id(rows)))
         if found is None:
-            layout = self.stages[own.stage if stage is None else stage]
             found = self._placements[table, id(rows)] = (rows, self._place(table, rows, layout))
         return found[1]
 
@@ -182,7 +184,7 @@ class CachedEntries:
         self._layout, self._like = layout, like
         self._map = SlotMap(plan, cache, layout)
         self.counts, self.columns = self._map.counts, self._map.columns
-        self.codes = self._map.codes
+        self.codes, self.layout_of = self._map.codes, self._map.layout_of
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
@@ -211,16 +213,17 @@ class CachedEntries:
         return self.keys(layer, sequence, count) if count else None
 
     def append(self, layer: int, rows: Rows, keys: Tensor, values: Tensor) -> None:
-        target, entries = self._map.placement(layer, rows), self._cache.entries[layer]
+        target = self._map.placement(layer, rows, self.layout_of(layer))
+        entries = self._cache.entries[layer]
         target.write(entries.keys, keys)
         target.write(entries.values, values)
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        stage = self._plan.layers[layer].stage
-        self.append(layer, rows, *self._read(source, rows, stage))
+        self.append(layer, rows, *self._read(source, rows, self.layout_of(layer)))
 
     def average(self, first: int, second: int, rows: Rows) -> None:
-        both = zip(self._read(first, rows), self._read(second, rows), strict=True)
+        layout = self.layout_of(first)
+        both = zip(*(self._read(layer, rows, layout) for layer in (first, second)), strict=True)
         keys, values = ((a + b) / 2 for a, b in both)
         for layer in (first, second):
             self.append(layer, rows, keys, values)
@@ -233,9 +236,9 @@ class CachedEntries:
             for own, other in zip(kept, taken, strict=True):
                 own.copy_(other)
 
-    def _read(self, layer: int, rows: Rows, stage: int | None = None) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, G, K]`` of the new entries of a stage's rows."""
-        origin, entries = self._map.placement(layer, rows, stage), self._cache.entries[layer]
+    def _read(self, layer: int, rows: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """K and V ``[n, G, K]`` of the new entries of ``rows``, which index ``layout``."""
+        origin, entries = self._map.placement(layer, rows, layout), self._cache.entries[layer]
         return origin.read(entries.keys), origin.read(entries.values)
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -271,7 +274,7 @@ class GradientEntries:
         self.counts, self.columns = self._stored.counts, self._stored.columns
         self.codes, self.hold = self._stored.codes, self._stored.hold
         self.adopt, self.past = self._stored.adopt, self._stored.past
-        self._stages = [layout]
+        self.enter, self.layout_of = self._stored.enter, self._stored.layout_of
 
     @property
     def held(self) -> Mapping[Table, Tensor]:
@@ -280,10 +283,6 @@ class GradientEntries:
     @property
     def left(self) -> Sequence[TokenLayout]:
         return self._stored.left
-
-    def enter(self, layout: TokenLayout) -> None:
-        self._stored.enter(layout)
-        self._stages.append(layout)
 
     def forget(self, layer: int) -> None:
         """Called before a layer reruns to recompute its activations: it stores its entries anew."""
@@ -295,13 +294,12 @@ class GradientEntries:
         self._new.setdefault(layer, []).append((rows.ids(), keys, values))
 
     def reuse(self, layer: int, source: int, rows: Rows) -> None:
-        self.append(layer, rows, *self._of(source, rows, self._rows_of(layer)))
+        self.append(layer, rows, *self._of(source, rows, self.layout_of(layer)))
 
     def average(self, first: int, second: int, rows: Rows) -> None:
         # From here on, only layers above read these entries in this forward: they copy the mean.
-        both = zip(
-            *(self._of(layer, rows, self._rows_of(layer)) for layer in (first, second)), strict=True
-        )
+        layout = self.layout_of(first)
+        both = zip(*(self._of(layer, rows, layout) for layer in (first, second)), strict=True)
         keys, values = ((a + b) / 2 for a, b in both)
         own = rows.ids()
         for layer in (first, second):
@@ -313,14 +311,11 @@ class GradientEntries:
         if self.is_kept:
             self._stored.average(first, second, rows)
 
-    def _rows_of(self, layer: int) -> TokenLayout:
-        return self._stages[self._plan.layers[layer].stage]
-
     def _of(self, layer: int, rows: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """K and V ``[n, G, K]`` of the new entries of ``rows``, which index ``layout``."""
         ids, keys, values = self._merged(layer)
         where = torch.full((self._layout.batch * self._layout.width,), -1, dtype=torch.int64)
-        where[self._rows_of(layer).places(ids)] = torch.arange(len(ids))
+        where[self.layout_of(layer).places(ids)] = torch.arange(len(ids))
         index = where[layout.places(rows.ids())].to(keys.device)
         return keys[index], values[index]
 
@@ -329,7 +324,7 @@ class GradientEntries:
 
     def read(self, layer: int, sequences: slice, count: int) -> tuple[list[Tensor], list[Tensor]]:
         ids, new_keys, new_values = self._merged(layer)
-        table, layout = self._plan.layers[layer].table, self._rows_of(layer)
+        table, layout = self._plan.layers[layer].table, self.layout_of(layer)
         keys, values = [], []
         for sequence in range(*sequences.indices(layout.batch)):
             mine = (layout.sequences[ids] == sequence).nonzero().squeeze(1)
