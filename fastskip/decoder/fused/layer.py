@@ -123,34 +123,34 @@ class FusedBlock:
 
     def _project(self, stream: Stream, rows: FusedRows, store: Store) -> Tensor | None:
         """Stores the layer's new entries; returns the queries of jointly projected rows."""
-        queries, own = None, rows.joint
-        if own.count:
+        queries = None
+        if rows.joint.count:
             projection = self.projection(rows.joint_targets, store)
-            queries = self.ops.project_append(
-                own.view(stream.h),
-                [projection],
-                index=own.index,
-                half=stream.half_of(projection.norm, own),
-                arrivals=rows.arrivals,
-            )[0]
+            queries = self._append(stream, rows, rows.joint, projection)
         self.leave_entries(stream, rows, store)
         return queries
 
     def leave_entries(self, stream: Stream, rows: FusedRows, store: Store) -> None:
         """Stores entries of rows that skip attention: projected, or copied from a lower layer."""
-        own = rows.stored
-        if own.count:
+        if rows.stored.count:
             keys_values = self.weights.keys_values
             projection = self.projection(rows.stored_targets, store, linear=keys_values)
-            self.ops.project_append(
-                own.view(stream.h),
-                [projection],
-                index=own.index,
-                half=stream.half_of(projection.norm, own),
-                arrivals=rows.arrivals,
-            )
+            self._append(stream, rows, rows.stored, projection)
         for copies in rows.copies:
             self.copy(copies, store)
+
+    def _append(
+        self, stream: Stream, rows: FusedRows, own: Selection, projection: Projection
+    ) -> Tensor:
+        """Projects the rows ``own`` and stores their entries; returns their queries
+        ``[n, H, K]``."""
+        return self.ops.project_append(
+            own.view(stream.h),
+            [projection],
+            index=own.index,
+            half=stream.half_of(projection.norm, own),
+            arrivals=rows.arrivals,
+        )[0]
 
     def copy(self, copies: Copies, store: Store) -> None:
         """Copies entries from a lower layer."""
