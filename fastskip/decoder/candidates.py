@@ -82,7 +82,11 @@ class Candidates:
 
     @cached_property
     def last_layer(self) -> Tensor:
-        assert self._trace is not None
+        if self._trace is None:
+            raise RouterError(
+                f"layer {self.layer}: last_layer needs a router with needs_trace = True, which is "
+                "also assumed of routers that do not say"
+            )
         return self._trace.found[self._rows.to(self._h.device)]
 
     @torch.no_grad()

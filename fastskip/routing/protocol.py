@@ -93,6 +93,9 @@ class RoutingContext(Protocol):
     def last_layer(self) -> Tensor:
         """``[n, 2]``: for the last layer that each row ran in full, the cosine of input and output
         and the relative change ``||out - in|| / ||in||``; ``-inf`` and ``+inf`` if there is none.
+
+        Raises:
+            RouterError: the router has ``needs_trace = False``, so nothing was measured for it.
         """
 
     @property

@@ -28,6 +28,7 @@ class Own:
 
     answer: Callable[[RoutingContext], Any]
     uses_attention: bool = False
+    needs_trace: bool = True
     seen: list[RoutingContext] = field(default_factory=list)
 
     def decide(self, context: RoutingContext) -> Any:
@@ -205,6 +206,18 @@ def test_attention_has_conditions(trio: Trio, batch: Batch) -> None:
         run(trio, batch, routed(own([2])), Own(look))
     with pytest.raises(RouterError, match="not attended in any layer"):
         run(trio, batch, routed(own([0])), Own(look, uses_attention=True))
+
+
+def test_looking_back_has_a_condition(trio: Trio, batch: Batch) -> None:
+    def look(context: RoutingContext) -> Decision:
+        return Decision(context.last_layer[:, 0] > 2)
+
+    router = Own(look)
+    run(trio, batch, routed(own([2])), router)
+    assert router.seen
+    router.needs_trace = False
+    with pytest.raises(RouterError, match=r"layer 2: last_layer needs .* needs_trace = True"):
+        run(trio, batch, routed(own([2])), router)
 
 
 def test_states_live_as_long_as_they_say(trio: Trio, batch: Batch) -> None:
