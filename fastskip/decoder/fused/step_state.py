@@ -71,7 +71,8 @@ class StepState:
         self._tables: dict[Pool, Tensor] = {}
         new = TokenClass.GENERATED
         grows = [new in plan.layers[layers[0]].holding for layers in plan.layers_by_table.values()]
-        self.choice = _choice_of(shape, grows, device)
+        steps = torch.tensor(grows or [False], dtype=torch.int32, device=device)
+        self.choice = _choice_of(shape, steps)
         self.h = empty((batch, plan.shape.hidden_size), anchor.dtype, device)
         self.sequences = torch.arange(batch, dtype=torch.int32, device=device)
         heads = plan.shape.num_heads
@@ -271,11 +272,10 @@ class StepState:
         )
 
 
-def _choice_of(shape: StepShape, grows: Sequence[bool], device: torch.device) -> Choice:
-    """The sampler's state before any sequence is loaded; ``grows``: whether a step adds an entry,
-    by entry table."""
-    batch = shape.batch
-    steps = torch.tensor(grows or [False], dtype=torch.int32, device=device)
+def _choice_of(shape: StepShape, grows: Tensor) -> Choice:
+    """The sampler's state before any sequence is loaded; ``grows [sets]``: 1 where a step adds an
+    entry."""
+    batch, device = shape.batch, grows.device
     return Choice(
         tokens=_zeros(device, batch, dtype=torch.int64),
         history=_zeros(device, shape.slots, batch, dtype=torch.int64),
@@ -283,8 +283,8 @@ def _choice_of(shape: StepShape, grows: Sequence[bool], device: torch.device) ->
         unfinished=_zeros(device, batch),
         stops=torch.full((shape.stops,), -1, dtype=torch.int64, device=device),
         pad=shape.pad,
-        counts=_zeros(device, len(steps), batch),
-        grows=steps[:, None].expand(-1, batch).contiguous(),
+        counts=_zeros(device, len(grows), batch),
+        grows=grows[:, None].expand(-1, batch).contiguous(),
         positions=_zeros(device, batch),
     )
 
