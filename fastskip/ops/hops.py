@@ -163,7 +163,6 @@ class Hops:
         trace: for ``COSINE`` and ``CHANGE``; updated after every layer that ran.
         arrivals: int32 scratch of at least 1 zero, which a launch leaves zero.
         scale: of attention scores.
-        terms: of the first layer; all decisions have score, group and agreement in common.
         runs: ``[n]``: which rows run the next layer; all 0 after the last one.
         now: ``[Field]`` int64: the next layer's distances.
         table: ``[L, Field]`` int64: the distances of all layers.
@@ -177,11 +176,17 @@ class Hops:
     trace: Trace | None
     arrivals: Tensor
     scale: float
-    terms: Terms
     runs: Tensor
     now: Tensor
     table: Tensor
     bars: HopDecisions
+
+    @property
+    def terms(self) -> Terms:
+        """What all decisions have in common: score, group and agreement are those of the first."""
+        terms = self.layers[0].terms
+        assert terms is not None
+        return terms
 
     @property
     def route(self) -> Route:
@@ -205,9 +210,8 @@ class Hops:
         scale: float,
     ) -> Hops:
         """A loop over ``layers``, for which ``can_hop`` holds."""
-        first, runs = layers[0], torch.zeros_like(live)
-        assert first.terms is not None
-        rows = [_distances(number, own, first) for number, own in enumerate(layers)]
+        runs = torch.zeros_like(live)
+        rows = [_distances(number, own, layers[0]) for number, own in enumerate(layers)]
         table = torch.tensor(rows, dtype=torch.int64, device=live.device)
         return cls(
             layers=tuple(layers),
@@ -217,7 +221,6 @@ class Hops:
             trace=trace,
             arrivals=arrivals,
             scale=scale,
-            terms=first.terms,
             runs=runs,
             now=table[0].clone(),
             table=table,
