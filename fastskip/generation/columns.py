@@ -174,6 +174,11 @@ def _counted(cache: SkipCache, real: Tensor, *, counts_pads: bool) -> Tensor:
 
 
 def classes_of(config: Any, runtime: Runtime, inputs: dict[str, Any]) -> Tensor | None:
+    """Class codes ``[B, T]`` of an outer model's columns, pads not yet marked; ``None`` without
+    any.
+
+    Raises for a cache that the model did not fill under its current plan.
+    """
     cache = inputs.get(CACHE_NAME)
     if cache is not None:
         runtime.check_cache(cache)

@@ -153,7 +153,6 @@ def settle(scores: Tensor, sequences: Tensor, positions: Tensor, terms: Terms) -
     return agreed(scores, sequences, positions, terms) >= rounded(terms.bar)
 
 
-@functools.cache
 @functools.lru_cache(1024)
 def rounded(bar: float) -> float:
     """The bar in fp32."""

@@ -8,7 +8,7 @@ counted as the plan states them: early exits are not modelled, and a copy always
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -170,7 +170,7 @@ def expected(
         )
         for s in Sublayer
     }
-    return LayerChance(running.index, cells, ruled, running.unimodal)
+    return replace(before, cells=cells, ruled=ruled)
 
 
 def rates_of(routers: Sequence[RouterRule], rate: Rate | None) -> dict[int, float]:
