@@ -12,6 +12,7 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ImageFolderOption,
     JsonOption,
     ModelOption,
     PolicyOption,
@@ -60,6 +61,7 @@ def calibrate(
         ),
     ] = Per.LAYER,
     samples: SamplesOption = None,
+    images: ImageFolderOption = None,
     count: Annotated[
         int, typer.Option(min=1, metavar="N", help="Use at most the first N samples.")
     ] = 32,
@@ -103,7 +105,7 @@ def calibrate(
     config = config_of(path)
     chosen = resolve_policy(policy, path, config)
     check_file("--out", out, SUFFIXES, creates=False)
-    inputs, source = calibration_inputs(model, path, config, samples, count, new_tokens)
+    inputs, source = calibration_inputs(model, path, config, samples, images, count, new_tokens)
 
     from tqdm import tqdm
 

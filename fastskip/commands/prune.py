@@ -16,6 +16,7 @@ from fastskip.commands.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ImageFolderOption,
     JsonOption,
     ModelOption,
     ThreadsOption,
@@ -105,6 +106,7 @@ def prune(
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of random draws.")] = 0,
     samples: SamplesOption = None,
+    images: ImageFolderOption = None,
     count: Annotated[
         int, typer.Option(min=1, metavar="N", help="Use at most the first N samples.")
     ] = 128,
@@ -193,15 +195,14 @@ def prune(
     asked = {name: str(value) for name, value in ours.items() if value is not None}
     _check_combination(combine, share, masks)
     if masks:
-        _check_alone({**asked, "ratio": ratio, "samples": samples})
+        _check_alone({**asked, "ratio": ratio, "samples": samples, "images": images})
         found = _combined([WeightMasks.load(file) for file in masks], combine, share, seed)
     else:
         recipe = Recipe(ratio=ratio, seed=seed, **asked)
         if recipe.method.value == Method.WANDA:
-            inputs, source = calibration_inputs(model, path, config, samples, count, 1)
-        elif samples is not None:
-            problem = f"not used by --method {recipe.method}"
-            raise CommandError(f"--samples {samples}: {problem}; allowed: with --method wanda")
+            inputs, source = calibration_inputs(model, path, config, samples, images, count, 1)
+        else:
+            _check_unused({"samples": samples, "images": images}, recipe.method)
     loaded = load(path, None, dtype_for(model, dtype), device, impl="reference")
     if out is not None and stored is Stored.SPARSE:
         _check_pays(loaded, found if recipe is None else recipe)
@@ -238,6 +239,13 @@ def _check_outputs(out: Path | None, save_masks: Path | None, stored: Stored) ->
         raise CommandError(f"--out {out}: allowed: a new or empty folder")
     check_folder("--out", out)
     check_file("--save-masks", save_masks, creates=False)
+
+
+def _check_unused(given: dict[str, object], method: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            problem = f"not used by --method {method}"
+            raise CommandError(f"--{name} {value}: {problem}; allowed: with --method wanda")
 
 
 def _check_alone(others: dict[str, object]) -> None:

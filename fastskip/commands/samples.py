@@ -11,16 +11,22 @@ SamplesOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}; the image is '
-        "optional, its path relative to this file. Default, for the demo's model only: its own "
-        "training images.",
+        help='JSON lines: {"prompt": "What is this?", "image": "cat.jpg"}, or the questions of '
+        "eval; the image is optional. Default, for the demo's model only: its own training "
+        "images.",
         show_default=False,
     ),
 ]
 
 
 def calibration_inputs(
-    model: str | None, path: str, config: Any, samples: Path | None, count: int, new_tokens: int
+    model: str | None,
+    path: str,
+    config: Any,
+    samples: Path | None,
+    images: Path | None,
+    count: int,
+    new_tokens: int,
 ) -> tuple[list[Any], str]:
     """The inputs to run, and where they come from."""
     from fastskip.prompts import processor_for
@@ -28,8 +34,10 @@ def calibration_inputs(
 
     processor = processor_for(path)
     if samples is not None:
-        chosen = read_samples(samples)[:count]
+        chosen = read_samples(samples, images)[:count]
         return inputs_of(chosen, processor, config, new_tokens), str(samples)
+    if images is not None:
+        raise CommandError(f"--images {images}: not used without --samples; allowed: with it")
     from fastskip.demo import checkpoint_path
 
     if Path(path).resolve() != checkpoint_path().resolve():

@@ -1,4 +1,4 @@
-"""Samples to study a model on: a file of prompts, usually with an image each."""
+"""Samples to study a model on: a file of prompts, usually with images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.prompts import PromptError, build_inputs
-from fastskip.prompts.images import ImageError, is_url, load_image
+from fastskip.prompts.conversations import DataError, image_names
+from fastskip.prompts.images import ImageError, load_image
 from fastskip.study.json_lines import Format
 
 
@@ -19,28 +20,38 @@ class SampleError(ValueError):
 
 _FORMAT = Format(
     what="samples",
-    fields=frozenset({"prompt", "image"}),
-    allowed='one JSON object per line, {"prompt": "...", "image": "a.jpg"}; image is optional',
+    # What is not needed is passed over, so that the questions of an evaluation serve as samples.
+    fields=frozenset({"prompt", "question", "image", "answer", "kind", "metric"}),
+    allowed='one JSON object per line, {"prompt": "...", "image": "a.jpg" or ["a.jpg", ...]}; '
+    'image is optional, and eval\'s {"question": ..., "answer": ...} serve as well',
     error=SampleError,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with an optional image; `where`: how error messages name it."""
+    """One prompt with any number of images; `where`: how error messages name it."""
 
     prompt: str
-    image: Path | None = None
+    images: tuple[Path, ...] = ()
     where: str = "sample"
 
 
-def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
-    """Read the samples of a JSON Lines file; image paths are relative to its folder.
+def read_samples(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
+) -> list[Sample]:
+    """Read the samples of a JSON Lines file.
 
+    Args:
+        path: the file.
+        images: the folder that image paths are relative to; by default the file's own.
     Raises:
         SampleError: the file or a line of it cannot be used.
     """
-    return [_sample(document, Path(path).parent, where) for document, where in _FORMAT.read(path)]
+    folder = Path(path).parent if images is None else Path(images)
+    if not folder.is_dir():
+        raise SampleError(f"images: {folder} is not a folder; allowed: an existing folder")
+    return [_sample(document, folder, where) for document, where in _FORMAT.read(path)]
 
 
 def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens: int) -> list[Any]:
@@ -52,7 +63,7 @@ def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens
     found = []
     for sample in samples:
         try:
-            images = [] if sample.image is None else [load_image(sample.image)]
+            images = [load_image(image) for image in sample.images]
             inputs = build_inputs(
                 processor, sample.prompt, images, config=config, max_new_tokens=new_tokens
             )
@@ -63,9 +74,14 @@ def inputs_of(samples: Sequence[Sample], processor: Any, config: Any, new_tokens
 
 
 def _sample(document: dict[str, Any], folder: Path, where: str) -> Sample:
-    prompt, image = document.get("prompt"), document.get("image")
+    named = "question" if "question" in document else "prompt"
+    prompt = document.get(named)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise SampleError(f"{where}: prompt is {prompt!r}; allowed: a non-empty string")
-    if image is not None and (not isinstance(image, str) or is_url(image)):
-        raise SampleError(f"{where}: image is {image!r}; allowed: the path of an image file")
-    return Sample(prompt, None if image is None else folder / image, where)
+        raise SampleError(f"{where}: {named} is {prompt!r}; allowed: a non-empty string")
+    if {"prompt", "question"} <= document.keys():
+        raise SampleError(f"{where}: has prompt and question; allowed: one of them")
+    try:
+        images = tuple(folder / name for name in image_names(document, where) if name)
+    except DataError as error:
+        raise SampleError(str(error)) from error
+    return Sample(prompt, images, where)

@@ -153,6 +153,14 @@ def test_the_demo_needs_no_samples(tmp_path: Path) -> None:
             "--stored dense: only masks are written; allowed: with --out FOLDER",
         ),
         (
+            ("-o", "{new}", "--ratio", 0.5, "--method", "magnitude", "--images", "{new}"),
+            "not used by --method magnitude; allowed: with --method wanda",
+        ),
+        (
+            ("-o", "{new}", "--ratio", 0.5, "--images", "{new}"),
+            "not used without --samples; allowed: with it",
+        ),
+        (
             ("-o", "{new}", "--ratio", 0.5, "--method", "magnitude", "--samples", "{masks}"),
             "not used by --method magnitude; allowed: with --method wanda",
         ),

@@ -332,14 +332,37 @@ def test_samples_of_a_file(checkpoint: Path, tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     file = write(tmp_path, '{"prompt": "what?", "image": "red.png"}', "", '{"prompt": "who?"}')
     found = read_samples(file)
-    assert [(each.prompt, each.image) for each in found] == [
-        ("what?", tmp_path / "red.png"),
-        ("who?", None),
+    assert [(each.prompt, each.images) for each in found] == [
+        ("what?", (tmp_path / "red.png",)),
+        ("who?", ()),
     ]
     assert found[1].where.endswith("line 3")
     config = fastskip.load_model(checkpoint).config
     inputs = inputs_of(found, processor_for(checkpoint), config, 3)
     assert ["pixel_values" in each for each in inputs] == [True, False]
+
+
+def test_questions_of_an_evaluation_are_samples(checkpoint: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (30, 20), "red").save(photos / "red.png")
+    items = [
+        {"question": "what?", "answer": "a", "image": "red.png", "kind": "plain"},
+        {"question": "which?", "answer": ["a", "b"], "image": ["red.png"] * 2, "metric": "exact"},
+    ]
+    file = write(tmp_path, *map(json.dumps, items))
+    found = read_samples(file, photos)
+    assert [each.prompt for each in found] == ["what?", "which?"]
+    assert [len(each.images) for each in found] == [1, 2]
+    config = fastskip.load_model(checkpoint).config
+    inputs = inputs_of(found, processor_for(checkpoint), config, 3)
+    assert [len(each["pixel_values"]) for each in inputs] == [1, 2]
+    with pytest.raises(SampleError, match=r"images: .*absent is not a folder"):
+        read_samples(file, tmp_path / "absent")
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps(routed(similarity("1:3", skip="ffn"))))
+    given = ("--samples", file, "--images", photos, "--rate", 0.5, "-o", tmp_path / "half.json")
+    succeed("calibrate", "-m", checkpoint, "-p", policy, *given)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +374,9 @@ def test_samples_of_a_file(checkpoint: Path, tmp_path: Path) -> None:
         ('{"prompt": " "}', "line 2: prompt is ' '"),
         ('{"prompt": "a", "picture": "b"}', "line 2: unknown field 'picture'"),
         ('{"prompt": "a", "image": 3}', "line 2: image is 3"),
+        ('{"prompt": "a", "image": "https://a.b/c.png"}', "line 2: image .* is a URL"),
+        ('{"question": 3, "answer": "b"}', "line 2: question is 3"),
+        ('{"prompt": "a", "question": "b"}', "line 2: has prompt and question"),
         ('{"prompt": "a", "image": "absent.png"}', "line 2: .*absent.png: no such file"),
         ('{"prompt": "<image> a"}', "line 2: prompt: 1 <image> for 0 images"),
     ],
