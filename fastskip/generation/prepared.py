@@ -48,6 +48,10 @@ from fastskip.routing import RouterError
 from fastskip.sparse.checkpoint import write_sparse
 from fastskip.sparse.convert import sparse_matrices
 
+_uncompiled = torch.compiler.disable(
+    reason="a prepared model chooses rows and grows its cache at run time"
+)
+
 
 def prepare(model: Any, runtime: Runtime) -> None:
     """Makes ``model`` (and its inner models) prepared, in place."""
@@ -156,6 +160,7 @@ class _Prepared:
 class PreparedDecoder(_Prepared):
     """The text model: embeddings in, normalised hidden states out."""
 
+    @_uncompiled
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if (ids is None) == (embeddings is None):
@@ -176,6 +181,7 @@ class PreparedDecoder(_Prepared):
 class PreparedBackbone(_Prepared):
     """The multimodal model without head: classifies columns unless the outer model has."""
 
+    @_uncompiled
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         if inputs.get("token_classes") is None:
             with on_host():
@@ -244,6 +250,7 @@ class PreparedTower(_Prepared):
 class PreparedModel(_Prepared):
     """The model that users hold."""
 
+    @_uncompiled
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
         runtime = self._runtime
         check_parts(self, runtime)

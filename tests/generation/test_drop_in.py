@@ -457,6 +457,19 @@ def test_a_model_that_was_asked_for_hidden_states_before() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_compiling_leaves_the_runtime_alone(impl: str) -> None:
+    """Rows are chosen at run time; a traced graph would keep those of its first call."""
+    for model in tiny_llama(), tiny_llava():
+        expected = told(model)
+        fastskip.apply_(model, impl=impl).compile(backend="eager")
+        assert told(model) == expected
+        with torch.no_grad():
+            first = model(IDS, use_cache=True)
+            kept = {CACHE_NAME: first[CACHE_NAME]}
+            again = model(first.logits[:, -1:].argmax(-1), **kept)
+        assert [first.logits[0, -1].argmax(), again.logits[0, -1].argmax()] == expected[:2]
+
+
 WRONG: dict[str, Callable[[], Any]] = {
     "nothing": lambda: None,
     "a name": lambda: "llava",
