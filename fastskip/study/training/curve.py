@@ -19,6 +19,7 @@ def write_curve(losses: Sequence[float], path: Path, title: str = "") -> None:
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#9dc3e6", linewidth=0.8, label="per step")
     axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label=f"mean over {width}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("loss on answers")
     axes.set_title(title, fontsize=9)
