@@ -61,20 +61,26 @@ def front(result: SearchResult) -> Any:
         ls=":",
         zorder=1,
     )
-    for each in _named(result.candidates):
-        axis.annotate(
-            each.name,
-            (cost(each), 100 * each.score.mean),
-            xytext=(5, -9),
-            textcoords="offset points",
-            fontsize=7,
-        )
     axis.set_xlabel(f"{quantity.label}, % of dense" + ("" if name is None else " (measured)"))
     axis.set_ylabel(f"held-out items: {result.scale.axis} (95 % intervals)")
     axis.set_title(f"{result.budget['text']} (dotted: Pareto front)", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
     plain(axis)
+    named = _named(result.candidates)
+    name_points(axis, [(each.name, cost(each), 100 * each.score.mean) for each in named])
     return figure
+
+
+def name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write names below their points ``(name, x, y)``; one that would cover another moves down."""
+    axis.figure.draw_without_rendering()  # where points lie is known once the layout is
+    taken: list[Any] = []
+    for name, x, y in points:
+        text = axis.annotate(name, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7)
+        text.set_in_layout(False)
+        while text.get_window_extent().count_overlaps(taken):
+            text.xyann = (text.xyann[0], text.xyann[1] - 2)
+        taken.append(text.get_window_extent())
 
 
 def sensitivity(result: SearchResult) -> Any:
