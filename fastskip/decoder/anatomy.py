@@ -153,14 +153,7 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 def has_hooks(module: Any) -> bool:
     """Whether calling the module runs anything but its class's own forward."""
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own  # how accelerate hooks a module
-    )
+    return bool(hooks_of(module))
 
 
 def is_transformers_own(hook: object) -> bool:
@@ -173,4 +166,4 @@ def hooks_of(module: Any) -> list[Any]:
     own = vars(module)
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found = [hook for name in names for hook in own[name].values()]
-    return [*found, own["forward"]] if "forward" in own else found
+    return [*found, own["forward"]] if "forward" in own else found  # how accelerate hooks a module

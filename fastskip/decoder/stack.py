@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastskip.decoder.anatomy import has_hooks, hooks_of, is_transformers_own
+from fastskip.decoder.anatomy import hooks_of, is_transformers_own
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.candidates import Attended, Lens
 from fastskip.decoder.entries import CachedEntries, Entries, GradientEntries
@@ -89,7 +89,7 @@ class Decoder:
         self._state = None
         for index, weights in enumerate(self.weights):
             for module in (weights.layer, weights.layer.self_attn):
-                if has_hooks(module) and not all(map(is_transformers_own, hooks_of(module))):
+                if not all(map(is_transformers_own, hooks_of(module))):
                     raise RuntimeError(
                         f"layers[{index}]: a hook on a whole {type(module).__name__} is never "
                         "called; allowed: hooks on its projections, norms and FFN, or "
