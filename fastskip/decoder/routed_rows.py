@@ -226,7 +226,7 @@ class RoutedRows:
         skipped = self._staying(self._skips.get((layer.index, Sublayer.ATTENTION), self._no_rows))
         for routed in self._plan.routed_by_layer.get(layer.index, ()):
             if Sublayer.ATTENTION in routed.skip:
-                kv = routed.rule.kv or SkippedKV.PROJECT
+                kv = routed.rule.leaves
                 leaves[kv] = leaves[kv] | self._of(frozenset({routed.token_class})) & skipped
         # Where a static rule lets a class skip attention, that rule decides on its K and V anyway.
         for kv, rows in self._exited.items():
@@ -320,7 +320,7 @@ class RoutedRows:
         if self._start is not None:
             self._ran = self._ran & ~skipped
         if scope is Scope.REST and does_any:
-            kv = self._rule(ruling).kv or SkippedKV.PROJECT
+            kv = self._rule(ruling).leaves
             self._exiting[kv] = self._exiting.get(kv, self._no_rows) | skipped
 
     def _rule(self, ruling: Ruling) -> RouterRule:

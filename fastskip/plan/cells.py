@@ -96,11 +96,9 @@ def resolve_layers(
             skip = skips.get((plan.index, token_class), _Skip())
             cell = cells[token_class] = _cell(token_class, skip, plan.holds_kv, resolved)
             possible = [cell] if cell.kv is SkippedKV.REUSE else []
-            for number in routers.get((plan.index, token_class), ()):
-                rule = policy.routers[number]
-                kv = (
-                    rule.kv or SkippedKV.PROJECT if Sublayer.ATTENTION in rule.skip else skip.leaves
-                )
+            rules = {n: policy.routers[n] for n in routers.get((plan.index, token_class), ())}
+            for number, rule in rules.items():
+                kv = rule.leaves if Sublayer.ATTENTION in rule.skip else skip.leaves
                 both = _Skip(skip.sublayers | rule.skip, kv)
                 skipped = _cell(token_class, both, plan.holds_kv, resolved)
                 routed.append(RoutedCell(plan.index, token_class, number, rule, skipped))
@@ -110,14 +108,11 @@ def resolve_layers(
                 possible.append(_cell(token_class, gone, plan.holds_kv, resolved))
             if plan.holds_kv and any(_may_lack(each, token_class, resolved) for each in possible):
                 hollow.add(token_class)
+            # A plug-in may send rows past all later layers.
+            leaving[token_class] |= {rule.leaves for rule in rules.values() if rule.is_plug_in}
         # A class that never holds an entry is not hollow: no reader looks for its entries.
         stage = sum(rule.after_layer < plan.index for rule in policy.removals)
         resolved.append(replace(plan, cells=cells, hollow=frozenset(hollow), stage=stage))
-        for (layer, token_class), numbers in routers.items():
-            for number in numbers if layer == plan.index else ():
-                rule = policy.routers[number]
-                if rule.is_plug_in:  # it may send rows past all later layers
-                    leaving[token_class].add(rule.kv or SkippedKV.PROJECT)
     _check_removals(policy, resolved, shape)
     return tuple(resolved), tuple(routed)
 

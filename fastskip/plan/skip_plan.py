@@ -270,8 +270,8 @@ class SkipPlan:
         parts = []
         if cell.attention:
             parts.append("attention" + ("?" if "attention" in routed else ""))
-        elif cell.kv is not SkippedKV.OMIT:
-            parts.append(_STORED[cell.kv or SkippedKV.PROJECT])
+        elif cell.kv in _STORED:
+            parts.append(_STORED[cell.kv])
         if cell.ffn:
             parts.append("ffn" + ("?" if "ffn" in routed else ""))
         text = " + ".join(parts) or "-"

@@ -134,6 +134,11 @@ class RouterRule:
         """Whether the router is a plug-in rather than a built-in kind."""
         return self.kind not in ROUTER_KINDS
 
+    @property
+    def leaves(self) -> SkippedKV:
+        """What a row that skips attention leaves."""
+        return self.kv or SkippedKV.PROJECT
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data as in the policy file."""
         written = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
