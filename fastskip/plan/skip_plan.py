@@ -162,6 +162,15 @@ class SkipPlan:
         """The routed cells of each layer that has any."""
         return _grouped((cell.layer, cell) for cell in self.routed)
 
+    def skipping_cells(self, layer: int) -> dict[TokenClass, Cell]:
+        """The cells of rows that skip a layer's attention, by a rule or by a router's decision; of
+        the classes of which there may be such rows."""
+        found = {c: cell for c, cell in self.layers[layer].cells.items() if not cell.attention}
+        for routed in self.routed_by_layer.get(layer, ()):
+            if Sublayer.ATTENTION in routed.skip:
+                found[routed.token_class] = routed.skipped
+        return found
+
     def kv_sources(self, layer: int, token_class: TokenClass) -> tuple[int, ...]:
         """Where REUSE looks for a row's entry of `layer`; as `cells.kv_sources`."""
         return kv_sources(self.layers[:layer], token_class)

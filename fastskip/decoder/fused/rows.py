@@ -23,7 +23,7 @@ from fastskip.decoder.fused.row_numbers import RowNumbers
 from fastskip.decoder.guards import Classes, Point
 from fastskip.ops.allocate import to_device
 from fastskip.ops.contracts import ARRIVALS, Bounds, Reach, Targets
-from fastskip.plan import LayerPlan, SkipPlan
+from fastskip.plan import Cell, LayerPlan, SkipPlan
 from fastskip.plan.layer_plan import Table
 from fastskip.policy import SkippedKV, Sublayer, TokenClass
 from fastskip.routing import Router
@@ -114,8 +114,7 @@ class ForwardRows:
         )
 
     def _attention(self, layer: LayerPlan, rows: FusedRows, runs: Tensor) -> GuardedAttention:
-        leaves = _kv_by_class(self._plan, layer)
-        reused = frozenset(c for c, kv in leaves.items() if kv is SkippedKV.REUSE)
+        left = self._plan.skipping_cells(layer.index)
         projected = (layer.attending | layer.projecting) if not layer.hollow else frozenset()
         slots = self._masked_slots(layer.holding, projected)
         targets = Targets(self._routes_positions, self._routes_sequences, slots)
@@ -127,12 +126,12 @@ class ForwardRows:
                 self._masked_slots(layer.holding, classes),
                 runs,
             )
-            for source, classes in _sources(self._plan, layer, reused).items()
+            for source, classes in _reusing(left).items()
         )
         return GuardedAttention(
             runs,
             targets,
-            SkippedKV.PROJECT in leaves.values(),
+            any(cell.kv is SkippedKV.PROJECT for cell in left.values()),
             self._guarded_reach(layer, is_narrow=rows.narrow is not None),
             copies,
             self._placing(layer) if layer.hollow else None,
@@ -276,21 +275,10 @@ def _index_of(rows: Rows) -> Tensor:
     return rows.index
 
 
-def _kv_by_class(plan: SkipPlan, layer: LayerPlan) -> dict[TokenClass, SkippedKV]:
-    """What a row of each class leaves if it skips a layer's attention, for classes that may."""
-    found = {c: cell.kv for c, cell in layer.cells.items() if cell.kv is not None}
-    for cell in plan.routed_by_layer.get(layer.index, ()):
-        if Sublayer.ATTENTION in cell.skip and cell.skipped.kv is not None:
-            found[cell.token_class] = cell.skipped.kv
-    return found
-
-
-def _sources(
-    plan: SkipPlan, layer: LayerPlan, classes: Classes
-) -> dict[int, frozenset[TokenClass]]:
-    """By lower layer: which of ``classes`` copy their entries from it."""
-    found: dict[int, frozenset[TokenClass]] = {}
-    for token_class in sorted(classes):
-        source = plan.kv_sources(layer.index, token_class)[0]
-        found[source] = found.get(source, frozenset()) | {token_class}
+def _reusing(cells: Mapping[TokenClass, Cell]) -> dict[int, Classes]:
+    """By lower layer: the classes whose rows copy their entries from it."""
+    found: dict[int, Classes] = {}
+    for token_class, cell in cells.items():
+        if cell.kv_source is not None:
+            found[cell.kv_source] = found.get(cell.kv_source, frozenset()) | {token_class}
     return found

@@ -26,7 +26,7 @@ from fastskip.ops.allocate import copy_over, empty
 from fastskip.ops.contracts import ARRIVALS, PAGE, Choice, Pages, Rotation, StepReach, Targets
 from fastskip.ops.routes import Route
 from fastskip.plan import LayerPlan, SkipPlan
-from fastskip.plan.layer_plan import Cell, Pool
+from fastskip.plan.layer_plan import Pool
 from fastskip.policy import SkippedKV, Sublayer, TokenClass
 from fastskip.routing import Router
 
@@ -247,11 +247,11 @@ class StepState:
         attention = None
         if attends is not None:
             assert rows.reach is not None
-            kv, copies = self._left_by_skipping(layer), []
-            if kv.kv is SkippedKV.REUSE and kv.kv_source is not None:
-                counts = self._counts(self.plan.layers[kv.kv_source]), self._counts(layer)
-                copies = [Copies(kv.kv_source, self.sequences, *counts, attends)]
-            is_projected = kv.kv is SkippedKV.PROJECT
+            left, copies = self.plan.skipping_cells(layer.index)[TokenClass.GENERATED], []
+            if left.kv_source is not None:
+                counts = self._counts(self.plan.layers[left.kv_source]), self._counts(layer)
+                copies = [Copies(left.kv_source, self.sequences, *counts, attends)]
+            is_projected = left.kv is SkippedKV.PROJECT
             attention = GuardedAttention(attends, targets, is_projected, rows.reach, tuple(copies))
         at = {part: self._riding.get((layer.index, part)) for part in Part}
         return replace(
@@ -261,14 +261,6 @@ class StepState:
             then_ffn=at[Part.FFN],
             attention=attention,
             ffn=None if feeds is None else GuardedFeed(feeds, at[Part.BETWEEN]),
-        )
-
-    def _left_by_skipping(self, layer: LayerPlan) -> Cell:
-        """The cell of a generated row that skips the layer's attention by a decision."""
-        return next(
-            cell.skipped
-            for cell in self.plan.routed_by_layer[layer.index]
-            if cell.token_class is TokenClass.GENERATED and Sublayer.ATTENTION in cell.skip
         )
 
 

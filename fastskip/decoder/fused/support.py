@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastskip.decoder.trace import certain_below
 from fastskip.plan import LayerPlan, SkipPlan
-from fastskip.policy import ROUTER_KINDS, Arrangement, Norm, SkippedKV, TokenClass
+from fastskip.policy import ROUTER_KINDS, Arrangement, Norm, TokenClass
 
 
 def unsupported_plan(plan: SkipPlan) -> str | None:
@@ -50,14 +50,10 @@ def _unsupported_routing(plan: SkipPlan) -> str | None:
                 f"layer {plan.shape.deep_layers} or later ones"
             )
     for layer in plan.layers:
-        kinds = {c: {cell.kv} for c, cell in layer.cells.items()}
-        for routed in plan.routed_by_layer.get(layer.index, ()):
-            kinds[routed.token_class].add(routed.skipped.kv)
-        for token_class, own in kinds.items():
-            sources = plan.kv_sources(layer.index, token_class)
-            if SkippedKV.REUSE in own and plan.layers[sources[0]].hollow:
+        for left in plan.skipping_cells(layer.index).values():
+            if left.kv_source is not None and plan.layers[left.kv_source].hollow:
                 return (
-                    f"kv reuse in layer {layer.index} from layer {sources[0]}, where a router may "
-                    "leave rows without an entry; supported: kv project or omit there"
+                    f"kv reuse in layer {layer.index} from layer {left.kv_source}, where a router "
+                    "may leave rows without an entry; supported: kv project or omit there"
                 )
     return None
