@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fastskip.plan import LayerPlan, RoutedCell, SkipPlan
-from fastskip.policy import Arrangement, Group, Sublayer, TokenClass
+from fastskip.policy import Arrangement, Sublayer, TokenClass
 
 Classes = frozenset[TokenClass]
 
@@ -105,10 +105,7 @@ def narrows_after(plan: SkipPlan) -> bool:
         for ruling in rulings_of(plan, last, frozenset(plan.classes))
         if ruling.point is Point.MIDDLE
     ]
-    return any(
-        rule.is_plug_in or rule.capacity is not None or rule.group not in (None, Group.ROW)
-        for rule in rules
-    )
+    return any(not rule.is_by_row for rule in rules)
 
 
 def _point_of(layer: LayerPlan, skip: frozenset[Sublayer]) -> Point:

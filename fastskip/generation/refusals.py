@@ -12,7 +12,7 @@ from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.families import text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.runtime import Runtime
-from fastskip.policy import Group, RouterRule, TokenClass
+from fastskip.policy import TokenClass
 
 
 def check_parts(model: Any, runtime: Runtime) -> None:
@@ -77,7 +77,7 @@ def check_gradients(inputs: dict[str, Any]) -> None:
 def check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
     """Raises for chunked prefill if the policy or the mask needs the whole prompt."""
     size, policy = generation_config.prefill_chunk_size, runtime.plan.policy
-    if policy.removals or any(map(_may_need_whole_prompts, policy.routers)):
+    if policy.removals or not all(rule.is_by_row for rule in policy.routers):
         raise ValueError(
             f"prefill_chunk_size: {size}; allowed: None, as the policy decides on whole prompts"
         )
@@ -85,11 +85,6 @@ def check_chunks(runtime: Runtime, generation_config: Any, mask: Any) -> None:
         raise ValueError(
             f"prefill_chunk_size: {size} with right-padded prompts; allowed: left padding, or None"
         )
-
-
-def _may_need_whole_prompts(rule: RouterRule) -> bool:
-    is_by_row = rule.group in (None, Group.ROW) and rule.capacity is None
-    return rule.is_plug_in or not is_by_row
 
 
 def check_guidance(runtime: Runtime, generation_config: Any) -> None:

@@ -139,6 +139,12 @@ class RouterRule:
         """What a row that skips attention leaves."""
         return self.kv or SkippedKV.PROJECT
 
+    @property
+    def is_by_row(self) -> bool:
+        """Whether it certainly decides on each row alone, whatever others there are."""
+        in_groups = self.group not in (None, Group.ROW) or self.capacity is not None
+        return not (in_groups or self.is_plug_in)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data as in the policy file."""
         written = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
