@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from benchmarks.memory import peak_bytes, reset_peak
-from fastskip.timing import no_collection, on_entry
+from fastskip.garbage import no_collection
+from fastskip.timing import on_entry
 
 GROUPS = ("prefill", "decode", "e2e")
 

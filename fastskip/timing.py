@@ -1,6 +1,5 @@
 """Timing of prefills and decode steps: all contenders in turn, medians over rounds."""
 
-import gc
 import itertools
 import math
 import statistics
@@ -13,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+
+from fastskip.garbage import no_collection
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -229,15 +230,3 @@ def threads_set(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Within this block, the garbage collector is off."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -33,6 +33,7 @@ FLOORS = {
     # writes or makes some.
     "wording": Floor(("wording",)),
     "files": Floor(("atomic_files",)),
+    "garbage": Floor(("garbage",)),
     "plotting": Floor(("plotting",), (), ("matplotlib",)),
     "policy": Floor(("policy",), ("files",), outside=("yaml",)),
     "plan": Floor(("plan",), ("policy",)),
@@ -44,7 +45,7 @@ FLOORS = {
     "tokens": Floor(("tokens",), ("policy", "reference"), ("torch",)),
     "kernels": Floor(("kernels",), ("reference",), ("torch", "triton")),
     "processor": Floor(("ops.processor",), outside=("torch",)),
-    "ops": Floor(("ops",), ("reference", "kernels", "processor"), ("torch",)),
+    "ops": Floor(("ops",), ("reference", "kernels", "processor", "garbage"), ("torch",)),
     # What a decision is, is computed by the operations alone; routers bring its terms.
     "routing": Floor(("routing",), ("files", "policy", "reference"), ("torch", "safetensors")),
     "decoder": Floor(
@@ -95,7 +96,7 @@ FLOORS = {
     "machine": Floor(("machine",), (*PURE, "files", "processor"), ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
     # Of any model that has Hugging Face's `generate`, ours or not.
-    "timing": Floor(("timing",), (), ("torch", "transformers")),
+    "timing": Floor(("timing",), ("garbage",), ("torch", "transformers")),
     "demo": Floor(
         ("demo",),
         (*PURE, "loading", "public", "machine", "intervals", "timing", "files", "plotting"),
@@ -142,7 +143,7 @@ FLOORS = {
     "bench": Floor(
         ("study.bench",),
         (*PURE, "routing", "families", "loading", "public", "prompts", "intervals", "timing")
-        + ("fingerprints", "fit", "demo", "study", "paper"),
+        + ("garbage", "fingerprints", "fit", "demo", "study", "paper"),
         ("PIL", "torch", "transformers"),
     ),
     # Reads what the study wrote, as files; no model and no tensor.

@@ -26,9 +26,10 @@ from benchmarks.memory import peak_bytes, reset_peak
 from benchmarks.mixes import MIX, Mix, mixed_prompts
 from benchmarks.peers import DENSE, HF, Peer
 from benchmarks.shapes import Models, prompts
+from fastskip.garbage import no_collection
 from fastskip.plan import SkipPlan
 from fastskip.plan.costs import Ceilings
-from fastskip.timing import Arrivals, no_collection, on_entry, rotated, warm_counts
+from fastskip.timing import Arrivals, on_entry, rotated, warm_counts
 
 UNLIKE = Mix(4 * MIX.images, 4 * MIX.texts)
 TINY_MIX = Mix((1, 0), (2, 4))

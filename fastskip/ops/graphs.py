@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from threading import Lock
 from typing import Any
 
 import torch
+
+from fastskip.garbage import no_collection
 
 # Runs before a capture: kernels compile, libraries allocate their workspaces.
 _WARM_UPS = 2
@@ -56,7 +56,9 @@ def capture(
     pool = pool or Pool.on(device)
     if pool is None:
         return work
-    with _CAPTURING, torch.cuda.device(device), _without_collection():
+    # Among what the collector finds may be a graph, and destroying one invalidates a capture.
+    # (Until version 2.8 torch collected before each.)
+    with _CAPTURING, torch.cuda.device(device), no_collection():
         current, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -73,19 +75,6 @@ def capture(
             torch.cuda.set_stream(current)
     replay: Callable[[], None] = graph.replay
     return replay
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Within this block the garbage collector is off: among what it finds may be a graph, and
-    destroying one invalidates a capture. (Until version 2.8 torch collected before each.)"""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @cache

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastskip.garbage import no_collection
 from fastskip.study.bench.contenders import Contender, Models, Source
 from fastskip.study.bench.errors import BenchError
-from fastskip.timing import WARM_TOKENS, Arrivals, no_collection, on_entry, warm_counts
+from fastskip.timing import WARM_TOKENS, Arrivals, on_entry, warm_counts
 
 Inputs = Mapping[str, Any]
 
