@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from fastskip.integrations.lmms_eval.messages import RequestError
 from fastskip.integrations.lmms_eval.requests import Question, named
 from fastskip.prompts import PromptError, encode_prompts
 from fastskip.prompts.conversations import DataError
 from fastskip.prompts.rendering import Renderer
+from fastskip.study.calls import placed
 
 
 def prompt_of(processor: Any, question: Question) -> str:
@@ -42,7 +41,7 @@ def model_inputs(
         inputs = encode_prompts(processor, prompts, images, config=model.config)
     except PromptError as error:
         raise _attributed(model, processor, questions, prompts, error) from error
-    return {name: _moved(value, model) for name, value in inputs.items()}
+    return placed(inputs, model)
 
 
 def _attributed(
@@ -59,10 +58,3 @@ def _attributed(
         except PromptError as own:
             return RequestError(f"{named([each])}: {own}")
     return RequestError(f"{named(questions)}: {error}")
-
-
-def _moved(value: Any, model: Any) -> Any:
-    """A tensor on the model's device; pixels in its dtype."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)

@@ -24,7 +24,7 @@ from fastskip.integrations.lmms_eval.messages import RequestError
 from fastskip.integrations.lmms_eval.requests import Batch, batches, named
 from fastskip.integrations.lmms_eval.times import TaskTimes
 from fastskip.prompts import processor_for
-from fastskip.study.calls import end_tokens
+from fastskip.study.calls import end_tokens, in_answers
 from fastskip.timing import Arrivals
 
 NEW_TOKENS = 1024
@@ -151,11 +151,12 @@ class FastSkip(lmms):
             sequences = self._model.generate(
                 **inputs, **batch.options.generate, max_new_tokens=most, streamer=arrivals
             )
-            made: list[list[int]] = sequences[:, width:].tolist()
+            new = sequences[:, width:].cpu()
         except Exception as error:
             raise RequestError(f"{named(batch.questions)}: {error}") from error
         ended = time.perf_counter()
-        made = [self._ended(tokens) for tokens in made]
+        own = zip(new, in_answers(new, self._ends), strict=True)
+        made: list[list[int]] = [tokens[is_own].tolist() for tokens, is_own in own]
         times.add(began, ended, sum(map(len, made)), arrivals.tokens if arrivals else ())
         texts = self._tokenizer.batch_decode(made, skip_special_tokens=True)
         asked: list[int] = inputs["attention_mask"].sum(1).tolist()
@@ -179,11 +180,6 @@ class FastSkip(lmms):
             where = named(batch.questions)
             raise RequestError(f"{where}: {width} tokens; allowed: at most {positions - 1}")
         return min(wanted, left)
-
-    def _ended(self, tokens: list[int]) -> list[int]:
-        """An answer without the padding after its end token."""
-        ends = (place for place, token in enumerate(tokens) if token in self._ends)
-        return tokens[: next(ends, len(tokens)) + 1]
 
     def _log(self, task: str, times: TaskTimes) -> None:
         """Logs a task's times through the harness.
