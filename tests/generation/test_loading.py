@@ -20,22 +20,6 @@ from tests.checkpoints import VOCAB, answer, save_checkpoint
 from tests.models import Kind, tiny_llama, tiny_llava
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture
-def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> list[list[int]]:
-    return answer(LlavaForConditionalGeneration.from_pretrained(checkpoint))
-
-
 def test_it_is_the_checkpoints_own_class(checkpoint: Path, expected: list[list[int]]) -> None:
     model = fastskip.load_model(checkpoint)
     assert isinstance(model, LlavaForConditionalGeneration)

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,13 @@ from transformers import LlavaForConditionalGeneration
 
 import fastskip
 from fastskip.generation.cache_name import CACHE_NAME
-from tests.checkpoints import VOCAB, answer, save_checkpoint
+from tests.checkpoints import VOCAB, answer
 from tests.models import tiny_llava
 
 SKIP_IMAGE_FFN = {
     "schema_version": 1,
     "rules": [{"layers": "1:3", "tokens": ["image"], "skip": ["ffn"]}],
 }
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture
-def folder(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy that a test may spoil."""
-    return shutil.copytree(checkpoint, tmp_path / "checkpoint")
-
-
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> list[list[int]]:
-    return answer(LlavaForConditionalGeneration.from_pretrained(checkpoint))
 
 
 def test_which_one_is_taken(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
