@@ -35,6 +35,8 @@ ROUTING_HEAD = (
     "skipped rows of the prompt",
     "prefill, ms",
     "over static",
+    "vs dense",
+    "of ideal",
     "skipped blocks of steps",
     "ms/token",
     "over static",
@@ -88,7 +90,9 @@ def _markdown_of(results: Results) -> str:
     else:
         ways = routers.values["ways"]
         routed = [
-            _routing_row(ways[name]) if name in ways else (label, *[NOT_MEASURED] * 8)
+            _routing_row(ways[name])
+            if name in ways
+            else (label, *[NOT_MEASURED] * (len(ROUTING_HEAD) - 1))
             for name, label in ROUTING_ROWS
             if name in ways or name.startswith(ALWAYS_SHOWN)
         ]
@@ -239,6 +243,8 @@ def _routing_row(own: dict[str, Any]) -> Row:
         _percent(100 * own["rate_prompt"]) if own["is_routed"] else "",
         _short(own["prefill_ms"]),
         _percent(own.get("prefill_over_static_percent")),
+        _times(own.get("prefill_vs_dense")),
+        _short(own.get("prefill_share_of_ideal")),
         _percent(100 * own["idle_steps"]) if own["is_routed"] else "",
         _short(own["tpot_ms"]),
         _percent(own.get("tpot_over_static_percent")),
