@@ -223,18 +223,19 @@ def _number(pattern: str, text: str) -> int:
     return max((int(number) for number in re.findall(pattern, text)), default=0)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where findings are kept between runs."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "fastskip" / "compiled"
 
 
 def _read_cached(key: str) -> Finding | None:
-    path = _cache_folder() / f"{key}.json"
+    path = cache_folder() / f"{key}.json"
     return Finding(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def _write_cached(key: str, finding: Finding) -> None:
-    folder = _cache_folder()
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     # Another process may write the same finding: rename the file only once it is complete.
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False) as file:

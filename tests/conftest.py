@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 from importlib import import_module
@@ -15,7 +16,8 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 # Without a GPU kernels run in Triton's interpreter, which is chosen when they are first imported.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    runs_ptx = any(argument.partition("=")[0] == "--ptx" for argument in sys.argv)
+    os.environ.setdefault("TRITON_INTERPRET", "0" if runs_ptx else "1")
 
 from fastskip import ops  # noqa: E402 (after the choice of the interpreter)
 from tests.interpreting import patching_once  # noqa: E402
@@ -36,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--impl",
         choices=("reference", "torch", "triton"),
         help="the implementation that models are prepared with where a test names none",
+    )
+    parser.addoption(
+        "--ptx",
+        type=int,
+        metavar="ARCH",
+        help="kernels run as the PTX that they compile to for this architecture (80, 90), executed "
+        "on the CPU (tests/ptx)",
     )
     parser.addoption(
         "--every-case",
@@ -89,8 +98,9 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_interpreter() -> Iterator[None]:
-    with patching_once():
+def kernels_on_a_cpu(pytestconfig: pytest.Config) -> Iterator[None]:
+    arch = pytestconfig.option.ptx
+    with patching_once() if arch is None else import_module("tests.ptx.launches").executing(arch):
         yield
 
 

@@ -81,14 +81,14 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
     widths = TINY if setting.is_tiny else widths
     found: dict[str, Any] = {}
     wrong = []
-    cases = list(_cases(widths))
+    wanted = list(cases(widths))
     if setting.is_tiny:  # prompts in one dtype are enough, and slow in the interpreter
         counts = (1, widths.context) if dtype == setting.dtype else (1,)
-        cases = [case for case in cases if case[2] in counts]
-    for count in dict.fromkeys(rows for _, _, rows in cases):
-        makers = [maker for _, maker, rows in cases if rows == count]
+        wanted = [case for case in wanted if case[2] in counts]
+    for count in dict.fromkeys(rows for _, _, rows in wanted):
+        makers = [maker for _, maker, rows in wanted if rows == count]
         compile_works(makers, widths, count, dtype, setting.device)
-    for name, maker, rows in cases:
+    for name, maker, rows in wanted:
         try:
             worst = worst_output(compiled, maker, widths, rows, dtype, setting.device)
         except Exception as error:
@@ -154,7 +154,8 @@ def sanitizer(setting: Setting) -> Values:
     return found
 
 
-def _cases(widths: Widths) -> Iterator[tuple[str, WorkMaker, int]]:
+def cases(widths: Widths) -> Iterator[tuple[str, WorkMaker, int]]:
+    """Operations by name, and with how many rows each is checked."""
     for rows in (1, 3, 16, 64):
         for name, maker in DECODE.items():
             yield name, maker, rows
