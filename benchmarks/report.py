@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fastskip.json_file import write_json
 from fastskip.plotting import is_available, subplots
-from fastskip.study.json_file import write_json
 from fastskip.wording import significant
 
 Record = dict[str, Any]

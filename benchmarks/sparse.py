@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from benchmarks.records import environment, file_name
 from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import HALF_BILLION, models, prompts
+from fastskip.json_file import write_json
 from fastskip.sparse.convert import compress_
 from fastskip.sparse.linear import BitmapLinear, CsrLinear, Weights
-from fastskip.study.json_file import write_json
 from fastskip.study.pruning import Recipe, prune_
 from fastskip.timing import rotated
 from fastskip.verification.budget import measure as budget

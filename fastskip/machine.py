@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from fastskip.atomic_files import atomic_write
+from fastskip.json_file import write_json
 from fastskip.ops import processor
 from fastskip.plan.costs import Ceilings
 
@@ -149,8 +149,6 @@ def _entry(value: object) -> Ceilings | None:
 
 def _write(path: Path, kept: dict[str, object]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(kept, indent=2), encoding="utf-8")
+        write_json(path, kept, indent=2)
     except OSError as error:
         _log.warning("ceilings cannot be cached: %s", error)

@@ -32,7 +32,7 @@ FLOORS = {
     # How numbers are told, to whoever tells them; how files are written and plots made, for whoever
     # writes or makes some.
     "wording": Floor(("wording",)),
-    "files": Floor(("atomic_files",)),
+    "files": Floor(("atomic_files", "json_file")),
     "garbage": Floor(("garbage",)),
     "plotting": Floor(("plotting",), (), ("matplotlib",)),
     "policy": Floor(("policy",), ("files",), outside=("yaml",)),
@@ -115,7 +115,7 @@ FLOORS = {
     "training": Floor(
         ("study.training",),
         (*PURE, "reference", "routing", "families", "loading", "public", "prompts", "timing")
-        + ("fingerprints", "wording", "plotting"),
+        + ("fingerprints", "wording", "files", "plotting"),
         ("PIL", "numpy", "peft", "safetensors", "torch", "transformers"),
     ),
     # The experiments of the paper are run on the demo's models and scenes.
@@ -136,6 +136,7 @@ FLOORS = {
             "study",
             "training",
             "wording",
+            "files",
             "plotting",
         ),
         ("torch", "numpy", "PIL", "transformers", "tqdm"),
@@ -143,7 +144,7 @@ FLOORS = {
     "bench": Floor(
         ("study.bench",),
         (*PURE, "routing", "families", "loading", "public", "prompts", "intervals", "timing")
-        + ("garbage", "fingerprints", "fit", "demo", "study", "paper"),
+        + ("garbage", "fingerprints", "fit", "files", "demo", "study", "paper"),
         ("PIL", "torch", "transformers"),
     ),
     # Reads what the study wrote, as files; no model and no tensor.
@@ -162,14 +163,14 @@ FLOORS = {
     "search": Floor(
         ("study.search",),
         (*PURE, "tokens", "families", "loading", "public", "machine", "intervals", "timing")
-        + ("fingerprints", "fit", "study", "paper", "wording", "plotting"),
+        + ("fingerprints", "fit", "study", "paper", "wording", "files", "plotting"),
         ("torch", "numpy", "scipy", "matplotlib"),
     ),
     "commands": Floor(
         ("cli", "__main__", "commands"),
         (*PURE, "families", "loading", "public", "check", "prompts", "machine", "launches")
         + ("intervals", "sparse", "demo", "study", "training", "paper", "bench", "search")
-        + ("report", "wording", "plotting"),
+        + ("report", "wording", "files", "plotting"),
         ("rich", "safetensors", "torch", "tqdm", "transformers", "typer"),
     ),
 }

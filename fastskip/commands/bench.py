@@ -33,7 +33,7 @@ from fastskip.commands.common import (
 )
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.progress import steps_bar
-from fastskip.study.json_file import json_text
+from fastskip.json_file import json_text
 
 FILE = "bench.json"
 """What `--out` writes."""

@@ -27,8 +27,8 @@ from fastskip.commands.common import (
 from fastskip.commands.outputs import check_file
 from fastskip.commands.samples import SamplesOption, calibration_inputs
 from fastskip.commands.tables import new_table
+from fastskip.json_file import json_text
 from fastskip.policy.file import SUFFIXES
-from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ from fastskip.commands.exams import (
     first_of,
 )
 from fastskip.commands.outputs import check_folder
+from fastskip.json_file import json_text
 from fastskip.study.evaluation.metrics import Metric
-from fastskip.study.json_file import json_text
 from fastskip.wording import counted
 
 if TYPE_CHECKING:

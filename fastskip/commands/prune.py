@@ -29,7 +29,7 @@ from fastskip.commands.common import (
 from fastskip.commands.outputs import check_file, check_folder
 from fastskip.commands.samples import SamplesOption, calibration_inputs
 from fastskip.commands.tables import new_table
-from fastskip.study.json_file import json_text
+from fastskip.json_file import json_text
 from fastskip.wording import counted
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from fastskip.commands.exams import (
 )
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.search_table import show
-from fastskip.study.json_file import json_text
+from fastskip.json_file import json_text
 from fastskip.wording import counted
 
 if TYPE_CHECKING:

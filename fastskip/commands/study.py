@@ -27,7 +27,7 @@ from fastskip.commands.exams import CountOption, ItemsOption, PromptsOption, Tim
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.progress import steps_bar
 from fastskip.commands.tables import new_table
-from fastskip.study.json_file import json_text
+from fastskip.json_file import json_text
 from fastskip.wording import counted, significant
 
 if TYPE_CHECKING:

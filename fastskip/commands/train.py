@@ -25,7 +25,7 @@ from fastskip.commands.common import (
 from fastskip.commands.outputs import check_folder
 from fastskip.commands.train_inputs import examples_of, masks_of, policy_for
 from fastskip.commands.train_report import show
-from fastskip.study.json_file import json_text, write_json
+from fastskip.json_file import json_text, write_json
 
 if TYPE_CHECKING:
     from fastskip.study.training import Settings

@@ -1,6 +1,5 @@
 """`fastskip demo`: pictures with questions and answers, then accuracy and speed of policies."""
 
-import json as json_format
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from fastskip.demo.measure import (
 )
 from fastskip.demo.policies import DENSE, HF, candidates
 from fastskip.demo.results import Report, Row, Score, environment, speed
+from fastskip.json_file import write_json
 from fastskip.plotting import require
 from fastskip.timing import PHASES, threads_set
 
@@ -49,8 +49,7 @@ def run(plots: Path | None = None, quick: bool = False, json: Path | None = None
             style="yellow",
         )
     if json is not None:
-        text = json_format.dumps(report.to_dict(), indent=1, allow_nan=False)
-        json.write_text(text + "\n", encoding="utf-8")
+        write_json(json, report.to_dict(), indent=1)
         console.print(f"wrote {json}", soft_wrap=True)
     if plots is not None:
         from fastskip.demo.plots import write

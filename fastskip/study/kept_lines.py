@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastskip.study.json_file import json_text
+from fastskip.json_file import json_text
 
 
 class KeptLines:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.intervals import SpeedVerdict, Spread
+from fastskip.json_file import write_json
 from fastskip.plan.costs import Ceilings
 from fastskip.study.bench.contenders import DENSE, Source
 from fastskip.study.bench.workload import Workload
-from fastskip.study.json_file import write_json
 
 SCHEMA_VERSION = 1
 KIND = "bench"

@@ -9,11 +9,11 @@ from typing import Any
 from PIL.Image import Image
 
 from fastskip.fingerprints import model_fingerprint
+from fastskip.json_file import write_json
 from fastskip.prompts.images import load_image
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.evaluation.items import Item
 from fastskip.study.evaluation.judging import Judgement
-from fastskip.study.json_file import write_json
 from fastskip.study.provenance import circumstances
 
 SCHEMA_VERSION = 1

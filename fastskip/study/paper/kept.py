@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.fingerprints import fingerprint
-from fastskip.study.json_file import write_json
+from fastskip.json_file import write_json
 
 Document = dict[str, Any]
 

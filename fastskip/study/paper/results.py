@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from fastskip.intervals import Estimate, bootstrap, paired_bootstrap
+from fastskip.json_file import write_json
 from fastskip.study.evaluation.answers import Evaluation
-from fastskip.study.json_file import write_json
 from fastskip.study.paper.experiments import Cell, Learned, Part, Schedule, Scope, Section
 from fastskip.study.similarity import LayerSimilarity
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastskip.intervals import Estimate
+from fastskip.json_file import write_json
 from fastskip.policy import SkipPolicy
-from fastskip.study.json_file import write_json
 from fastskip.study.search.matching import LeftOut
 from fastskip.study.search.sensitivity import Sensitivity
 from fastskip.wording import Scale

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fastskip.fingerprints import fingerprint, model_fingerprint
+from fastskip.json_file import write_json
 from fastskip.loading import plan_of
 from fastskip.prompts.conversations import DataError
 from fastskip.study.training.events import Masks
@@ -47,15 +48,13 @@ def origin_of(
         "masks": None if masks is None else getattr(masks, "digest", "of unknown weights"),
         "settings": {name: chosen[name] for name in chosen.keys() - _MAY_CHANGE},
     }
-    as_read: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False))
+    as_read: dict[str, Any] = json.loads(json.dumps(found, allow_nan=False, sort_keys=True))
     return as_read
 
 
 def keep(folder: Path, origin: dict[str, Any]) -> None:
     """Writes the origin of a new run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(origin, indent=1, sort_keys=True, allow_nan=False)
-    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / FILE, origin, indent=1)
 
 
 def check(folder: Path, origin: dict[str, Any]) -> None:

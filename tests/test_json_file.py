@@ -1,11 +1,11 @@
-"""Results as files: JSON that every reader takes, whole or not at all."""
+"""JSON files that every reader takes, whole or not at all."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from fastskip.study.json_file import json_text, write_json
+from fastskip.json_file import json_text, write_json
 
 
 def test_numbers_that_are_none_are_null() -> None:

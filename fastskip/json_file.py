@@ -1,4 +1,4 @@
-"""Results as JSON files, written atomically: a reader sees either the old file or the new one."""
+"""JSON that every reader takes, and files of it: a reader sees the old file or the new one."""
 
 from __future__ import annotations
 
