@@ -18,6 +18,7 @@ from benchmarks.shapes import FIRST_WORD, Builder, Models, Shape, models, prompt
 from fastskip.plan import SkipPlan
 from fastskip.routing import RoutingRecord
 from fastskip.timing import rotated, threads_set
+from fastskip.wording import dtype_name
 
 # The default first: one-time work in the first call must not count against one thread.
 THREADS = list(dict.fromkeys((torch.get_num_threads(), 1)))
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         length = f"{self.shape.n_text}+{self.n_new}" if self.mix is None else f"mixed+{self.n_new}"
         subject = f"-{self.subject}" if self.subject else ""
         return f"{self.shape.name}-{dtype}-b{self.batch}-{length}{subject}"

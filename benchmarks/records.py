@@ -20,6 +20,7 @@ from benchmarks.shapes import models
 from fastskip import machine
 from fastskip.plan.costs import Ceilings
 from fastskip.timing import threads_set
+from fastskip.wording import dtype_name
 
 Record = dict[str, Any]
 
@@ -72,7 +73,7 @@ def record(measured: Measurement, peer: str, group: str) -> Record:
         "bandwidth_gb_per_s": found.bandwidth_bytes_per_s / 1e9,
         "gflop_per_s": found.flops_per_s / 1e9,
         "attn_impl": "fastskip" if is_ours else hf.config._attn_implementation,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": dtype_name(case.dtype),
         **environment("cpu"),
     }
 

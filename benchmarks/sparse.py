@@ -41,6 +41,7 @@ from fastskip.sparse.linear import BitmapLinear, CsrLinear, Weights
 from fastskip.study.pruning import Recipe, prune_
 from fastskip.timing import rotated
 from fastskip.verification.budget import measure as budget
+from fastskip.wording import dtype_name
 
 SHAPES = ((2816, 1024), (11008, 4096))
 RATIOS = (0.5, 0.7, 0.9)
@@ -96,7 +97,7 @@ class Measurement:
             "shape": list(self.case.shape),
             "ratio": self.case.ratio,
             "rows": self.case.rows,
-            "dtype": str(DTYPES[self.case.device]).removeprefix("torch."),
+            "dtype": dtype_name(DTYPES[self.case.device]),
             "threads": torch.get_num_threads(),
             "median_ms": 1e3 * median,
             "samples_ms": [1e3 * sample for sample in self.samples[form]],

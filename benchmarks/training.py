@@ -27,6 +27,7 @@ from fastskip.timing import rotated
 from fastskip.verification.budget import measure
 from fastskip.verification.cells import GENERATED, IMAGE, TEXT
 from fastskip.verification.oracle import MaskedOracle
+from fastskip.wording import dtype_name
 
 ANSWER = 8
 """Tokens at the end of each sequence that serve as labels."""
@@ -47,7 +48,7 @@ class TrainingCase:
 
     @property
     def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return f"{self.shape.name}-{dtype}-b{self.batch}-{self.parts}"
 
 

@@ -21,6 +21,7 @@ import torch
 from fastskip.json_file import write_json
 from fastskip.ops import processor
 from fastskip.plan.costs import Ceilings
+from fastskip.wording import dtype_name
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def machine_key(dtype: torch.dtype, device: torch.device) -> str:
         setting = "tf32" if tf32 else ""
     else:
         setting = f"{torch.get_num_threads()} threads"
-    parts = (name, setting, str(dtype).removeprefix("torch."), f"torch {torch.__version__}")
+    parts = (name, setting, dtype_name(dtype), f"torch {torch.__version__}")
     return ", ".join(part for part in parts if part)
 
 

@@ -15,6 +15,7 @@ from fastskip.families import shape_of
 from fastskip.fingerprints import model_fingerprint
 from fastskip.policy import PolicyError, PolicyFitWarning, SkipPolicy
 from fastskip.sparse.matrices import matrices
+from fastskip.wording import dtype_name
 
 FIELD = "made_for"
 _KINDS: Mapping[str, type] = {
@@ -39,7 +40,7 @@ def made_for(model: Any) -> dict[str, Any]:
         "model": _name(model),
         "fingerprint": model_fingerprint(model),
         **_sizes(model),
-        "dtype": _dtype(model),
+        "dtype": dtype_name(model.dtype),
     }
 
 
@@ -76,7 +77,7 @@ def check_fit(model: Any, policy: SkipPolicy) -> None:
     recorded = origin_of(policy)
     if not recorded:
         return
-    own: dict[str, Any] = _sizes(model) | {"dtype": _dtype(model)}
+    own: dict[str, Any] = _sizes(model) | {"dtype": dtype_name(model.dtype)}
     differs = {key for key in ("depth", "hidden_size") if recorded.get(key, own[key]) != own[key]}
     can_compare = "fingerprint" in recorded and all(matrix.is_plain for matrix in matrices(model))
     if can_compare and not differs:
@@ -120,7 +121,3 @@ def _name(model: Any) -> str:
 def _short(name: str) -> str:
     """The name without folder or owner, since checkpoint paths differ between machines."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
-
-
-def _dtype(model: Any) -> str:
-    return str(model.dtype).removeprefix("torch.")

@@ -1,6 +1,12 @@
-"""How numbers are worded: counts of things, and scores on their scale."""
+"""How numbers are worded: counts of things, dtypes, and scores on their scale."""
+
+from __future__ import annotations
 
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 FEW_ITEMS = 100
 """Fewer items than this reveal only large differences."""
@@ -16,6 +22,11 @@ def significant(value: float, digits: int = 3) -> str:
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """For example "bfloat16", without torch in front of it."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Scale(StrEnum):
     """The unit of scores; a mean over different scales is meaningless."""
 
@@ -25,7 +36,7 @@ class Scale(StrEnum):
     """From 0 to 10, shown times 100, as in papers."""
 
     @classmethod
-    def of(cls, metric: str) -> "Scale":
+    def of(cls, metric: str) -> Scale:
         """The scale of a metric's scores."""
         return cls.CIDER if metric == cls.CIDER else cls.SHARE
 

@@ -31,7 +31,7 @@ PURE = ("policy", "plan")
 FLOORS = {
     # How numbers are told, to whoever tells them; how files are written and plots made, for whoever
     # writes or makes some.
-    "wording": Floor(("wording",)),
+    "wording": Floor(("wording",), (), ("torch",)),
     "files": Floor(("atomic_files", "json_file")),
     "garbage": Floor(("garbage",)),
     "plotting": Floor(("plotting",), (), ("matplotlib",)),
@@ -70,8 +70,8 @@ FLOORS = {
     "families": Floor(("families",), PURE, ("torch",)),
     "fingerprints": Floor(("fingerprints",), (), ("torch",)),
     # Modules of a model and files of a checkpoint: above what multiplies, below what loads.
-    "sparse": Floor(("sparse",), (*PURE, "reference", "kernels"), ("torch",)),
-    "fit": Floor(("policy_fit",), ("policy", "families", "fingerprints", "sparse")),
+    "sparse": Floor(("sparse",), (*PURE, "reference", "kernels", "wording"), ("torch",)),
+    "fit": Floor(("policy_fit",), ("policy", "families", "fingerprints", "sparse", "wording")),
     "generation": Floor(
         ("generation",),
         (*PURE, "tokens", "reference", "ops", "routing", "decoder", "cache", "fused", "families")
@@ -89,17 +89,18 @@ FLOORS = {
     "oracle": Floor(("verification",), (), ("torch", "transformers")),
     "check": Floor(
         ("verification.check",),
-        (*PURE, "routing", "families", "loading", "public", "oracle"),
+        (*PURE, "routing", "families", "loading", "public", "oracle", "wording"),
         ("torch", "transformers"),
     ),
     "prompts": Floor(("prompts",), (), ("PIL", "numpy", "transformers")),
-    "machine": Floor(("machine",), (*PURE, "files", "processor"), ("torch",)),
+    "machine": Floor(("machine",), (*PURE, "files", "processor", "wording"), ("torch",)),
     "intervals": Floor(("intervals",), (), ("numpy",)),
     # Of any model that has Hugging Face's `generate`, ours or not.
     "timing": Floor(("timing",), ("garbage",), ("torch", "transformers")),
     "demo": Floor(
         ("demo",),
-        (*PURE, "loading", "public", "machine", "intervals", "timing", "files", "plotting"),
+        (*PURE, "loading", "public", "machine", "intervals", "timing", "wording", "files")
+        + ("plotting",),
         ("PIL", "matplotlib", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm")
         + ("transformers",),
     ),

@@ -31,6 +31,7 @@ from benchmarks.gpu.works import DECODE, DECODE_ARRANGED, WorkMaker, compile_wor
 from benchmarks.shapes import Shape, models, prompts
 from fastskip.ops import fused
 from fastskip.verification.budget import Budget, measure
+from fastskip.wording import dtype_name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FEW_TESTS = ("tests/kernels/test_compaction.py", "--maxfail=1")
@@ -205,14 +206,14 @@ def _share(budget: Budget) -> float:
 
 
 def _operations(widths: Widths, dtype: torch.dtype, is_default: bool) -> Cell:
-    short = str(dtype).removeprefix("torch.")
+    short = dtype_name(dtype)
     name = f"correctness.ops.{widths.name}.{short}"
     about = f"every operation at {widths.name.upper()} shapes in {short} against fp64"
     return Cell(name, about, 0.8, partial(operations, widths=widths, dtype=dtype), is_default)
 
 
 def _end_to_end(dtype: torch.dtype) -> Cell:
-    short = str(dtype).removeprefix("torch.")
+    short = dtype_name(dtype)
     about = f"a small model in {short} against Hugging Face"
     return Cell(f"correctness.models.{short}", about, 0.4, partial(end_to_end, dtype=dtype), True)
 

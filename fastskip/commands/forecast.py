@@ -21,6 +21,7 @@ from fastskip.plan.costs import (
     prompt_counts,
 )
 from fastskip.policy import PolicyError, SkipPolicy
+from fastskip.wording import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Forecast:
     @property
     def dtype_name(self) -> str:
         """Number format of weights and cache."""
-        return str(self.dtype).removeprefix("torch.")
+        return dtype_name(self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -14,6 +14,7 @@ from fastskip.intervals import wilson
 from fastskip.plan import SkipPlan
 from fastskip.plan.costs import Ceilings, Cost, floor_seconds
 from fastskip.timing import Phase, Runs, Timing, best
+from fastskip.wording import dtype_name
 
 SCHEMA_VERSION = 1
 
@@ -201,7 +202,7 @@ def environment(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "processor": machine.device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

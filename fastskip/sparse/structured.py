@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastskip.sparse.matrices import SparseError, matrices
+from fastskip.wording import dtype_name
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _MULTIPLE = 64
@@ -57,7 +58,7 @@ def check_semi_structured(name: str, weight: Tensor) -> None:
     if torch.cuda.get_device_capability(device) < _ARCH:
         raise SparseError(name, torch.cuda.get_device_name(device), "sm_80 or newer")
     if weight.dtype not in _DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise SparseError(name, str(weight.dtype).removeprefix("torch."), allowed)
+        allowed = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
+        raise SparseError(name, dtype_name(weight.dtype), allowed)
     if weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
         raise SparseError(name, f"shape {list(weight.shape)}", f"both multiples of {_MULTIPLE}")

@@ -10,6 +10,7 @@ import torch
 
 from fastskip import __version__
 from fastskip.machine import device_name
+from fastskip.wording import dtype_name
 
 
 def circumstances(model: Any) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def circumstances(model: Any) -> dict[str, Any]:
     device = torch.device(model.device)
     return {
         "model": str(getattr(model, "name_or_path", "")),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {

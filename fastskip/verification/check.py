@@ -36,6 +36,7 @@ from fastskip.verification.cells import (
     classify_prompt,
 )
 from fastskip.verification.oracle import MaskedOracle, Prompt
+from fastskip.wording import dtype_name
 
 Decisions = Mapping[tuple[int, str], Tensor]
 
@@ -206,8 +207,8 @@ def verify(
         first = _first_difference(states, eager, truth, real)
     return Report(
         policy=plan.name,
-        dtype=str(model.dtype).removeprefix("torch."),
-        truth_dtype=str(exact.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
+        truth_dtype=dtype_name(exact.dtype),
         prompt=prompt,
         decoding=decoding,
         tokens_checked=tokens.numel(),

@@ -17,6 +17,7 @@ from fastskip.prompts.conversations import DataError
 from fastskip.study.training.events import Masks
 from fastskip.study.training.learner import TrainingError
 from fastskip.study.training.settings import Settings
+from fastskip.wording import dtype_name
 
 FILE = "run.json"
 _MAY_CHANGE = {"steps", "epochs", "save_every", "resume", "skip_broken", "gradient_checkpointing"}
@@ -41,7 +42,7 @@ def origin_of(
         "policy": {name: policy.get(name) for name in policy.keys() - {"name", "provenance"}},
         "data": _data(data),
         "model": {
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "parameters": sum(p.numel() for p in model.parameters()),
             "frozen": _Frozen(model, learned).fingerprint(),
         },

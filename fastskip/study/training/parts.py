@@ -13,6 +13,7 @@ from torch import nn
 
 from fastskip.families import ENCODERS, text_model_of
 from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
+from fastskip.wording import dtype_name
 
 _PROJECTOR = (
     "projector",
@@ -53,7 +54,7 @@ def check_precision(model: Any, names: Collection[str], precision: Precision) ->
         SettingsError: frozen weights have a dtype that does not mix with bfloat16 autocast.
     """
     frozen = {p.dtype for name, p in model.named_parameters() if name not in names}
-    unfit = ", ".join(sorted(_name(d) for d in frozen - {torch.bfloat16, torch.float32}))
+    unfit = ", ".join(sorted(dtype_name(d) for d in frozen - {torch.bfloat16, torch.float32}))
     if unfit and precision is Precision.BFLOAT16:
         allowed = f"weights, or a model in bfloat16 or float32, not {unfit}"
         raise SettingsError("precision", precision.value, allowed)
@@ -62,7 +63,7 @@ def check_precision(model: Any, names: Collection[str], precision: Precision) ->
         logger.warning(
             "the trained weights are held in %s, where small updates are lost; better: a model in "
             "float32, or in bfloat16 with precision bfloat16",
-            ", ".join(sorted(map(_name, halves))),
+            ", ".join(sorted(map(dtype_name, halves))),
         )
 
 
@@ -119,10 +120,6 @@ def _linears_of(layers: nn.Module) -> set[str]:
             allowed = f"other parts, or a decoder of plain linear layers ({unfit})"
             raise SettingsError("parts", "lora", allowed)
     return {name.rpartition(".")[2] for name in found}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _peft() -> Any:
