@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastskip.ops.attention import attend, attend_fused, attend_in_blocks, reads_in_place
 from fastskip.timing import rotated, threads_set
-from fastskip.wording import significant
+from fastskip.wording import dtype_name, significant
 
 HEADS = {"0.5b": (16, 16, 64), "14 heads on 2": (14, 2, 64), "7b": (32, 32, 128)}
 """Query heads, key heads and head dim."""
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, heads in HEADS.items():
                 for dtype in DTYPES:
                     cells = [_cell(heads, *rows, dtype, clock) for rows in ROWS]
-                    label = f"{name}, {str(dtype).removeprefix('torch.')}"
+                    label = f"{name}, {dtype_name(dtype)}"
                     print(f"{label:<30}" + "".join(cells), flush=True)
 
 

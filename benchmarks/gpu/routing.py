@@ -43,6 +43,7 @@ from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy, Sublayer
 from fastskip.routing import RoutingRecord
 from fastskip.routing.weights import LayerScore, write_weights
+from fastskip.wording import dtype_name
 
 RATES = (0.25, 0.5, 0.75)
 GROUPS = ("row", "sequence", "batch")
@@ -91,7 +92,7 @@ def decisions(setting: Setting) -> Values:
         both = models(build, dtype, setting.device.type, setting.impl)
         policies = _policies(both, setting)
         for guarding in Guarding:
-            name = f"{str(dtype).removeprefix('torch.')}, {KIND_OF[guarding]}"
+            name = f"{dtype_name(dtype)}, {KIND_OF[guarding]}"
             try:
                 if guarding is not Guarding.EARLY_EXIT:
                     bodies_on(setting.device)

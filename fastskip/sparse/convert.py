@@ -14,6 +14,7 @@ from fastskip.ops.bitmaps import bitmap_bytes
 from fastskip.sparse.linear import BitmapLinear, CsrLinear, SparseLinear, Weights
 from fastskip.sparse.matrices import Matrix, SparseError, matrices
 from fastskip.sparse.structured import semi_structured_
+from fastskip.wording import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +144,6 @@ def _checked_form(form: Weights | str, model: Any) -> Weights:
     if form == Weights.CSR:
         dtype, device = model.dtype, model.device
         if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkl.is_available():
-            found = f"'csr' of {str(dtype).removeprefix('torch.')} on {device}"
+            found = f"'csr' of {dtype_name(dtype)} on {device}"
             raise SparseError("form", found, "'csr' of float32 on a CPU by a torch with MKL")
     return Weights(form)
