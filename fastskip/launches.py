@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.fused.guarded_layer import GuardedBlock
+from fastskip.decoder.fused.guarded_rows import forward_rows
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.parts import Store
 from fastskip.decoder.fused.row_numbers import RowNumbers
-from fastskip.decoder.fused.rows import ForwardRows, sender
+from fastskip.decoder.fused.rows import sender
 from fastskip.decoder.fused.step_state import StepShape, StepState
 from fastskip.decoder.fused.steps import run_steps
 from fastskip.decoder.fused.support import unsupported_plan
@@ -66,7 +67,7 @@ def prefill_launches(
                 h = _empty(plan.shape, len(layout), plan.shape.hidden_size)
             numbers = RowNumbers(layout, cache.seen.codes, layout.locate(wanted))
             send, counts = sender(numbers, anchor.device), cache.device_counts
-            rows = ForwardRows(plan, numbers, send, counts, routers, anchor)
+            rows = forward_rows(plan, numbers, send, counts, routers, anchor)
             h = run_steps(plan, blocks, h, rows.of, store, steps=steps).h
         ops.head_logits(h, _norm(plan.shape), _head(plan.shape))
     return account

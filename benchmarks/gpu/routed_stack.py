@@ -14,12 +14,13 @@ from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.nodes import replay_seconds
 from fastskip.decoder.fused.conditional_layer import IfBlock
 from fastskip.decoder.fused.guarded_layer import GuardedBlock
+from fastskip.decoder.fused.guarded_rows import forward_rows
 from fastskip.decoder.fused.hopping import Hopping
 from fastskip.decoder.fused.layer import FusedBlock
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.parts import Store
 from fastskip.decoder.fused.row_numbers import RowNumbers
-from fastskip.decoder.fused.rows import ForwardRows, sender
+from fastskip.decoder.fused.rows import sender
 from fastskip.decoder.fused.step_state import StepShape, StepState
 from fastskip.decoder.fused.steps import run_steps
 from fastskip.decoder.weights import LayerWeights
@@ -124,7 +125,7 @@ class Stack:
         cache.grow(layout, h)
         numbers = RowNumbers(layout, cache.seen.codes)
         send, counts = sender(numbers, self._anchor.device), cache.device_counts
-        rows = ForwardRows(plan, numbers, send, counts, routers, self._anchor)
+        rows = forward_rows(plan, numbers, send, counts, routers, self._anchor)
         store = Store(self._make.rotation(), cache.pages_of)
         run_steps(plan, own, h, rows.of, store)
         cache.commit(layout, {key: layout.unpack(one.bool()) for key, one in rows.held.items()})

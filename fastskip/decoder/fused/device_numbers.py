@@ -18,7 +18,7 @@ ALIGNMENT = 16
 class DeviceNumbers:
     """The numbers that recipes yield, in chunks of device memory, and the recipes to rewrite them.
 
-    ``send`` is a ``fused_rows.Send``.
+    ``send`` is a ``rows.Send``.
     """
 
     def __init__(self, numbers: RowNumbers, device: torch.device) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,20 +12,14 @@ from fastskip.decoder.fused.parts import (
     NO_TARGETS,
     Copies,
     FusedRows,
-    GuardedAttention,
-    GuardedFeed,
-    Placing,
     Selection,
 )
 from fastskip.decoder.fused.routes import DeviceRoutes
 from fastskip.decoder.fused.row_numbers import RowNumbers
-from fastskip.decoder.guards import Classes, Point
+from fastskip.decoder.guards import Classes
 from fastskip.ops.allocate import to_device
 from fastskip.ops.contracts import ARRIVALS, Bounds, Reach, Targets
-from fastskip.plan import Cell, LayerPlan, SkipPlan
-from fastskip.plan.layer_plan import Table
-from fastskip.policy import SkippedKV, Sublayer, TokenClass
-from fastskip.routing import Router
+from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.tokens import Rows
 
 Recipe = Callable[[RowNumbers], Tensor]
@@ -43,136 +36,35 @@ def sender(numbers: RowNumbers, device: torch.device) -> Send:
 
 
 class ForwardRows:
-    """Makes the ``FusedRows`` of a forward; layers that do the same share them.
+    """Makes the ``FusedRows`` of a forward whose rows are all known on the host; layers that do the
+    same share them.
 
     Everything is computed on the host and sent to the device once. ``routes``: the decisions on the
-    device, if any; ``held``: the rows with entries in each hollow layer, ``[N]``, filled by a run.
+    device; ``held``: the rows with entries in each hollow layer, ``[N]``, filled by a run. Only
+    ``GuardedRows`` have any.
     """
 
-    def __init__(
-        self,
-        plan: SkipPlan,
-        numbers: RowNumbers,
-        send: Send,
-        counts: Mapping[Table, Tensor],
-        routers: Sequence[Router],
-        like: Tensor,
-    ) -> None:
-        """``counts``: of each hollow table on the device, ``[B]``, which a run updates; ``like``:
-        gives dtype and device of rows."""
+    def __init__(self, plan: SkipPlan, numbers: RowNumbers, send: Send, like: Tensor) -> None:
+        """``like``: gives dtype and device of rows."""
         self._plan, self._numbers, self._send = plan, numbers, send
-        self._layout, self._counts = numbers.layout, counts
+        self._layout = numbers.layout
         self._made: dict[tuple[object, ...], FusedRows] = {}
         self._targets: dict[tuple[Classes, Classes], Targets] = {}
         self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=like.device)
         self._selections: dict[Classes, Selection] = {}
-        self._flags: dict[Classes, Tensor] = {}
         self._narrow = None
         if numbers.narrow is not None:
             self._narrow = self._select_rows(RowNumbers.continuing_rows)
         self.held: dict[int, Tensor] = {}
         self.routes: DeviceRoutes | None = None
-        if plan.routed:
-            self._routes_positions = send(lambda n: n.positions(n.every()))
-            self._routes_sequences = send(lambda n: n.sequences(n.every()))
-            self._all_slots: dict[tuple[Classes, Classes], Tensor] = {}
-            self._reaches: dict[tuple[Classes, Classes, bool], Reach] = {}
-            self._order: tuple[Tensor, Bounds] | None = None
-            self.routes = DeviceRoutes(
-                plan,
-                routers,
-                frozenset(plan.classes),
-                self._flags_of,
-                self._routes_positions,
-                self._routes_sequences,
-                like,
-            )
 
     def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
         """What enters the parts of a layer; ``is_last``: it is in the plan's last step."""
-        is_narrow = is_last and self._narrow is not None
-        if self.routes is None:
-            return self._static(layer, is_narrow)
-        return self._guarded(layer, is_narrow, self.routes)
+        return self._static(layer, self._is_narrow(is_last))
 
-    def _guarded(self, layer: LayerPlan, is_narrow: bool, routes: DeviceRoutes) -> FusedRows:
-        """The rows with the decisions that the layer involves."""
-        step = next(step for step in self._plan.steps if layer.index in step)
-        before = routes.route(step, Point.START) if layer.index == step[0] else None
-        attends = routes.runs(layer.index, Sublayer.ATTENTION)
-        feeds = routes.runs(layer.index, Sublayer.FFN)
-        if attends is None or feeds is None:
-            rows = self._static(layer, is_narrow)
-        else:
-            # Both sublayers are guarded, so only the narrowing matters.
-            rows = FusedRows(narrow=self._narrow if is_narrow else None)
-        return replace(
-            rows,
-            before=before,
-            attention=None if attends is None else self._attention(layer, rows, attends),
-            ffn=None if feeds is None else GuardedFeed(feeds, routes.route(step, Point.MIDDLE)),
-        )
-
-    def _attention(self, layer: LayerPlan, rows: FusedRows, runs: Tensor) -> GuardedAttention:
-        left = self._plan.skipping_cells(layer.index)
-        projected = (layer.attending | layer.projecting) if not layer.hollow else frozenset()
-        slots = self._masked_slots(layer.holding, projected)
-        targets = Targets(self._routes_positions, self._routes_sequences, slots)
-        copies = tuple(
-            Copies(
-                source,
-                targets.sequences,
-                self._masked_slots(self._plan.layers[source].holding, classes),
-                self._masked_slots(layer.holding, classes),
-                runs,
-            )
-            for source, classes in _reusing(left).items()
-        )
-        return GuardedAttention(
-            runs,
-            targets,
-            any(cell.kv is SkippedKV.PROJECT for cell in left.values()),
-            self._guarded_reach(layer, is_narrow=rows.narrow is not None),
-            copies,
-            self._placing(layer) if layer.hollow else None,
-        )
-
-    def _guarded_reach(self, layer: LayerPlan, *, is_narrow: bool) -> Reach:
-        """What rows that may attend see; queries are in the order of the rows that continue."""
-        key = layer.holding, layer.attending, is_narrow
-        found = self._reaches.get(key)
-        if found is None:
-            continuing_rows = RowNumbers.continuing_rows if is_narrow else RowNumbers.every
-            found = self._reaches[key] = self._reach(
-                layer.holding, layer.attending, continuing_rows
-            )
-        return found
-
-    def _placing(self, layer: LayerPlan) -> Placing:
-        index, every = layer.index, frozenset(TokenClass)
-        if self._order is None:
-            self._order = self._sort(every, RowNumbers.every)
-        stored = layer.holding - layer.hollow
-        return Placing(
-            self._flags_of(stored) if stored else None,
-            *self._order,
-            self._counts[index],
-            partial(self.held.__setitem__, index),
-        )
-
-    def _masked_slots(self, holding: Classes, classes: Classes) -> Tensor:
-        """Slots ``[N]`` of rows of some classes on the device; -1 for the others."""
-        found = self._all_slots.get((holding, classes))
-        if found is None:
-            found = self._send(lambda n: n.masked_slots(holding, classes))
-            self._all_slots[holding, classes] = found
-        return found
-
-    def _flags_of(self, classes: Classes) -> Tensor:
-        found = self._flags.get(classes)
-        if found is None:
-            found = self._flags[classes] = self._send(lambda n: n.flags(classes))
-        return found
+    def _is_narrow(self, is_last: bool) -> bool:
+        """Whether only the rows that continue leave the layer."""
+        return is_last and self._narrow is not None
 
     def _static(self, layer: LayerPlan, is_narrow: bool) -> FusedRows:
         key = (layer.row_sets, is_narrow)
@@ -273,12 +165,3 @@ class ForwardRows:
 def _index_of(rows: Rows) -> Tensor:
     assert isinstance(rows.index, Tensor)
     return rows.index
-
-
-def _reusing(cells: Mapping[TokenClass, Cell]) -> dict[int, Classes]:
-    """By lower layer: the classes whose rows copy their entries from it."""
-    found: dict[int, Classes] = {}
-    for token_class, cell in cells.items():
-        if cell.kv_source is not None:
-            found[cell.kv_source] = found.get(cell.kv_source, frozenset()) | {token_class}
-    return found

@@ -24,12 +24,13 @@ from fastskip.decoder.fused.captured_forward import (
     Layers,
 )
 from fastskip.decoder.fused.guarded_layer import GuardedBlock
+from fastskip.decoder.fused.guarded_rows import forward_rows
 from fastskip.decoder.fused.layer import FusedBlock
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.parts import Store
 from fastskip.decoder.fused.routes import decisions_of
 from fastskip.decoder.fused.row_numbers import RowNumbers
-from fastskip.decoder.fused.rows import ForwardRows, sender
+from fastskip.decoder.fused.rows import sender
 from fastskip.decoder.fused.sizes import rounded_rows
 from fastskip.decoder.fused.staged_forward import Ran, StagedForward
 from fastskip.decoder.fused.steps import run_steps
@@ -215,7 +216,7 @@ class FusedDecoder(Decoder):
                 seen.append(rows.clone())
 
         send = sender(numbers, cache.anchor.device)
-        rows = ForwardRows(
+        rows = forward_rows(
             self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
         )
         rotation = self.positions.rotation(layout.positions_needed, packed, layout.axes)
