@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,23 @@ KEPT = 8
 SLOTS = 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a step's kernels are launched.
+
+    Attributes:
+        guarding: how the step bypasses what routers let every row skip; all but early exits need
+            ``Bodies``.
+        overlap: how launches overlap; with conditional nodes none do.
+        halves: whether a residual update also computes half of the norm that follows, which the
+            next GEMM then need not compute itself.
+    """
+
+    guarding: Guarding
+    overlap: Overlap
+    halves: bool
+
+
 class DeviceStep:
     """Embeds one token per sequence, runs the decoder, applies the head; may pick the token.
 
@@ -50,18 +68,13 @@ class DeviceStep:
         pool: Any,
         *,
         chooses: bool,
-        guarding: Guarding = Guarding.EARLY_EXIT,
-        bodies: Bodies | None = None,
-        overlap: Overlap = Overlap.NONE,
-        halves: bool = False,
+        manner: Manner,
+        bodies: Bodies | None,
     ) -> None:
-        """``chooses``: the device picks the greedy token; else the step leaves logits to read.
-        ``guarding``: how it bypasses sublayers that no row runs; all but early exits need
-        ``bodies``.
-        ``overlap``: how its launches overlap; ignored with conditional nodes. ``halves``: residual
-        updates also compute half of the norm that follows them."""
-        self._decoder, self._chooses, self._halves = decoder, chooses, halves
+        """``chooses``: the device picks the greedy token; else the step leaves logits to read."""
+        self._decoder, self._chooses, self._halves = decoder, chooses, manner.halves
         self._blocks: Sequence[FusedBlock] = decoder.blocks
+        guarding = manner.guarding
         if guarding is Guarding.CONDITIONAL and bodies is not None:
             self._blocks = [IfBlock.of(block, bodies) for block in decoder.blocks]
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -72,7 +85,7 @@ class DeviceStep:
         if guarding is Guarding.HOPS and bodies is not None:
             self._hopping = Hopping.of(self._blocks, self.state, bodies)
         has_nodes = self._blocks is not decoder.blocks or self._hopping is not None
-        self._overlap = Overlap.NONE if has_nodes else overlap
+        self._overlap = Overlap.NONE if has_nodes else manner.overlap
         self.logits: Tensor | None = None
         # A graph would replay what hooks and adapters did at capture, not what they do now.
         # The torch implementation reads counts on the host.
@@ -139,10 +152,8 @@ class DeviceStep:
 class DeviceSteps:
     """The steps of one model that are ready to run; the least recently used is evicted first.
 
-    Three settings may change at any time. ``guarding``: how steps bypass what routers let every row
-    skip. ``overlap``: how a step's launches overlap where the device can, except in steps with
-    conditional nodes. ``halves``: whether a residual update also computes half of the next norm,
-    which the next GEMM then need not compute itself.
+    ``guarding``, ``overlap`` and ``halves``, as in ``Manner``, may be set at any time; the first
+    two apply where model and device allow them.
     """
 
     def __init__(self) -> None:
@@ -207,9 +218,12 @@ class DeviceSteps:
         ahead = max(0, int(cache.seen.next_places().max()) - cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
         bodies = self._bodies_for(decoder, shape)
-        overlap = self.overlap if can_overlap(decoder.anchor.device) else Overlap.NONE
-        guarding = Guarding.EARLY_EXIT if bodies is None else self.guarding
-        key = (shape, positions, chooses, guarding, overlap, self.halves, self._depth)
+        manner = Manner(
+            guarding=Guarding.EARLY_EXIT if bodies is None else self.guarding,
+            overlap=self.overlap if can_overlap(decoder.anchor.device) else Overlap.NONE,
+            halves=self.halves,
+        )
+        key = (shape, positions, chooses, manner, self._depth)
         step = self._steps.get(key)
         if step is not None or not makes:
             return step
@@ -223,10 +237,8 @@ class DeviceSteps:
                 decoder.positions.rotation(positions, decoder.anchor),
                 pool,
                 chooses=chooses,
-                guarding=guarding,
+                manner=manner,
                 bodies=bodies,
-                overlap=overlap,
-                halves=self.halves,
             ),
         )
 
