@@ -322,7 +322,7 @@ def form_of(hops: Hops) -> tuple[str, str, bool, int]:
 
 def loop_of(hops: Hops) -> Loop:
     """A loop as passed to a kernel."""
-    own = hops.bars
+    own = hops.decisions
     return Loop(
         now=hops.now,
         table=hops.table,

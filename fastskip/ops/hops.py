@@ -166,7 +166,7 @@ class Hops:
         runs: ``[n]``: which rows run the next layer; all 0 after the last one.
         now: ``[Field]`` int64: the next layer's distances.
         table: ``[L, Field]`` int64: the distances of all layers.
-        bars: what differs between their decisions.
+        decisions: what differs between those on the layers.
     """
 
     layers: Sequence[HopLayer]
@@ -179,7 +179,7 @@ class Hops:
     runs: Tensor
     now: Tensor
     table: Tensor
-    bars: HopDecisions
+    decisions: HopDecisions
 
     @property
     def terms(self) -> Terms:
@@ -224,7 +224,7 @@ class Hops:
             runs=runs,
             now=table[0].clone(),
             table=table,
-            bars=HopDecisions.of(layers, runs),
+            decisions=HopDecisions.of(layers, runs),
         )
 
 
