@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import transformers
 
 from fastskip import ops
+from fastskip.checkpoint_files import choose_policy, sparse_layout
 from fastskip.families import (
     UnsupportedModelError,
     check_config,
@@ -27,19 +26,16 @@ from fastskip.families import (
 )
 from fastskip.generation.prepared import prepare
 from fastskip.generation.runtime import Runtime, check_decoder
-from fastskip.generation.saving import POLICY_FILE, policy_of_config, write_policy
+from fastskip.generation.saving import write_policy
 from fastskip.plan import ModelShape, SkipPlan, make_plan
-from fastskip.policy import PolicyError, SkipPolicy
+from fastskip.policy import PolicyLike, SkipPolicy
 from fastskip.policy_fit import check_fit, origin_of
 from fastskip.routing import Router, RoutingRecord, build_routers
 from fastskip.sparse.bytes_held import bytes_of_weight
-from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed, read_sparse
+from fastskip.sparse.checkpoint import SparseLayout, read_sparse
 from fastskip.sparse.convert import convert_
 from fastskip.sparse.linear import Weights
 
-logger = logging.getLogger(__name__)
-
-PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 """Values of ``device_map`` that spread the weights over devices."""
@@ -125,13 +121,13 @@ def load_model(
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
-    chosen = _choose_policy(policy, path, config, hub)
+    chosen = choose_policy(policy, path, config, hub)
     shape = shape_of(config)
     make_plan(chosen, shape)
     origin_of(chosen)
     build_routers(chosen, shape.depth, shape.hidden_size, routers)
     options = {"dtype": torch_dtype, **from_pretrained_kwargs}
-    layout = _sparse_layout(path, hub)
+    layout = sparse_layout(path, hub)
     model = load_unprepared(path, config, target, layout=layout, **options)
     convert_(model, weights)
     return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
@@ -295,79 +291,6 @@ def _runtime_of(model: Any) -> Runtime:
         )
     found: Runtime = runtime
     return found
-
-
-def _choose_policy(
-    policy: PolicyLike | None, path: str, config: Any, hub: dict[str, Any]
-) -> SkipPolicy:
-    """The explicit policy, else the checkpoint's policy file, else its config's, else dense."""
-    if policy is not None:
-        return SkipPolicy.coerce(policy)
-    found = _file_of(path, POLICY_FILE, hub)
-    if found is not None:
-        logger.info("policy: %s", found)
-        # Router weights lie beside the policy, which the hub's cache links to a blob elsewhere.
-        chosen = replace(SkipPolicy.from_file(found), folder=str(found.parent.resolve()))
-        if not Path(path).is_dir():
-            _fetch_weights(chosen, path, hub)
-        return chosen
-    from_config = policy_of_config(config)
-    if from_config is not None:
-        logger.info("policy: per_layer_config of the checkpoint")
-        return from_config
-    if Path(path).is_dir() or _is_absent(path, POLICY_FILE, hub):
-        logger.info("policy: none given and none in the checkpoint; using dense")
-    else:
-        logger.warning(
-            "policy: none given, and the hub could not be reached to check whether %s has one; "
-            "using dense",
-            path,
-        )
-    return SkipPolicy()
-
-
-def _sparse_layout(path: str, hub: dict[str, Any]) -> SparseLayout | None:
-    """The layout of a sparse checkpoint; ``None`` for an ordinary one."""
-    found = _file_of(path, LAYOUT_FILE, hub)
-    if found is None:
-        return None
-    check_unmixed(found.parent)
-    return SparseLayout.read(found)
-
-
-def _file_of(path: str, name: str, hub: dict[str, Any]) -> Path | None:
-    """The path of one of fastskip's own files in a checkpoint, if it exists."""
-    if Path(path).is_dir():
-        local = Path(path) / hub.get("subfolder", "") / name
-        return local if local.is_file() else None
-    found = transformers.utils.cached_file(
-        path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
-    return Path(found) if found else None
-
-
-def _is_absent(path: str, name: str, hub: dict[str, Any]) -> bool:
-    """Whether the hub cache records that a checkpoint has no such file."""
-    inside = PurePosixPath(hub.get("subfolder", ""), name).as_posix()
-    places = {key: hub[key] for key in ("revision", "cache_dir") if key in hub}
-    found = transformers.utils.try_to_load_from_cache(path, inside, **places)
-    return found is not None and not isinstance(found, str)
-
-
-def _fetch_weights(policy: SkipPolicy, path: str, hub: dict[str, Any]) -> None:
-    """Downloads router weights into the hub cache, where they lie next to the policy."""
-    for number, rule in enumerate(policy.routers):
-        if rule.weights is None:
-            continue
-        inside = PurePosixPath(rule.weights)
-        if inside.is_absolute() or ".." in inside.parts:
-            allowed = "a file in the policy's own folder"
-            raise PolicyError(f"routers[{number}].weights", rule.weights, allowed)
-        transformers.utils.cached_file(path, rule.weights, **hub)
 
 
 def _dtype_of(dtype: str | torch.dtype) -> Any:

@@ -79,7 +79,7 @@ FLOORS = {
         ("torch", "transformers"),
     ),
     "loading": Floor(
-        ("loading",),
+        ("loading", "checkpoint_files"),
         (*PURE, "ops", "routing", "families", "fit", "sparse", "generation"),
         ("torch", "transformers"),
     ),

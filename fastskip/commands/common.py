@@ -277,9 +277,9 @@ def named_policies(policies: list[str] | None) -> list[tuple[str, Any]]:
 
 def resolve_policy(policy: str | None, model: str, config: Any) -> Any:
     """The policy given, else the one that `load_model` would find with the checkpoint."""
-    from fastskip.loading import _choose_policy
+    from fastskip.checkpoint_files import choose_policy
 
-    return _choose_policy(policy_of(policy), model, config, {})
+    return choose_policy(policy_of(policy), model, config, {})
 
 
 def load(

@@ -19,6 +19,7 @@ from fastskip.policy.rules import (
 )
 from fastskip.policy.skip_policy import (
     SCHEMA_VERSION,
+    PolicyLike,
     SkipPolicy,
 )
 from fastskip.policy.vocabulary import (
@@ -53,6 +54,7 @@ __all__ = [
     "Norm",
     "PolicyError",
     "PolicyFitWarning",
+    "PolicyLike",
     "Ranking",
     "RemovalRule",
     "RouterRule",

@@ -158,7 +158,7 @@ class SkipPolicy:
         return cls(**rules, semantics=made.semantics, name=name)  # type: ignore[arg-type]
 
     @classmethod
-    def coerce(cls, value: SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]) -> SkipPolicy:
+    def coerce(cls, value: PolicyLike) -> SkipPolicy:
         """What `load_model(policy=...)` accepts: a policy, its dict, a preset's name or a path.
 
         Options may follow the name, as in `every_nth_ffn:interval=3:scope=image`. A preset's name
@@ -177,6 +177,10 @@ class SkipPolicy:
         if isinstance(value, (str, os.PathLike)):
             problem = f"got {shown(value)}, no such file or preset{hint_for(value)}"
         raise PolicyError("policy", value, what, problem)
+
+
+PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
+"""What `SkipPolicy.coerce` takes."""
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from fastskip.families import (
     shape_of,
     text_model_of,
 )
-from fastskip.loading import PolicyLike, apply_, record_routing
+from fastskip.loading import apply_, record_routing
 from fastskip.plan import SkipPlan, make_plan
-from fastskip.policy import SkipPolicy, TokenClass
+from fastskip.policy import PolicyLike, SkipPolicy, TokenClass
 from fastskip.routing import RoutingRecord
 from fastskip.verification.budget import Budget, measure
 from fastskip.verification.cells import (

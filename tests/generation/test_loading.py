@@ -317,7 +317,9 @@ def test_a_policy_that_could_not_be_asked_for_is_told(
         options: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
         options |= {"cache_dir": tmp_path, "local_files_only": True}
         fastskip.load_model("someone/model", **options)
-        return [each.getMessage() for each in caplog.records if each.name == "fastskip.loading"]
+        return [
+            each.getMessage() for each in caplog.records if each.name == "fastskip.checkpoint_files"
+        ]
 
     with caplog.at_level("WARNING", "fastskip"):
         (told,) = load()

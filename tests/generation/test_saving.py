@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 import fastskip
-from fastskip import loading
+from fastskip import checkpoint_files
 from fastskip.policy import PolicyError
 from fastskip.routing.weights import LayerScore, write_weights
 from tests.batches import Batch, random_batch
@@ -249,7 +249,7 @@ def test_router_weights_from_the_hub_come_with_the_policy(
         return str(shutil.copy(tmp_path / "hub" / name, cache / name))
 
     monkeypatch.setattr("transformers.utils.cached_file", cached_file)
-    found = loading._choose_policy(None, "someone/model", stock.config, {})
+    found = checkpoint_files.choose_policy(None, "someone/model", stock.config, {})
     assert sorted(file.name for file in cache.iterdir()) == [
         POLICY_FILE,
         "fastskip_router_0.safetensors",
@@ -260,4 +260,4 @@ def test_router_weights_from_the_hub_come_with_the_policy(
     document["routers"][0]["weights"] = "../../secret"
     (tmp_path / "hub" / POLICY_FILE).write_text(json.dumps(document))
     with pytest.raises(PolicyError, match="allowed: a file in the policy's own folder"):
-        loading._choose_policy(None, "someone/model", stock.config, {})
+        checkpoint_files.choose_policy(None, "someone/model", stock.config, {})
