@@ -10,9 +10,8 @@ features go. This file and ``loop.py`` are the only ones that touch private Hugg
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from fastskip.generation.classes import host_ids
 from fastskip.generation.columns import classes_of, kept_columns, prompt_columns
 from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
+from fastskip.generation.prepared_class import Prepared, adopt
 from fastskip.generation.refusals import (
     check_chunks,
     check_drafts,
@@ -58,17 +58,17 @@ def prepare(model: Any, runtime: Runtime) -> None:
     text_model = text_model_of(model)
     runtime.decoder.lens = _lens_of(model)
     if model.config.model_type in MULTIMODAL:
-        _adopt(model.model, PreparedBackbone, runtime)
+        adopt(model.model, PreparedBackbone, runtime)
     _adopt_tower(model, runtime)
-    _adopt(text_model, PreparedDecoder, runtime)
-    _adopt(model, PreparedModel, runtime)
+    adopt(text_model, PreparedDecoder, runtime)
+    adopt(model, PreparedModel, runtime)
 
 
 def _adopt_tower(model: Any, runtime: Runtime) -> None:
     tower = tower_of(model) if model.config.model_type in MULTIMODAL else None
     is_one = tower is None or isinstance(tower, PreparedTower)
     if not is_one and isinstance(runtime.decoder, FusedDecoder):
-        _adopt(tower, PreparedTower, runtime)
+        adopt(tower, PreparedTower, runtime)
 
 
 def _follow(model: Any, runtime: Runtime) -> None:
@@ -94,70 +94,7 @@ def _lens_of(model: Any) -> Lens:
     return logits_of
 
 
-def _adopt(module: Any, mixin: Any, runtime: Runtime) -> None:
-    base: Any = type(module)
-    module.__class__ = prepared_class(base, mixin)
-    module._fastskip = runtime
-
-
-@functools.cache
-def prepared_class(base: Any, mixin: Any) -> type:
-    """``base`` with ``mixin`` in front: same name, same module, ``isinstance`` holds."""
-    signature = inspect.signature(base.forward)
-
-    # generate() reads the signature of forward to learn what a model accepts.
-    @takes_old_name
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._fastskip is None:
-            return base.forward(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs).arguments
-        del bound["self"]
-        return self._run(bound | bound.pop("kwargs", {}))
-
-    *named, rest = signature.parameters.values()
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in mixin.extra_inputs
-    ]
-    forward.__signature__ = signature.replace(parameters=[*named, *extra, rest])  # type: ignore[attr-defined]
-    members = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "forward": forward,
-        "_fastskip_origin": (base, mixin),
-    }
-    return type(base.__name__, (mixin, base), members)
-
-
-def _restore(base: type, mixin: Any) -> Any:
-    made: Any = prepared_class(base, mixin)
-    return made.__new__(made)
-
-
-class _Prepared:
-    """What the prepared classes share.
-
-    Until ``prepare`` sets the runtime (in an instance made from the class itself) they behave like
-    their base.
-    """
-
-    extra_inputs: tuple[str, ...] = ("token_classes",)
-    """Inputs that ``forward`` takes beyond those of the base."""
-    _fastskip: Runtime | None = None
-    _fastskip_origin: tuple[type, type]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, self._fastskip_origin, self.__dict__
-
-    @property
-    def _runtime(self) -> Runtime:
-        assert self._fastskip is not None
-        return self._fastskip
-
-
-class PreparedDecoder(_Prepared):
+class PreparedDecoder(Prepared):
     """The text model: embeddings in, normalised hidden states out."""
 
     @_uncompiled
@@ -178,7 +115,7 @@ class PreparedDecoder(_Prepared):
         return output.to_tuple() if is_tuple else output
 
 
-class PreparedBackbone(_Prepared):
+class PreparedBackbone(Prepared):
     """The multimodal model without head: classifies columns unless the outer model has."""
 
     @_uncompiled
@@ -234,7 +171,7 @@ def _recall_deltas(backbone: Any, inputs: dict[str, Any], ids: Any = None) -> No
         backbone.rope_deltas = deltas.to(next(each.device for each in given if each is not None))
 
 
-class PreparedTower(_Prepared):
+class PreparedTower(Prepared):
     """The vision tower: Hugging Face's forward, possibly as a CUDA graph inside ``generate``."""
 
     extra_inputs = ()
@@ -247,7 +184,7 @@ class PreparedTower(_Prepared):
         return runtime.tower.run(self, forward, seen)
 
 
-class PreparedModel(_Prepared):
+class PreparedModel(Prepared):
     """The model that users hold."""
 
     @_uncompiled
@@ -390,9 +327,9 @@ class PreparedModel(_Prepared):
         if self._fastskip is None:
             return base.save_pretrained(self, save_directory, *args, **kwargs)
         export = kwargs.pop("export_per_layer_config", False)
-        write = functools.partial(base.save_pretrained, self, save_directory, *args, **kwargs)
+        write = partial(base.save_pretrained, self, save_directory, *args, **kwargs)
         if "variant" not in kwargs and sparse_matrices(self):
-            write = functools.partial(write_sparse, self, save_directory, write)
+            write = partial(write_sparse, self, save_directory, write)
         if not (args[0] if args else kwargs.get("is_main_process", True)):
             return write()
         return save(self.config, self._runtime.plan, save_directory, write, export=export)
