@@ -1,15 +1,12 @@
 """`fastskip prune`: set weights that matter little to zero, and store them compactly."""
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fastskip.commands.common import (
     CommandError,
@@ -27,8 +24,8 @@ from fastskip.commands.common import (
     prepare,
 )
 from fastskip.commands.outputs import check_file, check_folder
+from fastskip.commands.prune_report import Zeros, show
 from fastskip.commands.samples import SamplesOption, calibration_inputs
-from fastskip.commands.tables import new_table
 from fastskip.json_file import json_text
 from fastskip.wording import counted
 
@@ -215,14 +212,14 @@ def prune(
     before = found.zeros(loaded)
     found.apply_(loaded)
     weights = {name: own.mask.numel() for name, own in found.kept.items()}
-    zeros = _Zeros(before, found.zeros(loaded), weights)
+    zeros = Zeros(before, found.zeros(loaded), weights)
     sizes = _write(loaded, found, path, out, stored, save_masks)
     if as_json:
         report = {"model": path, **zeros.shares(zeros.weights), **sizes}
         report["layers"] = zeros.by_layer()
         typer.echo(json_text(report | {"provenance": dict(found.provenance)}, indent=2))
         return
-    _show(zeros, recipe)
+    show(zeros, "by masks" if recipe is None else f"{recipe.ratio:.2%}")
     for place, what in ((save_masks, "masks"), (out, "weights")):
         if place is not None:
             size = sizes[f"{what}_bytes"]
@@ -331,53 +328,3 @@ def _write(
     except OSError as error:
         raise CommandError(f"{target}: {error}; allowed: a writable place") from error
     return sizes
-
-
-@dataclass(frozen=True)
-class _Zeros:
-    """Zero weights by matrix, before and now: masks also remove weights that were zero before."""
-
-    before: Mapping[str, int]
-    now: Mapping[str, int]
-    weights: Mapping[str, int]
-
-    def shares(self, names: Collection[str]) -> dict[str, float]:
-        """For these matrices: the share that became zero, and the share that is zero now."""
-        before, now, weights = (
-            sum(own[name] for name in names) for own in (self.before, self.now, self.weights)
-        )
-        return {
-            "removed": round((now - before) / weights, 6) if weights else 0.0,
-            "zero": round(now / weights, 6) if weights else 0.0,
-        }
-
-    def by_layer(self) -> list[dict[str, Any]]:
-        names: dict[int, list[str]] = {}
-        for name in self.weights:
-            names.setdefault(int(name.split(".")[1]), []).append(name)
-        return [
-            {
-                "layer": layer,
-                "matrices": len(own),
-                "weights": sum(self.weights[name] for name in own),
-                **self.shares(own),
-            }
-            for layer, own in sorted(names.items())
-        ]
-
-
-def _show(zeros: _Zeros, recipe: "Recipe | None") -> None:
-    console = Console(highlight=False)
-    titles = ("layer", "matrices", "weights", "target", "removed", "zero now")
-    table = new_table(titles, texts=0)
-    target = "by masks" if recipe is None else f"{recipe.ratio:.2%}"
-    for own in zeros.by_layer():
-        numbers = (str(own["layer"]), str(own["matrices"]), f"{own['weights']:,}")
-        table.add_row(*numbers, target, f"{own['removed']:.2%}", f"{own['zero']:.2%}")
-    console.print(table)
-    total = zeros.shares(zeros.weights)
-    before = f" ({total['zero'] - total['removed']:.2%} were zero before)"
-    console.print(
-        f"[bold]{total['zero']:.2%}[/] of these weights are zero now"
-        f"{before if total['zero'] > total['removed'] else ''}."
-    )
