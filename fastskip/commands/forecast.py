@@ -25,8 +25,8 @@ from fastskip.wording import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """One `generate` call; positions and new tokens are per prompt."""
+class AssumedCall:
+    """The `generate` call that costs are counted for; positions and new tokens are per prompt."""
 
     image_tokens: int
     text_tokens: int
@@ -100,7 +100,7 @@ class Forecast:
     """
 
     plan: SkipPlan
-    workload: Workload
+    workload: AssumedCall
     dtype: torch.dtype
     ceilings: Ceilings
     dense: Totals
@@ -141,7 +141,7 @@ class Forecast:
 def forecast(
     config: Any,
     policy: SkipPolicy,
-    load: Workload,
+    load: AssumedCall,
     dtype: torch.dtype,
     ceilings: Ceilings,
     rate: float | None = None,
@@ -207,7 +207,7 @@ def _rates(policy: SkipPolicy, rate: float | None) -> dict[int, float] | None:
         return None
 
 
-def _totals(plan: Planned, load: Workload, ceilings: Ceilings) -> Totals:
+def _totals(plan: Planned, load: AssumedCall, ceilings: Ceilings) -> Totals:
     cost = generation_cost(plan, load.image_tokens, load.text_tokens, load.new_tokens, load.batch)
     steps = max(1, load.new_tokens - 1)
     # the last token is returned, not fed back
@@ -223,7 +223,7 @@ def _totals(plan: Planned, load: Workload, ceilings: Ceilings) -> Totals:
     )
 
 
-def launches(plan: SkipPlan, load: Workload, table: str) -> Launches:
+def launches(plan: SkipPlan, load: AssumedCall, table: str) -> Launches:
     """Launches on the GPU of this tuning table; decode is one step halfway through the answer."""
     prompt = load.image_tokens + load.text_tokens
     try:

@@ -112,7 +112,7 @@ def plan(
     from fastskip.families import assumed_of_images, rows_of_crop
 
     chosen = resolve_policy(policy, path, config)
-    load = forecast.Workload(
+    load = forecast.AssumedCall(
         rows_of_crop(config) if image_tokens is None else image_tokens,
         text_tokens,
         new_tokens,

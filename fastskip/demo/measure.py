@@ -10,11 +10,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from fastskip.demo.evaluation import Item, answers, held_out, prompt
 from fastskip.demo.policies import Candidate
-from fastskip.demo.results import Example, Quality, Score, Workload
+from fastskip.demo.results import Example, Quality, Score
 from fastskip.demo.scenes import QuestionKind, Split, draw, questions, scenes
 from fastskip.demo.scenes.questions import CAPTION_PROMPT
 from fastskip.loading import load_model, plan_of, set_policy
 from fastskip.plan import SkipPlan
+from fastskip.plan.single_call import SingleCall
 from fastskip.timing import Runs, endless, promising, race, threads_set, time_once
 
 QUESTIONS = tuple(kind for kind in QuestionKind if kind is not QuestionKind.CAPTION)
@@ -95,14 +96,14 @@ def speeds(
     threads: Sequence[int],
     effort: Effort,
     on_round: Tick,
-) -> tuple[Workload, Runs]:
+) -> tuple[SingleCall, Runs]:
     """Times of generating one caption at batch 1, and the rows of its prompt."""
     scene = scenes(Split.TEST, 1, SEED)[0]
     text = prompt(bench.processor, CAPTION_PROMPT)
     inputs = bench.processor(images=[draw(scene)], text=[text], return_tensors="pt")
     is_image = inputs["input_ids"][0] == bench.hf.config.image_token_id
     n_image = int(is_image.sum())
-    load = Workload(
+    load = SingleCall(
         n_image, len(is_image) - n_image, int(is_image.int().argmax()), effort.new_tokens
     )
     by_label = {each.label: each for each in candidates}

@@ -13,6 +13,7 @@ from fastskip.demo.scenes import Question, Scene
 from fastskip.intervals import wilson
 from fastskip.plan import SkipPlan
 from fastskip.plan.costs import Ceilings, Cost, floor_seconds
+from fastskip.plan.single_call import SingleCall
 from fastskip.timing import Phase, Runs, Timing, best
 from fastskip.wording import dtype_name
 
@@ -104,16 +105,6 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """What is timed: one prompt, batch 1, with `text_before` text rows before the image."""
-
-    n_image: int
-    n_text: int
-    text_before: int
-    n_new: int
-
-
-@dataclass(frozen=True, slots=True)
 class Example:
     """A picture, a question about it, and what some candidates answer, by label."""
 
@@ -136,7 +127,7 @@ class Report:
 
     model: dict[str, Any]
     environment: dict[str, Any]
-    workload: Workload
+    workload: SingleCall
     ceilings: dict[int, Ceilings]
     agreement: Score
     examples: tuple[Example, ...]
@@ -148,7 +139,7 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "model": self.model,
             "environment": self.environment,
-            "workload": asdict(self.workload),
+            "workload": self.workload.to_dict(),
             "ceilings": {str(count): asdict(each) for count, each in self.ceilings.items()},
             "agreement": self.agreement.to_dict(),
             "examples": [example.to_dict() for example in self.examples],
@@ -170,7 +161,7 @@ def speed(
     phase: Phase,
     runs: Runs,
     plans: dict[str, SkipPlan],
-    workload: Workload,
+    workload: SingleCall,
     ceilings: dict[int, Ceilings],
 ) -> Speed:
     """The measured time and gains, with floors at the same number of threads."""
@@ -192,8 +183,8 @@ def speed(
     )
 
 
-def _cost(plan: SkipPlan, phase: Phase, load: Workload) -> Cost:
-    cost = plan.cost(load.n_image, load.n_text, load.n_new, text_before=load.text_before)
+def _cost(plan: SkipPlan, phase: Phase, call: SingleCall) -> Cost:
+    cost = call.cost(plan)
     return cost.prefill if phase == "prefill" else cost.decode
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastskip.demo.evaluation import Item as Asked
 from fastskip.demo.evaluation import held_out
-from fastskip.demo.results import Workload
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.text import ASSISTANT, IMAGE_TOKENS
+from fastskip.plan.single_call import SingleCall
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.evaluation.items import Item
 from fastskip.study.evaluation.metrics import Metric
@@ -68,7 +68,7 @@ def exam_of(seed: int, effort: Effort, processor: Any, config: Any) -> Exam:
     return Exam(items, processor, config=config, batch_size=64, new_tokens=32)
 
 
-def workload(found: Sequence[Asked], tokenizer: Any) -> Workload:
+def workload(found: Sequence[Asked], tokenizer: Any) -> SingleCall:
     """The rows of a typical item: mean counts, rounded, including the end token."""
 
     def length(text: str) -> int:
@@ -77,4 +77,4 @@ def workload(found: Sequence[Asked], tokenizer: Any) -> Workload:
     around = TEXT_BEFORE + length(ASSISTANT)
     n_text = around + round(fmean(length(question.text) for _, question in found))
     n_new = 1 + round(fmean(length(question.answer) for _, question in found))
-    return Workload(IMAGE_TOKENS, n_text, TEXT_BEFORE, n_new)
+    return SingleCall(IMAGE_TOKENS, n_text, TEXT_BEFORE, n_new)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fastskip.demo.model import HEAD, Size, build_config
-from fastskip.demo.results import Workload
 from fastskip.demo.text import build_processor
 from fastskip.families import shape_of
 from fastskip.plan import SkipPlan, make_plan
@@ -26,11 +25,6 @@ def canonical_plan(plan: SkipPlan) -> list[Any]:
         ]
         for layer in plan.layers
     ]
-
-
-def flops(plan: SkipPlan, load: Workload) -> int:
-    """FLOPs of one item, batch 1: decoder and lm_head, without the vision tower."""
-    return plan.flops(load.n_image, load.n_text, load.n_new, text_before=load.text_before)
 
 
 def parameters(size: Size) -> int:

@@ -18,11 +18,12 @@ import torch
 import fastskip
 from fastskip.demo.evaluation import Item, prompt
 from fastskip.demo.model import Size
-from fastskip.demo.results import Workload, environment
+from fastskip.demo.results import environment
 from fastskip.demo.scenes import QuestionKind, draw
 from fastskip.demo.smaller import load, weights_path
 from fastskip.demo.text import build_processor
 from fastskip.fingerprints import fingerprint
+from fastskip.plan.single_call import SingleCall
 from fastskip.study.evaluation.answers import Evaluation
 from fastskip.study.evaluation.exam import Exam
 from fastskip.study.paper.experiments import DENSE, Cell, Learned, cells
@@ -35,7 +36,7 @@ from fastskip.study.paper.measuring import (
     exam_of,
     workload,
 )
-from fastskip.study.paper.plans import canonical_plan, flops, parameters, plan_of_cell
+from fastskip.study.paper.plans import canonical_plan, parameters, plan_of_cell
 from fastskip.study.paper.results import Results, Speed, judge, row_of
 from fastskip.study.paper.speeds import contenders, timed
 from fastskip.study.paper.tuning import remove_weights_, tune_
@@ -209,7 +210,7 @@ class Study:
         )
 
     @cached_property
-    def loads(self) -> tuple[Workload, Workload]:
+    def loads(self) -> tuple[SingleCall, SingleCall]:
         """The workloads of a typical question and a typical caption of seed 0."""
         found = asked(0, self.effort)
         captions = [each for each in found if each[1].kind is QuestionKind.CAPTION]
@@ -220,7 +221,7 @@ class Study:
     def _compute(self, cell: Cell) -> tuple[float, float]:
         """FLOPs of a question and of a caption, as shares of the dense large model's."""
         own, dense = plan_of_cell(cell), plan_of_cell(DENSE)
-        question, caption = (flops(own, load) / flops(dense, load) for load in self.loads)
+        question, caption = (load.cost(own).flops / load.cost(dense).flops for load in self.loads)
         return question, caption
 
     def _inputs(self, item: Item) -> Any:

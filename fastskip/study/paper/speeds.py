@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 import fastskip
-from fastskip.demo.results import Workload
 from fastskip.demo.smaller import load
+from fastskip.plan.single_call import SingleCall
 from fastskip.study.paper.experiments import Cell, cells
-from fastskip.study.paper.plans import flops
 from fastskip.study.paper.results import Speed
 from fastskip.timing import race, time_once
 
@@ -30,7 +29,7 @@ def contenders() -> tuple[Cell, ...]:
 def timed(
     chosen: Sequence[Cell],
     inputs: Mapping[str, Any],
-    workload: Workload,
+    workload: SingleCall,
     rounds: int,
     device: torch.device,
 ) -> tuple[Speed, ...]:
@@ -63,7 +62,7 @@ def timed(
                 ttft_s=median(each.ttft for each in times),
                 tpot_s=median(each.decode for each in times),
                 kv_bytes=plan.kv_bytes(workload.n_image, workload.n_text, workload.n_new - 1),
-                flops=flops(plan, workload),
+                flops=workload.cost(plan).flops,
             )
         )
     return tuple(found)

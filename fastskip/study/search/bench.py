@@ -11,6 +11,7 @@ from fastskip.fingerprints import model_fingerprint
 from fastskip.loading import plan_of
 from fastskip.machine import machine_key
 from fastskip.plan.costs import Ceilings
+from fastskip.plan.single_call import SingleCall
 from fastskip.policy import SkipPolicy
 from fastskip.study.calls import placed
 from fastskip.study.evaluation.comparison import prompt_sizes
@@ -18,7 +19,7 @@ from fastskip.study.evaluation.exam import Exam
 from fastskip.study.fingerprints import combined
 from fastskip.study.search.budget import Quantity
 from fastskip.study.search.calibrating import AnswerShift, Calibrator
-from fastskip.study.search.costing import Costing, Workload
+from fastskip.study.search.costing import Costing
 from fastskip.study.search.latency import Timed, fit, probes, time_in_turn
 from fastskip.study.search.measurement_cache import MeasurementCache, key_of
 from fastskip.study.search.pricing import Pricing
@@ -52,7 +53,7 @@ class Bench:
         self.model, self.calibration = model, calibration
         self.shape = plan_of(model).shape
         self._typical, self._settings, self._watcher = placed(typical, model), settings, watcher
-        workload = Workload(*prompt_sizes(typical, model.config), settings.new_tokens)
+        workload = SingleCall(*prompt_sizes(typical, model.config), settings.new_tokens)
         self.costing = Costing(self.shape, workload, ceilings)
         self.model_print = model_fingerprint(model)
         self._kept = MeasurementCache(folder)

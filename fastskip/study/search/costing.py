@@ -9,7 +9,7 @@ numbers are independent of each other, except for reused entries and those of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastskip.plan import ModelShape, SkipPlan, make_plan
-from fastskip.plan.costs import Ceilings, Cost, Operation, Planned, generation_cost
+from fastskip.plan.costs import Ceilings, Cost, Operation, Planned
+from fastskip.plan.single_call import SingleCall
 from fastskip.policy import Arrangement, SkipPolicy
 from fastskip.study.search.changes import Choice, policy_of, span_of
 
@@ -28,32 +29,17 @@ PARTS = ("attention", "ffn", "attentions", "ffns", "parallel", "pairs")
 """Of a phase: floors in seconds; how many sublayers run; how many layers or pairs are rewired."""
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """One `generate` call, batch 1, in rows; `text_before` of the text rows precede the image."""
-
-    n_image: int
-    n_text: int
-    text_before: int
-    n_new: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-
 @dataclass(frozen=True)
 class Costing:
     """The costs of one model's plans for one workload on one machine."""
 
     shape: ModelShape
-    workload: Workload
+    workload: SingleCall
     ceilings: Ceilings
 
     def numbers(self, plan: Planned) -> Numbers:
         """`[1 + 2 * 6]`: FLOPs, then `PARTS` of prefill and of one decode step."""
-        w = self.workload
-        cost = generation_cost(plan, w.n_image, w.n_text, w.n_new, text_before=w.text_before)
+        cost = self.workload.cost(plan)
         phases = [self._phase(plan, cost.prefill), self._phase(plan, cost.decode)]
         return np.array([cost.flops, *(x for phase in phases for x in phase)], np.float64)
 

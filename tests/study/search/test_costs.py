@@ -5,10 +5,11 @@ import pytest
 
 from fastskip.plan import ModelShape, make_plan
 from fastskip.plan.costs import Ceilings, floor_seconds
+from fastskip.plan.single_call import SingleCall
 from fastskip.policy import SkippedKV, SkipPolicy, TokenClass
 from fastskip.study.search.budget import parse_budget
 from fastskip.study.search.changes import Choice, changes_of, choices_of, merged, policy_of, span_of
-from fastskip.study.search.costing import PARTS, Costing, Workload, flops_of, phase_of
+from fastskip.study.search.costing import PARTS, Costing, flops_of, phase_of
 from fastskip.study.search.latency import Timed, fit, probes
 from fastskip.study.search.matching import Entrant, Match
 from fastskip.study.search.pricing import Pricing
@@ -26,7 +27,7 @@ SHAPE = ModelShape(
     dtype_bytes=4,
     max_positions=512,
 )
-COSTING = Costing(SHAPE, Workload(20, 9, 2, 7), Ceilings(1e9, 1e11))
+COSTING = Costing(SHAPE, SingleCall(20, 9, 2, 7), Ceilings(1e9, 1e11))
 
 
 def drawn(seed: int) -> list[tuple[int, Choice]]:
