@@ -102,6 +102,16 @@ def prompts(model: Any, shape: Shape, batch: int) -> dict[str, Tensor]:
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
+def ragged(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The prompts, each one token shorter at its end than the one before, padded on the left: at
+    equal positions all sequences would draw the same."""
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    for number in range(1, len(ids)):
+        ids[number] = ids[number].roll(number)
+        ids[number, :number], mask[number, :number] = PAD_ID, 0
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
 def random_images(model: Any, count: int, generator: torch.Generator) -> dict[str, Tensor]:
     """``count`` random images, as a processor returns them, in the model's dtype."""
     config, vision = model.config, model.config.vision_config

@@ -24,6 +24,8 @@ from benchmarks.gpu import (
     correctness,
     end_to_end,
     protocol,
+    routed_blocks,
+    routed_policies,
     routing,
     running,
     step_ways,
@@ -42,6 +44,7 @@ from benchmarks.gpu.routed_stack import Stack, programs_at_most
 from benchmarks.gpu.routed_works import DECODE_ROUTED
 from benchmarks.gpu.running import run, supervise
 from benchmarks.gpu.tables import Question, write_tables
+from benchmarks.shapes import ragged
 from fastskip.generation.conditional import Guarding
 from fastskip.kernels import tuning
 from fastskip.ops import compiled, fused
@@ -357,7 +360,7 @@ def test_routers_not_measured_yet(results: Results) -> None:
 
 @pytest.mark.parametrize("rate", routing.RATES)
 def test_static_plans_skip_at_the_rate(rate: float) -> None:
-    (rule,) = routing.static(rate, "omit", 32).rules
+    (rule,) = routed_policies.static(rate, "omit", 32).rules
     assert len(rule.layers) == 32 * rate and set(rule.layers) <= set(range(32))
 
 
@@ -369,7 +372,7 @@ def test_static_times_between_those_measured() -> None:
 
 def test_prompts_of_a_batch_lie_at_positions_of_their_own() -> None:
     ids = torch.arange(10, 25).view(3, 5)
-    inputs = routing.ragged({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    inputs = ragged({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert inputs["attention_mask"].sum(1).tolist() == [5, 4, 3]
     assert inputs["input_ids"].tolist()[2] == [0, 0, 20, 21, 22]
 
@@ -601,7 +604,7 @@ def test_a_step_of_blocks_that_fails_leaves_the_others(
         return step(stack, policy, guarding, *more)
 
     monkeypatch.setattr(Stack, "step", failing)
-    values = routing.blocks(setting(results), TINY)
+    values = routed_blocks.blocks(setting(results), TINY)
     assert list(values["notes"].values()) == ["TritonError: planted"]
     assert "omit: runs, IF nodes" in values["us_per_block"]
 

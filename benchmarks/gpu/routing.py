@@ -11,232 +11,37 @@ the last layer changed, are timed as far as they need no calibration.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 import fastskip
-from benchmarks.gate import faults
 from benchmarks.gpu.ceilings import ceilings_of
 from benchmarks.gpu.cells import Cell, Setting, is_lost
-from benchmarks.gpu.correctness import Wrong
 from benchmarks.gpu.end_to_end import Contender, first_call, floors_of, rounds
 from benchmarks.gpu.inputs import SEVEN, TINY, Widths, text_before
-from benchmarks.gpu.models import load, shape, tiny_model
+from benchmarks.gpu.models import load, shape
 from benchmarks.gpu.results import Values
-from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
-from benchmarks.peers import Peer, evenly
-from benchmarks.shapes import PAD_ID, Models, Shape, models, prompts
+from benchmarks.gpu.routed_blocks import blocks
+from benchmarks.gpu.routed_decisions import decisions
+from benchmarks.gpu.routed_policies import GROUPS, KIND_OF, linear, policy_of, router, static
+from benchmarks.peers import Peer
+from benchmarks.shapes import Models, prompts, ragged
 from fastskip.generation.conditional import Guarding
-from fastskip.ops.bodies import bodies_on
-from fastskip.ops.overlap import Overlap, can_overlap
 from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy, Sublayer
 from fastskip.routing import RoutingRecord
-from fastskip.routing.weights import LayerScore, write_weights
-from fastskip.wording import dtype_name
 
 RATES = (0.25, 0.5, 0.75)
-GROUPS = ("row", "sequence", "batch")
-PROGRAMS = (132, 264, 528, 1056)
 N_NEW = 128
-KIND_OF = {
-    Guarding.EARLY_EXIT: "early exits",
-    Guarding.CONDITIONAL: "IF nodes",
-    Guarding.HOPS: "loop",
-}
 OTHER = (("if", Guarding.CONDITIONAL), ("loop", Guarding.HOPS))
 """Alternatives to early exits for skipping blocks, with the prefixes of their names."""
-DEPTH = 8
-"""Layers of a step whose blocks are timed."""
-TURNS = (1, 2, 4, 8)
-"""Layers per turn of a loop."""
-
-
-def router(rate: float, kv: str, group: str = "row", layers: object = ":") -> dict[str, Any]:
-    """Skips whole blocks of all rows at random."""
-    head = {"layers": layers, "tokens": "all", "skip": ["block"], "kind": "random"}
-    return head | {"rate": rate, "kv": kv, "group": group}
-
-
-def policy_of(*routers: dict[str, Any], rules: Sequence[dict[str, Any]] = ()) -> SkipPolicy:
-    document = {"schema_version": 1, "rules": list(rules), "routers": list(routers)}
-    return SkipPolicy.from_dict(document)
-
-
-def static(rate: float, kv: str, depth: int) -> SkipPolicy:
-    """Skips whole blocks of all rows, evenly spread, as many as come nearest to the rate."""
-    layers = evenly(rate, depth)
-    return policy_of(rules=[{"layers": layers, "tokens": "all", "skip": ["block"], "kv": kv}])
-
-
-# Correctness
-
-
-def decisions(setting: Setting) -> Values:
-    """Checks a small model under routers, with early exits, IF nodes and loops."""
-    build = partial(tiny_model, device=setting.device.type)
-    found: dict[str, Any] = {}
-    wrong: list[str] = []
-    dtypes = (torch.float32,) if setting.is_tiny else (setting.dtype, torch.float32)
-    for dtype in dtypes:
-        both = models(build, dtype, setting.device.type, setting.impl)
-        policies = _policies(both, setting)
-        for guarding in Guarding:
-            name = f"{dtype_name(dtype)}, {KIND_OF[guarding]}"
-            try:
-                if guarding is not Guarding.EARLY_EXIT:
-                    bodies_on(setting.device)
-            except ValueError as error:  # no CUDA bindings: early exits are checked anyway
-                found[name] = str(error)
-                continue
-            both.ours._fastskip.steps.guarding = guarding
-            try:
-                own = faults(both, policies)
-            finally:
-                both.ours._fastskip.steps.guarding = Guarding.EARLY_EXIT
-            found[name] = own or "ok"
-            wrong += [f"{name}, {policy}: {fault}" for policy, fault in own.items()]
-        wrong += _other_decisions(both, build, policies, setting, found)
-    if wrong:
-        raise Wrong("\n".join(wrong))
-    return {"policies": list(policies), "found": found}
-
-
-def _policies(both: Models, setting: Setting) -> dict[str, SkipPolicy]:
-    half = {f"{kv}, {group}": policy_of(router(0.5, kv, group)) for kv, group in _KV_GROUPS}
-    ffn = router(0.5, "omit") | {"skip": ["ffn"]}
-    attention = router(0.5, "project") | {"skip": ["attention"]}
-    similarity = {"layers": "1:", "skip": ["ffn"], "kind": "similarity", "threshold": 0.9}
-    del ffn["kv"]
-    width = both.hf.config.text_config.hidden_size
-    chosen: dict[str, SkipPolicy] = {
-        **half,
-        "reuse": policy_of(router(0.5, "reuse", layers="1:")),
-        "ffn": policy_of(ffn),
-        "attention": policy_of(attention),
-        "similarity": policy_of(similarity),
-        "linear": policy_of(linear(0.0, both.depth, width, setting.folder)),
-    }
-    names = ("omit, row", "similarity") if setting.is_tiny else tuple(chosen)
-    return {name: chosen[name] for name in names}
-
-
-_KV_GROUPS = [("project", "row"), *(("omit", group) for group in GROUPS)]
-
-
-def linear(threshold: float, depth: int, width: int, folder: Path) -> dict[str, Any]:
-    """A linear router with random weights: at threshold 0 it skips about half of the layers."""
-    generator = torch.Generator().manual_seed(0)
-    path = folder.absolute() / f"router-{depth}-{width}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        vectors = torch.randn(depth, width, generator=generator) * width**-0.5
-        write_weights(path, {layer: LayerScore(own, 0.0) for layer, own in enumerate(vectors)})
-    head = {"layers": ":", "tokens": "all", "skip": ["block"], "kind": "linear", "kv": "omit"}
-    return head | {"weights": str(path), "threshold": threshold}
-
-
-NEAR = 0.01
-"""The share of score-based decisions that may differ: scores within rounding of the threshold."""
-
-
-def _other_decisions(
-    both: Models,
-    build: Callable[[torch.dtype], Any],
-    policies: dict[str, SkipPolicy],
-    setting: Setting,
-    found: dict[str, Any],
-) -> list[str]:
-    """Policies under which the device decides unlike its torch form on the same prompt."""
-    wrong = []
-    form = models(build, both.hf.dtype, setting.device.type, "torch").ours
-    # Long enough for products by index and count; repeated until the prompt is captured.
-    words, times = (6, 1) if setting.is_tiny else (90, 3)
-    inputs = ragged(prompts(both.hf, Shape("tiny", build, 2, words), 2))
-    for name, policy in policies.items():
-        records = []
-        for model in (both.ours, form):
-            fastskip.set_policy(model, policy)
-            with fastskip.record_routing(model) as record, torch.no_grad():
-                for _ in range(times):
-                    model(**inputs)
-            records.append(record.forwards[-1])
-        ours, theirs = (each.skipped for each in records)
-        asked = sum(int(mask.sum()) for mask in records[1].candidates.values())
-        differing = sum(int((ours[key] != theirs[key]).sum()) for key in theirs)
-        is_drawn = all(rule.kind == "random" for rule in policy.routers)
-        found[f"{both.hf.dtype}, {name}: other than torch's form"] = f"{differing} of {asked}"
-        if ours.keys() != theirs.keys() or differing > (0 if is_drawn else NEAR * asked):
-            wrong.append(f"{name}: {differing} of {asked} decisions differ from the torch form's")
-    return wrong
-
-
-# The cost of a block
-
-
-def blocks(setting: Setting, widths: Widths) -> Values:
-    """Microseconds per block of a decode step at batch 1, in a graph of many."""
-    widths = TINY if setting.is_tiny else widths
-    depth = 2 if setting.is_tiny else DEPTH
-    stack = Stack(setting, widths, depth)
-    found: dict[str, float] = {"dense": microseconds(setting, stack.step(policy_of()), depth)}
-    notes: dict[str, str] = {}
-    for kv in ("omit", "project"):
-        for programs in (None,) if setting.is_tiny else (None, *PROGRAMS):
-            for rate, does in ((0.0, "runs"), (1.0, "is passed by")):
-                own = f"{kv}: {does}, early exits"
-                own += "" if programs is None else f", at most {programs} programs"
-                with programs_at_most(programs, setting.device):
-                    step = stack.step(policy_of(router(rate, kv)))
-                    found[own] = microseconds(setting, step, depth)
-        for (rate, does), way in itertools.product(
-            ((0.0, "runs"), (1.0, "is passed by")), _node_ways(setting, kv)
-        ):
-            try:
-                policy = policy_of(router(rate, kv))
-                step = stack.step(policy, way.guarding, way.turns, way.overlap)
-                found[f"{kv}: {does}, {way.label}"] = microseconds(setting, step, depth)
-            except Exception as error:
-                if is_lost(setting.device):
-                    raise
-                notes[f"{kv}, {way.label}"] = f"{type(error).__name__}: {error}"
-    skipped = {"layers": ":", "tokens": "all", "skip": ["block"], "kv": "project"}
-    step = stack.step(policy_of(rules=[skipped]))
-    found["project: skipped by plan"] = microseconds(setting, step, depth)
-    return {"widths": widths.name, "us_per_block": found, "notes": notes}
-
-
-class NodeWay(NamedTuple):
-    """A way to run a step with conditional graph nodes."""
-
-    label: str
-    guarding: Guarding
-    turns: int = 1
-    overlap: Overlap = Overlap.NONE
-
-
-def _node_ways(setting: Setting, kv: str) -> Iterator[NodeWay]:
-    """IF nodes and, where skipped rows leave no cache entries, loops."""
-    yield NodeWay(KIND_OF[Guarding.CONDITIONAL], Guarding.CONDITIONAL)
-    if kv != "omit":
-        return
-    for turns in TURNS[:1] if setting.is_tiny else TURNS:
-        yield NodeWay(f"loop, {turns} a turn", Guarding.HOPS, turns)
-    if can_overlap(setting.device):
-        yield NodeWay("loop, 4 a turn, launches overlap", Guarding.HOPS, 4, Overlap.START)
-
-
-# Whole models
 
 
 @dataclass(frozen=True)
@@ -325,16 +130,6 @@ def _ways(both: Models, batch: int, kv: str, setting: Setting) -> Iterator[Way]:
         own = {"layers": ":", "tokens": "all", "skip": ["block"], "kind": "similarity"}
         own |= {"measure": "change", "threshold": 0.0, "kv": kv}
         yield Way("similarity_0%", "routed, similarity, 0%", policy_of(own), 0.0)
-
-
-def ragged(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The prompts, each one token shorter at its end than the one before, padded on the left: at
-    equal positions all sequences would draw the same."""
-    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
-    for number in range(1, len(ids)):
-        ids[number] = ids[number].roll(number)
-        ids[number, :number], mask[number, :number] = PAD_ID, 0
-    return {**inputs, "input_ids": ids, "attention_mask": mask}
 
 
 def _first(way: Way, both: Models, inputs: dict[str, Tensor], n_new: int, device: str) -> Seen:

@@ -22,7 +22,7 @@ from benchmarks.gpu.end_to_end import N_NEW, Contender, first_call, rounds
 from benchmarks.gpu.inputs import SEVEN, TINY, Widths
 from benchmarks.gpu.models import load, policies, shape, tiny_model
 from benchmarks.gpu.results import Values
-from benchmarks.gpu.routing import policy_of, router
+from benchmarks.gpu.routed_policies import policy_of, router
 from benchmarks.peers import Peer
 from benchmarks.shapes import Models, models, prompts
 from fastskip import SkipPolicy

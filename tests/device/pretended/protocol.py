@@ -26,7 +26,7 @@ from benchmarks.gpu import (
     graphs,
     models,
     nodes,
-    routing,
+    routed_blocks,
     step_ways,
     timing,
     tune,
@@ -72,7 +72,7 @@ CELLS: Mapping[str, Callable[[Setting], Values]] = {
     "prefill": partial(graphs.prefill, widths=SMALL),
     "end to end": partial(end_to_end.measure, widths=SMALL, batch=1),
     "ways of steps": partial(step_ways.measure, widths=SMALL, batch=1, names=["dense"], ways=WAYS),
-    "blocks": partial(routing.blocks, widths=SMALL),
+    "blocks": partial(routed_blocks.blocks, widths=SMALL),
     "tune": partial(tune.tune, widths=SMALL, rows=1),
 }
 SHORT: Any = {
@@ -82,7 +82,7 @@ SHORT: Any = {
     graphs: {"OWN_LAYERS": 1, "eager_seconds": partial(timing.eager_seconds, runs=1)},
     models: {"SMALL": SMALL},
     nodes: {"PROGRAMS": (2,), "MANY": 4, "FEW": 2, "REPLAYS": 1, "GraphBodies": NodeBodies},
-    routing: {"DEPTH": 2, "PROGRAMS": (), "TURNS": (2,), "microseconds": replayed},
+    routed_blocks: {"DEPTH": 2, "PROGRAMS": (), "TURNS": (2,), "microseconds": replayed},
     step_ways: {"N_NEW": 3, "policies": partial(models.policies, names=["dense"])},
     tune: {
         **{"REPLAYS": 1, "write_tables": lambda *_: None, "DECODE": WORKS},
