@@ -34,6 +34,16 @@ def subplots(lines: int, columns: int, size: tuple[float, float], **options: Any
     return figure, figure.subplots(lines, columns, squeeze=False, **options)
 
 
+def settled(figure: Any) -> Any:
+    """The figure with its layout computed and frozen, so that all files get the same one."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
 def plain(axis: Any) -> None:
     """No frame at the top and on the right, and a faint grid."""
     axis.spines[["top", "right"]].set_visible(False)

@@ -34,7 +34,7 @@ FLOORS = {
     "wording": Floor(("wording",), (), ("torch",)),
     "files": Floor(("atomic_files", "json_file")),
     "garbage": Floor(("garbage",)),
-    "plotting": Floor(("plotting",), (), ("matplotlib",)),
+    "plotting": Floor(("plotting", "plot_labels"), (), ("matplotlib",)),
     "policy": Floor(("policy",), ("files",), outside=("yaml",)),
     "plan": Floor(("plan",), ("policy",)),
     "reference": Floor(

@@ -1,6 +1,5 @@
 """The demo's plots: what each policy skips, accuracy against speed, pictures with answers."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -11,6 +10,7 @@ import numpy as np
 from fastskip.demo.results import Example, Report, Row
 from fastskip.demo.scenes import draw
 from fastskip.plan import Cell, LayerPlan
+from fastskip.plot_labels import Label, place
 from fastskip.plotting import save, subplots
 from fastskip.policy import Arrangement, SkippedKV
 from fastskip.timing import PHASES, Phase
@@ -119,9 +119,10 @@ def accuracy_against_speed(report: Report) -> Any:
         fontsize=11,
     )
     figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975), h_pad=0.12)
-    figure.draw_without_rendering()  # fixes the positions of points, which the labels need
+    coloured = list(zip(report.rows, _colours(len(report.rows)), strict=True))
     for axis, phase in zip(axes.flat, PHASES, strict=True):
-        _label(axis, report.rows, phase)
+        labels = [_label(row, phase, colour) for row, colour in coloured]
+        place(axis, labels, size=9)
     return figure
 
 
@@ -145,41 +146,10 @@ def _scatter(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _label(axis: Any, rows: Sequence[Row], phase: Phase) -> None:
-    """Put each name at the nearest place around its point where it covers nothing."""
-    from matplotlib.transforms import Bbox
-
-    points = [axis.transData.transform(_point(row, phase)) for row in rows]
-    taken = [Bbox.from_bounds(x - 10, y - 10, 20, 20) for x, y in points]
-    inside, pixels = axis.get_window_extent(), axis.figure.dpi / 72
-    for row, place, colour in zip(rows, points, _colours(len(rows)), strict=True):
-        style = {"color": colour, "fontsize": 9, "ha": "center", "va": "center"}
-        draft = axis.text(0, 0, row.candidate.label, **style)
-        size = draft.get_window_extent()
-        draft.remove()
-        for offset in OFFSETS:
-            x, y = place + np.array(offset) * pixels
-            box = Bbox.from_bounds(x - size.width / 2, y - size.height / 2, size.width, size.height)
-            is_inside = inside.contains(*box.min) and inside.contains(*box.max)
-            if is_inside and not box.count_overlaps(taken):
-                break
-        taken.append(box.padded(2))
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7}
-        axis.annotate(
-            row.candidate.label,
-            _point(row, phase),
-            xytext=offset,
-            textcoords="offset points",
-            arrowprops=line,
-            **style,
-        ).set_in_layout(False)
-
-
-OFFSETS = sorted(
-    ((x, y) for x in range(-280, 281, 10) for y in range(-140, 141, 7) if abs(y) >= 12),
-    key=lambda offset: math.hypot(offset[0], 2.5 * offset[1]),
-)
-"""Where a name may stand relative to its point, nearest first."""
+def _label(row: Row, phase: Phase, colour: Any) -> Label:
+    x, y = _point(row, phase)
+    # Few questions make long bars, which would push names far away: they may be covered.
+    return Label(row.candidate.label, x, y, (y, y), (x, x), colour)
 
 
 def _point(row: Row, phase: Phase) -> tuple[float, float]:

@@ -8,8 +8,8 @@ from enum import StrEnum
 from typing import Any
 
 from fastskip.intervals import Estimate
+from fastskip.plot_labels import Label, place
 from fastskip.study.report.drawing import Colour, Form, Picture, figure_of, picture, shortened
-from fastskip.study.report.labels import Label, place
 from fastskip.wording import Scale, significant
 
 NEAR = 0.1
@@ -107,9 +107,9 @@ def draw(
         style = {"ncols": columns, "frameon": False, "handletextpad": 0.2}
         figure.legend(handles, labels, loc="outside upper left", **style)
     named = len(points) <= MOST_NAMES and not form.is_narrow
-    place(axes[0], [_label(p, named) for p in points if p not in near or p.kind is DENSE])
-    if near:
-        place(axes[1], [_label(point, named) for point in near])
+    apart = [point for point in points if point not in near or point.kind is DENSE]
+    for axis, shown in zip(axes, (apart, near), strict=False):
+        place(axis, [_label(point, named) for point in shown])
     return figure
 
 
@@ -154,7 +154,7 @@ def _label(point: Point, is_named: bool) -> Label:
             point.cost if point.low is None else point.low,
             point.cost if point.high is None else point.high,
         ),
-        colour=point.kind.colour,
+        colour=point.kind.colour.value,
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from fastskip.plotting import settled
+
 DPI = 160
 _LARGER = 1.15
 """How much a chart may grow on the page if there is room."""
@@ -82,16 +84,6 @@ def picture(name: str, text: str, draw: Callable[[Form], Any]) -> Picture:
     with _style(NARROW):
         narrow = _svg(settled(draw(NARROW)), f"{name}-n")
     return Picture(name, text, wide, narrow, png)
-
-
-def settled(figure: Any) -> Any:
-    """The figure with its layout computed and frozen, so that all files get the same one."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
-    return figure
 
 
 def shortened(name: str, most: int) -> str:
