@@ -12,11 +12,11 @@ from fastskip.decoder.deep_features import DeepFeatures, PlacedFeatures
 from fastskip.decoder.entries import Entries, Maps
 from fastskip.decoder.guards import narrows_after
 from fastskip.decoder.layer import Add, Block, BlockRows
+from fastskip.decoder.planned_rows import PlannedRows
 from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.recomputing import maybe_recomputed
 from fastskip.decoder.removing import RemainingRows, may_leave
 from fastskip.decoder.routed_rows import RoutedRows
-from fastskip.decoder.step_rows import StepRows
 from fastskip.plan import LayerPlan, SkipPlan
 from fastskip.policy import Combine
 from fastskip.routing import Decisions
@@ -86,7 +86,7 @@ class PlainForward:
         keeps_gone = watch is not None or self.narrow is None
         self._rest = RemainingRows(plan, blocks, layout, rotation, entries, keeps_gone=keeps_gone)
         self._removing = {rule.after_layer for rule in plan.removals}
-        self.static = StepRows(plan, layout, entries, self.narrow)
+        self.static = PlannedRows(plan, layout, entries, self.narrow)
         self.routed: RoutedRows | None = None
         self._placed = self._place()
         # The layers whose features have not been added yet.
@@ -150,7 +150,7 @@ class PlainForward:
         if layout is not before:
             if self.narrow is not None and self._wanted is not None:
                 self.narrow = layout.locate(self._wanted)
-            self.static = StepRows(self._plan, layout, self._entries, self.narrow)
+            self.static = PlannedRows(self._plan, layout, self._entries, self.narrow)
             self._placed = self._place()
         return h
 

@@ -86,8 +86,8 @@ class RoutedRows:
         narrow: Rows | None,
         static: StaticRows,
         *,
-        lens: Lens | None = None,
-        attended: Attended | None = None,
+        lens: Lens | None,
+        attended: Attended | None,
     ) -> None:
         self._routed, self._plan, self._routers = routed, routed.plan, routed.routers
         self._layout, self._start = layout, routed.start
@@ -177,9 +177,9 @@ class RoutedRows:
             for _, mask in copied:
                 held = held | mask
             self._hold(layer, torch.from_numpy(held))
-        continuing_rows, pattern = _rows(_taken(attending, narrow)), None
-        if continuing_rows.count:
-            queries = continuing_rows.through(narrow)
+        asking, pattern = _rows(_taken(attending, narrow)), None
+        if asking.count:
+            queries = asking.through(narrow)
             pattern = pattern_of(layer, self._layout, queries, self._entries)
         feeding, is_beside = self._running(layer, Sublayer.FFN), self._of(layer.beside)
         is_paired = self._of(layer.arranged) if layer.partner is not None else self._no_rows
@@ -190,7 +190,7 @@ class RoutedRows:
             raw=_rows(raw),
             reused=tuple((source, _rows(mask)) for source, mask in copied if mask.any()),
             narrow=narrow,
-            attending=continuing_rows,
+            attending=asking,
             replaced=_rows(_taken(self._staying(self._of(layer.replaced)), narrow)),
             feeding=_rows(_taken(feeding & ~is_beside, narrow)),
             beside=_rows(_taken(feeding & is_beside, narrow)),

@@ -31,7 +31,7 @@ class EntryTable:
     follows from their classes, except in a hollow layer's table, where ``held [B, C]`` says so.
     """
 
-    def __init__(self, batch: int, *, is_hollow: bool = False) -> None:
+    def __init__(self, batch: int, *, is_hollow: bool) -> None:
         self.counts = [0] * batch
         self._held = torch.zeros(batch, 0, dtype=torch.bool) if is_hollow else None
         # What came since, not joined yet: every step adds to it, and it is rarely read.

@@ -153,7 +153,7 @@ class Decoder:
         return room if window is None else min(room, max(0, window - cache.columns))
 
     def lay_out(
-        self, codes: Tensor, positions: Tensor, cache: SkipCache, axes: Tensor | None = None
+        self, codes: Tensor, positions: Tensor, cache: SkipCache, axes: Tensor | None
     ) -> TokenLayout:
         """The rows of a forward over columns ``[B, T]`` that come after the cache's."""
         return TokenLayout(codes, positions, cache.columns, self.plan.groups, axes=axes)

@@ -76,26 +76,24 @@ def held_out(
     return found[:count]
 
 
-def held_out_details(count: int, seed: int = 0, split: Split = Split.TEST) -> list[Item]:
+def held_out_details(count: int, seed: int) -> list[Item]:
     """`count` questions about small figures or about counts in full scenes, cycling over kinds."""
-    rng = np.random.default_rng([seed, list(Split).index(split), MAX_FIGURES])
+    rng = np.random.default_rng([seed, list(Split).index(Split.TEST), MAX_FIGURES])
     found: list[Item] = []
     while len(found) < count:
         scene = sample(rng, MAX_FIGURES)
-        if is_detailed(scene) and split_of(scene) is split:
+        if is_detailed(scene) and split_of(scene) is Split.TEST:
             kind = DETAIL_KINDS[len(found) % len(DETAIL_KINDS)]
             question = ask_detail(scene, kind, seed)
             found += [] if question is None else [(scene, question)]
     return found
 
 
-def held_out_conversations(
-    count: int, seed: int = 0, split: Split = Split.TEST
-) -> list[tuple[Scene, tuple[Question, Question]]]:
+def held_out_conversations(count: int, seed: int) -> list[tuple[Scene, tuple[Question, Question]]]:
     """`count` pairs of questions of different kinds, each pair on one scene; no captions."""
     kinds = [kind for kind in QuestionKind if kind is not QuestionKind.CAPTION]
     found = []
-    for scene in scenes(split, count, seed):
+    for scene in scenes(Split.TEST, count, seed):
         first, second = converse(scene, seed, kinds)  # every scene allows COUNT and LOCATION
         found.append((scene, (first, second)))
     return found

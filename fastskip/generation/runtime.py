@@ -52,8 +52,8 @@ class Runtime:
         self,
         text_model: Any,
         plan: SkipPlan,
-        impl: str | None = None,
-        routers: Sequence[Router] = (),
+        impl: str | None,
+        routers: Sequence[Router],
     ) -> None:
         """``impl`` as in ``load_model``.
 
@@ -145,7 +145,7 @@ class Runtime:
             return
         self.decoder.refresh(wants_gradient=wants_gradient)
 
-    def set_plan(self, plan: SkipPlan, routers: Sequence[Router] = ()) -> None:
+    def set_plan(self, plan: SkipPlan, routers: Sequence[Router]) -> None:
         """Swaps the plan; weights stay where they are."""
         if self.uses_flash:
             _require_causal(plan)
@@ -156,7 +156,7 @@ class Runtime:
             self.decoder.routers = routers
 
     def unsupported_plan(self, plan: SkipPlan) -> str | None:
-        """Which of a plan's routers this implementation cannot run; ``None`` if it runs all."""
+        """What this implementation cannot run of a plan; ``None`` if it can run all of it."""
         return unsupported_plan(plan) if isinstance(self.decoder, FusedDecoder) else None
 
     @contextmanager

@@ -41,12 +41,12 @@ class IfBlock(GraphNodeBlock):
         else:
             attend = self._attention(h, alone, own, store)
             feed = super().run_ffn
-            self.bodies.run_if(own.runs, lambda: (attend(), feed(Stream(h), alone)))
+            self.bodies.run_if(own.runs, lambda: (attend(), feed(Stream(h), alone, None)))
         self.decide(h, rows.then_ffn)
         return Stream(h)
 
     def run_attention(
-        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None
     ) -> Stream:
         h, own = stream.h, rows.attention
         if own is None:
@@ -55,14 +55,14 @@ class IfBlock(GraphNodeBlock):
         self.decide(h, rows.then_attention)
         return Stream(h)
 
-    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None) -> Stream:
         h, own = stream.h, rows.ffn
         if own is None:
             return super().run_ffn(stream, rows, reader)
         self.decide(h, own.between)
         alone = replace(rows, ffn=replace(own, between=None), then_ffn=None)
         feed = super().run_ffn
-        self.bodies.run_if(own.runs, lambda: feed(Stream(h), alone))
+        self.bodies.run_if(own.runs, lambda: feed(Stream(h), alone, None))
         self.decide(h, rows.then_ffn)
         return Stream(h)
 

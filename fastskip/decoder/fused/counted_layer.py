@@ -52,7 +52,7 @@ class SwitchBlock(GraphNodeBlock):
         return Stream(h)
 
     def run_attention(
-        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None
     ) -> Stream:
         h, own = stream.h, rows.attention
         if own is None or rows.narrow is not None:
@@ -64,7 +64,7 @@ class SwitchBlock(GraphNodeBlock):
         self.decide(h, rows.then_attention)
         return Stream(h)
 
-    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None) -> Stream:
         h, own = stream.h, rows.ffn
         if own is None or rows.narrow is not None:
             return super().run_ffn(stream, rows, reader)

@@ -39,7 +39,7 @@ class GuardedBlock(FusedBlock):
     """A ``FusedBlock`` that uses the guarded parts of its rows where there are any."""
 
     def run_attention(
-        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None = None
+        self, stream: Stream, rows: FusedRows, store: Store, reader: Norm | None
     ) -> Stream:
         own = rows.attention
         if own is None:
@@ -50,7 +50,7 @@ class GuardedBlock(FusedBlock):
         self.ops.add_terms_(h, terms, chosen=[queries.chosen], then=rows.then_attention)
         return Stream(h)
 
-    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None = None) -> Stream:
+    def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None) -> Stream:
         own = rows.ffn
         if own is None:
             return super().run_ffn(stream, rows, reader)

@@ -15,8 +15,9 @@ class RowNumbers:
     """Numbers of the rows of one forward; all tensors int64, on the host.
 
     Rows of no class (a layout's idle ones) leave no entry and see nothing, and no router decides on
-    them. Attributes:
+    them.
 
+    Attributes:
         layout: the rows.
         narrow: those that continue after the last layer's entries; ``None`` for all.
         read: those that are read, where all continue; ``None`` for all.

@@ -103,9 +103,9 @@ class FusedDecoder(Decoder):
             if shape.hidden_size % 8 or shape.ffn_size % 8:
                 sizes = f"{shape.hidden_size}, {shape.ffn_size}"
                 return f"hidden and FFN size {sizes}; supported: multiples of 8"
-        routing = unsupported_plan(self.plan)
-        if routing is not None:
-            return routing
+        reason = unsupported_plan(self.plan)
+        if reason is not None:
+            return reason
         merged = [weights.merged for weights in self.weights]
         if any(own is not None and not own.is_fusable for own in merged):
             allowed = "gated SiLU or plain ReLU; RMS norms of heads"

@@ -60,7 +60,7 @@ class StepState:
         anchor: Tensor,
         rotation: Rotation | None,
         shape: StepShape,
-        routers: Sequence[Router] = (),
+        routers: Sequence[Router],
     ) -> None:
         self.plan, self.shape, self.anchor = plan, shape, anchor
         device, batch = anchor.device, shape.batch

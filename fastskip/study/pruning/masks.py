@@ -84,11 +84,10 @@ class WeightMasks:
         """Raises ``PruningError`` unless the masks fit this model."""
         self._weights(model)
 
-    def kept_share(self, names: Sequence[str] | None = None) -> float:
-        """The share of weights kept in the named matrices, by default in all that have a set."""
-        chosen = [self.kept[name] for name in (self.kept if names is None else names)]
-        total = sum(own.shape[0] * own.shape[1] for own in chosen)
-        return sum(int(own.mask.sum()) for own in chosen) / total if total else 1.0
+    def kept_share(self) -> float:
+        """The share of weights kept in all matrices that have a set."""
+        total = sum(own.shape[0] * own.shape[1] for own in self.kept.values())
+        return sum(int(own.mask.sum()) for own in self.kept.values()) / total if total else 1.0
 
     def zeros(self, model: Any) -> dict[str, int]:
         """How many weights of each matrix with a set are zero, pruned or not.

@@ -8,7 +8,6 @@ GENERATED, as they would be in `generate`, so that nothing needs to be generated
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,9 +56,7 @@ class _Batch:
 class Calibrator:
     """A prepared model, and items answered by it when dense."""
 
-    def __init__(
-        self, model: Any, exam: Exam, on_batch: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, model: Any, exam: Exam) -> None:
         """Generates the dense model's answers; restores the model's policy.
 
         Keeps `V` numbers per answer token, on the model's device.
@@ -67,7 +64,6 @@ class Calibrator:
         Args:
             model: a prepared one.
             exam: the items, run in the exam's batches.
-            on_batch: called after each batch.
         """
         self.model, self.exam = model, exam
         before = plan_of(model).policy
@@ -76,7 +72,6 @@ class Calibrator:
             self._batches = []
             for number in range(len(exam)):
                 self._batches.append(_answered(model, placed(exam.inputs(number), model), exam))
-                on_batch()
         finally:
             set_policy(model, before)
 

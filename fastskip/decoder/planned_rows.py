@@ -12,7 +12,7 @@ from fastskip.policy import TokenClass
 from fastskip.tokens import CODES, Rows, TokenLayout
 
 
-class StepRows:
+class PlannedRows:
     """The ``BlockRows`` of one forward; layers that do the same share them."""
 
     def __init__(
