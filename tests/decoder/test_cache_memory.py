@@ -21,16 +21,6 @@ ENTRY = 2 * 2 * 8 * 4
 """Bytes of K and V of one row: 2 heads of width 8 in fp32."""
 
 
-@pytest.fixture(scope="module")
-def trio() -> Trio:
-    return Trio(tiny_llava())
-
-
-@pytest.fixture(scope="module")
-def batch(trio: Trio) -> Batch:
-    return random_batch(trio.plain, seed=1, images=(2, 0, 1))
-
-
 @pytest.mark.reference
 @pytest.mark.parametrize("kv", ["project", "reuse", "omit"])
 def test_a_layer_that_nobody_attends_in_holds_nothing(trio: Trio, batch: Batch, kv: str) -> None:

@@ -3,19 +3,8 @@
 import pytest
 
 from tests.agreement import Trio, answer_labels
-from tests.batches import Batch, random_batch
-from tests.models import tiny_llava
+from tests.batches import Batch
 from tests.policies import CELLS, LAYERS, MIXED, Policy, cell_policy
-
-
-@pytest.fixture(scope="module")
-def trio() -> Trio:
-    return Trio(tiny_llava())
-
-
-@pytest.fixture(scope="module")
-def batch(trio: Trio) -> Batch:
-    return random_batch(trio.plain, seed=1, images=(2, 0, 1))
 
 
 def check(trio: Trio, policy: Policy, batch: Batch) -> None:

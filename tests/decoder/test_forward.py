@@ -39,11 +39,6 @@ POLICIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def trio() -> Trio:
-    return Trio(tiny_llava())
-
-
 @pytest.fixture(scope="module", params=["left", "right"])
 def batch(trio: Trio, request: pytest.FixtureRequest) -> Batch:
     # Two columns more than needed: with right padding the last column is nobody's.

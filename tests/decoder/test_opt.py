@@ -32,11 +32,6 @@ def trio(request: pytest.FixtureRequest) -> Trio:
     return Trio(tiny_llava("llava_opt"), request.param)
 
 
-@pytest.fixture(scope="module")
-def batch(trio: Trio) -> Batch:
-    return random_batch(trio.plain, seed=1, images=(2, 0, 1))
-
-
 # The semantics table.
 
 

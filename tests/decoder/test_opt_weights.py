@@ -30,11 +30,6 @@ def stock() -> Any:
     return tiny_opt()
 
 
-@pytest.fixture
-def model(stock: Any) -> Any:
-    return fastskip.apply_(copy.deepcopy(stock))
-
-
 def groups(model: Any) -> list[list[nn.Linear]]:
     attentions = [layer.self_attn for layer in text_model_of(model).layers]
     return [[each.q_proj, each.k_proj, each.v_proj] for each in attentions]

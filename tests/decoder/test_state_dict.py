@@ -1,6 +1,5 @@
 """Merged parameters leave the model with storages of their own."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import fastskip
 from tests.merging import MOVES, groups, is_merged, logits
 from tests.models import tiny_llama
 
@@ -17,11 +15,6 @@ from tests.models import tiny_llama
 @pytest.fixture
 def stock() -> Any:
     return tiny_llama(attention_bias=True, mlp_bias=True)
-
-
-@pytest.fixture
-def model(stock: Any) -> Any:
-    return fastskip.apply_(copy.deepcopy(stock))
 
 
 def test_tensors_have_storages_of_their_own(stock: Any, model: Any) -> None:
