@@ -8,24 +8,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
+
+from benchmarks.gpu.inputs import SEVEN
 from fastskip.launches import decode_launches, prefill_launches
-from fastskip.plan import ModelShape, make_plan
+from fastskip.plan import make_plan
 from fastskip.policy import SkipPolicy
 
 TABLE = "nvidia-h200"
 BEGIN, END = "<!-- launches -->", "<!-- end of launches -->"
-LLAVA_7B = ModelShape(
-    depth=32,
-    hidden_size=4096,
-    ffn_size=11008,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    vocab_size=32064,
-    has_images=True,
-    dtype_bytes=2,
-    max_positions=4096,
-)
+LLAVA_7B = SEVEN.model_shape(torch.bfloat16)
 POLICIES = {
     "dense": SkipPolicy(),
     "every 2nd block skipped": SkipPolicy.preset("every_nth_block", interval=2),

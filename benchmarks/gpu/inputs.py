@@ -22,6 +22,7 @@ from fastskip.ops.contracts import (
     StepReach,
     Targets,
 )
+from fastskip.plan import ModelShape
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,21 @@ class Widths:
     @property
     def context(self) -> int:
         return self.n_image + self.n_text
+
+    def model_shape(self, dtype: torch.dtype, depth: int | None = None) -> ModelShape:
+        """The shape of a LLaVA with such a decoder; ``depth``: instead of all its layers."""
+        return ModelShape(
+            depth=self.layers if depth is None else depth,
+            hidden_size=self.hidden,
+            ffn_size=self.ffn,
+            num_heads=self.heads,
+            num_kv_heads=self.groups,
+            head_dim=self.head_dim,
+            vocab_size=self.vocabulary,
+            has_images=True,
+            dtype_bytes=dtype.itemsize,
+            max_positions=4096,
+        )
 
 
 def text_before(n_text: int) -> int:

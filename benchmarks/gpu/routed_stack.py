@@ -31,7 +31,7 @@ from fastskip.ops.bodies import bodies_on
 from fastskip.ops.contracts import Activation
 from fastskip.ops.graphs import capture
 from fastskip.ops.overlap import Overlap, overlapping
-from fastskip.plan import ModelShape, SkipPlan, make_plan
+from fastskip.plan import SkipPlan, make_plan
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.routing import build_routers
 from fastskip.tokens import CODES, TokenLayout
@@ -54,18 +54,7 @@ class Stack:
             from fastskip.ops import compiled
 
             self._ops = compiled
-        self._shape = ModelShape(
-            depth=depth,
-            hidden_size=widths.hidden,
-            ffn_size=widths.ffn,
-            num_heads=widths.heads,
-            num_kv_heads=widths.groups,
-            head_dim=widths.head_dim,
-            vocab_size=widths.vocabulary,
-            has_images=True,
-            dtype_bytes=setting.dtype.itemsize,
-            max_positions=4096,
-        )
+        self._shape = widths.model_shape(setting.dtype, depth)
         self._weights = [self._layer() for _ in range(depth)]
         self._anchor = torch.zeros(16, dtype=setting.dtype, device=setting.device)
 
