@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from fastskip.decoder.fused.paged_cache import PagedCache
-from fastskip.generation.device_step import DeviceStep
+from fastskip.generation.device_step import DeviceStep, StepRequest
 from fastskip.generation.runtime import Runtime
 from fastskip.ops.allocate import to_device
 from fastskip.policy import Sublayer
@@ -63,9 +62,10 @@ class StepLogits:
         columns = max(cache.reserve, cache.columns + 1)
         step = self._step
         if step is None or columns > step.state.shape.slots:
-            step = self._step = self._runtime.steps.take(
-                self._model, self._runtime.fused_decoder, cache, columns=columns, chooses=False
+            asked = StepRequest(
+                self._model, self._runtime.fused_decoder, cache, columns, chooses=False
             )
+            step = self._step = self._runtime.steps.take(asked)
             step.state.load(cache, tokens, ())
         elif has_grown:
             step.state.load_pages(cache)
@@ -171,18 +171,17 @@ def decode_greedily(
     first = torch.argmax(logits, dim=-1)
     stops = to_device(torch.tensor(end.stops, dtype=first.dtype), first.device)
     transfer = _Transfer(first, ~torch.isin(first, stops))
-    find = partial(
-        runtime.steps.find,
+    asked = StepRequest(
         model,
         runtime.fused_decoder,
         cache,
         columns=max(cache.reserve, cache.columns + most),
+        chooses=True,
         stops=len(end.stops),
         pad=pad,
-        chooses=True,
     )
     # Overlaps with prefill. A missing step is captured later, so as not to delay the first token.
-    step = find() if most > 1 else None
+    step = runtime.steps.find(asked) if most > 1 else None
     if step is not None:
         step.state.load(cache, first, end.stops)
     tokens, continues = transfer.wait()
@@ -191,8 +190,7 @@ def decode_greedily(
     if not continues or most <= 1:
         return torch.cat((input_ids, first[:, None]), dim=1)
     if step is None:
-        step = find(makes=True)
-        assert step is not None
+        step = runtime.steps.take(asked)
         step.state.load(cache, first, end.stops)
     choice = step.state.choice
     steps = min(most - 1, runtime.decoder.room(cache))

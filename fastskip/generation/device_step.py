@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -149,6 +149,39 @@ class DeviceStep:
             h.copy_(positions.embed(self._embedding(choice.tokens), choice.positions))
 
 
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """The step that a call wants.
+
+    Batch and columns are rounded up, so that a few steps serve all calls.
+
+    Attributes:
+        cache: its batch is the step's.
+        columns: how many there will be in all.
+        stops: how many tokens end a sequence.
+        pad: what a finished sequence yields.
+        chooses: the device picks the greedy token.
+    """
+
+    model: Any
+    decoder: FusedDecoder
+    cache: PagedCache
+    columns: int
+    chooses: bool
+    stops: int = 0
+    pad: int = 0
+
+
+class _StepKey(NamedTuple):
+    """What a step has baked in, besides the model; ``depth``: of the call, among nested ones."""
+
+    shape: StepShape
+    positions: int
+    chooses: bool
+    manner: Manner
+    depth: int
+
+
 class DeviceSteps:
     """The steps of one model that are ready to run; the least recently used is evicted first.
 
@@ -160,7 +193,7 @@ class DeviceSteps:
         self.guarding = Guarding.EARLY_EXIT
         self.overlap = Overlap.START
         self.halves = False
-        self._steps: Graphs[tuple[object, ...], DeviceStep] = Graphs(KEPT)
+        self._steps: Graphs[_StepKey, DeviceStep] = Graphs(KEPT)
         self._depth = 0
 
     @contextmanager
@@ -174,73 +207,61 @@ class DeviceSteps:
             yield
         finally:
             with on_host():
-                for (*_, depth), step in self._steps.items():
-                    if depth == self._depth and step.state.is_loaded:
+                for key, step in self._steps.items():
+                    if key.depth == self._depth and step.state.is_loaded:
                         step.state.unload()
             self._depth -= 1
 
-    def take(self, *asked: Any, **options: Any) -> DeviceStep:
-        """As ``find``; makes the step if it is missing."""
-        found = self.find(*asked, **options, makes=True)
-        assert found is not None
-        return found
+    def find(self, asked: StepRequest) -> DeviceStep | None:
+        """The step that was asked for, if it was made before."""
+        return self._steps.get(self._key(asked))
 
-    def find(
-        self,
-        model: Any,
-        decoder: FusedDecoder,
-        cache: PagedCache,
-        *,
-        columns: int,
-        stops: int = 0,
-        pad: int = 0,
-        chooses: bool,
-        makes: bool = False,
-    ) -> DeviceStep | None:
-        """The step for the cache's batch and up to ``columns`` columns in all, if there is one;
-        ``makes``: makes it if it is missing.
+    def take(self, asked: StepRequest) -> DeviceStep:
+        """The step that was asked for; makes it if it is missing."""
+        key, decoder = self._key(asked), asked.decoder
+        found = self._steps.get(key)
+        if found is not None:
+            return found
+        return self._steps.make(
+            key,
+            decoder.anchor.device,
+            lambda pool: DeviceStep(
+                asked.model,
+                decoder,
+                key.shape,
+                decoder.positions.rotation(key.positions, decoder.anchor),
+                pool,
+                chooses=key.chooses,
+                manner=key.manner,
+                bodies=self._bodies_for(decoder, key.shape),
+            ),
+        )
 
-        Batch and columns are rounded up, so that a few steps serve all calls.
-        """
+    def _key(self, asked: StepRequest) -> _StepKey:
+        """What the step has baked in; drops all steps if the model has changed since."""
+        model, decoder, seen = asked.model, asked.decoder, asked.cache.seen
         # Everything that a graph bakes in.
         around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
         version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
         self._steps.renew(version)
         # Rounded up generously, since every size needs its own capture.
-        slots = max(SLOTS, power_of_two(columns))
+        slots = max(SLOTS, power_of_two(asked.columns))
         shape = StepShape(
-            batch=bucket(cache.seen.batch),
+            batch=bucket(seen.batch),
             slots=slots,
-            stops=bucket(stops) if stops else 0,
-            pad=pad,
+            stops=bucket(asked.stops) if asked.stops else 0,
+            pad=asked.pad,
         )
         # Positions given by a caller may run ahead of columns.
-        ahead = max(0, int(cache.seen.next_places().max()) - cache.columns)
+        ahead = max(0, int(seen.next_places().max()) - asked.cache.columns)
         positions = power_of_two(max(slots + ahead, decoder.plan.shape.max_positions))
-        bodies = self._bodies_for(decoder, shape)
+        has_bodies = self._bodies_for(decoder, shape) is not None
         manner = Manner(
-            guarding=Guarding.EARLY_EXIT if bodies is None else self.guarding,
+            guarding=self.guarding if has_bodies else Guarding.EARLY_EXIT,
             overlap=self.overlap if can_overlap(decoder.anchor.device) else Overlap.NONE,
             halves=self.halves,
         )
-        key = (shape, positions, chooses, manner, self._depth)
-        step = self._steps.get(key)
-        if step is not None or not makes:
-            return step
-        return self._steps.make(
-            key,
-            decoder.anchor.device,
-            lambda pool: DeviceStep(
-                model,
-                decoder,
-                shape,
-                decoder.positions.rotation(positions, decoder.anchor),
-                pool,
-                chooses=chooses,
-                manner=manner,
-                bodies=bodies,
-            ),
-        )
+        return _StepKey(shape, positions, asked.chooses, manner, self._depth)
 
     def _bodies_for(self, decoder: FusedDecoder, shape: StepShape) -> Bodies | None:
         is_wanted = self.guarding is not Guarding.EARLY_EXIT and bool(decoder.plan.routed)

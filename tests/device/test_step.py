@@ -22,7 +22,7 @@ from fastskip.decoder.fused.step_state import StepState
 from fastskip.decoder.fused.steps import run_steps
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
-from fastskip.generation.device_step import KEPT, DeviceStep, bucket
+from fastskip.generation.device_step import KEPT, DeviceStep, StepRequest, bucket
 from fastskip.generation.runtime import Runtime
 from fastskip.kernels import overlap
 from fastskip.ops.contracts import PAGE
@@ -70,9 +70,8 @@ def fill(model: Any, batch: Batch) -> PagedCache:
 def take(model: Any, cache: PagedCache, columns: int = 1, **options: Any) -> DeviceStep:
     runtime = runtime_of(model)
     runtime.decoder.refresh(wants_gradient=False)
-    return runtime.steps.take(
-        model, runtime.fused_decoder, cache, columns=columns, chooses=True, **options
-    )
+    asked = StepRequest(model, runtime.fused_decoder, cache, columns, chooses=True, **options)
+    return runtime.steps.take(asked)
 
 
 def kept(model: Any) -> list[DeviceStep]:
