@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastskip.decoder.entries import SlotMap
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.routes import DeviceRoutes
 from fastskip.decoder.layer import Block
 from fastskip.decoder.plain_forward import ForwardOptions
 from fastskip.decoder.positions import Positions
 from fastskip.decoder.removing import RemainingRows, may_leave
+from fastskip.decoder.slot_map import SlotMap
 from fastskip.plan import SkipPlan
 from fastskip.routing import Decisions
 from fastskip.tokens import TokenLayout
