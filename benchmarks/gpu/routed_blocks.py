@@ -1,4 +1,5 @@
-"""What a guarded block costs that runs or is skipped: the cell ``routing.blocks``."""
+"""What a guarded block costs that runs, and one that is skipped, with early exits, IF nodes and
+loops: the cell ``routing.blocks``."""
 
 from __future__ import annotations
 

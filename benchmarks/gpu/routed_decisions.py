@@ -1,4 +1,8 @@
-"""Whether routed runs are correct: the cell ``routing.decisions``."""
+"""Whether routed runs are correct: the cell ``routing.decisions``.
+
+Routers must decide on the device what the torch form decides, and logits must be those of the
+masked dense computation.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Skips that routers decide on the device, against static plans that skip as much.
-
-``decisions``: correctness. Routers must decide on the device what the torch form decides, and
-logits must be those of the masked dense computation. ``blocks``: the cost of a guarded block that
-runs and of one that is skipped, with early exits, IF nodes and loops. ``7b``: whole models.
+"""Skips that routers decide on the device: whole models against static plans that skip as much.
 
 Decisions are drawn at random at a given rate: a draw takes no product and needs no learned weights.
 A linear router, which reads one more vector per layer, and a similarity router, which looks at what
