@@ -50,7 +50,7 @@ class RoutedPlan:
         for index in plan.routed_by_layer:
             for ruling in rulings_of(plan, plan.layers[index], every):
                 self.rulings.setdefault((index, ruling.point), []).append(ruling)
-        self._even: dict[tuple[int, frozenset[int]], LayerPlan | None] = {}
+        self._forms: dict[tuple[int, frozenset[int]], LayerPlan | None] = {}
 
     def is_of(self, plan: SkipPlan, routers: Sequence[Router]) -> bool:
         return self.plan is plan and self.routers is routers
@@ -59,15 +59,15 @@ class RoutedPlan:
         """A layer as a static plan would have it if the rules ``skipping`` let all of their rows
         skip; ``None`` if what it copies depends on which rows left entries in lower layers."""
         key = layer, skipping
-        if key not in self._even:
+        if key not in self._forms:
             found = self.plan.layer_when(layer, skipping)
             is_uneven = any(
                 self.plan.layers[cell.kv_source].hollow
                 for cell in found.cells.values()
                 if cell.kv_source is not None
             )
-            self._even[key] = None if is_uneven else found
-        return self._even[key]
+            self._forms[key] = None if is_uneven else found
+        return self._forms[key]
 
 
 class RoutedRows:

@@ -58,9 +58,9 @@ class DeviceRoutes:
         ]
         self._end = max(looking, default=-1)
         self._ran = self._ran_guards() if looking else {}
-        rows = self._rows()
-        self.flags = torch.zeros(len(rows), count, dtype=torch.int32, device=device)
-        self._home = dict(zip(map(id, rows), self.flags.unbind(), strict=True))
+        guards = self._all_guards()
+        self.flags = torch.zeros(len(guards), count, dtype=torch.int32, device=device)
+        self._runs_by_guard = dict(zip(map(id, guards), self.flags.unbind(), strict=True))
         self._homes = homes or Homes(self.flags, {})
         known = self._homes.rows
         self._apart = [
@@ -70,7 +70,7 @@ class DeviceRoutes:
         ]
         numbers = [known[guard.layer] for guard in self._apart]
         for guard, number in zip(self._apart, numbers, strict=True):
-            self._home[id(guard)] = self._homes.flags[number]
+            self._runs_by_guard[id(guard)] = self._homes.flags[number]
         self._apart_rows = torch.tensor(numbers, dtype=torch.int64, device=device)
         self.trace = None
         if looking:
@@ -83,7 +83,7 @@ class DeviceRoutes:
 
     def reset(self) -> None:
         """Sets every flag to what the plan says."""
-        rows = [self._flags_of(guard.running) for guard in self._rows()]
+        rows = [self._flags_of(guard.running) for guard in self._all_guards()]
         if rows:
             torch.stack(rows, out=self.flags)
         if self._apart:
@@ -94,7 +94,7 @@ class DeviceRoutes:
         """``[n]``: which rows run a sublayer; ``None`` if no router decides on it."""
         for guard in self.guards:
             if guard.layer == layer and sublayer in guard.sublayers:
-                return self._row(guard)
+                return self._runs(guard)
         return None
 
     def answers(self) -> dict[tuple[int, Sublayer], tuple[Tensor, Tensor]]:
@@ -104,7 +104,7 @@ class DeviceRoutes:
             asked = self._flags_of(
                 frozenset().union(*(ruling.classes for ruling in guard.rulings))
             ).bool()
-            skipped = asked & ~self._row(guard).bool()
+            skipped = asked & ~self._runs(guard).bool()
             found |= {(guard.layer, sublayer): (skipped, asked) for sublayer in guard.sublayers}
         return found
 
@@ -115,7 +115,7 @@ class DeviceRoutes:
             move, ran = self._move(step)
         verdicts = [
             self._verdict(guard, ruling)
-            for guard in self._rows()
+            for guard in self._all_guards()
             if guard.layer in step
             for ruling in guard.rulings
             if ruling.point is point
@@ -129,11 +129,11 @@ class DeviceRoutes:
     def decision_on(self, layer: int) -> tuple[Terms, Tensor] | None:
         """The terms of the only decision on a layer, if that is one on the whole block before it
         begins, and its flags ``[n]``; else ``None``."""
-        own = [guard for guard in self._rows() if guard.layer == layer]
+        own = [guard for guard in self._all_guards() if guard.layer == layer]
         if len(own) != 1 or own[0].sublayers != frozenset(Sublayer) or len(own[0].rulings) != 1:
             return None
         (ruling,) = own[0].rulings
-        return self._terms_of(ruling.number, layer), self._row(own[0])
+        return self._terms_of(ruling.number, layer), self._runs(own[0])
 
     def _move(self, step: tuple[int, ...]) -> tuple[Move, list[Tensor]]:
         if self.trace is None or self._start is None:
@@ -147,9 +147,9 @@ class DeviceRoutes:
         changed = doing(before) & self._present
         if not changed:  # it changed no row, so there is nothing to measure
             return Move.NONE, []
-        ran = [self._row(guard) for guard in self._ran.get(before.index, ())]
+        ran = [self._runs(guard) for guard in self._ran.get(before.index, ())]
         ran += [
-            self._row(guard)
+            self._runs(guard)
             for guard in self.guards
             if guard.layer == before.index and changed <= guard.running
         ]
@@ -175,7 +175,7 @@ class DeviceRoutes:
     def _verdict(self, guard: Guard, ruling: Ruling) -> Verdict:
         terms = self._terms_of(ruling.number, guard.layer)
         given = {field.name: getattr(terms, field.name) for field in fields(Terms)}
-        return Verdict(**given, runs=self._row(guard), candidates=self._flags_of(ruling.classes))
+        return Verdict(**given, runs=self._runs(guard), candidates=self._flags_of(ruling.classes))
 
     def _terms_of(self, number: int, layer: int) -> Terms:
         found = self._terms.get((number, layer))
@@ -189,11 +189,13 @@ class DeviceRoutes:
         router = self._routers[number]
         return isinstance(router, ScoreRouter) and router.needs_trace
 
-    def _rows(self) -> list[Guard]:
+    def _all_guards(self) -> list[Guard]:
+        """In the order of ``flags``."""
         return [*self.guards, *(guard for own in self._ran.values() for guard in own)]
 
-    def _row(self, guard: Guard) -> Tensor:
-        return self._home[id(guard)]
+    def _runs(self, guard: Guard) -> Tensor:
+        """``[n]``: the guard's flags, wherever they are kept."""
+        return self._runs_by_guard[id(guard)]
 
 
 def merged(routes: Sequence[Route | None]) -> Route | None:
