@@ -280,7 +280,13 @@ class RoutedRows:
             self._attended,
         )
         where = f"router {self._rule(ruling).kind!r} in layer {ruling.layer}"
-        decision = _checked(router.decide(context), within.count, where)
+        try:
+            answer = router.decide(context)
+        except Exception as error:
+            if self._rule(ruling).is_plug_in:  # the built-in ones name themselves
+                error.add_note(f"raised by {where}")
+            raise
+        decision = _checked(answer, within.count, where)
         skipped, among = self._no_rows.copy(), self._no_rows.copy()
         if decision.factor is not None:
             self._scale(ruling, rows, decision.factor, h)
@@ -376,15 +382,18 @@ def _checked(decision: Any, count: int, where: str) -> Decision:
     """A router's answer about ``count`` candidates; ``where`` names the router."""
     if not isinstance(decision, Decision):
         raise RouterError(f"{where}: returned {type(decision).__name__}; allowed: a Decision")
-    skip = decision.skip
+    skip, factor = decision.skip, decision.factor
     if not isinstance(skip, Tensor) or skip.dtype != torch.bool or tuple(skip.shape) != (count,):
-        got = (
-            f"{skip.dtype} {list(skip.shape)}" if isinstance(skip, Tensor) else type(skip).__name__
-        )
-        raise RouterError(f"{where}: Decision.skip is {got}; allowed: bool [{count}]")
-    factor = decision.factor
-    if factor is not None and factor.shape != skip.shape:
-        raise RouterError(f"{where}: Decision.factor is {list(factor.shape)}; allowed: [{count}]")
+        raise RouterError(f"{where}: Decision.skip is {_form(skip)}; allowed: bool [{count}]")
+    if factor is not None and not (isinstance(factor, Tensor) and factor.shape == skip.shape):
+        allowed = f"a tensor [{count}]"
+        raise RouterError(f"{where}: Decision.factor is {_form(factor)}; allowed: {allowed}")
     if not isinstance(decision.scope, Scope):
         raise RouterError(f"{where}: Decision.scope is {decision.scope!r}; allowed: a Scope")
     return decision
+
+
+def _form(value: Any) -> str:
+    """What a value is, in an error: dtype and shape of a tensor, else its type."""
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {list(value.shape)}" if is_tensor else type(value).__name__

@@ -8,7 +8,7 @@ it returns a ``Router``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fastskip.policy import PolicyError, RouterRule, SkipPolicy, select_layers
@@ -31,8 +31,10 @@ def build_routers(
         depth, hidden_size: those of the model, which learned weights must fit.
         given: plug-in routers by name; they take precedence over installed ones.
     Raises:
-        PolicyError: a plug-in is unknown or not a router, or weights do not fit.
+        PolicyError: a plug-in is unknown, fails or is not a router, or weights do not fit.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise PolicyError("routers", given, "a dict of routers by name")
     plug_ins = dict(given or {})
     names = {rule.kind for rule in policy.routers if rule.is_plug_in}
     if unused := sorted(plug_ins.keys() - names):
@@ -75,11 +77,28 @@ def _plug_in(rule: RouterRule, field: str, given: Mapping[str, Any]) -> Router:
         problem = f"no plug-in {rule.kind!r} is given or installed"
         allowed = f"one of {names}, or routers={{{rule.kind!r}: ...}}"
         raise PolicyError(f"{field}.kind", rule.kind, allowed, problem)
-    factory = installed[rule.kind].load()
-    return _checked(factory(dict(rule.options or {})), rule, field)
+    return _checked(_made(installed[rule.kind], rule, field), rule, field)
+
+
+def _made(point: EntryPoint, rule: RouterRule, field: str) -> Any:
+    """What an installed plug-in's factory makes of a rule's options."""
+    try:
+        factory = point.load()
+    except Exception as error:
+        problem = f"the plug-in {rule.kind!r} cannot be loaded ({type(error).__name__}: {error})"
+        raise PolicyError(f"{field}.kind", rule.kind, "one that imports", problem) from error
+    options = dict(rule.options or {})
+    try:
+        return factory(options)
+    except Exception as error:
+        problem = f"the factory of {rule.kind!r} failed ({type(error).__name__}: {error})"
+        raise PolicyError(f"{field}.options", options, "those it takes", problem) from error
 
 
 def _checked(router: Any, rule: RouterRule, field: str) -> Router:
+    if isinstance(router, type):
+        problem = f"{rule.kind!r} is the class {router.__name__}"
+        raise PolicyError(f"{field}.kind", rule.kind, "an instance of it", problem)
     if not callable(getattr(router, "decide", None)):
         problem = f"{rule.kind!r} is a {type(router).__name__} without decide(context)"
         raise PolicyError(f"{field}.kind", rule.kind, "a fastskip.Router", problem)

@@ -243,6 +243,8 @@ def test_states_live_as_long_as_they_say(trio: Trio, batch: Batch) -> None:
         (lambda c: Decision(torch.zeros(len(c.columns))), r"float32.*allowed: bool"),
         (lambda c: Decision(torch.zeros(1, dtype=torch.bool)), r"bool \[1\].*allowed: bool \["),
         (lambda c: Decision(nobody(c).skip, cast(Any, "rest")), "scope is 'rest'"),
+        (lambda c: Decision(nobody(c).skip, factor=cast(Any, [1.0])), r"factor is list.*\["),
+        (lambda c: Decision(nobody(c).skip, factor=torch.ones(1)), r"factor is .*\[1\].*\["),
     ],
 )
 def test_answers_are_checked(
@@ -252,6 +254,12 @@ def test_answers_are_checked(
         run(trio, batch, routed(own([1])), Own(answer))
 
 
+def test_an_error_inside_names_the_router(trio: Trio, batch: Batch) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(trio, batch, routed(own([2])), Own(lambda _: 1 / 0))
+    assert caught.value.__notes__ == [f"raised by router '{NAME}' in layer 2"]
+
+
 def test_names_must_be_known(trio: Trio) -> None:
     with pytest.raises(PolicyError, match=r"routers\[0\].kind: no plug-in 'tests.own'"):
         fastskip.set_policy(trio.prepared, routed(own([1])))
@@ -259,9 +267,35 @@ def test_names_must_be_known(trio: Trio) -> None:
         fastskip.set_policy(trio.prepared, routed(), routers={NAME: Own(nobody)})
     with pytest.raises(PolicyError, match="without decide"):
         fastskip.set_policy(trio.prepared, routed(own([1])), routers={NAME: object()})  # type: ignore[dict-item]
+    with pytest.raises(PolicyError, match="is the class Own; allowed: an instance of it"):
+        fastskip.set_policy(trio.prepared, routed(own([1])), routers={NAME: cast(Any, Own)})
     with pytest.raises(PolicyError, match="options"):
         policy = routed(own([1], options={"a": 1}))
         fastskip.set_policy(trio.prepared, policy, routers={NAME: Own(nobody)})
+    for given in (Own(nobody), [Own(nobody)]):
+        with pytest.raises(PolicyError, match=r"routers: .*Own.*allowed: a dict of routers by"):
+            fastskip.set_policy(trio.prepared, routed(own([1])), routers=cast(Any, given))
+
+
+@dataclass
+class Point:
+    """An installed entry point; ``factory`` is what it loads, or the error of loading it."""
+
+    factory: Any
+    name: str = NAME
+
+    def load(self) -> Any:
+        if isinstance(self.factory, Exception):
+            raise self.factory
+        return self.factory
+
+
+def install(monkeypatch: pytest.MonkeyPatch, factory: Any) -> None:
+    def points(*, group: str) -> list[Point]:
+        assert group == ENTRY_POINTS
+        return [Point(factory)]
+
+    monkeypatch.setattr("fastskip.routing.registry.entry_points", points)
 
 
 def test_an_installed_plug_in_is_found(
@@ -269,20 +303,29 @@ def test_an_installed_plug_in_is_found(
 ) -> None:
     given: list[Mapping[str, Any]] = []
 
-    class Point:
-        name = NAME
+    def make(options: Mapping[str, Any]) -> Own:
+        given.append(options)
+        return Own(every_third)
 
-        def load(self) -> Callable[[Mapping[str, Any]], Own]:
-            def make(options: Mapping[str, Any]) -> Own:
-                given.append(options)
-                return Own(every_third)
-
-            return make
-
-    def points(*, group: str) -> list[Point]:
-        assert group == ENTRY_POINTS
-        return [Point()]
-
-    monkeypatch.setattr("fastskip.routing.registry.entry_points", points)
+    install(monkeypatch, make)
     check_forward(trio, routed(own([1], options={"k": [1]})), batch)
     assert given == [{"k": [1]}]
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (ModuleNotFoundError("No module named 'gone'"), r"kind: .*cannot be loaded \(Module.*gone"),
+        (lambda options: Own(options["rate"]), r"options: .*failed \(KeyError: 'rate'\)"),
+        (3, r"options: .*failed \(TypeError: 'int' object is not callable\)"),
+        (lambda _: Own, "kind: .*is the class Own"),
+    ],
+    ids=("not importable", "misses an option", "no factory", "returns a class"),
+)
+def test_an_installed_plug_in_that_fails_is_named(
+    trio: Trio, monkeypatch: pytest.MonkeyPatch, factory: Any, message: str
+) -> None:
+    install(monkeypatch, factory)
+    with pytest.raises(PolicyError, match=rf"routers\[0\].{message}") as caught:
+        fastskip.set_policy(trio.prepared, routed(own([1])))
+    assert NAME in str(caught.value)
