@@ -70,6 +70,11 @@ _LAZY = {
 _LAZY_MODULES = ("profiling",)
 
 
+def __dir__() -> list[str]:
+    """Names that are not loaded yet as well, so that prompts and editors complete them."""
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})
+
+
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 

@@ -366,6 +366,11 @@ def test_public_names() -> None:
         _ = fastskip.nothing
 
 
+def test_public_names_are_listed_before_they_are_loaded() -> None:
+    """So that a prompt completes them."""
+    run("import fastskip\nassert {*fastskip.__all__, 'profiling'} <= {*dir(fastskip)}")
+
+
 def test_modules_of_the_readme_come_when_they_are_named() -> None:
     run("import fastskip\nwith fastskip.profiling.ranges(): pass")
 
