@@ -283,6 +283,7 @@ def train(
     from fastskip.plotting import require
     from fastskip.prompts import processor_for
     from fastskip.study.training.curve import write_curve
+    from fastskip.study.training.loop import last_checkpoint
 
     require("loss curve", "train")
     processor = processor_for(path)
@@ -291,7 +292,13 @@ def train(
     loaded = load(path, chosen, dtype_for(model, dtype), device, impl=impl)
     about = {"model": path, "policy": plan_of(loaded).policy.name, "parts": parts.value}
     rounds = ROUNDS if compare_dense is None and parts is not Parts.ROUTERS else compare_dense or 0
-    done = run(loaded, processor, learned, measured, out, settings, masks, rounds)
+    try:
+        done = run(loaded, processor, learned, measured, out, settings, masks, rounds)
+    except KeyboardInterrupt:
+        kept = last_checkpoint(out)
+        if kept is not None:
+            typer.echo(f"stopped; {kept} is kept, --resume continues it", err=True)
+        raise
     report, trained = about | done.report, done.trained
     saved = out / (ADAPTERS if parts is Parts.LORA and not merge else MODEL)
     trained.save(saved, processor, merge=merge)
@@ -351,13 +358,15 @@ def _check(
 
 def _check_out(out: Path, resume: bool) -> None:
     """Rejects a folder that cannot be written or holds another run, before the work starts."""
-    from fastskip.study.training.loop import last_checkpoint
+    from fastskip.study.training.loop import CHECKPOINTS, last_checkpoint
 
     check_folder("--out", out)
     has_checkpoints = last_checkpoint(out) is not None
-    for name in (MODEL, ADAPTERS, REPORT):
-        if (out / name).exists() and not (resume and has_checkpoints):
-            allowed = "another folder"
-            if has_checkpoints:
-                allowed += ", or --resume to continue it"
-            raise CommandError(f"--out {out}: holds {name} of an earlier run; allowed: {allowed}")
+    found = [name for name in (MODEL, ADAPTERS, REPORT) if (out / name).exists()]
+    if has_checkpoints:
+        found.append(CHECKPOINTS)
+    if found and not (resume and has_checkpoints):
+        allowed = "another folder"
+        if has_checkpoints:
+            allowed += ", or --resume to continue it"
+        raise CommandError(f"--out {out}: holds {found[0]} of an earlier run; allowed: {allowed}")

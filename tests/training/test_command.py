@@ -188,6 +188,32 @@ def test_a_finished_run_is_not_overwritten(folder: Path, tmp_path: Path) -> None
     assert (tmp_path / "report.json").read_bytes() == before
 
 
+def test_a_run_that_was_cut_off_says_how_it_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, then the same command again: the way on is told before anything loads."""
+    data = ("--data", folder / "good.jsonl", "--compare-dense", 0, "--save-every", 1)
+
+    def stop(bar: Any, count: float) -> None:
+        if bar.n or count > 1:
+            raise KeyboardInterrupt
+        bar.n += count
+
+    monkeypatch.setattr("fastskip.commands.train_run.tqdm.update", stop)
+    result = run(*options(folder, tmp_path, *data))
+    assert result.exit_code == 130
+    kept = f"{tmp_path}/checkpoints/checkpoint-1"
+    assert f"stopped; {kept} is kept, --resume continues it" in result.stderr.splitlines()
+    monkeypatch.undo()
+    result = run(*options(folder, tmp_path, *data))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    allowed = "another folder, or --resume to continue it"
+    assert f"--out {tmp_path}: holds checkpoints of an earlier run; allowed: {allowed}" in (
+        result.stderr
+    )
+    assert "2 steps, " in succeed(*options(folder, tmp_path, *data, "--resume")).stdout
+
+
 def test_halves_are_warned_of_once(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
