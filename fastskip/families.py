@@ -109,6 +109,9 @@ def check_config(config: Any) -> None:
         _check_opt(config, text)
     if getattr(text, "is_causal", True) is False:
         raise UnsupportedModelError("is_causal", False, "True: a causal decoder")
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if getattr(text, name) < 1:
+            raise UnsupportedModelError(name, getattr(text, name), "1 or more")
     if _deep_layers(config) >= text.num_hidden_layers:
         raise UnsupportedModelError(
             "vision_config.deepstack_visual_indexes",

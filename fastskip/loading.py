@@ -110,14 +110,8 @@ def load_model(
     }
     path = os.fspath(model_id_or_path)
     _check_place(path)
+    check_whole(path)
     config = from_pretrained_kwargs.pop("config", None)
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise UnsupportedModelError(
-            "model",
-            path,
-            "whole checkpoints (load an adapter with peft.PeftModel.from_pretrained("
-            "load_model(BASE), FOLDER), or merge it into the weights with fastskip train --merge)",
-        )
     if config is None:
         config = transformers.AutoConfig.from_pretrained(path, **hub)
     check_config(config)
@@ -131,6 +125,17 @@ def load_model(
     model = load_unprepared(path, config, target, layout=layout, **options)
     convert_(model, weights)
     return apply_(model, chosen, impl=impl, attention=attention, routers=routers)
+
+
+def check_whole(path: str) -> None:
+    """Raises ``UnsupportedModelError`` for a folder of adapters."""
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise UnsupportedModelError(
+            "model",
+            path,
+            "whole checkpoints (load an adapter with peft.PeftModel.from_pretrained("
+            "load_model(BASE), FOLDER), or merge it into the weights with fastskip train --merge)",
+        )
 
 
 def load_unprepared(

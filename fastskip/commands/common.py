@@ -1,5 +1,6 @@
 """What the subcommands share: options, checkpoints, devices and policies by name."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -161,8 +162,10 @@ def reading(model: str) -> Iterator[None]:
     allowed = "a folder or hub checkpoint with config and weights"
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         reason = str(error).strip().partition("\n")[0].removesuffix(".")
+        if isinstance(error, json.JSONDecodeError):  # which does not say what was read
+            reason = f"one of its JSON files is broken ({reason})"
         raise CommandError(f"--model {model}: {reason}; allowed: {allowed}") from error
     except (RuntimeError, ValueError) as error:
         if not _UNFIT.search(str(error)):
@@ -177,13 +180,20 @@ def config_of(model: str) -> Any:
     from transformers import AutoConfig
 
     from fastskip.families import check_config
+    from fastskip.loading import check_whole
 
+    check_whole(model)
     with reading(model):
         try:
             config = AutoConfig.from_pretrained(model)
+        except OSError:
+            raise
         except ValueError as error:
             # raised if config.json has no model type, or one that transformers does not know
             raise OSError(error) from error
+        except Exception as error:
+            # values that do not fit, for which transformers has no type of its own
+            raise OSError(f"config.json: {' '.join(str(error).split())}") from error
     check_config(config)
     return config
 

@@ -606,6 +606,46 @@ def test_weights_that_do_not_fit_are_the_checkpoints_fault(
     assert f"--model {broken}: weights do not fit config.json" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"num_hidden_layers": "two"}, "'num_hidden_layers' expected int, got str"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not supported; supported: 1 or more"),
+        ({"hidden_size": -32}, "hidden_size: -32 is not supported; supported: 1 or more"),
+    ],
+)
+def test_values_of_a_config_are_checked(
+    changed: dict[str, Any], message: str, text_only: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(text_only, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | changed))
+    for command in (("plan",), ("generate", "-q", "hi")):
+        result = run(*command, "-m", broken)
+        assert (result.exit_code, result.stdout) == (2, ""), result.exception
+        assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_cut_off_index_is_the_checkpoints_fault(text_only: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(text_only, tmp_path / "broken")
+    (broken / "model.safetensors").rename(broken / "model-00001-of-00001.safetensors")
+    (broken / "model.safetensors.index.json").write_text('{"weight_map": {')
+    result = run("generate", "-m", broken, "-q", "hi", "-p", "dense")
+    assert result.exit_code == 2, result.exception
+    assert f"--model {broken}: one of its JSON files is broken (Expecting" in result.stderr
+
+
+@pytest.mark.parametrize("command", (("plan",), ("generate", "-q", "hi"), ("bench",)))
+def test_a_folder_of_adapters_says_how_they_are_used(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    result = run(*command, "-m", tmp_path)
+    assert result.exit_code == 2, result.exception
+    assert "whole checkpoints (" in result.stderr and "--merge" in result.stderr
+
+
 def test_a_narrow_terminal_shows_whole_names() -> None:
     narrow = {"COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1"}
     text = CliRunner().invoke(app, ["policies"], env=narrow).stdout
