@@ -85,7 +85,7 @@ def train(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="LLaVA conversations as JSON lines; see above.",
+            help="LLaVA conversations as JSON lines, or as one array; see above.",
             show_default=False,
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Conversations about images, as objects or in LLaVA's JSON Lines format: for training or judging.
+"""Conversations about images, as objects or in LLaVA's JSON format: for training or judging.
 
 A row is ``{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value":
 "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}``: one or more turns, with one
@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL.Image import Image
 
@@ -25,6 +25,8 @@ _ALLOWED = (
     '{"from": "gpt", "value": "A cat."}]}, where image is optional and may be a list'
 )
 PLACEHOLDER = "<image>"
+_BEGINNING = 64
+"""How many bytes of a file tell whether it holds an array."""
 
 
 class DataError(ValueError):
@@ -74,9 +76,10 @@ class Example:
 
 
 class JsonLines(Sequence[Example]):
-    """The rows of a JSON Lines file, read on access.
+    """The rows of a JSON Lines file, or of a file that holds one JSON array.
 
-    The file is scanned once to check every row; only the rows' offsets are kept in memory.
+    The file is scanned once to check every row. Lines are read again on access, so that only their
+    offsets are kept in memory; an array is kept whole.
 
     Attributes:
         broken: what is wrong with the rows that were left out.
@@ -104,7 +107,8 @@ class JsonLines(Sequence[Example]):
             raise DataError(f"images: {self._images} is not a folder; allowed: an existing folder")
         try:
             with self._path.open("rb") as file:
-                self._scan(file, skip_broken)
+                self._array = self._read_array(file)
+                self._scan(file if self._array is None else self._array, skip_broken)
         except OSError as error:
             raise DataError(f"{self._path}: {error}; allowed: a JSON Lines file") from error
         if not self._offsets:
@@ -117,13 +121,28 @@ class JsonLines(Sequence[Example]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
+        number = self._numbers[index]
+        if self._array is not None:
+            return self._example(self._array[number - 1], number)
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
-            return self._example(file.readline(), self._numbers[index])
+            return self._example(file.readline(), number)
 
-    def _scan(self, file: Any, skip_broken: bool) -> None:
+    def _read_array(self, file: BinaryIO) -> list[bytes] | None:
+        """The entries of an array, as lines would hold them; ``None`` if the file is none."""
+        is_array = file.read(_BEGINNING).lstrip()[:1] == b"["
+        file.seek(0)
+        if not is_array:
+            return None
+        try:
+            return [json.dumps(entry).encode() for entry in json.load(file)]
+        except (ValueError, RecursionError) as error:
+            allowed = f"one array, or one object a line: {_ALLOWED}"
+            raise DataError(f"{self._path}: not JSON ({error}); allowed: {allowed}") from error
+
+    def _scan(self, lines: Iterable[bytes], skip_broken: bool) -> None:
         offset, seen = 0, hashlib.sha256()
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
                     self._check_files(self._example(line, number))
@@ -139,12 +158,11 @@ class JsonLines(Sequence[Example]):
         self.fingerprint = seen.hexdigest()
 
     def _example(self, line: bytes, number: int) -> Example:
-        where = f"{self._path}, line {number}"
+        where = f"{self._path}, {'line' if self._array is None else 'entry'} {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            hint = " (a JSON array? one object per line is needed)" if line[:1] == b"[" else ""
-            raise DataError(f"{where}: not JSON ({error}){hint}; allowed: {_ALLOWED}") from error
+            raise DataError(f"{where}: not JSON ({error}); allowed: {_ALLOWED}") from error
         return example_of(row, self._images, where)
 
     @staticmethod

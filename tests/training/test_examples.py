@@ -88,6 +88,27 @@ def test_rows(folder: Path) -> None:
     assert [example.where for example in data[1:]] == [data[1].where, data[2].where]
 
 
+@pytest.mark.parametrize("indent", (None, 2))
+def test_one_array(folder: Path, indent: int | None) -> None:
+    """As LLaVA's own files are: the same rows, in the same order."""
+    lines = JsonLines(write(folder, *GOOD), folder / "images")
+    path = folder / "train.json"
+    path.write_text(json.dumps(GOOD, indent=indent))
+    data = JsonLines(path, folder / "images")
+    assert [(each.turns, each.images) for each in data] == [
+        (each.turns, each.images) for each in lines
+    ]
+    assert data[-1].where.endswith("train.json, entry 3")
+    path.write_text(json.dumps([GOOD[0], {"image": "a.png"}, GOOD[1]], indent=indent))
+    with pytest.raises(DataError, match=r"train\.json, entry 2: conversations: None"):
+        JsonLines(path, folder / "images")
+    data = JsonLines(path, folder / "images", skip_broken=True)
+    assert len(data.broken) == 1 and data[1].where.endswith("entry 3")
+    path.write_text(json.dumps(GOOD, indent=indent)[:-9])
+    with pytest.raises(DataError, match=r"train\.json: not JSON .*allowed: one array, or one"):
+        JsonLines(path, folder / "images", skip_broken=True)
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_row_is_named(folder: Path, name: str) -> None:
     row, message = BROKEN[name]
