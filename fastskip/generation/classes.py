@@ -83,9 +83,10 @@ def _has_features(inputs: Mapping[str, Any]) -> bool:
 
 
 def _tells_images_apart(plan: SkipPlan) -> bool:
-    """Whether the plan puts image and text rows in different groups."""
+    """Whether the plan removes image rows, or puts them and text rows in different groups."""
     both = {TokenClass.IMAGE, TokenClass.TEXT}
-    return both <= set(plan.classes) and not any(both <= group for group in plan.groups)
+    are_alike = any(both <= group for group in plan.groups)
+    return both <= set(plan.classes) and (bool(plan.removals) or not are_alike)
 
 
 def _named(classes: Sequence[TokenClass]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.tokens import CODES, PAD, Rows, TokenLayout, add, add_
 from tests.models import tiny_llama, tiny_llava
 from tests.policies import Policy, policy_of, skip
+from tests.removals.removing import removal, removing
 
 IMAGE, TEXT, GENERATED = TokenClass
 GROUPINGS: tuple[tuple[frozenset[TokenClass], ...], ...] = (
@@ -202,6 +203,16 @@ def test_embeddings_alone() -> None:
         codes_of(APART, inputs_embeds=embeddings)
     # Rows that are all generated leave nothing open.
     assert names(codes_of(APART, inputs_embeds=embeddings, prompt_columns=0))[0] == "gggg"
+
+
+def test_embeddings_alone_where_image_rows_are_removed() -> None:
+    """Without classes no row would be removed: a dense run that nobody asked for."""
+    embeddings, policy = torch.zeros(2, 4, 8), removing(removal(1, "attention"))
+    with pytest.raises(TypeError, match="token_classes: needed with inputs_embeds"):
+        codes_of(policy, inputs_embeds=embeddings)
+    given: Any = {"inputs_embeds": embeddings, "token_classes": [["image"] * 4] * 2}
+    assert names(codes_of(policy, **given)) == ["iiii", "iiii"]
+    assert names(codes_of(policy, inputs_embeds=embeddings, prompt_columns=0))[0] == "gggg"
 
 
 def test_given_classes() -> None:
