@@ -65,7 +65,7 @@ def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget:
     if best is not None:
         return (
             f"Take {best.name!r}: {_points(best)} from dense on {counted(items, 'held-out item')}, "
-            f"within the budget ({budget}); the rule: {RULE}.{_caution(best, items)}"
+            f"within the budget ({budget}).{_caution(best, items)} The rule: {RULE}."
         )
     within = [each for each in candidates if each.source != "dense" and each.keeps_budget]
     if not within:

@@ -54,6 +54,9 @@ def test_few_items_and_wide_intervals_are_told() -> None:
     assert "rely" not in said(LEVEL, 100) and "rely" not in said(same, 500)
     assert "rely on it yet: a loss of 100.0 points is not ruled out; judge it" in said(wide, 500)
     assert "rely on it yet: 99 items can only show large differences; judge" in said(same, 99)
+    # The caution follows the advice at once, before how the advice was arrived at.
+    text = said(wide, 500)
+    assert text.index("Do not rely") < text.index("The rule: of the candidates")
     text = said(wide, 1)
     assert "on 1 held-out item, within" in text
     assert "1 item can only show large differences and a loss of 100.0 points is not" in text
