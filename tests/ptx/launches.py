@@ -74,7 +74,9 @@ class Compiler:
         at_once = max(THREADS // program.threads, 1)
         for first in range(0, len(blocks), at_once):
             part = blocks[first : first + at_once]
-            Machine(program, HANDLERS, values, (x, y, z), part, made.shared).run()
+            # Races are the same in all blocks, and looking for them takes most of the time.
+            watches = first == 0
+            Machine(program, HANDLERS, values, (x, y, z), part, made.shared, watches).run()
 
 
 def ptx_of(build: Build) -> tuple[str, int]:

@@ -66,7 +66,8 @@ class Machine:
 
     ``handlers``: what executes an instruction, by name; ``arguments``: bits of parameters by name;
     ``blocks``: ``[n, 3]``, the blocks' numbers in the grid; ``size_of_shared``: bytes of shared
-    memory of a block. ``conditions``: handles of conditional nodes, and what they were set to.
+    memory of a block; ``watches``: whether races are looked for. ``conditions``: handles of
+    conditional nodes, and what they were set to.
     """
 
     program: Program
@@ -75,6 +76,7 @@ class Machine:
     grid: tuple[int, int, int]
     blocks: Array
     size_of_shared: int
+    watches: bool = True
     conditions: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class Machine:
         self.thread = np.tile(np.arange(threads), count)
         self.warp = self.thread // WARP
         self.memory = GlobalMemory()
-        self.shared = SharedMemory(count, self.size_of_shared)
+        self.shared = SharedMemory(count, self.size_of_shared, self.watches)
         self.registers: dict[str, Array] = {}
         self.passed: dict[str, Array] = {}
         self.copies: list[Copy] = []

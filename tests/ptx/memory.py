@@ -3,7 +3,8 @@ shared memory, whose accesses are checked for races."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,15 +64,16 @@ class GlobalMemory:
 class SharedMemory:
     """The shared memory of some thread blocks, poisoned, and who accessed what since when.
 
-    Accesses are recorded for every two bytes: the last warp to write and the last to read them,
-    and between which barriers that was.
+    Accesses are recorded for every two bytes, if ``watches``: the last warp to write and the last
+    to read them, and between which barriers that was.
     """
 
-    def __init__(self, blocks: int, size: int) -> None:
+    def __init__(self, blocks: int, size: int, watches: bool = True) -> None:
+        self._watches = watches
         self.size = -(-max(size, 16) // 16) * 16
         self.bytes = np.full(blocks * self.size, 0xFF, np.uint8)
         self.barriers = np.ones(blocks, np.int64)
-        halves = len(self.bytes) // 2
+        halves = len(self.bytes) // 2 if watches else 0
         self._writer, self._reader = (np.full(halves, -1, np.int32) for _ in range(2))
         self._written, self._read = (np.zeros(halves, np.int64) for _ in range(2))
         self._in_flight, self._in_use = (np.zeros(halves, np.int32) for _ in range(2))
@@ -103,14 +105,14 @@ class SharedMemory:
         """From here on these bytes may change, until ``end_copy``."""
         places = self._places(who, addresses, size)
         self._note_write(who, places, size, np.ones(len(places), bool))
-        for half in _halves(places, size):
+        for half in self._halves(places, size):
             self._in_flight[half] += 1
 
     def end_copy(self, who: Who, addresses: Array, words: Array, size: int) -> None:
         """``words``: ``[threads, size]`` bytes."""
         places = self._places(who, addresses, size)
         self.bytes[places[:, None] + np.arange(size)] = words
-        for half in _halves(places, size):
+        for half in self._halves(places, size):
             self._in_flight[half] -= 1
             self._writer[half], self._written[half] = who.warps, self.barriers[who.blocks]
 
@@ -118,16 +120,16 @@ class SharedMemory:
         """From here on these bytes may be read, until ``end_use``."""
         places = self._places(who, addresses, size)
         self._note_read(who, places, size)
-        for half in _halves(places, size):
+        for half in self._halves(places, size):
             np.add.at(self._in_use, half, 1)
 
     def end_use(self, who: Who, addresses: Array, size: int) -> None:
-        for half in _halves(self._places(who, addresses, size), size):
+        for half in self._halves(self._places(who, addresses, size), size):
             np.subtract.at(self._in_use, half, 1)
 
     def _note_read(self, who: Who, places: Array, size: int) -> None:
         now = self.barriers[who.blocks]
-        for half in _halves(places, size):
+        for half in self._halves(places, size):
             if self._in_flight[half].any():
                 raise RaceError("reads what is still being copied")
             others = (self._written[half] == now) & (self._writer[half] != who.warps)
@@ -141,7 +143,7 @@ class SharedMemory:
 
     def _note_write(self, who: Who, places: Array, size: int, changes: Array) -> None:
         now = self.barriers[who.blocks]
-        for half in _halves(places, size):
+        for half in self._halves(places, size):
             if self._in_flight[half].any():
                 raise RaceError("writes where something is still being copied to")
             if (self._in_use[half][changes] > 0).any():
@@ -154,6 +156,7 @@ class SharedMemory:
                 raise RaceError(f"overwrites what warp {self._reader[half][read][0]} read")
             self._writer[half], self._written[half] = who.warps, now
 
-
-def _halves(places: Array, size: int) -> Any:
-    return [places // 2 + number for number in range(max(size // 2, 1))]
+    def _halves(self, places: Array, size: int) -> Iterator[Array]:
+        """The recorded places of accesses, one array for each two of their bytes."""
+        for number in range(max(size // 2, 1) if self._watches else 0):
+            yield places // 2 + number
