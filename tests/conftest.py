@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "0" if runs_ptx else "1")
 
 from fastskip import ops  # noqa: E402 (after the choice of the interpreter)
-from tests.interpreting import patching_once  # noqa: E402
+from tests.interpreting import interpreting_quickly  # noqa: E402
 
 settings.register_profile(
     "quick",
@@ -100,7 +100,8 @@ def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
 @pytest.fixture(autouse=True, scope="session")
 def kernels_on_a_cpu(pytestconfig: pytest.Config) -> Iterator[None]:
     arch = pytestconfig.option.ptx
-    with patching_once() if arch is None else import_module("tests.ptx.launches").executing(arch):
+    as_ptx = arch and import_module("tests.ptx.launches").executing(arch)
+    with as_ptx or interpreting_quickly():
         yield
 
 

@@ -1,29 +1,118 @@
-"""Triton's interpreter, without the half of its time in which it does nothing."""
+"""Triton's interpreter, without what it does again and again to the same end: most of its time."""
+
+from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 
 
 @contextmanager
-def patching_once() -> Iterator[None]:
-    """The interpreter patches Triton's language when a kernel begins, and looks for what is left to
-    patch at every call of a device function, a millisecond each. Here the looks are left out: where
-    a module's ``load`` has been patched, so has all of it."""
+def interpreting_quickly() -> Iterator[None]:
+    """What kernels compute stays as it is, and so do the errors that they meet."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    builder, core = interpreter.interpreter_builder, tl.core
+    with pytest.MonkeyPatch.context() as patched:
+        # Sums and products are computed once more in 64 bits, and nobody looks at the result.
+        assert not builder.options.debug
+        patched.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        patched.setattr(interpreter, "_patch_lang", _interpreting_quickly(interpreter))
+        patched.setattr(interpreter, "_get_np_dtype", _numpy_types(interpreter._get_np_dtype))
+        patched.setattr(core.block_type, "__init__", _block_types(core.block_type.__init__))
+        patched.setattr(core.tensor, "__init__", _make_tensor)
+        patched.setattr(core.dtype, "__eq__", _same_or(core.dtype.__eq__))
+        broadcast = _broadcasting(TritonSemantic.broadcast_impl_value)
+        patched.setattr(TritonSemantic, "broadcast_impl_value", broadcast)
+        yield
+
+
+def _interpreting_quickly(interpreter: Any) -> Callable[[Any], Any]:
+    """The interpreter patches Triton's language when a kernel begins, and again at every call of a
+    device function, milliseconds each. Here the patches of a first kernel are kept for others, and
+    a language that is patched stays so: where a module's ``load`` has been, so has all of it."""
+    patch, kept = interpreter._patch_lang, dict[tuple[bool, ...], list[tuple[Any, str, Any]]]()
+
+    @cache
+    def languages(function: Any) -> list[Any]:
+        modules = [m for m in function.__globals__.values() if inspect.ismodule(m)]
+        return [m for m in modules if m in (tl, tl.core)]
 
     def once(function: Any) -> Any:
-        modules = [m for m in function.__globals__.values() if inspect.ismodule(m)]
-        if any(tl.core.is_builtin(m.load) for m in modules if m in (tl, tl.core)):
-            return patch(function)
-        return interpreter._LangPatchScope()
+        found = languages(function)
+        if not any(tl.core.is_builtin(module.load) for module in found):
+            return interpreter._LangPatchScope()
+        which = tl in found, tl.core in found
+        if which not in kept:
+            scope = patch(function)
+            places = {(id(owner), name): owner for owner, name, _ in scope._changes}
+            kept[which] = [(o, name, getattr(o, name)) for (_, name), o in places.items()]
+            return scope
+        scope = interpreter._LangPatchScope()
+        for change in kept[which]:
+            scope.set_attr(*change)
+        return scope
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interpreter, "_patch_lang", once)
-        yield
+    return once
+
+
+def _numpy_types(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    of_scalar = cache(get)
+
+    def numpy_type(type: Any) -> Any:
+        scalar = type.scalar
+        return get(scalar) if scalar.is_ptr() else of_scalar(scalar)
+
+    return numpy_type
+
+
+def _block_types(make: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    """One tuple of sizes for all types of a shape, which has been found to be a valid one."""
+    known = dict[str, tuple[Any, Any, str]]()
+
+    def quickly(self: Any, element_ty: Any, shape: Any) -> None:
+        # As text, in which 4.0, which is no size, differs from 4.
+        sizes = str([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        if sizes not in known:
+            make(self, element_ty, shape)
+            known[sizes] = self.shape, self.numel, str(self.shape)
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, text = known[sizes]
+        self.name = f"<{text}, {element_ty}>"
+
+    return quickly
+
+
+def _make_tensor(self: Any, handle: Any, type: Any) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shape(tuple(type.shape.values) if type.is_block() else ())
+
+
+@cache
+def _shape(sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """What a tensor says of its shape."""
+    numel = 1
+    for size in sizes:
+        numel *= size
+    return tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(numel)
+
+
+def _same_or(equal: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    return lambda self, other: self is other or equal(self, other)
+
+
+def _broadcasting(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    def quickly(self: Any, lhs: Any, rhs: Any) -> Any:
+        # Types of one shape share its tuple.
+        mine, other = (getattr(each.type, "shape", None) for each in (lhs, rhs))
+        return (lhs, rhs) if mine is other else broadcast(self, lhs, rhs)
+
+    return quickly

@@ -27,7 +27,7 @@ from tests.device.interpreted import STREAM
 from tests.device.pretended.device import DEVICE, pretending
 from tests.device.pretended.graphs import Graph
 from tests.device.pretended.log import LOG
-from tests.interpreting import patching_once
+from tests.interpreting import interpreting_quickly
 from tests.models import Kind, tiny_llava
 from tests.policies import Policy, policy_of, skip
 from tests.removals.removing import removal, removing
@@ -144,7 +144,7 @@ def main(names: list[str]) -> None:
         return run_decoder(decoder, inputs)
 
     with ExitStack() as blocks:
-        for block in (patching_once(), pretending(), tuning.table(STREAM), poisoned()):
+        for block in (interpreting_quickly(), pretending(), tuning.table(STREAM), poisoned()):
             blocks.enter_context(block)
         blocks.enter_context(pytest.MonkeyPatch.context()).setattr(PreparedDecoder, "_run", entered)
         for name in names or RUNS:

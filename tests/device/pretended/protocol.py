@@ -44,7 +44,7 @@ from tests.device.interpreted import STREAM
 from tests.device.pretended.device import pretending
 from tests.device.pretended.graphs import NodeBodies
 from tests.device.pretended.log import LOG
-from tests.interpreting import patching_once
+from tests.interpreting import interpreting_quickly
 
 SMALL = replace(TINY, hidden=32, heads=2, groups=1, ffn=48, layers=1)
 WORKS = {"add": DECODE_HALVED["half norm: add_down"], "compact": PREFILL["compact"]}
@@ -97,7 +97,7 @@ def main(names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     found = dict[str, Any]()
     with ExitStack() as blocks:
-        for block in (patching_once(), pretending(), tuning.table(STREAM)):
+        for block in (interpreting_quickly(), pretending(), tuning.table(STREAM)):
             blocks.enter_context(block)
         patched = blocks.enter_context(pytest.MonkeyPatch.context())
         for module, own in SHORT.items():
