@@ -29,8 +29,14 @@ def interpreting_quickly() -> Iterator[None]:
         patched.setattr(core.block_type, "__init__", _block_types(core.block_type.__init__))
         patched.setattr(core.tensor, "__init__", _make_tensor)
         patched.setattr(core.dtype, "__eq__", _same_or(core.dtype.__eq__))
-        broadcast = _broadcasting(TritonSemantic.broadcast_impl_value)
-        patched.setattr(TritonSemantic, "broadcast_impl_value", broadcast)
+        patched.setattr(interpreter, "_patch_attr", _patch_attribute)
+        for name, quickly in (
+            ("broadcast_impl_value", _broadcasting),
+            ("cast", _casting),
+            ("scalar_constant", _constants),
+            ("computation_type_impl", cache),
+        ):
+            patched.setattr(TritonSemantic, name, quickly(getattr(TritonSemantic, name)))
         yield
 
 
@@ -109,10 +115,58 @@ def _same_or(equal: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     return lambda self, other: self is other or equal(self, other)
 
 
+def _patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """Calls a builtin at once; that it is called from a kernel, as it would make sure, is known."""
+    call, semantic = getattr(member, "__wrapped__", member), TritonSemantic(builder)
+
+    def patched(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
+        return call(*args, _semantic=semantic, **kwargs)
+
+    scope.set_attr(owner, name, patched)
+
+
 def _broadcasting(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """Types of one shape share its tuple, so by two tuples it is known what they come to."""
+    known = dict[tuple[int, int], tuple[Any, Any, Any]]()
+
     def quickly(self: Any, lhs: Any, rhs: Any) -> Any:
-        # Types of one shape share its tuple.
         mine, other = (getattr(each.type, "shape", None) for each in (lhs, rhs))
-        return (lhs, rhs) if mine is other else broadcast(self, lhs, rhs)
+        if mine is other:
+            return lhs, rhs
+        key = id(mine), id(other)
+        if key in known:
+            return tuple(_broadcast(self, each, known[key][-1]) for each in (lhs, rhs))
+        found = broadcast(self, lhs, rhs)
+        if mine is not None and other is not None and len(mine) == len(other):
+            known[key] = mine, other, found[0].type.shape
+        return found
+
+    return quickly
+
+
+def _broadcast(semantic: Any, tensor: Any, shape: Any) -> Any:
+    if tensor.type.shape is shape:
+        return tensor
+    type = tl.block_type(tensor.dtype, shape)
+    return semantic.tensor(semantic.builder.create_broadcast(tensor.handle, shape.values), type)
+
+
+def _casting(cast: Callable[..., Any]) -> Callable[..., Any]:
+    def quickly(self: Any, input: Any, dst_ty: Any, fp_downcast_rounding: Any = None) -> Any:
+        is_done = input.dtype is dst_ty.scalar
+        return input if is_done else cast(self, input, dst_ty, fp_downcast_rounding)
+
+    return quickly
+
+
+def _constants(make: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    known = dict[tuple[Any, type, str], Any]()
+
+    def quickly(self: Any, value: Any, dtype: Any) -> Any:
+        key = value, type(value), dtype.name
+        if key not in known:
+            known[key] = make(self, value, dtype)
+            known[key].handle.data.setflags(write=False)
+        return known[key]
 
     return quickly
