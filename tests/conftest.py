@@ -1,5 +1,6 @@
 """What every test gets: few threads, fixed seeds, poisoned memory, sensible hypothesis profiles."""
 
+import gc
 import os
 import random
 import sys
@@ -75,6 +76,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("full") and not long_form:
             item.add_marker(pytest.mark.skip(reason="long form; select it with -m full"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay, so whoever collects garbage (a trainer does after each run) need not look
+    through them."""
+    gc.collect()
+    gc.freeze()
 
 
 INTERPRETED = ("/test_interpreted.py", "/test_captured_forward.py")
