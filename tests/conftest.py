@@ -117,7 +117,10 @@ def kernels_on_a_cpu(pytestconfig: pytest.Config) -> Iterator[None]:
 def fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # it would note a stack for each device that is not there, to seed it when it comes
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ def interpreting_quickly() -> Iterator[None]:
         assert not builder.options.debug
         patched.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
         patched.setattr(interpreter, "_patch_lang", _interpreting_quickly(interpreter))
+        patched.setattr(interpreter, "_patch_lang_tensor", _indexing(interpreter))
         patched.setattr(interpreter, "_get_np_dtype", _numpy_types(interpreter._get_np_dtype))
         patched.setattr(core.block_type, "__init__", _block_types(core.block_type.__init__))
         patched.setattr(core.tensor, "__init__", _make_tensor)
@@ -67,6 +68,17 @@ def _interpreting_quickly(interpreter: Any) -> Callable[[Any], Any]:
         return scope
 
     return once
+
+
+def _indexing(interpreter: Any) -> Callable[[Any, Any], None]:
+    """A number that bounds a loop is an array of one element, of which NumPy warns each time."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch_tensor
 
 
 def _numpy_types(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
