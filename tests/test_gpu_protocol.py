@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import select
 import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -195,10 +197,13 @@ def test_what_ends_a_process_costs_one_cell(
 
 
 LEAVING = """
-import json, subprocess, sys
+import json, subprocess, sys, time
+from pathlib import Path
 path, name = sys.argv[1:]
-late = f"import time; time.sleep(3); open({path + '.late'!r}, 'w')"
-subprocess.Popen([sys.executable, "-c", late])
+late = "import sys, time; pipe = open(sys.argv[1], 'wb', 0); pipe.write(b'!'); time.sleep(60)"
+subprocess.Popen([sys.executable, "-c", late, f"{path}.pipe"])
+while not Path(f"{path}.seen").exists():
+    time.sleep(0.02)
 with open(path, "a") as file:
     file.write(json.dumps({"cell": name, "seconds": 0.0}) + "\\n")
 """
@@ -209,11 +214,18 @@ def test_a_cell_leaves_no_process_behind(results: Results, tmp_path: Path) -> No
     worker = tmp_path / "worker.py"
     worker.write_text(LEAVING)
     results.append(Line("older", 0.0))
+    pipe = Path(f"{results.path}.pipe")
+    os.mkfifo(pipe)
     command = [sys.executable, str(worker), str(results.path)]
-    assert supervise([cell("a.leaves")], results, command, budget=20, say=lambda text: None) == []
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(supervise, [cell("a.leaves")], results, command, 20, lambda text: None)
+        with open(pipe, "rb", 0) as reader:
+            assert reader.read(1) == b"!"
+            Path(f"{results.path}.seen").touch()
+            assert late.result() == []
+            # The pipe ends with the last process that could write to it.
+            assert select.select([reader], [], [], 10)[0] and reader.read(1) == b""
     assert results.done() == {"older", "a.leaves"}
-    time.sleep(4)
-    assert not Path(f"{results.path}.late").exists()
 
 
 def test_the_budget_leaves_cells_for_the_next_run(results: Results, tmp_path: Path) -> None:
