@@ -4,6 +4,7 @@ On a device each of them is a launch. Interpreted; what would be a graph is not 
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -50,11 +51,10 @@ class Watching(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def operations(
-    depth: int, policy: Policy, guarding: Guarding, monkeypatch: pytest.MonkeyPatch
-) -> list[list[str]]:
+@cache
+def operations(depth: int, name: str) -> list[list[str]]:
     """Of a second call: of the first, whatever is to be captured is."""
-    watching = Watching()
+    (policy, guarding), watching = POLICIES[name], Watching()
 
     def capture(
         work: Callable[[], None], device: torch.device, pool: Any = None
@@ -67,9 +67,6 @@ def operations(
 
         return replay
 
-    for module in ("generation.device_step", "decoder.fused.captured_forward"):
-        monkeypatch.setattr(f"fastskip.{module}.capture", capture)
-    monkeypatch.setattr(CapturedForwards, "pays", lambda *_: True)
     trio = Trio(
         tiny_llava(depth=depth, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=16), impl="triton"
     )
@@ -77,7 +74,10 @@ def operations(
     model: Any = fastskip.set_policy(trio.prepared, policy)
     model._fastskip.steps.guarding = guarding
     asked: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-    with tuning.table(STREAM):
+    with tuning.table(STREAM), pytest.MonkeyPatch.context() as patched:
+        for module in ("generation.device_step", "decoder.fused.captured_forward"):
+            patched.setattr(f"fastskip.{module}.capture", capture)
+        patched.setattr(CapturedForwards, "pays", lambda *_: True)
         model.generate(**batch.inputs(), **asked)
         watching.parts = [[]]
         with watching:
@@ -86,9 +86,8 @@ def operations(
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_depth_is_no_matter_between_graphs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, guarding = POLICIES[name]
-    few, many = (operations(depth, policy, guarding, monkeypatch) for depth in (3, 4))
+def test_depth_is_no_matter_between_graphs(name: str) -> None:
+    few, many = (operations(depth, name) for depth in (3, 4))
     # Before the prompt's graph; between it and the first step; between steps; behind.
     assert len(few) == len(many) == 1 + 1 + (NEW - 1)
     before = [[each for each in own[0] if not each.startswith(HOST)] for own in (few, many)]
@@ -100,7 +99,7 @@ def test_depth_is_no_matter_between_graphs(name: str, monkeypatch: pytest.Monkey
     assert 0 < len(between[0]) <= 8
 
 
-def test_a_prompt_with_routers_takes_no_more_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_with_routers_takes_no_more_of_the_host() -> None:
     """What layers of dense rows have worked out, layers that go by flags alone do without."""
-    dense, routers = (operations(3, *POLICIES[name], monkeypatch) for name in ("dense", "routers"))
+    dense, routers = (operations(3, name) for name in ("dense", "routers"))
     assert len(routers[0]) <= len(dense[0])
