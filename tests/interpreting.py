@@ -10,21 +10,26 @@ from functools import cache
 from typing import Any
 
 import pytest
+import triton
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 
 
 @contextmanager
 def interpreting_quickly() -> Iterator[None]:
-    """What kernels compute stays as it is, and so do the errors that they meet."""
+    """What kernels compute stays as it is, and so do the errors that they meet. Where they are
+    compiled, this does nothing."""
     from triton.runtime import interpreter
 
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
     builder, core = interpreter.interpreter_builder, tl.core
     with pytest.MonkeyPatch.context() as patched:
         # Sums and products are computed once more in 64 bits, and nobody looks at the result.
         assert not builder.options.debug
         patched.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
-        patched.setattr(interpreter, "_patch_lang", _interpreting_quickly(interpreter))
+        patched.setattr(interpreter, "_patch_lang", _patching_once(interpreter))
         patched.setattr(interpreter, "_patch_lang_tensor", _indexing(interpreter))
         patched.setattr(interpreter, "_get_np_dtype", _numpy_types(interpreter._get_np_dtype))
         patched.setattr(core.block_type, "__init__", _block_types(core.block_type.__init__))
@@ -41,7 +46,7 @@ def interpreting_quickly() -> Iterator[None]:
         yield
 
 
-def _interpreting_quickly(interpreter: Any) -> Callable[[Any], Any]:
+def _patching_once(interpreter: Any) -> Callable[[Any], Any]:
     """The interpreter patches Triton's language when a kernel begins, and again at every call of a
     device function, milliseconds each. Here the patches of a first kernel are kept for others, and
     a language that is patched stays so: where a module's ``load`` has been, so has all of it."""
