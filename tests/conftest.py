@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-case",
         action="store_true",
-        help="all cases of the tests of kernels, also in the interpreter (default: one in three)",
+        help="with --ptx: all cases of the tests of kernels (default: one in four)",
     )
 
 
@@ -63,8 +63,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     long_form = "full" in str(config.option.markexpr)
     is_other = config.option.impl not in (None, "reference")
-    # The interpreter takes seconds for what a GPU does at once.
-    if not (config.option.every_case or torch.cuda.is_available()):
+    # Compiling takes most of the time.
+    if config.option.ptx is not None and not config.option.every_case:
         kept = _thinned(items)
         chosen_ids = {id(item) for item in kept}
         config.hook.pytest_deselected(items=[i for i in items if id(i) not in chosen_ids])
@@ -85,21 +85,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-INTERPRETED = ("/test_interpreted.py", "/test_captured_forward.py")
-"""Whole models on interpreted kernels."""
-
-
 def _thinned(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of every parametrised test of interpreted kernels its first case and about a third of the
-    others, drawn by their names: in turn, one of three dtypes would be left out."""
+    """Of every parametrised test of kernels its first case and about a sixth of the others, drawn
+    by their names: in turn, one of three dtypes would be left out."""
     seen: set[str] = set()
     kept = []
     for item in items:
         name, is_case, _ = item.nodeid.partition("[")
-        is_slow = name.startswith(("tests/kernels/", "tests/plan/test_launches.py"))
-        is_slow = is_slow or name.partition("::")[0].endswith(INTERPRETED)
-        is_thin = bool(is_case) and is_slow
-        if not is_thin or name not in seen or zlib.crc32(item.nodeid.encode()) % 3 == 0:
+        is_thin = bool(is_case) and name.startswith("tests/kernels/")
+        if not is_thin or name not in seen or zlib.crc32(item.nodeid.encode()) % 6 == 0:
             kept.append(item)
         seen.add(name)
     return kept
