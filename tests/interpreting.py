@@ -36,6 +36,8 @@ def interpreting_quickly() -> Iterator[None]:
         patched.setattr(core.tensor, "__init__", _make_tensor)
         patched.setattr(core.dtype, "__eq__", _same_or(core.dtype.__eq__))
         patched.setattr(interpreter, "_patch_attr", _patch_attribute)
+        splat = _splatting(interpreter.InterpreterBuilder.create_splat)
+        patched.setattr(interpreter.InterpreterBuilder, "create_splat", splat)
         for name, quickly in (
             ("broadcast_impl_value", _broadcasting),
             ("cast", _casting),
@@ -140,6 +142,19 @@ def _patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: An
         return call(*args, _semantic=semantic, **kwargs)
 
     scope.set_attr(owner, name, patched)
+
+
+def _splatting(splat: Callable[..., Any]) -> Callable[..., Any]:
+    """What comparisons of numbers find is said to be of the numbers' type, and splatted becomes it:
+    no mask for Triton 3.9."""
+
+    def with_bits(*args: Any) -> Any:
+        made = splat(*args)
+        if args[-1].data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
+    return with_bits
 
 
 def _broadcasting(broadcast: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
