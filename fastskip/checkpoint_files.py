@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -9,11 +10,13 @@ from typing import Any
 
 import transformers
 
+from fastskip.families import UnsupportedModelError
 from fastskip.generation.saving import POLICY_FILE, policy_of_config
 from fastskip.policy import PolicyError, PolicyLike, SkipPolicy
 from fastskip.sparse.checkpoint import LAYOUT_FILE, SparseLayout, check_unmixed
 
 logger = logging.getLogger(__name__)
+_INDEX_FILE = "model.safetensors.index.json"
 
 
 def choose_policy(
@@ -52,6 +55,22 @@ def sparse_layout(path: str, hub: dict[str, Any]) -> SparseLayout | None:
         return None
     check_unmixed(found.parent)
     return SparseLayout.read(found)
+
+
+def check_index(folder: str) -> None:
+    """Raises ``UnsupportedModelError`` if a folder's index of its weights' files is malformed.
+
+    transformers takes its fields for granted.
+    """
+    index = Path(folder) / _INDEX_FILE
+    if not index.is_file() or (index.parent / "model.safetensors").is_file():
+        return  # transformers reads no index beside a file of all weights
+    document = json.loads(index.read_text(encoding="utf-8"))
+    for name in ("weight_map", "metadata"):
+        value = document.get(name) if isinstance(document, dict) else document
+        if not isinstance(value, dict):
+            allowed = "an object, in an index as save_pretrained writes it"
+            raise UnsupportedModelError(f"{index}: {name}", value, allowed)
 
 
 def _file_of(path: str, name: str, hub: dict[str, Any]) -> Path | None:

@@ -103,6 +103,9 @@ def check_config(config: Any) -> None:
     """Raises ``UnsupportedModelError`` for a config that would run incorrectly or not at all."""
     model_class_name(config)
     text = config.get_text_config(decoder=True)
+    if isinstance(text, dict):  # of a part that the config's own type does not have
+        allowed = "a multimodal type where the config has a text_config"
+        raise UnsupportedModelError("model_type", config.model_type, allowed)
     if text.model_type not in DECODERS:
         raise UnsupportedModelError("text_config.model_type", text.model_type, ", ".join(DECODERS))
     if text.model_type == "opt":

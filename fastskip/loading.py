@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.activations import ACT2FN
 
 from fastskip import ops
-from fastskip.checkpoint_files import choose_policy, sparse_layout
+from fastskip.checkpoint_files import check_index, choose_policy, sparse_layout
 from fastskip.families import (
     UnsupportedModelError,
     check_config,
@@ -39,6 +40,8 @@ from fastskip.sparse.linear import Weights
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _SPREADING = ("auto", "balanced", "balanced_low_0", "sequential", "disk")
 """Values of ``device_map`` that spread the weights over devices."""
+_ACTIVATIONS = ("hidden_act", "activation_function", "projector_hidden_act")
+"""The fields of configs that name an activation."""
 _REFUSED = {
     "torch_dtype": "dtype",
     "attn_implementation": "the runtime's own attention",
@@ -93,6 +96,7 @@ def load_model(
         SparseError: the files of a sparse checkpoint are inconsistent, or the weights cannot be
             held in the given form.
         FileNotFoundError: there is no such folder.
+        TypeError: ``model_id_or_path`` is no path, such as ``None``.
         ValueError: another argument is malformed, or weights are missing.
     Warns:
         PolicyFitWarning: the policy's provenance names a different model.
@@ -108,8 +112,7 @@ def load_model(
         for key in ("revision", "cache_dir", "token", "local_files_only", "subfolder")
         if key in from_pretrained_kwargs
     }
-    path = os.fspath(model_id_or_path)
-    _check_place(path)
+    path = _checked_path(model_id_or_path)
     check_whole(path)
     config = from_pretrained_kwargs.pop("config", None)
     if config is None:
@@ -146,11 +149,13 @@ def load_unprepared(
     ``layout``: that of a sparse checkpoint; ``options`` are passed to ``from_pretrained``.
 
     Raises:
-        UnsupportedModelError: an unknown family, or one whose vision encoder needs a package that
-            is missing.
+        UnsupportedModelError: an unknown family, one whose vision encoder needs a package that is
+            missing, an unknown activation, or an unusable index of the weights' files.
         ValueError: weights are missing.
     """
     check_installed(config)
+    _check_activations(config)
+    check_index(os.path.join(path, options.get("subfolder", "")))
     model_class = getattr(transformers, model_class_name(config))
     options = {"config": config, "use_safetensors": True, **options}
     if is_quantised(config) or options.get("quantization_config") is not None:
@@ -348,12 +353,28 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     arguments.pop("use_safetensors", None)
 
 
-def _check_place(path: str) -> None:
-    """Refuses absent folders that cannot be hub names, which transformers calls malformed."""
+def _checked_path(place: Any) -> str:
+    """Refuses what is no path, and absent folders that cannot be hub names, which transformers
+    calls malformed."""
+    allowed = "an existing folder, or a hub name such as llava-hf/llava-1.5-7b-hf"
+    path = os.fspath(place) if isinstance(place, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        raise TypeError(f"model_id_or_path: {place!r}; allowed: {allowed}")
     is_name = path.count("/") < 2 and not os.path.isabs(path) and not path.startswith((".", "~"))
-    if not (is_name or os.path.isdir(path)):
-        allowed = "an existing folder, or a hub name such as llava-hf/llava-1.5-7b-hf"
+    if not (is_name and path or os.path.isdir(path)):
         raise FileNotFoundError(f"model_id_or_path: {path!r}: no such folder; allowed: {allowed}")
+    return path
+
+
+def _check_activations(config: Any) -> None:
+    """Refuses activations that transformers does not know, since it raises a bare ``KeyError``."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    for part, own in {"": config, **parts}.items():
+        for field in _ACTIVATIONS:
+            value = getattr(own, field, None)
+            if isinstance(value, str) and value not in ACT2FN:
+                name = f"{part}.{field}" if part else field
+                raise UnsupportedModelError(name, value, ", ".join(sorted(ACT2FN)))
 
 
 def _check_model(model: Any) -> None:

@@ -613,6 +613,7 @@ def test_weights_that_do_not_fit_are_the_checkpoints_fault(
         ({"num_hidden_layers": "two"}, "'num_hidden_layers' expected int, got str"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: 0 is not supported; supported: 1 or more"),
         ({"hidden_size": -32}, "hidden_size: -32 is not supported; supported: 1 or more"),
+        ({"text_config": {"hidden_size": 32}}, "model_type: 'llama' is not supported; supported: "),
     ],
 )
 def test_values_of_a_config_are_checked(
@@ -634,6 +635,23 @@ def test_a_cut_off_index_is_the_checkpoints_fault(text_only: Path, tmp_path: Pat
     result = run("generate", "-m", broken, "-q", "hi", "-p", "dense")
     assert result.exit_code == 2, result.exception
     assert f"--model {broken}: one of its JSON files is broken (Expecting" in result.stderr
+
+
+@pytest.mark.parametrize("command", (("generate", "-q", "hi"), ("verify",), ("bench",)))
+def test_what_transformers_takes_for_granted_is_one_line(
+    command: tuple[str, ...], text_only: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(text_only, tmp_path / "broken")
+    (broken / "model.safetensors").rename(broken / "model-00001-of-00001.safetensors")
+    (broken / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    result = run(*command, "-m", broken, "-p", "dense")
+    assert result.exit_code == 2, result.exception
+    assert "model.safetensors.index.json: weight_map: None is not supported" in result.stderr
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"hidden_act": "siloo"}))
+    result = run(*command, "-m", broken, "-p", "dense")
+    assert result.exit_code == 2, result.exception
+    assert "hidden_act: 'siloo' is not supported; supported: gelu, " in result.stderr
 
 
 @pytest.mark.parametrize("command", (("plan",), ("generate", "-q", "hi"), ("bench",)))

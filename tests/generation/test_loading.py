@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -206,11 +207,18 @@ def test_arguments_that_ask_for_nothing_are_allowed(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("place", ["{folder}/absent", "./absent", "../absent", "a/b/c"])
+@pytest.mark.parametrize("place", ["{folder}/absent", "./absent", "../absent", "a/b/c", ""])
 def test_absent_folders_are_not_taken_for_hub_names(place: str, tmp_path: Path) -> None:
     message = "^model_id_or_path: '.*': no such folder; allowed: an existing folder, or a hub name"
     with pytest.raises(FileNotFoundError, match=message):
         fastskip.load_model(place.format(folder=tmp_path))
+
+
+@pytest.mark.parametrize("place", [None, 3, b"folder", ["folder"]], ids=str)
+def test_what_is_no_path_is_named(place: Any) -> None:
+    message = f"^model_id_or_path: {re.escape(repr(place))}; allowed: an existing folder, or a hub"
+    with pytest.raises(TypeError, match=message):
+        fastskip.load_model(place)
 
 
 def test_absent_device(checkpoint: Path) -> None:
@@ -242,6 +250,17 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"per_layer_config": {"1": {"intermediate_size": 16}}},
         r"per_layer_config: \['intermediate_size'\]",
     ),
+    "type of a part": (
+        {"model_type": "llama"},
+        {},
+        "model_type: 'llama'.*supported: a multimodal type where the config has a text_config",
+    ),
+    "activation": ({}, {"hidden_act": "siloo"}, "text_config.hidden_act: 'siloo'.*, silu,"),
+    "activation of the projector": (
+        {"projector_hidden_act": "gelo"},
+        {},
+        "projector_hidden_act: 'gelo'.*gelu, ",
+    ),
 }
 
 
@@ -252,6 +271,23 @@ def test_bad_configs(
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= text
     (folder / "config.json").write_text(json.dumps(config | outer))
+    with pytest.raises(UnsupportedModelError, match=message):
+        fastskip.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{}", "index.json: weight_map: None is not supported; supported: an object"),
+        ("[]", r"index.json: weight_map: \[\] is"),
+        ('{"weight_map": ["a"]}', r"index.json: weight_map: \['a'\] is"),
+        ('{"weight_map": {}}', "index.json: metadata: None is"),
+    ],
+)
+def test_bad_indexes(folder: Path, index: str, message: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(index)
+    fastskip.load_model(folder)  # which is not read beside the whole weights
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     with pytest.raises(UnsupportedModelError, match=message):
         fastskip.load_model(folder)
 
