@@ -62,7 +62,14 @@ class Candidates:
 
     @cached_property
     def hidden(self) -> Tensor:
-        return self._within.take(self._h.detach())
+        hidden = self._within.take(self._h.detach())
+        self._first_version = _version(hidden)
+        return hidden
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether ``hidden``, which may be a view of the residual stream, was changed in place."""
+        return "hidden" in self.__dict__ and _version(self.hidden) != self._first_version
 
     @cached_property
     def codes(self) -> Tensor:
@@ -126,3 +133,8 @@ class Candidates:
             alike = (codes == IMAGE) == (self._layout.codes[packed] == IMAGE)
             columns, key = columns[alike], key[:, alike.to(key.device)]
         return AttentionWeights(layer, columns, attention_weights(block, h, at, key))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -286,6 +286,8 @@ class RoutedRows:
             if self._rule(ruling).is_plug_in:  # the built-in ones name themselves
                 error.add_note(f"raised by {where}")
             raise
+        if context.is_changed:
+            raise RouterError(f"{where}: changed context.hidden in place; allowed: a copy of it")
         decision = _checked(answer, within.count, where)
         skipped, among = self._no_rows.copy(), self._no_rows.copy()
         if decision.factor is not None:

@@ -58,7 +58,9 @@ class RoutingContext(Protocol):
     """The candidates of one decision: ``n`` rows in no particular order.
 
     All tensors except ``hidden`` and those computed from it are on the host. Everything except the
-    two states is read-only.
+    two states is read-only. ``hidden`` may be a view of the residual stream: a router that changes
+    it in place is refused (in inference mode, where torch does not count changes, it would change
+    what the model computes), and one that keeps it must clone it. The other tensors are copies.
     """
 
     @property

@@ -260,6 +260,34 @@ def test_an_error_inside_names_the_router(trio: Trio, batch: Batch) -> None:
     assert caught.value.__notes__ == [f"raised by router '{NAME}' in layer 2"]
 
 
+@pytest.mark.parametrize("tokens", ("all", ["text"]))
+def test_hidden_states_changed_in_place_are_refused(trio: Trio, batch: Batch, tokens: Any) -> None:
+    """Of all rows they are the residual stream itself, of some a copy; both are refused."""
+
+    def change(context: RoutingContext) -> Decision:
+        context.hidden.mul_(0.5)
+        return nobody(context)
+
+    message = f"router '{NAME}' in layer 1: changed context.hidden in place; allowed: a copy of it"
+    for policy in (routed(own([1], tokens)), routed(own([1], tokens, "ffn"))):
+        with pytest.raises(RouterError, match=message):
+            run(trio, batch, policy, Own(change))
+
+
+def test_what_else_is_changed_in_place_is_the_routers_own(trio: Trio, batch: Batch) -> None:
+    def change(context: RoutingContext) -> Decision:
+        answer = every_third(context)
+        for name in ("codes", "sequences", "columns", "positions", "last_layer"):
+            getattr(context, name).fill_(0)
+        context.attention_of(0).columns.fill_(0)
+        context.attention_of(0).weights.fill_(0)
+        return answer
+
+    policy = routed(own("1:", "all"))
+    expected = run(trio, batch, policy, Own(every_third, uses_attention=True))
+    assert torch.equal(run(trio, batch, policy, Own(change, uses_attention=True)), expected)
+
+
 def test_names_must_be_known(trio: Trio) -> None:
     with pytest.raises(PolicyError, match=r"routers\[0\].kind: no plug-in 'tests.own'"):
         fastskip.set_policy(trio.prepared, routed(own([1])))
