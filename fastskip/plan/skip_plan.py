@@ -19,6 +19,7 @@ from fastskip.plan import costs
 from fastskip.plan.cells import RoutedCell, kv_sources, resolve_layers
 from fastskip.plan.chances import ExpectedPlan, LayerChance, Rate, certain, expected, rates_of
 from fastskip.plan.layer_plan import Cell, LayerPlan, ModelShape, Pool, Table
+from fastskip.plan.summary import summary
 from fastskip.policy import (
     Arrangement,
     PolicyError,
@@ -57,6 +58,9 @@ class SkipPlan:
     layers: tuple[LayerPlan, ...]
     routed: tuple[RoutedCell, ...] = ()
     notes: Mapping[int, str] = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        return summary(self)
 
     @property
     def classes(self) -> tuple[TokenClass, ...]:

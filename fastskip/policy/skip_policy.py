@@ -8,6 +8,7 @@ checks everything that depends on a model's depth.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ from fastskip.policy.vocabulary import (
 )
 
 SCHEMA_VERSION = 1
+_SHOWN_RULES = 10
+"""How many rules a policy's ``repr`` shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,17 @@ class SkipPolicy:
         )
         self._check_removals()
         text(self.name, "name", "a string of Unicode text")
+
+    def __repr__(self) -> str:
+        """What a notebook shows: the name, and the rules as a policy file has them."""
+        found = [(key, rule.to_dict()) for key in _RULES for rule in getattr(self, key)]
+        lines = [f"{key}: {_cut(json.dumps(rule))}" for key, rule in found[:_SHOWN_RULES]]
+        if self.semantics is not Semantics.CLEAN:
+            lines.append(f"semantics: {self.semantics}")
+        if len(found) > _SHOWN_RULES:
+            lines.append(f"and {len(found) - _SHOWN_RULES} more; to_dict() has all")
+        head = f"SkipPolicy {shown(self.name)}" if self.name else "SkipPolicy"
+        return "\n  ".join([f"{head}:", *lines]) if lines else f"{head}: dense"
 
     def _check_removals(self) -> None:
         last = -1
@@ -181,6 +195,11 @@ class SkipPolicy:
 
 PolicyLike = SkipPolicy | Mapping[str, Any] | str | os.PathLike[str]
 """What `SkipPolicy.coerce` takes."""
+
+
+def _cut(line: str) -> str:
+    """A line as short as a notebook has room for."""
+    return line if len(line) <= 140 else f"{line[:137]}..."
 
 
 @contextmanager

@@ -284,6 +284,28 @@ def test_plans_can_be_copied_and_pickled() -> None:
     hash(plan)
 
 
+def test_repr_is_short_and_says_where_the_table_is() -> None:
+    plan = make_plan(SkipPolicy.from_dict(EXAMPLE), shape(32))
+    assert repr(plan).splitlines() == [
+        "SkipPlan 'example' of 32 layers:",
+        "  image: skip attention in 2, ffn in 10 of 32 layers",
+        "  text, generated: skip attention in 2, ffn in 2 of 32 layers",
+        "  arrangement parallel: 4 of 32 layers",
+        "  arrangement pair: 4 of 32 layers",
+        "  router similarity: may skip ffn of text, generated in 8 of 32 layers",
+        "  table() shows every layer, cost(n_image, n_text, n_new) what it costs",
+    ]
+    assert "router" not in repr(plan.when_skipping)
+    removal = RemovalRule(3, keep=Keep("random", 0.25))
+    other = plan_of(removals=(removal,), masks=(MaskRule(":2", "unimodal"),))
+    assert repr(other).splitlines()[1:-1] == [
+        "  image: no rule skips",
+        "  text, generated: no rule skips",
+        "  unimodal masks: 2 of 8 layers",
+        "  removal after layer 3: 75% of the image rows leave, by random",
+    ]
+
+
 def test_table() -> None:
     plan = plan_of(
         SkipRule("2:4", IMAGE, "block", "reuse"),

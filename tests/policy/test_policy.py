@@ -436,6 +436,24 @@ def test_coerce() -> None:
         assert caught.value.field == "policy"
 
 
+def test_repr_shows_rules_as_a_file_has_them() -> None:
+    lines = repr(SkipPolicy.from_dict(EXAMPLE)).splitlines()
+    assert lines[0] == "SkipPolicy 'example':"
+    for line in lines[1:]:
+        key, _, rule = line.strip().partition(": ")
+        assert json.loads(rule) in EXAMPLE[key]
+    assert len(lines) == 6
+    assert repr(SkipPolicy()) == "SkipPolicy: dense"
+    assert "semantics: reference" in repr(SkipPolicy(semantics=Semantics.REFERENCE))
+
+
+def test_repr_stays_short() -> None:
+    rules = [SkipRule(list(range(n, 100)), "all", ["ffn"]) for n in range(40)]
+    policy = SkipPolicy(tuple(rules), provenance={"found": list(range(1000))})
+    assert len(repr(policy)) < 2000
+    assert repr(policy).endswith("and 30 more; to_dict() has all")
+
+
 def test_misspelt_presets_are_recognised() -> None:
     hint = r" \(did you mean image_ffn\?\); allowed: "
     with pytest.raises(
