@@ -73,7 +73,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """A list."""
+    """A list; the lines of a text are its paragraphs."""
 
     form: ClassVar[str] = "points"
     texts: tuple[str, ...]

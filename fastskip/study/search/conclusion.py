@@ -9,7 +9,7 @@ they do not choose among them, so that the winner's score is not biased upwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fastskip.study.search.result import Comparison, Found
 from fastskip.wording import FEW_ITEMS, counted
@@ -47,8 +47,12 @@ def told(
     cheaper: str | None = None,
     comparisons_of_cheaper: Sequence[Comparison] = (),
 ) -> str:
-    """The conclusion in words; `cheaper`: the search's policy at the cheapest rival's cost."""
-    parts = [_advice(candidates, best, items, budget), _standing(candidates, comparisons)]
+    """The conclusion in words, a paragraph per line: the advice and its caution, how the search
+    stands against its rivals, and the rule behind it.
+
+    `cheaper`: the search's policy at the cheapest rival's cost.
+    """
+    parts = [*_advice(candidates, best, items, budget), _standing(candidates, comparisons)]
     rivals = _rivals(comparisons_of_cheaper)
     if cheaper is not None and rivals:
         beaten = [each for each in rivals if each.is_beaten]
@@ -58,25 +62,31 @@ def told(
             f"{cheaper!r}, which costs no more than any of them, beats {len(beaten)} of "
             f"{len(rivals)}" + (f"; not {', '.join(rest)}." if rest else ".")
         )
-    return " ".join(parts)
-
-
-def _advice(candidates: Sequence[Found], best: Found | None, items: int, budget: str) -> str:
     if best is not None:
-        return (
+        parts.append(f"The rule: {RULE}.")
+    return "\n".join(parts)
+
+
+def _advice(
+    candidates: Sequence[Found], best: Found | None, items: int, budget: str
+) -> Iterator[str]:
+    if best is not None:
+        yield (
             f"Take {best.name!r}: {_points(best)} from dense on {counted(items, 'held-out item')}, "
-            f"within the budget ({budget}).{_caution(best, items)} The rule: {RULE}."
+            f"within the budget ({budget}).{_caution(best, items)}"
         )
+        return
     within = [each for each in candidates if each.source != "dense" and each.keeps_budget]
     if not within:
-        return f"Nothing meets the budget ({budget}) as measured here, so nothing is recommended."
+        yield f"Nothing meets the budget ({budget}) as measured here, so nothing is recommended."
+        return
     least = max(within, key=lambda each: each.score.mean)
-    return (
+    yield (
         f"Nothing is worth it here: every candidate within the budget ({budget}) scores worse than "
         f"dense on {counted(items, 'held-out item')}. The mildest is {least.name!r} with "
         f"{_points(least)}."
-        f"{_milder(candidates)}"
     )
+    yield from _milder(candidates)
 
 
 def _caution(best: Found, items: int) -> str:
@@ -91,17 +101,16 @@ def _caution(best: Found, items: int) -> str:
     return f" Do not rely on it yet: {' and '.join(reasons)}; judge it on more items."
 
 
-def _milder(candidates: Sequence[Found]) -> str:
+def _milder(candidates: Sequence[Found]) -> Iterator[str]:
     """The cheapest policy that the search found under milder budgets and that is not worse."""
     fit = [
         each
         for each in candidates
         if each.name.startswith(FOUND) and not each.keeps_budget and not each.change.is_below_zero
     ]
-    if not fit:
-        return ""
-    best = min(fit, key=lambda each: each.cost)
-    return f" At {best.cost:.2g} of the dense cost {best.name!r} does not: {_points(best)}."
+    if fit:
+        best = min(fit, key=lambda each: each.cost)
+        yield f"At {best.cost:.2g} of the dense cost {best.name!r} does not: {_points(best)}."
 
 
 def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) -> str:
@@ -122,10 +131,10 @@ def _standing(candidates: Sequence[Found], comparisons: Sequence[Comparison]) ->
         "The search's policy does not beat every uniform interval and every peer at this budget "
         f"by more than the noise: {beaten} of {len(rivals)} are beaten"
     )
-    if level:
-        text += f"; no clear difference: {', '.join(each.name for each in level)}"
     if better:
         text += f"; better: {', '.join(each.name for each in better)}"
+    if level:
+        text += f"; no clear difference: {', '.join(each.name for each in level)}"
     return text + "."
 
 

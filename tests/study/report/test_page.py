@@ -229,6 +229,16 @@ def test_a_summary_needs_findings(tmp_path: Path) -> None:
     assert "Summary" not in page.text and "Limitations" in page.text
 
 
+def test_a_conclusion_of_several_lines_is_several_paragraphs(tmp_path: Path) -> None:
+    document = search_document()
+    document["conclusion"]["text"] = "Take it.\nIt is < others."
+    folder = write(tmp_path / "search", document)
+    written = write_report([folder], tmp_path / "r.html", tmp_path / "png", lambda _: None)
+    source = written[0].read_text(encoding="utf-8")
+    paragraphs = "<p>Search (TPOT 1.5x faster): Take it.</p><p>It is &lt; others.</p>"
+    assert f"<li>{paragraphs}</li>" in source
+
+
 def test_a_map_for_each_policy_of_each_model(tmp_path: Path) -> None:
     bench, run = bench_document(), eval_document()
     other = {**bench["circumstances"], "model": "other/model", "model_fingerprint": "another"}

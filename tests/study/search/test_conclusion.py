@@ -69,7 +69,7 @@ def test_nothing_is_worth_it() -> None:
     assert "does not" not in text
     milder = found("search at 0.9", "search", 0.001, LEVEL, keeps=False)
     text = told([DENSE, worse, milder], None, (), 50, "x")
-    assert "At 0.6 of the dense cost 'search at 0.9' does not: -1.0 points" in text
+    assert "\nAt 0.6 of the dense cost 'search at 0.9' does not: -1.0 points" in text
     assert told([DENSE], None, (), 50, "x").startswith("Nothing meets the budget")
 
 
@@ -86,11 +86,15 @@ def test_how_the_search_stands() -> None:
     assert "beats every" in said(*beaten, Comparison("r", "router", level))
     text = said(*beaten, Comparison("c", "peer", level), Comparison("d", "peer", WORSE))
     assert "does not beat every" in text and "2 of 4 are beaten" in text
-    assert "no clear difference: c" in text and "better: d" in text
+    assert "are beaten; better: d; no clear difference: c." in text  # the worst news first
     cheaper = told([DENSE, own], own, beaten, 50, "x", "search at 0.4", beaten)
-    assert cheaper.endswith("'search at 0.4', which costs no more than any of them, beats 2 of 2.")
+    advice, standing, at_less, rule = cheaper.splitlines()
+    assert advice.startswith("Take 'search'") and standing.startswith("The search's policy beats")
+    assert at_less.endswith("'search at 0.4', which costs no more than any of them, beats 2 of 2.")
+    assert rule.startswith("The rule: of the candidates")
     rest = (*beaten, Comparison("c", "peer", level))
-    assert told([DENSE, own], own, rest, 50, "x", "y", rest).endswith("beats 2 of 3; not c.")
+    at_less = told([DENSE, own], own, rest, 50, "x", "y", rest).splitlines()[2]
+    assert at_less.endswith("beats 2 of 3; not c.")
     assert "no peer meets the budget" in said()
 
 
