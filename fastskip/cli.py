@@ -1,6 +1,5 @@
 """The `fastskip` command. Each subcommand is a thin wrapper of the public API, imported on use."""
 
-import errno
 import inspect
 import os
 import sys
@@ -13,6 +12,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from fastskip import __version__
+from fastskip.atomic_files import FULL
 from fastskip.commands.bench import bench
 from fastskip.commands.calibrate import calibrate
 from fastskip.commands.demo import demo
@@ -28,8 +28,6 @@ from fastskip.commands.train import train
 from fastskip.commands.verify import verify
 
 EXIT_ERROR = 2
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a full disk, including one that stdout is redirected to."""
 
 
 class _Commands(TyperGroup):
@@ -47,7 +45,8 @@ class _Commands(TyperGroup):
             raise typer.Exit(EXIT_ERROR) from error
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        """As typer's, which exits silently on a closed pipe, but reports a full disk."""
+        """As typer's, which exits silently on a closed pipe, but reports a full disk, including one
+        that stdout is redirected to."""
         try:
             return super().main(*arguments, **options)
         except OSError as error:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fastskip.atomic_files import atomic_write
+from fastskip.atomic_files import atomic_write, writing
+from fastskip.json_file import write_json
 from fastskip.routing.weights import LayerScore, write_weights
 from fastskip.study.pruning import KeptSet, WeightMasks
 
@@ -62,3 +64,23 @@ def test_a_pipe_stays_one(tmp_path: Path) -> None:
         part.write_text("through")
     assert os.read(reader, 100) == b"through" and pipe.is_fifo()
     os.close(reader)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_names_what_was_written(tmp_path: Path) -> None:
+    link = tmp_path / "report.json"
+    link.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{link}'") as caught:
+        write_json(link, {})
+    assert caught.value.filename == str(link)
+
+
+def test_a_full_disk_within_a_library_is_one_too(tmp_path: Path) -> None:
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(OSError, match="No space left") as caught, writing(tmp_path / "model"):
+        raise SafetensorError(message)
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path / "model"))
+    with pytest.raises(SafetensorError, match="corrupt"), writing(tmp_path):
+        raise SafetensorError("corrupt")
+    with pytest.raises(FileNotFoundError, match="absent"), writing(tmp_path):
+        (tmp_path / "absent").read_text()

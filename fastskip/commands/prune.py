@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastskip.atomic_files import writing
 from fastskip.commands.common import (
     CommandError,
     DeviceOption,
@@ -319,11 +320,12 @@ def _write(
             from fastskip.prompts import processor_for
             from fastskip.sparse import save_sparse
 
-            if stored is Stored.SPARSE:
-                save_sparse(loaded, out)
-            else:
-                loaded.save_pretrained(out)
-            processor_for(path).save_pretrained(out)
+            with writing(out):
+                if stored is Stored.SPARSE:
+                    save_sparse(loaded, out)
+                else:
+                    loaded.save_pretrained(out)
+                processor_for(path).save_pretrained(out)
             sizes["weights_bytes"] = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     except OSError as error:
         raise CommandError(f"{target}: {error}; allowed: a writable place") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import fastskip
@@ -108,6 +109,27 @@ def test_a_seed_says_it_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert_equal_parameters(again, first)
     assert run(other, seed=2).losses != losses
     assert not list(tmp_path.iterdir())  # without a folder nothing is written
+
+
+def test_without_checkpoints_there_is_no_folder_for_them(tmp_path: Path) -> None:
+    run(prepared(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("full", ["model", CHECKPOINTS])
+def test_a_full_disk_names_the_folder(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*arguments: Any, **options: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    trained = run(prepared())
+    monkeypatch.setattr("safetensors.torch.serialize_file", write)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / full}'"):
+        if full == "model":
+            trained.save(tmp_path / full)
+        else:
+            run(prepared(), tmp_path, save_every=1)
 
 
 @pytest.mark.parametrize("parts", [Parts.PROJECTOR, Parts.LORA])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastskip.atomic_files import writing
 from fastskip.loading import plan_of, set_policy, watching_routers
 from fastskip.prompts.conversations import Example
 from fastskip.study.training import origin
@@ -87,12 +88,14 @@ def train(
     events = Events(masks, model, on_step)
     was_training = model.training
     with ExitStack() as stack:
-        folder = stack.enter_context(TemporaryDirectory()) if out is None else out
+        kept = None if last is None and settings.save_every is None else out
+        # transformers creates the folder of checkpoints, even if there are to be none
+        folder = Path(stack.enter_context(TemporaryDirectory()) if kept is None else kept)
         stack.enter_context(_generators_restored())
         names = names_of(model, settings.parts)
-        if last is not None or settings.save_every is not None:
+        if kept is not None:
             own = origin.origin_of(model, names, data, settings, masks)
-            (origin.keep if last is None else origin.check)(Path(folder), own)
+            (origin.keep if last is None else origin.check)(folder, own)
         check_precision(model, names, settings.precision)
         stack.enter_context(learning(model, names, settings.precision))
         stack.callback(model.train, was_training)
@@ -108,7 +111,7 @@ def train(
         learner = Learner(model, gates, settings.pressure / settings.accumulation)
         trainer = transformers.Trainer(
             learner,
-            _arguments(settings, Path(folder) / CHECKPOINTS, model),
+            _arguments(settings, folder / CHECKPOINTS, model),
             data_collator=Collator(tokenizer.pad_token_id, settings.padding),
             train_dataset=source,
             callbacks=[events],
@@ -117,7 +120,7 @@ def train(
         if trainer.args.n_gpu > 1:
             allowed = "one visible device (CUDA_VISIBLE_DEVICES=0)"
             raise SettingsError("devices", trainer.args.n_gpu, allowed)
-        with suppress(Finished):
+        with suppress(Finished), nullcontext() if kept is None else writing(folder / CHECKPOINTS):
             trainer.train(resume_from_checkpoint=last)
         if trainer.state.global_step < trainer.state.max_steps:
             done, wanted = trainer.state.global_step, trainer.state.max_steps

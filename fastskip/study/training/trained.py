@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastskip.atomic_files import writing
 from fastskip.loading import save_policy
 from fastskip.policy import SkipPolicy
 from fastskip.study.training.learner import TrainingError
@@ -55,6 +56,7 @@ class Trained:
 
         Raises:
             TrainingError: a model that is not a ``peft.PeftModel`` holds an earlier run's adapters.
+            OSError: the folder cannot be written; a full disk is named.
         """
         folder = Path(folder)
         has_adapters = hasattr(self.model, "merge_and_unload")  # until they are merged
@@ -65,6 +67,7 @@ class Trained:
         elif any(hasattr(module, "base_layer") for module in self.model.modules()):
             needed = "merge them into its weights (merge_and_unload of the earlier run's model)"
             raise TrainingError(f"model: holds adapters; needed: {needed}")
-        self.model.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        with writing(folder):
+            self.model.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
