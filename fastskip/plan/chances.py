@@ -199,20 +199,6 @@ def weights_read(rate: float, batch: int, group: Group = Group.ROW) -> float:
     return 1 - rate ** (1 if group is Group.BATCH else batch)
 
 
-def weights_read_table(
-    rates: Sequence[float] = (0.25, 0.5, 0.75, 0.9), batches: Sequence[int] = (1, 2, 4, 8, 16)
-) -> str:
-    """`weights_read` as a Markdown table: each row or sequence deciding alone, and the batch."""
-    lines = [
-        ["rows that skip", *(f"batch {batch}" for batch in batches), 'any, group "batch"'],
-        ["---:"] * (len(batches) + 2),
-    ]
-    for rate in rates:
-        apart = [f"{weights_read(rate, batch):.0%}" for batch in batches]
-        lines.append([f"{rate:.0%}", *apart, f"{weights_read(rate, 1, Group.BATCH):.0%}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _mix(running: float, skipping: float, rate: float) -> float:
     # Equal values are returned bit for bit, so whole numbers stay whole.
     return running if running == skipping else (1 - rate) * running + rate * skipping

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.plan import ModelShape, SkipPlan, make_plan
-from fastskip.plan.chances import weights_read, weights_read_table
+from fastskip.plan.chances import weights_read
 from fastskip.plan.costs import (
     Ceilings,
     Cost,
@@ -586,18 +586,18 @@ def test_expected_plans_serve_wherever_costs_take_a_plan() -> None:
     assert half == sum(ends) / 2
 
 
-def test_table_of_weights_read() -> None:
-    assert weights_read_table((0.5, 0.9), (1, 4)).splitlines() == [
-        '| rows that skip | batch 1 | batch 4 | any, group "batch" |',
-        "| ---: | ---: | ---: | ---: |",
-        "| 50% | 50% | 94% | 50% |",
-        "| 90% | 10% | 34% | 10% |",
-    ]
-
-
 def test_readme_tells_what_groups_cost() -> None:
     readme = (Path(__file__).parents[2] / "fastskip" / "routing" / "README.md").read_text()
-    assert weights_read_table() in readme
+    batches = (1, 2, 4, 8, 16)
+    lines = [
+        ["rows that skip", *(f"batch {batch}" for batch in batches), 'any, group "batch"'],
+        ["---:"] * 7,
+    ]
+    for rate in (0.25, 0.5, 0.75, 0.9):
+        apart = [weights_read(rate, batch) for batch in batches]
+        shares = [rate, *apart, weights_read(rate, 1, Group.BATCH)]
+        lines.append([f"{share:.0%}" for share in shares])
+    assert "\n".join(f"| {' | '.join(line)} |" for line in lines) in readme
 
 
 def test_removals_cost_what_the_rows_left_cost() -> None:
