@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastskip.plot_labels import Label, place
 from fastskip.plotting import plain, save, subplots
 from fastskip.study.search.budget import Quantity
 from fastskip.study.search.result import Found, SearchResult
@@ -66,21 +67,16 @@ def front(result: SearchResult) -> Any:
     axis.set_title(f"{result.budget['text']} (dotted: Pareto front)", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
     plain(axis)
-    named = _named(result.candidates)
-    name_points(axis, [(each.name, cost(each), 100 * each.score.mean) for each in named])
+    labels = [_label(each, cost(each)) for each in _named(result.candidates)]
+    place(axis, labels, size=7)
     return figure
 
 
-def name_points(axis: Any, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write names below their points ``(name, x, y)``; one that would cover another moves down."""
-    axis.figure.draw_without_rendering()  # where points lie is known once the layout is
-    taken: list[Any] = []
-    for name, x, y in points:
-        text = axis.annotate(name, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7)
-        text.set_in_layout(False)
-        while text.get_window_extent().count_overlaps(taken):
-            text.xyann = (text.xyann[0], text.xyann[1] - 2)
-        taken.append(text.get_window_extent())
+def _label(each: Found, cost: float) -> Label:
+    upright = 100 * each.score.low, 100 * each.score.high
+    return Label(
+        each.name, cost, 100 * each.score.mean, upright, (cost, cost), COLOURS[each.source]
+    )
 
 
 def sensitivity(result: SearchResult) -> Any:
