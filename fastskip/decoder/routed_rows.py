@@ -292,6 +292,8 @@ class RoutedRows:
         skipped, among = self._no_rows.copy(), self._no_rows.copy()
         if decision.factor is not None:
             self._scale(ruling, rows, decision.factor, h)
+            self._ran = self._ran.copy()  # a row whose change does not count has not run whole
+            self._ran[rows.numpy()] &= (decision.factor.detach() != 0).to(HOST).numpy()
         skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
         among[rows.numpy()] = True
         self._take(ruling, self._among(among, skipped.tolist()), among, decision.scope)

@@ -34,7 +34,8 @@ class Scope(Enum):
 class Decision:
     """Which candidates skip, ``skip [n]`` bool on any device, and how far the decision reaches.
 
-    ``factor [n]``: in router training, a differentiable factor on the candidates' sublayer outputs.
+    ``factor [n]``: in router training, a differentiable factor on the candidates' sublayer outputs;
+    to later routers that ask for ``last_layer``, a row with the factor 0 did not run this layer.
     """
 
     skip: Tensor

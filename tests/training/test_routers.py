@@ -68,6 +68,43 @@ def test_training_computes_what_the_trained_router_will(
     torch.testing.assert_close(actual[real], expected[real])
 
 
+BESIDE = [
+    {"layers": [2, 3], "kind": "similarity", "threshold": 0.6, "skip": ["block"]},
+    {"layers": [0], "kind": "random", "rate": 0.5, "skip": ["block"], "kv": "omit"},
+]
+"""Routers that stay as they are, above and below a linear one in layer 1."""
+
+
+@pytest.mark.parametrize("skip", [["ffn"], ["attention"], ["block"]])
+def test_others_decide_beside_it_as_they_will(skip: list[str], tmp_path: Path) -> None:
+    rule = {**LINEAR, "layers": [1], "skip": skip}
+    model = model_of(policy_of(tmp_path, BESIDE[0], rule, BESIDE[1]), torch.float64)
+    compute_in_double(model.model.language_model, lambda handle: None)
+    given = {k: v.double() if v.is_floating_point() else v for k, v in batch().items()}
+    with torch.no_grad(), fastskip.record_routing(model) as record:
+        expected = model(**given).logits
+    assert all(0 < rate < 1 for rate in record.rates().values())
+    gates = Gates(model, 0.5)
+    with watching_routers(model, gates.gate):
+        actual = model(**given).logits
+    real = given["attention_mask"].bool()
+    torch.testing.assert_close(actual[real], expected[real])
+
+
+def test_what_stands_beside_it_is_kept(tmp_path: Path) -> None:
+    rule = {**LINEAR, "layers": [1], "skip": ["ffn"]}
+    model = model_of(policy_of(tmp_path / "start", BESIDE[0], rule, BESIDE[1]))
+    started = fastskip.plan_of(model).policy.routers
+    settings = Settings(parts=Parts.ROUTERS, rate=0.5, steps=2, batch=4)
+    train(model, processor(), examples(), tmp_path / "run", settings)
+    files = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert files == ["policy.json", weights_file(1)]
+    found = SkipPolicy.from_file(tmp_path / "run" / "policy.json").routers
+    assert (found[0], found[2]) == (started[0], started[2])
+    before, after = ((tmp_path / name / weights_file(1)).read_bytes() for name in ("start", "run"))
+    assert before != after
+
+
 class Scaled:
     """A router of which every candidate runs, and counts as much as it is told."""
 
@@ -151,9 +188,13 @@ def test_adapters_bring_the_routers_of_their_policy(tmp_path: Path) -> None:
     assert skipped_shares(base, held_out) == expected
 
 
+@pytest.mark.parametrize("beside", [[], BESIDE], ids=["alone", "beside others"])
 @pytest.mark.parametrize("skip", [["ffn"], ["attention"], ["block"]])
-def test_gradients_where_activations_are_computed_again(skip: list[str], tmp_path: Path) -> None:
-    model, found = model_of(policy_of(tmp_path, {**LINEAR, "skip": skip})).train(), []
+def test_gradients_where_activations_are_computed_again(
+    skip: list[str], beside: list[Any], tmp_path: Path
+) -> None:
+    rule = {**LINEAR, "layers": [1] if beside else "1:4", "skip": skip}
+    model, found = model_of(policy_of(tmp_path, rule, *beside)).train(), []
     for wanted in (True, False):
         recompute(model, wanted=wanted)
         gates = Gates(model, 0.5)
@@ -163,7 +204,9 @@ def test_gradients_where_activations_are_computed_again(skip: list[str], tmp_pat
         grads = {name: p.grad for name, p in gates.named_parameters() if p.grad is not None}
         found.append(grads)
     light, whole = found
-    assert len(light) == 2 * 3 and all(gradient.any() for gradient in whole.values())
+    assert len(light) == 2 * (1 if beside else 3) and all(
+        gradient.any() for gradient in whole.values()
+    )
     for name, gradient in light.items():
         assert torch.equal(gradient, whole[name]), name
 
@@ -232,6 +275,14 @@ def test_every_process_trains_the_same(tmp_path: Path) -> None:
             r"routers\[0\].kind",
         ),
         ([{**LINEAR, "skip": ["attention"], "kv": "omit"}], {"rate": 0.5}, r"routers\[0\].kv"),
+        (
+            [
+                {**LINEAR, "layers": [1], "skip": ["ffn"]},
+                {"layers": [2], "kind": "paper.exit", "skip": ["block"], "kv": "omit"},
+            ],
+            {"rate": 0.5},
+            r"routers\[1\].kind: got 'paper.exit'; allowed: linear, beside which",
+        ),
         ([{**LINEAR, "skip": ["ffn"]}], {}, "rate: got None"),
     ],
 )

@@ -8,6 +8,9 @@ every candidate is computed. A penalty pulls the share that skips, over all laye
 its target: layers whose changes are worth less skip more. The model's own weights are frozen, as in
 the router tuning of SkipGPT (arXiv:2506.04179).
 
+Similarity and random routers of the same policy decide as they always do, so linear ones learn
+beside them. For the former, a row that a gate multiplies by 0 has not run the layer.
+
 At inference, by contrast, nothing is computed for rows that skip, and there is no gate.
 """
 
@@ -29,24 +32,26 @@ from fastskip.routing.weights import LayerScore, write_weights
 
 
 class Gates(nn.Module):
-    """The routers of a prepared model as parameters: one weight and bias per rule and layer."""
+    """The linear routers of a model as parameters: one weight and bias per rule and layer."""
 
     def __init__(self, model: Any, rate: float | None) -> None:
         """Starts from the model's current routers; ``rate``: the share that should skip.
 
         Raises:
-            PolicyError: the policy has no routers, or one that is not linear or does not project K
-                and V; or ``rate`` is needed and missing.
+            PolicyError: the policy has no linear router, one that does not project K and V, or a
+                plug-in; or ``rate`` is needed and missing.
         """
         super().__init__()
         plan = plan_of(model)
         self.policy, self._rate = plan.policy, rate
         _check(self.policy, rate)
+        self._linear = _linear(self.policy)
         self._depth = plan.shape.depth
         self.weights, self.biases = nn.ParameterDict(), nn.ParameterDict()
         self._shares: list[Tensor] = []
         routers = build_routers(self.policy, self._depth, plan.shape.hidden_size)
-        for number, router in enumerate(routers):
+        for number in self._linear:
+            router = routers[number]
             assert isinstance(router, ScoreRouter)
             for layer in self._layers(number):
                 terms, name = router.terms(layer), _name(number, layer)
@@ -56,7 +61,9 @@ class Gates(nn.Module):
                 self.biases[name] = nn.Parameter(weight.new_tensor([terms.bias]))
 
     def gate(self, number: int, router: Router) -> Router:
-        """The trainable stand-in for a router, as ``watching_routers`` takes it."""
+        """The trainable stand-in for a linear router, as ``watching_routers`` takes it."""
+        if number not in self._linear:
+            return router
         assert isinstance(router, ScoreRouter)
         return _Gate(router, number, self)
 
@@ -85,8 +92,8 @@ class Gates(nn.Module):
     def save(self, folder: Path, about: dict[str, Any]) -> SkipPolicy:
         """Writes ``policy.json`` and the weights beside it; returns the policy."""
         folder.mkdir(parents=True, exist_ok=True)
-        rules = []
-        for number, rule in enumerate(self.policy.routers):
+        rules = list(self.policy.routers)
+        for number in self._linear:
             scores = {
                 layer: LayerScore(
                     self.weights[_name(number, layer)].detach().cpu(),
@@ -95,7 +102,7 @@ class Gates(nn.Module):
                 for layer in self._layers(number)
             }
             write_weights(folder / weights_file(number), scores, about)
-            rules.append(replace(rule, weights=weights_file(number)))
+            rules[number] = replace(rules[number], weights=weights_file(number))
         provenance = {**self.policy.provenance, "training": about}
         policy = replace(
             self.policy, routers=tuple(rules), provenance=provenance, folder=str(folder)
@@ -157,14 +164,25 @@ def _name(number: int, layer: int) -> str:
     return f"{number}_{layer}"
 
 
+def _linear(policy: SkipPolicy) -> tuple[int, ...]:
+    """The numbers of the linear routers."""
+    return tuple(n for n, rule in enumerate(policy.routers) if rule.kind == "linear")
+
+
 def _check(policy: SkipPolicy, rate: float | None) -> None:
     if not policy.routers:
         raise PolicyError("routers", [], "a policy with linear routers", "no routers to train")
+    learning = {number: policy.routers[number] for number in _linear(policy)}
     for number, rule in enumerate(policy.routers):
-        if rule.kind != "linear":
-            raise PolicyError(f"routers[{number}].kind", rule.kind, "linear: others cannot learn")
+        if rule.is_plug_in:  # which may look at what only training computes
+            allowed = "linear, beside which similarity and random stay as they are"
+            raise PolicyError(f"routers[{number}].kind", rule.kind, allowed)
+    if not learning:
+        kind = policy.routers[0].kind
+        raise PolicyError("routers[0].kind", kind, "linear for some router: others cannot learn")
+    for number, rule in learning.items():
         if rule.kv not in (None, SkippedKV.PROJECT):
             # Training computes K and V of every candidate.
             raise PolicyError(f"routers[{number}].kv", rule.kv.value, "project, during training")
-    if rate is None and all(rule.capacity is None for rule in policy.routers):
+    if rate is None and all(rule.capacity is None for rule in learning.values()):
         raise PolicyError("rate", None, "a share in [0, 1] for routers with a threshold")
