@@ -2,13 +2,15 @@
 
 Triton's interpreter runs a kernel's Python; here runs what its compiler made of it: real bf16,
 real layouts in registers and shared memory, real barriers. Threads go in lockstep, so what depends
-on their speed is looked for: every access to shared memory is compared with the accesses of other
-warps since the last barrier (``RaceError``), and bytes that are copied asynchronously arrive only
-when they are waited for.
+on their speed is looked for: accesses to shared memory that no barrier puts in order with those of
+other warps (``memory``), accesses to global memory that no atomic operation puts in order with
+those of other blocks (``blocks``). Bytes that are copied asynchronously arrive only when they are
+waited for.
 
-``program`` parses the text, ``machine`` executes it, with ``memory``, ``numbers`` and ``warps``;
-``launches`` compiles what a test launches and hands it over.
+``program`` parses the text, ``machine`` executes it, ``arithmetic``, ``accesses`` and
+``collectives`` say what instructions do, ``launches`` compiles what a test launches and hands it
+over.
 
 The semantics follow NVIDIA's PTX ISA, version 8.7. Not modelled: the rounding of approximate
-instructions (they are exact here), what ``ptxas`` makes of PTX, races between thread blocks.
+instructions (they are exact here), what ``ptxas`` makes of PTX, launches that overlap.
 """

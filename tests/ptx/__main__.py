@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("-k", default="", metavar="NAME", help="operations whose name has this")
     chosen = parser.parse_args()
     widths, wrong = WIDTHS[chosen.widths], 0
-    with executing(chosen.arch), tuning.table(chosen.table):
+    with executing(chosen.arch, widths is TINY), tuning.table(chosen.table):
         for name, maker, rows in cases(widths):
             if chosen.k not in name or (chosen.rows and rows not in chosen.rows):
                 continue

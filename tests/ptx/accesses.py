@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx.blocks import Thread
 from tests.ptx.machine import Copy, Handler, Machine
 from tests.ptx.numbers import UNSIGNED, decode, encode, width_of
 from tests.ptx.program import Address, Immediate, Instruction, Register, Symbol, Vector
@@ -24,6 +25,8 @@ def _load(machine: Machine, own: Instruction) -> None:
     parts = target.parts if isinstance(target, Vector) else (target,)
     size, lanes, is_shared = width_of(kind) // 8, machine.lanes(), "shared" in own.kinds
     addresses = machine.addresses(at, lanes, size * len(parts), is_shared)
+    if machine.between is not None and not is_shared:
+        machine.between.read(machine.threads(lanes), addresses, size * len(parts))
     for number, part in enumerate(parts):
         if is_shared:
             words = machine.shared.load(machine.who(lanes), addresses + number * size, size)
@@ -49,6 +52,10 @@ def _store(machine: Machine, own: Instruction) -> None:
             machine.shared.store(machine.who(lanes), addresses + number * size, words, size)
         else:
             everything, places = machine.memory.place(addresses + number * size, size)
+            if machine.between is not None:
+                changes = everything[places] != words
+                who = machine.threads(lanes)
+                machine.between.write(who, addresses + number * size, size, changes)
             everything[places] = words
 
 
@@ -72,7 +79,11 @@ def _update(machine: Machine, own: Instruction) -> None:
     everything, places = machine.memory.place(machine.addresses(at, lanes, size), size)
     given = [machine.whole(machine.read(each, kind))[lanes] for each in values]
     before = everything[places]
+    who = machine.threads(lanes)
     for number, place in enumerate(places):
+        if machine.between is not None:
+            thread = Thread(*(int(each[number]) for each in who))
+            machine.between.synchronize(thread, int(place), own.kinds)
         before[number] = everything[place]
         old = decode(np.asarray(before[number]), kind)
         new = compute(old, *(each[number] for each in given))
@@ -113,6 +124,8 @@ def _begin_copy(machine: Machine, own: Instruction) -> None:
     if reading.any():
         here = machine.addresses(source, lanes[reading], size)
         offsets = np.minimum(np.arange(size), length[reading, None] - 1)
+        if machine.between is not None:
+            machine.between.read(machine.threads(lanes[reading]), here, size)
         everything, places = machine.memory.place(here[:, None] + offsets, 1)
         data[reading] = np.where(is_read[reading], everything[places], 0)
     machine.shared.begin_copy(machine.who(lanes), there, size)

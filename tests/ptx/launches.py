@@ -24,6 +24,7 @@ from fastskip.atomic_files import atomic_write
 from fastskip.kernels.compilation import Build, build_of, cache_folder
 from fastskip.kernels.launch import Launch
 from fastskip.ops import compiled
+from tests.ptx.blocks import Blocks
 from tests.ptx.instructions import HANDLERS
 from tests.ptx.machine import Machine
 from tests.ptx.program import Program, parse
@@ -44,11 +45,13 @@ class Compiled:
 class Compiler:
     """Compiles for one architecture, every specialisation once.
 
-    ``programs``: what was compiled, by ``Build.key``.
+    ``programs``: what was compiled, by ``Build.key``; ``watches_blocks``: whether races between
+    the blocks of a launch are looked for, too, which takes long where they read much.
     """
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, watches_blocks: bool = True) -> None:
         self.arch = arch
+        self._watches_blocks = watches_blocks
         self.programs: dict[str, Compiled] = {}
 
     def compiled(self, launch: Launch) -> Compiled:
@@ -72,11 +75,12 @@ class Compiler:
         x, y, z = (*grid, 1, 1)[:3]
         blocks = np.array([*np.ndindex(z, y, x)], np.int64)[::-1, ::-1]
         at_once = max(THREADS // program.threads, 1)
+        between = Blocks() if self._watches_blocks else None
         for first in range(0, len(blocks), at_once):
             part = blocks[first : first + at_once]
             # Races are the same in all blocks, and looking for them takes most of the time.
             watches = first == 0
-            Machine(program, HANDLERS, values, (x, y, z), part, made.shared, watches).run()
+            Machine(program, HANDLERS, values, (x, y, z), part, made.shared, watches, between).run()
 
 
 def ptx_of(build: Build) -> tuple[str, int]:
@@ -156,9 +160,9 @@ def _flat(value: Any, path: tuple[int, ...], build: Build, kinds: Iterator[str])
 
 
 @contextmanager
-def executing(arch: int) -> Iterator[Compiler]:
+def executing(arch: int, watches_blocks: bool = True) -> Iterator[Compiler]:
     """Within it, launches run as PTX for an architecture, 10 * major + minor."""
-    compiler = Compiler(arch)
+    compiler = Compiler(arch, watches_blocks)
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         assert not warmup

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.ptx.blocks import Blocks, Threads
 from tests.ptx.fragments import WARP
 from tests.ptx.memory import GlobalMemory, MisalignedError, SharedMemory, Who
 from tests.ptx.numbers import UNSIGNED, Array, decode, encode, width_of
@@ -66,8 +67,9 @@ class Machine:
 
     ``handlers``: what executes an instruction, by name; ``arguments``: bits of parameters by name;
     ``blocks``: ``[n, 3]``, the blocks' numbers in the grid; ``size_of_shared``: bytes of shared
-    memory of a block; ``watches``: whether races are looked for. ``conditions``: handles of
-    conditional nodes, and what they were set to.
+    memory of a block; ``watches``: whether races in it are looked for; ``between``: looks for
+    races between the blocks of the launch. ``conditions``: handles of conditional nodes, and what
+    they were set to.
     """
 
     program: Program
@@ -77,6 +79,7 @@ class Machine:
     blocks: Array
     size_of_shared: int
     watches: bool = True
+    between: Blocks | None = None
     conditions: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -210,6 +213,12 @@ class Machine:
 
     def who(self, lanes: Array) -> Who:
         return Who(self.block[lanes], self.warp[lanes])
+
+    def threads(self, lanes: Array) -> Threads:
+        """The same among all blocks of the launch."""
+        x, y, z = self.blocks[self.block[lanes]].T
+        number = x + self.grid[0] * (y + self.grid[1] * z)
+        return Threads(number, self.thread[lanes], self.shared.barriers[self.block[lanes]])
 
     def whole(self, values: Array) -> Array:
         """``[threads]``, of a scalar too."""

@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from fastskip.kernels.head import head_logits
 from fastskip.kernels.norm import normalize
-from fastskip.ops.contracts import Linear, Norm
+from fastskip.kernels.residual import add_terms_
+from fastskip.ops.contracts import ARRIVALS, Linear, Norm, Term
 from tests.ptx.launches import executing
 from tests.ptx.memory import RaceError
 
@@ -29,6 +30,14 @@ def outcome(call, right):
 torch.manual_seed(0)
 x, weight = torch.randn(3, 520).bfloat16(), torch.randn(520).bfloat16()
 words = (torch.randn(70, 520) / 23).bfloat16()
+terms = [Term(x, Linear(words[:40]))]
+shared = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_E=32, STAGES=2, SPLITS=2, num_warps=4)
+
+def added():
+    h, arrivals = torch.zeros(3, 40).bfloat16(), torch.zeros(ARRIVALS, dtype=torch.int32)
+    add_terms_(h, terms, arrivals=arrivals, config=shared)
+    return h
+
 config = dict(BLOCK_M=4, BLOCK_N=1, BLOCK_E=256, STAGES=2, num_warps=2)
 calls = {
     "normalize": (
@@ -39,6 +48,7 @@ calls = {
         lambda: head_logits(x[:1], None, Linear(words), config=config),
         x[:1].float() @ words.float().t(),
     ),
+    "shared tiles": (added, x.float() @ words[:40].float().t()),
 }
 found = {}
 for arch in (80, 90):
@@ -73,9 +83,8 @@ def outcomes() -> dict[str, list[Any]]:
 
 def test_every_barrier_of_a_kernel_is_missed(outcomes: dict[str, list[Any]]) -> None:
     """Without any one of them there is a race; with all of them there is none."""
-    assert set(outcomes) == {
-        f"{name}, {arch}" for name in ("normalize", "head") for arch in (80, 90)
-    }
+    kernels = {name.partition(",")[0] for name in outcomes}
+    assert kernels == {"normalize", "head", "shared tiles"} and len(outcomes) == 6
     for name, (whole, *without) in outcomes.items():
         assert whole == "right", name
         assert without and set(without) == {"race"}, (name, without)

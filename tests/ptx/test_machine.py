@@ -1,11 +1,13 @@
 """What executes PTX: each kind of instruction, and that every fault it looks for is found."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.ptx.blocks import Blocks
 from tests.ptx.instructions import HANDLERS
 from tests.ptx.machine import DivergedError, Machine
 from tests.ptx.memory import MisalignedError, RaceError
@@ -41,14 +43,21 @@ LOAD, STORE = "ld.global.b32 %r2, [%rd4];", "st.global.b32 [%rd5], %r3;"
 
 
 def execute(
-    body: str, x: Array, out: Array, threads: int = 32, blocks: int = 1, shared: int = 1024
+    body: str,
+    x: Array,
+    out: Array,
+    *,
+    threads: int = 32,
+    blocks: int = 1,
+    block: int = 0,
+    between: Blocks | None = None,
 ) -> Machine:
-    """Runs ``body`` with a thread for each word of ``x``, which it may read and write."""
+    """Runs ``body`` in blocks from ``block`` on, with a thread for each word of ``x``."""
     text = HEAD.format(threads=threads, size=out.dtype.itemsize, body=body)
     program = parse(text)
     given: Mapping[str, int] = {"x_ptr": x.ctypes.data, "out_ptr": out.ctypes.data}
-    numbers = np.array([(number, 0, 0) for number in range(blocks)], np.int64)
-    machine = Machine(program, HANDLERS, given, (blocks, 1, 1), numbers, shared)
+    numbers = np.array([(block + number, 0, 0) for number in range(blocks)], np.int64)
+    machine = Machine(program, HANDLERS, given, (3, 1, 1), numbers, 1024, between=between)
     machine.run()
     return machine
 
@@ -231,6 +240,64 @@ def test_copies_arrive_when_they_are_waited_for() -> None:
     assert not out.any()
     with pytest.raises(RaceError, match="still being copied"):
         execute(COPY.format(wait="cp.async.wait_group 2;", length=4), x, out)
+
+
+HAND_OVER = """
+    mov.u32 %r4, %ctaid.x;
+    mov.b32 %r9, 0;
+    setp.ne.u32 %p1, %r4, 1;
+    @%p1 bra $L__take;                     // block 1 comes first and writes
+    add.s32 %r3, %r1, 100;
+    st.global.b32 [%rd4], %r3;
+    {before}
+$L__take:
+    setp.eq.u32 %p2, %r1, 0;
+    @%p2 atom.global.gpu.{order}.add.u32 %r9, [%rd2 + 512], 1;
+    {after}
+    setp.eq.u32 %p3, %r4, 1;
+    @%p3 bra $L__end;
+    xor.b32 %r5, %r1, 33;                  // of another warp
+    mul.wide.u32 %rd6, %r5, 4;
+    add.s64 %rd7, %rd1, %rd6;
+    {use}
+$L__end:
+"""
+READ = "ld.global.b32 %r3, [%rd7];\nst.global.b32 [%rd5], %r3;"
+
+
+@pytest.mark.parametrize(
+    ("before", "order", "after", "use", "fault"),
+    [
+        ("bar.sync 0;", "acq_rel", "bar.sync 0;", READ, None),
+        ("", "acq_rel", "bar.sync 0;", READ, "block 0 reads what block 1 writes"),
+        ("bar.sync 0;", "acq_rel", "", READ, "block 0 reads what block 1 writes"),
+        ("bar.sync 0;", "relaxed", "bar.sync 0;", READ, "block 0 reads what block 1 writes"),
+        ("bar.sync 0;", "release", "bar.sync 0;", READ, "block 0 reads what block 1 writes"),
+        ("bar.sync 0;", "acq_rel", "bar.sync 0;", "st.global.b32 [%rd7], %r1;", None),
+        ("", "acq_rel", "bar.sync 0;", "st.global.b32 [%rd7], %r1;", "overwrites what block 1 wri"),
+    ],
+)
+def test_blocks_hand_over_by_atomic_operations(
+    before: str, order: str, after: str, use: str, fault: str | None
+) -> None:
+    x, out = np.zeros(64, np.uint32), np.zeros(129, np.uint32)
+    body = HAND_OVER.format(before=before, order=order, after=after, use=use)
+    between = Blocks()
+    for block in (1, 0):
+        expects = fault is not None and block == 0
+        with pytest.raises(RaceError, match=fault) if expects else nullcontext():
+            execute(body, x, out, threads=64, block=block, between=between)
+    if use == READ and fault is None:
+        assert out[:64].tolist() == [100 + (number ^ 33) for number in range(64)]
+
+
+def test_blocks_that_read_what_another_overwrites() -> None:
+    x, out = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
+    between = Blocks()
+    for block in (2, 1):
+        execute(LOAD, x, out, block=block, between=between)
+    with pytest.raises(RaceError, match="overwrites what several blocks read"):
+        execute("st.global.b32 [%rd4], %r1;", x, out, block=0, between=between)
 
 
 def test_accesses_that_are_not_aligned() -> None:
