@@ -1,9 +1,17 @@
-"""Splits a configuration into blocks (kernel arguments) and options (for the compiler)."""
+"""Sizes of blocks: a configuration's (kernel arguments) apart from its options (for the compiler),
+and what a head takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+import triton
+
+
+def columns_of(head_dim: int) -> int:
+    """A block's columns for heads of this size: a product sums over 16 at least."""
+    return max(16, int(triton.next_power_of_2(head_dim)))
 
 
 def split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:

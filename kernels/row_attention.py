@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastskip.kernels import guards, numerics, tuning
-from fastskip.kernels.blocks import split
+from fastskip.kernels.blocks import columns_of, split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.softmax import LOG2_E, LOW, attend_many
@@ -183,7 +183,7 @@ def attend_rows(
         GROUPS=pages.groups,
         HEAD_DIM=width,
         PAGE=PAGE_SLOTS,
-        BLOCK_K=triton.next_power_of_2(width),
+        BLOCK_K=columns_of(width),
         BLOCK_B=triton.next_power_of_2(max(1, sequences)),
         **blocks,
     )

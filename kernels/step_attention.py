@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastskip.kernels import hops, numerics, overlap, tuning
 from fastskip.kernels.arrivals import is_last
-from fastskip.kernels.blocks import split
+from fastskip.kernels.blocks import columns_of, split
 from fastskip.kernels.gradients import refuse_gradients
 from fastskip.kernels.launch import launch
 from fastskip.kernels.operands import distance
@@ -284,7 +284,7 @@ def attend_step(
     sizes = {
         "SPLITS": splits,
         "HEAD_DIM": width,
-        "BLOCK_K": triton.next_power_of_2(width),
+        "BLOCK_K": columns_of(width),
     }
     launch(
         _attend_step_kernel,

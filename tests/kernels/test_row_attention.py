@@ -68,6 +68,7 @@ TEXT = [*range(1, 6), *range(70, 90)]
 """Text rows around an image: they see its entries, and its own rows are not asked."""
 
 CASES = {
+    "heads of half a product": Case(1, 1, 8, [range(1, 41)]),
     "causal": Case(1, 1, 16, [range(1, 41)]),
     "text over image": Case(2, 1, 32, [TEXT]),
     "several sequences": Case(1, 1, 16, [range(1, 18), [], [3], [], range(60, 70), []], block=16),

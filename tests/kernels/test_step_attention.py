@@ -81,6 +81,7 @@ class Case:
 
 
 CASES = {
+    "grouped, heads of half a product": Case(6, 2, 8, [[70, 3]], splits=2),
     "multi-head": Case(2, 2, 16, [[70, 1]], splits=2),
     "multi-head, odd": Case(1, 1, 80, [[63]], splits=4, block=16),
     "multi-head, second launch": Case(2, 2, 32, [[65]], splits=2, is_fused=0),
