@@ -74,10 +74,21 @@ class Build:
         return getattr(importlib.import_module(self.module), self.kernel)
 
     @property
+    def target(self) -> GPUTarget:
+        return _target(self.arch)
+
+    @property
+    def source(self) -> ASTSource:
+        """What Triton compiles."""
+        return ASTSource(
+            self.function, dict(self.signature), dict(self.constants), dict(self.attributes)
+        )
+
+    @property
     def key(self) -> str:
         """Equal for builds of the same machine code: what the sources say, specialisation, options,
         versions."""
-        backend = make_backend(_target(self.arch))
+        backend = make_backend(self.target)
         constants = {
             path: meaning_of(value) if isinstance(value, JITCallable) else value
             for path, value in self.constants.items()
@@ -178,10 +189,7 @@ def compile_build(build: Build) -> Finding:
         triton.knobs.cache.dir = folder
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
-        source = ASTSource(
-            build.function, dict(build.signature), dict(build.constants), dict(build.attributes)
-        )
-        compiled = triton.compile(source, target=_target(build.arch), options=dict(build.options))
+        compiled = triton.compile(build.source, target=build.target, options=dict(build.options))
     sass = disassemble(compiled.asm["cubin"])
     before, *after = WAIT.split(sass)
     return Finding(

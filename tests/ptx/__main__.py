@@ -16,6 +16,7 @@ from benchmarks.gpu.correctness import DTYPES, cases, worst_output
 from benchmarks.gpu.inputs import SEVEN, THIRTEEN, TINY
 from fastskip.kernels import tuning
 from fastskip.ops import compiled
+from fastskip.wording import dtype_name
 from tests.ptx.launches import executing
 
 WIDTHS = {widths.name: widths for widths in (TINY, SEVEN, THIRTEEN)}
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--table", default="nvidia-h200", help="of kernels/tables")
     parser.add_argument("--widths", choices=WIDTHS, default=SEVEN.name)
     parser.add_argument("--rows", type=int, nargs="*", help="numbers of rows (default: all)")
-    parser.add_argument("--dtype", default="bfloat16", choices=[str(x)[6:] for x in DTYPES])
+    parser.add_argument("--dtype", default="bfloat16", choices=[*map(dtype_name, DTYPES)])
     parser.add_argument("-k", default="", metavar="NAME", help="operations whose name has this")
     chosen = parser.parse_args()
     widths, wrong = WIDTHS[chosen.widths], 0

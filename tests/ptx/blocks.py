@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tests.ptx.memory import RaceError
+from tests.ptx.memory import MANY, RaceError
 from tests.ptx.numbers import Array
 
 BYTES = 12
 """Bits of an address within a page."""
-NOBODY, SEVERAL = -1, -2
+NOBODY = -1
 
 
 class Thread(NamedTuple):
@@ -51,6 +51,12 @@ class Page:
         self.thread, self.barriers = (np.zeros(halves, np.int64) for _ in range(2))
         self.read_by, self.read_at = (np.zeros(halves, np.int64) for _ in range(2))
 
+    def last_writer(self, half: int) -> Thread:
+        return Thread(self.writer[half], self.thread[half], self.barriers[half])
+
+    def last_reader(self, half: int) -> Thread:
+        return Thread(self.reader[half], self.read_by[half], self.read_at[half])
+
 
 class Blocks:
     """Who wrote and read what, in one launch."""
@@ -66,14 +72,13 @@ class Blocks:
             foreign = (page.writer[halves] != NOBODY) & (page.writer[halves] != blocks)
             for place in np.flatnonzero(foreign):
                 half = halves[place]
-                writer = Thread(page.writer[half], page.thread[half], page.barriers[half])
                 reader = Thread(blocks[place], numbers[place], barriers[place])
-                self._check(writer, reader, "reads what block {} writes")
+                self._check(page.last_writer(half), reader, "reads what block {} writes")
             others = (page.reader[halves] != NOBODY) & (page.reader[halves] != blocks)
-            page.reader[halves] = np.where(others, SEVERAL, blocks)
+            page.reader[halves] = np.where(others, MANY, blocks)
             # Of several blocks in this instruction one was recorded.
             several = (page.reader[halves] != blocks) & ~others
-            page.reader[halves[several]] = SEVERAL
+            page.reader[halves[several]] = MANY
             page.read_by[halves], page.read_at[halves] = numbers, barriers
 
     def write(self, who: Threads, addresses: Array, size: int, changes: Array) -> None:
@@ -85,14 +90,12 @@ class Blocks:
                 half = halves[place]
                 own = Thread(blocks[place], numbers[place], barriers[place])
                 if written[place]:
-                    writer = Thread(page.writer[half], page.thread[half], page.barriers[half])
-                    self._check(writer, own, "overwrites what block {} writes")
-                elif page.reader[half] == SEVERAL:
+                    self._check(page.last_writer(half), own, "overwrites what block {} writes")
+                elif page.reader[half] == MANY:
                     if not self._orders.get(own.block):
                         raise RaceError("overwrites what several blocks read")
                 else:
-                    reader = Thread(page.reader[half], page.read_by[half], page.read_at[half])
-                    self._check(reader, own, "overwrites what block {} reads")
+                    self._check(page.last_reader(half), own, "overwrites what block {} reads")
             page.writer[halves] = blocks
             page.thread[halves], page.barriers[halves] = numbers, barriers
 

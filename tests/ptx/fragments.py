@@ -6,6 +6,8 @@ Memory Layout". ``g`` is a lane's group of four, ``t`` its place there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from tests.ptx.numbers import Array
@@ -42,10 +44,8 @@ def rows_of(parts: Array, columns: int) -> Array:
     8`` in turn, two neighbouring columns each.
     """
     made = np.empty((*parts.shape[:-3], 16, columns), parts.dtype)
-    for number in range(parts.shape[-2]):
-        row, column = GROUP + 8 * (number % 2), 8 * (number // 2) + 2 * PLACE
-        for half in range(2):
-            made[..., row, column + half] = parts[..., :, number, half]
+    for number, half, row, column in _places(columns):
+        made[..., row, column] = parts[..., :, number, half]
     return made
 
 
@@ -53,11 +53,16 @@ def fragment_of(rows: Array) -> Array:
     """The inverse of ``rows_of``."""
     columns = rows.shape[-1]
     parts = np.empty((*rows.shape[:-2], WARP, columns // 4, 2), rows.dtype)
-    for number in range(columns // 4):
-        row, column = GROUP + 8 * (number % 2), 8 * (number // 2) + 2 * PLACE
-        for half in range(2):
-            parts[..., :, number, half] = rows[..., row, column + half]
+    for number, half, row, column in _places(columns):
+        parts[..., :, number, half] = rows[..., row, column]
     return parts
+
+
+def _places(columns: int) -> Iterator[tuple[int, int, Array, Array]]:
+    """Registers, their halves, and the row and column in which these stand, of each lane."""
+    for number in range(columns // 4):
+        for half in range(2):
+            yield number, half, GROUP + 8 * (number % 2), 8 * (number // 2) + 2 * PLACE + half
 
 
 def columns_of(parts: Array) -> Array:
@@ -89,12 +94,8 @@ def tile_addresses(descriptors: Array, rows: int, is_transposed: bool) -> Array:
         row, column = column, row
     pitch = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
     across = pitch // 2
-    if is_transposed:
-        # Rows of ``pitch`` bytes along what is contiguous; ``row`` is the summed dimension here.
-        place = start + (column // across) * leading + (row // 8) * stride
-        place = place + (row % 8) * pitch + (column % across) * 2
-    else:
-        place = start + (row // 8) * stride + (row % 8) * pitch
-        place = place + (column // across) * leading + (column % across) * 2
+    # Rows of ``pitch`` bytes along what is contiguous.
+    place = start + (row // 8) * stride + (row % 8) * pitch
+    place = place + (column // across) * leading + (column % across) * 2
     swizzled = {0: 0, 1: 7, 2: 3, 3: 1}[mode]
-    return place ^ (((place >> 7) & swizzled) << 4)
+    return np.asarray(place ^ (((place >> 7) & swizzled) << 4))

@@ -16,11 +16,10 @@ import pytest
 import torch
 import triton
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 
 from fastskip import ops
-from fastskip.atomic_files import atomic_write
+from fastskip.json_file import write_json
 from fastskip.kernels.compilation import Build, build_of, cache_folder
 from fastskip.kernels.launch import Launch
 from fastskip.ops import compiled
@@ -85,11 +84,8 @@ class Compiler:
 
 def ptx_of(build: Build) -> tuple[str, int]:
     """The PTX of a build, and the bytes of shared memory that it needs."""
-    target = GPUTarget("cuda", build.arch, 32)
+    target, source = build.target, build.source
     backend = make_backend(target)
-    source = ASTSource(
-        build.function, dict(build.signature), dict(build.constants), dict(build.attributes)
-    )
     options = backend.parse_options(dict(build.options))
     context = ir.context()
     ir.load_dialects(context)
@@ -124,10 +120,7 @@ def _kept(key: str) -> tuple[str, int] | None:
 
 
 def _keep(key: str, text: str, shared: int) -> tuple[str, int]:
-    path = _path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        part.write_text(json.dumps([text, shared]))
+    write_json(_path(key), [text, shared])
     return text, shared
 
 

@@ -13,11 +13,12 @@ from tests.ptx.numbers import Array
 FIRST = 4096
 """The lowest address that an array may begin at."""
 MANY = -2
-"""In place of a warp's number: several."""
+"""In place of the number of a warp or block: several."""
 
 
 class RaceError(AssertionError):
-    """Warps access the same shared memory with no barrier between, and one of them writes."""
+    """Warps access the same shared memory, or blocks the same global memory, with nothing that puts
+    them in order, and one of them writes."""
 
 
 class MisalignedError(AssertionError):
@@ -37,7 +38,7 @@ class _Everything:
 
 
 class Who(NamedTuple):
-    """The threads that access memory: their blocks and their who.warps in these."""
+    """The threads that access memory: their blocks and their warps in these."""
 
     blocks: Array
     warps: Array
@@ -54,9 +55,7 @@ class GlobalMemory:
         self._words = {size: np.asarray(_Everything(size)) for size in (1, 2, 4, 8)}
 
     def place(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """An array of all words of ``size`` bytes, and where in it the addresses are."""
-        if (addresses % size).any():
-            raise MisalignedError(f"{addresses[addresses % size != 0][0]:#x}, {size} bytes")
+        """An array of all words of ``size`` bytes, and where in it the (aligned) addresses are."""
         places = (addresses.astype(np.int64) - FIRST) // size
         return self._words[size], places
 
@@ -79,8 +78,6 @@ class SharedMemory:
         self._in_flight, self._in_use = (np.zeros(halves, np.int32) for _ in range(2))
 
     def _places(self, who: Who, addresses: Array, size: int) -> Array:
-        if (addresses % size).any():
-            raise MisalignedError(f"shared {addresses[addresses % size != 0][0]:#x}, {size} bytes")
         if (addresses + size > self.size).any():
             raise IndexError(f"shared {addresses.max():#x} of {self.size:#x} bytes")
         return np.asarray(who.blocks * self.size + addresses.astype(np.int64))
