@@ -6,18 +6,21 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from transformers import PreTrainedModel
 
 from fastskip.kernels import tuning
 from fastskip.kernels.launch import recording
 from fastskip.ops.account import counted
+from fastskip.ops.overlap import Overlap
 from tests.agreement import Trio, expected, generate, greedy
 from tests.batches import Batch, random_batch
 from tests.budget import assert_within_budget
 from tests.device.interpreted import STREAM, TENSOR, shared
 from tests.models import tiny_llava
 from tests.policies import MIXED, Policy, policy_of, skip
-from tests.routing.routed import check_generate
+from tests.routing.routed import check_generate, random, routed, similarity
 
 NEW = 3
 POLICIES: dict[str, Policy] = {
@@ -74,6 +77,31 @@ def test_tiles_that_programs_share(name: str) -> None:
     for kernel in ("add_terms", "linear_rows"):
         parts = [each.arguments["SPLITS"] for each in account.launches if each.name == kernel]
         assert 2 in parts, kernel
+
+
+OVERLAPPED: dict[str, Policy] = {
+    **{name: POLICIES[name] for name in ("dense", "each class its own rule", "parallel, shared")},
+    "pairs to the end": POLICIES["pairs to the end"],
+    "routed": routed(random(":", "all", rate=0.5, kv="omit")),
+    "routed, entries of all": routed(random(":", "all", rate=0.5)),
+    "routed by what was": routed(similarity("1:", "all", threshold=0.6, kv="omit")),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_launches_that_overlap(
+    name: str, trio: Trio, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens. Run as PTX, nothing that the launch before writes is read too early."""
+    steps = trio.prepared._fastskip.steps
+    monkeypatch.setattr("fastskip.generation.device_step.can_overlap", lambda device: True)
+    if triton.knobs.runtime.interpret:
+        monkeypatch.setattr(tl.extra.cuda, "gdc_wait", lambda: None)
+    monkeypatch.setattr(steps, "overlap", Overlap.READ)
+    with tuning.table(STREAM), recording() as account:
+        check_generate(trio, OVERLAPPED[name], batch, NEW)
+    ahead = {each.name for each in account.launches if each.arguments.get("READS_AHEAD")}
+    assert ahead == {"attend_step", "add_terms"}
 
 
 @contextmanager

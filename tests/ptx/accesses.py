@@ -25,8 +25,8 @@ def _load(machine: Machine, own: Instruction) -> None:
     parts = target.parts if isinstance(target, Vector) else (target,)
     size, lanes, is_shared = width_of(kind) // 8, machine.lanes(), "shared" in own.kinds
     addresses = machine.addresses(at, lanes, size * len(parts), is_shared)
-    if machine.between is not None and not is_shared:
-        machine.between.read(machine.threads(lanes), addresses, size * len(parts))
+    if not is_shared:
+        machine.note_read(lanes, addresses, size * len(parts))
     for number, part in enumerate(parts):
         if is_shared:
             words = machine.shared.load(machine.who(lanes), addresses + number * size, size)
@@ -51,11 +51,9 @@ def _store(machine: Machine, own: Instruction) -> None:
         if is_shared:
             machine.shared.store(machine.who(lanes), addresses + number * size, words, size)
         else:
-            everything, places = machine.memory.place(addresses + number * size, size)
-            if machine.between is not None:
-                changes = everything[places] != words
-                who = machine.threads(lanes)
-                machine.between.write(who, addresses + number * size, size, changes)
+            own_addresses = addresses + number * size
+            everything, places = machine.memory.place(own_addresses, size)
+            machine.note_write(lanes, own_addresses, size, everything[places] != words)
             everything[places] = words
 
 
@@ -76,14 +74,16 @@ def _update(machine: Machine, own: Instruction) -> None:
     compute = next(ATOMIC[each] for each in own.kinds if each in ATOMIC)
     out, at, *values = own.operands
     lanes, size = machine.lanes(), width_of(kind) // 8
-    everything, places = machine.memory.place(machine.addresses(at, lanes, size), size)
+    addresses = machine.addresses(at, lanes, size)
+    everything, places = machine.memory.place(addresses, size)
     given = [machine.whole(machine.read(each, kind))[lanes] for each in values]
     before = everything[places]
     who = machine.threads(lanes)
+    machine.check_waited(lanes)
     for number, place in enumerate(places):
         if machine.between is not None:
             thread = Thread(*(int(each[number]) for each in who))
-            machine.between.synchronize(thread, int(place), own.kinds)
+            machine.between.synchronize(thread, int(addresses[number]), own.kinds)
         before[number] = everything[place]
         old = decode(np.asarray(before[number]), kind)
         new = compute(old, *(each[number] for each in given))
@@ -124,8 +124,7 @@ def _begin_copy(machine: Machine, own: Instruction) -> None:
     if reading.any():
         here = machine.addresses(source, lanes[reading], size)
         offsets = np.minimum(np.arange(size), length[reading, None] - 1)
-        if machine.between is not None:
-            machine.between.read(machine.threads(lanes[reading]), here, size)
+        machine.note_read(lanes[reading], here, size)
         everything, places = machine.memory.place(here[:, None] + offsets, 1)
         data[reading] = np.where(is_read[reading], everything[places], 0)
     machine.shared.begin_copy(machine.who(lanes), there, size)

@@ -99,6 +99,16 @@ class Blocks:
             page.writer[halves] = blocks
             page.thread[halves], page.barriers[halves] = numbers, barriers
 
+    def has_written(self, addresses: Array, size: int) -> Array:
+        """At which of the addresses a block wrote some of the bytes, with a store or atomically."""
+        found = np.zeros(len(addresses), bool)
+        for page, halves, chosen in self._by_page(addresses, size):
+            found[chosen] |= page.writer[halves] != NOBODY
+        if self._released:
+            updated = np.array([*self._released])[:, None]
+            found |= (np.abs(addresses - updated) < max(size, 4)).any(0)
+        return found
+
     def synchronize(self, thread: Thread, address: int, kinds: tuple[str, ...]) -> None:
         """An atomic operation of a thread."""
         orders = self._orders.setdefault(thread.block, {})

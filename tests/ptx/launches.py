@@ -52,6 +52,7 @@ class Compiler:
         self.arch = arch
         self._watches_blocks = watches_blocks
         self.programs: dict[str, Compiled] = {}
+        self._last = Blocks()
 
     def compiled(self, launch: Launch) -> Compiled:
         build = build_of(launch, self.arch)
@@ -75,11 +76,15 @@ class Compiler:
         blocks = np.array([*np.ndindex(z, y, x)], np.int64)[::-1, ::-1]
         at_once = max(THREADS // program.threads, 1)
         between = Blocks() if self._watches_blocks else None
+        before = self._last if options.get("launch_pdl") else None
         for first in range(0, len(blocks), at_once):
             part = blocks[first : first + at_once]
             # Races are the same in all blocks, and looking for them takes most of the time.
             watches = first == 0
-            Machine(program, HANDLERS, values, (x, y, z), part, made.shared, watches, between).run()
+            Machine(
+                program, HANDLERS, values, (x, y, z), part, made.shared, watches, between, before
+            ).run()
+        self._last = between or Blocks()
 
 
 def ptx_of(build: Build) -> tuple[str, int]:

@@ -15,7 +15,6 @@ from tests.ptx.program import Address, Immediate, Instruction, Operand, Program,
 
 SHARED_NAME = "global_smem"
 IGNORED = {
-    "griddepcontrol",
     "prefetch",
     "prefetchu",
     "fence",
@@ -26,6 +25,10 @@ IGNORED = {
 }
 """What changes no value here: hints, and orders among blocks that run one after another."""
 SPECIAL = ("%tid", "%ctaid", "%nctaid", "%ntid", "%laneid")
+
+
+class EarlyError(AssertionError):
+    """A launch that begins while writes of the one before are in flight does not wait for them."""
 
 
 class DivergedError(AssertionError):
@@ -68,8 +71,9 @@ class Machine:
     ``handlers``: what executes an instruction, by name; ``arguments``: bits of parameters by name;
     ``blocks``: ``[n, 3]``, the blocks' numbers in the grid; ``size_of_shared``: bytes of shared
     memory of a block; ``watches``: whether races in it are looked for; ``between``: looks for
-    races between the blocks of the launch. ``conditions``: handles of conditional nodes, and what
-    they were set to.
+    races between the blocks of the launch; ``before``: the launch before, where this one begins
+    while the writes of that one are in flight. ``conditions``: handles of conditional nodes, and
+    what they were set to.
     """
 
     program: Program
@@ -80,6 +84,7 @@ class Machine:
     size_of_shared: int
     watches: bool = True
     between: Blocks | None = None
+    before: Blocks | None = None
     conditions: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,6 +103,7 @@ class Machine:
         self.group_of_uses = 0
         self.active = np.ones(self.size, bool)
         self.left = np.zeros(self.size, bool)
+        self.is_early = np.full(self.size, self.before is not None)
         self.mask: Array | None = None
         self._is_whole = True
 
@@ -152,8 +158,13 @@ class Machine:
             self._activate(self.active & ~self.mask)
         elif own.name in ("ret", "exit"):
             leaving = self.active if self.mask is None else self.mask
+            # The launch behind would overtake the one before.
+            self.check_waited(np.flatnonzero(leaving))
             self.left |= leaving
             self._activate(self.active & ~leaving)
+        elif own.name == "griddepcontrol":
+            assert own.kinds == ("wait",), own.text
+            self.is_early[self.lanes()] = False
         elif own.name not in IGNORED:
             if own.name not in self.handlers:
                 raise NotImplementedError(own.name)
@@ -248,6 +259,26 @@ class Machine:
             return np.full(self.size, self.grid["xyz".index(axis)])
         one = (self.thread, self.program.threads) if axis == "x" else (0, 1)
         return np.broadcast_to(one[what == "ntid"], self.size)
+
+    # Global memory that others access, too
+
+    def note_read(self, lanes: Array, addresses: Array, size: int) -> None:
+        if self.before is not None:
+            early = addresses[self.is_early[lanes]]
+            if len(early) and self.before.has_written(early, size).any():
+                raise EarlyError("reads ahead of its wait what the launch before writes")
+        if self.between is not None:
+            self.between.read(self.threads(lanes), addresses, size)
+
+    def note_write(self, lanes: Array, addresses: Array, size: int, changes: Array) -> None:
+        """``changes``: which of these writes write other values than before."""
+        self.check_waited(lanes)
+        if self.between is not None:
+            self.between.write(self.threads(lanes), addresses, size, changes)
+
+    def check_waited(self, lanes: Array) -> None:
+        if self.is_early[lanes].any():
+            raise EarlyError("writes or exits without a wait")
 
     # What goes on while threads do
 

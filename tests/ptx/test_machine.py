@@ -9,7 +9,7 @@ import pytest
 
 from tests.ptx.blocks import Blocks
 from tests.ptx.instructions import HANDLERS
-from tests.ptx.machine import DivergedError, Machine
+from tests.ptx.machine import DivergedError, EarlyError, Machine
 from tests.ptx.memory import MisalignedError, RaceError
 from tests.ptx.numbers import Array, decode, encode
 from tests.ptx.program import parse
@@ -51,13 +51,16 @@ def execute(
     blocks: int = 1,
     block: int = 0,
     between: Blocks | None = None,
+    before: Blocks | None = None,
 ) -> Machine:
     """Runs ``body`` in blocks from ``block`` on, with a thread for each word of ``x``."""
     text = HEAD.format(threads=threads, size=out.dtype.itemsize, body=body)
     program = parse(text)
     given: Mapping[str, int] = {"x_ptr": x.ctypes.data, "out_ptr": out.ctypes.data}
     numbers = np.array([(block + number, 0, 0) for number in range(blocks)], np.int64)
-    machine = Machine(program, HANDLERS, given, (3, 1, 1), numbers, 1024, between=between)
+    machine = Machine(
+        program, HANDLERS, given, (3, 1, 1), numbers, 1024, between=between, before=before
+    )
     machine.run()
     return machine
 
@@ -298,6 +301,35 @@ def test_blocks_that_read_what_another_overwrites() -> None:
         execute(LOAD, x, out, block=block, between=between)
     with pytest.raises(RaceError, match="overwrites what several blocks read"):
         execute("st.global.b32 [%rd4], %r1;", x, out, block=0, between=between)
+
+
+WAIT = "griddepcontrol.wait;"
+UPDATE = "atom.global.gpu.relaxed.add.u32 %r4, [%rd5], 1;"
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        (f"{WAIT} {LOAD}", None),
+        (f"{LOAD} {WAIT}", "reads ahead"),
+        (f"ld.global.b32 %r2, [%rd4 + 512]; {WAIT}", None),
+        (f"ld.global.v2.b32 {{%r2, %r3}}, [%rd2 + 32]; {WAIT}", "reads ahead"),
+        (f"ld.global.b32 %r2, [%rd2 + 36]; {WAIT}", None),
+        (f"cp.async.ca.shared.global [%r1], [%rd1], 4; {WAIT}", "reads ahead"),
+        (f"{STORE} {WAIT}", "writes or exits"),
+        (f"{UPDATE} {WAIT}", "writes or exits"),
+        ("", "writes or exits"),
+        (f"setp.lt.u32 %p1, %r1, 16; @%p1 {WAIT} {STORE}", "writes or exits"),
+        (f"setp.lt.u32 %p1, %r1, 16; @%p1 ret; {WAIT}", "writes or exits"),
+    ],
+)
+def test_launches_that_begin_early(body: str, fault: str | None) -> None:
+    """Behind one that stores to what this one finds as ``x``, and updates a word of its ``out``."""
+    x, out, before = np.zeros(256, np.uint32), np.zeros(32, np.uint32), Blocks()
+    execute(STORE, np.zeros(32, np.uint32), x[:128], threads=32, between=before)
+    execute("atom.global.gpu.relaxed.add.u32 %r4, [%rd2 + 32], 1;", x, out, between=before)
+    with pytest.raises(EarlyError, match=fault) if fault else nullcontext():
+        execute(body, x, out, threads=1 if "cp.async" in body else 32, before=before)
 
 
 def test_accesses_that_are_not_aligned() -> None:
