@@ -47,7 +47,7 @@ from benchmarks.gpu.routed_works import DECODE_ROUTED
 from benchmarks.gpu.running import run, supervise
 from benchmarks.gpu.tables import Question, write_tables
 from benchmarks.shapes import ragged
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.kernels import tuning
 from fastskip.ops import compiled, fused
 from fastskip.ops.contracts import HalfNorm

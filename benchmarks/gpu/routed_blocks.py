@@ -12,7 +12,7 @@ from benchmarks.gpu.inputs import TINY, Widths
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.routed_policies import KIND_OF, policy_of, router
 from benchmarks.gpu.routed_stack import Stack, microseconds, programs_at_most
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.ops.overlap import Overlap, can_overlap
 
 PROGRAMS = (132, 264, 528, 1056)

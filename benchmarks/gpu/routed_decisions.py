@@ -20,7 +20,7 @@ from benchmarks.gpu.models import tiny_model
 from benchmarks.gpu.results import Values
 from benchmarks.gpu.routed_policies import GROUPS, KIND_OF, linear, policy_of, router
 from benchmarks.shapes import Models, Shape, models, prompts, ragged
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.ops.bodies import bodies_on
 from fastskip.policy import SkipPolicy
 from fastskip.wording import dtype_name

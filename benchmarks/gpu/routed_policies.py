@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import evenly
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.policy import SkipPolicy
 from fastskip.routing.weights import LayerScore, write_weights
 

@@ -24,7 +24,7 @@ from fastskip.decoder.fused.rows import sender
 from fastskip.decoder.fused.step_state import StepShape, StepState
 from fastskip.decoder.fused.steps import run_steps
 from fastskip.decoder.weights import LayerWeights
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.kernels import tuning
 from fastskip.kernels.tuning import Entry, Table
 from fastskip.ops.bodies import bodies_on

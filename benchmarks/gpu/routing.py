@@ -29,7 +29,7 @@ from benchmarks.gpu.routed_decisions import decisions
 from benchmarks.gpu.routed_policies import GROUPS, KIND_OF, linear, policy_of, router, static
 from benchmarks.peers import Peer
 from benchmarks.shapes import Models, prompts, ragged
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.plan.costs import Ceilings
 from fastskip.policy import SkipPolicy, Sublayer
 from fastskip.routing import RoutingRecord

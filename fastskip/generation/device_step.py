@@ -21,7 +21,7 @@ from fastskip.decoder.fused.stack import FusedDecoder
 from fastskip.decoder.fused.step_state import StepShape, StepState
 from fastskip.decoder.fused.steps import run_steps
 from fastskip.families import final_norm_of, text_model_of
-from fastskip.generation.conditional import MOST_ROWS, Guarding
+from fastskip.generation.guarding import MOST_ROWS, Guarding
 from fastskip.ops import Implementation
 from fastskip.ops.allocate import on_host
 from fastskip.ops.bodies import Bodies

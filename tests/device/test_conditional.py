@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fastskip.decoder.fused.conditional_layer import IfBlock
-from fastskip.generation.conditional import Guarding
 from fastskip.generation.device_step import DeviceStep
+from fastskip.generation.guarding import Guarding
 from fastskip.kernels.launch import recording
 from fastskip.ops import bodies as ops_bodies
 from fastskip.ops import graph_nodes

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastskip.decoder.fused import hopping
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.ops.bodies import HostBodies
 from fastskip.ops.overlap import Overlap
 from fastskip.routing.weights import LayerScore, write_weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastskip
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.ops import bodies
 from fastskip.ops.conditions import set_condition
 from fastskip.ops.graphs import capture

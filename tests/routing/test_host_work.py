@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastskip
 from fastskip.decoder.fused.captured_forward import CapturedForwards
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.kernels import tuning
 from tests.agreement import Trio
 from tests.batches import random_batch

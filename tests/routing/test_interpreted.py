@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastskip.decoder.fused import hopping
-from fastskip.generation.conditional import Guarding
+from fastskip.generation.guarding import Guarding
 from fastskip.kernels import tuning
 from fastskip.ops.account import counted
 from fastskip.routing.weights import LayerScore, write_weights
