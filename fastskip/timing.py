@@ -95,19 +95,33 @@ def rotated(items: Sequence[T], number: int) -> list[T]:
 
 
 def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:
-    """The thread counts that may turn out fastest, judged by one probe run with each.
+    """The thread counts that may turn out fastest, judged by a probe run with each.
 
-    If other programs use the cores, threads wait for each other and a run takes very long.
+    If other programs use the cores, threads wait for each other and a run takes very long. A count
+    that looks slow is probed again, since one disturbance must not decide.
     """
-    probes = {}
-    for count in threads:
+
+    def probe(count: int) -> Times:
         with threads_set(count):
-            probes[count] = run()
-    least = {phase: min(getattr(times, phase) for times in probes.values()) for phase in PHASES}
+            return run()
+
+    probes = {count: [probe(count)] for count in threads}
+    for count in [count for count in threads if count not in _fast(probes)]:
+        probes[count].append(probe(count))
+    return _fast(probes)
+
+
+def _fast(probes: Mapping[int, Sequence[Times]]) -> list[int]:
+    """The thread counts that are fast enough in some phase."""
+    took = {
+        count: [min(getattr(times, phase) for times in made) for phase in PHASES]
+        for count, made in probes.items()
+    }
+    least = [min(each) for each in zip(*took.values(), strict=True)]
     return [
         count
-        for count, times in probes.items()
-        if any(getattr(times, phase) <= PROBE_CUTOFF * least[phase] for phase in PHASES)
+        for count, seconds in took.items()
+        if any(own <= PROBE_CUTOFF * best for own, best in zip(seconds, least, strict=True))
     ]
 
 

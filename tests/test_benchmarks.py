@@ -157,9 +157,12 @@ def test_threads_are_restored_and_hopeless_ones_dropped(measured: Measurement) -
     assert torch.get_num_threads() == before
     (run, *_), *_ = measured.runs.values()
     slow, even = replace(run, ttft=1.0, decode=2.0), replace(run, ttft=4.0, decode=1.1)
-    assert harness.promising({2: slow, 1: even}, n_new=2) == [2]
-    assert harness.promising({2: slow, 1: even}, n_new=4) == [2, 1]
-    assert harness.promising({2: slow, 1: even}, n_new=16) == [1]
+    trial = {2: slow, 1: even}.__getitem__
+    assert harness.promising([2, 1], trial, n_new=2) == [2]
+    assert harness.promising([2, 1], trial, n_new=4) == [2, 1]
+    assert harness.promising([2, 1], trial, n_new=16) == [1]
+    trials = iter([replace(slow, ttft=30.0), even, slow])
+    assert harness.promising([2, 1], lambda count: next(trials), n_new=4) == [2, 1]
 
 
 def test_replay_shows_recorded_durations() -> None:
