@@ -135,10 +135,10 @@ def build_of(launch: Launch, arch: int) -> Build:
     backend = make_backend(_target(arch))
     # The launcher's own binder, for a target other than this machine's.
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    arguments = {**launch.arguments, **launch.options}
-    bound, specialisation, _ = bind(**arguments)
+    asked = launch.compiler_options
+    bound, specialisation, _ = bind(**launch.arguments, **asked)
     options, signature, constants, attributes = kernel._pack_args(
-        backend, dict(launch.options), bound, specialisation, None
+        backend, asked, bound, specialisation, None
     )
     return Build(
         kernel.fn.__module__,

@@ -16,12 +16,16 @@ from typing import Any
 
 from fastskip.kernels import overlap
 
+FUSION = {"enable_fp_fusion": True}
+"""Products and sums become one instruction; from Triton 3.10 on this is not the default."""
+
 _account: ContextVar[Account | None] = ContextVar("account", default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: the kernel, its grid, its arguments, and the compiler's options.
+    """One launch: the kernel, its grid, its arguments, and the compiler's options besides
+    ``FUSION``.
 
     ``kernel`` is ``None`` for a product that the vendor's library computes; its number of programs
     is unknown. ``is_guarded``: programs check on the device whether they have anything to do, so
@@ -39,6 +43,10 @@ class Launch:
     def programs(self) -> int:
         """Program instances (thread blocks)."""
         return prod(self.grid)
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        return {**FUSION, **self.options}
 
 
 @dataclass(slots=True)
@@ -102,7 +110,7 @@ def launch(
         account.launches.append(Launch(name, grid, kernel, arguments, options, bool(is_guarded)))
         if account.is_dry:
             return
-    kernel[grid](**arguments, **options)
+    kernel[grid](**arguments, **FUSION, **options)
 
 
 def note(name: str) -> None:

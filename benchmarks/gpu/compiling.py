@@ -27,4 +27,6 @@ def compile_ahead(calls: Iterable[Callable[[], object]], device: torch.device) -
                 call()
             for launch in account.launches:
                 if launch.kernel is not None:
-                    launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)
+                    launch.kernel.warmup(
+                        **launch.arguments, **launch.compiler_options, grid=launch.grid
+                    )
