@@ -77,12 +77,12 @@ def _tune_work(
     The first question is which way to compute a product, and later questions depend on its answer:
     each way that may turn out fastest is tuned before one is chosen.
     """
-    usual = _asked(works[0], _configs(answered))
+    usual = asked_by(works[0], _configs(answered))
     choices = [each for each in usual if each.kernel in TABLES and each not in answered]
     if not choices:
         return _tune_kernels(setting, works, answered)
     choice = choices[0]
-    ways = _candidates(choice, usual[choice])
+    ways = candidates_of(choice, usual[choice])
     calls = [partial(_run, works[0], {**_configs(answered), choice: way}) for way in ways]
     compile_ahead(calls, setting.device)
     times, faults = _times(setting, works, answered, choice, ways)
@@ -110,12 +110,12 @@ def _tune_kernels(
     found: dict[Question, Answer] = {}
     while True:
         known = {**answered, **found}
-        asked = _asked(works[0], _configs(known))
+        asked = asked_by(works[0], _configs(known))
         open_ones = (
             (question, current, configs)
             for question, current in asked.items()
             if question not in known and question.kernel not in TABLES
-            if (configs := _candidates(question, current))
+            if (configs := candidates_of(question, current))
         )
         first = next(open_ones, None)
         if first is None:
@@ -181,7 +181,7 @@ def _best(
     }
 
 
-def _candidates(question: Question, current: Config) -> list[Config]:
+def candidates_of(question: Question, current: Config) -> list[Config]:
     """The configuration in use, then the candidates that the kernel's module offers for it.
 
     A module may hold several kernels; its candidates are for those with the same block sizes.
@@ -208,15 +208,15 @@ def _blocks(config: Config) -> set[str]:
     return {name for name in config if name.startswith("BLOCK")}
 
 
-def _asked(work: Work, answers: Mapping[Question, Config]) -> dict[Question, Config]:
+def asked_by(work: Work, answers: Mapping[Question, Config]) -> dict[Question, Config]:
     """The questions that the work asks the tables, with the answers it gets; nothing runs."""
-    with _answering(answers) as asked, recording(is_dry=True):
+    with answering(answers) as asked, recording(is_dry=True):
         work.run(_compiled())
     return asked
 
 
 def _run(work: Work, answers: Mapping[Question, Config]) -> None:
-    with _answering(answers):
+    with answering(answers):
         work.run(_compiled())
 
 
@@ -231,7 +231,7 @@ def _compiled() -> Any:
 
 
 @contextmanager
-def _answering(answers: Mapping[Question, Config]) -> Iterator[dict[Question, Config]]:
+def answering(answers: Mapping[Question, Config]) -> Iterator[dict[Question, Config]]:
     """Within this block the tables give these answers; yields the questions asked, with answers."""
     asked: dict[Question, Config] = {}
     usual: Callable[..., Config] = tuning.config_for

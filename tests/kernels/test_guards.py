@@ -35,5 +35,5 @@ def test_a_guarded_entry_replaces_numbers_of_the_kernel() -> None:
 def test_there_are_candidates() -> None:
     """For the question that a guarded launch asks, and no other kernel's answers it."""
     current = {"PROGRAMS": 264}
-    offered = tune._candidates(Question("guarded", 1, SHAPE), current)
+    offered = tune.candidates_of(Question("guarded", 1, SHAPE), current)
     assert offered == [current, *({"PROGRAMS": each} for each in (132, 528, 1056, 2112))]

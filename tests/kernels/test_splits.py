@@ -209,7 +209,7 @@ def test_nothing_is_shared_until_it_was_timed() -> None:
 def test_candidates_are_a_short_list(kernel: str, rows: int) -> None:
     """What is in use first, and no other kernel's."""
     shape = (4096, 11008)
-    offered = tune._candidates(Question(kernel, rows, shape), {"SPLITS": 1})
+    offered = tune.candidates_of(Question(kernel, rows, shape), {"SPLITS": 1})
     assert offered[0] == {"SPLITS": 1} and 2 < len(offered) < 13
     for config in offered[1:]:
         assert ("GROUP" in config) == (kernel == "linear_rows_split")
