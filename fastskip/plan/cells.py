@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastskip.plan.layer_plan import Cell, LayerPlan, ModelShape
@@ -75,46 +75,96 @@ def resolve_layers(
     Each sublayer of a cell has at most one rule or router.
     """
     skips = _skips(policy, shape)
+    layers = _wired(policy, shape, skips)
+    _check_hidden(policy, layers, skips, shape)
+    routers = _routers(policy, shape, layers)
+    resolved: list[LayerPlan] = []
+    routed: list[RoutedCell] = []
+    # What rows that a plug-in sent past all later layers leave in them.
+    exits: dict[TokenClass, set[SkippedKV]] = {c: set() for c in shape.classes}
+    for plan in layers:
+        column = _column(skips, plan.index, shape)
+        cells = {c: _cell(c, skip, plan.holds_kv, resolved) for c, skip in column.items()}
+        decided = [
+            _routed_cell(plan, c, skip, number, policy.routers[number], resolved)
+            for c, skip in column.items()
+            for number in routers.get((plan.index, c), ())
+        ]
+        hollow = _hollow(cells, decided, exits, resolved) if plan.holds_kv else frozenset()
+        stage = sum(rule.after_layer < plan.index for rule in policy.removals)
+        resolved.append(replace(plan, cells=cells, hollow=hollow, stage=stage))
+        routed += decided
+        for cell in decided:
+            if cell.rule.is_plug_in:
+                exits[cell.token_class].add(cell.rule.leaves)
+    _check_removals(policy, resolved, shape)
+    return tuple(resolved), tuple(routed)
+
+
+def _wired(policy: SkipPolicy, shape: ModelShape, skips: Mapping[Place, _Skip]) -> list[LayerPlan]:
+    """What each layer runs, and how it is wired; its cells do not know yet what they copy."""
     layers: list[LayerPlan] = []
     for index in range(shape.depth):
-        column = {c: skips.get((index, c), _Skip()) for c in shape.classes}
+        column = _column(skips, index, shape)
         holds_kv = any(Sublayer.ATTENTION not in skip.sublayers for skip in column.values())
         cells = {c: _cell(c, skip, holds_kv, []) for c, skip in column.items()}
         layers.append(LayerPlan(index, cells))
     layers = _apply_arrangements(policy, layers, shape)
     if policy.semantics is Semantics.REFERENCE:
         layers = [_as_reference(plan, shape) for plan in layers]
-    layers = _apply_masks(policy, layers)
-    _check_hidden(policy, layers, skips, shape)
-    routers = _routers(policy, shape, layers)
-    resolved: list[LayerPlan] = []
-    routed: list[RoutedCell] = []
-    leaving: dict[TokenClass, set[SkippedKV]] = {c: set() for c in shape.classes}
-    for plan in layers:
-        cells, hollow = {}, set()
-        for token_class in shape.classes:
-            skip = skips.get((plan.index, token_class), _Skip())
-            cell = cells[token_class] = _cell(token_class, skip, plan.holds_kv, resolved)
-            possible = [cell] if cell.kv is SkippedKV.REUSE else []
-            rules = {n: policy.routers[n] for n in routers.get((plan.index, token_class), ())}
-            for number, rule in rules.items():
-                kv = rule.leaves if Sublayer.ATTENTION in rule.skip else skip.leaves
-                both = _Skip(skip.sublayers | rule.skip, kv)
-                skipped = _cell(token_class, both, plan.holds_kv, resolved)
-                routed.append(RoutedCell(plan.index, token_class, number, rule, skipped))
-                possible += [skipped] if Sublayer.ATTENTION in rule.skip else []
-            for kv in leaving[token_class] if cell.attention else ():
-                gone = _Skip(frozenset(Sublayer), kv)
-                possible.append(_cell(token_class, gone, plan.holds_kv, resolved))
-            if plan.holds_kv and any(_may_lack(each, token_class, resolved) for each in possible):
-                hollow.add(token_class)
-            # A plug-in may send rows past all later layers.
-            leaving[token_class] |= {rule.leaves for rule in rules.values() if rule.is_plug_in}
-        # A class that never holds an entry is not hollow: no reader looks for its entries.
-        stage = sum(rule.after_layer < plan.index for rule in policy.removals)
-        resolved.append(replace(plan, cells=cells, hollow=frozenset(hollow), stage=stage))
-    _check_removals(policy, resolved, shape)
-    return tuple(resolved), tuple(routed)
+    return _apply_masks(policy, layers)
+
+
+def _column(skips: Mapping[Place, _Skip], layer: int, shape: ModelShape) -> dict[TokenClass, _Skip]:
+    """What the rules skip in one layer."""
+    return {c: skips.get((layer, c), _Skip()) for c in shape.classes}
+
+
+def _routed_cell(
+    plan: LayerPlan,
+    token_class: TokenClass,
+    skip: _Skip,
+    number: int,
+    rule: RouterRule,
+    below: Sequence[LayerPlan],
+) -> RoutedCell:
+    """A cell of which rules skip `skip`, and in which a router may skip more."""
+    kv = rule.leaves if Sublayer.ATTENTION in rule.skip else skip.leaves
+    both = _Skip(skip.sublayers | rule.skip, kv)
+    skipped = _cell(token_class, both, plan.holds_kv, below)
+    return RoutedCell(plan.index, token_class, number, rule, skipped)
+
+
+def _hollow(
+    cells: Mapping[TokenClass, Cell],
+    decided: Sequence[RoutedCell],
+    exits: Mapping[TokenClass, Collection[SkippedKV]],
+    below: Sequence[LayerPlan],
+) -> frozenset[TokenClass]:
+    """Classes of which a row may lack an entry, in a layer that holds entries.
+
+    A class that never holds one is not hollow: no reader looks for its entries.
+    """
+    hollow = set()
+    for token_class, cell in cells.items():
+        routed = (each for each in decided if each.token_class is token_class)
+        skipping = [each.skipped for each in routed if Sublayer.ATTENTION in each.skip]
+        if cell.kv is SkippedKV.REUSE:
+            skipping.append(cell)
+        for kv in exits[token_class] if cell.attention else ():
+            skipping.append(_cell(token_class, _Skip(frozenset(Sublayer), kv), True, below))
+        if any(_may_lack(each, token_class, below) for each in skipping):
+            hollow.add(token_class)
+    return frozenset(hollow)
+
+
+def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -> bool:
+    """Whether a row of this cell may lack an entry, in a layer that holds entries."""
+    if cell.kv is SkippedKV.REUSE:
+        sources = (cell.kv_source, *cell.kv_fallbacks)
+        last = below[sources[-1]]  # type: ignore[index]
+        return token_class in last.hollow
+    return cell.kv is SkippedKV.OMIT
 
 
 def _routers(
@@ -164,15 +214,6 @@ def _check_removals(policy: SkipPolicy, layers: Sequence[LayerPlan], shape: Mode
             allowed = "a layer outside pairs in which text attends and sees K and V of image rows"
             problem = f'"{by}" ranks rows by layer {seen.index}'
             raise PolicyError(f"{name}.keep.by", by.value, allowed, problem)
-
-
-def _may_lack(cell: Cell, token_class: TokenClass, below: Sequence[LayerPlan]) -> bool:
-    """Whether a row of this cell may lack an entry, in a layer that holds entries."""
-    if cell.kv is SkippedKV.REUSE:
-        sources = (cell.kv_source, *cell.kv_fallbacks)
-        last = below[sources[-1]]  # type: ignore[index]
-        return token_class in last.hollow
-    return cell.kv is SkippedKV.OMIT
 
 
 _NO_PAIR = "layers outside pairs"
