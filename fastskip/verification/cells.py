@@ -103,53 +103,33 @@ def read_policy(
     `read_routed_kv`. Pairs under semantics "reference" (whose cache does not hold what ran) have no
     form as a masked computation and are refused.
     """
+    arrangements = policy.get("arrangements", ())
     refers = policy.get("semantics") == "reference"
-    pairs = [rule for rule in policy.get("arrangements", ()) if rule["kind"] == "pair"]
-    if refers and pairs:
+    if refers and any(rule["kind"] == "pair" for rule in arrangements):
         raise UncheckedPolicyError(
             'arrangements: pairs under semantics "reference" have no form as a masked dense '
             'computation; allowed: policies without pairs, or "semantics": "clean"'
         )
-    without: dict[str, list[set[int]]] = {
-        sublayer: [set() for _ in range(depth)] for sublayer in ("attention", "ffn")
-    }
-    kept: list[dict[int, str]] = [{} for _ in range(depth)]
-    for rule in policy.get("rules", ()):
-        skipped = set(rule["skip"])
-        skipped |= {"attention", "ffn"} if "block" in skipped else set()
-        for layer in _indices(rule["layers"], depth):
-            for sublayer in skipped - {"block"}:
-                without[sublayer][layer] |= _classes(rule["tokens"])
-            if "attention" in skipped:
-                kv = rule.get("kv") or ("" if refers else "project")
-                kept[layer] |= dict.fromkeys(_classes(rule["tokens"]), kv)
+    attention, ffn, kept = _skips(policy.get("rules", ()), depth, refers)
+    sources = _sources(attention, kept, classes)
+    forms = _arrangements(arrangements, depth, "shared" if refers else "own")
     if refers:
-        for layer, own in enumerate(kept):
-            for token_class, kv in own.items():
-                alone = token_class not in without["ffn"][layer]
-                own[token_class] = kv or ("hidden" if alone else "reuse")
-    sources = _sources(without["attention"], kept, classes)
-    form = _arrangements(policy.get("arrangements", ()), depth, "shared" if refers else "own")
-    if refers:
-        for layer in range(depth):
-            skipping = (without["attention"][layer] - without["ffn"][layer]) & classes
-            if skipping:
-                arranged = form.get(layer, {}).get("arranged", frozenset()) | skipping
-                form[layer] = {"parallel": "shared", "arranged": arranged}
+        for form, without_attention, without_ffn in zip(forms, attention, ffn, strict=True):
+            if alone := (without_attention - without_ffn) & classes:
+                form["parallel"] = "shared"
+                form["arranged"] = form.get("arranged", frozenset()) | alone
     for rule in policy.get("masks", ()):
         for layer in _indices(rule["layers"], depth):
-            form[layer] = {**form.get(layer, {}), "unimodal": True}
+            forms[layer]["unimodal"] = True
     return tuple(
         LayerCells(
-            frozenset(attention),
-            frozenset(ffn),
-            source,
-            hidden=frozenset(c for c, kv in own.items() if kv == "hidden"),
-            **form.get(layer, {}),
+            frozenset(attention[layer]),
+            frozenset(ffn[layer]),
+            sources[layer],
+            hidden=frozenset(c for c, kv in kept[layer].items() if kv == "hidden"),
+            **forms[layer],
         )
-        for layer, (attention, ffn, source, own) in enumerate(
-            zip(without["attention"], without["ffn"], sources, kept, strict=True)
-        )
+        for layer in range(depth)
     )
 
 
@@ -225,6 +205,35 @@ def _classes(tokens: str | Sequence[str]) -> set[int]:
     return {CLASS_NAMES.index(name) for name in names}
 
 
+def _skips(
+    rules: Iterable[Mapping[str, Any]], depth: int, refers: bool
+) -> tuple[list[set[int]], list[set[int]], list[dict[int, str]]]:
+    """By layer: the classes that skip attention and those that skip the FFN; and of the former,
+    what they leave as key and value."""
+    attention: list[set[int]] = [set() for _ in range(depth)]
+    ffn: list[set[int]] = [set() for _ in range(depth)]
+    named: list[dict[int, str | None]] = [{} for _ in range(depth)]
+    for rule in rules:
+        skipped, classes = set(rule["skip"]), _classes(rule["tokens"])
+        for layer in _indices(rule["layers"], depth):
+            if skipped & {"attention", "block"}:
+                attention[layer] |= classes
+                named[layer] |= dict.fromkeys(classes, rule.get("kv"))
+            if skipped & {"ffn", "block"}:
+                ffn[layer] |= classes
+
+    def unnamed(layer: int, token_class: int) -> str:
+        if not refers:
+            return "project"
+        return "reuse" if token_class in ffn[layer] else "hidden"
+
+    kept = [
+        {token_class: kv or unnamed(layer, token_class) for token_class, kv in own.items()}
+        for layer, own in enumerate(named)
+    ]
+    return attention, ffn, kept
+
+
 def _sources(
     without_attention: Sequence[set[int]],
     kept: Sequence[Mapping[int, str]],
@@ -250,20 +259,21 @@ def _sources(
 
 def _arrangements(
     rules: Iterable[Mapping[str, Any]], depth: int, unnamed: str
-) -> dict[int, dict[str, Any]]:
-    form: dict[int, dict[str, Any]] = {}
+) -> list[dict[str, Any]]:
+    """By layer, the fields of `LayerCells` that arrangements set; `unnamed`: the norm of rules that
+    name none."""
+    forms: list[dict[str, Any]] = [{} for _ in range(depth)]
     for rule in rules:
         layers, arranged = rule["layers"], frozenset(_classes(rule.get("tokens", "all")))
         if rule["kind"] == "parallel":
-            norm = rule.get("norm") or unnamed
-            own = {"parallel": norm, "arranged": arranged}
-            form |= dict.fromkeys(_indices(layers, depth), own)
+            for layer in _indices(layers, depth):
+                forms[layer] = {"parallel": rule.get("norm") or unnamed, "arranged": arranged}
             continue
         if isinstance(layers, str):
             flat = _indices(layers, depth)
             layers = list(zip(flat[::2], flat[1::2], strict=True))
         for first, second in layers:
-            form[first] = {"pair_first": True, "arranged": arranged}
+            forms[first] = {"pair_first": True, "arranged": arranged}
             combine = rule.get("combine") or "sum"
-            form[second] = {"pair_second": combine, "arranged": arranged}
-    return form
+            forms[second] = {"pair_second": combine, "arranged": arranged}
+    return forms
