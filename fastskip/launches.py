@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastskip.decoder.fused.forward_rows import ForwardRows
 from fastskip.decoder.fused.guarded_layer import GuardedBlock
-from fastskip.decoder.fused.guarded_rows import forward_rows
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.parts import Store
 from fastskip.decoder.fused.row_numbers import RowNumbers
@@ -67,7 +67,7 @@ def prefill_launches(
                 h = _empty(plan.shape, len(layout), plan.shape.hidden_size)
             numbers = RowNumbers(layout, cache.seen.codes, layout.locate(wanted))
             send, counts = sender(numbers, anchor.device), cache.device_counts
-            rows = forward_rows(plan, numbers, send, counts, routers, anchor)
+            rows = ForwardRows(plan, numbers, send, counts, routers, anchor)
             h = run_steps(plan, blocks, h, rows.of, store, steps=steps).h
         ops.head_logits(h, _norm(plan.shape), _head(plan.shape))
     return account

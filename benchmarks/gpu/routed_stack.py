@@ -13,8 +13,8 @@ from benchmarks.gpu.cells import Setting
 from benchmarks.gpu.inputs import Maker, Widths
 from benchmarks.gpu.nodes import replay_seconds
 from fastskip.decoder.fused.conditional_layer import IfBlock
+from fastskip.decoder.fused.forward_rows import ForwardRows
 from fastskip.decoder.fused.guarded_layer import GuardedBlock
-from fastskip.decoder.fused.guarded_rows import forward_rows
 from fastskip.decoder.fused.hopping import Hopping
 from fastskip.decoder.fused.layer import FusedBlock
 from fastskip.decoder.fused.paged_cache import PagedCache
@@ -114,7 +114,7 @@ class Stack:
         cache.grow(layout, h)
         numbers = RowNumbers(layout, cache.seen.codes)
         send, counts = sender(numbers, self._anchor.device), cache.device_counts
-        rows = forward_rows(plan, numbers, send, counts, routers, self._anchor)
+        rows = ForwardRows(plan, numbers, send, counts, routers, self._anchor)
         store = Store(self._make.rotation(), cache.pages_of)
         run_steps(plan, own, h, rows.of, store)
         cache.commit(layout, {key: layout.unpack(one.bool()) for key, one in rows.held.items()})

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastskip.decoder.deep_features import PlacedFeatures
 from fastskip.decoder.fused.counted_layer import SwitchBlock
 from fastskip.decoder.fused.device_numbers import DeviceNumbers
-from fastskip.decoder.fused.guarded_rows import forward_rows
+from fastskip.decoder.fused.forward_rows import ForwardRows
 from fastskip.decoder.fused.kept_graphs import Graphs
 from fastskip.decoder.fused.layer import FusedBlock
 from fastskip.decoder.fused.paged_cache import PagedCache, aligned_counts
@@ -134,7 +134,7 @@ class CapturedForward:
         self._columns = parcel.send(RowNumbers.packed if self._stage else RowNumbers.columns)
         self._read = None if numbers.read is None else parcel.send(RowNumbers.reading)
         self._positions = parcel.send(lambda n: n.positions(n.every()))
-        self._rows = forward_rows(plan, numbers, parcel.send, self._counts, layers.routers, anchor)
+        self._rows = ForwardRows(plan, numbers, parcel.send, self._counts, layers.routers, anchor)
         # All up front: nothing may be sent during a capture.
         self._rows_of = {
             index: self._rows.of(plan.layers[index], step is plan.steps[-1])

@@ -1,4 +1,4 @@
-"""The rows, targets and reaches of one forward on the fused operations."""
+"""The rows, targets and reaches of a forward's layers in which no router decides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fastskip.decoder.fused.parts import (
     FusedRows,
     Selection,
 )
-from fastskip.decoder.fused.routes import DeviceRoutes
 from fastskip.decoder.fused.row_numbers import RowNumbers
 from fastskip.decoder.guards import Classes
 from fastskip.ops.allocate import to_device
@@ -35,32 +34,25 @@ def sender(numbers: RowNumbers, device: torch.device) -> Send:
     return lambda recipe: to_device(recipe(numbers).to(torch.int32), device)
 
 
-class ForwardRows:
-    """Makes the ``FusedRows`` of a forward whose rows are all known on the host; layers that do the
+class StaticRows:
+    """Makes the ``FusedRows`` of layers whose rows are all known on the host; layers that do the
     same share them.
 
-    Everything is computed on the host and sent to the device once. ``routes``: the decisions on the
-    device; ``held``: the rows with entries in each hollow layer, ``[N]``, filled by a run. Only
-    ``GuardedRows`` have any.
+    Everything is computed on the host and sent to the device once.
     """
 
-    def __init__(self, plan: SkipPlan, numbers: RowNumbers, send: Send, like: Tensor) -> None:
-        """``like``: gives dtype and device of rows."""
+    def __init__(
+        self, plan: SkipPlan, numbers: RowNumbers, send: Send, device: torch.device
+    ) -> None:
         self._plan, self._numbers, self._send = plan, numbers, send
         self._layout = numbers.layout
         self._made: dict[tuple[object, ...], FusedRows] = {}
         self._targets: dict[tuple[Classes, Classes], Targets] = {}
-        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=like.device)
+        self._arrivals = torch.zeros(ARRIVALS, dtype=torch.int32, device=device)
         self._selections: dict[Classes, Selection] = {}
         self._narrow = None
         if numbers.narrow is not None:
             self._narrow = self._select_rows(RowNumbers.continuing_rows)
-        self.held: dict[int, Tensor] = {}
-        self.routes: DeviceRoutes | None = None
-
-    def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
-        """What enters the parts of a layer; ``is_last``: it is in the plan's last step."""
-        return self._static(layer, self._is_narrow(is_last))
 
     def _is_narrow(self, is_last: bool) -> bool:
         """Whether only the rows that continue leave the layer."""

@@ -23,8 +23,8 @@ from fastskip.decoder.fused.captured_forward import (
     ForwardShape,
     Layers,
 )
+from fastskip.decoder.fused.forward_rows import ForwardRows
 from fastskip.decoder.fused.guarded_layer import GuardedBlock
-from fastskip.decoder.fused.guarded_rows import forward_rows
 from fastskip.decoder.fused.layer import FusedBlock
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.parts import Store
@@ -216,7 +216,7 @@ class FusedDecoder(Decoder):
                 seen.append(rows.clone())
 
         send = sender(numbers, cache.anchor.device)
-        rows = forward_rows(
+        rows = ForwardRows(
             self.plan, numbers, send, cache.device_counts, self.routers, cache.anchor
         )
         rotation = self.positions.rotation(layout.positions_needed, packed, layout.axes)

@@ -1,17 +1,17 @@
-"""The rows of one forward some of which are chosen on the device, by routers."""
+"""The rows of one forward; where routers decide, they are chosen on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 
 from fastskip.decoder.fused.parts import Copies, FusedRows, GuardedAttention, GuardedFeed, Placing
 from fastskip.decoder.fused.routes import DeviceRoutes
 from fastskip.decoder.fused.row_numbers import RowNumbers
-from fastskip.decoder.fused.rows import ForwardRows, Send
+from fastskip.decoder.fused.rows import Send, StaticRows
 from fastskip.decoder.guards import Classes, Point
 from fastskip.ops.contracts import Bounds, Reach, Targets
 from fastskip.plan import Cell, LayerPlan, SkipPlan
@@ -20,11 +20,14 @@ from fastskip.policy import SkippedKV, Sublayer, TokenClass
 from fastskip.routing import Router
 
 
-class GuardedRows(ForwardRows):
-    """Makes the ``FusedRows`` of a forward under routers: layers that they decide on get flags of
-    all rows, where others get the rows themselves."""
+class ForwardRows(StaticRows):
+    """Makes the ``FusedRows`` of a forward: layers that routers decide on get flags of all rows,
+    where others get the rows themselves.
 
-    routes: DeviceRoutes
+    Attributes:
+        routes: the decisions on the device; ``None`` without routers.
+        held: the rows with entries in each hollow layer, ``[N]``, filled by a run.
+    """
 
     def __init__(
         self,
@@ -35,27 +38,40 @@ class GuardedRows(ForwardRows):
         routers: Sequence[Router],
         like: Tensor,
     ) -> None:
-        """``counts``: of each hollow table on the device, ``[B]``, which a run updates."""
-        super().__init__(plan, numbers, send, like)
+        """``counts``: of each hollow table on the device, ``[B]``, which a run updates; ``like``:
+        gives dtype and device of rows."""
+        super().__init__(plan, numbers, send, like.device)
         self._counts = counts
         self._flags: dict[Classes, Tensor] = {}
         self._slots: dict[tuple[Classes, Classes], Tensor] = {}
         self._reaches: dict[tuple[Classes, Classes, bool], Reach] = {}
         self._order: tuple[Tensor, Bounds] | None = None
-        self._positions = send(lambda n: n.positions(n.every()))
-        self._sequences = send(lambda n: n.sequences(n.every()))
-        self.routes = DeviceRoutes(
-            plan,
-            routers,
-            frozenset(plan.classes),
-            self._flags_of,
-            self._positions,
-            self._sequences,
-            like,
-        )
+        self.held: dict[int, Tensor] = {}
+        self.routes: DeviceRoutes | None = None
+        if plan.routed:
+            self.routes = DeviceRoutes(
+                plan,
+                routers,
+                frozenset(plan.classes),
+                self._flags_of,
+                self._positions,
+                self._sequences,
+                like,
+            )
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        return self._send(lambda n: n.positions(n.every()))
+
+    @cached_property
+    def _sequences(self) -> Tensor:
+        return self._send(lambda n: n.sequences(n.every()))
 
     def of(self, layer: LayerPlan, is_last: bool) -> FusedRows:
+        """What enters the parts of a layer; ``is_last``: it is in the plan's last step."""
         routes, is_narrow = self.routes, self._is_narrow(is_last)
+        if routes is None:
+            return self._static(layer, is_narrow)
         step = next(step for step in self._plan.steps if layer.index in step)
         before = routes.route(step, Point.START) if layer.index == step[0] else None
         attends = routes.runs(layer.index, Sublayer.ATTENTION)
@@ -130,20 +146,6 @@ class GuardedRows(ForwardRows):
         if found is None:
             found = self._flags[classes] = self._send(lambda n: n.flags(classes))
         return found
-
-
-def forward_rows(
-    plan: SkipPlan,
-    numbers: RowNumbers,
-    send: Send,
-    counts: Mapping[Table, Tensor],
-    routers: Sequence[Router],
-    like: Tensor,
-) -> ForwardRows:
-    """The rows of a forward under a plan, with routers or without; see ``GuardedRows``."""
-    if plan.routed:
-        return GuardedRows(plan, numbers, send, counts, routers, like)
-    return ForwardRows(plan, numbers, send, like)
 
 
 def _reusing(cells: Mapping[TokenClass, Cell]) -> dict[int, Classes]:
