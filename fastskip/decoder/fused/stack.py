@@ -202,11 +202,22 @@ class FusedDecoder(Decoder):
     ) -> Ran:
         """See ``staged_forward.RunStage``."""
         captured = self._captured(h, layout, cache, options, stage)
-        if captured is not None:
-            forward, numbers = captured
-            out, entered = forward.run(h, numbers, cache), forward.entered
-            entered = None if entered is None else numbers.layout.real(entered)
-            return Ran(out, numbers.layout, forward.held, forward.routes, entered)
+        if captured is None:
+            return self._launch_stage(cache, h, layout, options, stage)
+        forward, numbers = captured
+        out, entered = forward.run(h, numbers, cache), forward.entered
+        entered = None if entered is None else numbers.layout.real(entered)
+        return Ran(out, numbers.layout, forward.held, forward.routes, entered)
+
+    def _launch_stage(
+        self,
+        cache: PagedCache,
+        h: Tensor,
+        layout: TokenLayout,
+        options: ForwardOptions,
+        stage: int,
+    ) -> Ran:
+        """Runs a stage without a graph."""
         numbers = self._numbers(layout, cache, options, stage)
         packed = h if stage else self.positions.embed(layout.pack(h), layout.positions)
         seen: list[Tensor] = []
