@@ -57,33 +57,57 @@ def sample(
             streamer=streamer,
             **model_kwargs,
         )
-    pad, config = generation_config._pad_token_tensor, generation_config
-    is_padding = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-    asked = _Outputs(config)
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    config, asked = generation_config, _Outputs(generation_config)
     # Before the prefill: reading them afterwards would wait for it.
-    end, pad_id = GreedyEnd.of(stopping_criteria, _stops_of(config)), _pad_of(config)
+    end, pad = GreedyEnd.of(stopping_criteria, _stops_of(config)), _pad_of(config)
     outputs = model._prefill(
         input_ids, config, model_kwargs, is_first_iteration=not config.is_assistant
     )
     cache: SkipCache = outputs[CACHE_NAME]
     # An fp32 copy, as in Hugging Face: processors may write to it.
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-    # Ids may be on the host.
-    place, home = logits.device, input_ids.device
     called = _CalledSteps(model, outputs, model_kwargs) if _does_more(model) else None
     del outputs
     is_greedy = not (config.do_sample or logits_processor or asked.reads_logits)
     if is_greedy and end is not None and isinstance(cache, PagedCache) and called is None:
         with on_host():
-            given = to_device(input_ids, place)
-            input_ids = decode_greedily(
-                model, runtime, cache, given, logits, end, pad=pad_id, streamer=streamer
-            ).to(home)
-        return asked.of(input_ids, cache, streamer)
-    step: _DecodeStep | StepLogits | None = None
-    logits = logits.to(home)
+            given = to_device(input_ids, logits.device)  # ids may be on the host
+            tokens = decode_greedily(
+                model, runtime, cache, given, logits, end, pad=pad, streamer=streamer
+            ).to(input_ids.device)
+    else:
+        tokens = _decode(
+            input_ids,
+            logits,
+            called or _OwnSteps(model, runtime, cache, logits.device),
+            logits_processor,
+            stopping_criteria,
+            config,
+            asked,
+            streamer,
+        )
+    return asked.of(tokens, cache, streamer)
+
+
+def _decode(
+    input_ids: Tensor,
+    logits: Tensor,
+    next_logits: Callable[[Tensor], Tensor],
+    logits_processor: Any,
+    stopping_criteria: Any,
+    config: Any,
+    asked: _Outputs,
+    streamer: Any,
+) -> Tensor:
+    """Chooses token after token, until the criteria stop every sequence: all tokens ``[B, T + n]``.
+
+    ``logits [B, V]``: of the first; ``next_logits``: from all tokens so far to those of the next.
+    """
+    pad, home = config._pad_token_tensor, input_ids.device
+    is_padding = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=home)
     while True:
+        logits = logits.to(home, torch.float32)
         next_scores = logits_processor(input_ids, logits)
         asked.note(next_scores, logits)
         if config.do_sample:
@@ -98,16 +122,8 @@ def sample(
             streamer.put(tokens.cpu())
         unfinished = unfinished & ~stopping_criteria(input_ids, asked.scores)
         if not bool(unfinished.any()):
-            break
-        if called is not None:
-            logits = called(input_ids).to(home, torch.float32)
-            continue
-        with on_host():
-            if step is None:  # only now: the first token needs none
-                kind = StepLogits if isinstance(cache, PagedCache) else _DecodeStep
-                step = kind(model, runtime, cache)
-            logits = step(tokens.to(place)).to(home, torch.float32)
-    return asked.of(input_ids, cache, streamer)
+            return input_ids
+        logits = next_logits(input_ids)
 
 
 class _Outputs:
@@ -203,6 +219,25 @@ def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
         return head  # type: ignore[no-any-return]
     linear = runtime.decoder.ops.linear
     return lambda rows: linear(rows, head.weight, head.bias)
+
+
+class _OwnSteps:
+    """Steps that call only the decoder, the embedding before it and the head after it."""
+
+    def __init__(
+        self, model: Any, runtime: Runtime, cache: SkipCache, device: torch.device
+    ) -> None:
+        self._model, self._runtime, self._cache = model, runtime, cache
+        self._device = device
+        self._step: _DecodeStep | StepLogits | None = None
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """All tokens so far ``[B, T]`` -> logits ``[B, V]`` of the next ones."""
+        with on_host():
+            if self._step is None:  # only now: the first token needs none
+                kind = StepLogits if isinstance(self._cache, PagedCache) else _DecodeStep
+                self._step = kind(self._model, self._runtime, self._cache)
+            return self._step(input_ids[:, -1].to(self._device))
 
 
 class _DecodeStep:
