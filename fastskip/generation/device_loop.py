@@ -192,28 +192,38 @@ def decode_greedily(
     if step is None:
         step = runtime.steps.take(asked)
         step.state.load(cache, first, end.stops)
-    choice = step.state.choice
     steps = min(most - 1, runtime.decoder.room(cache))
-    answers = PendingDecisions(runtime.decoder.record, step, cache)
+    arrived, continues = _run_ahead(step, cache, steps, runtime.decoder.record, streamer)
+    if continues and arrived < most - 1:
+        runtime.decoder.check_places(cache.seen.next_places(), cache.columns + 1)
+    chosen = step.state.choice.history[:arrived, :batch].T
+    return torch.cat((input_ids, first[:, None], chosen), dim=1)
+
+
+def _run_ahead(
+    step: DeviceStep, cache: PagedCache, steps: int, record: RoutingRecord | None, streamer: Any
+) -> tuple[int, bool]:
+    """Runs up to ``steps`` decode steps, launching them ahead of the tokens that arrive.
+
+    Commits those whose tokens arrived; returns their number, and whether any sequence continues.
+    """
+    choice, batch = step.state.choice, cache.seen.batch
+    answers = PendingDecisions(record, step, cache)
     transfers: deque[_Transfer] = deque()
-    launched = arrived = 0
+    launched, arrived, continues = 0, 0, True
     try:
         while arrived < steps and continues:
-            if launched < steps and len(transfers) < AHEAD:
+            while launched < steps and len(transfers) < AHEAD:
                 if cache.make_room_for_steps(launched, 1):
                     step.state.load_pages(cache)
                 step.run()
                 answers.note()
                 launched += 1
                 transfers.append(_Transfer(choice.tokens[:batch], choice.unfinished[:batch]))
-                continue
             tokens, continues = transfers.popleft().wait()
             arrived += 1
             if streamer is not None:
                 streamer.put(tokens)
     finally:  # a streamer may raise, as in Hugging Face's loop
         answers.commit(arrived)
-    if continues and arrived < most - 1:
-        runtime.decoder.check_places(cache.seen.next_places(), cache.columns + 1)
-    chosen = choice.history[:arrived, :batch].T
-    return torch.cat((input_ids, first[:, None], chosen), dim=1)
+    return arrived, continues
