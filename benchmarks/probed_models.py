@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.inputs import SEVEN, THIRTEEN, Widths
 from fastskip.kernels import feed, head, projection, residual, step_attention
 from fastskip.ops.bitmaps import Packed, bitmap_bytes
 from fastskip.ops.contracts import (
@@ -71,16 +72,9 @@ def within(route: Route, capacity: float) -> Route:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Widths):
     """Sizes of a decoder, and the operands of its operations."""
 
-    name: str
-    hidden: int
-    heads: int
-    groups: int
-    head_dim: int
-    ffn: int
-    vocabulary: int
     is_opt: bool = False
     like: str | None = None
     """A model whose kernels differ from this one's only in numbers of rows and columns."""
@@ -245,8 +239,8 @@ class Model:
         )
 
 
-LLAMA_7B = Model("7b", 4096, 32, 32, 128, 11008, 32064)
-LLAMA_13B = replace(LLAMA_7B, name="13b", like="7b", hidden=5120, heads=40, groups=40, ffn=13824)
-QWEN_HALF = Model("0.5b", 896, 14, 2, 64, 4864, 151936)
-OPT = Model("opt-2.7b", 2560, 32, 32, 80, 10240, 50272, is_opt=True)
+LLAMA_7B = Model(**vars(SEVEN))
+LLAMA_13B = Model(**vars(THIRTEEN), like=LLAMA_7B.name)
+QWEN_HALF = Model("0.5b", 896, 14, 2, 64, 4864, 151936, 24)
+OPT = Model("opt-2.7b", 2560, 32, 32, 80, 10240, 50272, 32, is_opt=True)
 MODELS = (LLAMA_7B, LLAMA_13B, QWEN_HALF, OPT)
