@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 
 import torch
 
@@ -598,15 +598,12 @@ def record(slug: str) -> Iterator[Probed]:
     with tuning.table(slug):
         for probe in PROBES:
             seen = set()
-            for model in probe.models(slug):
-                for rows in probe.rows(slugs):
-                    with recording(is_dry=True) as account:
-                        probe.call(model, rows)
-                    for launch in account.launches:
-                        code = launch.name, tuple(sorted(configuration(launch).items()))
-                        if (model.like, code) not in seen:
-                            yield Probed(probe.name, model.name, rows, launch)
-                        seen.add((model.name, code))
+            for model, rows in product(probe.models(slug), probe.rows(slugs)):
+                for launch in _launches(probe, model, rows):
+                    code = launch.name, tuple(sorted(configuration(launch).items()))
+                    if (model.like, code) not in seen:
+                        yield Probed(probe.name, model.name, rows, launch)
+                    seen.add((model.name, code))
 
 
 def record_overlapping(slug: str) -> Iterator[Probed]:
@@ -619,15 +616,19 @@ def _overlapping(slug: str, constant: str, label: str) -> Iterator[Probed]:
     """Launches of the kernels that have this constant, with it turned on."""
     reads_ahead = constant == "READS_AHEAD"
     with tuning.table(slug), overlap.overlapping(True, reads_ahead=reads_ahead):
-        for probe in PROBES:
-            for rows in STEP_ROWS:
-                if probe.most is not None and rows > probe.most:
-                    continue
-                with recording(is_dry=True) as account:
-                    probe.call(LLAMA_7B, rows)
-                for launch in account.launches:
-                    if constant in launch.arguments:
-                        yield Probed(f"{probe.name}, {label}", LLAMA_7B.name, rows, launch)
+        for probe, rows in product(PROBES, STEP_ROWS):
+            if probe.most is not None and rows > probe.most:
+                continue
+            for launch in _launches(probe, LLAMA_7B, rows):
+                if constant in launch.arguments:
+                    yield Probed(f"{probe.name}, {label}", LLAMA_7B.name, rows, launch)
+
+
+def _launches(probe: Probe, model: Model, rows: int) -> list[Launch]:
+    """What one call would launch."""
+    with recording(is_dry=True) as account:
+        probe.call(model, rows)
+    return account.launches
 
 
 def configuration(launch: Launch) -> dict[str, int]:
