@@ -200,7 +200,6 @@ def shape_of(config: Any, dtype: torch.dtype = torch.float32) -> ModelShape:
         head_norms=text.model_type in _QWEN3,
         window=_window_of(text),
         deep_layers=_deep_layers(config),
-        tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         dtype_bytes=dtype.itemsize,
         max_positions=text.max_position_embeddings,
     )

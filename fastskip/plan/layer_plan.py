@@ -36,7 +36,6 @@ class ModelShape:
     head_norms: bool = False
     deep_layers: int = 0
     window: int | None = None
-    tied_embeddings: bool = False
     dtype_bytes: int
     projection_bytes: float | None = None
     max_positions: int

@@ -119,7 +119,6 @@ def opt() -> tuple[OPTForCausalLM, ModelShape]:
         attention_output_bias=True,
         ffn_bias=True,
         gated_ffn=False,
-        tied_embeddings=True,
         dtype_bytes=4,
         max_positions=64,
     )
