@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from benchmarks.peers import DEFAULT, DENSE, HF, Peer, dense
 from benchmarks.runs import Run, median, run_once
 from benchmarks.shapes import FIRST_WORD, Builder, Models, Shape, models, prompts
 from fastskip.plan import SkipPlan
+from fastskip.policy import SkipPolicy
 from fastskip.routing import RoutingRecord
 from fastskip.timing import rotated, threads_set
 from fastskip.wording import dtype_name
@@ -100,41 +101,61 @@ def measure(case: Case, selected: Collection[str] | None = None) -> Measurement:
     result.failures |= _faults(case, peers, both)
     if DENSE.name in result.failures:
         return result
-    inputs = case.prompts(both.hf)
-
-    def under(peer: Peer) -> Any:
-        return fastskip.set_policy(both.ours, policies[peer.name])
-
-    def run(peer: Peer, threads: int, n_new: int = case.n_new) -> Run:
-        model = both.hf if peer.policy is None else under(peer)
-        with threads_set(threads):
-            run_once(model, _short_prompt(case.batch), WARM_TOKENS)
-            return run_once(model, inputs, n_new, peer.hf_cache)
-
-    for peer in peers:
-        if result.plans[peer.name].routed and peer.name not in result.failures:
-            with fastskip.record_routing(under(peer)) as seen:
-                run(peer, THREADS[0])
-            prompt, *steps = seen.forwards[-case.n_new :]
-            result.rates[peer.name] = RoutingRecord([prompt]).rate, RoutingRecord(steps).rate
-    kept: dict[bool, list[int]] = {}
-    contenders = []
-    for peer in (peer for peer in peers if peer.name not in result.failures):
-        # Hugging Face's default cache settles the threads of its others, our dense model ours.
-        is_ours = peer.policy is not None
-        trial = partial(run, peer, n_new=WARM_TOKENS)
-        if is_ours in kept:
-            for count in kept[is_ours]:
-                trial(count)
-        else:
-            kept[is_ours] = promising(THREADS, trial, case.n_new)
-        contenders += [(peer, count) for count in kept[is_ours]]
+    calls = _Calls(case, both, policies)
+    sound = [peer for peer in peers if peer.name not in result.failures]
+    for peer in sound:
+        if result.plans[peer.name].routed:
+            result.rates[peer.name] = calls.skip_rates(peer)
+    contenders = calls.contenders(sound)
     for number in range(case.rounds):
         for peer, count in rotated(contenders, number):
-            result.runs.setdefault((peer.name, count), []).append(run(peer, count))
+            result.runs.setdefault((peer.name, count), []).append(calls.run(peer, count))
     if case.dtype == torch.float32:
         _compare_tokens(result)
     return result
+
+
+class _Calls:
+    """Calls of `generate` by the peers of a case."""
+
+    def __init__(self, case: Case, both: Models, policies: Mapping[str, SkipPolicy]) -> None:
+        self._case, self._both, self._policies = case, both, policies
+        self._inputs = case.prompts(both.hf)
+
+    def run(self, peer: Peer, threads: int, n_new: int | None = None) -> Run:
+        """One call of `n_new` tokens; by default as many as the case has."""
+        model = self._both.hf if peer.policy is None else self._under(peer)
+        with threads_set(threads):
+            run_once(model, _short_prompt(self._case.batch), WARM_TOKENS)
+            return run_once(model, self._inputs, n_new or self._case.n_new, peer.hf_cache)
+
+    def skip_rates(self, peer: Peer) -> tuple[float, float]:
+        """The shares of candidates that a peer's routers let skip, in the prompt and in steps."""
+        with fastskip.record_routing(self._under(peer)) as seen:
+            self.run(peer, THREADS[0])
+        prompt, *steps = seen.forwards[-self._case.n_new :]
+        return RoutingRecord([prompt]).rate, RoutingRecord(steps).rate
+
+    def contenders(self, peers: Iterable[Peer]) -> list[tuple[Peer, int]]:
+        """The peers, each with the thread counts that may be its fastest.
+
+        Hugging Face's default cache settles the threads of its others, our dense model ours.
+        """
+        kept: dict[bool, list[int]] = {}
+        found = []
+        for peer in peers:
+            is_ours = peer.policy is not None
+            trial = partial(self.run, peer, n_new=WARM_TOKENS)
+            if is_ours in kept:
+                for count in kept[is_ours]:
+                    trial(count)  # for its one-time work
+            else:
+                kept[is_ours] = promising(THREADS, trial, self._case.n_new)
+            found += [(peer, count) for count in kept[is_ours]]
+        return found
+
+    def _under(self, peer: Peer) -> Any:
+        return fastskip.set_policy(self._both.ours, self._policies[peer.name])
 
 
 def _faults(case: Case, peers: Iterable[Peer], both: Models) -> dict[str, str]:
