@@ -6,7 +6,7 @@ python -m benchmarks.gpu.table benchmarks/results/<gpu> ... [--readme README.md]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,37 +152,65 @@ def _correctness(results: Results) -> list[str]:
 
 
 def _kernels(results: Results) -> list[str]:
+    """The cells that time kernels, graphs and steps: a table for each kind of values they have."""
     parts = []
     for name, line in results.lines().items():
-        if name.startswith("tune.") and line.is_done:
-            rows: list[Row] = [("kernel", "us", "GB/s", "of floor", "us before", "configuration")]
-            for kernel, own in line.values["kernels"].items():
-                config = " ".join(f"{key}={value}" for key, value in own["config"].items())
-                columns = ("us", "gb_per_s", "share_of_floor", "us_before")
-                rows.append((kernel, *(_short(own[key]) for key in columns), config))
-            parts.append(f"{name}\n{_aligned(rows)}")
-        if name.startswith("kernels.") and line.is_done and "works" in line.values:
-            rows = [("operation", "us", "floor", "of floor", "torch us", "of floor", "GB/s")]
-            for work, own in line.values["works"].items():
-                keys = ("us", "floor_us", "share_of_floor", "torch_us", "torch_share_of_floor")
-                rows.append((work, *(_short(own.get(key)) for key in (*keys, "gb_per_s"))))
-            parts.append(f"{name}\n{_aligned(rows)}")
-        if name.startswith("kernels.") and line.is_done and "cublas" in line.values:
-            rows = [("cuBLAS", "us", "of floor")]
-            for work, own in line.values["cublas"].items():
-                rows.append((work, _short(own["us"]), _short(own["share_of_floor"])))
-            parts.append(f"{name}\n{_aligned(rows)}")
-        if name.startswith("graphs.") and line.is_done:
-            head: Row = ("eager_ms", "captured_ms", "gain", "worst_difference")
-            numbers = tuple(_short(line.values.get(key)) for key in head)
-            parts.append(f"{name}\n{_aligned([head, numbers])}")
-        if name.startswith(("overlap.", "halves.")) and line.is_done:
-            rows = [("steps", "way", "ms/token", "gain")]
-            for policy, ways in line.values["policies"].items():
-                for way, own in ways.items():
-                    rows.append((policy, way, _short(own["tpot_ms"]), _times(own["gain"])))
-            parts.append("\n".join([name, _aligned(rows), *line.values.get("faults", ())]))
+        for rows_of in _TIMES.get(name.partition(".")[0], ()) if line.is_done else ():
+            if rows := rows_of(line.values):
+                faults = line.values.get("faults", ())
+                parts.append("\n".join([name, _aligned(rows), *faults]))
     return parts
+
+
+def _tuned(values: Values) -> list[Row]:
+    rows: list[Row] = [("kernel", "us", "GB/s", "of floor", "us before", "configuration")]
+    for kernel, own in values["kernels"].items():
+        config = " ".join(f"{key}={value}" for key, value in own["config"].items())
+        columns = ("us", "gb_per_s", "share_of_floor", "us_before")
+        rows.append((kernel, *(_short(own[key]) for key in columns), config))
+    return rows
+
+
+def _works(values: Values) -> list[Row]:
+    if "works" not in values:
+        return []
+    rows: list[Row] = [("operation", "us", "floor", "of floor", "torch us", "of floor", "GB/s")]
+    for work, own in values["works"].items():
+        keys = ("us", "floor_us", "share_of_floor", "torch_us", "torch_share_of_floor", "gb_per_s")
+        rows.append((work, *(_short(own.get(key)) for key in keys)))
+    return rows
+
+
+def _library_products(values: Values) -> list[Row]:
+    if "cublas" not in values:
+        return []
+    rows: list[Row] = [("cuBLAS", "us", "of floor")]
+    for work, own in values["cublas"].items():
+        rows.append((work, _short(own["us"]), _short(own["share_of_floor"])))
+    return rows
+
+
+def _graph(values: Values) -> list[Row]:
+    head = ("eager_ms", "captured_ms", "gain", "worst_difference")
+    return [head, tuple(_short(values.get(key)) for key in head)]
+
+
+def _ways(values: Values) -> list[Row]:
+    rows: list[Row] = [("steps", "way", "ms/token", "gain")]
+    for policy, ways in values["policies"].items():
+        for way, own in ways.items():
+            rows.append((policy, way, _short(own["tpot_ms"]), _times(own["gain"])))
+    return rows
+
+
+_TIMES: dict[str, tuple[Callable[[Values], list[Row]], ...]] = {
+    "tune": (_tuned,),
+    "kernels": (_works, _library_products),
+    "graphs": (_graph,),
+    "overlap": (_ways,),
+    "halves": (_ways,),
+}
+"""By group of cells, what makes rows of their values."""
 
 
 def _profiles(results: Results) -> list[str]:
