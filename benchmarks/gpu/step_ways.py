@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastskip
 from benchmarks.gate import faults as wrong
@@ -51,6 +52,9 @@ OVERLAPS = (
 )
 NORMS = (Way("norms in products"), Way("norms half in updates", halves=True))
 
+Contenders = dict[tuple[str, Way], Contender]
+"""By policy and way."""
+
 
 def measure(
     setting: Setting, widths: Widths, batch: int, names: Sequence[str], ways: Sequence[Way]
@@ -67,43 +71,62 @@ def measure(
     both = load(widths, setting.dtype, device, setting.impl)
     batch = min(batch, 2) if setting.is_tiny else batch
     inputs = prompts(both.hf, shape(widths, device), batch)
-    contenders: dict[tuple[str, Way], Contender] = {}
     steps = both.ours._fastskip.steps
     usual = Way("usual", steps.overlap, steps.halves)
     try:
-        for name, policy in _policies(both, names):
-            for way in ways:
-                own = _contender(both, name, policy, way)
-                try:
-                    first_call(own, inputs, n_new, device)
-                except Exception:
-                    if is_lost(setting.device):
-                        raise
-                    found.append(f"{own.peer.label}: {traceback.format_exc(limit=-6)}")
-                    continue
-                first = contenders.get((name, ways[0]), own)
-                assert first.tokens is not None and own.tokens is not None
-                if way.halves != ways[0].halves or torch.equal(first.tokens, own.tokens):
-                    contenders[name, way] = own
-                else:
-                    found.append(f"{own.peer.label}: tokens differ from those of the first way")
+        contenders, found = _agreeing(both, names, ways, inputs, n_new, setting)
         if not contenders:
             raise RuntimeError("\n".join(found))
         count = rounds(list(contenders.values()), inputs, n_new, setting)
     finally:
         usual.take(steps)
+    found += [own.failure for own in contenders.values() if own.failure is not None]
+    about = {"widths": widths.name, "batch": batch, "n_new": n_new, "rounds": count}
+    return {**about, "policies": _times(contenders, ways[0]), "faults": found}
+
+
+def _agreeing(
+    both: Models,
+    names: Sequence[str],
+    ways: Sequence[Way],
+    inputs: dict[str, Tensor],
+    n_new: int,
+    setting: Setting,
+) -> tuple[Contenders, list[str]]:
+    """What to time after a first call of each, and what is wrong with the others."""
+    contenders: Contenders = {}
+    found = []
+    for name, policy in _policies(both, names):
+        for way in ways:
+            own = _contender(both, name, policy, way)
+            try:
+                first_call(own, inputs, n_new, setting.device.type)
+            except Exception:
+                if is_lost(setting.device):
+                    raise
+                found.append(f"{own.peer.label}: {traceback.format_exc(limit=-6)}")
+                continue
+            first = contenders.get((name, ways[0]), own)
+            assert first.tokens is not None and own.tokens is not None
+            if way.halves != ways[0].halves or torch.equal(first.tokens, own.tokens):
+                contenders[name, way] = own
+            else:
+                found.append(f"{own.peer.label}: tokens differ from those of the first way")
+    return contenders, found
+
+
+def _times(contenders: Contenders, first: Way) -> dict[str, dict[str, Any]]:
+    """Milliseconds per token by policy and way, and the gain over the ``first`` way."""
     times: dict[str, dict[str, Any]] = {}
     for (name, way), own in contenders.items():
-        if own.failure is not None:
-            found.append(own.failure)
+        ordinary = contenders.get((name, first))
+        if own.failure is not None or ordinary is None:
             continue
-        ordinary = contenders.get((name, ways[0]))
-        seconds, plain = own.median("tpot"), None if ordinary is None else ordinary.median("tpot")
-        if seconds is None or plain is None:
-            continue  # no baseline
-        times.setdefault(name, {})[way.name] = {"tpot_ms": 1e3 * seconds, "gain": plain / seconds}
-    about = {"widths": widths.name, "batch": batch, "n_new": n_new, "rounds": count}
-    return {**about, "policies": times, "faults": found}
+        seconds, plain = own.median("tpot"), ordinary.median("tpot")
+        if seconds is not None and plain is not None:
+            gain = plain / seconds
+            times.setdefault(name, {})[way.name] = {"tpot_ms": 1e3 * seconds, "gain": gain}
+    return times
 
 
 def _faults(setting: Setting, names: Sequence[str], ways: Sequence[Way]) -> Iterator[str]:
