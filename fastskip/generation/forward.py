@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from fastskip.decoder.attention_maps import AttentionMaps
+from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.deep_features import DeepFeatures
 from fastskip.decoder.plain_forward import ForwardOptions
 from fastskip.families import DEEP_INPUTS, check_mode, final_norm_of
@@ -25,7 +26,7 @@ from fastskip.generation.columns import (
 )
 from fastskip.generation.refusals import check_maps, check_unpacked
 from fastskip.generation.runtime import Runtime
-from fastskip.tokens import PAD
+from fastskip.tokens import PAD, TokenLayout
 
 
 def decode_columns(
@@ -38,7 +39,6 @@ def decode_columns(
     Returns ``last_hidden_state [B, T, D]``, or ``[B, k, D]`` if the outer model names the columns
     whose logits it reads in ``kept_columns [B, k]``; rows of pads are unspecified.
     """
-    batch, width = h.shape[:2]
     check_mode(text_model)
     wants_gradient = torch.is_grad_enabled() and (
         h.requires_grad or any(p.requires_grad for p in text_model.parameters())
@@ -46,32 +46,22 @@ def decode_columns(
     runtime.refresh(wants_gradient=wants_gradient)
     cache, is_returned = cache_of(text_model, runtime, inputs, wants_gradient=wants_gradient)
     check_unpacked(inputs, keeps_cache=is_returned)
-    real = real_columns(inputs.get("attention_mask"), cache, batch, width)
-    codes = codes_of(text_model, runtime, cache, inputs, keeps_cache=is_returned)
-    codes = codes.masked_fill(~real, PAD)
-    in_text, axes = split_axes(runtime, inputs.get("position_ids"), cache, real)
-    positions = positions_of(runtime, in_text, cache, real)
-    axes = axes_of(runtime, axes, positions, cache, real)
+    real = real_columns(inputs.get("attention_mask"), cache, *h.shape[:2])
+    layout = _lay_out(text_model, runtime, cache, inputs, real, keeps_cache=is_returned)
+    shape = runtime.plan.shape
     asked = _output_flag(text_model, inputs, "output_hidden_states")
-    wants_hidden, depth = bool(asked), runtime.plan.shape.depth
-    shown = _shown(asked, depth + 1)
-    layout = runtime.decoder.lay_out(codes, positions, cache, axes)
+    states = _HiddenStates(asked, shape.depth) if asked else None
     maps = None
     if _output_flag(text_model, inputs, "output_attentions"):
         check_maps(cache)
-        maps = AttentionMaps(layout, depth, runtime.plan.shape.num_heads)
-    every_row = wants_hidden or maps is not None
+        maps = AttentionMaps(layout, shape.depth, shape.num_heads)
+    every_row = states is not None or maps is not None
     kept = _Kept.of(inputs.get("kept_columns"), real, every_row=every_row)
-    seen: list[Tensor | None] = []
-
-    def watch(index: int, rows: Tensor) -> None:
-        seen.append(rows.clone() if index in shown else None)
-
     options = ForwardOptions(
         wanted=None if kept is None else kept.rows,
         wants_gradient=wants_gradient,
         keeps_cache=is_returned,
-        watch=watch if wants_hidden else None,
+        watch=None if states is None else states.watch,
         maps=maps,
         features=DeepFeatures.of(
             *map(inputs.get, DEEP_INPUTS), placeholders=inputs.get("placeholders")
@@ -80,24 +70,56 @@ def decode_columns(
     out = runtime.decoder.run(h, layout, cache, options)
     out = final_norm_of(text_model)(out)
     hidden = layout.unpack(out) if kept is None or kept.rows is None else kept.unpack(out)
-    states = None
-    if wants_hidden:
-        inner = (None if rows is None else layout.unpack(rows) for rows in seen)
-        states = (*inner, hidden if depth in shown else None)
+    shown = None if states is None else states.all(layout, hidden)
     if kept is not None and kept.rows is None:
         hidden = kept.pick(hidden)
     return BaseModelOutputWithPast(
         last_hidden_state=hidden,
-        hidden_states=states,
+        hidden_states=shown,
         attentions=None if maps is None else maps.all(hidden),
         **{CACHE_NAME: cache if is_returned else None},
     )
+
+
+def _lay_out(
+    text_model: Any,
+    runtime: Runtime,
+    cache: SkipCache,
+    inputs: dict[str, Any],
+    real: Tensor,
+    *,
+    keeps_cache: bool,
+) -> TokenLayout:
+    """The rows of a forward: the columns that are ``real [B, T]``, their classes and positions."""
+    codes = codes_of(text_model, runtime, cache, inputs, keeps_cache=keeps_cache)
+    in_text, axes = split_axes(runtime, inputs.get("position_ids"), cache, real)
+    positions = positions_of(runtime, in_text, cache, real)
+    axes = axes_of(runtime, axes, positions, cache, real)
+    return runtime.decoder.lay_out(codes.masked_fill(~real, PAD), positions, cache, axes)
 
 
 def _output_flag(text_model: Any, inputs: dict[str, Any], name: str) -> Any:
     """An ``output_*`` option, as passed to this call or else as set in the config."""
     found = inputs.get(name)
     return getattr(text_model.config, name, False) if found is None else found
+
+
+class _HiddenStates:
+    """The hidden states that a call asks for: the input of each layer, and what the last norm
+    returns."""
+
+    def __init__(self, asked: bool | int | Sequence[int], depth: int) -> None:
+        self._depth, self._shown = depth, _shown(asked, depth + 1)
+        self._seen: list[Tensor | None] = []
+
+    def watch(self, layer: int, rows: Tensor) -> None:
+        """Keeps the input ``[N, D]`` of a layer."""
+        self._seen.append(rows.clone() if layer in self._shown else None)
+
+    def all(self, layout: TokenLayout, last: Tensor) -> tuple[Tensor | None, ...]:
+        """``[B, T, D]`` each, ``None`` for those not asked for; ``last``: that after all layers."""
+        inner = (None if rows is None else layout.unpack(rows) for rows in self._seen)
+        return *inner, last if self._depth in self._shown else None
 
 
 def _shown(asked: bool | int | Sequence[int], count: int) -> frozenset[int]:
