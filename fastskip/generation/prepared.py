@@ -35,6 +35,7 @@ from fastskip.generation.forward import decode_columns
 from fastskip.generation.loop import sample
 from fastskip.generation.prepared_class import Prepared, adopt
 from fastskip.generation.refusals import (
+    check_cache_kind,
     check_chunks,
     check_drafts,
     check_gradients,
@@ -77,6 +78,23 @@ def _follow(model: Any, runtime: Runtime) -> None:
     runtime.follow(text_model_of(model))
     if runtime.decoder is not before:
         _adopt_tower(model, runtime)
+
+
+def _first_cache(model: Any, runtime: Runtime, config: Any) -> SkipCache | None:
+    """An empty cache for a call of ``generate``; ``None`` if it uses none, or if its first forward
+    has to make it."""
+    if config.use_cache is False:
+        check_guidance(runtime, config)
+        return None
+    check_parts(model, runtime)
+    if "forward" in vars(model):
+        return None  # a wrapper may change how to compute
+    runtime.decoder.attach(text_model_of(model))
+    with on_host():
+        runtime.decoder.refresh(wants_gradient=False)
+        assert runtime.session is not None
+        runtime.session.is_refreshed = True
+        return runtime.decoder.new_cache()
 
 
 def _lens_of(model: Any) -> Lens:
@@ -265,26 +283,15 @@ class PreparedModel(Prepared):
             )
             return
         assert runtime.session is not None
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation: {generation_config.cache_implementation!r}; allowed: None "
-                "(a prepared model uses its own compact cache)"
-            )
+        check_cache_kind(generation_config)
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
             check_chunks(runtime, generation_config, model_kwargs.get("attention_mask"))
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None:
-            if generation_config.use_cache is False:
-                check_guidance(runtime, generation_config)
+            cache = _first_cache(self, runtime, generation_config)
+            if cache is None:
                 return
-            check_parts(self, runtime)
-            if "forward" in vars(self):
-                return  # a wrapper may change how to compute: the first forward makes the cache
-            runtime.decoder.attach(text_model_of(self))
-            with on_host():
-                runtime.decoder.refresh(wants_gradient=False)
-                runtime.session.is_refreshed = True
-                cache = model_kwargs[CACHE_NAME] = runtime.decoder.new_cache()
+            model_kwargs[CACHE_NAME] = cache
         else:
             runtime.check_cache(cache)
             # Hugging Face reads this flag on caches that users pass in.

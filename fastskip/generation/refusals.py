@@ -24,6 +24,16 @@ def check_parts(model: Any, runtime: Runtime) -> None:
         )
 
 
+def check_cache_kind(generation_config: Any) -> None:
+    """Raises if ``generate`` is to make a Hugging Face cache."""
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation: {kind!r}; allowed: None (a prepared model uses its own compact "
+            "cache)"
+        )
+
+
 def check_drafts(mode: Any, cache: SkipCache, mask: Any) -> None:
     """Raises where Hugging Face's assisted decoding goes wrong: it feeds the prompt in a cache a
     second time, and continues from the last column even if that is a pad."""
