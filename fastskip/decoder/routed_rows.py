@@ -219,6 +219,12 @@ class RoutedRows:
         source layer."""
         if not layer.holds_kv:
             return self._no_rows, self._no_rows, []
+        leaves = self._by_kv(layer)
+        copied = self._copied(layer, leaves[SkippedKV.REUSE])
+        return leaves[SkippedKV.PROJECT], leaves[SkippedKV.HIDDEN], copied
+
+    def _by_kv(self, layer: LayerPlan) -> dict[SkippedKV, Mask]:
+        """Rows that do not attend in a layer, by the rule on what they leave there."""
         leaves: dict[SkippedKV, Mask] = dict.fromkeys(SkippedKV, self._no_rows)
         for token_class, cell in layer.cells.items():
             if cell.kv is not None:
@@ -231,9 +237,13 @@ class RoutedRows:
         # Where a static rule lets a class skip attention, that rule decides on its K and V anyway.
         for kv, rows in self._exited.items():
             leaves[kv] = leaves[kv] | rows & self._of(layer.attending)
+        return leaves
+
+    def _copied(self, layer: LayerPlan, reusing: Mask) -> list[tuple[int, Mask]]:
+        """By lower layer, the rows that copy their entry from it: the nearest that has one."""
         copied: list[tuple[int, Mask]] = []
         for token_class in layer.cells:
-            mine = leaves[SkippedKV.REUSE] & self._of(frozenset({token_class}))
+            mine = reusing & self._of(frozenset({token_class}))
             for source in self._plan.kv_sources(layer.index, token_class):
                 if not mine.any():
                     break
@@ -241,7 +251,7 @@ class RoutedRows:
                 has = self._held[source] if lower.hollow else self._of(lower.holding)
                 copied.append((source, mine & has))
                 mine = mine & ~has
-        return leaves[SkippedKV.PROJECT], leaves[SkippedKV.HIDDEN], copied
+        return copied
 
     def _feed(
         self, layer: LayerPlan, rulings: Sequence[Ruling], narrow: Rows | None, h: Tensor
@@ -254,19 +264,39 @@ class RoutedRows:
 
     def _decide(self, ruling: Ruling, h: Tensor, narrow: Rows | None) -> None:
         """Asks one rule's router about its candidates among the rows of ``h``."""
-        number, router = ruling.number, self._routers[ruling.number]
         asked = self._staying(self._of(ruling.classes))
-        # Not a subclass, which may add something.
-        if narrow is None and len(asked) <= FEW and type(router) is ScoreRouter:
-            trace = None if self._trace is None else self._trace.listed
-            answers = router.decide_few(ruling.layer, self._positions, trace)
-            if answers is not None:
-                self._take(ruling, self._among(asked, answers), asked, Scope.SUBLAYER)
-                return
+        answers = None if narrow is not None else self._ask_about_few(ruling, len(asked))
+        if answers is not None:
+            self._take(ruling, self._among(asked, answers), asked, Scope.SUBLAYER)
+            return
         within = _rows(_taken(asked, narrow))
         if not within.count:
             return
         rows = within.through(narrow).ids()
+        decision = self._ask(ruling, h, within, rows)
+        skipped, among = self._no_rows.copy(), self._no_rows.copy()
+        if decision.factor is not None:
+            self._scale(ruling, rows, decision.factor, h)
+            self._ran = self._ran.copy()  # a row whose change does not count has not run whole
+            self._ran[rows.numpy()] &= (decision.factor.detach() != 0).to(HOST).numpy()
+        skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
+        among[rows.numpy()] = True
+        self._take(ruling, self._among(among, skipped.tolist()), among, decision.scope)
+
+    def _ask_about_few(self, ruling: Ruling, count: int) -> Sequence[bool] | None:
+        """Whether each of all rows skips, of a router that decides on few rows in plain numbers;
+        else ``None``."""
+        router = self._routers[ruling.number]
+        # Not of a subclass, which may add something.
+        if count > FEW or type(router) is not ScoreRouter:
+            return None
+        trace = None if self._trace is None else self._trace.listed
+        return router.decide_few(ruling.layer, self._positions, trace)
+
+    def _ask(self, ruling: Ruling, h: Tensor, within: Rows, rows: Tensor) -> Decision:
+        """A router's checked answer about candidates: ``rows [n]`` of the forward, ``within`` the
+        rows of ``h``."""
+        number = ruling.number
         context = Candidates(
             ruling.layer,
             ruling.skip,
@@ -279,24 +309,17 @@ class RoutedRows:
             self._lens,
             self._attended,
         )
-        where = f"router {self._rule(ruling).kind!r} in layer {ruling.layer}"
+        rule = self._rule(ruling)
+        where = f"router {rule.kind!r} in layer {ruling.layer}"
         try:
-            answer = router.decide(context)
+            answer = self._routers[number].decide(context)
         except Exception as error:
-            if self._rule(ruling).is_plug_in:  # the built-in ones name themselves
+            if rule.is_plug_in:  # the built-in ones name themselves
                 error.add_note(f"raised by {where}")
             raise
         if context.is_changed:
             raise RouterError(f"{where}: changed context.hidden in place; allowed: a copy of it")
-        decision = _checked(answer, within.count, where)
-        skipped, among = self._no_rows.copy(), self._no_rows.copy()
-        if decision.factor is not None:
-            self._scale(ruling, rows, decision.factor, h)
-            self._ran = self._ran.copy()  # a row whose change does not count has not run whole
-            self._ran[rows.numpy()] &= (decision.factor.detach() != 0).to(HOST).numpy()
-        skipped[rows.numpy()] = decision.skip.detach().to(HOST).numpy()
-        among[rows.numpy()] = True
-        self._take(ruling, self._among(among, skipped.tolist()), among, decision.scope)
+        return _checked(answer, within.count, where)
 
     def _among(self, asked: Mask, answers: Sequence[bool]) -> Mask:
         """Which of the ``asked`` rows skip: ``asked`` itself if all do, ``_no_rows`` if none."""
