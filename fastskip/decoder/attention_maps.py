@@ -31,7 +31,7 @@ class AttentionMaps:
         entries: Entries,
         scale: float,
     ) -> None:
-        """Records a layer's map, from rotated ``queries [n, H, K]``."""
+        """Records a layer's map, from rotated ``queries [n, H, K]``; its entries are stored."""
         found = self._found[layer] = queries.new_zeros(self._shape)
         for sequence, reach, weights in pattern.weights(queries, layer, entries, scale):
             columns = entries.columns(layer, sequence)

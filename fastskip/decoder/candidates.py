@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,13 +26,15 @@ Lens = Callable[[Tensor, bool], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Where rows of a forward have attended so far: each layer's input, and which rows (``[N]``
-    bool)."""
+    """Where rows of a forward have attended so far.
 
-    blocks: Mapping[int, Block]
-    inputs: dict[int, tuple[Tensor, Tensor]]
+    ``inputs``: by layer, its input ``[N, D]`` and which rows attended, ``[N]`` bool.
+    """
+
+    blocks: Sequence[Block]
     rotation: HeadRotation
     entries: Entries
+    inputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Candidates:

@@ -8,7 +8,7 @@ one, gets detached copies).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,14 +19,8 @@ from fastskip.plan import SkipPlan
 from fastskip.plan.layer_plan import Table
 from fastskip.tokens import Rows, TokenLayout
 
-
-class Maps(Protocol):
-    """Records how rows attend to the entries."""
-
-    def note(
-        self, layer: int, pattern: Any, queries: Tensor, entries: Entries, scale: float
-    ) -> None:
-        """Notes how rotated ``queries [n, H, K]`` attend in a layer whose entries are stored."""
+if TYPE_CHECKING:
+    from fastskip.decoder.attention_maps import AttentionMaps
 
 
 class Keys(Protocol):
@@ -56,7 +50,7 @@ class Entries(Keys, Protocol):
         maps: the recorder of attention maps, if any.
     """
 
-    maps: Maps | None
+    maps: AttentionMaps | None
 
     def hold(self, layer: int, held: Tensor) -> None:
         """Announces which packed rows ``[N]`` bool (host) will have entries in ``layer``, before
@@ -96,7 +90,7 @@ class CachedEntries:
         self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
     ) -> None:
         cache.grow(layout, like)
-        self.maps: Maps | None = None
+        self.maps: AttentionMaps | None = None
         self._plan, self._cache, self._batch = plan, cache, layout.batch
         self._layout, self._like = layout, like
         self._map = SlotMap(plan, cache, layout)
@@ -181,7 +175,7 @@ class GradientEntries:
         self, plan: SkipPlan, cache: SkipCache, layout: TokenLayout, like: Tensor | None
     ) -> None:
         """``like=None``: the cache is not kept, so nothing is copied into it."""
-        self.maps: Maps | None = None
+        self.maps: AttentionMaps | None = None
         self._stored = CachedEntries(plan, cache, layout, like)
         self.is_kept = like is not None
         self._plan, self._cache, self._layout = plan, cache, layout

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastskip.decoder.attention_maps import AttentionMaps
 from fastskip.decoder.deep_features import DeepFeatures, PlacedFeatures
-from fastskip.decoder.entries import Entries, Maps
+from fastskip.decoder.entries import Entries
 from fastskip.decoder.guards import narrows_after
 from fastskip.decoder.layer import Add, Block, BlockRows
 from fastskip.decoder.planned_rows import PlannedRows
@@ -44,7 +45,7 @@ class ForwardOptions:
     wants_gradient: bool = False
     keeps_cache: bool = True
     watch: Watch | None = None
-    maps: Maps | None = None
+    maps: AttentionMaps | None = None
     features: DeepFeatures | None = None
 
 

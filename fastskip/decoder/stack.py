@@ -207,8 +207,7 @@ class Decoder:
         """The rows of a forward in which routers decide."""
         attended = None
         if any(getattr(router, "uses_attention", False) for router in self.routers):
-            blocks = dict(enumerate(self._blocks))
-            attended = Attended(blocks, {}, forward.rotation, entries)
+            attended = Attended(self._blocks, forward.rotation, entries)
         if self._routed is None or not self._routed.is_of(self.plan, self.routers):
             self._routed = RoutedPlan(self.plan, self.routers)
         return RoutedRows(

@@ -113,7 +113,7 @@ class PagedCache(SkipCache):
                 added = pool.reserve(needed, later) or added
         return added
 
-    def commit_steps(self, steps: int, held: Tensor | None = None) -> None:
+    def commit_steps(self, steps: int, held: Tensor | None) -> None:
         """Counts ``steps`` columns of generated rows, whose entries decode steps have written.
 
         ``held [tables, B, steps]`` bool, on the device: which of them have entries in hollow
