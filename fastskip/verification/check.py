@@ -153,15 +153,7 @@ def verify(
         UncheckedPolicyError: the input has no rows that the policy affects, or the policy has no
             form as a masked dense computation.
     """
-    if getattr(model, "_fastskip", None) is not None:
-        raise TypeError("model: already prepared; needed: the plain Hugging Face model")
-    if is_quantised(model.config):
-        allowed = "plain weights, as model.dequantize() gives"
-        raise UnsupportedModelError("quantization_config", "a quantised model", allowed)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens}; allowed: at least 1")
-    if inputs.get("input_ids") is None:
-        raise ValueError("inputs: no input_ids; allowed: what the processor returns for a prompt")
+    _check_arguments(model, inputs, max_new_tokens)
     chosen = SkipPolicy() if policy is None else SkipPolicy.coerce(policy)
     inputs = _cast(inputs, model)
     real = inputs["attention_mask"].bool()
@@ -170,26 +162,7 @@ def verify(
     # Not the product's own plan, which is under test.
     plan = make_plan(chosen, shape_of(model.config))
     absent = _absent(plan, model, inputs, real, max_new_tokens)
-    # The checkpoint's own config may end sequences early, or sample.
-    product.generation_config = GenerationConfig(pad_token_id=0)
-    with record_routing(product) as forward:
-        logits = product(**inputs).logits
-    with record_routing(product) as steps:
-        generated = product.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    tokens = generated.sequences[:, real.shape[1] :]
-    scores = torch.stack(generated.logits, dim=1).to(logits.dtype)
-
-    # Each run is compared under its own decisions.
-    decided = (
-        _decisions(forward, real.device),
-        _padded_left(_decisions(steps, real.device), real, tokens),
-    )
+    logits, tokens, scores, decided = _run(product, inputs, real, max_new_tokens)
     eager = _expect(model, chosen, inputs, tokens, *decided)
     exact = copy.deepcopy(model).to(_truth_dtype(model))
     truth = _expect(exact, chosen, inputs, tokens, *decided)
@@ -216,6 +189,56 @@ def verify(
         first_difference=first,
         absent=absent,
     )
+
+
+def _check_arguments(
+    model: PreTrainedModel, inputs: Mapping[str, Any], max_new_tokens: int
+) -> None:
+    if getattr(model, "_fastskip", None) is not None:
+        raise TypeError("model: already prepared; needed: the plain Hugging Face model")
+    if is_quantised(model.config):
+        allowed = "plain weights, as model.dequantize() gives"
+        raise UnsupportedModelError("quantization_config", "a quantised model", allowed)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens}; allowed: at least 1")
+    if inputs.get("input_ids") is None:
+        raise ValueError("inputs: no input_ids; allowed: what the processor returns for a prompt")
+
+
+class _Found(NamedTuple):
+    """Results of the product.
+
+    `logits` of all prompt rows are from one forward; greedy `tokens`, and the `scores` that they
+    were chosen by, from `generate`. `decided`: the decisions of both runs, as `_expect` takes them,
+    since each is compared under its own.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    scores: Tensor
+    decided: tuple[Decisions, Decisions]
+
+
+def _run(product: Any, inputs: Mapping[str, Any], real: Tensor, max_new_tokens: int) -> _Found:
+    # The checkpoint's own config may end sequences early, or sample.
+    product.generation_config = GenerationConfig(pad_token_id=0)
+    with record_routing(product) as forward:
+        logits = product(**inputs).logits
+    with record_routing(product) as steps:
+        generated = product.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    tokens = generated.sequences[:, real.shape[1] :]
+    scores = torch.stack(generated.logits, dim=1).to(logits.dtype)
+    decided = (
+        _decisions(forward, real.device),
+        _padded_left(_decisions(steps, real.device), real, tokens),
+    )
+    return _Found(logits, tokens, scores, decided)
 
 
 _NEEDED = {
