@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.results import Results, Values
+from fastskip.ops import Implementation, operations_of
+from fastskip.ops.operations import FusedOperations
 
 PATIENCE = 10
 """Cells may take this many times longer with --tiny, where kernels are interpreted."""
@@ -30,6 +32,14 @@ class Setting:
     def impl(self) -> str | None:
         """The implementation of models: the device executor's torch form with --tiny."""
         return "torch" if self.is_tiny else None
+
+    @property
+    def ops(self) -> FusedOperations:
+        """The operations on their own: compiled, or with --tiny in torch."""
+        kind = Implementation.TORCH if self.is_tiny else Implementation.TRITON
+        found = operations_of(kind).fused
+        assert found is not None
+        return found
 
     @property
     def folder(self) -> Path:

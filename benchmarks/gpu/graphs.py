@@ -16,6 +16,7 @@ from benchmarks.gpu.results import Values
 from benchmarks.gpu.timing import captured, eager_seconds
 from benchmarks.shapes import prompts
 from fastskip.ops.contracts import Term
+from fastskip.ops.operations import FusedOperations
 
 ROUNDS = 9
 OWN_LAYERS = 4
@@ -24,15 +25,10 @@ OWN_LAYERS = 4
 
 def prefill(setting: Setting, widths: Widths) -> Values:
     """The fused operations of all layers over one prompt."""
-    if setting.is_tiny:
-        from fastskip.ops import fused as ops
-
-        widths = TINY
-    else:
-        from fastskip.ops import compiled as ops  # type: ignore[no-redef]
+    widths = TINY if setting.is_tiny else widths
     make = Maker(widths, setting.dtype, setting.device)
     h = make.noise(widths.context, widths.hidden)
-    layers = [_layer(make, ops) for _ in range(OWN_LAYERS)]
+    layers = [_layer(make, setting.ops) for _ in range(OWN_LAYERS)]
 
     def run() -> None:
         for number in range(widths.layers):
@@ -77,7 +73,7 @@ def tower(setting: Setting, widths: Widths, images: int) -> Values:
     return {"images": images, **values, "gain": eager / inside}
 
 
-def _layer(make: Maker, ops: Any) -> Callable[[torch.Tensor], None]:
+def _layer(make: Maker, ops: FusedOperations) -> Callable[[torch.Tensor], None]:
     size = make.widths
     projection = make.projection(make.prompt_targets(), make.pages(1))
     assert projection.pages is not None

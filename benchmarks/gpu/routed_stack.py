@@ -45,15 +45,6 @@ class Stack:
     def __init__(self, setting: Setting, widths: Widths, depth: int) -> None:
         self._setting, self._widths = setting, widths
         self._make = Maker(widths, setting.dtype, setting.device)
-        self._ops: Any
-        if setting.is_tiny:
-            from fastskip.ops import fused
-
-            self._ops = fused
-        else:
-            from fastskip.ops import compiled
-
-            self._ops = compiled
         self._shape = widths.model_shape(setting.dtype, depth)
         self._weights = [self._layer() for _ in range(depth)]
         self._anchor = torch.zeros(16, dtype=setting.dtype, device=setting.device)
@@ -78,7 +69,7 @@ class Stack:
         routers = build_routers(policy, shape.depth, shape.hidden_size)
         scale = shape.head_dim**-0.5
         own: Sequence[FusedBlock] = [
-            GuardedBlock(weights, layer, self._ops, scale, shape.head_dim)
+            GuardedBlock(weights, layer, self._setting.ops, scale, shape.head_dim)
             for weights, layer in zip(self._weights, plan.layers, strict=True)
         ]
         rotation, device = self._make.rotation(), self._setting.device
