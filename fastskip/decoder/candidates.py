@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastskip.decoder.attention import IMAGE
 from fastskip.decoder.entries import Entries
+from fastskip.decoder.guards import Ruling
 from fastskip.decoder.layer import Block
 from fastskip.decoder.positions import HeadRotation
 from fastskip.decoder.removing import attention_weights
 from fastskip.decoder.trace import RowTrace
-from fastskip.policy import Sublayer
 from fastskip.routing import AttentionWeights, RouterError
 from fastskip.tokens import Rows, TokenLayout
 
@@ -46,18 +46,19 @@ class Candidates:
 
     def __init__(
         self,
-        layer: int,
-        skip: frozenset[Sublayer],
+        ruling: Ruling,
         h: Tensor,
         within: Rows,
         rows: Tensor,
+        *,
         layout: TokenLayout,
         trace: RowTrace | None,
         states: tuple[dict[str, Any], dict[str, Any]],
         lens: Lens | None,
         attended: Attended | None,
     ) -> None:
-        self.layer, self.skip = layer, skip
+        """``states``: what the router keeps for this forward, and for this ``generate``."""
+        self.layer, self.skip = ruling.layer, ruling.skip
         self.forward_state, self.generation_state = states
         self._h, self._within, self._rows, self._layout = h, within, rows, layout
         self._trace, self._lens, self._attended = trace, lens, attended

@@ -297,17 +297,17 @@ class RoutedRows:
         """A router's checked answer about candidates: ``rows [n]`` of the forward, ``within`` the
         rows of ``h``."""
         number = ruling.number
+        states = self._states.setdefault(number, {}), self._cache.routing.setdefault(number, {})
         context = Candidates(
-            ruling.layer,
-            ruling.skip,
+            ruling,
             h,
             within,
             rows,
-            self._layout,
-            self._trace,
-            (self._states.setdefault(number, {}), self._cache.routing.setdefault(number, {})),
-            self._lens,
-            self._attended,
+            layout=self._layout,
+            trace=self._trace,
+            states=states,
+            lens=self._lens,
+            attended=self._attended,
         )
         rule = self._rule(ruling)
         where = f"router {rule.kind!r} in layer {ruling.layer}"
