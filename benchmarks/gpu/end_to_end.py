@@ -70,37 +70,48 @@ def measure(setting: Setting, widths: Widths, batch: int, mix: Mix | None = None
         batch, mix = min(batch, 2), mix and TINY_MIX
     if mix is None:
         inputs = prompts(both.hf, kind, batch)
-        images, texts = [widths.n_image] * batch, [widths.n_text] * batch
+        rows = [(widths.n_image, widths.n_text)] * batch
     else:
         inputs = mixed_prompts(both.hf, kind, mix)
-        images, texts = list(mix.image_rows(both.hf)), list(mix.text_rows(kind))
-    failures: dict[str, str] = {}
-    contenders = []
-    for peer in PEERS:
-        contender = _contender(peer, both)
-        try:
-            first_call(contender, inputs, n_new, device)
-            contenders.append(contender)
-        except Exception:
-            if is_lost(setting.device):
-                raise
-            failures[peer.name] = traceback.format_exc(limit=-6)
-            torch.compiler.reset()
+        rows = list(zip(mix.image_rows(both.hf), mix.text_rows(kind), strict=True))
+    contenders, failures = _called(both, inputs, n_new, setting)
     count = rounds(contenders, inputs, n_new, setting)
     failures |= {each.peer.name: each.failure for each in contenders if each.failure is not None}
     contenders = [each for each in contenders if each.failure is None]
     if not contenders:
         raise RuntimeError("\n".join(failures.values()))
-    about = {"widths": widths.name, "batch": len(inputs["input_ids"]), "n_new": n_new}
-    sizes = (widths.n_image, widths.n_text) if mix is None else (images, texts)
-    about |= {"n_image": sizes[0], "n_text": sizes[1], "rounds": count}
-    rows = list(zip(images, texts, strict=True))
+    images, texts = map(list, zip(*rows, strict=True))
+    about: dict[str, Any] = {"widths": widths.name, "batch": len(rows), "n_new": n_new}
+    about |= {
+        "n_image": widths.n_image if mix is None else images,
+        "n_text": widths.n_text if mix is None else texts,
+        "rounds": count,
+    }
     floors = {
         each.peer.name: floors_of(each.plan, rows, n_new, ceilings, kind.text_before)
         for each in contenders
     }
     peers = _summary(contenders, about, floors)
     return {**about, "peers": peers, "failures": failures}
+
+
+def _called(
+    both: Models, inputs: dict[str, Tensor], n_new: int, setting: Setting
+) -> tuple[list[Contender], dict[str, str]]:
+    """The peers after their first calls, and by name why others failed."""
+    contenders = []
+    failures = {}
+    for peer in PEERS:
+        contender = _contender(peer, both)
+        try:
+            first_call(contender, inputs, n_new, setting.device.type)
+            contenders.append(contender)
+        except Exception:
+            if is_lost(setting.device):
+                raise
+            failures[peer.name] = traceback.format_exc(limit=-6)
+            torch.compiler.reset()
+    return contenders, failures
 
 
 def _contender(peer: Peer, both: Models) -> Contender:
