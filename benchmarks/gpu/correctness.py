@@ -41,6 +41,9 @@ TESTS = (
     *(f"--ignore=tests/kernels/test_{name}.py" for name in ("compilation", "tuning")),
 )
 
+Case = tuple[str, WorkMaker, int]
+"""An operation by name, and with how many rows it is checked."""
+
 
 class Wrong(RuntimeError):
     """A result is less accurate than plain low-precision code, or differs where it must not."""
@@ -82,14 +85,7 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
     widths = TINY if setting.is_tiny else widths
     found: dict[str, Any] = {}
     wrong = []
-    wanted = list(cases(widths))
-    if setting.is_tiny:  # prompts in one dtype are enough, and slow in the interpreter
-        counts = (1, widths.context) if dtype == setting.dtype else (1,)
-        wanted = [case for case in wanted if case[2] in counts]
-    for count in dict.fromkeys(rows for _, _, rows in wanted):
-        makers = [maker for _, maker, rows in wanted if rows == count]
-        compile_works(makers, widths, count, dtype, setting.device)
-    for name, maker, rows in wanted:
+    for name, maker, rows in _wanted(setting, widths, dtype):
         try:
             worst = worst_output(compiled, maker, widths, rows, dtype, setting.device)
         except Exception as error:
@@ -105,6 +101,18 @@ def operations(setting: Setting, widths: Widths, dtype: torch.dtype) -> Values:
     if wrong:
         raise Wrong("\n".join(wrong))
     return {"widths": widths.name, "errors": found}
+
+
+def _wanted(setting: Setting, widths: Widths, dtype: torch.dtype) -> list[Case]:
+    """The cases that are checked, compiled."""
+    wanted = list(cases(widths))
+    if setting.is_tiny:  # prompts in one dtype are enough, and slow in the interpreter
+        counts = (1, widths.context) if dtype == setting.dtype else (1,)
+        wanted = [case for case in wanted if case[2] in counts]
+    for count in dict.fromkeys(rows for _, _, rows in wanted):
+        makers = [maker for _, maker, rows in wanted if rows == count]
+        compile_works(makers, widths, count, dtype, setting.device)
+    return wanted
 
 
 def end_to_end(setting: Setting, dtype: torch.dtype) -> Values:
@@ -155,8 +163,8 @@ def sanitizer(setting: Setting) -> Values:
     return found
 
 
-def cases(widths: Widths) -> Iterator[tuple[str, WorkMaker, int]]:
-    """Operations by name, and with how many rows each is checked."""
+def cases(widths: Widths) -> Iterator[Case]:
+    """All that is checked at these widths."""
     for rows in (1, 3, 16, 64):
         for name, maker in DECODE.items():
             yield name, maker, rows
