@@ -29,6 +29,7 @@ MULTIMODAL = {
     "lighton_ocr": "LightOnOcrForConditionalGeneration",
     "got_ocr2": "GotOcr2ForConditionalGeneration",
     "deepseek_vl": "DeepseekVLForConditionalGeneration",
+    "deepseek_vl_hybrid": "DeepseekVLHybridForConditionalGeneration",
     "ovis2": "Ovis2ForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
     "perception_lm": "PerceptionLMForConditionalGeneration",
@@ -51,8 +52,10 @@ ENCODERS = (
     "image_tower",
     "video_tower",
     "visual",
+    "high_res_vision",
 )
-"""The names of vision encoder modules across families."""
+"""The names of vision encoder modules across families; the last begins those of DeepSeek-VL 7B's
+second encoder."""
 DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
 """The text model's arguments for DeepStack features, which are added after its first layers: their
 columns ``[B, T]``, and the features, ``[n, D]`` per layer."""
@@ -246,7 +249,8 @@ def text_model_of(model: Any) -> Any:
 
 def tower_of(model: Any) -> Any | None:
     """The vision encoder of a multimodal model if a CUDA graph can capture it, else ``None``; also
-    ``None`` if images and videos have separate encoders."""
+    ``None`` if images and videos have separate encoders. Of DeepSeek-VL 7B's two it is SigLIP:
+    the other one copies from the host."""
     if model.config.model_type in _UNCAPTURABLE:
         return None
     own = [module for name, module in model.model.named_children() if name in ENCODERS]

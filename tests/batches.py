@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from fastskip.verification.cells import IMAGE, TEXT
-from tests.models import CROP, PAD_ID
+from tests.models import CROP, FINER, PAD_ID
 
 IMAGE_SIZES = ((8, 8), (7, 13), (16, 16), (12, 30), (20, 9))
 """Heights and widths to draw from where images come in crops."""
@@ -29,6 +29,8 @@ GRIDS = ((2, 2), (2, 4), (6, 2), (4, 4))
 """Patches of theirs along height and width."""
 MERGE = 2
 """How many of these, each way, become one row."""
+BY_TWO = "deepseek_vl_hybrid"
+"""The family with two encoders, of which one takes the same images in more pixels."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Batch:
             inputs[name] = _padded(pixels)
         if self.images and self.sized:
             inputs["image_sizes"] = torch.tensor([size for _, size in self.images])
+        if self.images and self.model_type == BY_TWO:
+            inputs["high_res_pixel_values"] = _finer(inputs["pixel_values"])
         return {name: value.to(device) for name, value in inputs.items()}
 
     def alone(self, index: int) -> "Batch":
@@ -163,6 +167,11 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in tensors])
 
 
+def _finer(pixels: Tensor) -> Tensor:
+    """The same images, mirrored so that no encoder passes for the other."""
+    return pixels.flip(-1).repeat_interleave(FINER, -1).repeat_interleave(FINER, -2)
+
+
 def _integer(generator: torch.Generator, low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
@@ -199,8 +208,10 @@ def _placeholders(model: Any, image: tuple[Tensor, tuple[int, int]]) -> int:
     pixels, size = image
     if model.config.model_type in PATCHED:
         return size[0] * size[1] // MERGE**2
-    sizes = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
+    more = {"image_sizes": torch.tensor([size])} if _sized(model.config) else {}
     pixels = pixels[None, None] if model.config.model_type in BY_PROMPT else pixels[None]
-    dtype = next(model.parameters()).dtype
-    features = model.model.get_image_features(pixels.to(dtype), **sizes).pooler_output
+    pixels = pixels.to(next(model.parameters()).dtype)
+    if model.config.model_type == BY_TWO:
+        more["high_res_pixel_values"] = _finer(pixels)
+    features = model.model.get_image_features(pixels, **more).pooler_output
     return sum(own.numel() // own.shape[-1] for own in features)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import transformers
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import (
+    DeepseekVLHybridProcessor,
     DeepseekVLProcessor,
     GotOcr2Processor,
     Idefics2Processor,
@@ -21,6 +22,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
     DeepseekVLImageProcessorPil,
+)
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
@@ -43,6 +47,7 @@ from fastskip.prompts import image_only
 from tests.batches import random_batch
 from tests.models import (
     CROP,
+    FINER,
     LLAVA_KINDS,
     PATCH,
     PINPOINTS,
@@ -177,6 +182,14 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=PATCH
             )
             return DeepseekVLProcessor(images, tokenizer, num_image_tokens=4, **own)
+        case "deepseek_vl_hybrid":
+            side, finer = IMAGE_SIZE, FINER * IMAGE_SIZE
+            images = DeepseekVLHybridImageProcessorPil(
+                size={"height": side, "width": side},
+                high_res_size={"height": finer, "width": finer},
+                min_size=PATCH,
+            )
+            return DeepseekVLHybridProcessor(images, tokenizer, num_image_tokens=4, **own)
         case "video_llama_3":
             sides = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": merged**2}
             images = VideoLlama3ImageProcessorPil(patch_size=PATCH, size=sides)

@@ -10,6 +10,8 @@ from transformers import (
     ConvNextConfig,
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
+    DeepseekVLHybridConfig,
+    DeepseekVLHybridForConditionalGeneration,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
     GotOcr2Config,
@@ -55,6 +57,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SamVisionConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -92,6 +95,7 @@ Relative = Literal[
     "lighton_ocr",
     "got_ocr2",
     "deepseek_vl",
+    "deepseek_vl_hybrid",
     "ovis2",
     "fast_vlm",
     "perception_lm",
@@ -127,6 +131,8 @@ PATCH = 4
 CROP = 8
 """Patches and crops are squares of so many pixels where images come in several crops."""
 PINPOINTS = [[8, 8], [8, 16], [16, 8], [16, 16]]
+FINER = 2
+"""How many times as many pixels a side a second encoder's images have."""
 
 
 def tiny_llava(
@@ -268,6 +274,21 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
             vision = _vision_config(SiglipVisionConfig, square, vision_use_head=False)
             config = DeepseekVLConfig(vision_config=vision, **common)
             return DeepseekVLForConditionalGeneration, config
+        case "deepseek_vl_hybrid":
+            vision = _vision_config(SiglipVisionConfig, square, vision_use_head=False)
+            finer = _encoder(
+                SamVisionConfig,
+                image_size=FINER * square,
+                patch_size=PATCH,
+                mlp_dim=24,
+                output_channels=8,
+                window_size=2,
+                global_attn_indexes=[0],
+            )
+            config = DeepseekVLHybridConfig(
+                vision_config=vision, high_res_vision_config=finer, **common
+            )
+            return DeepseekVLHybridForConditionalGeneration, config
         case "ovis2":
             words = common["text_config"]
             vision = _encoder(Ovis2VisionConfig, hidden_stride=2, vocab_size=24, **merged)

@@ -25,6 +25,7 @@ KINDS: tuple[Kind, ...] = (
     "llava_next_vicuna",
     "llava_onevision",
     "deepseek_vl",
+    "deepseek_vl_hybrid",
     "ovis2",
     "fast_vlm",
 )
