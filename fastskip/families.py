@@ -22,6 +22,7 @@ MULTIMODAL = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "video_llava": "VideoLlavaForConditionalGeneration",
     "internvl": "InternVLForConditionalGeneration",
+    "qianfan_ocr": "QianfanOCRForConditionalGeneration",
     "mistral3": "Mistral3ForConditionalGeneration",
     "idefics2": "Idefics2ForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
@@ -63,7 +64,8 @@ _QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 _QWEN3 = ("qwen3", "qwen3_vl_text")
 DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "opt")
 CUTTING = (
-    *("llava_next", "llava_next_video", "llava_onevision", "internvl", "idefics3", "smolvlm"),
+    *("llava_next", "llava_next_video", "llava_onevision"),
+    *("internvl", "qianfan_ocr", "idefics3", "smolvlm"),
 )
 """Families that cut images into crops; larger images yield more crops."""
 KEEPING_SIZES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3")
@@ -324,6 +326,6 @@ def _patches_of_row(config: Any) -> float:
             return float(config.projector_pooling_ratio)
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return float(config.vision_config.spatial_merge_size)
-        case "internvl":
+        case "internvl" | "qianfan_ocr":
             return float(1 / config.downsample_ratio)
     return 1.0

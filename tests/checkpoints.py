@@ -18,6 +18,7 @@ from transformers import (
     LlavaProcessor,
     Ovis2Processor,
     PreTrainedTokenizerFast,
+    QianfanOCRProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
@@ -163,6 +164,13 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 size={"height": merged, "width": merged}, max_patches=3
             )
             return image_only("internvl")(images, tokenizer, image_seq_length=4, **own)
+        case "qianfan_ocr":
+            # In texts an image is a word that is no token.
+            tokenizer = build_tokenizer(image="<IMG_CONTEXT>")
+            images = GotOcr2ImageProcessorPil(
+                size={"height": merged, "width": merged}, max_patches=3
+            )
+            return QianfanOCRProcessor(images, tokenizer, image_seq_length=4, **own)
         case "lighton_ocr":
             squares = {"patch_size": 2 * PATCH, "size": {"longest_edge": merged}}
             images = PixtralImageProcessorPil(**squares)

@@ -47,6 +47,8 @@ from transformers import (
     PerceptionLMForConditionalGeneration,
     PixtralVisionConfig,
     PreTrainedModel,
+    QianfanOCRConfig,
+    QianfanOCRForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -75,6 +77,7 @@ from transformers.models.idefics2.configuration_idefics2 import (
 )
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.ovis2.configuration_ovis2 import Ovis2VisionConfig
+from transformers.models.qianfan_ocr.configuration_qianfan_ocr import QianfanOCRVisionConfig
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.video_llama_3.configuration_video_llama_3 import VideoLlama3VisionConfig
 
@@ -88,6 +91,7 @@ Relative = Literal[
     "video_llava",
     "internvl",
     "internvl_qwen3",
+    "qianfan_ocr",
     "mistral3",
     "idefics2",
     "idefics3",
@@ -115,6 +119,7 @@ _TEXT = {
     "llava_onevision": "qwen2",
     "internvl": "qwen2",
     "internvl_qwen3": "qwen3",
+    "qianfan_ocr": "qwen3",
     "mistral3": "mistral",
     "idefics2": "mistral",
     "lighton_ocr": "qwen3",
@@ -226,6 +231,10 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=_encoder(InternVLVisionConfig, **merged), **common
             )
             return InternVLForConditionalGeneration, config
+        case "qianfan_ocr":
+            vision = _encoder(QianfanOCRVisionConfig, drop_path_rate=0.0, **merged)
+            config = QianfanOCRConfig(vision_config=vision, **common)
+            return QianfanOCRForConditionalGeneration, config
         case "mistral3":
             vision = _encoder(PixtralVisionConfig, **merged)
             config = Mistral3Config(vision_config=vision, spatial_merge_size=2, **common)

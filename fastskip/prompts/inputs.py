@@ -147,7 +147,7 @@ def _render(processor: Any, text: str, images: int) -> str:
         if images:
             raise PromptError(f"images: got {images}; allowed: none, this is a text-only model")
         return _apply_template(processor, text) if processor.chat_template else text
-    token = processor.image_token
+    token = placeholder_of(processor)
     if not text.replace(PLACEHOLDER, "").replace(token, "").strip():
         raise PromptError(f"prompt: got {text!r}; allowed: words besides the placeholders")
     text = text.replace(PLACEHOLDER, image_in_text(processor))
@@ -173,10 +173,15 @@ def _render(processor: Any, text: str, images: int) -> str:
     return prompt
 
 
+def placeholder_of(processor: Any) -> str:
+    """What stands for an image in a text: its token, or a word that the processor replaces."""
+    return str(getattr(processor, "image_placeholder_token", processor.image_token))
+
+
 def image_in_text(processor: Any) -> str:
     """The placeholder of an image within a text, in some families with the two tokens that their
     chat templates write around it."""
-    token = str(processor.image_token)
+    token = placeholder_of(processor)
     has_ends = type(processor).__name__ in _BETWEEN_ENDS
     return f"<|vision_start|>{token}<|vision_end|>" if has_ends else token
 

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastskip.prompts.conversations import PLACEHOLDER, DataError, Example, Turn
-from fastskip.prompts.inputs import PromptError, check_text, check_writable, image_in_text
+from fastskip.prompts.inputs import (
+    PromptError,
+    check_text,
+    check_writable,
+    image_in_text,
+    placeholder_of,
+)
 
 Span = tuple[int, int]
 
@@ -37,7 +43,7 @@ class Renderer:
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._reads_images = hasattr(processor, "image_processor")
-        self._image = str(processor.image_token) if self._reads_images else None
+        self._image = placeholder_of(processor) if self._reads_images else None
 
     def render(self, example: Example) -> tuple[str, list[Span]]:
         """The conversation as text, and the spans of its answers including their end tokens.

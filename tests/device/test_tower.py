@@ -24,6 +24,7 @@ KINDS: tuple[Kind, ...] = (
     "llava",
     "llava_next_vicuna",
     "llava_onevision",
+    "qianfan_ocr",
     "deepseek_vl",
     "deepseek_vl_hybrid",
     "ovis2",

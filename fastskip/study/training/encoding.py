@@ -6,6 +6,7 @@ tokenised as a whole; a token is learned if it holds a character of an answer or
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastskip.prompts.conversations import DataError, Example
 from fastskip.prompts.images import ImageError, load_image
+from fastskip.prompts.inputs import placeholder_of
 from fastskip.prompts.rendering import Renderer, Span
 
 IGNORED = -100
@@ -55,6 +57,8 @@ class Encoder:
         plain = self.tokenizer(text, return_offsets_mapping=True, **special)
         ids = torch.tensor(plain["input_ids"])
         learned = torch.tensor([_is_within(at, spans) for at in plain["offset_mapping"]])
+        shown = self._images_in(text)
+        own = torch.tensor([not _is_within(at, shown) for at in plain["offset_mapping"]])
         if not self._reads_images:
             features = {"input_ids": ids}
         else:
@@ -65,7 +69,7 @@ class Encoder:
                 for name, value in made.items()
                 if name not in ("attention_mask", "token_type_ids")
             }
-        features["labels"] = self._labels(example, features["input_ids"], ids, learned)
+        features["labels"] = self._labels(example, features["input_ids"], ids, own, learned)
         length = len(features["input_ids"])
         if self._max_tokens is not None and length > self._max_tokens:
             allowed = f"at most {self._max_tokens} positions"
@@ -83,11 +87,21 @@ class Encoder:
         given = {"images": [images]} if images else {}
         return self._processor(text=text, **given, **special, return_tensors="pt")
 
-    def _labels(self, example: Example, ids: Tensor, plain: Tensor, learned: Tensor) -> Tensor:
-        """Labels of ``ids [T]``, in which the processor has expanded each placeholder of
-        ``plain [t]`` and may have added tokens of its own (crop markers, for example)."""
+    def _images_in(self, text: str) -> list[Span]:
+        """Where images stand in a text."""
+        if not self._reads_images:
+            return []
+        mark = re.escape(placeholder_of(self._processor))
+        return [found.span() for found in re.finditer(mark, text)]
+
+    def _labels(
+        self, example: Example, ids: Tensor, plain: Tensor, own: Tensor, learned: Tensor
+    ) -> Tensor:
+        """Labels of ``ids [T]``, in which the processor has expanded each image of ``plain [t]``,
+        whose other tokens are ``own [t]``, and may have added tokens of its own (crop markers, for
+        example)."""
         token = -1 if self._image is None else self.tokenizer.convert_tokens_to_ids(self._image)
-        words, own = ids != token, plain != token
+        words = ids != token
         targets = plain.masked_fill(~learned, IGNORED)
         labels = torch.full_like(ids, IGNORED)
         if torch.equal(ids[words], plain[own]):
