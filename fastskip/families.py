@@ -31,6 +31,7 @@ MULTIMODAL = {
     "got_ocr2": "GotOcr2ForConditionalGeneration",
     "deepseek_vl": "DeepseekVLForConditionalGeneration",
     "deepseek_vl_hybrid": "DeepseekVLHybridForConditionalGeneration",
+    "janus": "JanusForConditionalGeneration",
     "ovis2": "Ovis2ForConditionalGeneration",
     "fast_vlm": "FastVlmForConditionalGeneration",
     "perception_lm": "PerceptionLMForConditionalGeneration",
@@ -57,6 +58,8 @@ ENCODERS = (
 )
 """The names of vision encoder modules across families; the last begins those of DeepSeek-VL 7B's
 second encoder."""
+DRAWING = ("vqmodel", "generation_embeddings", "generation_aligner", "generation_head")
+"""The names of modules that only draw images (Janus), on which no answer in text depends."""
 DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
 """The text model's arguments for DeepStack features, which are added after its first layers: their
 columns ``[B, T]``, and the features, ``[n, D]`` per layer."""

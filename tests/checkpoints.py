@@ -13,6 +13,7 @@ from transformers import (
     GotOcr2Processor,
     Idefics2Processor,
     Idefics3Processor,
+    JanusProcessor,
     LightOnOcrProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
@@ -30,6 +31,7 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -130,6 +132,9 @@ def build_tokenizer(video: str = "<video>", image: str = "<image>") -> PreTraine
             "context_image_token": image,
             "start_image_token": AROUND_IMAGES[0],
             "end_image_token": AROUND_IMAGES[0],
+            # Janus's
+            "boi_token": AROUND_IMAGES[0],
+            "eoi_token": AROUND_IMAGES[0],
             # Idefics 2's
             "image_boundary_token": AROUND_IMAGES[0],
             # and LightOnOCR's
@@ -198,6 +203,11 @@ def build_processor(kind: Kind = "llava", chat_template: str | None = CHAT_TEMPL
                 min_size=PATCH,
             )
             return DeepseekVLHybridProcessor(images, tokenizer, num_image_tokens=4, **own)
+        case "janus":
+            images = JanusImageProcessorPil(
+                size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, min_size=PATCH
+            )
+            return JanusProcessor(images, tokenizer, num_image_tokens=4, **own)
         case "video_llama_3":
             sides = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": merged**2}
             images = VideoLlama3ImageProcessorPil(patch_size=PATCH, size=sides)

@@ -23,6 +23,10 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
     LightOnOcrConfig,
     LightOnOcrForConditionalGeneration,
     LlamaConfig,
@@ -100,6 +104,7 @@ Relative = Literal[
     "got_ocr2",
     "deepseek_vl",
     "deepseek_vl_hybrid",
+    "janus",
     "ovis2",
     "fast_vlm",
     "perception_lm",
@@ -298,6 +303,8 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=vision, high_res_vision_config=finer, **common
             )
             return DeepseekVLHybridForConditionalGeneration, config
+        case "janus":
+            return JanusForConditionalGeneration, _janus(square, common)
         case "ovis2":
             words = common["text_config"]
             vision = _encoder(Ovis2VisionConfig, hidden_stride=2, vocab_size=24, **merged)
@@ -337,6 +344,26 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
             return VideoLlama3ForConditionalGeneration, config
         case "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl":
             return _qwen_vl(kind, video_id, common)
+
+
+def _janus(square: int, common: dict[str, Any]) -> JanusConfig:
+    """With what makes images as well, as small as it can be."""
+    width = common["text_config"].hidden_size
+    rows = (square // PATCH) ** 2
+    vision = _vision_config(
+        JanusVisionConfig, square, projection_dim=width, depth=1, num_image_tokens=rows
+    )
+    makes = JanusVQVAEConfig(
+        embed_dim=4,
+        num_embeddings=8,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1],
+        num_res_blocks=1,
+        projection_dim=width,
+        image_token_embed_dim=width,
+    )
+    return JanusConfig(vision_config=vision, vq_config=makes, **common)
 
 
 def _qwen_vl(kind: str, video_id: int, common: dict[str, Any]) -> tuple[Any, Any]:

@@ -40,6 +40,7 @@ from fastskip.generation.refusals import (
     check_drafts,
     check_gradients,
     check_guidance,
+    check_modality,
     check_parts,
 )
 from fastskip.generation.runtime import Runtime
@@ -234,6 +235,7 @@ class PreparedModel(Prepared):
         base: Any = self._fastskip_origin[0]
         if self._fastskip is None:
             return base.generate(self, inputs, *args, **kwargs)
+        check_modality(kwargs)
         kwargs.pop("logits_to_keep", None)  # generate reads the last column only
         _follow(self, self._runtime)
         if CACHE_NAME in kwargs and self.config.model_type in MULTIMODAL:

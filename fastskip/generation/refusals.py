@@ -9,7 +9,7 @@ from transformers.generation.utils import GenerationMode
 
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.fused.paged_cache import PagedCache
-from fastskip.families import text_model_of
+from fastskip.families import UnsupportedModelError, text_model_of
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.runtime import Runtime
 from fastskip.policy import TokenClass
@@ -32,6 +32,15 @@ def check_cache_kind(generation_config: Any) -> None:
             f"cache_implementation: {kind!r}; allowed: None (a prepared model uses its own compact "
             "cache)"
         )
+
+
+def check_modality(inputs: dict[str, Any]) -> None:
+    """Raises ``UnsupportedModelError`` if ``generate`` would draw images (Janus): its loop brings
+    its own cache, and what a policy says of answers says nothing of pictures."""
+    mode = inputs.get("generation_mode", "text")
+    if mode != "text":
+        allowed = "text; images are drawn by the model that Hugging Face loads"
+        raise UnsupportedModelError("generation_mode", mode, allowed)
 
 
 def check_drafts(mode: Any, cache: SkipCache, mask: Any) -> None:

@@ -27,6 +27,7 @@ KINDS: tuple[Kind, ...] = (
     "qianfan_ocr",
     "deepseek_vl",
     "deepseek_vl_hybrid",
+    "janus",
     "ovis2",
     "fast_vlm",
 )

@@ -211,6 +211,28 @@ def test_parts_that_learn(kind: Kind) -> None:
     assert seeing | language == names_of(model, Parts.EVERYTHING)
 
 
+def test_what_draws_images_learns_nothing() -> None:
+    """Janus's: no answer in text depends on it."""
+    model: Any = tiny_llava("janus").train()
+    model(**random_batch(model).inputs()).logits.sum().backward()
+    learning = {name for name, own in model.named_parameters() if own.grad is not None}
+    assert names_of(model, Parts.EVERYTHING) == learning
+    assert names_of(model, Parts.LANGUAGE) < learning
+    assert names_of(model, Parts.PROJECTOR) == {name for name in learning if ".aligner." in name}
+
+
+def test_drawing_images_is_refused() -> None:
+    plain: Any = tiny_llava("janus")
+    model = fastskip.apply_(copy.deepcopy(plain))
+    inputs = random_batch(plain).inputs()
+    with pytest.raises(fastskip.UnsupportedModelError, match="generation_mode: 'image'.*: text"):
+        model.generate(**inputs, generation_mode="image")
+    said, stock = (
+        each.generate(**inputs, generation_mode="text", max_new_tokens=4) for each in (model, plain)
+    )
+    assert torch.equal(said, stock)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
 def test_text_only(family: Any, impl: str) -> None:

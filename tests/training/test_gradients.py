@@ -129,6 +129,7 @@ def test_a_step_is_that_of_the_masked_computation(name: str, side: Padding) -> N
         "smolvlm",
         "lighton_ocr",
         "deepseek_vl_hybrid",
+        "janus",
         "qianfan_ocr",
         "ovis2",
         "fast_vlm",

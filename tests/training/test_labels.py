@@ -143,7 +143,7 @@ def test_prompts_are_those_of_generate(kind: Kind) -> None:
     assert torch.equal(found["labels"][first:], labels)
 
 
-@pytest.mark.parametrize("kind", ["internvl", "qianfan_ocr", "smolvlm"])
+@pytest.mark.parametrize("kind", ["internvl", "qianfan_ocr", "janus", "smolvlm"])
 def test_answers_between_images_that_processors_write_around(kind: Kind) -> None:
     encode = Encoder(processor(kind))
     shown = (picture(0), picture(1))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastskip.families import ENCODERS, text_model_of
+from fastskip.families import DRAWING, ENCODERS, text_model_of
 from fastskip.study.training.settings import Lora, Parts, Precision, SettingsError
 from fastskip.wording import dtype_name
 
@@ -34,7 +34,9 @@ def names_of(model: Any, parts: Parts) -> frozenset[str]:
     Raises:
         SettingsError: the model has no such part.
     """
-    names = {name for name, _ in model.named_parameters()}
+    names = {
+        name for name, _ in model.named_parameters() if not any(part in name for part in DRAWING)
+    }
     projector = {name for name in names if any(part in name for part in _PROJECTOR)}
     if parts is Parts.PROJECTOR:
         if not projector:
