@@ -473,6 +473,7 @@ def add_terms_and_halve_(
     terms: Sequence[Term],
     norm: Norm,
     *,
+    factor: float = 1.0,
     arrivals: Tensor | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> HalfNorm:
@@ -480,7 +481,7 @@ def add_terms_and_halve_(
 
     Each program squares its own columns: a row's sum has as many parts as there are tiles.
     """
-    half = _launch_terms(h, terms, norm=norm, arrivals=arrivals, config=config)
+    half = _launch_terms(h, terms, norm=norm, factor=factor, arrivals=arrivals, config=config)
     assert half is not None
     return half
 

@@ -177,13 +177,18 @@ def add_terms_(
 
 
 def add_terms_and_halve_(
-    h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
+    h: Tensor,
+    terms: Sequence[Term],
+    norm: Norm,
+    *,
+    factor: float = 1.0,
+    arrivals: Tensor | None = None,
 ) -> HalfNorm | None:
     """``add_terms_(h, terms)``, and half of ``norm`` of the result, if that takes one launch."""
     longest = max(terms, key=lambda term: term.x.shape[1])
     if HalfNorm.is_of(norm, h.dtype) and _choice(h, None, [longest.linear]) == FEW_ROWS:
-        return residual.add_terms_and_halve_(h, terms, norm, arrivals=arrivals)
-    add_terms_(h, terms, arrivals=arrivals)
+        return residual.add_terms_and_halve_(h, terms, norm, factor=factor, arrivals=arrivals)
+    add_terms_(h, terms, factor=factor, arrivals=arrivals)
     return None
 
 

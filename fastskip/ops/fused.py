@@ -230,13 +230,18 @@ def add_terms_(
 
 
 def add_terms_and_halve_(
-    h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
+    h: Tensor,
+    terms: Sequence[Term],
+    norm: Norm,
+    *,
+    factor: float = 1.0,
+    arrivals: Tensor | None = None,
 ) -> HalfNorm | None:
     """``add_terms_(h, terms)``, and the first half of ``norm`` of the updated ``h``.
 
     ``None`` if the norm has no such half, or if it would take a separate launch.
     """
-    add_terms_(h, terms, arrivals=arrivals)
+    add_terms_(h, terms, factor=factor, arrivals=arrivals)
     return halve(h, norm) if HalfNorm.is_of(norm, h.dtype) else None
 
 

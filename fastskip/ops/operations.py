@@ -88,7 +88,13 @@ class FusedOperations(Protocol):
     ) -> Tensor: ...
 
     def add_terms_and_halve_(
-        self, h: Tensor, terms: Sequence[Term], norm: Norm, *, arrivals: Tensor | None = None
+        self,
+        h: Tensor,
+        terms: Sequence[Term],
+        norm: Norm,
+        *,
+        factor: float = 1.0,
+        arrivals: Tensor | None = None,
     ) -> HalfNorm | None: ...
 
     def apply_terms(self, terms: Sequence[Term]) -> list[Tensor]: ...
