@@ -45,6 +45,7 @@ TEXT_ONLY = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "granite": "GraniteForCausalLM",
     "opt": "OPTForCausalLM",
 }
 ENCODERS = (
@@ -65,7 +66,8 @@ DEEP_INPUTS = ("visual_pos_masks", "deepstack_visual_embeds")
 columns ``[B, T]``, and the features, ``[n, D]`` per layer."""
 _QWEN2 = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 _QWEN3 = ("qwen3", "qwen3_vl_text")
-DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "opt")
+_WINDOWLESS = ("llama", "granite", "opt")
+DECODERS = ("llama", "mistral", *_QWEN2, *_QWEN3, "granite", "opt")
 CUTTING = (
     *("llava_next", "llava_next_video", "llava_onevision"),
     *("internvl", "qianfan_ocr", "idefics3", "smolvlm"),
@@ -118,6 +120,8 @@ def check_config(config: Any) -> None:
         raise UnsupportedModelError("text_config.model_type", text.model_type, ", ".join(DECODERS))
     if text.model_type == "opt":
         _check_opt(config, text)
+    if logits_scaling(config) <= 0:
+        raise UnsupportedModelError("logits_scaling", config.logits_scaling, "more than 0")
     if getattr(text, "is_causal", True) is False:
         raise UnsupportedModelError("is_causal", False, "True: a causal decoder")
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
@@ -221,7 +225,7 @@ def _deep_layers(config: Any) -> int:
 def _window_of(text: Any) -> int | None:
     """The sliding window of this decoder in columns; ``None``: full attention.
 
-    Llama and OPT have no windows, whatever their configs say.
+    Some have no windows, whatever their configs say.
     """
     window: int | None = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
@@ -229,7 +233,7 @@ def _window_of(text: Any) -> int | None:
         slides = "sliding_attention" in types
     else:
         slides = getattr(text, "use_sliding_window", True)
-    return window if slides and text.model_type not in ("llama", "opt") else None
+    return window if slides and text.model_type not in _WINDOWLESS else None
 
 
 def _biases(text: Any) -> dict[str, bool]:
@@ -260,6 +264,19 @@ def tower_of(model: Any) -> Any | None:
         return None
     own = [module for name, module in model.model.named_children() if name in ENCODERS]
     return own[0] if len(own) == 1 else None
+
+
+def logits_scaling(config: Any) -> float:
+    """What a model divides its head's products by: Granite by itself, not inside LLaVA-NeXT, whose
+    own head reads it there."""
+    return float(config.logits_scaling) if config.model_type == "granite" else 1.0
+
+
+def logits_of(model: Any, rows: Tensor) -> Tensor:
+    """The model's logits ``[.., V]`` of normalised rows ``[.., D]``."""
+    products: Tensor = model.get_output_embeddings()(rows)
+    scaling = logits_scaling(model.config)
+    return products if scaling == 1.0 else products / scaling
 
 
 def final_norm_of(text_model: Any) -> Any:

@@ -16,6 +16,8 @@ from transformers import (
     FastVlmForConditionalGeneration,
     GotOcr2Config,
     GotOcr2ForConditionalGeneration,
+    GraniteConfig,
+    GraniteForCausalLM,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     Idefics3Config,
@@ -91,6 +93,7 @@ LlavaKind = Literal[
 Relative = Literal[
     "llava_pixtral",
     "vipllava",
+    "llava_next_granite",
     "llava_next_video",
     "video_llava",
     "internvl",
@@ -121,6 +124,7 @@ _TEXT = {
     "llava_opt": "opt",
     "llava_pixtral": "mistral",
     "llava_next_mistral": "mistral",
+    "llava_next_granite": "granite",
     "llava_onevision": "qwen2",
     "internvl": "qwen2",
     "internvl_qwen3": "qwen3",
@@ -143,6 +147,15 @@ CROP = 8
 PINPOINTS = [[8, 8], [8, 16], [16, 8], [16, 16]]
 FINER = 2
 """How many times as many pixels a side a second encoder's images have."""
+
+
+MULTIPLIERS = {
+    "embedding_multiplier": 1.5,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 3.0,
+}
+"""Granite's numbers. Other models have none, and scale scores by the width of heads."""
 
 
 def tiny_llava(
@@ -213,7 +226,7 @@ def _multimodal(kind: Kind, side: int, video_id: int, common: dict[str, Any]) ->
                 vision_config=clip(square), vision_feature_layers=[-1, -2], **common
             )
             return VipLlavaForConditionalGeneration, config
-        case "llava_next_vicuna" | "llava_next_mistral":
+        case "llava_next_vicuna" | "llava_next_mistral" | "llava_next_granite":
             config = LlavaNextConfig(vision_config=clip(CROP), **crops, **common)
             return LlavaNextForConditionalGeneration, config
         case "llava_next_video":
@@ -419,12 +432,15 @@ def tiny_llama(
     return build_model(LlamaForCausalLM, config, seed, dtype)
 
 
-def tiny_text_only(family: Literal["mistral", "qwen2", "qwen3"], seed: int = 0) -> PreTrainedModel:
+def tiny_text_only(
+    family: Literal["mistral", "qwen2", "qwen3", "granite"], seed: int = 0
+) -> PreTrainedModel:
     """A text-only model of another family in evaluation mode."""
     model_class = {
         "mistral": MistralForCausalLM,
         "qwen2": Qwen2ForCausalLM,
         "qwen3": Qwen3ForCausalLM,
+        "granite": GraniteForCausalLM,
     }[family]
     config = _text_config(
         family, heads=4, kv_heads=2, depth=4, hidden=32, ffn=48, vocab=64, tied=False
@@ -489,6 +505,9 @@ def _text_config(
         )
     if family == "mistral":
         return MistralConfig(head_dim=head_dim, sliding_window=None, **common)
+    if family == "granite":
+        common |= {"attention_bias": attention_bias, "mlp_bias": mlp_bias}
+        return GraniteConfig(head_dim=head_dim, **MULTIPLIERS, **common)
     if family == "qwen3":
         return Qwen3Config(head_dim=head_dim, attention_bias=attention_bias, **common)
     if family == "qwen3_vl_text":

@@ -23,6 +23,7 @@ class LayerParts:
         head_norms: the norms of query heads and of key heads; empty in most families.
         attention_dropout, dropout: current probabilities, 0 outside training: for attention
             weights, and for the output of each sublayer.
+        multiplier: of the output of each sublayer, before it is added (Granite).
     """
 
     attention: Any
@@ -39,6 +40,7 @@ class LayerParts:
     attention_dropout: float
     dropout: float
     head_norms: tuple[Any, ...] = ()
+    multiplier: float = 1.0
 
     @property
     def qkv(self) -> tuple[Any, ...]:
@@ -79,17 +81,19 @@ class LayerParts:
         return gated
 
     def attend_out(self, mixed: Tensor) -> Tensor:
-        """The output projection with the layer's dropout: ``[N, H * K] -> [N, D]``."""
-        return self._drop(self.output(mixed))
+        """What attention adds, with the layer's dropout: ``[N, H * K] -> [N, D]``."""
+        return self._change(self.output(mixed))
 
     def run_ffn(self, x: Tensor) -> Tensor:
-        """The FFN with the layer's dropout, without its norm: ``[N, D] -> [N, D]``."""
+        """What the FFN adds, with the layer's dropout, without its norm: ``[N, D] -> [N, D]``."""
         if self.ffn is not None:
-            return self._drop(self.ffn(x))
-        return self._drop(self.down(self.activation(self.feed[0](x))))
+            return self._change(self.ffn(x))
+        return self._change(self.down(self.activation(self.feed[0](x))))
 
-    def _drop(self, change: Tensor) -> Tensor:
-        return F.dropout(change, self.dropout) if self.dropout else change
+    def _change(self, output: Tensor) -> Tensor:
+        """What the output of a sublayer adds to the residual stream."""
+        change = F.dropout(output, self.dropout) if self.dropout else output
+        return change if self.multiplier == 1.0 else change * self.multiplier
 
 
 def parts_of(layer: Any) -> LayerParts:
@@ -128,6 +132,7 @@ def parts_of(layer: Any) -> LayerParts:
         attention_dropout=float(attention.attention_dropout) if layer.training else 0.0,
         dropout=0.0,
         head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else (),
+        multiplier=getattr(layer, "residual_multiplier", 1.0),
     )
 
 

@@ -22,8 +22,8 @@ _mutable = itemgetter(
 )
 _own_parameters = itemgetter("_parameters")
 _kind = attrgetter("dtype", "requires_grad")
-# Scalars of norms and attentions that may be baked into what is built from them.
-_NUMBERS = (*NORM_NUMBERS, "scaling")
+# Scalars of norms, attentions and layers that may be baked into what is built from them.
+_NUMBERS = (*NORM_NUMBERS, "scaling", "residual_multiplier")
 _Attributes = list[dict[str, Any]]
 
 

@@ -58,9 +58,11 @@ class Positions(Protocol):
         has_axes: whether rows may have separate positions in time, height and width.
         table: ``[positions, D]`` that decode steps add to embeddings; ``None``: nothing.
         is_plain: whether nothing but ``table`` is added.
+        scale: what embeddings are multiplied by first (Granite).
     """
 
     counts_pads: bool
+    scale: float
 
     @property
     def has_axes(self) -> bool: ...
@@ -93,7 +95,7 @@ class Positions(Protocol):
 
 
 class RotaryPositions:
-    """RoPE: nothing is added; queries and keys are rotated."""
+    """RoPE: nothing is added to embeddings; queries and keys are rotated."""
 
     counts_pads = True
     table = None
@@ -107,19 +109,20 @@ class RotaryPositions:
         # The model, not its rotary module, which users may replace.
         self._text_model, self._rotate = text_model, rotate
         self._tables = RotaryTable(text_model().rotary_emb)
+        self.scale = _scale_of(text_model())
 
     @property
     def has_axes(self) -> bool:
         return self._tables.axis is not None
 
     def refresh(self) -> object:
-        rotary = self._text_model().rotary_emb
-        if not self._tables.is_of(rotary):
-            self._tables = RotaryTable(rotary)
+        rotary, scale = self._text_model().rotary_emb, _scale_of(self._text_model())
+        if not self._tables.is_of(rotary) or scale != self.scale:
+            self._tables, self.scale = RotaryTable(rotary), scale
         return self._tables
 
     def embed(self, rows: Tensor, positions: Tensor) -> Tensor:
-        return rows
+        return rows if self.scale == 1.0 else rows * self.scale
 
     def check(self, positions: Tensor) -> None:
         limit = self._tables.limit
@@ -156,6 +159,7 @@ class LearnedPositions:
 
     counts_pads = False
     has_axes = False
+    scale = 1.0
 
     def __init__(self, text_model: Callable[[], Any]) -> None:
         # The model, not its embedding, which users may replace.
@@ -200,6 +204,10 @@ class LearnedPositions:
 
     def rotation(self, needed: int, like: Tensor, axes: Tensor | None = None) -> Rotation | None:
         return None
+
+
+def _scale_of(text_model: Any) -> float:
+    return float(getattr(text_model, "embedding_multiplier", 1.0))
 
 
 def positions_of(

@@ -25,7 +25,8 @@ class LayerWeights:
 
     ``qkv``, ``queries``, ``keys_values``: the merged projection of attention and parts of it.
     ``feed``, ``down``: the two projections of the FFN. ``activation``: ``None`` if the operations
-    do not know it. ``head_norms``: of models that have them.
+    do not know it. ``head_norms``: of models that have them. ``multiplier``: of what each sublayer
+    adds to the residual stream.
     """
 
     attention_norm: Norm
@@ -38,6 +39,7 @@ class LayerWeights:
     activation: Activation | None
     down: Linear
     head_norms: HeadNorms | None = None
+    multiplier: float = 1.0
 
 
 class Products(Protocol):
@@ -60,10 +62,10 @@ class Products(Protocol):
         """``[N, D] -> [N, H, K]``."""
 
     def attention_output(self, x: Tensor) -> Tensor:
-        """The output projection: ``[N, H * K] -> [N, D]``."""
+        """What attention adds to the residual stream: ``[N, H * K] -> [N, D]``."""
 
     def ffn(self, x: Tensor) -> Tensor:
-        """``[N, D] -> [N, D]``, without norm and residual."""
+        """What the FFN adds, without its norm: ``[N, D] -> [N, D]``."""
 
 
 class ModuleProducts:
@@ -113,6 +115,7 @@ class MergedProducts:
             activation=parts.known_activation,
             down=Linear(parts.down.weight, parts.down.bias),
             head_norms=HeadNorms(*head_norms) if head_norms else None,
+            multiplier=parts.multiplier,
         )
         groups = parts.keys.out_features // head_dim
         self._split = [rows // head_dim + groups, groups]
@@ -123,7 +126,7 @@ class MergedProducts:
         modules = (*parts.norms, parts.output, parts.down)
         names = ("weight", "bias", *NORM_NUMBERS)
         weights = (getattr(m, name, None) for m in modules for name in names)
-        return (parts.activation, *weights)
+        return (parts.activation, parts.multiplier, *weights)
 
     def is_current(self, parts: LayerParts) -> bool:
         """Whether the parameters are the same, at the same addresses, as when this was made."""
@@ -173,13 +176,17 @@ class MergedProducts:
         return self._ops.linear(x, linear.weight, linear.bias)
 
     def attention_output(self, x: Tensor) -> Tensor:
-        return self._apply(x, self.weights.output)
+        return self._change(self._apply(x, self.weights.output))
 
     def ffn(self, x: Tensor) -> Tensor:
         feed, activation, down = self.weights.feed, self.weights.activation, self.weights.down
         if activation is None:
-            return self._apply(self._parts.activate(self._apply(x, feed)), down)
-        return self._ops.feed_forward(x, feed, activation, down)
+            return self._change(self._apply(self._parts.activate(self._apply(x, feed)), down))
+        return self._change(self._ops.feed_forward(x, feed, activation, down))
+
+    def _change(self, output: Tensor) -> Tensor:
+        multiplier = self.weights.multiplier
+        return output if multiplier == 1.0 else output.mul_(multiplier)
 
 
 class BlockWeights:

@@ -20,7 +20,7 @@ from fastskip.decoder.fused.sizes import power_of_two
 from fastskip.decoder.fused.stack import FusedDecoder
 from fastskip.decoder.fused.step_state import StepShape, StepState
 from fastskip.decoder.fused.steps import run_steps
-from fastskip.families import final_norm_of, text_model_of
+from fastskip.families import final_norm_of, logits_scaling, text_model_of
 from fastskip.generation.guarding import MOST_ROWS, Guarding
 from fastskip.ops import Implementation
 from fastskip.ops.allocate import on_host
@@ -79,6 +79,7 @@ class DeviceStep:
             self._blocks = [IfBlock.of(block, bodies) for block in decoder.blocks]
         self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
         self._norm = final_norm_of(text_model_of(model))
+        self._scaling = logits_scaling(model.config)
         anchor = decoder.anchor
         self.state = StepState(decoder.plan, anchor, rotation, shape, decoder.routers)
         self._hopping: Hopping | None = None
@@ -125,7 +126,7 @@ class DeviceStep:
             stream = run_steps(plan, blocks, state.h, state.rows_of, state.store, reader=reader)
         h, half = stream.h, stream.half_of(norm)
         if not has_head:
-            self.logits = self._head(self._norm(h))
+            self.logits = self._scaled(self._head(self._norm(h)))
             if self._chooses:
                 ops.choose(self.logits, state.choice)
         else:
@@ -133,9 +134,13 @@ class DeviceStep:
             if self._chooses:
                 ops.head_choose(h, norm, head, state.choice, half=half)
             else:
-                self.logits = ops.head_logits(h, norm, head, half=half)
+                self.logits = self._scaled(ops.head_logits(h, norm, head, half=half))
         if not self._chooses:
             ops.advance(state.choice)
+
+    def _scaled(self, products: Tensor) -> Tensor:
+        """Logits, from what the head gives; which one is the largest does not depend on it."""
+        return products if self._scaling == 1.0 else products / self._scaling
 
     def _embed(self) -> None:
         """Embeds the tokens to feed into the residual stream."""
@@ -145,6 +150,8 @@ class DeviceStep:
             self._decoder.fused.embed(
                 choice.tokens, table, h, positions=choice.positions, places=places
             )
+            if positions.scale != 1.0:
+                h.mul_(positions.scale)
         else:
             h.copy_(positions.embed(self._embedding(choice.tokens), choice.positions))
 
@@ -242,7 +249,13 @@ class DeviceSteps:
         model, decoder, seen = asked.model, asked.decoder, asked.cache.seen
         # Everything that a graph bakes in.
         around = [(id(m), _is_known(m), *_facts_of(m)) for m in _modules_of(model)]
-        version = (decoder.version, decoder.addresses(), decoder.positions.is_plain, *around)
+        version = (
+            decoder.version,
+            decoder.addresses(),
+            decoder.positions.is_plain,
+            logits_scaling(model.config),
+            *around,
+        )
         self._steps.renew(version)
         # Rounded up generously, since every size needs its own capture.
         slots = max(SLOTS, power_of_two(asked.columns))

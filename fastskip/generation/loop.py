@@ -10,6 +10,7 @@ prepared forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from fastskip.decoder.anatomy import has_hooks, is_plain
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.fused.paged_cache import PagedCache
-from fastskip.families import MULTIMODAL, final_norm_of, has_custom_forward, text_model_of
+from fastskip.families import (
+    MULTIMODAL,
+    final_norm_of,
+    has_custom_forward,
+    logits_of,
+    logits_scaling,
+    text_model_of,
+)
 from fastskip.generation.cache_name import CACHE_NAME
 from fastskip.generation.device_loop import GreedyEnd, StepLogits, decode_greedily
 from fastskip.generation.runtime import Runtime
@@ -214,10 +222,12 @@ def _pad_of(config: Any) -> int:
 
 def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     """The head; a plain linear one runs as the implementation's own linear."""
-    head = model.get_output_embeddings()
+    head, scaling = model.get_output_embeddings(), logits_scaling(model.config)
     if not is_plain(head, nn.Linear):
-        return head  # type: ignore[no-any-return]
+        return partial(logits_of, model)
     linear = runtime.decoder.ops.linear
+    if scaling != 1.0:
+        return lambda rows: linear(rows, head.weight, head.bias) / scaling
     return lambda rows: linear(rows, head.weight, head.bias)
 
 

@@ -24,6 +24,7 @@ from fastskip.families import (
     MULTIMODAL,
     UnsupportedModelError,
     final_norm_of,
+    logits_of,
     placeholders,
     text_model_of,
     tower_of,
@@ -102,15 +103,14 @@ def _lens_of(model: Any) -> Lens:
     """Final norm (on request) and head on rows of the residual stream: ``[n, D] -> [n, V]``."""
     held = weakref.ref(model)  # weak: the model holds this function
 
-    def logits_of(rows: Tensor, normed: bool) -> Tensor:
+    def read(rows: Tensor, normed: bool) -> Tensor:
         model = held()
         if model is None:
             raise RouterError("head: the model around it was freed; keep the whole model")
         rows = final_norm_of(text_model_of(model))(rows) if normed else rows
-        logits: Tensor = model.get_output_embeddings()(rows)
-        return logits
+        return logits_of(model, rows)
 
-    return logits_of
+    return read
 
 
 class PreparedDecoder(Prepared):

@@ -102,7 +102,8 @@ class HookedLayer:
         return torch.where(rows.reshape(arranged.shape[:-1])[..., None], arranged, others)
 
     def _change(self) -> Tensor:
-        return self._attention + self._ffn.reshape(self._attention.shape)
+        change = self._attention + self._ffn.reshape(self._attention.shape)
+        return change * getattr(self._module, "residual_multiplier", 1)  # Granite's
 
     def _without(self, rows: Tensor, classes: frozenset[int], sublayer: str) -> Tensor:
         skipped = is_member(self.token_classes, classes)

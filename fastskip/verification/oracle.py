@@ -227,7 +227,9 @@ class MaskedOracle:
         )
         columns = prompt.attention_mask.shape[1]
         head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
-        return head(outputs.last_hidden_state[:, columns - 1 :])
+        # Granite's, by itself; LLaVA-NeXT's head around it divides by nothing.
+        scaling = getattr(self._config, "logits_scaling", 1.0)
+        return head(outputs.last_hidden_state[:, columns - 1 :]) / scaling
 
     @torch.no_grad()
     def greedy(

@@ -48,12 +48,13 @@ CHANGES: dict[str, Change] = {
     "frozen": lambda layer: layer.mlp.requires_grad_(False),
     "a norm's number": lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.1),
     "an attention's scale": lambda layer: setattr(layer.self_attn, "scaling", 0.1),
+    "a sublayer's multiplier": lambda layer: setattr(layer, "residual_multiplier", 0.1),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_change_is_seen(name: str) -> None:
-    first, second = tiny_llava(depth=2).get_decoder().layers
+    first, second = tiny_llava("llava_next_granite", depth=2).get_decoder().layers
     second.self_attn.o_proj.register_forward_hook(lambda *_: None)
     state = ModuleState(first, second)
     assert state.is_current() and state.is_current()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parents[2]
-GREEDY = ("llava", "llava_next", "qwen3_vl", "skips", "routers", "removals")
+GREEDY = ("llava", "llava_next", "granite", "qwen3_vl", "skips", "routers", "removals")
 HOST_IDS = ("host ids", "host ids, sampled")
 
 KNOWN = {

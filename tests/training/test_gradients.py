@@ -123,6 +123,7 @@ def test_a_step_is_that_of_the_masked_computation(name: str, side: Padding) -> N
     "kind",
     (
         *LLAVA_KINDS,
+        "llava_next_granite",
         "internvl",
         "idefics2",
         "idefics3",

@@ -73,6 +73,6 @@ class IfBlock(GraphNodeBlock):
         def body() -> None:
             queries = made or self._project_guarded(h, rows, own, store)
             terms = [Term(self._attend_guarded(queries, store), self.weights.output)]
-            self.ops.add_terms_(h, terms, chosen=[queries.chosen])
+            self.add_chosen(h, terms, [queries.chosen])
 
         return body

@@ -39,7 +39,7 @@ class SwitchBlock(GraphNodeBlock):
                 h, projection, self.part(), chosen=(chosen, chosen)
             )
             terms = [self._mixed(queries, chosen, reach, store), Term(fed, self.weights.down)]
-            self.ops.add_terms_(h, terms, chosen=[chosen, chosen])
+            self.add_chosen(h, terms, [chosen, chosen])
 
         def sequential(chosen: Chosen) -> None:
             self._add_attention(h, chosen, projection, reach, store)
@@ -98,11 +98,11 @@ class SwitchBlock(GraphNodeBlock):
         store: Store,
     ) -> None:
         queries = self.ops.project_append(h, [projection], chosen=chosen)[0]
-        self.ops.add_terms_(h, [self._mixed(queries, chosen, reach, store)], chosen=[chosen])
+        self.add_chosen(h, [self._mixed(queries, chosen, reach, store)], [chosen])
 
     def _add_ffn(self, h: Tensor, chosen: Chosen) -> None:
         fed = self.ops.feed(h, [self.part()], chosen=chosen)[0]
-        self.ops.add_terms_(h, [Term(fed, self.weights.down)], chosen=[chosen])
+        self.add_chosen(h, [Term(fed, self.weights.down)], [chosen])
 
     def _mixed(
         self, queries: Tensor, chosen: Chosen, reach: Reach | StepReach, store: Store

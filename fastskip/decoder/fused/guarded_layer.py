@@ -47,7 +47,7 @@ class GuardedBlock(FusedBlock):
         queries = self._project_guarded(stream.h, rows, own, store)
         h = narrowed(stream.h, rows)
         terms = [Term(self._attend_guarded(queries, store), self.weights.output)]
-        self.ops.add_terms_(h, terms, chosen=[queries.chosen], then=rows.then_attention)
+        self.add_chosen(h, terms, [queries.chosen], rows.then_attention)
         return Stream(h)
 
     def run_ffn(self, stream: Stream, rows: FusedRows, reader: Norm | None) -> Stream:
@@ -56,7 +56,7 @@ class GuardedBlock(FusedBlock):
             return super().run_ffn(stream, rows, reader)
         fed, chosen = self._feed_guarded(stream.h, rows, own)
         terms = [Term(fed, self.weights.down)]
-        self.ops.add_terms_(stream.h, terms, chosen=[chosen], then=rows.then_ffn)
+        self.add_chosen(stream.h, terms, [chosen], rows.then_ffn)
         return Stream(stream.h)
 
     def run_parallel(self, h: Tensor, rows: FusedRows, store: Store) -> Tensor:
@@ -79,14 +79,12 @@ class GuardedBlock(FusedBlock):
             fed = self._feed(Stream(h), rows)
         if queries is not None:
             own = Term(self._attend_guarded(queries, store), self.weights.output)
-            self.ops.add_terms_(h, [own], chosen=[queries.chosen])
+            self.add_chosen(h, [own], [queries.chosen])
         elif rows.reach is not None:
             own = Term(self.attend(h, static, rows, store), self.weights.output)
             self._add(h, rows, rows.attending, [own], None)
         if fed is not None and feeds is not None:
-            self.ops.add_terms_(
-                h, [Term(fed, self.weights.down)], chosen=[feeds], then=rows.then_ffn
-            )
+            self.add_chosen(h, [Term(fed, self.weights.down)], [feeds], rows.then_ffn)
         elif fed is not None:
             self._add(h, rows, rows.feeding, [Term(fed, self.weights.down)], rows.then_ffn)
         else:
@@ -110,7 +108,7 @@ class GuardedBlock(FusedBlock):
         self._copy(attention, targets, store)
         mixed = self._attend_guarded(Queries(found, attends, reach), store)
         terms = [Term(mixed, self.weights.output), Term(fed, self.weights.down)]
-        return self.ops.add_terms_(h, terms, chosen=[attends, feeds], then=rows.then_ffn)
+        return self.add_chosen(h, terms, [attends, feeds], rows.then_ffn)
 
     def _project_guarded(
         self, h: Tensor, rows: FusedRows, own: GuardedAttention, store: Store

@@ -96,7 +96,9 @@ def _layer_of(block: FusedBlock, state: StepState) -> HopLayer | None:
     rows = state.rows_of(plan, False)
     if not _is_whole(rows) or plan.arrangement is not Arrangement.SEQUENTIAL:
         return None
-    if weights.head_norms is not None or not isinstance(rows.reach, StepReach):
+    if weights.head_norms is not None or weights.multiplier != 1.0:
+        return None
+    if not isinstance(rows.reach, StepReach):
         return None
     terms, home = None, None
     if rows.attention is not None or rows.ffn is not None:

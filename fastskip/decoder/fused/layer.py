@@ -17,7 +17,7 @@ from fastskip.ops.contracts import Feed, Linear, Norm, Projection, StepReach, Ta
 from fastskip.ops.flash import attend_packed
 from fastskip.ops.operations import FusedOperations
 from fastskip.ops.ranges import span
-from fastskip.ops.routes import Route
+from fastskip.ops.routes import Chosen, Route
 from fastskip.plan import LayerPlan
 from fastskip.policy import Arrangement
 from fastskip.policy import Norm as NormKind
@@ -204,13 +204,30 @@ class FusedBlock:
         if reader is None or then is not None or not own.is_all_of(h):
             self._add(h, rows, own, terms, then)
             return Stream(h)
-        return Stream(h, self.ops.add_terms_and_halve_(h, terms, reader, arrivals=rows.arrivals))
+        half = self.ops.add_terms_and_halve_(
+            h, terms, reader, factor=self.weights.multiplier, arrivals=rows.arrivals
+        )
+        return Stream(h, half)
 
     def _add(
         self, h: Tensor, rows: FusedRows, own: Selection, terms: list[Term], then: Route | None
     ) -> None:
         """``own``: the rows that the terms belong to."""
-        self.ops.add_terms_(own.view(h), terms, index=own.index, then=then, arrivals=rows.arrivals)
+        self.ops.add_terms_(
+            own.view(h),
+            terms,
+            index=own.index,
+            factor=self.weights.multiplier,
+            then=then,
+            arrivals=rows.arrivals,
+        )
+
+    def add_chosen(
+        self, h: Tensor, terms: list[Term], chosen: list[Chosen], then: Route | None = None
+    ) -> Tensor:
+        """Adds terms to the rows that each is for."""
+        factor = self.weights.multiplier
+        return self.ops.add_terms_(h, terms, factor=factor, chosen=chosen, then=then)
 
     def part(self) -> Feed:
         """The first half of the FFN."""

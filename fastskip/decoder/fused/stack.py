@@ -110,6 +110,10 @@ class FusedDecoder(Decoder):
         if any(own is not None and not own.is_fusable for own in merged):
             allowed = "gated SiLU or plain ReLU; RMS norms of heads"
             return f"activation of the FFN, or a norm of heads; supported: {allowed}"
+        for step in self.plan.steps:
+            numbers = [self.weights[index].parts.multiplier for index in step]
+            if len(set(numbers)) > 1:
+                return f"residual_multiplier {numbers} in the pair {step}; supported: equal ones"
         return None
 
     @property

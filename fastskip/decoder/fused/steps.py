@@ -126,7 +126,9 @@ def run_pair(
     changes = ops.apply_terms(
         [Term(own, block.weights.output) for own, block in zip(mixed, blocks, strict=True)]
     )
-    fed = ops.feed(h, [block.part() for block in blocks], changes=changes)
+    multiplier = blocks[0].weights.multiplier
+    added = changes if multiplier == 1.0 else [change * multiplier for change in changes]
+    fed = ops.feed(h, [block.part() for block in blocks], changes=added)
     downs = [Term(own, block.weights.down) for own, block in zip(fed, blocks, strict=True)]
-    factor = 0.5 if blocks[0].plan.combine is Combine.MEAN else 1.0
+    factor = multiplier * (0.5 if blocks[0].plan.combine is Combine.MEAN else 1.0)
     return ops.add_terms_(h, downs, changes=changes, factor=factor, then=first.then_ffn)

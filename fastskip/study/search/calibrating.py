@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastskip.families import DEEP_INPUTS, placeholders, text_model_of
+from fastskip.families import DEEP_INPUTS, logits_of, placeholders, text_model_of
 from fastskip.loading import plan_of, set_policy
 from fastskip.policy import SkipPolicy, TokenClass
 from fastskip.study.calls import end_tokens, in_answers, placed
@@ -163,7 +163,7 @@ def _continued(prompts: dict[str, Any], answers: Tensor) -> dict[str, Any]:
 def _logs(model: Any, batch: _Batch) -> Tensor:
     """Log probabilities `[B, n, V]` (fp32) at every answer token."""
     rows = text_model_of(model)(**batch.inputs).last_hidden_state
-    return F.log_softmax(model.get_output_embeddings()(rows).float(), dim=-1)
+    return F.log_softmax(logits_of(model, rows).float(), dim=-1)
 
 
 def _codes(model: Any, ids: Tensor, inputs: dict[str, Any], more: int) -> Tensor:

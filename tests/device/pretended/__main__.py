@@ -125,6 +125,7 @@ RUNS: Mapping[str, Callable[[], list[Found]]] = {
     "host ids": lambda: of_host_ids(eos_token_id=5),
     "host ids, sampled": lambda: of_host_ids(do_sample=True),
     "llava_next": lambda: greedy(Pair("llava_next_vicuna")),
+    "granite": lambda: greedy(Pair("llava_next_granite")),
     "qwen3_vl": lambda: greedy(Pair("qwen3_vl")),
     "skips": lambda: greedy(Pair(policy=SKIPS)),
     "routers": routers,
