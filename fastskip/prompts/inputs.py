@@ -178,6 +178,15 @@ def placeholder_of(processor: Any) -> str:
     return str(getattr(processor, "image_placeholder_token", processor.image_token))
 
 
+def lead_of(processor: Any) -> str:
+    """What a processor writes ahead of every text that it is given: Janus's, its system prompt."""
+    if not getattr(processor, "use_default_system_prompt", False):
+        return ""
+    from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
+
+    return str(DEFAULT_SYSTEM_PROMPT)
+
+
 def image_in_text(processor: Any) -> str:
     """The placeholder of an image within a text, in some families with the two tokens that their
     chat templates write around it."""

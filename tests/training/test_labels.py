@@ -154,6 +154,19 @@ def test_answers_between_images_that_processors_write_around(kind: Kind) -> None
     assert encode.tokenizer.decode(found["labels"][found["labels"] >= 0]) == " b</s> red</s>"
 
 
+def test_a_processor_that_writes_a_system_prompt() -> None:
+    """As Janus's checkpoints have it, ahead of every text."""
+    reader = build_processor("janus", chat_template=HUB_TEMPLATE)
+    reader.use_default_system_prompt = True
+    turns = (Turn("who?", "me"), Turn("<image>\nwhat?", "red"))
+    found = Encoder(reader)(Example(turns, (picture(0),)))
+    said = reader.tokenizer.decode(found["input_ids"])
+    assert said.startswith("<s>You are a helpful") and said.endswith("ASSISTANT: red</s>")
+    learned = found["input_ids"] == found["labels"]
+    assert reader.tokenizer.decode(found["input_ids"][learned]) == " me</s> red</s>"
+    assert bool((found["labels"][~learned] == IGNORED).all())
+
+
 def test_text_only_models() -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None

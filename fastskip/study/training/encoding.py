@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastskip.prompts.conversations import DataError, Example
 from fastskip.prompts.images import ImageError, load_image
-from fastskip.prompts.inputs import placeholder_of
+from fastskip.prompts.inputs import lead_of, placeholder_of
 from fastskip.prompts.rendering import Renderer, Span
 
 IGNORED = -100
@@ -54,11 +54,13 @@ class Encoder:
         text, spans = self._renderer.render(example)
         bos = self.tokenizer.bos_token
         special = {"add_special_tokens": not (bos and text.startswith(bos))}
-        plain = self.tokenizer(text, return_offsets_mapping=True, **special)
+        lead = lead_of(self._processor)
+        plain = self.tokenizer(lead + text, return_offsets_mapping=True, **special)
         ids = torch.tensor(plain["input_ids"])
-        learned = torch.tensor([_is_within(at, spans) for at in plain["offset_mapping"]])
+        places = [(first - len(lead), last - len(lead)) for first, last in plain["offset_mapping"]]
+        learned = torch.tensor([_is_within(at, spans) for at in places])
         shown = self._images_in(text)
-        own = torch.tensor([not _is_within(at, shown) for at in plain["offset_mapping"]])
+        own = torch.tensor([not _is_within(at, shown) for at in places])
         if not self._reads_images:
             features = {"input_ids": ids}
         else:
@@ -85,7 +87,8 @@ class Encoder:
             raise DataError(f"{example.where}: {error}") from error
         # Nested, as all images belong to this one text: that decides how anyres models crop them.
         given = {"images": [images]} if images else {}
-        return self._processor(text=text, **given, **special, return_tensors="pt")
+        # In a list, too: on the oldest transformers Janus's takes a string for a list of letters.
+        return self._processor(text=[text], **given, **special, return_tensors="pt")
 
     def _images_in(self, text: str) -> list[Span]:
         """Where images stand in a text."""
