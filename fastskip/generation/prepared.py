@@ -139,15 +139,16 @@ class PreparedBackbone(Prepared):
 
     @_uncompiled
     def _run(self: Any, inputs: dict[str, Any]) -> Any:
-        if inputs.get("token_classes") is None:
-            with on_host():
-                inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
-        inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
-        _recall_deltas(self, inputs)
-        known = self._runtime.ids if self._runtime.plan.shape.deep_layers else None
-        if known is not None and known[0] is inputs.get("input_ids"):
-            inputs["placeholders"] = placeholders(self.config, known[1])
-        return self._fastskip_origin[0].forward(self, **inputs)
+        with self._runtime.running():
+            if inputs.get("token_classes") is None:
+                with on_host():
+                    inputs["token_classes"] = classes_of(self.config, self._runtime, inputs)
+            inputs["cache_is_given"] = inputs.get(CACHE_NAME) is not None
+            _recall_deltas(self, inputs)
+            known = self._runtime.ids if self._runtime.plan.shape.deep_layers else None
+            if known is not None and known[0] is inputs.get("input_ids"):
+                inputs["placeholders"] = placeholders(self.config, known[1])
+            return self._fastskip_origin[0].forward(self, **inputs)
 
     def get_placeholder_mask(
         self: Any, input_ids: Any, inputs_embeds: Any, *args: Any, **kwargs: Any

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,38 @@ def test_an_error_lets_the_next_one_in(stock: Any, batches: tuple[Batch, Batch])
         answer(model, batches[0], cache_implementation="static")
     expected = answer(model, batches[0])
     assert together(lambda: answer(model, batches[0])) == [expected]
+
+
+class Once(StoppingCriteria):
+    """Calls a function after the first token; then gives what it started some time."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function, self._is_due = function, True
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self._is_due:
+            self._is_due = False
+            self._function()
+            time.sleep(0.2)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_the_model_without_a_head_waits_for_generate(
+    stock: Any, batches: tuple[Batch, Batch]
+) -> None:
+    """As a forward of the whole model does; its prompt is longer than that of ``generate``."""
+    model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
+    found: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def forward() -> None:
+        found.append(model.model(**batches[0].inputs()).last_hidden_state)
+
+    forward()
+    beside = threading.Thread(target=forward)
+    short = torch.tensor([[3, 4, 5]])
+    model.generate(
+        short, max_new_tokens=3, stopping_criteria=StoppingCriteriaList([Once(beside.start)])
+    )
+    beside.join(timeout=60)
+    assert torch.equal(*found)
