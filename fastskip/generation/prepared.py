@@ -239,10 +239,10 @@ class PreparedModel(Prepared):
         check_modality(kwargs)
         kwargs.pop("logits_to_keep", None)  # generate reads the last column only
         _follow(self, self._runtime)
-        if CACHE_NAME in kwargs and self.config.model_type in MULTIMODAL:
-            _recall_deltas(self.model, kwargs, inputs)
         given = kwargs.get("position_ids") is not None
         with self._runtime.generating(prompt_columns(inputs, kwargs), gives_positions=given):
+            if CACHE_NAME in kwargs and self.config.model_type in MULTIMODAL:
+                _recall_deltas(self.model, kwargs, inputs)
             try:
                 return base.generate(self, inputs, *args, **kwargs)
             except torch.OutOfMemoryError as error:

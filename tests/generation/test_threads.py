@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import fastskip
+from fastskip.generation.cache_name import CACHE_NAME
 from tests.batches import Batch, random_batch
 from tests.models import tiny_llava
 
@@ -184,5 +185,29 @@ def test_the_model_without_a_head_waits_for_generate(
     model.generate(
         short, max_new_tokens=3, stopping_criteria=StoppingCriteriaList([Once(beside.start)])
     )
+    beside.join(timeout=60)
+    assert torch.equal(*found)
+
+
+def test_a_second_turn_keeps_its_places_beside_another_conversation() -> None:
+    """Hugging Face's model holds the end of one conversation's places in time, height and width."""
+    model = fastskip.apply_(tiny_llava("qwen2_vl"))
+    first, other = (random_batch(model, 1, images=(count,)) for count in (1, 0))
+    told = model.generate(**first.inputs(), max_new_tokens=3, return_dict_in_generate=True)
+    found: list[torch.Tensor] = []
+
+    def second_turn() -> None:
+        cache = copy.deepcopy(told[CACHE_NAME])
+        ids = torch.cat((told.sequences, torch.tensor([[3, 4]])), dim=1)
+        options = {"output_logits": True, "return_dict_in_generate": True, CACHE_NAME: cache}
+        found.append(model.generate(ids, max_new_tokens=1, **options).logits[0])
+
+    second_turn()
+    beside = threading.Thread(target=second_turn)
+
+    with model._fastskip.running():  # as in a call that has just begun
+        beside.start()
+        time.sleep(0.2)
+        model.generate(**other.inputs(), max_new_tokens=3)
     beside.join(timeout=60)
     assert torch.equal(*found)
