@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,8 +69,10 @@ class Runtime:
         self.session: Session | None = None
         # The running forward's ids, as given and on the host.
         self.ids: tuple[Tensor, Tensor] | None = None
-        self.lock = RLock()
-        # How deeply calls are nested, and the event that ends the previous outermost call.
+        self._lock, self._process = RLock(), os.getpid()
+        # The thread whose calls run, how deeply they are nested, and the event that ends the
+        # previous outermost call.
+        self._thread: int | None = None
         self._depth = 0
         self._left: torch.cuda.Event | None = None
 
@@ -93,6 +96,19 @@ class Runtime:
             self._device = device
 
     @property
+    def lock(self) -> RLock:
+        """Held by the thread that uses the decoder.
+
+        A forked process has no thread of its parent but the one that forked, so a call of another
+        one will never end there: it is forgotten.
+        """
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            if self._thread not in (None, get_ident()):
+                self._lock, self._thread, self._depth, self.session = RLock(), None, 0, None
+        return self._lock
+
+    @property
     def is_generating(self) -> bool:
         """Whether this thread is inside ``generate``."""
         return self.session is not None and self.session.thread == get_ident()
@@ -109,15 +125,16 @@ class Runtime:
         return self.decoder
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "lock"} | {
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"} | {
             "session": None,
+            "_thread": None,
             "_depth": 0,
             "_left": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.lock = RLock()
+        self._lock, self._process = RLock(), os.getpid()
 
     def use_flash(self) -> None:
         """Computes prompt attention with flash-attn from now on.
@@ -179,11 +196,14 @@ class Runtime:
         with self.lock, current(self.device):
             if self._left is not None:
                 self._left.wait()
+            self._thread = get_ident()
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
+                if not self._depth:
+                    self._thread = None
                 if not self._depth and self.device.type == "cuda":
                     self._left = torch.cuda.Event()
                     self._left.record()

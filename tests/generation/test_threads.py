@@ -1,6 +1,8 @@
 """Threads: two on two models run side by side, two on one model run one after the other."""
 
 import copy
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -211,3 +213,42 @@ def test_a_second_turn_keeps_its_places_beside_another_conversation() -> None:
         model.generate(**other.inputs(), max_new_tokens=3)
     beside.join(timeout=60)
     assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_forked_beside_generate_waits_for_nobody(
+    stock: Any, batches: tuple[Batch, Batch]
+) -> None:
+    """The call that was running goes on in the parent only."""
+    model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
+    expected = answer(model, batches[1])
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        runs.set()
+        goes_on.wait(timeout=60)
+
+    held = threading.Thread(
+        target=answer,
+        args=(model, batches[0]),
+        kwargs={"stopping_criteria": StoppingCriteriaList([Once(hold)])},
+    )
+    held.start()
+    assert runs.wait(timeout=60)
+    child = os.fork()
+    if not child:
+        is_same = False
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)  # ends a child that waits for ever
+            torch.set_num_threads(1)  # torch's other threads are gone
+            fastskip.set_policy(model, SKIP_GENERATED_FFN)
+            is_same = answer(model, batches[1]) == expected
+        finally:
+            os._exit(not is_same)
+    status = os.waitpid(child, 0)[1]
+    goes_on.set()
+    held.join(timeout=60)
+    assert not status
+    assert answer(model, batches[1]) == expected
