@@ -28,7 +28,7 @@ from fastskip.wording import dtype_name
 from tests.ptx.launches import executing
 
 # Several turns of every pipeline, and no size a multiple of a block's.
-SMALL = Widths("small", 1032, 8, 4, 128, 1304, 520, 2, n_image=45, n_text=24)
+SMALL = Widths("small", 1088, 8, 4, 128, 1304, 520, 2, n_image=45, n_text=24)
 WIDTHS = {widths.name: widths for widths in (TINY, SMALL, SEVEN, THIRTEEN)}
 CPU = torch.device("cpu")
 
