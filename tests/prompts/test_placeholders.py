@@ -40,10 +40,14 @@ def test_hugging_face_compares_numbers_of_the_host(
         assert find is not None
         return find(self, input_ids, inputs_embeds, *args, **kwargs)
 
+    if find is not None:
+        monkeypatch.setattr(base, "get_placeholder_mask", spy)
     with torch.no_grad():
         expected = plain(**batch.inputs()).logits
-        if find is not None:
-            monkeypatch.setattr(base, "get_placeholder_mask", spy)
+        # On transformers 5.17 DeepSeek-VL 7B has the method and does not call it.
+        asks = bool(seen)
+        assert asks == (find is not None) or kind == "deepseek_vl_hybrid"
+        seen.clear()
         found = model(**batch.inputs()).logits
     real = batch.inputs()["attention_mask"].bool()
     assert torch.allclose(found[real], expected[real], atol=1e-5)
@@ -51,7 +55,7 @@ def test_hugging_face_compares_numbers_of_the_host(
         # The host's own ids, and of the embeddings nothing but their shape.
         assert torch.equal(given, ids)
         assert like.shape[:2] == ids.shape and like.stride() == (0, 0, 0)
-    assert bool(seen) == (find is not None)
+    assert bool(seen) == asks
 
 
 def test_a_wrong_number_of_placeholders_is_said(plain: PreTrainedModel) -> None:
