@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
-from fastskip.decoder.attention import AttentionPattern
-from fastskip.decoder.entries import Entries
 from fastskip.tokens import TokenLayout
 
 
@@ -26,18 +26,21 @@ class AttentionMaps:
     def note(
         self,
         layer: int,
-        pattern: AttentionPattern,
         queries: Tensor,
-        entries: Entries,
-        scale: float,
+        weights: Iterable[tuple[int, Tensor, Tensor]],
+        columns_of: Callable[[int, int], Tensor],
     ) -> None:
-        """Records a layer's map, from rotated ``queries [n, H, K]``; its entries are stored."""
+        """Records a layer's map, from rotated ``queries [n, H, K]``.
+
+        ``weights``: as ``AttentionPattern.weights`` yields them, here, so without gradients;
+        ``columns_of``: from a layer and a sequence to the columns of its stored entries.
+        """
         found = self._found[layer] = queries.new_zeros(self._shape)
-        for sequence, reach, weights in pattern.weights(queries, layer, entries, scale):
-            columns = entries.columns(layer, sequence)
+        for sequence, reach, own in weights:
+            columns = columns_of(layer, sequence)
             # The last entry that a row sees is its own.
             rows = columns[reach - 1] - self._first
-            found[sequence][:, rows[:, None], columns[: weights.shape[2]]] = weights
+            found[sequence][:, rows[:, None], columns[: own.shape[2]]] = own
 
     def all(self, like: Tensor) -> tuple[Tensor, ...]:
         """The maps of all layers; ``like``: dtype and device for layers in which no row attends."""

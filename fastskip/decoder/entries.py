@@ -8,19 +8,17 @@ one, gets detached copies).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fastskip.decoder.attention_maps import AttentionMaps
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.slot_map import SlotMap
 from fastskip.plan import SkipPlan
 from fastskip.plan.layer_plan import Table
 from fastskip.tokens import Rows, TokenLayout
-
-if TYPE_CHECKING:
-    from fastskip.decoder.attention_maps import AttentionMaps
 
 
 class Keys(Protocol):

@@ -153,7 +153,8 @@ class Block:
         if queries is None:
             queries = self._narrow_queries(h, rows, rotation)
         if entries.maps is not None:
-            entries.maps.note(layer, rows.pattern, queries, entries, self.scale)
+            weights = rows.pattern.weights(queries, layer, entries, self.scale)
+            entries.maps.note(layer, queries, weights, entries.columns)
         mixed = rows.pattern.attend(queries, layer, entries, self.ops, self.scale, self.dropout)
         change = products.attention_output(mixed)
         return self._scaled(change, Sublayer.ATTENTION, rows.attending, rows)
