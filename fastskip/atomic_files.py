@@ -50,5 +50,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             yield part
         part.chmod(mode)
         os.replace(part, path)
+    except OSError as error:
+        if error.filename in (part, str(part)):
+            error.filename = str(named)  # users know nothing of the part
+        raise
     finally:
         part.unlink(missing_ok=True)

@@ -84,3 +84,13 @@ def test_a_full_disk_within_a_library_is_one_too(tmp_path: Path) -> None:
         raise SafetensorError("corrupt")
     with pytest.raises(FileNotFoundError, match="absent"), writing(tmp_path):
         (tmp_path / "absent").read_text()
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "none" / "policy.json"
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(path):
+        raise AssertionError("unreachable")
+    assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "a") as part:
+        part.unlink()
+    assert caught.value.filename == str(tmp_path / "a")
