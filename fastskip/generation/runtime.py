@@ -75,6 +75,7 @@ class Runtime:
         self._thread: int | None = None
         self._depth = 0
         self._left: torch.cuda.Event | None = None
+        self._records: list[RoutingRecord] = []
 
     def follow(self, text_model: Any) -> None:
         """Chooses the implementation again if the model was moved to another device.
@@ -130,6 +131,7 @@ class Runtime:
             "_thread": None,
             "_depth": 0,
             "_left": None,
+            "_records": [],
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,13 +180,17 @@ class Runtime:
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecord]:
-        """Records what routers decide within this block."""
-        before, record = self.decoder.record, RoutingRecord()
+        """Records what routers decide within this block, up to a block inside it or of another
+        thread that records, too."""
+        record = RoutingRecord()
+        self._records.append(record)
         self.decoder.record = record
         try:
             yield record
         finally:
-            self.decoder.record = before
+            # Blocks of several threads need not end in reverse order.
+            self._records = [each for each in self._records if each is not record]
+            self.decoder.record = self._records[-1] if self._records else None
 
     @contextmanager
     def running(self) -> Iterator[None]:

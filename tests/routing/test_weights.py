@@ -168,3 +168,21 @@ def test_record_counts(trio: Trio, batch: Batch, weights: Path) -> None:
         model(**batch.inputs())
     assert record.rates() == {(2, sublayer): 0.5 for sublayer in sorted(Sublayer)}
     assert record.rate == 0.5
+
+
+def test_records_that_end_in_the_order_they_began(trio: Trio, batch: Batch, weights: Path) -> None:
+    """As those of two threads may: each ends for itself, and none is left behind."""
+    policy = routed(linear(weights, [2], ["image"], capacity=0.5))
+    model = fastskip.set_policy(trio.prepared, policy)
+    first, second = fastskip.record_routing(model), fastskip.record_routing(model)
+    with torch.no_grad():
+        a = first.__enter__()
+        model(**batch.inputs())
+        b = second.__enter__()
+        model(**batch.inputs())
+        first.__exit__(None, None, None)
+        model(**batch.inputs())
+        second.__exit__(None, None, None)
+        model(**batch.inputs())
+    assert (len(a.forwards), len(b.forwards)) == (1, 2)
+    assert model._fastskip.decoder.record is None
