@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import RLock, get_ident
+from threading import RLock, get_ident, main_thread
 from typing import Any
 
 import torch
@@ -100,12 +100,13 @@ class Runtime:
     def lock(self) -> RLock:
         """Held by the thread that uses the decoder.
 
-        A forked process has no thread of its parent but the one that forked, so a call of another
-        one will never end there: it is forgotten.
+        A forked process has no thread of its parent but the one that forked, its main thread, so a
+        call of another one will never end there: it is forgotten.
         """
         if self._process != os.getpid():
             self._process = os.getpid()
-            if self._thread not in (None, get_ident()):
+            # Not this thread, which may have got the number of the one whose call ran.
+            if self._thread != main_thread().ident:
                 self._lock, self._thread, self._depth, self.session = RLock(), None, 0, None
         return self._lock
 

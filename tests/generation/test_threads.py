@@ -215,12 +215,32 @@ def test_a_second_turn_keeps_its_places_beside_another_conversation() -> None:
     assert torch.equal(*found)
 
 
+def in_a_thread_numbered(number: int | None, work: Callable[[], object]) -> None:
+    """Does some work in a new thread that the system gives this number, which an ended thread had;
+    in none if it gives it to no one."""
+    ready = threading.Event()
+
+    def run() -> None:
+        if threading.get_ident() == number:
+            work()
+        ready.wait(timeout=60)
+
+    threads = [threading.Thread(target=run) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    ready.set()
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize("by_thread", [False, True])
 def test_a_process_forked_beside_generate_waits_for_nobody(
-    stock: Any, batches: tuple[Batch, Batch]
+    stock: Any, batches: tuple[Batch, Batch], by_thread: bool
 ) -> None:
-    """The call that was running goes on in the parent only."""
+    """The call that was running goes on in the parent only, even if a thread of the child gets the
+    number of the one that runs it."""
     model = fastskip.apply_(copy.deepcopy(stock), SKIP_GENERATED_FFN)
     expected = answer(model, batches[1])
     runs, goes_on = threading.Event(), threading.Event()
@@ -243,6 +263,8 @@ def test_a_process_forked_beside_generate_waits_for_nobody(
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(30)  # ends a child that waits for ever
             torch.set_num_threads(1)  # torch's other threads are gone
+            if by_thread:
+                in_a_thread_numbered(held.ident, lambda: answer(model, batches[1]))
             fastskip.set_policy(model, SKIP_GENERATED_FFN)
             is_same = answer(model, batches[1]) == expected
         finally:
