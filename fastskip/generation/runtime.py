@@ -15,7 +15,6 @@ from torch import Tensor
 from fastskip.decoder.cache import SkipCache
 from fastskip.decoder.fused.paged_cache import PagedCache
 from fastskip.decoder.fused.stack import FusedDecoder
-from fastskip.decoder.fused.support import unsupported_plan
 from fastskip.decoder.stack import Decoder
 from fastskip.families import UnsupportedModelError, final_norm_of
 from fastskip.generation.cache_name import CACHE_NAME
@@ -177,7 +176,8 @@ class Runtime:
 
     def unsupported_plan(self, plan: SkipPlan) -> str | None:
         """What this implementation cannot run of a plan; ``None`` if it can run all of it."""
-        return unsupported_plan(plan) if isinstance(self.decoder, FusedDecoder) else None
+        decoder = self.decoder
+        return decoder.unsupported_plan(plan) if isinstance(decoder, FusedDecoder) else None
 
     @contextmanager
     def recording(self) -> Iterator[RoutingRecord]:

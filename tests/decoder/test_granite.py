@@ -219,6 +219,9 @@ def test_pairs_whose_layers_differ() -> None:
     trio.check_forward(policy, batch)
     with pytest.raises(fastskip.UnsupportedModelError, match="residual_multiplier"):
         fastskip.apply_(copy.deepcopy(plain), policy, impl="torch")
+    dense = fastskip.apply_(copy.deepcopy(plain), impl="torch")
+    with pytest.raises(fastskip.UnsupportedModelError, match="residual_multiplier"):
+        fastskip.set_policy(dense, policy)
 
 
 @pytest.mark.parametrize("scaling", [0, -8.0])

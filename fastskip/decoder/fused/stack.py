@@ -103,14 +103,18 @@ class FusedDecoder(Decoder):
             if shape.hidden_size % 8 or shape.ffn_size % 8:
                 sizes = f"{shape.hidden_size}, {shape.ffn_size}"
                 return f"hidden and FFN size {sizes}; supported: multiples of 8"
-        reason = unsupported_plan(self.plan)
-        if reason is not None:
-            return reason
         merged = [weights.merged for weights in self.weights]
         if any(own is not None and not own.is_fusable for own in merged):
             allowed = "gated SiLU or plain ReLU; RMS norms of heads"
             return f"activation of the FFN, or a norm of heads; supported: {allowed}"
-        for step in self.plan.steps:
+        return self.unsupported_plan(self.plan)
+
+    def unsupported_plan(self, plan: SkipPlan) -> str | None:
+        """Why the kernels cannot run a plan on this model; ``None`` if they can."""
+        reason = unsupported_plan(plan)
+        if reason is not None:
+            return reason
+        for step in plan.steps:
             numbers = [self.weights[index].parts.multiplier for index in step]
             if len(set(numbers)) > 1:
                 return f"residual_multiplier {numbers} in the pair {step}; supported: equal ones"
