@@ -267,8 +267,8 @@ def tower_of(model: Any) -> Any | None:
 
 
 def logits_scaling(config: Any) -> float:
-    """What a model divides its head's products by: Granite by itself, not inside LLaVA-NeXT, whose
-    own head reads it there."""
+    """What a model divides its head's products by: Granite by itself. Inside LLaVA-NeXT Hugging
+    Face divides by nothing."""
     return float(config.logits_scaling) if config.model_type == "granite" else 1.0
 
 
