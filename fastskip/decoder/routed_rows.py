@@ -32,7 +32,7 @@ from fastskip.tokens import CODES, HOST, Rows, TokenLayout
 Mask = NDArray[np.bool_]
 FEW = 16
 """Up to this many rows, plain numbers are faster than tensors."""
-StaticRows = Callable[[LayerPlan, bool], BlockRows]
+RowsOf = Callable[[LayerPlan, bool], BlockRows]
 
 
 class RoutedPlan:
@@ -84,7 +84,7 @@ class RoutedRows:
         cache: SkipCache,
         entries: Entries,
         narrow: Rows | None,
-        static: StaticRows,
+        static: RowsOf,
         *,
         lens: Lens | None,
         attended: Attended | None,
