@@ -19,7 +19,7 @@ from benchmarks.shapes import FIRST_WORD, Builder, Models, Shape, models, prompt
 from fastskip.plan import SkipPlan
 from fastskip.policy import SkipPolicy
 from fastskip.routing import RoutingRecord
-from fastskip.timing import rotated, threads_set
+from fastskip.timing import fast_counts, rotated, threads_set
 from fastskip.wording import dtype_name
 
 # The default first: one-time work in the first call must not count against one thread.
@@ -187,20 +187,10 @@ def _short_prompt(batch: int) -> dict[str, Tensor]:
 
 
 def promising(counts: Iterable[int], trial: Callable[[int], Run], n_new: int) -> list[int]:
-    """The thread counts that may turn out fastest for a call of `n_new` tokens.
+    """The thread counts that may turn out fastest for a call of `n_new` tokens."""
 
-    A count that looks slow is tried again, since one disturbance must not decide.
-    """
-
-    def seconds(count: int) -> float:
+    def seconds(count: int) -> list[float]:
         found = trial(count)
-        return found.ttft + (n_new - 1) * found.decode
+        return [found.ttft + (n_new - 1) * found.decode]
 
-    calls = {count: seconds(count) for count in counts}
-    least = min(calls.values())
-    calls = {
-        count: took if took <= PROBE_CUTOFF * least else min(took, seconds(count))
-        for count, took in calls.items()
-    }
-    least = min(calls.values())
-    return [count for count, took in calls.items() if took <= PROBE_CUTOFF * least]
+    return fast_counts(counts, seconds, PROBE_CUTOFF)

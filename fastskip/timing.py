@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -95,33 +95,37 @@ def rotated(items: Sequence[T], number: int) -> list[T]:
 
 
 def promising(threads: Sequence[int], run: Callable[[], Times]) -> list[int]:
-    """The thread counts that may turn out fastest, judged by a probe run with each.
+    """The thread counts that may turn out fastest in some phase, judged by probe runs.
 
-    If other programs use the cores, threads wait for each other and a run takes very long. A count
-    that looks slow is probed again, since one disturbance must not decide.
+    If other programs use the cores, threads wait for each other and a run takes very long.
     """
 
-    def probe(count: int) -> Times:
+    def probe(count: int) -> list[float]:
         with threads_set(count):
-            return run()
+            times = run()
+        return [getattr(times, phase) for phase in PHASES]
 
-    probes = {count: [probe(count)] for count in threads}
-    for count in [count for count in threads if count not in _fast(probes)]:
-        probes[count].append(probe(count))
-    return _fast(probes)
+    return fast_counts(threads, probe, PROBE_CUTOFF)
 
 
-def _fast(probes: Mapping[int, Sequence[Times]]) -> list[int]:
-    """The thread counts that are fast enough in some phase."""
-    took = {
-        count: [min(getattr(times, phase) for times in made) for phase in PHASES]
-        for count, made in probes.items()
-    }
+def fast_counts(
+    counts: Iterable[int], probe: Callable[[int], Sequence[float]], cutoff: float
+) -> list[int]:
+    """The counts for which some of the seconds that ``probe`` gives are at most ``cutoff`` times
+    the least. A count that looks slow is probed again, since one disturbance must not decide."""
+    took = {count: probe(count) for count in counts}
+    fast = _fast(took, cutoff)
+    for count in [count for count in took if count not in fast]:
+        took[count] = [*map(min, took[count], probe(count))]
+    return _fast(took, cutoff)
+
+
+def _fast(took: Mapping[int, Sequence[float]], cutoff: float) -> list[int]:
     least = [min(each) for each in zip(*took.values(), strict=True)]
     return [
         count
         for count, seconds in took.items()
-        if any(own <= PROBE_CUTOFF * best for own, best in zip(seconds, least, strict=True))
+        if any(own <= cutoff * best for own, best in zip(seconds, least, strict=True))
     ]
 
 
