@@ -274,8 +274,11 @@ def logits_scaling(config: Any) -> float:
 
 def logits_of(model: Any, rows: Tensor) -> Tensor:
     """The model's logits ``[.., V]`` of normalised rows ``[.., D]``."""
-    products: Tensor = model.get_output_embeddings()(rows)
-    scaling = logits_scaling(model.config)
+    return scaled(model.get_output_embeddings()(rows), logits_scaling(model.config))
+
+
+def scaled(products: Tensor, scaling: float) -> Tensor:
+    """Logits, from what a head gives; see ``logits_scaling``."""
     return products if scaling == 1.0 else products / scaling
 
 

@@ -20,7 +20,7 @@ from fastskip.decoder.fused.sizes import power_of_two
 from fastskip.decoder.fused.stack import FusedDecoder
 from fastskip.decoder.fused.step_state import StepShape, StepState
 from fastskip.decoder.fused.steps import run_steps
-from fastskip.families import final_norm_of, logits_scaling, text_model_of
+from fastskip.families import final_norm_of, logits_scaling, scaled, text_model_of
 from fastskip.generation.guarding import MOST_ROWS, Guarding
 from fastskip.ops import Implementation
 from fastskip.ops.allocate import on_host
@@ -126,21 +126,18 @@ class DeviceStep:
             stream = run_steps(plan, blocks, state.h, state.rows_of, state.store, reader=reader)
         h, half = stream.h, stream.half_of(norm)
         if not has_head:
-            self.logits = self._scaled(self._head(self._norm(h)))
+            self.logits = scaled(self._head(self._norm(h)), self._scaling)
             if self._chooses:
                 ops.choose(self.logits, state.choice)
         else:
             head = Linear(self._head.weight, self._head.bias)
             if self._chooses:
+                # Which is the largest does not depend on the scaling.
                 ops.head_choose(h, norm, head, state.choice, half=half)
             else:
-                self.logits = self._scaled(ops.head_logits(h, norm, head, half=half))
+                self.logits = scaled(ops.head_logits(h, norm, head, half=half), self._scaling)
         if not self._chooses:
             ops.advance(state.choice)
-
-    def _scaled(self, products: Tensor) -> Tensor:
-        """Logits, from what the head gives; which one is the largest does not depend on it."""
-        return products if self._scaling == 1.0 else products / self._scaling
 
     def _embed(self) -> None:
         """Embeds the tokens to feed into the residual stream."""

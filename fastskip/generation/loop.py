@@ -26,6 +26,7 @@ from fastskip.families import (
     has_custom_forward,
     logits_of,
     logits_scaling,
+    scaled,
     text_model_of,
 )
 from fastskip.generation.cache_name import CACHE_NAME
@@ -226,9 +227,7 @@ def _head_of(model: Any, runtime: Runtime) -> Callable[[Tensor], Tensor]:
     if not is_plain(head, nn.Linear):
         return partial(logits_of, model)
     linear = runtime.decoder.ops.linear
-    if scaling != 1.0:
-        return lambda rows: linear(rows, head.weight, head.bias) / scaling
-    return lambda rows: linear(rows, head.weight, head.bias)
+    return lambda rows: scaled(linear(rows, head.weight, head.bias), scaling)
 
 
 class _OwnSteps:
